@@ -1,0 +1,150 @@
+//! Reading ahead of the handler, in a task of its own.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Notify;
+use tracing::Instrument;
+
+use crate::{Error, LogReader, Offset, Record, rt};
+
+/// Records that were read but not yet taken. Dropping it ends the reading.
+pub(super) struct ReadAhead {
+    buffer: Arc<Buffer>,
+    task: rt::JoinHandle<()>,
+}
+
+struct Buffer {
+    state: Mutex<State>,
+    max_records: usize,
+    max_bytes: usize,
+    filled: Notify,
+    drained: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    records: VecDeque<Record>,
+    bytes: usize,
+    /// Why nothing follows; given out once the records before it are taken.
+    ended: Option<Error>,
+}
+
+impl ReadAhead {
+    pub(super) fn spawn(reader: Box<dyn LogReader>, max_records: usize, max_bytes: usize) -> Self {
+        let buffer = Arc::new(Buffer {
+            state: Mutex::default(),
+            max_records,
+            max_bytes,
+            filled: Notify::new(),
+            drained: Notify::new(),
+        });
+        let task = rt::spawn(fill(Arc::clone(&buffer), reader).in_current_span());
+        Self { buffer, task }
+    }
+
+    /// Waits for records and takes what has arrived, at most `max`; the record at `alone` never together with others.
+    /// Cancel-safe.
+    pub(super) async fn take(&mut self, max: usize, alone: Option<Offset>) -> Result<Vec<Record>, Error> {
+        loop {
+            if let Some(taken) = self.buffer.take(max, alone) {
+                return taken;
+            }
+            self.buffer.filled.notified().await;
+        }
+    }
+}
+
+impl Drop for ReadAhead {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Buffer {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, max: usize, alone: Option<Offset>) -> Option<Result<Vec<Record>, Error>> {
+        let mut state = self.lock();
+        if state.records.is_empty() {
+            return state.ended.take().map(Err);
+        }
+        let mut count = state.records.len().min(max);
+        if let Some(alone) = alone {
+            let before = state
+                .records
+                .iter()
+                .take(count)
+                .take_while(|record| record.offset < alone)
+                .count();
+            match state.records.get(before) {
+                Some(record) if record.offset == alone => count = before.max(1),
+                _ => {}
+            }
+        }
+        let taken: Vec<Record> = state.records.drain(..count).collect();
+        let was_full = !self.has_room(&state);
+        state.bytes -= taken.iter().map(Record::size).sum::<usize>();
+        if was_full && self.has_room(&state) {
+            self.drained.notify_one();
+        }
+        Some(Ok(taken))
+    }
+
+    /// Half empty, so that the log is asked for many records at a time and the tasks seldom wake each other.
+    fn has_room(&self, state: &State) -> bool {
+        state.records.len() <= self.max_records / 2 && state.bytes <= self.max_bytes / 2
+    }
+
+    /// How many records to ask for: what fits if they are as large as those that wait now.
+    async fn room(&self) -> usize {
+        loop {
+            {
+                let state = self.lock();
+                if self.has_room(&state) {
+                    let records = self.max_records - state.records.len();
+                    let average = state.bytes.checked_div(state.records.len()).unwrap_or(0).max(1);
+                    return records.min((self.max_bytes - state.bytes) / average).max(1);
+                }
+            }
+            self.drained.notified().await;
+        }
+    }
+
+    fn push(&self, records: Vec<Record>) {
+        let bytes = records.iter().map(Record::size).sum::<usize>();
+        let mut state = self.lock();
+        state.bytes += bytes;
+        state.records.extend(records);
+        self.filled.notify_one();
+    }
+
+    fn end(&self, error: Error) {
+        self.lock().ended.get_or_insert(error);
+        self.filled.notify_one();
+    }
+}
+
+/// Tells the taker if the reader panics, which would leave it waiting for ever.
+struct EndOnDrop(Arc<Buffer>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.end(Error::unavailable("read ahead", "the reader panicked"));
+    }
+}
+
+async fn fill(buffer: Arc<Buffer>, mut reader: Box<dyn LogReader>) {
+    let buffer = EndOnDrop(buffer);
+    loop {
+        let room = buffer.0.room().await;
+        match reader.next(room).await {
+            Ok(records) => buffer.0.push(records),
+            Err(error) => return buffer.0.end(error),
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Moving a position by hand.
+
+use super::StartAt;
+use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Transaction};
+
+/// Moves a consumer's position to another place in its log, for an operator who knows why: to handle records again, or to
+/// go on after [`Error::Truncated`] or [`Error::OutOfRange`]. Returns where it stands now.
+///
+/// Going back forgets all producers, since their records must not be dropped as duplicates when they are handled again.
+/// A running instance of the consumer is fenced, and goes on from the new position.
+///
+/// # Errors
+/// [`Error::Truncated`] or [`Error::OutOfRange`] if the log holds no such place; [`Error::WrongLog`] if the position belongs to
+/// another log; [`Error::Fenced`] if a running instance committed meanwhile: try again. The backend's own errors.
+pub async fn seek<S: OffsetStore>(
+    log: &dyn Log,
+    store: &S,
+    consumer: &ConsumerId,
+    to: StartAt,
+) -> Result<Offset, Error> {
+    let position = store.position(consumer).await?;
+    let next = resolve(log, to).await?;
+    log.read(next).await?;
+    let mut advance = Advance {
+        log: log.id().clone(),
+        next,
+        expected_revision: 0,
+        windows: Vec::new(),
+        forgotten: Vec::new(),
+    };
+    if let Some(position) = position {
+        advance.expected_revision = position.revision;
+        if next < position.next {
+            advance.forgotten = position.windows.into_iter().map(|(producer, _)| producer).collect();
+        }
+    }
+    store.begin(consumer).await?.commit(advance).await?;
+    tracing::info!(%consumer, log = %log.id(), %next, "moved the position by hand");
+    Ok(next)
+}
+
+/// The offset that is meant.
+pub(super) async fn resolve(log: &dyn Log, at: StartAt) -> Result<Offset, Error> {
+    Ok(match at {
+        StartAt::Earliest => log.bounds().await?.earliest,
+        StartAt::Latest => log.bounds().await?.end,
+        StartAt::Offset(offset) => offset,
+    })
+}

@@ -1,0 +1,66 @@
+//! Act on every record of a log as if it had been delivered once.
+//!
+//! Exactly-once *delivery* is impossible: after a lost reply neither side can know what the other saw (the Two Generals).
+//! What can be had is *essentially once*: the consumer keeps the offset of the next record, and persists it **in the same
+//! transaction as the state change** that the record caused. A crash anywhere before the commit restarts at the same,
+//! un-moved offset; a crash anywhere after it restarts past the record. Seen from the state, every record took effect once.
+//!
+//! - A [`Log`] is read, an [`OffsetStore`] keeps state and position, a [`Handler`] is your code.
+//! - A [`Consumer`] is the one loop that joins them, for every backend and every delivery.
+//! - [`memory`] is a backend for tests; the adapter crates `essentially-once-sqlite` and others are for real use.
+//!
+//! ```
+//! use essentially_once::{Consumer, ConsumerId, KeyValue, Log, NewRecord, OffsetStore, Record, handler_fn};
+//! use essentially_once::memory::{Memory, MemoryTx};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), essentially_once::Error> {
+//! let memory = Memory::new();
+//! let (orders, store) = (memory.log("orders")?, memory.store());
+//! orders.append(&[NewRecord::new("32.38"), NewRecord::new("11.61")]).await?;
+//!
+//! let add_up = handler_fn(|record: &Record, tx: &mut MemoryTx| {
+//!     Box::pin(async move {
+//!         let before: f64 = match tx.get(b"freight").await? {
+//!             Some(sum) => std::str::from_utf8(&sum)?.parse()?,
+//!             None => 0.0,
+//!         };
+//!         let freight: f64 = std::str::from_utf8(&record.payload)?.parse()?;
+//!         tx.put(b"freight", (before + freight).to_string().as_bytes()).await?;
+//!         Ok(())
+//!     })
+//! });
+//! let shipping = ConsumerId::new("shipping")?;
+//! let report = Consumer::essentially_once(shipping.clone(), orders, store.clone(), add_up)
+//!     .accept_volatile() // memory forgets on a crash, and says so
+//!     .run_until_caught_up()
+//!     .await?;
+//! assert_eq!(report.handled, 2);
+//! assert_eq!(store.begin(&shipping).await?.get(b"freight").await?.as_deref(), Some(&b"43.99"[..]));
+//! # Ok(())
+//! # }
+//! ```
+
+mod consumer;
+mod error;
+mod handler;
+mod log;
+pub mod memory;
+mod name;
+mod record;
+mod rt;
+mod store;
+mod window;
+
+pub use tokio_util::sync::CancellationToken;
+
+pub use crate::{
+    consumer::{AtLeastOnce, AtMostOnce, Consumer, Delivery, EssentiallyOnce, Report, StartAt, seek},
+    error::{Error, Source},
+    handler::{Handler, HandlerError, HandlerFn, HandlerFuture, handler_fn},
+    log::{Bounds, Durability, Log, LogReader},
+    name::{ConsumerId, LogId, ProducerId},
+    record::{Header, NewRecord, Offset, Origin, Record},
+    store::{Advance, KeyValue, OffsetStore, Position, Transaction},
+    window::Window,
+};

@@ -1,0 +1,381 @@
+//! An in-memory backend: the reference for what the traits mean, for tests and examples. It forgets everything when the
+//! process ends, and says so.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use crate::{
+    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Offset, OffsetStore,
+    Position, ProducerId, Record, Transaction, Window,
+};
+
+/// Largest record, key or value that the backend takes, in bytes.
+pub const SIZE_LIMIT: usize = 16 * 1024 * 1024;
+
+/// About how many bytes of records one `next` returns at most.
+const FETCH_BYTES: usize = 1024 * 1024;
+
+/// Logs and a store in this process's memory. Clones share them.
+#[derive(Clone, Default)]
+pub struct Memory {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    logs: Mutex<HashMap<String, MemoryLog>>,
+    consumers: Mutex<HashMap<ConsumerId, Stored>>,
+}
+
+#[derive(Default)]
+struct Stored {
+    position: Option<Position>,
+    windows: HashMap<ProducerId, Window>,
+    state: BTreeMap<Bytes, Bytes>,
+}
+
+impl Memory {
+    /// An empty backend.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The log of that name, created empty at the first call.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`].
+    pub fn log(&self, name: &str) -> Result<MemoryLog, Error> {
+        let id = LogId::new(name)?;
+        let mut logs = lock(&self.shared.logs);
+        Ok(logs
+            .entry(name.to_owned())
+            .or_insert_with(|| MemoryLog::new(id))
+            .clone())
+    }
+
+    /// The store.
+    pub fn store(&self) -> MemoryStore {
+        MemoryStore {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").finish_non_exhaustive()
+    }
+}
+
+/// A panic elsewhere leaves no half-made change behind these locks, so poisoning is of no interest.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn volatile() -> Durability {
+    Durability::Volatile("the in-memory backend ends with its process; use an adapter crate to keep data".into())
+}
+
+/// A log in memory; see [`Memory::log`]. Offsets are dense and begin at 0.
+#[derive(Clone)]
+pub struct MemoryLog {
+    id: LogId,
+    records: Arc<Mutex<Records>>,
+    /// One past the last record, to wake waiting readers.
+    end: Arc<watch::Sender<u64>>,
+}
+
+#[derive(Default)]
+struct Records {
+    earliest: u64,
+    retained: VecDeque<Record>,
+}
+
+impl Records {
+    fn end(&self) -> u64 {
+        self.earliest + self.retained.len() as u64
+    }
+}
+
+impl MemoryLog {
+    fn new(id: LogId) -> Self {
+        Self {
+            id,
+            records: Arc::default(),
+            end: Arc::new(watch::Sender::new(0)),
+        }
+    }
+
+    /// Removes all records before `earliest`, as retention does.
+    pub fn truncate(&self, earliest: Offset) {
+        let mut records = lock(&self.records);
+        let earliest = earliest.lo().clamp(records.earliest, records.end());
+        let removed = (earliest - records.earliest) as usize;
+        records.retained.drain(..removed);
+        records.earliest = earliest;
+    }
+
+    /// The records from `from` on, or why there can never be any.
+    fn fetch(&self, from: u64, max: usize) -> Result<Vec<Record>, Error> {
+        let records = lock(&self.records);
+        let (earliest, end) = (records.earliest, records.end());
+        if from < earliest {
+            return Err(Error::Truncated {
+                log: self.id.clone(),
+                requested: from.into(),
+                earliest: earliest.into(),
+            });
+        }
+        if from > end {
+            return Err(Error::OutOfRange {
+                log: self.id.clone(),
+                requested: from.into(),
+                end: end.into(),
+            });
+        }
+        let start = (from - earliest) as usize;
+        let mut bytes = 0;
+        let fetched = records
+            .retained
+            .range(start..)
+            .take(max)
+            .take_while(|record| {
+                let first = bytes == 0;
+                bytes += record.size().max(1);
+                first || bytes <= FETCH_BYTES
+            })
+            .cloned()
+            .collect();
+        Ok(fetched)
+    }
+}
+
+impl fmt::Debug for MemoryLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryLog")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Only `lo` counts here; an offset with a `hi` is past any end.
+fn index(offset: Offset) -> u64 {
+    if offset.hi() == 0 { offset.lo() } else { u64::MAX }
+}
+
+#[async_trait]
+impl Log for MemoryLog {
+    fn id(&self) -> &LogId {
+        &self.id
+    }
+
+    async fn append(&self, new: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        for record in new {
+            record.check_size(SIZE_LIMIT)?;
+        }
+        let Some(last) = new.len().checked_sub(1) else {
+            return Ok(None);
+        };
+        let end = {
+            let mut records = lock(&self.records);
+            let first = records.end();
+            let appended_at = SystemTime::now();
+            for (offset, new) in (first..).zip(new) {
+                let mut record = Record::new(offset.into(), appended_at, new.payload.clone());
+                record.key.clone_from(&new.key);
+                record.headers.clone_from(&new.headers);
+                record.origin.clone_from(&new.origin);
+                records.retained.push_back(record);
+            }
+            // Under the lock, so that the end told to readers never goes back.
+            self.end.send_replace(records.end());
+            first + last as u64
+        };
+        Ok(Some(end.into()))
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let from = index(from);
+        self.fetch(from, 0)?;
+        Ok(Box::new(MemoryReader {
+            log: self.clone(),
+            end: self.end.subscribe(),
+            next: from,
+        }))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        let records = lock(&self.records);
+        Ok(Bounds {
+            earliest: records.earliest.into(),
+            end: records.end().into(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(volatile())
+    }
+}
+
+struct MemoryReader {
+    log: MemoryLog,
+    end: watch::Receiver<u64>,
+    next: u64,
+}
+
+#[async_trait]
+impl LogReader for MemoryReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        let next = self.next;
+        loop {
+            let records = self.log.fetch(next, max)?;
+            if !records.is_empty() {
+                // The only change of state, with no await behind it: a dropped call changed nothing.
+                self.next += records.len() as u64;
+                return Ok(records);
+            }
+            // The log holds the sender, and this reader the log.
+            let _ = self.end.wait_for(|end| *end > next).await;
+        }
+    }
+}
+
+/// Positions and state in memory; see [`Memory::store`]. Clones share them.
+#[derive(Clone)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore").finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl OffsetStore for MemoryStore {
+    type Tx = MemoryTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        let consumers = lock(&self.shared.consumers);
+        Ok(consumers.get(consumer).and_then(|stored| {
+            let mut position = stored.position.clone()?;
+            position.windows = stored.windows.clone().into_iter().collect();
+            Some(position)
+        }))
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<MemoryTx, Error> {
+        Ok(MemoryTx {
+            shared: Arc::clone(&self.shared),
+            consumer: consumer.clone(),
+            staged: BTreeMap::new(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(volatile())
+    }
+}
+
+/// A transaction in memory. It takes no lock until it commits, so that transactions race as they do between machines.
+pub struct MemoryTx {
+    shared: Arc<Shared>,
+    consumer: ConsumerId,
+    /// What to write; `None` deletes.
+    staged: BTreeMap<Bytes, Option<Bytes>>,
+}
+
+impl fmt::Debug for MemoryTx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryTx")
+            .field("consumer", &self.consumer)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Transaction for MemoryTx {
+    async fn commit(self, advance: Advance) -> Result<(), Error> {
+        let mut consumers = lock(&self.shared.consumers);
+        let stored = consumers.entry(self.consumer.clone()).or_default();
+        let revision = stored.position.as_ref().map_or(0, |position| position.revision);
+        if revision != advance.expected_revision {
+            return Err(Error::Fenced {
+                consumer: self.consumer,
+                expected: advance.expected_revision,
+            });
+        }
+        if let Some(position) = &stored.position
+            && !position.log.is_same_log(&advance.log)
+        {
+            return Err(Error::WrongLog {
+                consumer: self.consumer,
+                stored: position.log.clone(),
+                given: advance.log,
+            });
+        }
+        for (key, value) in self.staged {
+            match value {
+                Some(value) => stored.state.insert(key, value),
+                None => stored.state.remove(&key),
+            };
+        }
+        stored.windows.extend(advance.windows);
+        for producer in &advance.forgotten {
+            stored.windows.remove(producer);
+        }
+        stored.position = Some(Position {
+            log: advance.log,
+            next: advance.next,
+            revision: revision + 1,
+            windows: Vec::new(),
+        });
+        Ok(())
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl KeyValue for MemoryTx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        if let Some(staged) = self.staged.get(key) {
+            return Ok(staged.clone());
+        }
+        let consumers = lock(&self.shared.consumers);
+        Ok(consumers
+            .get(&self.consumer)
+            .and_then(|stored| stored.state.get(key).cloned()))
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        for (what, bytes) in [("key", key), ("value", value)] {
+            if bytes.len() > SIZE_LIMIT {
+                return Err(Error::TooLarge {
+                    what,
+                    size: bytes.len(),
+                    limit: SIZE_LIMIT,
+                });
+            }
+        }
+        self.staged
+            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
+        Ok(())
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.staged.insert(Bytes::copy_from_slice(key), None);
+        Ok(())
+    }
+}
