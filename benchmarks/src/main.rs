@@ -1,0 +1,104 @@
+//! Measures the library against loops written by hand for the same backend, durability and work.
+//!
+//! Absolute figures vary by the hour on a shared machine, so both sides run alternately in one process, on fresh files in the
+//! same folder, and what counts is the ratio within each round.
+
+#![allow(clippy::print_stdout, reason = "a command-line program")]
+
+mod sqlite;
+
+use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand};
+
+/// Hand-written loops against this library, alternately in one run.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    backend: Backend,
+    /// How often each side runs at each batch size.
+    #[arg(long, global = true, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Where to put the files; a temporary folder unless set.
+    #[arg(long, global = true)]
+    dir: Option<PathBuf>,
+    /// Ends with status 1 if a median ratio is below this.
+    #[arg(long, global = true)]
+    require: Option<f64>,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+enum Backend {
+    /// SQLite, WAL and synchronous=FULL: one counter update per record, the offset in the same commit.
+    Sqlite,
+}
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+
+const BATCHES: [usize; 4] = [1, 10, 100, 1_000];
+const PAYLOAD: [u8; 100] = [b'x'; 100];
+
+/// How many records make a round of about a second.
+fn records_for(batch: usize) -> u64 {
+    match batch {
+        1 => 4_000,
+        10 => 30_000,
+        100 => 150_000,
+        _ => 300_000,
+    }
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let folder = match &arguments.dir {
+        Some(dir) => tempfile::tempdir_in(dir)?,
+        None => tempfile::tempdir()?,
+    };
+    println!("{} rounds; records/s are medians, the ratio is ours / by hand, round by round", arguments.rounds);
+    println!("| batch | by hand, records/s | ours, records/s | ratio, median | min | max |");
+    println!("|---|---|---|---|---|---|");
+    let mut worst = f64::INFINITY;
+    for batch in BATCHES {
+        let records = records_for(batch);
+        let (mut by_hand, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 0..arguments.rounds {
+            let path = |side: &str| folder.path().join(format!("{side}-{batch}-{round}.db"));
+            let run_by_hand = || sqlite::by_hand(&path("hand"), records, batch);
+            let run_ours = || sqlite::ours(&path("ours"), records, batch);
+            // Whoever is first finds the disk quieter: they take turns.
+            let (hand, our) = if round % 2 == 0 {
+                let hand = run_by_hand()?;
+                (hand, run_ours()?)
+            } else {
+                let our = run_ours()?;
+                (run_by_hand()?, our)
+            };
+            let rate = |time: Duration| records as f64 / time.as_secs_f64();
+            by_hand.push(rate(hand));
+            ours.push(rate(our));
+            ratios.push(hand.as_secs_f64() / our.as_secs_f64());
+        }
+        ratios.sort_by(f64::total_cmp);
+        let ratio = median(&mut ratios);
+        worst = worst.min(ratio);
+        println!(
+            "| {batch} | {:.0} | {:.0} | {ratio:.2} | {:.2} | {:.2} |",
+            median(&mut by_hand),
+            median(&mut ours),
+            ratios[0],
+            ratios[ratios.len() - 1],
+        );
+    }
+    match arguments.require {
+        Some(required) if worst < required => {
+            println!("the lowest median ratio, {worst:.2}, is below {required}");
+            Ok(ExitCode::FAILURE)
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,0 +1,110 @@
+//! SQLite: the same work by hand and through the library. Times are of the consuming alone; both check the counter.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record};
+use essentially_once_sqlite::{
+    Sqlite, SqliteTx,
+    rusqlite::{Connection, params},
+};
+
+use crate::{PAYLOAD, Result};
+
+const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
+
+/// What one writes without a library: select a batch, update the counter for each, move the offset, commit.
+pub(crate) fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
+    let mut connection = Connection::open(path)?;
+    connection.pragma_update(None, "journal_mode", "wal")?;
+    connection.pragma_update(None, "synchronous", "full")?;
+    connection.execute_batch(
+        "CREATE TABLE log (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+         CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER NOT NULL);
+         CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL);
+         INSERT INTO position VALUES (1, 0);
+         INSERT INTO counter VALUES (1, 0);",
+    )?;
+    let fill = connection.transaction()?;
+    {
+        let mut insert = fill.prepare("INSERT INTO log VALUES (?1, ?2)")?;
+        for offset in 0..records {
+            insert.execute(params![offset as i64, PAYLOAD])?;
+        }
+    }
+    fill.commit()?;
+
+    let started = Instant::now();
+    let mut select = connection.prepare("SELECT \"offset\", payload FROM log WHERE \"offset\" >= ?1 LIMIT ?2")?;
+    let mut count = connection.prepare(COUNT)?;
+    let mut advance = connection.prepare("UPDATE position SET next = ?1 WHERE id = 1")?;
+    let mut begin = connection.prepare("BEGIN IMMEDIATE")?;
+    let mut commit = connection.prepare("COMMIT")?;
+    let mut next: i64 = connection.query_row("SELECT next FROM position WHERE id = 1", [], |row| row.get(0))?;
+    loop {
+        let rows = select.query_map(params![next, batch as i64], |row| {
+            Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))
+        })?;
+        let rows = rows.collect::<Result<Vec<_>, _>>()?;
+        let Some((last, _)) = rows.last() else {
+            break;
+        };
+        next = last + 1;
+        begin.execute([])?;
+        for (_, payload) in &rows {
+            assert_eq!(payload.len(), PAYLOAD.len());
+            count.execute([])?;
+        }
+        advance.execute([next])?;
+        commit.execute([])?;
+    }
+    let time = started.elapsed();
+    check(&connection, records)?;
+    Ok(time)
+}
+
+struct Count;
+
+#[async_trait]
+impl Handler<SqliteTx> for Count {
+    async fn handle(&mut self, record: &Record, tx: &mut SqliteTx) -> Result<(), HandlerError> {
+        assert_eq!(record.payload.len(), PAYLOAD.len());
+        tx.execute(COUNT, [])?;
+        Ok(())
+    }
+}
+
+/// The same through the library.
+pub(crate) fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(
+        "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL);
+         INSERT INTO counter VALUES (1, 0);",
+    )?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
+    let time = runtime.block_on(async {
+        let sqlite = Sqlite::open(path).await?;
+        let log = sqlite.log("bench").await?;
+        let fill: Vec<NewRecord> = (0..records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
+        for chunk in fill.chunks(10_000) {
+            log.append(chunk).await?;
+        }
+        let started = Instant::now();
+        let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, sqlite.store(), Count);
+        tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
+        Result::Ok(started.elapsed())
+    })?;
+    check(&connection, records)?;
+    Ok(time)
+}
+
+fn check(connection: &Connection, records: u64) -> Result<()> {
+    let counted: i64 = connection.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
+    if counted as u64 != records {
+        return Err(format!("counted {counted} of {records} records: the measurement is void").into());
+    }
+    Ok(())
+}

@@ -1,0 +1,361 @@
+//! A backend that does as scripted: it counts the steps of the loop and, at a chosen one, fails in a chosen way.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{
+    Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
+    Offset, OffsetStore, Position, Record, Transaction,
+    memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
+};
+
+/// A step of the loop that can fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    Bounds,
+    Read,
+    Next,
+    Position,
+    Begin,
+    Handle,
+    Commit,
+}
+
+/// How it fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// It did not happen, and may work later.
+    Before,
+    /// It happened, and the reply was lost.
+    After,
+    /// Another instance commits first.
+    Overtaken,
+    Truncated,
+    OutOfRange,
+    /// It did not happen and never will.
+    Permanent,
+    Panic,
+}
+
+/// Faults by step and by how often the step was taken before; shared by log, store and handler.
+#[derive(Clone, Default)]
+pub struct Script {
+    faults: Arc<Mutex<VecDeque<(Step, u64, Fault)>>>,
+    counts: Arc<[AtomicU64; 7]>,
+}
+
+impl Script {
+    /// Fails the `nth` (from 0) taking of `step`.
+    pub fn fail(self, step: Step, nth: u64, fault: Fault) -> Self {
+        self.faults.lock().unwrap().push_back((step, nth, fault));
+        self
+    }
+
+    fn take(&self, step: Step) -> Option<Fault> {
+        let count = self.counts[step as usize].fetch_add(1, Ordering::SeqCst);
+        let mut faults = self.faults.lock().unwrap();
+        let index = faults.iter().position(|(s, nth, _)| (*s, *nth) == (step, count))?;
+        faults.remove(index).map(|(_, _, fault)| fault)
+    }
+
+    pub fn taken(&self, step: Step) -> u64 {
+        self.counts[step as usize].load(Ordering::SeqCst)
+    }
+
+    /// Every scripted fault was met: a test whose fault never struck proves nothing.
+    pub fn assert_all_struck(&self) {
+        let left = self.faults.lock().unwrap();
+        assert!(left.is_empty(), "never struck: {left:?}");
+    }
+}
+
+pub fn log_id() -> LogId {
+    LogId::new("orders").unwrap()
+}
+
+fn error(fault: Fault, step: Step) -> Error {
+    let log = log_id();
+    let (requested, earliest, end) = (Offset::from(1), Offset::from(9), Offset::ZERO);
+    match fault {
+        Fault::Before => Error::unavailable(format!("{step:?}"), "scripted"),
+        Fault::After => Error::indeterminate(format!("{step:?}"), "scripted"),
+        Fault::Truncated => Error::Truncated {
+            log,
+            requested,
+            earliest,
+        },
+        Fault::OutOfRange => Error::OutOfRange { log, requested, end },
+        Fault::Permanent => Error::failed(format!("{step:?}"), "scripted"),
+        Fault::Panic => panic!("scripted panic"),
+        Fault::Overtaken => unreachable!("only a commit is overtaken"),
+    }
+}
+
+pub struct Backend {
+    pub memory: Memory,
+    pub script: Script,
+}
+
+impl Backend {
+    /// A log of `records` payloads `0`, `1`, ... and an empty store.
+    pub async fn new(records: u64, script: Script) -> Self {
+        let memory = Memory::new();
+        let records: Vec<NewRecord> = (0..records).map(|n| NewRecord::new(n.to_string())).collect();
+        memory.log("orders").unwrap().append(&records).await.unwrap();
+        Self { memory, script }
+    }
+
+    pub fn memory_log(&self) -> MemoryLog {
+        self.memory.log("orders").unwrap()
+    }
+
+    pub fn log(&self) -> ScriptedLog {
+        ScriptedLog {
+            inner: self.memory_log(),
+            script: self.script.clone(),
+        }
+    }
+
+    pub fn store(&self) -> ScriptedStore {
+        ScriptedStore {
+            inner: self.memory.store(),
+            script: self.script.clone(),
+        }
+    }
+
+    /// A handler that counts each record under its payload, in the state.
+    pub fn counter(&self) -> Counter {
+        Counter {
+            script: self.script.clone(),
+            ..Counter::default()
+        }
+    }
+
+    pub async fn position(&self, consumer: &ConsumerId) -> Option<Position> {
+        self.memory.store().position(consumer).await.unwrap()
+    }
+
+    /// How often each of the first `records` payloads was counted in the state.
+    pub async fn counts(&self, consumer: &ConsumerId, records: u64) -> Vec<u64> {
+        let mut tx = self.memory.store().begin(consumer).await.unwrap();
+        let mut counts = Vec::new();
+        for n in 0..records {
+            counts.push(count(&mut tx, n.to_string().as_bytes()).await.unwrap());
+        }
+        counts
+    }
+}
+
+pub struct ScriptedLog {
+    inner: MemoryLog,
+    script: Script,
+}
+
+struct ScriptedReader {
+    inner: Box<dyn LogReader>,
+    script: Script,
+}
+
+#[async_trait]
+impl Log for ScriptedLog {
+    fn id(&self) -> &LogId {
+        self.inner.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.inner.append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        match self.script.take(Step::Read) {
+            Some(fault) => Err(error(fault, Step::Read)),
+            None => Ok(Box::new(ScriptedReader {
+                inner: self.inner.read(from).await?,
+                script: self.script.clone(),
+            })),
+        }
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        match self.script.take(Step::Bounds) {
+            Some(fault) => Err(error(fault, Step::Bounds)),
+            None => self.inner.bounds().await,
+        }
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+#[async_trait]
+impl LogReader for ScriptedReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        match self.script.take(Step::Next) {
+            Some(fault) => Err(error(fault, Step::Next)),
+            None => self.inner.next(max).await,
+        }
+    }
+}
+
+pub struct ScriptedStore {
+    inner: MemoryStore,
+    script: Script,
+}
+
+#[async_trait]
+impl OffsetStore for ScriptedStore {
+    type Tx = ScriptedTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        match self.script.take(Step::Position) {
+            Some(fault) => Err(error(fault, Step::Position)),
+            None => self.inner.position(consumer).await,
+        }
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<ScriptedTx, Error> {
+        match self.script.take(Step::Begin) {
+            Some(fault) => Err(error(fault, Step::Begin)),
+            None => Ok(ScriptedTx {
+                inner: self.inner.begin(consumer).await?,
+                consumer: consumer.clone(),
+                store: self.inner.clone(),
+                script: self.script.clone(),
+            }),
+        }
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+pub struct ScriptedTx {
+    inner: MemoryTx,
+    consumer: ConsumerId,
+    store: MemoryStore,
+    script: Script,
+}
+
+#[async_trait]
+impl Transaction for ScriptedTx {
+    async fn commit(self, advance: Advance) -> Result<(), Error> {
+        match self.script.take(Step::Commit) {
+            None => self.inner.commit(advance).await,
+            Some(Fault::After) => {
+                self.inner.commit(advance).await?;
+                Err(error(Fault::After, Step::Commit))
+            }
+            Some(Fault::Overtaken) => {
+                // The other instance is just as right: it handled the same record, here the first one of the batch.
+                let mut other = self.store.begin(&self.consumer).await?;
+                let next = advance_by_one(&self.store, &self.consumer, &mut other).await;
+                let overtaking = Advance {
+                    next,
+                    ..advance.clone()
+                };
+                other.commit(overtaking).await?;
+                self.inner.commit(advance).await
+            }
+            Some(fault) => Err(error(fault, Step::Commit)),
+        }
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        self.inner.rollback().await
+    }
+}
+
+async fn advance_by_one(store: &MemoryStore, consumer: &ConsumerId, tx: &mut MemoryTx) -> Offset {
+    match store.position(consumer).await.unwrap() {
+        Some(position) => {
+            let key = position.next.to_string();
+            let before = count(tx, key.as_bytes()).await.unwrap();
+            tx.put(key.as_bytes(), &(before + 1).to_be_bytes()).await.unwrap();
+            position.next.successor()
+        }
+        None => Offset::ZERO,
+    }
+}
+
+#[async_trait]
+impl KeyValue for ScriptedTx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        self.inner.get(key).await
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        self.inner.put(key, value).await
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.inner.delete(key).await
+    }
+}
+
+async fn count<Tx: KeyValue>(tx: &mut Tx, key: &[u8]) -> Result<u64, Error> {
+    let value = tx.get(key).await?;
+    Ok(value.map_or(0, |value| u64::from_be_bytes(value[..].try_into().unwrap())))
+}
+
+/// Counts each record under its payload, in the state (essentially-once) or in memory (the other deliveries).
+#[derive(Default, Clone)]
+pub struct Counter {
+    script: Script,
+    pub in_memory: Arc<Mutex<Vec<String>>>,
+    pub resets: Arc<AtomicU64>,
+    /// Payloads to reject, and payloads that are fatal.
+    pub poison: Vec<&'static str>,
+    pub fatal: Vec<&'static str>,
+}
+
+impl Counter {
+    fn check(&self, record: &Record) -> Result<(), HandlerError> {
+        let payload = std::str::from_utf8(&record.payload)?;
+        if self.poison.contains(&payload) {
+            return Err(HandlerError::reject("poison"));
+        }
+        if self.fatal.contains(&payload) {
+            return Err(HandlerError::fatal("fatal"));
+        }
+        match self.script.take(Step::Handle) {
+            Some(Fault::Permanent) => Err(HandlerError::retry("scripted")),
+            Some(fault) => Err(error(fault, Step::Handle).into()),
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl<Tx: KeyValue> Handler<Tx> for Counter {
+    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        let before = count(tx, &record.payload).await?;
+        tx.put(&record.payload, &(before + 1).to_be_bytes()).await?;
+        self.check(record)
+    }
+
+    async fn reset(&mut self) {
+        self.resets.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// The same without a transaction.
+pub struct InMemory(pub Counter);
+
+#[async_trait]
+impl Handler<()> for InMemory {
+    async fn handle(&mut self, record: &Record, (): &mut ()) -> Result<(), HandlerError> {
+        self.0.check(record)?;
+        let payload = String::from_utf8(record.payload.to_vec())?;
+        self.0.in_memory.lock().unwrap().push(payload);
+        Ok(())
+    }
+}
