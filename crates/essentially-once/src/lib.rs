@@ -52,6 +52,8 @@ mod rt;
 mod store;
 mod window;
 
+/// The traits are `#[async_trait]`; re-exported so that implementors need not depend on the crate themselves.
+pub use async_trait::async_trait;
 pub use tokio_util::sync::CancellationToken;
 
 pub use crate::{

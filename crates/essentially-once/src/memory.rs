@@ -124,24 +124,24 @@ impl MemoryLog {
     }
 
     /// The records from `from` on, or why there can never be any.
-    fn fetch(&self, from: u64, max: usize) -> Result<Vec<Record>, Error> {
+    fn fetch(&self, from: Offset, max: usize) -> Result<Vec<Record>, Error> {
         let records = lock(&self.records);
-        let (earliest, end) = (records.earliest, records.end());
+        let (earliest, end) = (records.earliest.into(), records.end().into());
         if from < earliest {
             return Err(Error::Truncated {
                 log: self.id.clone(),
-                requested: from.into(),
-                earliest: earliest.into(),
+                requested: from,
+                earliest,
             });
         }
         if from > end {
             return Err(Error::OutOfRange {
                 log: self.id.clone(),
-                requested: from.into(),
-                end: end.into(),
+                requested: from,
+                end,
             });
         }
-        let start = (from - earliest) as usize;
+        let start = (from.lo() - records.earliest) as usize;
         let mut bytes = 0;
         let fetched = records
             .retained
@@ -164,11 +164,6 @@ impl fmt::Debug for MemoryLog {
             .field("id", &self.id)
             .finish_non_exhaustive()
     }
-}
-
-/// Only `lo` counts here; an offset with a `hi` is past any end.
-fn index(offset: Offset) -> u64 {
-    if offset.hi() == 0 { offset.lo() } else { u64::MAX }
 }
 
 #[async_trait]
@@ -203,12 +198,11 @@ impl Log for MemoryLog {
     }
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
-        let from = index(from);
         self.fetch(from, 0)?;
         Ok(Box::new(MemoryReader {
             log: self.clone(),
             end: self.end.subscribe(),
-            next: from,
+            next: from.lo(),
         }))
     }
 
@@ -236,7 +230,7 @@ impl LogReader for MemoryReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         let next = self.next;
         loop {
-            let records = self.log.fetch(next, max)?;
+            let records = self.log.fetch(next.into(), max)?;
             if !records.is_empty() {
                 // The only change of state, with no await behind it: a dropped call changed nothing.
                 self.next += records.len() as u64;

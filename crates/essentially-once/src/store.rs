@@ -44,7 +44,8 @@ pub struct Advance {
 /// - **S3** Durable: a commit returns `Ok` only when it survives a crash of this process and a restart of the backend.
 /// - **S4** A dropped or rolled back transaction leaves no trace.
 /// - **S5** Where the outcome cannot be known, a commit fails with [`Error::Indeterminate`], and `position` then tells the
-///   truth, for good: a commit that it does not show never takes effect later. An adapter never retries a commit by itself.
+///   truth of that moment. A commit that still arrives later is checked like any other (S2). An adapter never retries a
+///   commit by itself: it would be fenced by its own first try.
 /// - **S6** A transaction reads its own writes.
 /// - **S7** Consumers never see each other's state or position.
 /// - **S8** A position remembers its log: a commit for another one fails with [`Error::WrongLog`] and applies nothing.

@@ -35,7 +35,8 @@ impl Window {
 
     const ENCODING_VERSION: u8 = 1;
 
-    fn new(sequence: u64) -> Self {
+    /// A window that has seen this one sequence.
+    pub fn new(sequence: u64) -> Self {
         let mut window = Self {
             highest: sequence,
             blocks: [0; BLOCKS],
@@ -47,7 +48,7 @@ impl Window {
     }
 
     /// Whether `sequence` was marked before, or is below the window.
-    fn is_seen(&self, sequence: u64) -> bool {
+    pub fn is_seen(&self, sequence: u64) -> bool {
         if sequence > self.highest {
             return false;
         }
@@ -55,14 +56,16 @@ impl Window {
         self.highest - sequence > Self::SIZE || self.blocks[block] & bit != 0
     }
 
-    /// Takes note of a `sequence` that was not seen before.
-    fn mark(&mut self, sequence: u64) {
+    /// Takes note of a `sequence`; no change if it was seen before.
+    pub fn mark(&mut self, sequence: u64) {
         if sequence > self.highest {
             let (old, new) = (self.highest / BLOCK_BITS, sequence / BLOCK_BITS);
             for block in (old + 1..=new).rev().take(BLOCKS) {
                 self.blocks[(block % BLOCKS as u64) as usize] = 0;
             }
             self.highest = sequence;
+        } else if self.highest - sequence > Self::SIZE {
+            return;
         }
         let (block, bit) = Self::place(sequence);
         self.blocks[block] |= bit;

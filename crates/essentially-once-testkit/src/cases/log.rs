@@ -1,0 +1,592 @@
+//! Cases for the log's contract, [L2 to L9](essentially_once::Log#contract).
+
+use std::{collections::HashMap, sync::Arc, task::Poll, time::UNIX_EPOCH};
+
+use bytes::Bytes;
+use essentially_once::{Error, Log, NewRecord, Offset, ProducerId};
+use tokio::task::JoinSet;
+
+use super::{QUIET, payloads, read, read_all, records, soon};
+use crate::{
+    Backend, Harness,
+    suite::{CaseResult, Violation, ensure},
+};
+
+/// [L2](essentially_once::Log#contract): four appenders on handles of their own, and three readers, of which two read along.
+pub(super) async fn l2_many_appenders_and_readers_agree_on_one_order<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    const APPENDERS: usize = 4;
+    const EACH: usize = 50;
+    let mut readers = JoinSet::new();
+    for _ in 0..2 {
+        let log = backend.log("orders").await?;
+        let from = log.bounds().await?.earliest;
+        readers.spawn(async move { read(&*log, from, APPENDERS * EACH).await });
+    }
+    append_concurrently(backend, APPENDERS, EACH).await?;
+    let log = backend.log("orders").await?;
+    let expected = read_all(&*log, APPENDERS * EACH).await?;
+    for reader in readers.join_all().await {
+        let seen = reader?;
+        let differing = expected
+            .iter()
+            .zip(&seen)
+            .find(|(a, b)| (a.offset, &a.payload) != (b.offset, &b.payload));
+        if let Some((expected, seen)) = differing {
+            return Err(Violation::new(format!(
+                "one reader found {:?} at {}, another {:?} at {}",
+                expected.payload, expected.offset, seen.payload, seen.offset
+            )));
+        }
+    }
+    ensure!(
+        expected.is_sorted_by(|a, b| a.offset < b.offset),
+        "offsets do not rise strictly from record to record"
+    );
+    Ok(())
+}
+
+/// [L2](essentially_once::Log#contract): within a batch, from batch to batch, and while others append.
+pub(super) async fn l2_one_appenders_records_keep_their_order<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    const APPENDERS: usize = 3;
+    const EACH: usize = 60;
+    append_concurrently(backend, APPENDERS, EACH).await?;
+    let log = backend.log("orders").await?;
+    let mut next: HashMap<String, usize> = HashMap::new();
+    for record in read_all(&*log, APPENDERS * EACH).await? {
+        let payload = String::from_utf8_lossy(&record.payload).into_owned();
+        let (appender, n) = payload.split_once(':').unwrap_or(("", &payload));
+        let next = next.entry(appender.to_owned()).or_default();
+        ensure!(
+            n == next.to_string(),
+            "offset {}: record {n} of appender {appender}, expected its record {next}",
+            record.offset
+        );
+        *next += 1;
+    }
+    Ok(())
+}
+
+/// Appends `each` records `<appender>:<n>` per appender, in batches of 1 to 5, on handles of their own.
+async fn append_concurrently(backend: &impl Backend, appenders: usize, each: usize) -> Result<(), Violation> {
+    let mut tasks = JoinSet::new();
+    for appender in 0..appenders {
+        let log = backend.log("orders").await?;
+        tasks.spawn(async move {
+            let mut appended = 0;
+            while appended < each {
+                let batch = (1 + appended % 5).min(each - appended);
+                log.append(&records(
+                    (appended..appended + batch).map(|n| format!("{appender}:{n}")),
+                ))
+                .await?;
+                appended += batch;
+            }
+            Ok::<_, Error>(())
+        });
+    }
+    for result in tasks.join_all().await {
+        result?;
+    }
+    Ok(())
+}
+
+/// [L3](essentially_once::Log#contract): what a reader saw while others appended is all there is in the end.
+pub(super) async fn l3_a_reader_under_concurrent_appends_skips_nothing<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    const APPENDERS: usize = 4;
+    const EACH: usize = 100;
+    let log = backend.log("orders").await?;
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let reading = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while seen.len() < APPENDERS * EACH {
+            let what = format!("record {} of {} while others append", seen.len() + 1, APPENDERS * EACH);
+            seen.extend(soon(&what, reader.next(7)).await??);
+        }
+        Ok::<_, Violation>(seen)
+    });
+    append_concurrently(backend, APPENDERS, EACH).await?;
+    let expected = read_all(&*log, APPENDERS * EACH).await?;
+    let seen = reading
+        .await
+        .map_err(|error| Violation::new(format!("the reader panicked: {error}")))?;
+    let seen = match seen {
+        Ok(seen) => seen,
+        Err(stuck) => {
+            return Err(Violation::new(format!(
+                "a reader skipped records, or is stuck: {stuck}"
+            )));
+        }
+    };
+    if let Some((expected, seen)) = expected.iter().zip(&seen).find(|(a, b)| a.offset != b.offset) {
+        return Err(Violation::new(format!(
+            "a reader under concurrent appends went to {} where {} came next",
+            seen.offset, expected.offset
+        )));
+    }
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract): from every record's offset, from behind it, and from before the first.
+pub(super) async fn l4_read_yields_exactly_what_is_at_or_after_the_offset<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..10)).await?;
+    let all = read_all(&*log, 10).await?;
+    for (index, record) in all.iter().enumerate() {
+        let at = read(&*log, record.offset, 10 - index).await?;
+        ensure!(
+            at == all[index..],
+            "reading at offset {} of record {index} found {:?}",
+            record.offset,
+            payloads(&at)
+        );
+        if index < 9 {
+            let behind = read(&*log, record.offset.successor(), 9 - index).await?;
+            ensure!(
+                behind == all[index + 1..],
+                "reading behind offset {} of record {index} found {:?}",
+                record.offset,
+                payloads(&behind)
+            );
+        }
+    }
+    // Two readers at different places of one handle do not disturb each other.
+    let (mut first, mut second) = (log.read(all[0].offset).await?, log.read(all[5].offset).await?);
+    let (one, two) = (
+        soon("next", first.next(1)).await??,
+        soon("next", second.next(1)).await??,
+    );
+    ensure!(
+        one == all[..1] && two == all[5..6],
+        "two readers of one handle disturb each other"
+    );
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract): key, headers, payload, origin and time; binary, empty and absent ones.
+pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let binary: Bytes = (0..=255).collect::<Vec<u8>>().into();
+    let producer = ProducerId::new("web-1").expect("a valid name");
+    let new = [
+        NewRecord::new(""),
+        NewRecord::new(binary.clone()).key(binary.clone()),
+        NewRecord::new("an empty key is not the same as none").key(""),
+        NewRecord::new("headers keep order and repeat")
+            .header("b", "1")
+            .header("a", binary.clone())
+            .header("b", "")
+            .header("naïve ☃", "a name may be any text"),
+        NewRecord::new("origin").origin(producer.clone(), 0),
+        NewRecord::new("the highest sequence").origin(producer, u64::MAX),
+    ];
+    let last = log.append(&new).await?;
+    let all = read_all(&*log, new.len()).await?;
+    for (read, new) in all.iter().zip(&new) {
+        let same = (&read.key, &read.headers, &read.payload, &read.origin)
+            == (&new.key, &new.headers, &new.payload, &new.origin);
+        ensure!(same, "appended {new:?}, read {read:?}");
+        ensure!(read.malformed.is_none(), "{read:?} is called malformed");
+        ensure!(read.appended_at > UNIX_EPOCH, "{read:?} has no append time");
+    }
+    let last_read = all.last().map(|record| record.offset);
+    ensure!(
+        last.is_none() || last == last_read,
+        "append told {last:?} as the last offset, it is {last_read:?}"
+    );
+    ensure!(log.append(&[]).await?.is_none(), "an empty append told an offset");
+    ensure!(
+        read_all(&*log, new.len()).await? == all,
+        "an empty append changed the log"
+    );
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract), `next`: at least one record, never more than `max`, nothing left out between calls.
+pub(super) async fn l4_next_returns_at_least_one_record_and_at_most_max<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..30)).await?;
+    let all = read_all(&*log, 30).await?;
+    for max in [1, 2, 7, 1_000] {
+        let mut reader = log.read(all[0].offset).await?;
+        let mut seen = Vec::new();
+        while seen.len() < all.len() {
+            let next = soon("next", reader.next(max)).await??;
+            ensure!(!next.is_empty(), "next returned nothing");
+            ensure!(next.len() <= max, "next({max}) returned {} records", next.len());
+            seen.extend(next);
+        }
+        ensure!(seen == all, "next({max}) yielded {:?}", payloads(&seen));
+    }
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract): a log holds what was appended to it, not to its neighbour.
+pub(super) async fn l4_logs_of_other_names_are_independent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (orders, invoices) = (backend.log("orders").await?, backend.log("invoices").await?);
+    for n in 0..3 {
+        orders.append(&records([format!("order {n}")])).await?;
+        invoices.append(&records([format!("invoice {n}")])).await?;
+    }
+    for (log, what) in [(&orders, "order"), (&invoices, "invoice")] {
+        let found = payloads(&read_all(&**log, 3).await?);
+        let expected: Vec<_> = (0..3).map(|n| format!("{what} {n}")).collect();
+        ensure!(found == expected, "log {} holds {found:?}", log.id());
+    }
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract): records of others are records, between our own.
+pub(super) async fn l4_foreign_records_are_read<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(["ours"])).await?;
+    backend.append_foreign("orders", b"foreign").await?;
+    log.append(&records(["ours again"])).await?;
+    let all = read_all(&*log, 3).await?;
+    ensure!(
+        payloads(&all) == ["ours", "foreign", "ours again"],
+        "found {:?}",
+        payloads(&all)
+    );
+    ensure!(
+        all.iter().all(|record| record.malformed.is_none()),
+        "a foreign record is called malformed"
+    );
+    ensure!(
+        all[1].origin.is_none(),
+        "a foreign record has an origin: {:?}",
+        all[1].origin
+    );
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): at the end itself a reader waits, and then gets what comes, from any handle.
+pub(super) async fn l5_a_reader_at_the_end_waits_for_the_next_record<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    for round in 0..3 {
+        let mut reader = log.read(log.bounds().await?.end).await?;
+        let early = tokio::time::timeout(QUIET, reader.next(1)).await;
+        ensure!(
+            early.is_err(),
+            "round {round}: a reader at the end did not wait, it got {early:?}"
+        );
+        backend.log("orders").await?.append(&records([round])).await?;
+        let next = soon("a record appended behind a waiting reader", reader.next(10)).await??;
+        ensure!(
+            payloads(&next) == [round.to_string()],
+            "round {round}: got {:?}",
+            payloads(&next)
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): `bounds` of an empty log, and after each append.
+pub(super) async fn l5_bounds_tell_the_earliest_record_and_the_end<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let empty = log.bounds().await?;
+    ensure!(empty.earliest == empty.end, "an empty log has bounds {empty:?}");
+    for n in 1..=3 {
+        log.append(&records([n])).await?;
+        let bounds = log.bounds().await?;
+        let all = read(&*log, bounds.earliest, n).await?;
+        ensure!(
+            bounds.earliest <= all[0].offset,
+            "earliest {} is behind {}",
+            bounds.earliest,
+            all[0].offset
+        );
+        ensure!(
+            bounds.end == all[n - 1].offset.successor(),
+            "the end is {}, the last record is at {}",
+            bounds.end,
+            all[n - 1].offset
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): where retention removed records, reading them is an error that tells what is left.
+pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..20)).await?;
+    let all = read_all(&*log, 20).await?;
+    backend.truncate("orders", all[10].offset).await?;
+    let log = backend.log("orders").await?;
+    let bounds = log.bounds().await?;
+    ensure!(
+        all[0].offset < bounds.earliest && bounds.earliest <= all[10].offset,
+        "after a truncation before {} the bounds are {bounds:?}",
+        all[10].offset
+    );
+    match read(&*log, all[0].offset, 1).await {
+        Ok(found) => return Err(Violation::new(format!("reading a removed record found {found:?}"))),
+        Err(violation) if !violation.to_string().contains("was removed by retention") => return Err(violation),
+        Err(_) => {}
+    }
+    let error = first_error(&*log, all[0].offset).await?;
+    ensure!(
+        matches!(&error, Error::Truncated { requested, earliest, .. }
+            if *requested == all[0].offset && *earliest == bounds.earliest),
+        "reading a removed record failed with: {error}"
+    );
+    let left: Vec<_> = all
+        .iter()
+        .filter(|record| record.offset >= bounds.earliest)
+        .cloned()
+        .collect();
+    ensure!(
+        read_all(&*log, left.len()).await? == left,
+        "what is left is not what was there"
+    );
+    Ok(())
+}
+
+/// The error of reading at `from`, whether `read` or the first `next` fails.
+async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
+    let attempt = async {
+        match log.read(from).await {
+            Ok(mut reader) => reader.next(1).await,
+            Err(error) => Err(error),
+        }
+    };
+    match soon(&format!("an error of reading at {from}, not silence"), attempt).await? {
+        Ok(found) => Err(Violation::new(format!("reading at {from} found {found:?}"))),
+        Err(error) => Ok(error),
+    }
+}
+
+/// [L5](essentially_once::Log#contract): a reader that falls behind retention is told, not moved.
+pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..20)).await?;
+    let all = read_all(&*log, 20).await?;
+    let mut reader = log.read(all[0].offset).await?;
+    let first = soon("next", reader.next(1)).await??;
+    ensure!(first == all[..1], "the first record is {first:?}");
+    backend.truncate("orders", all[15].offset).await?;
+    let earliest = log.bounds().await?.earliest;
+    // What the reader holds already, it may still yield; then it must stop.
+    let mut expected = all[1..].iter();
+    loop {
+        match soon("a record or an error", reader.next(1)).await? {
+            Ok(records) => {
+                for record in &records {
+                    ensure!(
+                        Some(record) == expected.next(),
+                        "a reader overtaken by retention went on at {} without a word; the earliest is {earliest}",
+                        record.offset
+                    );
+                    if record.offset >= earliest {
+                        // It had read ahead of the truncation: nothing was lost to it.
+                        return Ok(());
+                    }
+                }
+            }
+            Err(Error::Truncated { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// [L5](essentially_once::Log#contract): past the end there is an error, and no waiting for the log to grow that far.
+pub(super) async fn l5_past_the_end_is_out_of_range<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..3)).await?;
+    let end = log.bounds().await?.end;
+    for past in [
+        end.successor(),
+        Offset::new(end.hi(), end.lo().saturating_add(1_000)),
+        Offset::new(u64::MAX >> 1, 0),
+    ] {
+        let error = first_error(&*log, past).await?;
+        ensure!(
+            matches!(&error, Error::OutOfRange { requested, .. } if *requested == past),
+            "reading at {past}, past the end {end}, failed with: {error}"
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): an old place in a log that was created anew is an error, or another log to begin with.
+pub(super) async fn l5_a_log_created_anew_is_never_silent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let old = backend.log("orders").await?;
+    old.append(&records(0..5)).await?;
+    let end = old.bounds().await?.end;
+    let mut waiting = old.read(end).await?;
+    backend.recreate("orders").await?;
+    let new = backend.log("orders").await?;
+    if old.id().is_same_log(new.id()) {
+        let error = first_error(&*new, end).await?;
+        ensure!(
+            matches!(error, Error::OutOfRange { .. }),
+            "reading at the old end failed with: {error}"
+        );
+    }
+    // A reader that was waiting in the old log must notice, without anyone appending as much as the old one held.
+    let noticed = soon("a waiting reader that notices that its log is gone", waiting.next(1)).await?;
+    ensure!(noticed.is_err(), "a reader of the old log got {noticed:?}");
+    Ok(())
+}
+
+/// [L6](essentially_once::Log#contract): calls of `next` are dropped at every stage, in a tight loop, while records arrive.
+pub(super) async fn l6_a_cancelled_next_loses_and_repeats_nothing<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    const COUNT: usize = 200;
+    let log = backend.log("orders").await?;
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let appender = Arc::clone(&log);
+    let appending = tokio::spawn(async move {
+        for n in 0..COUNT {
+            appender.append(&records([n])).await?;
+            tokio::task::yield_now().await;
+        }
+        Ok::<_, Error>(())
+    });
+    let mut seen = Vec::new();
+    let mut patience = 0;
+    while seen.len() < COUNT {
+        // Each call is polled a little longer than the one before, until one succeeds.
+        patience = (patience + 1) % 50;
+        let mut call = reader.next(3);
+        let mut polls = 0;
+        let polled = std::future::poll_fn(|context| match call.as_mut().poll(context) {
+            Poll::Ready(result) => Poll::Ready(Some(result)),
+            Poll::Pending if polls >= patience => Poll::Ready(None),
+            Poll::Pending => {
+                polls += 1;
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+        });
+        let found = soon("a record after cancelled calls", polled).await?;
+        drop(call);
+        if let Some(found) = found {
+            seen.extend(payloads(&found?));
+        } else if patience == 0 {
+            // The longest call was cancelled too: let one call wait, so that a slow backend gets on.
+            seen.extend(payloads(
+                &soon("a record that cancelled calls lost", reader.next(3)).await??,
+            ));
+        } else {
+            tokio::task::yield_now().await;
+        }
+    }
+    appending
+        .await
+        .map_err(|error| Violation::new(format!("the appender panicked: {error}")))??;
+    let expected: Vec<_> = (0..COUNT).map(|n| n.to_string()).collect();
+    let first_wrong = seen.iter().zip(&expected).position(|(seen, expected)| seen != expected);
+    ensure!(
+        seen == expected,
+        "after cancelled calls, record {first_wrong:?} is wrong: {:?}",
+        first_wrong.map(|index| &seen[index])
+    );
+    Ok(())
+}
+
+/// [L8](essentially_once::Log#contract): sizes 0, 1 and the limit itself.
+pub(super) async fn l8_sizes_up_to_the_limit_are_taken<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
+    let limit = harness.capabilities().record_limit.unwrap_or_default();
+    let log = backend.log("orders").await?;
+    let sizes = [0, 1, limit - 1, limit];
+    for size in sizes {
+        log.append(&[NewRecord::new(vec![b'x'; size])]).await?;
+    }
+    for (size, record) in sizes.iter().zip(read_all(&*log, sizes.len()).await?) {
+        ensure!(
+            record.payload.len() == *size && record.payload.iter().all(|byte| *byte == b'x'),
+            "a payload of {size} bytes came back with {}",
+            record.payload.len()
+        );
+    }
+    Ok(())
+}
+
+/// [L8](essentially_once::Log#contract): one record too large refuses the whole batch, and takes back nothing.
+pub(super) async fn l8_a_record_over_the_limit_is_refused_before_any_is_appended<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let limit = harness.capabilities().record_limit.unwrap_or_default();
+    let log = backend.log("orders").await?;
+    let too_large = [
+        NewRecord::new(vec![b'x'; limit + 1]),
+        NewRecord::new(vec![b'x'; limit]).key("k"),
+        NewRecord::new(vec![b'x'; limit - 1]).header("h", "v"),
+    ];
+    for too_large in too_large {
+        let result = log
+            .append(&[NewRecord::new("first"), too_large, NewRecord::new("last")])
+            .await;
+        ensure!(
+            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+            "a record over the limit of {limit} bytes: {result:?}"
+        );
+    }
+    let bounds = log.bounds().await?;
+    ensure!(
+        bounds.earliest == bounds.end,
+        "a refused batch left records: the bounds are {bounds:?}"
+    );
+    log.append(&records(["after"])).await?;
+    let all = payloads(&read_all(&*log, 1).await?);
+    ensure!(all == ["after"], "a refused batch left {all:?}");
+    Ok(())
+}
+
+/// [L9](essentially_once::Log#contract): not skipped, not an error, and what follows is read.
+pub(super) async fn l9_a_malformed_entry_is_yielded_in_its_place<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(["before"])).await?;
+    backend.append_malformed("orders").await?;
+    log.append(&records(["after"])).await?;
+    let all = read_all(&*log, 3).await?;
+    let malformed: Vec<_> = all.iter().map(|record| record.malformed.is_some()).collect();
+    ensure!(
+        malformed == [false, true, false],
+        "malformed, record by record: {malformed:?}"
+    );
+    ensure!(
+        all[0].payload == "before" && all[2].payload == "after",
+        "the neighbours are {:?}",
+        payloads(&all)
+    );
+    ensure!(
+        all[1].malformed.as_deref().is_some_and(|reason| !reason.is_empty()),
+        "a malformed entry gives no reason"
+    );
+    // From its own offset too: a consumer that stopped there comes back.
+    let again = read(&*log, all[1].offset, 2).await?;
+    ensure!(
+        again == all[1..],
+        "reading at a malformed entry found {:?}",
+        payloads(&again)
+    );
+    Ok(())
+}

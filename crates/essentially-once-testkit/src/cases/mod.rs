@@ -1,0 +1,165 @@
+//! The conformance cases. Each is named after the contract bullet that it checks, and links it.
+
+mod log;
+mod restart;
+mod store;
+
+use std::{future::Future, time::Duration};
+
+use essentially_once::{Advance, ConsumerId, Error, Log, NewRecord, Offset, Position, Record};
+
+use crate::{
+    Harness, Support,
+    suite::{Case, Violation},
+};
+
+/// How long to watch for something that must not happen, such as a reader getting a record that is not there.
+const QUIET: Duration = Duration::from_millis(50);
+/// How long something may take that must happen.
+const SOON: Duration = Duration::from_secs(30);
+
+macro_rules! case {
+    ($module:ident :: $name:ident, needs $($capability:ident),+) => {
+        Case {
+            name: stringify!($name),
+            needs: |capabilities| first_missing(&[$(needs::$capability(capabilities)),+]),
+            run: |harness, backend| Box::pin($module::$name(harness, backend)),
+        }
+    };
+}
+
+/// Every case, in the order of the contract's bullets.
+pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
+    vec![
+        case!(restart::l1_appended_records_survive_a_restart, needs log, restart),
+        case!(log::l2_many_appenders_and_readers_agree_on_one_order, needs log),
+        case!(log::l2_one_appenders_records_keep_their_order, needs log),
+        case!(log::l3_a_reader_under_concurrent_appends_skips_nothing, needs log),
+        case!(log::l4_read_yields_exactly_what_is_at_or_after_the_offset, needs log),
+        case!(log::l4_a_record_is_read_as_it_was_appended, needs log),
+        case!(log::l4_next_returns_at_least_one_record_and_at_most_max, needs log),
+        case!(log::l4_logs_of_other_names_are_independent, needs log),
+        case!(log::l4_foreign_records_are_read, needs log, foreign),
+        case!(log::l5_a_reader_at_the_end_waits_for_the_next_record, needs log),
+        case!(log::l5_bounds_tell_the_earliest_record_and_the_end, needs log),
+        case!(log::l5_below_the_earliest_record_is_truncated, needs log, truncate),
+        case!(log::l5_retention_that_overtakes_a_reader_is_told, needs log, truncate),
+        case!(log::l5_past_the_end_is_out_of_range, needs log),
+        case!(log::l5_a_log_created_anew_is_never_silent, needs log, recreate),
+        case!(log::l6_a_cancelled_next_loses_and_repeats_nothing, needs log),
+        case!(restart::l7_a_failed_append_tells_the_truth, needs log, restart),
+        case!(log::l8_sizes_up_to_the_limit_are_taken, needs log, record_limit),
+        case!(log::l8_a_record_over_the_limit_is_refused_before_any_is_appended, needs log, record_limit),
+        case!(log::l9_a_malformed_entry_is_yielded_in_its_place, needs log, malformed),
+        case!(store::s1_a_commit_applies_state_and_position, needs store),
+        case!(store::s1_windows_are_kept_whole_with_the_position, needs store),
+        case!(store::s1_forgotten_windows_are_removed, needs store),
+        case!(restart::s1_a_restart_never_parts_state_from_position, needs store, restart),
+        case!(store::s2_a_stale_revision_is_fenced, needs store),
+        case!(store::s2_a_fenced_commit_applies_nothing, needs store),
+        case!(store::s2_a_first_commit_is_fenced_if_there_is_a_position, needs store),
+        case!(store::s2_of_racing_commits_one_wins, needs store),
+        case!(restart::s3_commits_survive_a_restart, needs store, restart),
+        case!(store::s4_a_dropped_transaction_leaves_no_trace, needs store),
+        case!(store::s4_a_rolled_back_transaction_leaves_no_trace, needs store),
+        case!(store::s5_a_cancelled_commit_is_all_or_nothing_and_for_good, needs store),
+        case!(restart::s5_position_resolves_an_unknown_outcome, needs store, restart),
+        case!(store::s6_a_transaction_reads_its_own_writes, needs store),
+        case!(store::s6_keys_and_values_are_kept_to_the_byte, needs store),
+        case!(store::s7_consumers_do_not_see_each_others_state, needs store),
+        case!(store::s7_a_thousand_consumers_keep_their_positions, needs store),
+        case!(store::s8_a_position_remembers_its_log, needs store),
+        case!(store::s8_a_commit_for_another_log_is_refused, needs store),
+    ]
+}
+
+fn first_missing(needs: &[Support]) -> Support {
+    *needs
+        .iter()
+        .find(|need| **need != Support::Yes)
+        .unwrap_or(&Support::Yes)
+}
+
+/// What a case can ask for, by the names of the capabilities.
+mod needs {
+    use crate::{Capabilities, Support};
+
+    macro_rules! need {
+        ($($capability:ident),+) => {
+            $(pub(super) fn $capability(capabilities: &Capabilities) -> Support {
+                capabilities.$capability
+            })+
+        };
+    }
+    need!(log, store, restart, truncate, recreate, malformed, foreign);
+
+    pub(super) fn record_limit(capabilities: &Capabilities) -> Support {
+        match capabilities.record_limit {
+            Some(_) => Support::Yes,
+            None => Support::No("the harness does not state a record limit"),
+        }
+    }
+}
+
+fn consumer(name: &str) -> ConsumerId {
+    ConsumerId::new(name).expect("a valid name")
+}
+
+fn records(payloads: impl IntoIterator<Item = impl ToString>) -> Vec<NewRecord> {
+    payloads
+        .into_iter()
+        .map(|payload| NewRecord::new(payload.to_string()))
+        .collect()
+}
+
+fn payloads(records: &[Record]) -> Vec<String> {
+    records
+        .iter()
+        .map(|record| String::from_utf8_lossy(&record.payload).into_owned())
+        .collect()
+}
+
+/// Reads the `count` records from `from` on.
+async fn read(log: &dyn Log, from: Offset, count: usize) -> Result<Vec<Record>, Violation> {
+    let mut reader = log.read(from).await?;
+    let mut read = Vec::new();
+    while read.len() < count {
+        let missing = count - read.len();
+        let next = soon(
+            &format!("{missing} of {count} records from {from}"),
+            reader.next(missing),
+        )
+        .await??;
+        read.extend(next);
+    }
+    Ok(read)
+}
+
+/// All records of the log.
+async fn read_all(log: &dyn Log, count: usize) -> Result<Vec<Record>, Violation> {
+    let earliest = log.bounds().await?.earliest;
+    read(log, earliest, count).await
+}
+
+/// Awaits what must happen.
+async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T, Violation> {
+    tokio::time::timeout(SOON, future)
+        .await
+        .map_err(|_| Violation::new(format!("{what}: nothing within {SOON:?}")))
+}
+
+/// The advance from a position (or none) to `next`, of a log that needs no backend.
+fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) -> Advance {
+    Advance {
+        log: log.id().clone(),
+        next: next.into(),
+        expected_revision: position.map_or(0, |position| position.revision),
+        windows: Vec::new(),
+        forgotten: Vec::new(),
+    }
+}
+
+/// Whether the error says for certain that nothing happened.
+fn is_certain(error: &Error) -> bool {
+    !matches!(error, Error::Indeterminate { .. })
+}

@@ -1,0 +1,230 @@
+//! Cases that restart the backend, at rest and under way: [L1, L7](essentially_once::Log#contract) and
+//! [S1, S3, S5](essentially_once::OffsetStore#contract).
+
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use essentially_once::{Error, KeyValue, Log, OffsetStore, Position, Transaction};
+
+use super::{advance, consumer, is_certain, payloads, read_all, records, soon, store::counter};
+use crate::{
+    Backend, Harness,
+    suite::{CaseResult, Violation, ensure},
+};
+
+/// How often the backend is restarted while work is under way.
+const RESTARTS: usize = 4;
+
+/// [L1](essentially_once::Log#contract): what was acknowledged is there after a restart, and appends go on behind it.
+pub(super) async fn l1_appended_records_survive_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    for round in 0..3 {
+        let log = up(|| backend.log("orders")).await?;
+        log.append(&records([round * 2, round * 2 + 1])).await?;
+        backend.restart().await?;
+        let log = up(|| backend.log("orders")).await?;
+        let expected: Vec<_> = (0..=round * 2 + 1).map(|n| n.to_string()).collect();
+        let bounds = log.bounds().await?;
+        ensure!(
+            bounds.earliest < bounds.end,
+            "restart {round}: acknowledged records are gone, the log is empty"
+        );
+        let found = payloads(&read_all(&*log, expected.len()).await?);
+        ensure!(
+            found == expected,
+            "restart {round}: appended {expected:?}, found {found:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Awaits a backend that comes up again.
+async fn up<T, F: Future<Output = Result<T, Error>>>(mut open: impl FnMut() -> F) -> Result<T, Violation> {
+    soon("the backend up again after a restart", async {
+        loop {
+            match open().await {
+                Ok(opened) => return opened,
+                // Nothing tells when a server takes connections again; asking is the only way to know.
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    })
+    .await
+}
+
+/// Runs `work` until it has seen [`RESTARTS`] restarts, with some progress (told through the counter) between them.
+async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
+    backend: &B,
+    work: impl FnOnce(Arc<AtomicBool>, Arc<AtomicUsize>) -> F,
+) -> CaseResult {
+    let (stop, progress) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let restarts = async {
+        let mut seen = 0;
+        for _ in 0..RESTARTS {
+            while progress.load(Ordering::SeqCst) < seen + 20 {
+                tokio::task::yield_now().await;
+            }
+            backend.restart().await?;
+            seen = progress.load(Ordering::SeqCst);
+        }
+        stop.store(true, Ordering::SeqCst);
+        Ok::<_, Violation>(())
+    };
+    let (worked, restarted) = tokio::join!(work(Arc::clone(&stop), Arc::clone(&progress)), restarts);
+    worked.and(restarted)
+}
+
+/// [L7](essentially_once::Log#contract): batches of three while the backend restarts. What was acknowledged is there whole; what failed for
+/// certain left nothing; what is in doubt left a prefix.
+pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let mut outcomes = Vec::new();
+    let told = &mut outcomes;
+    while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
+        let mut log = up(|| backend.log("orders")).await?;
+        while !stop.load(Ordering::SeqCst) {
+            let batch = told.len();
+            let result = log.append(&records((0..3).map(|n| format!("{batch}.{n}")))).await;
+            if result.is_err() {
+                log = up(|| backend.log("orders")).await?;
+            }
+            told.push(result.map(drop));
+            progress.fetch_add(1, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+        }
+        Ok(())
+    })
+    .await?;
+    let log = up(|| backend.log("orders")).await?;
+    log.append(&records(["end"])).await?;
+    let mut found = Vec::new();
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    while found.last().is_none_or(|last| last != "end") {
+        found.extend(payloads(&soon("the last record", reader.next(1_000)).await??));
+    }
+    for (batch, told) in outcomes.iter().enumerate() {
+        let prefix = format!("{batch}.");
+        let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
+        let is_prefix = there
+            .iter()
+            .enumerate()
+            .all(|(n, payload)| **payload == format!("{batch}.{n}"));
+        let (fits, expected) = match told {
+            Ok(()) => (is_prefix && there.len() == 3, "all three records"),
+            Err(error) if is_certain(error) => (there.is_empty(), "none"),
+            Err(_) => (is_prefix, "a prefix"),
+        };
+        ensure!(
+            fits,
+            "append {batch} ended with {told:?}, which means {expected}, but {there:?} are there"
+        );
+    }
+    Ok(())
+}
+
+/// The truth that a store tells: position and counter.
+async fn stored<S: OffsetStore<Tx: KeyValue>>(store: &S) -> Result<(Option<Position>, u64), Error> {
+    let shipping = consumer("shipping");
+    let mut tx = store.begin(&shipping).await?;
+    let n = counter(tx.get(b"n").await?.as_deref());
+    tx.rollback().await?;
+    Ok((store.position(&shipping).await?, n))
+}
+
+/// [S1](essentially_once::OffsetStore#contract): the state counts the commits, and says the same as the position after every failure.
+pub(super) async fn s1_a_restart_never_parts_state_from_position<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
+        let mut store = up(|| backend.store()).await?;
+        while !stop.load(Ordering::SeqCst) {
+            if let Err(error) = count_one(&store, &*log).await {
+                store = up(|| backend.store()).await?;
+                let (position, n) = settled(backend, &mut store).await?;
+                let next = position.map(|position| position.next).unwrap_or_default();
+                ensure!(next == n.into(), "after {error}: the position is {next}, the state {n}");
+            }
+            progress.fetch_add(1, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Adds 1 to the counter and to the position.
+async fn count_one<S: OffsetStore<Tx: KeyValue>>(store: &S, log: &dyn Log) -> Result<(), Error> {
+    let (position, _) = stored(store).await?;
+    let mut tx = store.begin(&consumer("shipping")).await?;
+    let n = counter(tx.get(b"n").await?.as_deref());
+    tx.put(b"n", &(n + 1).to_be_bytes()).await?;
+    tx.commit(advance(position.as_ref(), log, n + 1)).await
+}
+
+/// The stored truth, asked until the store answers.
+async fn settled<B: Backend>(backend: &B, store: &mut B::Store) -> Result<(Option<Position>, u64), Violation> {
+    loop {
+        match stored(store).await {
+            Ok(found) => return Ok(found),
+            Err(_) => *store = up(|| backend.store()).await?,
+        }
+    }
+}
+
+/// [S3](essentially_once::OffsetStore#contract): position, windows and state of an acknowledged commit.
+pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    for round in 1..=3 {
+        let mut store = up(|| backend.store()).await?;
+        count_one(&store, &*log).await?;
+        let before = settled(backend, &mut store).await?;
+        backend.restart().await?;
+        let mut store = up(|| backend.store()).await?;
+        let after = settled(backend, &mut store).await?;
+        ensure!(
+            after.1 == round,
+            "restart {round}: {round} commits were acknowledged, the state counts {}",
+            after.1
+        );
+        ensure!(before == after, "restart {round} changed {before:?} to {after:?}");
+    }
+    Ok(())
+}
+
+/// [S5](essentially_once::OffsetStore#contract): commits while the backend restarts. A certain failure moved nothing; after an unknown
+/// outcome the position tells which; an acknowledged commit is there.
+pub(super) async fn s5_position_resolves_an_unknown_outcome<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
+        let mut store = up(|| backend.store()).await?;
+        let mut revision = 0;
+        while !stop.load(Ordering::SeqCst) {
+            let result = count_one(&store, &*log).await;
+            if result.is_err() {
+                store = up(|| backend.store()).await?;
+            }
+            let (position, _) = settled(backend, &mut store).await?;
+            let found = position.map_or(0, |position| position.revision);
+            let fits = match &result {
+                Ok(()) => found == revision + 1,
+                Err(error) if is_certain(error) => found == revision,
+                Err(_) => found == revision || found == revision + 1,
+            };
+            ensure!(
+                fits,
+                "revision {revision} was stored, a commit ended with {result:?}, now revision {found} is stored"
+            );
+            revision = found;
+            progress.fetch_add(1, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+        }
+        Ok(())
+    })
+    .await
+}

@@ -1,0 +1,53 @@
+//! The core's in-memory backend under test: the shortest harness there is.
+
+use std::sync::Arc;
+
+use essentially_once::{
+    Error, Log, Offset, Source, async_trait,
+    memory::{Memory, MemoryStore, SIZE_LIMIT},
+};
+
+use crate::{Backend, Capabilities, Harness, Support};
+
+/// Starts a [`Memory`] for each case.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryHarness;
+
+#[async_trait]
+impl Harness for MemoryHarness {
+    type Backend = Memory;
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            restart: Support::No("the in-memory backend ends with its process"),
+            recreate: Support::No("the in-memory backend does not delete logs"),
+            malformed: Support::No("the in-memory backend keeps records, not bytes to decode"),
+            foreign: Support::No("nobody else can reach the in-memory backend"),
+            truncate: Support::Yes,
+            record_limit: Some(SIZE_LIMIT),
+            ..Capabilities::minimal()
+        }
+    }
+
+    async fn start(&self, _: &str) -> Result<Memory, Source> {
+        Ok(Memory::new())
+    }
+}
+
+#[async_trait]
+impl Backend for Memory {
+    type Store = MemoryStore;
+
+    async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
+        Ok(Arc::new(self.log(name)?))
+    }
+
+    async fn store(&self) -> Result<MemoryStore, Error> {
+        Ok(self.store())
+    }
+
+    async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
+        self.log(log)?.truncate(before);
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! Cases as named tests, under `cargo test` and nextest.
+
+use std::{fmt, future::Future, pin::Pin, process::ExitCode, sync::Arc, time::Duration};
+
+use essentially_once::{Error, Source};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::{Capabilities, Harness, Support, cases};
+
+/// A case that takes longer is stuck: "waits for ever" is a failure like any other.
+const TIME_LIMIT: Duration = Duration::from_secs(120);
+
+/// What a case found to be wrong.
+#[derive(Debug)]
+pub struct Violation(String);
+
+impl Violation {
+    /// A finding in words.
+    pub fn new(finding: impl Into<String>) -> Self {
+        Self(finding.into())
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<Error> for Violation {
+    fn from(error: Error) -> Self {
+        Self(format!("unexpected error: {error}"))
+    }
+}
+
+impl From<Source> for Violation {
+    fn from(error: Source) -> Self {
+        Self(format!("the harness failed: {error}"))
+    }
+}
+
+/// Ends the case with a [`Violation`] unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($finding:tt)+) => {
+        if !$condition {
+            return Err($crate::suite::Violation::new(format!($($finding)+)));
+        }
+    };
+}
+pub(crate) use ensure;
+
+pub(crate) type CaseResult = Result<(), Violation>;
+type CaseFuture<'a> = Pin<Box<dyn Future<Output = CaseResult> + Send + 'a>>;
+
+/// One conformance case: a name that begins with the contract bullet it checks, and what it needs to run.
+pub struct Case<H: Harness> {
+    pub(crate) name: &'static str,
+    pub(crate) needs: fn(&Capabilities) -> Support,
+    pub(crate) run: for<'a> fn(&'a H, &'a H::Backend) -> CaseFuture<'a>,
+}
+
+impl<H: Harness> Case<H> {
+    /// The case's name, such as `s2_a_stale_revision_is_fenced`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Whether a backend with these capabilities can be asked.
+    pub fn support(&self, capabilities: &Capabilities) -> Support {
+        (self.needs)(capabilities)
+    }
+
+    /// Runs the case on a backend of its own, in a tokio runtime of its own with two workers.
+    ///
+    /// # Errors
+    /// What was found to be wrong, or that it took more than two minutes.
+    pub fn run(&self, harness: &H) -> Result<(), Violation> {
+        self.run_within(harness, TIME_LIMIT)
+    }
+
+    /// As [`run`](Self::run), with another time limit.
+    ///
+    /// # Errors
+    /// As for [`run`](Self::run).
+    pub fn run_within(&self, harness: &H, limit: Duration) -> Result<(), Violation> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .map_err(|error| Violation::new(format!("no tokio runtime: {error}")))?;
+        let result = runtime.block_on(async {
+            let case = async {
+                let backend = harness.start(self.name).await?;
+                (self.run)(harness, &backend).await
+            };
+            tokio::time::timeout(limit, case)
+                .await
+                .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {limit:?}"))))
+        });
+        // Tasks that a stuck backend left behind must not hold up the other cases.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        result
+    }
+}
+
+/// All conformance cases, in the order of the contract's bullets.
+pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
+    cases::all()
+}
+
+/// The main function of a test target with `harness = false`: runs all cases on the backend, each as a test named
+/// `<backend>::<case>`. Understands the arguments of `cargo test`, so that cases can be filtered by name, and of nextest.
+///
+/// ```no_run
+/// use essentially_once_testkit::{Suite, memory::MemoryHarness};
+///
+/// fn main() -> std::process::ExitCode {
+///     Suite::new().backend("memory", MemoryHarness).run()
+/// }
+/// ```
+#[derive(Default)]
+pub struct Suite {
+    trials: Vec<Trial>,
+}
+
+impl Suite {
+    /// A suite without cases.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds all cases for a backend, under that name.
+    #[must_use]
+    pub fn backend<H: Harness>(mut self, name: &str, harness: H) -> Self {
+        let harness = Arc::new(harness);
+        let capabilities = harness.capabilities();
+        for case in conformance_cases::<H>() {
+            let harness = Arc::clone(&harness);
+            let full_name = format!("{name}::{}", case.name);
+            self.trials.push(match case.support(&capabilities) {
+                Support::Yes => Trial::test(full_name, move || case.run(&harness).map_err(Failed::from)),
+                Support::No(why) => Self::ignored(full_name, why),
+            });
+        }
+        self
+    }
+
+    /// Adds all cases for a backend that cannot be started here, as ignored, with the reason.
+    #[must_use]
+    pub fn missing<H: Harness>(mut self, name: &str, why: &str) -> Self {
+        for case in conformance_cases::<H>() {
+            self.trials.push(Self::ignored(format!("{name}::{}", case.name), why));
+        }
+        self
+    }
+
+    /// Adds a test of your own.
+    #[must_use]
+    pub fn test(mut self, name: &str, test: impl FnOnce() -> Result<(), Violation> + Send + 'static) -> Self {
+        self.trials
+            .push(Trial::test(name, move || test().map_err(Failed::from)));
+        self
+    }
+
+    /// The reason is shown as the test's kind: `test [why] name ... ignored`.
+    fn ignored(name: String, why: &str) -> Trial {
+        let reason = Failed::from(why.to_owned());
+        Trial::test(name, move || Err(reason))
+            .with_kind(why)
+            .with_ignored_flag(true)
+    }
+
+    /// Runs the suite with the process's arguments.
+    pub fn run(self) -> ExitCode {
+        libtest_mimic::run(&Arguments::from_args(), self.trials).exit_code()
+    }
+}
