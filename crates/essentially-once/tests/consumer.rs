@@ -1,6 +1,12 @@
 //! The consumer loop under a scripted backend: what becomes of records and position with a fault at each step.
 
-#![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used, reason = "tests, with a support module that each uses in part")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    clippy::unwrap_used,
+    reason = "tests, with a support module that each uses in part"
+)]
 
 mod support;
 

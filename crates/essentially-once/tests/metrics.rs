@@ -1,6 +1,12 @@
 //! What a consumer tells the process's metrics recorder. A test binary of its own, since the recorder is global.
 
-#![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used, reason = "tests, with a support module that each uses in part")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    clippy::unwrap_used,
+    reason = "tests, with a support module that each uses in part"
+)]
 
 mod support;
 

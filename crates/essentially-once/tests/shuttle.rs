@@ -1,0 +1,211 @@
+//! The consumer loop under a model checker: two instances of one consumer, a crash anywhere in each, many interleavings.
+//!
+//! Built only with `--cfg shuttle`, which gives the loop's two runtime services to the checker (`src/rt.rs`);
+//! `cargo xtask test` does so. A failure prints the schedule, which `shuttle::replay` repeats.
+
+#![cfg(shuttle)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+use std::{future::poll_fn, panic, pin::pin, task::Poll};
+
+use bytes::Bytes;
+use essentially_once::{
+    Advance, Consumer, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore,
+    Position, ProducerId, Record, Transaction, async_trait,
+    memory::{Memory, MemoryStore, MemoryTx},
+};
+use shuttle::{
+    Config, Runner, future,
+    rand::Rng,
+    scheduler::{PctScheduler, RandomScheduler, Scheduler, UncontrolledNondeterminismCheckScheduler},
+};
+
+/// Random schedules and PCT schedules (Burckhardt et al., ASPLOS 2010) each; `ESSENTIALLY_ONCE_SCHEDULES` overrides.
+const SCHEDULES: usize = 5_000;
+const RECORDS: u64 = 4;
+
+/// Lets the scheduler switch tasks: memory never waits, a real backend always may.
+async fn switch() {
+    future::yield_now().await;
+}
+
+/// The in-memory store with a switch before and after every operation, optionally without fencing.
+#[derive(Clone)]
+struct Store {
+    inner: MemoryStore,
+    fenced: bool,
+}
+
+struct Tx {
+    inner: MemoryTx,
+    store: Store,
+    consumer: ConsumerId,
+}
+
+#[async_trait]
+impl OffsetStore for Store {
+    type Tx = Tx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        switch().await;
+        let position = self.inner.position(consumer).await;
+        switch().await;
+        position
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<Tx, Error> {
+        switch().await;
+        Ok(Tx {
+            inner: self.inner.begin(consumer).await?,
+            store: self.clone(),
+            consumer: consumer.clone(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+#[async_trait]
+impl Transaction for Tx {
+    async fn commit(self, mut advance: Advance) -> Result<(), Error> {
+        switch().await;
+        if !self.store.fenced {
+            let position = self.store.inner.position(&self.consumer).await?;
+            advance.expected_revision = position.map_or(0, |position| position.revision);
+        }
+        let result = self.inner.commit(advance).await;
+        switch().await;
+        result
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        switch().await;
+        self.inner.rollback().await
+    }
+}
+
+#[async_trait]
+impl KeyValue for Tx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        switch().await;
+        self.inner.get(key).await
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        self.inner.put(key, value).await
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.inner.delete(key).await
+    }
+}
+
+/// Appends the record's payload to one value: what was handled, in order.
+struct Journal;
+
+#[async_trait]
+impl<T: KeyValue> Handler<T> for Journal {
+    async fn handle(&mut self, record: &Record, tx: &mut T) -> Result<(), HandlerError> {
+        let mut journal = tx.get(b"journal").await?.unwrap_or_default().to_vec();
+        journal.extend_from_slice(&record.payload);
+        switch().await;
+        tx.put(b"journal", &journal).await?;
+        Ok(())
+    }
+}
+
+/// Runs the consumer; it crashes at a random moment, and is started again.
+async fn run_with_a_crash(memory: Memory, fenced: bool) {
+    let run = || {
+        let store = Store {
+            inner: memory.store(),
+            fenced,
+        };
+        Consumer::essentially_once(shipping(), memory.log("orders").unwrap(), store, Journal)
+            .accept_volatile()
+            .max_batch(2)
+            .run_until_caught_up()
+    };
+    let mut polls_left = shuttle::rand::thread_rng().gen_range(0..80u32);
+    let mut first = pin!(run());
+    let finished = poll_fn(|context| {
+        if polls_left == 0 {
+            return Poll::Ready(None);
+        }
+        polls_left -= 1;
+        first.as_mut().poll(context).map(Some)
+    });
+    match finished.await {
+        Some(report) => drop(report.unwrap()),
+        None => drop(run().await.unwrap()),
+    }
+}
+
+fn shipping() -> ConsumerId {
+    ConsumerId::new("shipping").unwrap()
+}
+
+/// Two instances at once; in the end every record took effect once, in order.
+fn race(fenced: bool) {
+    future::block_on(async move {
+        let memory = Memory::new();
+        let web = ProducerId::new("web").unwrap();
+        // The third is the second, sent twice.
+        let records = [("a", 0), ("b", 1), ("b", 1), ("c", 2)];
+        let records = records.map(|(payload, sequence)| NewRecord::new(payload).origin(web.clone(), sequence));
+        memory.log("orders").unwrap().append(&records).await.unwrap();
+        let other = future::spawn(run_with_a_crash(memory.clone(), fenced));
+        run_with_a_crash(memory.clone(), fenced).await;
+        other.await.unwrap();
+        let store = memory.store();
+        let journal = store.begin(&shipping()).await.unwrap().get(b"journal").await.unwrap();
+        assert_eq!(journal.as_deref(), Some(&b"abc"[..]));
+        assert_eq!(store.position(&shipping()).await.unwrap().unwrap().next, RECORDS.into());
+    });
+}
+
+fn schedules() -> usize {
+    std::env::var("ESSENTIALLY_ONCE_SCHEDULES")
+        .ok()
+        .and_then(|schedules| schedules.parse().ok())
+        .unwrap_or(SCHEDULES)
+}
+
+fn check(scheduler: impl Scheduler + 'static, fenced: bool) {
+    let mut config = Config::new();
+    // The loop's futures are larger than the checker's small default stacks.
+    config.stack_size = 0x10_0000;
+    Runner::new(scheduler, config).run(move || race(fenced));
+}
+
+#[test]
+fn every_random_schedule_handles_each_record_once() {
+    check(RandomScheduler::new(schedules()), true);
+    println!("{} random schedules", schedules());
+}
+
+#[test]
+fn every_pct_schedule_handles_each_record_once() {
+    check(PctScheduler::new(3, schedules()), true);
+    println!("{} PCT schedules of depth 3", schedules());
+}
+
+#[test]
+fn without_fencing_the_checker_finds_a_doubled_or_lost_record() {
+    let found = panic::catch_unwind(|| check(RandomScheduler::new(schedules()), false));
+    assert!(
+        found.is_err(),
+        "a store without fencing passed {} schedules",
+        schedules()
+    );
+}
+
+#[test]
+fn schedules_are_all_that_varies() {
+    check(
+        UncontrolledNondeterminismCheckScheduler::new(RandomScheduler::new(200)),
+        true,
+    );
+}
