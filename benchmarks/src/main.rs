@@ -54,7 +54,10 @@ fn main() -> Result<ExitCode> {
         Some(dir) => tempfile::tempdir_in(dir)?,
         None => tempfile::tempdir()?,
     };
-    println!("{} rounds; records/s are medians, the ratio is ours / by hand, round by round", arguments.rounds);
+    println!(
+        "{} rounds; records/s are medians, the ratio is ours / by hand, round by round",
+        arguments.rounds
+    );
     println!("| batch | by hand, records/s | ours, records/s | ratio, median | min | max |");
     println!("|---|---|---|---|---|---|");
     let mut worst = f64::INFINITY;

@@ -5,8 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_trait::async_trait;
-use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record};
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
 use essentially_once_sqlite::{
     Sqlite, SqliteTx,
     rusqlite::{Connection, params},
@@ -84,7 +83,10 @@ pub(crate) fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> 
         "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL);
          INSERT INTO counter VALUES (1, 0);",
     )?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_time()
+        .build()?;
     let time = runtime.block_on(async {
         let sqlite = Sqlite::open(path).await?;
         let log = sqlite.log("bench").await?;
@@ -95,7 +97,7 @@ pub(crate) fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> 
         let started = Instant::now();
         let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, sqlite.store(), Count);
         tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
-        Result::Ok(started.elapsed())
+        Ok::<_, Box<dyn std::error::Error>>(started.elapsed())
     })?;
     check(&connection, records)?;
     Ok(time)

@@ -464,14 +464,27 @@ async fn settings_that_make_no_sense_are_refused() {
 }
 
 #[tokio::test]
-async fn read_ahead_of_one_record_still_gets_everything() {
-    let backend = Backend::new(RECORDS, Script::default()).await;
-    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
-        .read_ahead(1, 1)
-        .run_until_caught_up()
-        .await
-        .unwrap();
-    assert_eq!(report.handled, RECORDS);
+async fn a_log_far_larger_than_the_read_ahead_is_read_to_its_end() {
+    for (records, bytes) in [
+        (1, 1),
+        (2, 1_000),
+        (3, 7),
+        (10, 1),
+        (16, 1_000),
+        (1_000, 100),
+        (1_024, 1_000_000),
+    ] {
+        for max_batch in [1, 2, 5, 100, 5_000] {
+            let backend = Backend::new(1_000, Script::default()).await;
+            let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+                .read_ahead(records, bytes)
+                .max_batch(max_batch)
+                .run_until_caught_up();
+            let report = tokio::time::timeout(Duration::from_secs(30), run).await;
+            let report = report.unwrap_or_else(|_| panic!("stuck: {records} records, {bytes} bytes, {max_batch}"));
+            assert_eq!(report.unwrap().handled, 1_000);
+        }
+    }
 }
 
 #[tokio::test]

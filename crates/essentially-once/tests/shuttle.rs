@@ -126,6 +126,8 @@ async fn run_with_a_crash(memory: Memory, fenced: bool) {
         Consumer::essentially_once(shipping(), memory.log("orders").unwrap(), store, Journal)
             .accept_volatile()
             .max_batch(2)
+            // Smaller than the log, so that a wake-up lost between reading and taking shows as a deadlock.
+            .read_ahead(2, 1_000)
             .run_until_caught_up()
     };
     let mut polls_left = shuttle::rand::thread_rng().gen_range(0..80u32);

@@ -86,8 +86,8 @@ impl Buffer {
                 _ => {}
             }
         }
-        let taken: Vec<Record> = state.records.drain(..count).collect();
         let was_full = !self.has_room(&state);
+        let taken: Vec<Record> = state.records.drain(..count).collect();
         state.bytes -= taken.iter().map(Record::size).sum::<usize>();
         if was_full && self.has_room(&state) {
             self.drained.notify_one();
