@@ -1,0 +1,87 @@
+//! How what SQLite has no column type for is kept as bytes.
+
+use bytes::Bytes;
+use essentially_once::Header;
+
+const HEADERS_VERSION: u8 = 1;
+
+/// Headers as bytes: a version, then for each the name and the value, each after its length as a big-endian u32. `None` where
+/// there are no headers.
+pub(crate) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
+    if headers.is_empty() {
+        return None;
+    }
+    let size: usize = headers.iter().map(|(name, value)| 8 + name.len() + value.len()).sum();
+    let mut bytes = Vec::with_capacity(1 + size);
+    bytes.push(HEADERS_VERSION);
+    for (name, value) in headers {
+        for part in [name.as_bytes(), value] {
+            // The record limit keeps every length far below 4 GiB.
+            bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
+            bytes.extend_from_slice(part);
+        }
+    }
+    Some(bytes)
+}
+
+/// Reads what [`encode_headers`] wrote, without copying the values; or tells why it cannot be.
+pub(crate) fn decode_headers(bytes: &Bytes) -> Result<Vec<Header>, &'static str> {
+    if bytes.first() != Some(&HEADERS_VERSION) {
+        return Err("headers of an unknown version");
+    }
+    let mut headers = Vec::new();
+    let mut rest = bytes.slice(1..);
+    while !rest.is_empty() {
+        let name = take(&mut rest)?;
+        let name = str::from_utf8(&name)
+            .map_err(|_| "a header's name is not UTF-8")?
+            .to_owned();
+        headers.push((name, take(&mut rest)?));
+    }
+    Ok(headers)
+}
+
+fn take(rest: &mut Bytes) -> Result<Bytes, &'static str> {
+    const CUT_SHORT: &str = "headers are cut short";
+    let (length, after) = rest.split_first_chunk::<4>().ok_or(CUT_SHORT)?;
+    let length = u32::from_be_bytes(*length) as usize;
+    if length > after.len() {
+        return Err(CUT_SHORT);
+    }
+    let _ = rest.split_to(4);
+    Ok(rest.split_to(length))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn headers_round_trip(headers in prop::collection::vec((".{0,20}", prop::collection::vec(any::<u8>(), 0..40)), 1..8)) {
+            let headers: Vec<Header> = headers.into_iter().map(|(name, value)| (name, value.into())).collect();
+            let bytes = Bytes::from(encode_headers(&headers).expect("some"));
+            prop_assert_eq!(decode_headers(&bytes).expect("decodes"), headers);
+        }
+
+        #[test]
+        fn foreign_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
+            let _ = decode_headers(&bytes.clone().into());
+            let versioned = [vec![HEADERS_VERSION, 0, 0, 0], bytes].concat();
+            let _ = decode_headers(&versioned.into());
+        }
+    }
+
+    #[test]
+    fn a_cut_anywhere_is_seen() {
+        let bytes = Bytes::from(encode_headers(&[("name".into(), "value".into())]).expect("some"));
+        for cut in 2..bytes.len() {
+            assert!(decode_headers(&bytes.slice(..cut)).is_err(), "{cut}");
+        }
+        assert!(encode_headers(&[]).is_none());
+    }
+}

@@ -1,0 +1,205 @@
+//! SQLite as log and store for [`essentially_once`]: records, state and position in one file, committed together.
+//!
+//! - [`Sqlite`] is an open file; its clones share two connections.
+//! - [`SqliteLog`] is a log in it: offsets are dense, begin at 0 and are never used twice.
+//! - [`SqliteStore`] keeps positions and state. A handler's [`SqliteTx`] is portable
+//!   [`KeyValue`](essentially_once::KeyValue) state and also takes SQL on tables of your own.
+//!
+//! The file is put into WAL mode and every connection of this crate syncs at each commit (`synchronous=FULL`), so what was
+//! acknowledged survives a crash. Several processes may use one file. Tables of this crate are named `essentially_once_*`; the
+//! rest of the file, and `user_version`, is yours.
+//!
+//! ```
+//! use essentially_once::{Advance, ConsumerId, Log, NewRecord, Offset, OffsetStore, Transaction};
+//! use essentially_once_sqlite::Sqlite;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("shop.db");
+//! let sqlite = Sqlite::open(path).await?;
+//! let orders = sqlite.log("orders").await?;
+//! orders.append(&[NewRecord::new("32.38"), NewRecord::new("11.61")]).await?;
+//!
+//! // What a consumer's loop does: read, change state, and commit the change together with the new position.
+//! let shipping = ConsumerId::new("shipping")?;
+//! let store = sqlite.store();
+//! let mut reader = orders.read(Offset::ZERO).await?;
+//! let mut tx = store.begin(&shipping).await?;
+//! tx.execute("CREATE TABLE IF NOT EXISTS freight (offset INTEGER PRIMARY KEY, price REAL)", [])?;
+//! let records = reader.next(100).await?;
+//! for record in &records {
+//!     let price: f64 = std::str::from_utf8(&record.payload)?.parse()?;
+//!     tx.execute("INSERT INTO freight VALUES (?1, ?2)", (record.offset.lo() as i64, price))?;
+//! }
+//! tx.commit(Advance {
+//!     log: essentially_once::Log::id(&orders).clone(),
+//!     next: records[records.len() - 1].offset.successor(),
+//!     expected_revision: 0,
+//!     windows: vec![],
+//!     forgotten: vec![],
+//! })
+//! .await?;
+//!
+//! let sum: Option<f64> = store
+//!     .begin(&shipping)
+//!     .await?
+//!     .query_one("SELECT sum(price) FROM freight", [], |row| row.get(0))?;
+//! assert_eq!(sum, Some(43.99));
+//! assert_eq!(store.position(&shipping).await?.map(|position| position.next), Some(2.into()));
+//! # Ok(())
+//! # }
+//! ```
+
+mod codec;
+mod connect;
+mod error;
+mod guard;
+mod log;
+mod reader;
+mod retention;
+mod row;
+mod schema;
+mod shared;
+mod store;
+
+use std::{fmt, path::Path, sync::Arc, time::Duration};
+
+use essentially_once::Error;
+pub use rusqlite;
+
+use crate::shared::Shared;
+pub use crate::{
+    error::sqlite_error,
+    log::SqliteLog,
+    retention::Retention,
+    store::{SqliteStore, SqliteTx},
+};
+
+/// An open SQLite file. Clones share its connections.
+///
+/// All writing of a handle and its clones goes through one connection, one transaction at a time and in the order of asking; a
+/// second handle on the same file, in this process or another, waits for the file's lock. Waiting never blocks the runtime's
+/// thread. Committing does, for as long as the disk takes to sync.
+///
+/// The file must stay where it is while it is open: SQLite goes on writing to a file that was moved or deleted.
+#[derive(Clone)]
+pub struct Sqlite {
+    shared: Arc<Shared>,
+}
+
+impl Sqlite {
+    /// Opens the file with the default [`SqliteOptions`], and creates it if it is missing.
+    ///
+    /// # Errors
+    /// As [`SqliteOptions::open`].
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        SqliteOptions::new().open(path).await
+    }
+
+    /// The log of that name, created empty if it is missing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`], [`Error::Unavailable`], [`Error::Failed`].
+    pub async fn log(&self, name: &str) -> Result<SqliteLog, Error> {
+        SqliteLog::open(Arc::clone(&self.shared), name).await
+    }
+
+    /// The store of positions and state.
+    pub fn store(&self) -> SqliteStore {
+        SqliteStore::new(Arc::clone(&self.shared))
+    }
+
+    /// The file's absolute path.
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+}
+
+impl fmt::Debug for Sqlite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sqlite")
+            .field("path", &self.shared.path)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How to open a file; see [`Sqlite::open`].
+///
+/// ```no_run
+/// # use essentially_once_sqlite::SqliteOptions;
+/// # use std::time::Duration;
+/// # async fn example() -> Result<(), essentially_once::Error> {
+/// let sqlite = SqliteOptions::new()
+///     .busy_timeout(Duration::from_secs(2))
+///     .record_limit(64 * 1024)
+///     .open("/var/lib/shop/shop.db")
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct SqliteOptions {
+    pub(crate) busy_timeout: Duration,
+    pub(crate) record_limit: usize,
+}
+
+impl SqliteOptions {
+    /// The defaults: 10 seconds, 16 MiB.
+    pub fn new() -> Self {
+        Self {
+            busy_timeout: Duration::from_secs(10),
+            record_limit: 16 * 1024 * 1024,
+        }
+    }
+
+    /// How long to wait for the write lock before [`Error::Unavailable`].
+    #[must_use]
+    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
+        self.busy_timeout = timeout;
+        self
+    }
+
+    /// Largest record (key, headers and payload together), state key or state value, in bytes.
+    #[must_use]
+    pub fn record_limit(mut self, bytes: usize) -> Self {
+        self.record_limit = bytes;
+        self
+    }
+
+    /// Opens the file, and creates it if it is missing. Its folder must exist.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] for a path that cannot be a database (`:memory:` is none), a file that is something else, cannot be
+    /// written or was made by a newer version, always with the path and what to do; [`Error::Unavailable`] if another process
+    /// keeps the file locked. Nothing is changed in a file that is refused.
+    pub async fn open(self, path: impl AsRef<Path>) -> Result<Sqlite, Error> {
+        if self.record_limit > MAX_RECORD_LIMIT {
+            return Err(Error::InvalidSetting {
+                setting: "record_limit",
+                reason: format!(
+                    "{} bytes is over what SQLite takes, {MAX_RECORD_LIMIT}",
+                    self.record_limit
+                ),
+            });
+        }
+        let path = connect::check_path(path.as_ref())?;
+        let action = error::on("open SQLite file", &path);
+        let opened = tokio::task::spawn_blocking(move || Shared::open(path, self));
+        match opened.await {
+            Ok(shared) => Ok(Sqlite {
+                shared: Arc::new(shared?),
+            }),
+            Err(error) => Err(Error::unavailable(action, error)),
+        }
+    }
+}
+
+/// SQLite takes rows of up to 1,000,000,000 bytes; the rest is room for the other columns and the encoding of headers.
+const MAX_RECORD_LIMIT: usize = 900_000_000;
+
+impl Default for SqliteOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}

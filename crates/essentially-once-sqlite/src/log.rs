@@ -1,0 +1,433 @@
+//! The log: one table per log, and one row that knows where it ends.
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset};
+use rusqlite::{Connection, OptionalExtension};
+use tokio::{sync::watch, task};
+
+use crate::{
+    codec::encode_headers,
+    connect,
+    error::{classify, is_busy},
+    reader::SqliteReader,
+    retention::{Retention, now_millis, trim},
+    row::COLUMNS,
+    schema::{MARK, internal},
+    shared::{Shared, WriteTx},
+};
+
+/// Appends up to this many records and bytes run on the caller's thread: handing them over would take longer.
+const INLINE_RECORDS: usize = 256;
+const INLINE_BYTES: usize = 1024 * 1024;
+
+/// How many records [`SqliteLog::trim`] removes per transaction, so that nobody waits long for the lock.
+const TRIM_CHUNK: u64 = 10_000;
+
+/// A log in a SQLite file; see [`Sqlite::log`](crate::Sqlite::log). Offsets are dense, begin at 0 and are never used twice.
+///
+/// A record is a row of the table `essentially_once_log_<id>`, with the id from `essentially_once_logs`. Rows may be read with
+/// any tool. What was inserted by hand is read too, and what of it cannot be decoded is yielded as malformed.
+///
+/// An append is one transaction: a failed one left nothing behind. Within a handler's transaction on the same file, an append
+/// waits for the handler's own lock and ends as [`Error::Unavailable`].
+#[derive(Clone)]
+pub struct SqliteLog {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) id: LogId,
+    pub(crate) sql: Statements,
+    pub(crate) wake: Arc<watch::Sender<()>>,
+}
+
+/// The statements on one log's table.
+pub(crate) struct Statements {
+    insert: String,
+    status: String,
+    pub(crate) fetch: String,
+    pub(crate) times: String,
+    pub(crate) delete_before: String,
+}
+
+impl Statements {
+    fn new(log: i64) -> Self {
+        let table = format!("main.essentially_once_log_{log}");
+        Self {
+            insert: format!("{MARK} INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
+            status: format!(
+                "{MARK} SELECT next, keep_records, keep_age_ms,
+                     (SELECT min(\"offset\") FROM {table}), (SELECT max(\"offset\") FROM {table})
+                 FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
+            ),
+            // The log's row is looked at once per fetch, so that a log made anew is not read as the old one.
+            fetch: format!(
+                "{MARK} SELECT {COLUMNS} FROM {table}
+                 WHERE \"offset\" >= ?1
+                     AND EXISTS (SELECT 1 FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?3)
+                 ORDER BY \"offset\" LIMIT ?2"
+            ),
+            times: format!(
+                "{MARK} SELECT \"offset\", appended_at FROM {table}
+                 WHERE \"offset\" >= ?1 AND \"offset\" < ?2 ORDER BY \"offset\""
+            ),
+            delete_before: format!("{MARK} DELETE FROM {table} WHERE \"offset\" < ?1"),
+        }
+    }
+}
+
+/// What a log holds, read in one statement and so at one moment.
+#[derive(Clone, Copy)]
+pub(crate) struct Status {
+    pub(crate) earliest: u64,
+    /// The last record's offset, if there is any.
+    pub(crate) last: Option<u64>,
+    pub(crate) end: u64,
+    pub(crate) retention: Retention,
+}
+
+/// Where a reader stands that found no record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Standing {
+    /// There are records by now.
+    Before,
+    /// It has to wait.
+    AtEnd,
+}
+
+impl SqliteLog {
+    pub(crate) async fn open(shared: Arc<Shared>, name: &str) -> Result<Self, Error> {
+        let id = LogId::new(name)?;
+        let action = || format!("open log {name}");
+        let found = match shared.read(action, |connection| find(connection, name)).await? {
+            Some(found) => found,
+            None => {
+                let tx = shared.begin(action).await?;
+                let found = create(tx.connection(), name).map_err(|error| classify(shared.on(action()), error))?;
+                tx.commit(|| shared.on(action()))?;
+                found
+            }
+        };
+        Ok(Self {
+            inner: Arc::new(Inner {
+                id: id.with_incarnation(&found.1)?,
+                sql: Statements::new(found.0),
+                wake: shared.wake(found.0),
+                shared,
+            }),
+        })
+    }
+
+    /// Sets what the log keeps. It is kept in the file: every append, by whatever process, removes some of the records that are
+    /// no longer kept, about twice as many as it adds; [`trim`](Self::trim) removes all of them at once.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] for a retention that keeps nothing; [`Error::Unavailable`], [`Error::Failed`].
+    pub async fn set_retention(&self, retention: Retention) -> Result<(), Error> {
+        retention.check()?;
+        let action = || format!("set retention of log {}", self.inner.id);
+        let tx = self.inner.shared.begin(action).await?;
+        self.inner.require(tx.connection(), action)?;
+        let (records, age) = retention.to_columns();
+        tx.connection()
+            .execute(
+                internal!(
+                    "UPDATE main.essentially_once_logs SET keep_records = ?1, keep_age_ms = ?2 \
+                     WHERE name = ?3 AND incarnation = ?4"
+                ),
+                (records, age, self.inner.id.name(), self.inner.incarnation()),
+            )
+            .map_err(|error| classify(self.inner.shared.on(action()), error))?;
+        tx.commit(|| self.inner.shared.on(action()))
+    }
+
+    /// What the log keeps.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    pub async fn retention(&self) -> Result<Retention, Error> {
+        Ok(self.inner.current_status("read retention of").await?.retention)
+    }
+
+    /// Removes every record that the log's retention no longer keeps, and returns how many.
+    ///
+    /// Dropping the future may leave some of the work undone.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    pub async fn trim(&self) -> Result<u64, Error> {
+        let mut total = 0;
+        loop {
+            let tx = self
+                .inner
+                .shared
+                .begin(|| format!("trim log {}", self.inner.id))
+                .await?;
+            let inner = Arc::clone(&self.inner);
+            let removed = run_blocking(self, "trim", move || inner.trim_chunk(tx)).await?;
+            total += removed;
+            if removed < TRIM_CHUNK {
+                return Ok(total);
+            }
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn incarnation(&self) -> &str {
+        self.id.incarnation().unwrap_or_default()
+    }
+
+    /// What the log holds; `None` if it is gone, or was made anew since this handle was opened.
+    pub(crate) fn status(&self, connection: &Connection) -> rusqlite::Result<Option<Status>> {
+        let read = connection.prepare_cached(&self.sql.status).and_then(|mut statement| {
+            statement
+                .query_row([self.incarnation()], |row| {
+                    let (first, last): (Option<i64>, Option<i64>) = (row.get(3)?, row.get(4)?);
+                    let first = first.map(|first| u64::try_from(first).unwrap_or(0));
+                    let last = last.and_then(|last| u64::try_from(last).ok());
+                    let next = u64::try_from(row.get::<_, i64>(0)?).unwrap_or(0);
+                    // Rows inserted by hand count, although nobody raised `next` for them.
+                    let end = last.map_or(next, |last| next.max(last + 1));
+                    Ok(Status {
+                        earliest: first.unwrap_or(end),
+                        last,
+                        end,
+                        retention: Retention::from_columns(row.get(1)?, row.get(2)?),
+                    })
+                })
+                .optional()
+        });
+        match read {
+            // Without the log's table the statement cannot be prepared; is the log gone as a whole?
+            Err(error) if !is_busy(&error) => match find(connection, self.id.name())? {
+                Some((_, incarnation)) if incarnation == self.incarnation() => Err(error),
+                _ => Ok(None),
+            },
+            read => read,
+        }
+    }
+
+    /// Whether a reader that wants `requested` next finds a record, or has to wait, or never will find one.
+    pub(crate) fn standing(&self, requested: Offset, status: Option<&Status>) -> Result<Standing, Error> {
+        let out_of_range = |end: u64| Error::OutOfRange {
+            log: self.id.clone(),
+            requested,
+            end: end.into(),
+        };
+        let truncated = |earliest: u64| Error::Truncated {
+            log: self.id.clone(),
+            requested,
+            earliest: earliest.into(),
+        };
+        // Nothing is left of this incarnation.
+        let Some(status) = status else {
+            return Err(out_of_range(0));
+        };
+        // Only `lo` counts here; an offset with a `hi` is past any end.
+        let wanted = if requested.hi() == 0 { requested.lo() } else { u64::MAX };
+        if wanted > status.end {
+            Err(out_of_range(status.end))
+        } else if wanted == status.end {
+            Ok(Standing::AtEnd)
+        } else if status.last.is_none_or(|last| last < wanted) {
+            Err(truncated(status.end))
+        } else if wanted < status.earliest {
+            Err(truncated(status.earliest))
+        } else {
+            Ok(Standing::Before)
+        }
+    }
+
+    /// The status, or an error if the log is gone.
+    fn require(&self, connection: &Connection, action: impl Fn() -> String) -> Result<Status, Error> {
+        match self.status(connection) {
+            Ok(Some(status)) => Ok(status),
+            Ok(None) => Err(self.gone(action())),
+            Err(error) => Err(classify(self.shared.on(action()), error)),
+        }
+    }
+
+    async fn current_status(&self, verb: &str) -> Result<Status, Error> {
+        let action = || format!("{verb} log {}", self.id);
+        let status = self.shared.read(action, |connection| self.status(connection)).await?;
+        status.ok_or_else(|| self.gone(action()))
+    }
+
+    fn gone(&self, action: String) -> Error {
+        Error::failed(
+            self.shared.on(action),
+            "the log was deleted or made anew since it was opened; open it again",
+        )
+    }
+
+    /// Appends in the open transaction and commits it.
+    fn append(&self, tx: WriteTx, records: &[NewRecord]) -> Result<Offset, Error> {
+        let action = || format!("append to log {}", self.id);
+        let status = self.require(tx.connection(), action)?;
+        let end = self
+            .insert(tx.connection(), status, records)
+            .map_err(|error| classify(self.shared.on(action()), error))?;
+        tx.commit(|| self.shared.on(action()))?;
+        self.wake.send_replace(());
+        Ok((end - 1).into())
+    }
+
+    fn insert(&self, connection: &Connection, before: Status, records: &[NewRecord]) -> rusqlite::Result<u64> {
+        let now = now_millis();
+        let mut end = before.end;
+        {
+            let mut insert = connection.prepare_cached(&self.sql.insert)?;
+            for record in records {
+                let origin = record.origin.as_ref();
+                insert.execute((
+                    end as i64,
+                    now,
+                    record.key.as_deref(),
+                    encode_headers(&record.headers),
+                    &record.payload[..],
+                    origin.map(|origin| origin.producer.as_str()),
+                    origin.map(|origin| origin.sequence as i64),
+                ))?;
+                end += 1;
+            }
+        }
+        connection
+            .prepare_cached(internal!(
+                "UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3"
+            ))?
+            .execute((end as i64, self.id.name(), self.incarnation()))?;
+        if before.retention != Retention::default() {
+            let after = Status { end, ..before };
+            // More than was added, so that a backlog shrinks; not everything, so that no append takes long.
+            trim(connection, &self.sql, &after, now, 2 * records.len() as u64 + 64)?;
+        }
+        Ok(end)
+    }
+
+    /// Removes up to a chunk in the open transaction and commits it.
+    fn trim_chunk(&self, tx: WriteTx) -> Result<u64, Error> {
+        let action = || format!("trim log {}", self.id);
+        let status = self.require(tx.connection(), action)?;
+        let removed = trim(tx.connection(), &self.sql, &status, now_millis(), TRIM_CHUNK)
+            .map_err(|error| classify(self.shared.on(action()), error))?;
+        tx.commit(|| self.shared.on(action()))?;
+        Ok(removed)
+    }
+}
+
+/// The id and incarnation of the log of that name.
+fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<(i64, String)>> {
+    connection
+        .prepare_cached(internal!(
+            "SELECT id, incarnation FROM main.essentially_once_logs WHERE name = ?1"
+        ))?
+        .query_row([name], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()
+}
+
+fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)> {
+    // Another handle may have created it while this one waited for the lock.
+    if let Some(found) = find(connection, name)? {
+        return Ok(found);
+    }
+    let (id, incarnation) = connection.query_row(
+        internal!(
+            "INSERT INTO main.essentially_once_logs (name, incarnation, next) VALUES (?1, lower(hex(randomblob(8))), 0) \
+             RETURNING id, incarnation"
+        ),
+        [name],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )?;
+    connection.execute_batch(&format!(
+        "CREATE TABLE main.essentially_once_log_{id} (
+             \"offset\" INTEGER PRIMARY KEY,
+             appended_at INTEGER NOT NULL DEFAULT (CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)),
+             key BLOB,
+             headers BLOB,
+             payload BLOB NOT NULL,
+             producer TEXT,
+             sequence INTEGER
+         )"
+    ))?;
+    Ok((id, incarnation))
+}
+
+async fn run_blocking<T: Send + 'static>(
+    log: &SqliteLog,
+    verb: &str,
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let joined = task::spawn_blocking(work).await;
+    joined.unwrap_or_else(|error| {
+        let action = log.inner.shared.on(format!("{verb} log {}", log.inner.id));
+        Err(Error::indeterminate(action, error))
+    })
+}
+
+#[async_trait]
+impl Log for SqliteLog {
+    fn id(&self) -> &LogId {
+        &self.inner.id
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let inner = &self.inner;
+        let mut bytes = 0;
+        for record in records {
+            record.check_size(inner.shared.options.record_limit)?;
+            bytes += record.size();
+        }
+        if records.is_empty() {
+            return Ok(None);
+        }
+        let tx = inner.shared.begin(|| format!("append to log {}", inner.id)).await?;
+        // From here to the commit nothing is awaited on this thread, so a dropped future leaves no half of an append.
+        let last = if records.len() <= INLINE_RECORDS && bytes <= INLINE_BYTES {
+            inner.append(tx, records)?
+        } else {
+            let (inner, records) = (Arc::clone(inner), records.to_vec());
+            run_blocking(self, "append to", move || inner.append(tx, &records)).await?
+        };
+        Ok(Some(last))
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let status = self.inner.current_status("read").await?;
+        self.inner.standing(from, Some(&status))?;
+        let (path, timeout) = (self.inner.shared.path.clone(), self.inner.shared.options.busy_timeout);
+        let opened = task::spawn_blocking(move || connect::reader(&path, timeout)).await;
+        let connection =
+            opened.unwrap_or_else(|error| Err(Error::unavailable(format!("read log {}", self.inner.id), error)))?;
+        Ok(Box::new(SqliteReader::new(
+            Arc::clone(&self.inner),
+            connection,
+            from.lo(),
+        )))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        let status = self.inner.current_status("read bounds of").await?;
+        Ok(Bounds {
+            earliest: status.earliest.into(),
+            end: status.end.into(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        let action = || format!("read durability of log {}", self.inner.id);
+        self.inner.shared.read(action, connect::durability).await
+    }
+}
+
+impl fmt::Debug for SqliteLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteLog")
+            .field("id", &self.inner.id)
+            .field("path", &self.inner.shared.path)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,246 @@
+//! From a row to a record. Whoever edited the table by hand gets a malformed record, never an error or a panic.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+use essentially_once::{Origin, ProducerId, Record};
+use rusqlite::{Row, types::ValueRef};
+
+use crate::codec::decode_headers;
+
+/// The columns in the order that [`Decoder`] reads them.
+pub(crate) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";
+
+/// Above this a value gets an allocation of its own, so that one small record kept does not keep large neighbours alive.
+const OWN_ALLOCATION: usize = 64 * 1024;
+
+/// One row, each column asked for once: this is done for every record that is read.
+pub(crate) struct Columns<'r> {
+    pub(crate) offset: u64,
+    appended_at: ValueRef<'r>,
+    key: ValueRef<'r>,
+    headers: ValueRef<'r>,
+    payload: ValueRef<'r>,
+    producer: ValueRef<'r>,
+    sequence: ValueRef<'r>,
+}
+
+impl<'r> Columns<'r> {
+    /// The row that a query for [`COLUMNS`] stands on.
+    pub(crate) fn of(row: &'r Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            offset: row.get::<_, i64>(0)? as u64,
+            appended_at: row.get_ref(1)?,
+            key: row.get_ref(2)?,
+            headers: row.get_ref(3)?,
+            payload: row.get_ref(4)?,
+            producer: row.get_ref(5)?,
+            sequence: row.get_ref(6)?,
+        })
+    }
+
+    /// Bytes of key, headers and payload.
+    pub(crate) fn size(&self) -> usize {
+        [self.key, self.headers, self.payload]
+            .iter()
+            .map(|value| match value {
+                ValueRef::Blob(bytes) | ValueRef::Text(bytes) => bytes.len(),
+                _ => 0,
+            })
+            .sum()
+    }
+}
+
+/// Copies the rows of one fetch into one buffer, of which the records hold slices: one allocation per fetch, not per record.
+pub(crate) struct Decoder<'a> {
+    buffer: BytesMut,
+    buffered: usize,
+    /// The last producer seen: records of one producer come in runs, and a name is validated and allocated.
+    producer: &'a mut Option<ProducerId>,
+}
+
+impl<'a> Decoder<'a> {
+    pub(crate) fn new(capacity: usize, producer: &'a mut Option<ProducerId>) -> Self {
+        Self {
+            buffer: BytesMut::with_capacity(capacity),
+            buffered: 0,
+            producer,
+        }
+    }
+
+    /// How many bytes went into the buffer: a guess at the capacity that the next one needs.
+    pub(crate) fn buffered(&self) -> usize {
+        self.buffered
+    }
+
+    pub(crate) fn record(&mut self, columns: &Columns<'_>) -> Record {
+        let mut malformed = None;
+        let mut note = |reason: &str| {
+            malformed.get_or_insert_with(|| reason.into());
+        };
+        let appended_at = time(columns.appended_at).unwrap_or_else(|reason| {
+            note(reason);
+            UNIX_EPOCH
+        });
+        let key = match columns.key {
+            ValueRef::Null => None,
+            value => Some(self.bytes(value).unwrap_or_else(|raw| {
+                note("key is neither BLOB nor TEXT");
+                raw
+            })),
+        };
+        let headers = match columns.headers {
+            ValueRef::Null => Ok(Vec::new()),
+            value => match self.bytes(value) {
+                Ok(bytes) => decode_headers(&bytes),
+                Err(_) => Err("headers are no BLOB"),
+            },
+        };
+        let headers = headers.unwrap_or_else(|reason| {
+            note(reason);
+            Vec::new()
+        });
+        let payload = self.bytes(columns.payload).unwrap_or_else(|raw| {
+            note("payload is neither BLOB nor TEXT");
+            raw
+        });
+        let origin = self
+            .origin(columns.producer, columns.sequence)
+            .unwrap_or_else(|reason| {
+                note(reason);
+                None
+            });
+        let mut record = Record::new(columns.offset.into(), appended_at, payload);
+        record.key = key;
+        record.headers = headers;
+        record.origin = origin;
+        record.malformed = malformed;
+        record
+    }
+
+    /// The bytes of a BLOB or TEXT; `Err` with something to look at for another type.
+    fn bytes(&mut self, value: ValueRef<'_>) -> Result<Bytes, Bytes> {
+        match value {
+            ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Ok(self.copy(bytes)),
+            ValueRef::Null => Err(Bytes::new()),
+            ValueRef::Integer(number) => Err(number.to_string().into()),
+            ValueRef::Real(number) => Err(number.to_string().into()),
+        }
+    }
+
+    fn copy(&mut self, bytes: &[u8]) -> Bytes {
+        if bytes.len() > OWN_ALLOCATION {
+            return Bytes::copy_from_slice(bytes);
+        }
+        self.buffered += bytes.len();
+        self.buffer.extend_from_slice(bytes);
+        self.buffer.split().freeze()
+    }
+
+    fn origin(&mut self, producer: ValueRef<'_>, sequence: ValueRef<'_>) -> Result<Option<Origin>, &'static str> {
+        let (name, sequence) = match (producer, sequence) {
+            (ValueRef::Null, ValueRef::Null) => return Ok(None),
+            (ValueRef::Text(name), ValueRef::Integer(sequence)) => (name, sequence as u64),
+            _ => return Err("producer and sequence are not TEXT and INTEGER"),
+        };
+        let producer = match self.producer {
+            Some(last) if last.as_str().as_bytes() == name => last.clone(),
+            _ => {
+                let name = str::from_utf8(name).map_err(|_| "producer is not UTF-8")?;
+                let producer = ProducerId::new(name).map_err(|_| "producer is no valid name")?;
+                self.producer.insert(producer).clone()
+            }
+        };
+        Ok(Some(Origin { producer, sequence }))
+    }
+}
+
+fn time(value: ValueRef<'_>) -> Result<SystemTime, &'static str> {
+    match value {
+        ValueRef::Integer(millis) => u64::try_from(millis)
+            .ok()
+            .and_then(|millis| UNIX_EPOCH.checked_add(Duration::from_millis(millis)))
+            .ok_or("appended_at is before 1970"),
+        _ => Err("appended_at is no INTEGER"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+
+    /// The record of one row of values, read as from a log's table.
+    fn record(values: &str) -> Record {
+        let connection = Connection::open_in_memory().expect("open");
+        connection
+            .execute_batch(&format!(
+                "CREATE TABLE t (\"offset\" INTEGER PRIMARY KEY, appended_at INTEGER, key BLOB, headers BLOB, payload BLOB,
+                     producer TEXT, sequence INTEGER);
+                 INSERT INTO t VALUES (7, {values})"
+            ))
+            .expect("row");
+        let mut producer = None;
+        connection
+            .query_row(&format!("SELECT {COLUMNS} FROM t"), [], |row| {
+                Ok(Decoder::new(16, &mut producer).record(&Columns::of(row)?))
+            })
+            .expect("never an error")
+    }
+
+    #[test]
+    fn text_typed_by_hand_is_read_as_bytes() {
+        let record = record("1, 'k', NULL, 'hello', 'p', 3");
+        assert_eq!(record.malformed, None);
+        assert_eq!(
+            (record.key.as_deref(), &record.payload[..]),
+            (Some(&b"k"[..]), &b"hello"[..])
+        );
+        assert_eq!(record.origin.map(|origin| origin.sequence), Some(3));
+    }
+
+    #[test]
+    fn what_cannot_be_decoded_is_malformed_with_its_payload() {
+        for (values, reason) in [
+            ("-1, NULL, NULL, x'ff00', NULL, NULL", "before 1970"),
+            ("'soon', NULL, NULL, x'ff00', NULL, NULL", "no INTEGER"),
+            ("NULL, NULL, NULL, x'ff00', NULL, NULL", "no INTEGER"),
+            ("1, 5, NULL, x'ff00', NULL, NULL", "key"),
+            ("1, NULL, x'09', x'ff00', NULL, NULL", "unknown version"),
+            ("1, NULL, x'', x'ff00', NULL, NULL", "unknown version"),
+            ("1, NULL, x'01000000ff', x'ff00', NULL, NULL", "cut short"),
+            ("1, NULL, x'0100000001ff00000000', x'ff00', NULL, NULL", "UTF-8"),
+            ("1, NULL, 3.5, x'ff00', NULL, NULL", "headers are no BLOB"),
+            ("1, NULL, NULL, x'ff00', 'p', NULL", "producer and sequence"),
+            ("1, NULL, NULL, x'ff00', NULL, 4", "producer and sequence"),
+            ("1, NULL, NULL, x'ff00', 'p', 'x'", "producer and sequence"),
+            ("1, NULL, NULL, x'ff00', x'ff', 4", "producer and sequence"),
+            ("1, NULL, NULL, x'ff00', 'a b', 4", "no valid name"),
+            ("1, NULL, NULL, x'ff00', CAST(x'ff' AS TEXT), 4", "not UTF-8"),
+        ] {
+            let record = record(values);
+            assert_eq!(record.offset, 7.into());
+            assert_eq!(&record.payload[..], b"\xff\x00", "{values}");
+            let malformed = record.malformed.expect(values);
+            assert!(malformed.contains(reason), "{values}: {malformed}");
+        }
+    }
+
+    #[test]
+    fn a_payload_of_another_type_is_shown_as_text() {
+        for (value, shown) in [("NULL", ""), ("42", "42"), ("1.5", "1.5")] {
+            let record = record(&format!("1, NULL, NULL, {value}, NULL, NULL"));
+            assert!(record.malformed.is_some(), "{value}");
+            assert_eq!(&record.payload[..], shown.as_bytes());
+        }
+    }
+
+    #[test]
+    fn the_last_time_and_sequence_that_fit_round_trip() {
+        let record = record(&format!("{}, NULL, NULL, x'', 'p', -1", i64::MAX));
+        assert_eq!(record.malformed, None);
+        assert_eq!(record.origin.map(|origin| origin.sequence), Some(u64::MAX));
+        assert_eq!(record.appended_at, UNIX_EPOCH + Duration::from_millis(i64::MAX as u64));
+    }
+}

@@ -1,0 +1,178 @@
+//! The tables, and how a file gets them. The user's own tables and `user_version` are left alone.
+
+use std::path::Path;
+
+use essentially_once::Error;
+use rusqlite::{Connection, OptionalExtension};
+
+use crate::error::{classify, on};
+
+/// Begins the name of every table of ours.
+pub(crate) const PREFIX: &str = "essentially_once_";
+
+/// Begins every internal statement, so that no cached one is ever found by a handler's SQL; see [`crate::guard`].
+pub(crate) const MARK: &str = "/*essentially-once*/";
+
+/// An internal statement: marked, and to be prepared through the statement cache.
+macro_rules! internal {
+    ($sql:literal) => {
+        concat!("/*essentially-once*/ ", $sql)
+    };
+}
+pub(crate) use internal;
+
+/// Each entry brings a file from the version of its index to the next one.
+const MIGRATIONS: &[&str] = &[
+    // A u64 is kept as the i64 of the same bits; `next` is one past the last record ever appended. An id is never used twice,
+    // so that what is left of a deleted log's table is never read as another log's.
+    "CREATE TABLE main.essentially_once_logs (
+         id INTEGER PRIMARY KEY AUTOINCREMENT,
+         name TEXT NOT NULL UNIQUE,
+         incarnation TEXT NOT NULL,
+         next INTEGER NOT NULL,
+         keep_records INTEGER,
+         keep_age_ms INTEGER
+     );
+     CREATE TABLE main.essentially_once_positions (
+         consumer TEXT NOT NULL PRIMARY KEY,
+         log TEXT NOT NULL,
+         incarnation TEXT,
+         next_hi INTEGER NOT NULL,
+         next_lo INTEGER NOT NULL,
+         revision INTEGER NOT NULL
+     );
+     CREATE TABLE main.essentially_once_windows (
+         consumer TEXT NOT NULL,
+         producer TEXT NOT NULL,
+         \"window\" BLOB NOT NULL,
+         PRIMARY KEY (consumer, producer)
+     ) WITHOUT ROWID;
+     CREATE TABLE main.essentially_once_state (
+         consumer TEXT NOT NULL,
+         key BLOB NOT NULL,
+         value BLOB NOT NULL,
+         PRIMARY KEY (consumer, key)
+     ) WITHOUT ROWID;",
+];
+
+/// Refuses a file that a newer version of this crate made; reads only.
+pub(crate) fn check(connection: &Connection, path: &Path) -> Result<(), Error> {
+    let failed = |error| classify(on("open SQLite file", path), error);
+    refuse_newer(version(connection).map_err(failed)?, path)
+}
+
+/// Brings the file to this crate's schema in one transaction, whoever else opens it at the same time.
+pub(crate) fn migrate(connection: &Connection, path: &Path) -> Result<(), Error> {
+    let failed = |error| classify(on("create tables in SQLite file", path), error);
+    if version(connection).map_err(failed)? == MIGRATIONS.len() as i64 {
+        return Ok(());
+    }
+    connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
+    // Another process may have migrated while this one waited for the lock.
+    let migrated = version(connection).map_err(failed).and_then(|version| {
+        refuse_newer(version, path)?;
+        apply_from(connection, version).map_err(failed)
+    });
+    if migrated.is_err() {
+        // The connection is thrown away with the error, which rolls back in any case.
+        let _ = connection.execute_batch("ROLLBACK");
+    }
+    migrated
+}
+
+fn apply_from(connection: &Connection, version: i64) -> rusqlite::Result<()> {
+    if version == 0 {
+        connection.execute_batch(
+            "CREATE TABLE IF NOT EXISTS main.essentially_once_meta (name TEXT NOT NULL PRIMARY KEY, value INTEGER NOT NULL)",
+        )?;
+    }
+    for migration in MIGRATIONS.iter().skip(usize::try_from(version).unwrap_or(0)) {
+        connection.execute_batch(migration)?;
+    }
+    connection.execute(
+        "INSERT INTO main.essentially_once_meta (name, value) VALUES ('schema', ?1)
+         ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        [MIGRATIONS.len() as i64],
+    )?;
+    connection.execute_batch("COMMIT")
+}
+
+fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    let known: bool = connection.query_row(
+        "SELECT EXISTS (SELECT 1 FROM main.sqlite_master WHERE type = 'table' AND name = 'essentially_once_meta')",
+        [],
+        |row| row.get(0),
+    )?;
+    if !known {
+        return Ok(0);
+    }
+    let version = connection
+        .query_row(
+            "SELECT value FROM main.essentially_once_meta WHERE name = 'schema'",
+            [],
+            |row| row.get(0),
+        )
+        .optional()?;
+    Ok(version.unwrap_or(0))
+}
+
+fn refuse_newer(version: i64, path: &Path) -> Result<(), Error> {
+    let known = MIGRATIONS.len() as i64;
+    if (0..=known).contains(&version) {
+        return Ok(());
+    }
+    Err(Error::failed(
+        on("open SQLite file", path),
+        format!(
+            "its essentially_once tables have schema version {version}, this program knows versions up to {known}; \
+             use a newer essentially-once-sqlite, or another file"
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn migrating_is_repeatable_and_leaves_the_users_things_alone() {
+        let connection = Connection::open_in_memory().expect("open");
+        connection
+            .execute_batch("PRAGMA user_version = 7; CREATE TABLE orders (id)")
+            .expect("user's schema");
+        for _ in 0..2 {
+            migrate(&connection, Path::new("x.db")).expect("migrate");
+            check(&connection, Path::new("x.db")).expect("check");
+        }
+        let user_version: i64 = connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .expect("user_version");
+        assert_eq!(user_version, 7);
+        assert!(connection.is_autocommit());
+    }
+
+    #[test]
+    fn newer_schema_is_refused_naming_both_versions() {
+        let connection = Connection::open_in_memory().expect("open");
+        migrate(&connection, Path::new("x.db")).expect("migrate");
+        connection
+            .execute("UPDATE essentially_once_meta SET value = 999", [])
+            .expect("update");
+        for result in [
+            check(&connection, Path::new("x.db")),
+            migrate(&connection, Path::new("x.db")),
+        ] {
+            let error = result.expect_err("newer").to_string();
+            assert!(
+                error.contains("999") && error.contains("up to 1") && error.contains("x.db"),
+                "{error}"
+            );
+        }
+        assert!(connection.is_autocommit());
+    }
+
+    #[test]
+    fn every_internal_statement_carries_the_mark() {
+        assert!(internal!("SELECT 1").starts_with(MARK));
+    }
+}

@@ -1,0 +1,136 @@
+//! SQLite under all conformance cases of the test kit.
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use essentially_once::{Error, Log, Offset, Source, async_trait};
+use essentially_once_sqlite::{
+    Retention, Sqlite, SqliteOptions, SqliteStore,
+    rusqlite::{Connection, params},
+};
+use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support};
+use tempfile::TempDir;
+
+const RECORD_LIMIT: usize = 1024 * 1024;
+
+fn main() -> ExitCode {
+    Suite::new().backend("sqlite", SqliteHarness).run()
+}
+
+struct SqliteHarness;
+
+#[async_trait]
+impl Harness for SqliteHarness {
+    type Backend = File;
+
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::minimal();
+        capabilities.restart = Support::Yes;
+        capabilities.truncate = Support::Yes;
+        capabilities.recreate = Support::Yes;
+        capabilities.malformed = Support::Yes;
+        capabilities.foreign = Support::Yes;
+        capabilities.record_limit = Some(RECORD_LIMIT);
+        capabilities
+    }
+
+    async fn start(&self, _: &str) -> Result<File, Source> {
+        Ok(File {
+            folder: tempfile::tempdir()?,
+        })
+    }
+}
+
+/// A file in a folder of its own, which goes with it.
+struct File {
+    folder: TempDir,
+}
+
+impl File {
+    fn path(&self) -> std::path::PathBuf {
+        self.folder.path().join("test.db")
+    }
+
+    /// A handle of its own for each caller: they meet in the file only, as processes do.
+    async fn open(&self) -> Result<Sqlite, Error> {
+        SqliteOptions::new()
+            .record_limit(RECORD_LIMIT)
+            .busy_timeout(Duration::from_secs(30))
+            .open(self.path())
+            .await
+    }
+
+    /// A connection for what only someone else would do, and the name of the log's table.
+    fn as_someone_else(&self, log: &str) -> Result<(Connection, String), Source> {
+        let connection = Connection::open(self.path())?;
+        connection.busy_timeout(Duration::from_secs(30))?;
+        let find = "SELECT id FROM essentially_once_logs WHERE name = ?1";
+        let id: i64 = connection.query_row(find, [log], |row| row.get(0))?;
+        Ok((connection, format!("essentially_once_log_{id}")))
+    }
+}
+
+#[async_trait]
+impl Backend for File {
+    type Store = SqliteStore;
+
+    async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
+        Ok(Arc::new(self.open().await?.log(name).await?))
+    }
+
+    async fn store(&self) -> Result<SqliteStore, Error> {
+        Ok(self.open().await?.store())
+    }
+
+    /// There is no server. What a crash leaves, the files alone, is copied while work goes on, and must open as a sound
+    /// database; a crash of the working process itself is tested with real processes.
+    async fn restart(&self) -> Result<(), Source> {
+        let crashed = tempfile::tempdir()?;
+        let copy = crashed.path().join("test.db");
+        // A lock keeps the two files of one moment together, as a crash does.
+        let connection = Connection::open(self.path())?;
+        connection.busy_timeout(Duration::from_secs(30))?;
+        connection.execute_batch("BEGIN IMMEDIATE")?;
+        std::fs::copy(self.path(), &copy)?;
+        std::fs::copy(self.path().with_extension("db-wal"), crashed.path().join("test.db-wal"))?;
+        connection.execute_batch("ROLLBACK")?;
+        let check: String = Connection::open(copy)?.query_row("PRAGMA integrity_check", [], |row| row.get(0))?;
+        if check != "ok" {
+            return Err(format!("what a crash would leave is damaged: {check}").into());
+        }
+        Ok(())
+    }
+
+    async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
+        let log = self.open().await?.log(log).await?;
+        let keep = log.bounds().await?.end.lo() - before.lo();
+        log.set_retention(Retention {
+            records: Some(keep),
+            age: None,
+        })
+        .await?;
+        log.trim().await?;
+        log.set_retention(Retention::default()).await?;
+        Ok(())
+    }
+
+    async fn recreate(&self, log: &str) -> Result<(), Source> {
+        let (connection, table) = self.as_someone_else(log)?;
+        connection.execute_batch(&format!("DROP TABLE {table}"))?;
+        connection.execute("DELETE FROM essentially_once_logs WHERE name = ?1", [log])?;
+        self.open().await?.log(log).await?;
+        Ok(())
+    }
+
+    async fn append_malformed(&self, log: &str) -> Result<(), Source> {
+        let (connection, table) = self.as_someone_else(log)?;
+        let insert = format!("INSERT INTO {table} (headers, payload) VALUES (?1, ?2)");
+        connection.execute(&insert, params![b"no headers", b"payload"])?;
+        Ok(())
+    }
+
+    async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        let (connection, table) = self.as_someone_else(log)?;
+        connection.execute(&format!("INSERT INTO {table} (payload) VALUES (?1)"), [payload])?;
+        Ok(())
+    }
+}

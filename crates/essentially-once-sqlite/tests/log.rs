@@ -1,0 +1,470 @@
+//! The contract of a log, in short form.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use essentially_once::{Durability, Error, Log, LogReader, NewRecord, Offset, ProducerId, Record};
+use essentially_once_sqlite::{Retention, Sqlite, SqliteLog, SqliteOptions, rusqlite::Connection};
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(5);
+
+async fn orders() -> (TempDir, Sqlite, SqliteLog) {
+    let folder = tempfile::tempdir().expect("folder");
+    let sqlite = Sqlite::open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    (folder, sqlite, log)
+}
+
+fn numbered(range: std::ops::Range<u64>) -> Vec<NewRecord> {
+    range.map(|n| NewRecord::new(n.to_string())).collect()
+}
+
+async fn read_to_end(log: &SqliteLog, from: u64, step: usize) -> Vec<Record> {
+    let end = log.bounds().await.expect("bounds").end;
+    let mut reader = log.read(from.into()).await.expect("read");
+    let mut records = Vec::new();
+    while records
+        .last()
+        .map_or(from.into(), |last: &Record| last.offset.successor())
+        < end
+    {
+        let fetched = timeout(SOON, reader.next(step)).await.expect("soon").expect("next");
+        assert!(!fetched.is_empty() && fetched.len() <= step);
+        records.extend(fetched);
+    }
+    records
+}
+
+fn payloads(records: &[Record]) -> Vec<&str> {
+    records
+        .iter()
+        .map(|record| str::from_utf8(&record.payload).expect("text"))
+        .collect()
+}
+
+#[tokio::test]
+async fn offsets_are_dense_and_begin_at_zero() {
+    let (_folder, _, log) = orders().await;
+    assert_eq!(log.append(&[]).await.expect("nothing"), None);
+    assert_eq!(log.append(&numbered(0..3)).await.expect("append"), Some(2.into()));
+    assert_eq!(log.append(&numbered(3..4)).await.expect("append"), Some(3.into()));
+    for (from, step) in [(0, 1), (0, 100), (2, 2), (3, 1)] {
+        let records = read_to_end(&log, from, step).await;
+        assert_eq!(payloads(&records), (from..4).map(|n| n.to_string()).collect::<Vec<_>>());
+        assert_eq!(records[0].offset, from.into());
+    }
+}
+
+#[tokio::test]
+async fn large_appends_keep_their_order() {
+    let (_folder, _, log) = orders().await;
+    assert_eq!(log.append(&numbered(0..1000)).await.expect("append"), Some(999.into()));
+    assert_eq!(
+        payloads(&read_to_end(&log, 0, 300).await),
+        (0..1000).map(|n| n.to_string()).collect::<Vec<_>>()
+    );
+}
+
+#[tokio::test]
+async fn every_field_round_trips() {
+    let (_folder, _, log) = orders().await;
+    let producer = ProducerId::new("web").expect("name");
+    let binary: Vec<u8> = (0..=255).collect();
+    let new = [
+        NewRecord::new(binary.clone())
+            .key(binary.clone())
+            .header("h", binary.clone())
+            .header("h", ""),
+        NewRecord::new("").key("").origin(producer.clone(), u64::MAX),
+        NewRecord::new("").origin(producer, 0),
+    ];
+    log.append(&new).await.expect("append");
+    for (read, new) in read_to_end(&log, 0, 10).await.iter().zip(new) {
+        assert_eq!(
+            (&read.key, &read.headers, &read.payload),
+            (&new.key, &new.headers, &new.payload)
+        );
+        assert_eq!(read.origin, new.origin);
+        assert_eq!(read.malformed, None);
+        assert!(read.appended_at.elapsed().expect("past") < SOON);
+    }
+}
+
+#[tokio::test]
+async fn a_record_over_the_limit_is_refused_before_anything_is_appended() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().record_limit(100_000);
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    for size in [0, 1, 65_536, 65_537, 100_000] {
+        log.append(&[NewRecord::new(vec![1; size])])
+            .await
+            .expect("within the limit");
+    }
+    let mix = [NewRecord::new("fine"), NewRecord::new(vec![1; 99_999]).key("ab")];
+    assert!(matches!(
+        log.append(&mix).await,
+        Err(Error::TooLarge {
+            size: 100_001,
+            limit: 100_000,
+            ..
+        })
+    ));
+    let sizes: Vec<_> = read_to_end(&log, 0, 10)
+        .await
+        .iter()
+        .map(|record| record.payload.len())
+        .collect();
+    assert_eq!(sizes, [0, 1, 65_536, 65_537, 100_000]);
+    assert!(
+        SqliteOptions::new()
+            .record_limit(usize::MAX)
+            .open(folder.path().join("b.db"))
+            .await
+            .is_err()
+    );
+}
+
+#[tokio::test]
+async fn a_fetch_is_about_a_megabyte_unless_one_record_is_larger() {
+    let (_folder, _, log) = orders().await;
+    let sizes = [400_000, 400_000, 400_000, 3_000_000, 10];
+    let new: Vec<_> = sizes.iter().map(|size| NewRecord::new(vec![1; *size])).collect();
+    log.append(&new).await.expect("append");
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    let mut counts = Vec::new();
+    while counts.iter().sum::<usize>() < sizes.len() {
+        counts.push(reader.next(100).await.expect("next").len());
+    }
+    assert_eq!(counts, [2, 1, 1, 1]);
+}
+
+#[tokio::test]
+async fn outside_the_bounds_is_an_error_and_the_end_waits() {
+    let (_folder, _, log) = orders().await;
+    log.append(&numbered(0..3)).await.expect("append");
+    for beyond in [4.into(), u64::MAX.into(), Offset::new(1, 0)] {
+        let error = log.read(beyond).await.err().expect("beyond");
+        assert!(
+            matches!(error, Error::OutOfRange { requested, end, .. } if requested == beyond && end == 3.into()),
+            "{error}"
+        );
+    }
+    let mut reader = log.read(3.into()).await.expect("the end");
+    assert!(
+        timeout(Duration::from_millis(50), reader.next(1)).await.is_err(),
+        "waits"
+    );
+    log.append(&numbered(3..4)).await.expect("append");
+    let records = timeout(SOON, reader.next(9)).await.expect("woken").expect("next");
+    assert_eq!(payloads(&records), ["3"]);
+}
+
+#[tokio::test]
+async fn a_dropped_next_loses_and_repeats_nothing() {
+    let (_folder, _, log) = orders().await;
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    let mut seen = Vec::new();
+    for n in 0..50 {
+        let _ = timeout(Duration::from_micros(n * 37 % 1500), reader.next(1))
+            .await
+            .map(|records| {
+                seen.extend(records.expect("next"));
+            });
+        log.append(&numbered(n..n + 1)).await.expect("append");
+    }
+    while seen.len() < 50 {
+        seen.extend(timeout(SOON, reader.next(7)).await.expect("soon").expect("next"));
+    }
+    assert_eq!(payloads(&seen), (0..50).map(|n| n.to_string()).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_readers_see_one_order_while_two_handles_append() {
+    let (_folder, sqlite, log) = orders().await;
+    let other = Sqlite::open(sqlite.path())
+        .await
+        .expect("open")
+        .log("orders")
+        .await
+        .expect("log");
+    assert_eq!(log.id(), other.id());
+    let append = |log: SqliteLog, name: &'static str| async move {
+        for n in 0..100 {
+            log.append(&[NewRecord::new(format!("{name}{n}"))])
+                .await
+                .expect("append");
+        }
+    };
+    let read = |log: SqliteLog| async move {
+        let mut reader = log.read(Offset::ZERO).await.expect("read");
+        let mut records = Vec::new();
+        while records.len() < 200 {
+            records.extend(timeout(SOON * 4, reader.next(100)).await.expect("soon").expect("next"));
+        }
+        records
+    };
+    let tasks = (
+        tokio::spawn(append(log.clone(), "a")),
+        tokio::spawn(append(other.clone(), "b")),
+        tokio::spawn(read(log.clone())),
+        tokio::spawn(read(other)),
+    );
+    tasks.0.await.expect("append");
+    tasks.1.await.expect("append");
+    let (one, two) = (tasks.2.await.expect("read"), tasks.3.await.expect("read"));
+    assert_eq!(one, two);
+    for name in ["a", "b"] {
+        let of_one: Vec<_> = payloads(&one)
+            .into_iter()
+            .filter(|payload| payload.starts_with(name))
+            .collect();
+        assert_eq!(of_one, (0..100).map(|n| format!("{name}{n}")).collect::<Vec<_>>());
+    }
+}
+
+async fn slowest_wake(reader: &mut dyn LogReader, log: &SqliteLog) -> Duration {
+    let mut slowest = Duration::ZERO;
+    for _ in 0..20 {
+        let (appended, read) = tokio::join!(
+            async {
+                tokio::time::sleep(Duration::from_millis(3)).await;
+                log.append(&numbered(0..1)).await.expect("append");
+                Instant::now()
+            },
+            async {
+                timeout(SOON, reader.next(1)).await.expect("soon").expect("next");
+                Instant::now()
+            }
+        );
+        slowest = slowest.max(read.saturating_duration_since(appended));
+    }
+    slowest
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_wake_at_once_in_process_and_soon_across_handles() {
+    let (_folder, sqlite, log) = orders().await;
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    let within = slowest_wake(&mut *reader, &log).await;
+    let other = Sqlite::open(sqlite.path())
+        .await
+        .expect("open")
+        .log("orders")
+        .await
+        .expect("log");
+    let across = slowest_wake(&mut *reader, &other).await;
+    eprintln!("slowest wake: {within:?} within a handle, {across:?} across handles");
+    // The bars are 1 ms and 20 ms on an idle machine.
+    assert!(within < Duration::from_millis(100), "{within:?}");
+    assert!(across < Duration::from_millis(200), "{across:?}");
+}
+
+#[tokio::test]
+async fn retention_by_count_applies_to_every_appender() {
+    let (_folder, sqlite, log) = orders().await;
+    assert_eq!(log.retention().await.expect("retention"), Retention::default());
+    let keep = Retention {
+        records: Some(10),
+        age: None,
+    };
+    log.set_retention(keep).await.expect("set");
+    let other = Sqlite::open(sqlite.path())
+        .await
+        .expect("open")
+        .log("orders")
+        .await
+        .expect("log");
+    assert_eq!(other.retention().await.expect("retention"), keep);
+    for n in 0..30 {
+        other.append(&numbered(n..n + 1)).await.expect("append");
+    }
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (20.into(), 30.into()));
+    assert!(
+        log.set_retention(Retention {
+            records: Some(0),
+            age: None
+        })
+        .await
+        .is_err()
+    );
+}
+
+#[tokio::test]
+async fn a_backlog_is_trimmed_bit_by_bit_or_at_once() {
+    let (_folder, _, log) = orders().await;
+    log.append(&numbered(0..25_000)).await.expect("append");
+    let keep = |records| Retention {
+        records: Some(records),
+        age: None,
+    };
+    log.set_retention(keep(100)).await.expect("set");
+    log.append(&numbered(0..1)).await.expect("append");
+    let earliest = log.bounds().await.expect("bounds").earliest.lo();
+    assert!(earliest > 0 && earliest < 1000, "a bounded part: {earliest}");
+    assert_eq!(log.trim().await.expect("trim"), 25_001 - 100 - earliest);
+    assert_eq!(log.trim().await.expect("trim"), 0);
+    assert_eq!(log.bounds().await.expect("bounds").earliest, 24_901.into());
+}
+
+#[tokio::test]
+async fn offsets_are_not_used_again_after_all_was_trimmed_by_age() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..5)).await.expect("append");
+    let second = Retention {
+        records: None,
+        age: Some(Duration::from_secs(1)),
+    };
+    log.set_retention(second).await.expect("set");
+    assert_eq!(log.trim().await.expect("trim"), 0, "too young");
+    let edit = Connection::open(sqlite.path()).expect("open");
+    edit.execute_batch("UPDATE essentially_once_log_1 SET appended_at = appended_at - 5000; UPDATE essentially_once_log_1 SET appended_at = 'x' WHERE \"offset\" = 1")
+        .expect("age");
+    assert_eq!(log.trim().await.expect("trim"), 5);
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (5.into(), 5.into()));
+    assert!(matches!(log.read(4.into()).await.err(), Some(Error::Truncated { earliest, .. }) if earliest == 5.into()));
+    assert_eq!(log.append(&numbered(0..1)).await.expect("append"), Some(5.into()));
+    assert_eq!(read_to_end(&log, 5, 9).await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_reader_that_retention_overtook_is_told() {
+    let (_folder, _, log) = orders().await;
+    log.append(&numbered(0..10)).await.expect("append");
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    assert_eq!(reader.next(2).await.expect("next").len(), 2);
+    log.set_retention(Retention {
+        records: Some(3),
+        age: None,
+    })
+    .await
+    .expect("set");
+    log.trim().await.expect("trim");
+    assert!(matches!(
+        reader.next(2).await,
+        Err(Error::Truncated { requested, earliest, .. }) if requested == 2.into() && earliest == 7.into()
+    ));
+    let error = log.read(6.into()).await.err().expect("trimmed");
+    assert!(matches!(error, Error::Truncated { earliest, .. } if earliest == 7.into()));
+    assert_eq!(payloads(&read_to_end(&log, 7, 9).await), ["7", "8", "9"]);
+}
+
+#[tokio::test]
+async fn rows_written_by_hand_are_read_and_never_block_the_log() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..1)).await.expect("append");
+    let shell = Connection::open(sqlite.path()).expect("open");
+    shell
+        .execute_batch(
+            "INSERT INTO essentially_once_log_1 (payload) VALUES ('typed');
+             INSERT INTO essentially_once_log_1 (payload, headers) VALUES (x'ff', 'nonsense');
+             INSERT INTO essentially_once_log_1 (payload, appended_at) VALUES (7, -1)",
+        )
+        .expect("insert");
+    assert_eq!(log.append(&numbered(9..10)).await.expect("append"), Some(4.into()));
+    let records = read_to_end(&log, 0, 10).await;
+    assert_eq!(
+        records
+            .iter()
+            .map(|record| record.malformed.is_some())
+            .collect::<Vec<_>>(),
+        [false, false, true, true, false]
+    );
+    assert_eq!(records[1].payload, "typed");
+    assert!(records[1].appended_at.elapsed().expect("past") < Duration::from_secs(60));
+    assert_eq!(&records[2].payload[..], b"\xff");
+}
+
+#[tokio::test]
+async fn a_hole_made_by_hand_is_not_skipped() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..6)).await.expect("append");
+    let shell = Connection::open(sqlite.path()).expect("open");
+    shell
+        .execute_batch("DELETE FROM essentially_once_log_1 WHERE \"offset\" IN (2, 5)")
+        .expect("delete");
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    assert_eq!(reader.next(10).await.expect("before the hole").len(), 2);
+    assert!(matches!(reader.next(10).await, Err(Error::Truncated { earliest, .. }) if earliest == 3.into()));
+    let mut reader = log.read(3.into()).await.expect("read");
+    assert_eq!(reader.next(10).await.expect("behind the hole").len(), 2);
+    let lost = timeout(SOON, reader.next(10)).await.expect("no silence");
+    assert!(matches!(lost, Err(Error::Truncated { requested, .. }) if requested == 5.into()));
+}
+
+#[tokio::test]
+async fn a_log_made_anew_is_another_log() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..3)).await.expect("append");
+    let mut reading = log.read(Offset::ZERO).await.expect("read");
+    let mut waiting = log.read(3.into()).await.expect("read");
+    let shell = Connection::open(sqlite.path()).expect("open");
+    shell
+        .execute_batch("DELETE FROM essentially_once_logs; DROP TABLE essentially_once_log_1")
+        .expect("delete");
+    let anew = sqlite.log("orders").await.expect("log");
+    assert!(!anew.id().is_same_log(log.id()));
+    anew.append(&numbered(0..9)).await.expect("append");
+    for reader in [&mut reading, &mut waiting] {
+        let next = timeout(SOON, reader.next(5)).await.expect("no silence");
+        assert!(matches!(next, Err(Error::OutOfRange { .. })), "{next:?}");
+    }
+    for error in [
+        log.append(&numbered(0..1)).await.err(),
+        log.read(Offset::ZERO).await.err(),
+        log.bounds().await.err(),
+        log.trim().await.err(),
+    ] {
+        let error = error.expect("gone").to_string();
+        assert!(error.contains("open it again"), "{error}");
+    }
+    assert_eq!(read_to_end(&anew, 0, 10).await.len(), 9);
+}
+
+#[tokio::test]
+async fn logs_of_one_file_are_apart_and_reopen() {
+    let (_folder, sqlite, log) = orders().await;
+    let other = sqlite.log("payments").await.expect("log");
+    log.append(&numbered(0..2)).await.expect("append");
+    other.append(&numbered(5..6)).await.expect("append");
+    assert_eq!(payloads(&read_to_end(&other, 0, 9).await), ["5"]);
+    let (path, id) = (sqlite.path().to_owned(), log.id().clone());
+    drop((sqlite, log, other));
+    let log = Sqlite::open(path)
+        .await
+        .expect("open")
+        .log("orders")
+        .await
+        .expect("log");
+    assert_eq!(*log.id(), id);
+    assert_eq!(payloads(&read_to_end(&log, 0, 9).await), ["0", "1"]);
+    assert_eq!(log.durability().await.expect("durability"), Durability::Durable);
+}
+
+#[tokio::test]
+async fn a_log_is_created_once_however_many_ask() {
+    let (_folder, sqlite, _) = orders().await;
+    let second = Sqlite::open(sqlite.path()).await.expect("open");
+    let (a, b, c) = tokio::join!(sqlite.log("new"), second.log("new"), sqlite.log("new"));
+    let (a, b, c) = (a.expect("log"), b.expect("log"), c.expect("log"));
+    assert_eq!(a.id(), b.id());
+    assert_eq!(a.id(), c.id());
+    assert!(matches!(sqlite.log("a b").await, Err(Error::InvalidName { .. })));
+}
+
+#[tokio::test]
+async fn a_dropped_append_leaves_all_or_nothing() {
+    let (_folder, _, log) = orders().await;
+    for micros in [0, 1, 50, 200, 1000, 5000] {
+        let before = log.bounds().await.expect("bounds").end.lo();
+        let _ = timeout(Duration::from_micros(micros), log.append(&numbered(0..2000))).await;
+        // The next append waits for the dropped one, if it still runs.
+        log.append(&[NewRecord::new(Bytes::new())]).await.expect("append");
+        let added = log.bounds().await.expect("bounds").end.lo() - before;
+        assert!(added == 1 || added == 2001, "{added}");
+    }
+}

@@ -1,0 +1,544 @@
+//! The contract of the store, in short form, and SQL in its transaction.
+
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{
+    Advance, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Offset, OffsetStore, ProducerId, Record,
+    Transaction, Window,
+};
+use essentially_once_sqlite::{
+    Sqlite, SqliteOptions, SqliteStore, SqliteTx,
+    rusqlite::{Connection, ErrorCode},
+    sqlite_error,
+};
+use tempfile::TempDir;
+
+async fn open() -> (TempDir, Sqlite, SqliteStore) {
+    let folder = tempfile::tempdir().expect("folder");
+    let sqlite = Sqlite::open(folder.path().join("a.db")).await.expect("open");
+    let store = sqlite.store();
+    (folder, sqlite, store)
+}
+
+fn shipping() -> ConsumerId {
+    ConsumerId::new("shipping").expect("name")
+}
+
+fn orders() -> LogId {
+    LogId::new("orders").expect("name")
+}
+
+fn advance(next: u64, expected_revision: u64) -> Advance {
+    Advance {
+        log: orders(),
+        next: next.into(),
+        expected_revision,
+        windows: vec![],
+        forgotten: vec![],
+    }
+}
+
+async fn state(store: &SqliteStore, consumer: &ConsumerId, key: &str) -> Option<String> {
+    let mut tx = store.begin(consumer).await.expect("begin");
+    let value = tx.get(key.as_bytes()).await.expect("get")?;
+    Some(String::from_utf8(value.to_vec()).expect("text"))
+}
+
+async fn staged(store: &SqliteStore, value: &str) -> SqliteTx {
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.put(b"k", value.as_bytes()).await.expect("put");
+    tx
+}
+
+#[tokio::test]
+async fn state_and_position_are_committed_together() {
+    let (_folder, sqlite, store) = open().await;
+    assert_eq!(store.position(&shipping()).await.expect("position"), None);
+    staged(&store, "1").await.commit(advance(7, 0)).await.expect("commit");
+    let reopened = Sqlite::open(sqlite.path()).await.expect("open").store();
+    for store in [&store, &reopened] {
+        let position = store.position(&shipping()).await.expect("position").expect("some");
+        assert_eq!((position.next, position.revision), (7.into(), 1));
+        assert_eq!(position.log, orders());
+        assert_eq!(state(store, &shipping(), "k").await.as_deref(), Some("1"));
+    }
+    assert_eq!(store.durability().await.expect("durability"), Durability::Durable);
+}
+
+#[tokio::test]
+async fn late_writer_is_fenced() {
+    let (_folder, sqlite, store) = open().await;
+    let other = Sqlite::open(sqlite.path()).await.expect("open").store();
+    staged(&store, "first")
+        .await
+        .commit(advance(1, 0))
+        .await
+        .expect("commit");
+    staged(&other, "second")
+        .await
+        .commit(advance(2, 1))
+        .await
+        .expect("commit");
+    for revision in [0, 1, 3, u64::MAX] {
+        for store in [&store, &other] {
+            let fenced = staged(store, "late").await.commit(advance(9, revision)).await;
+            assert!(
+                matches!(&fenced, Err(Error::Fenced { expected, .. }) if *expected == revision),
+                "{fenced:?}"
+            );
+        }
+    }
+    assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("second"));
+    let position = store.position(&shipping()).await.expect("position").expect("some");
+    assert_eq!((position.next, position.revision), (2.into(), 2));
+    // A position that nobody ever stored cannot be advanced from.
+    let nobody = ConsumerId::new("nobody").expect("name");
+    let tx = store.begin(&nobody).await.expect("begin");
+    assert!(matches!(tx.commit(advance(1, 1)).await, Err(Error::Fenced { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_handles_that_race_each_revision_has_one_winner() {
+    let (_folder, sqlite, store) = open().await;
+    let other = Sqlite::open(sqlite.path()).await.expect("open").store();
+    let race = |store: SqliteStore| async move {
+        let mut wins = 0;
+        for _ in 0..100 {
+            let revision = store
+                .position(&shipping())
+                .await
+                .expect("position")
+                .map_or(0, |p| p.revision);
+            tokio::task::yield_now().await;
+            let mut tx = store.begin(&shipping()).await.expect("begin");
+            let count = tx.get(b"count").await.expect("get").map_or(0, |count| count[0]);
+            tx.put(b"count", &[count + 1]).await.expect("put");
+            match tx.commit(advance(revision, revision)).await {
+                Ok(()) => wins += 1,
+                Err(Error::Fenced { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        wins
+    };
+    let (one, two) = (tokio::spawn(race(store.clone())), tokio::spawn(race(other)));
+    let wins = one.await.expect("race") + two.await.expect("race");
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    assert_eq!(u64::from(tx.get(b"count").await.expect("get").expect("some")[0]), wins);
+    let position = store.position(&shipping()).await.expect("position").expect("some");
+    assert_eq!(position.revision, wins);
+}
+
+#[tokio::test]
+async fn a_position_remembers_its_log() {
+    let (_folder, _, store) = open().await;
+    let with = |incarnation: Option<&str>, revision| {
+        let log = match incarnation {
+            Some(incarnation) => orders().with_incarnation(incarnation).expect("name"),
+            None => orders(),
+        };
+        Advance {
+            log,
+            ..advance(revision, revision)
+        }
+    };
+    let commit = async |advance| staged(&store, "x").await.commit(advance).await;
+    commit(with(None, 0)).await.expect("first");
+    commit(with(Some("a1"), 1))
+        .await
+        .expect("the incarnation becomes known");
+    let wrong = commit(with(Some("b2"), 2)).await;
+    assert!(
+        matches!(&wrong, Err(Error::WrongLog { stored, .. }) if stored.incarnation() == Some("a1")),
+        "{wrong:?}"
+    );
+    let other = Advance {
+        log: LogId::new("payments").expect("name"),
+        ..advance(5, 2)
+    };
+    assert!(matches!(commit(other).await, Err(Error::WrongLog { .. })));
+    assert!(
+        matches!(commit(with(Some("b2"), 1)).await, Err(Error::Fenced { .. })),
+        "fenced comes first"
+    );
+    commit(with(None, 2)).await.expect("an unknown incarnation passes");
+    assert_eq!(
+        store
+            .position(&shipping())
+            .await
+            .expect("position")
+            .expect("some")
+            .revision,
+        3
+    );
+}
+
+#[tokio::test]
+async fn a_dropped_or_rolled_back_transaction_leaves_no_trace() {
+    let (_folder, _, store) = open().await;
+    drop(staged(&store, "dropped").await);
+    staged(&store, "rolled back").await.rollback().await.expect("rollback");
+    assert_eq!(state(&store, &shipping(), "k").await, None);
+    staged(&store, "kept")
+        .await
+        .commit(advance(1, 0))
+        .await
+        .expect("commit");
+    assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("kept"));
+}
+
+#[tokio::test]
+async fn a_transaction_reads_its_own_writes() {
+    let (_folder, _, store) = open().await;
+    let mut tx = staged(&store, "1").await;
+    assert_eq!(tx.get(b"k").await.expect("get").as_deref(), Some(&b"1"[..]));
+    tx.put(b"k", b"").await.expect("put");
+    assert_eq!(tx.get(b"k").await.expect("get").as_deref(), Some(&b""[..]));
+    tx.delete(b"k").await.expect("delete");
+    tx.delete(b"k").await.expect("delete again");
+    assert_eq!(tx.get(b"k").await.expect("get"), None);
+    let binary: Vec<u8> = (0..=255).collect();
+    tx.put(&binary, &binary).await.expect("put");
+    tx.put(b"", b"empty key").await.expect("put");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    assert_eq!(tx.get(&binary).await.expect("get").as_deref(), Some(&binary[..]));
+    assert_eq!(tx.get(b"").await.expect("get").as_deref(), Some(&b"empty key"[..]));
+}
+
+#[tokio::test]
+async fn consumers_never_see_each_other() {
+    let (_folder, _, store) = open().await;
+    staged(&store, "mine")
+        .await
+        .commit(advance(3, 0))
+        .await
+        .expect("commit");
+    let other = ConsumerId::new("shipping2").expect("name");
+    assert_eq!(state(&store, &other, "k").await, None);
+    assert_eq!(store.position(&other).await.expect("position"), None);
+    let mut tx = store.begin(&other).await.expect("begin");
+    tx.delete(b"k").await.expect("delete");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("mine"));
+}
+
+#[tokio::test]
+async fn keys_and_values_over_the_limit_are_refused() {
+    let folder = tempfile::tempdir().expect("folder");
+    let sqlite = SqliteOptions::new()
+        .record_limit(10)
+        .open(folder.path().join("a.db"))
+        .await
+        .expect("open");
+    let mut tx = sqlite.store().begin(&shipping()).await.expect("begin");
+    tx.put(&[1; 10], &[2; 10]).await.expect("at the limit");
+    assert!(matches!(
+        tx.put(&[1; 11], &[]).await,
+        Err(Error::TooLarge {
+            what: "key",
+            size: 11,
+            ..
+        })
+    ));
+    assert!(matches!(
+        tx.put(&[], &[1; 11]).await,
+        Err(Error::TooLarge { what: "value", .. })
+    ));
+    tx.commit(advance(1, 0)).await.expect("goes on");
+}
+
+/// A window as the core makes it: version, highest, hi, lo, last seen, and 17 blocks.
+fn window(highest: u8) -> Window {
+    let mut bytes = [0; Window::ENCODED_LEN];
+    (bytes[0], bytes[8]) = (1, highest);
+    Window::decode(&bytes).expect("window")
+}
+
+#[tokio::test]
+async fn windows_and_large_numbers_round_trip() {
+    let (_folder, _, store) = open().await;
+    let producer = |name: &str| ProducerId::new(name).expect("name");
+    let mut first = advance(0, 0);
+    first.next = Offset::new(u64::MAX, u64::MAX - 1);
+    first.windows = vec![(producer("a"), window(1)), (producer("b"), window(2))];
+    staged(&store, "x").await.commit(first.clone()).await.expect("commit");
+    let mut second = advance(0, 1);
+    second.next = first.next;
+    second.windows = vec![(producer("c"), window(3)), (producer("b"), window(9))];
+    second.forgotten = vec![producer("a"), producer("never-there")];
+    staged(&store, "x").await.commit(second.clone()).await.expect("commit");
+    second.expected_revision = 0;
+    assert!(
+        staged(&store, "x").await.commit(first).await.is_err(),
+        "fenced: windows stay"
+    );
+    let position = store.position(&shipping()).await.expect("position").expect("some");
+    assert_eq!(position.next, Offset::new(u64::MAX, u64::MAX - 1));
+    let mut windows = position.windows;
+    windows.sort_by(|a, b| a.0.cmp(&b.0));
+    assert_eq!(windows, [(producer("b"), window(9)), (producer("c"), window(3))]);
+}
+
+#[tokio::test]
+async fn a_position_that_was_tampered_with_is_an_error_that_names_the_file() {
+    let (_folder, sqlite, store) = open().await;
+    let mut first = advance(1, 0);
+    first.windows = vec![(ProducerId::new("a").expect("name"), window(1))];
+    staged(&store, "x").await.commit(first).await.expect("commit");
+    let shell = Connection::open(sqlite.path()).expect("open");
+    shell
+        .execute_batch("UPDATE essentially_once_windows SET \"window\" = x'00'")
+        .expect("edit");
+    let error = store.position(&shipping()).await.expect_err("no window").to_string();
+    assert!(error.contains("a.db") && error.contains("window"), "{error}");
+}
+
+#[tokio::test]
+async fn sql_takes_part_in_the_transaction() {
+    let (_folder, _, store) = open().await;
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.execute("CREATE TABLE sums (country TEXT PRIMARY KEY, sum INTEGER)", [])
+        .expect("create");
+    for (country, sum) in [("Brazil", 3), ("France", 5)] {
+        assert_eq!(
+            tx.execute("INSERT INTO sums VALUES (?1, ?2)", (country, sum))
+                .expect("insert"),
+            1
+        );
+    }
+    tx.commit(advance(1, 0)).await.expect("commit");
+
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.execute("UPDATE sums SET sum = 100", []).expect("update");
+    assert!(matches!(tx.commit(advance(1, 0)).await, Err(Error::Fenced { .. })));
+
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    let all: Vec<(String, i64)> = tx
+        .query("SELECT * FROM sums ORDER BY sum", [], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
+        .expect("query");
+    assert_eq!(all, [("Brazil".into(), 3), ("France".into(), 5)]);
+    let none: Option<i64> = tx
+        .query_one("SELECT sum FROM sums WHERE sum > 9", [], |row| row.get(0))
+        .expect("query");
+    assert_eq!(none, None);
+    let returned: Vec<i64> = tx
+        .query("UPDATE sums SET sum = sum + 1 RETURNING sum", [], |row| row.get(0))
+        .expect("returning");
+    assert_eq!(returned.iter().sum::<i64>(), 10);
+    assert_eq!(tx.consumer(), &shipping());
+}
+
+#[tokio::test]
+async fn mistakes_in_sql_fail_and_the_transaction_goes_on() {
+    let (_folder, _, store) = open().await;
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.execute("CREATE TABLE t (x UNIQUE)", []).expect("create");
+    tx.execute("INSERT INTO t VALUES (1)", []).expect("insert");
+    let violated = tx.execute("INSERT INTO t VALUES (1)", []).expect_err("unique");
+    assert!(matches!(violated, Error::Failed { .. }));
+    let code = sqlite_error(&violated).and_then(|error| error.sqlite_error_code());
+    assert_eq!(code, Some(ErrorCode::ConstraintViolation));
+    for sql in [
+        "",
+        "SELEC",
+        "INSERT INTO missing VALUES (1)",
+        "INSERT INTO t VALUES (?1)",
+        "SELECT 1",
+        "\0",
+    ] {
+        assert!(matches!(tx.execute(sql, []), Err(Error::Failed { .. })), "{sql:?}");
+    }
+    let text: Result<Option<String>, _> = tx.query_one("SELECT x FROM t", [], |row| row.get(0));
+    assert!(matches!(text, Err(Error::Failed { .. })), "a number is no text");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    assert_eq!(
+        tx.query_one("SELECT count(*) FROM t", [], |row| row.get(0))
+            .expect("count"),
+        Some(1)
+    );
+}
+
+#[tokio::test]
+async fn a_handler_cannot_end_its_transaction() {
+    let (_folder, sqlite, store) = open().await;
+    staged(&store, "before")
+        .await
+        .commit(advance(1, 0))
+        .await
+        .expect("commit");
+    let mut tx = staged(&store, "after").await;
+    for sql in [
+        "COMMIT",
+        "ROLLBACK",
+        "BEGIN",
+        "ATTACH ':memory:' AS m",
+        "PRAGMA synchronous = OFF",
+    ] {
+        let error = tx.execute(sql, []).expect_err(sql);
+        assert!(error.to_string().contains("savepoints are allowed"), "{sql}: {error}");
+        assert!(tx.query(sql, [], |_| Ok(())).is_err(), "{sql}");
+    }
+    let steal = "UPDATE essentially_once_positions SET revision = 0";
+    assert!(tx.execute(steal, []).is_err());
+    assert!(
+        tx.execute("INSERT INTO essentially_once_state VALUES ('other', 'k', 'x')", [])
+            .is_err()
+    );
+    for sql in [
+        "SAVEPOINT s",
+        "CREATE TABLE t (x)",
+        "ROLLBACK TO s",
+        "SAVEPOINT left_open",
+    ] {
+        tx.execute(sql, []).expect(sql);
+    }
+    let shell = Connection::open(sqlite.path()).expect("open");
+    let revision: i64 = shell
+        .query_row("SELECT revision FROM essentially_once_positions", [], |row| row.get(0))
+        .expect("revision");
+    assert_eq!(revision, 1, "nothing was committed early");
+    tx.commit(advance(2, 1)).await.expect("commit");
+    assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("after"));
+}
+
+#[tokio::test]
+async fn nothing_runs_after_sqlite_rolled_back_by_itself() {
+    let (_folder, _, store) = open().await;
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.execute("CREATE TABLE t (x UNIQUE)", []).expect("create");
+    tx.execute(
+        "CREATE TRIGGER undo BEFORE DELETE ON t BEGIN SELECT RAISE(ROLLBACK, 'no deletes'); END",
+        [],
+    )
+    .expect("trigger");
+    tx.execute("INSERT INTO t VALUES (1)", []).expect("insert");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    for sql in ["INSERT OR ROLLBACK INTO t VALUES (1)", "DELETE FROM t"] {
+        let mut tx = staged(&store, "gone").await;
+        assert!(tx.execute(sql, []).is_err(), "{sql}");
+        assert!(
+            tx.execute("INSERT INTO t VALUES (2)", []).is_err(),
+            "{sql}: no autocommit"
+        );
+        assert!(tx.query("SELECT 1", [], |_| Ok(())).is_err());
+        assert!(tx.put(b"k", b"2").await.is_err());
+        assert!(tx.get(b"k").await.is_err());
+        assert!(tx.delete(b"k").await.is_err());
+        let error = tx.commit(advance(2, 1)).await.expect_err("gone");
+        assert!(matches!(error, Error::Failed { .. }) && error.to_string().contains("rolled the transaction back"));
+    }
+    assert_eq!(state(&store, &shipping(), "k").await, None);
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    assert_eq!(
+        tx.query_one("SELECT count(*) FROM t", [], |row| row.get(0))
+            .expect("count"),
+        Some(1)
+    );
+}
+
+#[tokio::test]
+async fn a_deferred_constraint_fails_the_commit_and_nothing_is_applied() {
+    let (_folder, _, store) = open().await;
+    let mut tx = staged(&store, "x").await;
+    tx.execute("CREATE TABLE a (id INTEGER PRIMARY KEY)", [])
+        .expect("create");
+    tx.execute("CREATE TABLE b (a REFERENCES a DEFERRABLE INITIALLY DEFERRED)", [])
+        .expect("create");
+    tx.execute("INSERT INTO b VALUES (1)", []).expect("not yet");
+    let error = tx.commit(advance(1, 0)).await.expect_err("violated");
+    assert!(matches!(error, Error::Failed { .. }), "{error:?}");
+    assert_eq!(store.position(&shipping()).await.expect("position"), None);
+    assert_eq!(state(&store, &shipping(), "k").await, None);
+}
+
+#[tokio::test]
+async fn an_append_within_a_handler_ends_with_an_explanation() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(100));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    let tx = staged(&sqlite.store(), "x").await;
+    let error = log.append(&[NewRecord::new("y")]).await.expect_err("waits for itself");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    assert!(error.to_string().contains("waits for itself"), "{error}");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    log.append(&[NewRecord::new("y")]).await.expect("free again");
+}
+
+/// Holds the file's write lock from another connection until told to let go.
+fn hold_lock(sqlite: &Sqlite) -> (mpsc::Sender<()>, thread::JoinHandle<()>) {
+    let (locked, wait) = mpsc::channel();
+    let (release, released) = mpsc::channel::<()>();
+    let path = sqlite.path().to_owned();
+    let holder = thread::spawn(move || {
+        let connection = Connection::open(path).expect("open");
+        connection.execute_batch("BEGIN IMMEDIATE").expect("lock");
+        locked.send(()).expect("told");
+        let _ = released.recv_timeout(Duration::from_millis(500));
+        connection.execute_batch("COMMIT").expect("unlock");
+    });
+    wait.recv().expect("locked");
+    (release, holder)
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn waiting_for_the_lock_never_blocks_the_runtime() {
+    let (_folder, sqlite, store) = open().await;
+    let log = sqlite.log("orders").await.expect("log");
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    let ticker = tokio::spawn(async move {
+        let (mut longest, mut last) = (Duration::ZERO, Instant::now());
+        let mut stopped = stopped;
+        while tokio::time::timeout(Duration::from_millis(5), &mut stopped)
+            .await
+            .is_err()
+        {
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+        }
+        longest
+    });
+    let (_release, holder) = hold_lock(&sqlite);
+    let started = Instant::now();
+    let (tx, appended) = tokio::join!(async { staged(&store, "x").await.commit(advance(1, 0)).await }, async {
+        log.append(&[NewRecord::new("y")]).await
+    });
+    tx.expect("commit");
+    appended.expect("append");
+    assert!(started.elapsed() >= Duration::from_millis(400), "it had to wait");
+    stop.send(()).expect("ticker waits");
+    let longest = ticker.await.expect("ticker");
+    holder.join().expect("holder");
+    eprintln!("longest pause of another task: {longest:?}");
+    assert!(longest < Duration::from_millis(250), "{longest:?}");
+}
+
+#[tokio::test]
+async fn a_lock_held_too_long_is_unavailable_and_reading_goes_on() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(80));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
+    log.append(&[NewRecord::new("x")]).await.expect("append");
+    let (release, holder) = hold_lock(&sqlite);
+    let error = store.begin(&shipping()).await.expect_err("locked");
+    assert!(
+        matches!(error, Error::Unavailable { .. }) && error.to_string().contains("a.db"),
+        "{error}"
+    );
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    let records: Vec<Record> = reader.next(5).await.expect("next");
+    assert_eq!(records.len(), 1);
+    assert_eq!(store.position(&shipping()).await.expect("position"), None);
+    drop(release);
+    holder.join().expect("holder");
+    store.begin(&shipping()).await.expect("free again");
+}
