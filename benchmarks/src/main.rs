@@ -19,6 +19,9 @@ struct Arguments {
     /// How often each side runs at each batch size.
     #[arg(long, global = true, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// The batch sizes to measure.
+    #[arg(long = "batch", global = true, value_delimiter = ',', default_values_t = BATCHES)]
+    batches: Vec<usize>,
     /// Where to put the files; a temporary folder unless set.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
@@ -61,7 +64,7 @@ fn main() -> Result<ExitCode> {
     println!("| batch | by hand, records/s | ours, records/s | ratio, median | min | max |");
     println!("|---|---|---|---|---|---|");
     let mut worst = f64::INFINITY;
-    for batch in BATCHES {
+    for &batch in &arguments.batches {
         let records = records_for(batch);
         let (mut by_hand, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..arguments.rounds {

@@ -1,0 +1,204 @@
+//! Ships orders while the shipping worker is killed again and again, once for each delivery.
+//!
+//! ```text
+//! cargo run --release -p orders
+//! cargo run --release -p orders -- --input orders.csv --kills 50 --seed 7
+//! ```
+//!
+//! Orders are written to a log. A worker, a process of its own, reads them and inserts one shipment per order. This process
+//! kills the worker at random moments (SIGKILL: it has no chance to tidy up) and starts it again, until the log is drained. Then
+//! it counts, in the database, which orders were shipped once, more than once, or never.
+//!
+//! All of that happens three times, on fresh files, with the same handler and the same kills:
+//!
+//! - **at-most-once** commits the position, then ships: what was not yet shipped at a kill is lost;
+//! - **at-least-once** ships, then commits the position: what was not yet committed at a kill is shipped again;
+//! - **essentially-once** ships in the transaction that commits the position: no kill can come between.
+//!
+//! A line that is no valid order is set aside in the table `rejected`, with the reason, by the same handler and in the same
+//! transaction. It counts as rejected once, however often it was written there, and as never shipped if it was lost.
+//!
+//! Where to read on: `backend` opens log and store, `shipping` is the handler, `worker` runs the consumer, `race` kills it, and
+//! `tally` counts.
+
+use std::{
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+mod backend;
+mod delivery;
+mod input;
+mod order;
+mod plan;
+mod race;
+mod shipping;
+mod tally;
+mod worker;
+
+use delivery::Delivery;
+use input::Input;
+use tally::Tally;
+
+/// Whatever stops the program, in words for its user.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Ships orders while the shipping worker is killed again and again, once for each delivery, and counts what became of them.
+#[derive(Parser)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true,
+    after_help = "Exit status: 0 if essentially-once lost and doubled nothing, 1 if it did or the run failed, 2 for bad usage or input."
+)]
+struct Cli {
+    #[command(flatten)]
+    run: RunArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The shipping worker, which this program starts itself.
+    #[command(hide = true)]
+    Worker(worker::WorkerArgs),
+}
+
+#[derive(clap::Args)]
+struct RunArgs {
+    /// Ship the lines of this CSV file: a header with a column `freight`, then one order a line, its id in the first field.
+    #[arg(long, value_name = "FILE", conflicts_with = "orders")]
+    input: Option<PathBuf>,
+    /// How many orders to make up when there is no FILE.
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    orders: u32,
+    /// How often to kill the worker, for each delivery.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(..=10_000))]
+    kills: u32,
+    /// How many orders the worker takes at a time.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    max_batch: u32,
+    /// Repeat the made-up orders and the kills of an earlier run.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Keep the databases in this folder, which must not hold any yet.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let (done, bad_input) = match cli.command {
+        Some(Command::Worker(args)) => (worker::run(&args).map(|()| true), 1),
+        None => match prepare(&cli.run) {
+            Ok(prepared) => (run(&cli.run, prepared), 1),
+            Err(error) => (Err(error), 2),
+        },
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            // A closed stderr is no reason to panic.
+            let _ = writeln!(io::stderr(), "orders: {error}");
+            ExitCode::from(bad_input)
+        }
+    }
+}
+
+/// What is fixed before anything is written.
+struct Prepared {
+    seed: u64,
+    input: Input,
+    folder: Folder,
+}
+
+fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let input = match &args.input {
+        Some(path) => Input::read(path)?,
+        None => Input::made_up(args.orders as usize, seed),
+    };
+    let folder = Folder::open(args.dir.as_deref())?;
+    Ok(Prepared { seed, input, folder })
+}
+
+/// Runs all deliveries and prints the result; true if essentially-once kept its promise.
+fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
+    let Prepared { seed, input, folder } = prepared;
+    let orders = input.lines.len();
+    let _ = writeln!(
+        io::stderr(),
+        "{orders} orders, {} kills for each delivery; --seed {seed} repeats them",
+        args.kills
+    );
+    let kills = plan::kills(seed, orders, args.kills as usize);
+    let mut tallies = Vec::new();
+    for delivery in Delivery::ALL {
+        let race = race::Race {
+            delivery,
+            database: folder.database(delivery),
+            input: &input,
+            kills: &kills,
+            max_batch: args.max_batch,
+        };
+        tallies.push(race.run()?);
+    }
+    let shown = match args.json {
+        true => tally::json(&tallies)?,
+        false => tally::table(&tallies),
+    };
+    io::stdout().lock().write_all(shown.as_bytes())?;
+    if let Folder::Kept(path) = &folder {
+        let _ = writeln!(io::stderr(), "the databases are kept in {}", path.display());
+    }
+    Ok(tallies
+        .iter()
+        .filter(|tally| tally.delivery == Delivery::EssentiallyOnce)
+        .all(Tally::each_took_effect_once))
+}
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+/// Where the databases are.
+enum Folder {
+    Kept(PathBuf),
+    Temporary(tempfile::TempDir),
+}
+
+impl Folder {
+    /// Refuses a folder with databases in it: two runs in one file would be counted as one.
+    fn open(kept: Option<&std::path::Path>) -> Result<Self, Failure> {
+        let Some(path) = kept else {
+            let folder = tempfile::tempdir().map_err(|error| format!("cannot make a temporary folder: {error}"))?;
+            return Ok(Self::Temporary(folder));
+        };
+        std::fs::create_dir_all(path).map_err(|error| format!("cannot use the folder {}: {error}", path.display()))?;
+        let folder = Self::Kept(path.to_path_buf());
+        for delivery in Delivery::ALL {
+            let database = folder.database(delivery);
+            if database.exists() {
+                let shown = database.display();
+                return Err(format!("{shown} is there already: remove it or choose another folder").into());
+            }
+        }
+        Ok(folder)
+    }
+
+    fn database(&self, delivery: Delivery) -> PathBuf {
+        let folder = match self {
+            Self::Kept(path) => path,
+            Self::Temporary(folder) => folder.path(),
+        };
+        folder.join(format!("{delivery}.db"))
+    }
+}

@@ -1,0 +1,145 @@
+//! What a valid order is.
+
+/// How the lines of a file are read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Format {
+    /// Number of fields of every line.
+    pub(crate) fields: usize,
+    /// Which of them is the freight, counted from 0.
+    pub(crate) freight: usize,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Order {
+    pub(crate) id: String,
+    pub(crate) freight: f64,
+}
+
+impl Format {
+    /// Reads the header of a file.
+    ///
+    /// # Errors
+    /// The columns that were found, if `freight` is not one of them.
+    pub(crate) fn of(header: &str) -> Result<Self, String> {
+        let columns = fields(header)?;
+        let freight = columns
+            .iter()
+            .position(|name| name.trim().eq_ignore_ascii_case("freight"))
+            .ok_or_else(|| {
+                let found: Vec<&str> = columns.iter().collect();
+                format!("the header names no column `freight`, only: {}", found.join(", "))
+            })?;
+        Ok(Self {
+            fields: columns.len(),
+            freight,
+        })
+    }
+
+    /// Reads one order.
+    ///
+    /// # Errors
+    /// Why the line is no valid order.
+    pub(crate) fn parse(&self, line: &str) -> Result<Order, String> {
+        let fields = fields(line)?;
+        let id = fields.iter().next().unwrap_or_default().trim();
+        if id.is_empty() {
+            return Err("no order id".into());
+        }
+        if fields.len() != self.fields {
+            return Err(format!("{} fields, the header has {}", fields.len(), self.fields));
+        }
+        let freight = fields.get(self.freight).unwrap_or_default().trim();
+        match freight.parse::<f64>() {
+            Err(_) => Err(format!("freight {freight:?} is no number")),
+            Ok(number) if !number.is_finite() => Err(format!("freight {freight:?} is no finite number")),
+            Ok(number) if number < 0.0 => Err(format!("freight {freight:?} is negative")),
+            Ok(number) => Ok(Order {
+                id: id.into(),
+                freight: number,
+            }),
+        }
+    }
+}
+
+/// The first field of a line, if it says anything: what the order is about.
+pub(crate) fn key(line: &str) -> Option<String> {
+    let id = fields(line).ok()?.get(0)?.trim().to_owned();
+    (!id.is_empty()).then_some(id)
+}
+
+fn fields(line: &str) -> Result<csv::StringRecord, String> {
+    let mut reader = csv::ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        // A reader lives for one line only.
+        .buffer_capacity(line.len() + 1)
+        .from_reader(line.as_bytes());
+    let mut records = reader.records();
+    let first = match records.next() {
+        // The reader skips blank lines.
+        None => return Ok(csv::StringRecord::new()),
+        Some(record) => record.map_err(|error| error.to_string())?,
+    };
+    match records.next() {
+        None => Ok(first),
+        Some(_) => Err("a carriage return inside the line".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FORMAT: Format = Format { fields: 3, freight: 1 };
+
+    #[test]
+    fn the_freight_column_is_found_by_its_name() {
+        assert_eq!(Format::of("id, Freight ,name"), Ok(FORMAT));
+        assert_eq!(Format::of("\"FREIGHT\"").map(|format| format.freight), Ok(0));
+        let error = Format::of("id,weight").expect_err("no freight");
+        assert!(error.contains("id, weight"), "{error}");
+        assert!(Format::of("").is_err());
+    }
+
+    #[test]
+    fn valid_orders_are_read() {
+        for (line, id, freight) in [
+            ("1,32.38,Ann", "1", 32.38),
+            (" 2 , 0 ,", "2", 0.0),
+            ("3,1e2,\"Smith, Ann\"", "3", 100.0),
+            ("\"4\"\"b\",.5,x", "4\"b", 0.5),
+        ] {
+            let id = id.to_owned();
+            assert_eq!(FORMAT.parse(line), Ok(Order { id, freight }), "{line}");
+        }
+    }
+
+    #[test]
+    fn malformed_lines_are_told_why() {
+        for (line, reason) in [
+            ("", "no order id"),
+            ("   ", "no order id"),
+            (",1,Ann", "no order id"),
+            ("1", "1 fields, the header has 3"),
+            ("1,2,Smith, Ann", "4 fields, the header has 3"),
+            ("1,-0.01,Ann", "negative"),
+            ("1,NaN,Ann", "no finite number"),
+            ("1,inf,Ann", "no finite number"),
+            ("1,1e999,Ann", "no finite number"),
+            ("1,NULL,Ann", "no number"),
+            ("1,,Ann", "no number"),
+            ("1,\"2,Ann", "2 fields, the header has 3"),
+            ("1,2,Ann\r2,3,Bob", "carriage return"),
+        ] {
+            let told = FORMAT.parse(line).expect_err(line);
+            assert!(told.contains(reason), "{line:?}: {told}");
+        }
+    }
+
+    #[test]
+    fn a_line_without_an_id_has_no_key() {
+        assert_eq!(key("10248,VINET"), Some("10248".into()));
+        assert_eq!(key(",VINET"), None);
+        assert_eq!(key(""), None);
+    }
+}

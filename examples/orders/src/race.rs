@@ -1,0 +1,226 @@
+//! One delivery's run: write the log, start workers and kill them until the log is drained, count.
+
+use std::{
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    path::PathBuf,
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{Log, NewRecord};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    Failure, backend,
+    delivery::Delivery,
+    input::Input,
+    order,
+    plan::Kill,
+    tally::{self, Tally},
+};
+
+/// The lines before the first order.
+const HEADER_LINES: usize = 1;
+
+pub(crate) struct Race<'a> {
+    pub(crate) delivery: Delivery,
+    pub(crate) database: PathBuf,
+    pub(crate) input: &'a Input,
+    pub(crate) kills: &'a [Kill],
+    pub(crate) max_batch: u32,
+}
+
+impl Race<'_> {
+    pub(crate) fn run(&self) -> Result<Tally, Failure> {
+        let runtime = crate::runtime()?;
+        runtime.block_on(self.write_log())?;
+        let bar = self.bar();
+        let started = Instant::now();
+        let kills = self.kill_until_drained(&bar)?;
+        let seconds = started.elapsed().as_secs_f64();
+        bar.finish();
+        let tally = runtime.block_on(tally::count(&self.database, self.delivery, kills, seconds))?;
+        match self.input.lines.len() {
+            lines if lines as u64 == tally.orders => Ok(tally),
+            lines => Err(format!("{}: the log holds {} of {lines} orders", self.delivery, tally.orders).into()),
+        }
+    }
+
+    async fn write_log(&self) -> Result<(), Failure> {
+        const CHUNK: usize = 1_000;
+        let (log, _) = backend::open(&self.database).await?;
+        backend::create_tables(&self.database)?;
+        for (chunk, lines) in self.input.lines.chunks(CHUNK).enumerate() {
+            let first = chunk * CHUNK + HEADER_LINES + 1;
+            let records: Vec<NewRecord> = lines
+                .iter()
+                .zip(first..)
+                .map(|(line, number)| record(line, number))
+                .collect();
+            log.append(&records).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns how many workers were killed. It ends: each planned kill is tried a few times, and then one worker is let be.
+    fn kill_until_drained(&self, bar: &ProgressBar) -> Result<u64, Failure> {
+        const TRIES: usize = 3;
+        const AT_ONCE: Kill = Kill {
+            after_line: 0,
+            delay: Duration::ZERO,
+        };
+        let mut killed = 0;
+        for kill in self.kills {
+            // A worker that is done before its time leaves the kill to its successor, who is killed while it starts.
+            for kill in [*kill].into_iter().chain([AT_ONCE; TRIES]) {
+                if let End::Killed = self.one_life(Some(kill), bar)? {
+                    killed += 1;
+                    bar.set_message(format!("{killed} kills"));
+                    break;
+                }
+            }
+        }
+        self.one_life(None, bar)?;
+        Ok(killed)
+    }
+
+    fn one_life(&self, kill: Option<Kill>, bar: &ProgressBar) -> Result<End, Failure> {
+        let mut worker = self.start_worker()?;
+        let alive = match kill {
+            Some(kill) => self.follow(&mut worker, kill.after_line, bar)?,
+            None => self.follow(&mut worker, usize::MAX, bar)?,
+        };
+        if let (true, Some(kill)) = (alive, kill) {
+            // A worker that waited meanwhile would always be killed at the same place.
+            worker.give_slack();
+            thread::sleep(kill.delay);
+            // It fails if the worker just ended by itself, which its status tells.
+            let _ = worker.process.kill();
+        }
+        let mut words = String::new();
+        if let Some(mut stderr) = worker.process.stderr.take() {
+            stderr.read_to_string(&mut words)?;
+        }
+        let status = worker.process.wait()?;
+        // A killed worker has no last words.
+        match (status.success(), alive && words.is_empty()) {
+            (true, _) => Ok(End::Drained),
+            (false, true) => Ok(End::Killed),
+            (false, false) => Err(format!(
+                "the {} worker ended by itself, {status}: {}",
+                self.delivery,
+                words.trim_end()
+            )
+            .into()),
+        }
+    }
+
+    /// Reads what the worker tells until it is past `line`; false if it ended before.
+    fn follow(&self, worker: &mut Worker, line: usize, bar: &ProgressBar) -> Result<bool, Failure> {
+        const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+        let mut reached = 0;
+        for handled in 1.. {
+            if reached >= line {
+                break;
+            }
+            let told = match worker.lines.recv_timeout(LONGEST_SILENCE) {
+                Ok(told) => told?,
+                Err(RecvTimeoutError::Disconnected) => return Ok(false),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(format!("the {} worker hangs: it did nothing for a minute", self.delivery).into());
+                }
+            };
+            reached = told.parse::<usize>()?.saturating_sub(HEADER_LINES);
+            bar.set_position(reached as u64);
+            if handled % self.leash() == 0 {
+                worker.give_slack();
+            }
+        }
+        Ok(true)
+    }
+
+    fn start_worker(&self) -> Result<Worker, Failure> {
+        let format = self.input.format;
+        let mut process = Command::new(std::env::current_exe()?)
+            .arg("worker")
+            .arg(&self.database)
+            .arg(self.delivery.to_string())
+            .args([format.fields, format.freight].map(|number| number.to_string()))
+            .arg(self.max_batch.to_string())
+            .arg(self.leash().to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| format!("cannot start the worker: {error}"))?;
+        let stdout = process.stdout.take().ok_or("the worker has no stdout")?;
+        Ok(Worker {
+            process,
+            lines: listen(stdout),
+        })
+    }
+
+    /// How many lines the worker may be ahead of what was read here: more than it handles within a kill's delay. The odd number
+    /// keeps its waiting from falling on the ends of batches.
+    fn leash(&self) -> u64 {
+        2 * u64::from(self.max_batch) + 101
+    }
+
+    fn bar(&self) -> ProgressBar {
+        let style = ProgressStyle::with_template("{prefix:16} {bar:40} {pos}/{len} {msg}");
+        ProgressBar::new(self.input.lines.len() as u64)
+            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            .with_prefix(self.delivery.to_string())
+    }
+}
+
+enum End {
+    Drained,
+    Killed,
+}
+
+struct Worker {
+    process: Child,
+    lines: mpsc::Receiver<io::Result<String>>,
+}
+
+impl Worker {
+    /// Lets the worker go on for the length of its leash.
+    fn give_slack(&mut self) {
+        if let Some(stdin) = &mut self.process.stdin {
+            // It fails if the worker just ended, which its silence tells.
+            let _ = stdin.write_all(b".");
+        }
+    }
+}
+
+/// An error here must not leave the worker behind.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Reads in a thread, so that waiting for the next line can end.
+fn listen(stdout: ChildStdout) -> mpsc::Receiver<io::Result<String>> {
+    let (tell, lines) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines() {
+            if tell.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+fn record(line: &str, number: usize) -> NewRecord {
+    let record = NewRecord::new(line.to_owned()).header("line", number.to_string());
+    match order::key(line) {
+        Some(key) => record.key(key),
+        None => record,
+    }
+}

@@ -1,0 +1,149 @@
+//! Counts what became of the orders, and shows it.
+
+use std::path::Path;
+
+use essentially_once::{Log, Offset};
+use essentially_once_sqlite::rusqlite::Connection;
+use serde::Serialize;
+
+use crate::{Failure, backend, delivery::Delivery};
+
+/// What became of the orders of one run. Each is counted under its offset in the log: an id may be missing or used twice.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub(crate) struct Tally {
+    pub(crate) delivery: Delivery,
+    pub(crate) orders: u64,
+    pub(crate) shipped_once: u64,
+    pub(crate) shipped_more: u64,
+    pub(crate) never_shipped: u64,
+    pub(crate) rejected: u64,
+    pub(crate) kills: u64,
+    pub(crate) seconds: f64,
+    /// Rows in both tables.
+    #[serde(skip)]
+    pub(crate) effects: u64,
+}
+
+impl Tally {
+    /// Nothing lost and nothing doubled, rejected lines included.
+    pub(crate) fn each_took_effect_once(&self) -> bool {
+        self.shipped_once + self.rejected == self.orders && self.effects == self.orders
+    }
+}
+
+/// Counts in the log and in the shop's tables, as they are on disk.
+pub(crate) async fn count(database: &Path, delivery: Delivery, kills: u64, seconds: f64) -> Result<Tally, Failure> {
+    let (log, _) = backend::open(database).await?;
+    let orders = records(&log).await?;
+    let shop = backend::own_connection(database)?;
+    let shipped_once = number(
+        &shop,
+        "SELECT count(*) FROM (SELECT 1 FROM shipments GROUP BY log_offset HAVING count(*) = 1)",
+    )?;
+    let shipped_more = number(
+        &shop,
+        "SELECT count(*) FROM (SELECT 1 FROM shipments GROUP BY log_offset HAVING count(*) > 1)",
+    )?;
+    let rejected = number(&shop, "SELECT count(DISTINCT log_offset) FROM rejected")?;
+    let effects = number(
+        &shop,
+        "SELECT (SELECT count(*) FROM shipments) + (SELECT count(*) FROM rejected)",
+    )?;
+    Ok(Tally {
+        delivery,
+        orders,
+        shipped_once,
+        shipped_more,
+        never_shipped: orders.saturating_sub(shipped_once + shipped_more + rejected),
+        rejected,
+        kills,
+        seconds: (seconds * 1_000.0).round() / 1_000.0,
+        effects,
+    })
+}
+
+/// How many records the log holds: read, since offsets may have gaps.
+async fn records(log: &impl Log) -> Result<u64, Failure> {
+    const AT_A_TIME: usize = 1_000;
+    let bounds = log.bounds().await?;
+    let mut reader = log.read(bounds.earliest).await?;
+    let (mut count, mut next) = (0, bounds.earliest);
+    while next < bounds.end {
+        let records = reader.next(AT_A_TIME).await?;
+        count += records.len() as u64;
+        next = records.last().map_or(bounds.end, |last| Offset::successor(last.offset));
+    }
+    Ok(count)
+}
+
+fn number(shop: &Connection, sql: &str) -> Result<u64, Failure> {
+    let number: i64 = shop.query_row(sql, [], |row| row.get(0))?;
+    Ok(number.try_into()?)
+}
+
+/// One line for each delivery, below a heading.
+pub(crate) fn table(tallies: &[Tally]) -> String {
+    let mut table = String::from(
+        "delivery          orders  shipped once  shipped twice or more  never shipped  rejected  kills  seconds\n",
+    );
+    for tally in tallies {
+        table += &format!(
+            "{:16}{:>8}{:>14}{:>23}{:>15}{:>10}{:>7}{:>9.2}\n",
+            tally.delivery,
+            tally.orders,
+            tally.shipped_once,
+            tally.shipped_more,
+            tally.never_shipped,
+            tally.rejected,
+            tally.kills,
+            tally.seconds
+        );
+    }
+    table
+}
+
+/// One object with a list `deliveries`.
+pub(crate) fn json(tallies: &[Tally]) -> Result<String, Failure> {
+    #[derive(Serialize)]
+    struct Report<'a> {
+        deliveries: &'a [Tally],
+    }
+    let mut json = serde_json::to_string(&Report { deliveries: tallies })?;
+    json.push('\n');
+    Ok(json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rejected_line_written_twice_is_doubled_too() {
+        let tally = Tally {
+            delivery: Delivery::EssentiallyOnce,
+            orders: 10,
+            shipped_once: 9,
+            shipped_more: 0,
+            never_shipped: 0,
+            rejected: 1,
+            kills: 0,
+            seconds: 0.0,
+            effects: 10,
+        };
+        assert!(tally.each_took_effect_once());
+        assert!(
+            !Tally {
+                effects: 11,
+                ..tally.clone()
+            }
+            .each_took_effect_once()
+        );
+        assert!(
+            !Tally {
+                shipped_once: 8,
+                ..tally
+            }
+            .each_took_effect_once()
+        );
+    }
+}

@@ -1,0 +1,113 @@
+//! The shipping worker: a process that can be killed at any moment.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    path::PathBuf,
+    process,
+    sync::mpsc,
+    thread,
+};
+
+use essentially_once::{Consumer, ConsumerId};
+
+use crate::{
+    Failure, backend,
+    delivery::Delivery,
+    order::Format,
+    shipping::{InTransaction, OnItsOwn, Shipping},
+};
+
+/// What the parent tells its worker.
+#[derive(clap::Args)]
+pub(crate) struct WorkerArgs {
+    pub(crate) database: PathBuf,
+    pub(crate) delivery: Delivery,
+    /// Fields of every line.
+    pub(crate) fields: usize,
+    /// Which of them is the freight.
+    pub(crate) freight: usize,
+    /// Orders taken at a time.
+    pub(crate) max_batch: usize,
+    /// Orders handled before the worker waits for its parent.
+    pub(crate) leash: u64,
+}
+
+/// Ships all orders that the log holds.
+pub(crate) fn run(args: &WorkerArgs) -> Result<(), Failure> {
+    let leash = Leash::attach(args.leash);
+    crate::runtime()?.block_on(ship(args, leash))
+}
+
+async fn ship(args: &WorkerArgs, leash: Leash) -> Result<(), Failure> {
+    /// Rather fail than go round for ever when the database is not to be had.
+    const RESTARTS: u32 = 20;
+    let (log, store) = backend::open(&args.database).await?;
+    let id = ConsumerId::new("shipping")?;
+    let format = Format {
+        fields: args.fields,
+        freight: args.freight,
+    };
+    match args.delivery {
+        Delivery::EssentiallyOnce => {
+            let desk = InTransaction;
+            Consumer::essentially_once(id, log, store, Shipping { desk, format, leash })
+                .max_batch(args.max_batch)
+                .restart_limit(RESTARTS)
+                .run_until_caught_up()
+                .await?;
+        }
+        Delivery::AtLeastOnce => {
+            let desk = OnItsOwn(backend::own_connection(&args.database)?);
+            Consumer::at_least_once(id, log, store, Shipping { desk, format, leash })
+                .max_batch(args.max_batch)
+                .restart_limit(RESTARTS)
+                .run_until_caught_up()
+                .await?;
+        }
+        Delivery::AtMostOnce => {
+            let desk = OnItsOwn(backend::own_connection(&args.database)?);
+            Consumer::at_most_once(id, log, store, Shipping { desk, format, leash })
+                .max_batch(args.max_batch)
+                .restart_limit(RESTARTS)
+                .run_until_caught_up()
+                .await?;
+        }
+    }
+    Ok(())
+}
+
+/// Ties the worker to its parent.
+///
+/// Each handled line is told on stdout. After every `length` lines the worker waits for a byte on stdin: however slowly the parent gets
+/// to run, a kill that is meant for a line falls near it. When stdin ends, the parent is gone, and so is the worker.
+pub(crate) struct Leash {
+    length: u64,
+    handled: u64,
+    slack: mpsc::Receiver<()>,
+}
+
+impl Leash {
+    fn attach(length: u64) -> Self {
+        let (give, slack) = mpsc::channel();
+        thread::spawn(move || {
+            let mut byte = [0];
+            while io::stdin().read_exact(&mut byte).is_ok() && give.send(()).is_ok() {}
+            process::exit(1);
+        });
+        Self {
+            length: length.max(1),
+            handled: 0,
+            slack,
+        }
+    }
+
+    /// Tells the parent that a line was handled.
+    pub(crate) fn reached(&mut self, line: u32) -> Result<(), Failure> {
+        writeln!(io::stdout(), "{line}")?;
+        self.handled += 1;
+        if self.handled.is_multiple_of(self.length) {
+            self.slack.recv()?;
+        }
+        Ok(())
+    }
+}
