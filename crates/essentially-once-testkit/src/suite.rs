@@ -5,10 +5,16 @@ use std::{fmt, future::Future, pin::Pin, process::ExitCode, sync::Arc, time::Dur
 use essentially_once::{Error, Source};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::{Capabilities, Harness, Support, cases};
+use crate::{Capabilities, Expectation, Harness, Support, cases, faults::sampled};
 
 /// A case that takes longer is stuck: "waits for ever" is a failure like any other.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
+
+const FAULT_CASES: [(&str, Expectation); 3] = [
+    ("faults_essentially_once", Expectation::EssentiallyOnce),
+    ("faults_at_least_once", Expectation::AtLeastOnce),
+    ("faults_at_most_once", Expectation::AtMostOnce),
+];
 
 /// What a case found to be wrong.
 #[derive(Debug)]
@@ -26,6 +32,8 @@ impl fmt::Display for Violation {
         f.write_str(&self.0)
     }
 }
+
+impl std::error::Error for Violation {}
 
 impl From<Error> for Violation {
     fn from(error: Error) -> Self {
@@ -129,7 +137,8 @@ impl Suite {
         Self::default()
     }
 
-    /// Adds all cases for a backend, under that name.
+    /// Adds all cases for a backend, under that name, and for each delivery a [sample](crate::faults::Explorer::sample) of
+    /// faults. What a sample finds can be replayed: its message names the command.
     #[must_use]
     pub fn backend<H: Harness>(mut self, name: &str, harness: H) -> Self {
         let harness = Arc::new(harness);
@@ -142,14 +151,23 @@ impl Suite {
                 Support::No(why) => Self::ignored(full_name, why),
             });
         }
+        for (case, delivery) in FAULT_CASES {
+            let harness = Arc::clone(&harness);
+            let full_name = format!("{name}::{case}");
+            self.trials.push(Trial::test(full_name.clone(), move || {
+                sampled(&*harness, delivery, &full_name).map_err(Failed::from)
+            }));
+        }
         self
     }
 
     /// Adds all cases for a backend that cannot be started here, as ignored, with the reason.
     #[must_use]
     pub fn missing<H: Harness>(mut self, name: &str, why: &str) -> Self {
-        for case in conformance_cases::<H>() {
-            self.trials.push(Self::ignored(format!("{name}::{}", case.name), why));
+        let cases = conformance_cases::<H>();
+        let cases = cases.iter().map(|case| case.name);
+        for case in cases.chain(FAULT_CASES.map(|(case, _)| case)) {
+            self.trials.push(Self::ignored(format!("{name}::{case}"), why));
         }
         self
     }

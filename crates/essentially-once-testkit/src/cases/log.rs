@@ -202,10 +202,12 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
         last.is_none() || last == last_read,
         "append told {last:?} as the last offset, it is {last_read:?}"
     );
+    let before = log.bounds().await?;
     ensure!(log.append(&[]).await?.is_none(), "an empty append told an offset");
+    let after = log.bounds().await?;
     ensure!(
-        read_all(&*log, new.len()).await? == all,
-        "an empty append changed the log"
+        after == before && read_all(&*log, new.len()).await? == all,
+        "an empty append changed the log: the bounds were {before:?}, now they are {after:?}"
     );
     Ok(())
 }
@@ -279,13 +281,14 @@ pub(super) async fn l5_a_reader_at_the_end_waits_for_the_next_record<H: Harness>
     let log = backend.log("orders").await?;
     for round in 0..3 {
         let mut reader = log.read(log.bounds().await?.end).await?;
-        let early = tokio::time::timeout(QUIET, reader.next(1)).await;
+        let mut waiting = reader.next(10);
+        let early = tokio::time::timeout(QUIET, &mut waiting).await;
         ensure!(
             early.is_err(),
             "round {round}: a reader at the end did not wait, it got {early:?}"
         );
         backend.log("orders").await?.append(&records([round])).await?;
-        let next = soon("a record appended behind a waiting reader", reader.next(10)).await??;
+        let next = soon("a record appended while a reader waits", waiting).await??;
         ensure!(
             payloads(&next) == [round.to_string()],
             "round {round}: got {:?}",
@@ -306,13 +309,11 @@ pub(super) async fn l5_bounds_tell_the_earliest_record_and_the_end<H: Harness>(
     for n in 1..=3 {
         log.append(&records([n])).await?;
         let bounds = log.bounds().await?;
-        let all = read(&*log, bounds.earliest, n).await?;
         ensure!(
-            bounds.earliest <= all[0].offset,
-            "earliest {} is behind {}",
-            bounds.earliest,
-            all[0].offset
+            bounds.earliest < bounds.end,
+            "with {n} records, the bounds are {bounds:?}"
         );
+        let all = read(&*log, bounds.earliest, n).await?;
         ensure!(
             bounds.end == all[n - 1].offset.successor(),
             "the end is {}, the last record is at {}",
@@ -336,11 +337,6 @@ pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H,
         "after a truncation before {} the bounds are {bounds:?}",
         all[10].offset
     );
-    match read(&*log, all[0].offset, 1).await {
-        Ok(found) => return Err(Violation::new(format!("reading a removed record found {found:?}"))),
-        Err(violation) if !violation.to_string().contains("was removed by retention") => return Err(violation),
-        Err(_) => {}
-    }
     let error = first_error(&*log, all[0].offset).await?;
     ensure!(
         matches!(&error, Error::Truncated { requested, earliest, .. }

@@ -95,13 +95,16 @@ pub(super) async fn s1_a_commit_applies_state_and_position<H: Harness>(_: &H, ba
     Ok(())
 }
 
-/// A window of `count` sequences up to `highest`, every third left out.
+/// A window of `count` sequences up to `highest`, every third left out, and with a last offset and time.
 fn window(highest: u64, count: u64) -> Window {
     let mut window = Window::new(highest);
     for sequence in (highest - count..highest).filter(|sequence| sequence % 3 != 0) {
         window.mark(sequence);
     }
-    window
+    // Only a consumer sets them, so they are written where the encoding has them: behind version and highest sequence.
+    let mut encoded = window.encode();
+    encoded[9..33].fill(7);
+    Window::decode(&encoded).expect("its own encoding")
 }
 
 async fn stored_windows<S: OffsetStore>(
@@ -434,7 +437,8 @@ pub(super) async fn s6_a_transaction_reads_its_own_writes<H: Harness>(_: &H, bac
     let shipping = consumer("shipping");
     commit(&store, &shipping, &*log, &[(b"old", Some(b"1"))], 1).await?;
     let mut tx = store.begin(&shipping).await?;
-    let steps: [(&str, &[u8], Option<&[u8]>); 6] = [
+    type Step<'a> = (&'a str, &'a [u8], Option<&'a [u8]>);
+    let steps: [Step<'_>; 6] = [
         ("a put of a new key", b"new", Some(b"2")),
         ("an overwrite of its own put", b"new", Some(b"3")),
         ("an overwrite of a stored key", b"old", Some(b"4")),
@@ -507,6 +511,16 @@ pub(super) async fn s7_consumers_do_not_see_each_others_state<H: Harness>(_: &H,
         ensure!(
             found == (Some(vec![n]), u64::from(n).into()),
             "{name} found {found:?}, it wrote {n}"
+        );
+    }
+    // Where a backend joins names and keys, these are the keys of the others.
+    for key in [&b"-2k"[..], b":kk", b"k:k"] {
+        let found = value(&store, &names[0], key).await?;
+        ensure!(
+            found.is_none(),
+            "{} found {found:?} under {:?}, which it never wrote",
+            names[0],
+            String::from_utf8_lossy(key)
         );
     }
     Ok(())

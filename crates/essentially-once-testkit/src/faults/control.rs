@@ -1,0 +1,298 @@
+//! Counts the operations of all consumers of a run, and lets faults strike.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::{Future, pending},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Waker,
+};
+
+use tokio::{sync::Notify, task::yield_now};
+
+use super::{FaultKind, Plan};
+
+/// A run with more operations than that has gone round in circles.
+pub(super) const OPERATION_LIMIT: usize = 10_000;
+
+/// How many operations later a slow one takes effect: enough for the other consumer to have loaded the position.
+const SLOW_OPERATIONS: usize = 2;
+
+/// What a consumer asks of its log, store and handler.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum Operation {
+    /// `Log::bounds`.
+    Bounds,
+    /// `Log::read`.
+    Read,
+    /// `LogReader::next`; counted when it is called, whether or not anything is there yet.
+    Next,
+    /// `durability` of log or store.
+    Durability,
+    /// `OffsetStore::position`.
+    Position,
+    /// `OffsetStore::begin`.
+    Begin,
+    /// `KeyValue::get`.
+    Get,
+    /// `KeyValue::put`.
+    Put,
+    /// `KeyValue::delete`.
+    Delete,
+    /// `Transaction::commit`.
+    Commit,
+    /// `Transaction::rollback`.
+    Rollback,
+    /// `Handler::handle`.
+    Handle,
+}
+
+/// Shared by all wrappers of a run: the plan, and the count of operations. Clones share both.
+#[derive(Clone)]
+pub struct Faults {
+    shared: Arc<Shared>,
+}
+
+/// One consumer of a run: what dies, freezes and wakes as a whole.
+#[derive(Clone, Debug)]
+pub struct Process {
+    faults: Faults,
+    number: usize,
+}
+
+/// An operation that a run took, and which consumer took it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Step {
+    pub(super) operation: Operation,
+    pub(super) process: usize,
+}
+
+/// What the driver has to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Event {
+    Crashed(usize),
+    Frozen(usize),
+    Slowed(usize),
+    Runaway,
+}
+
+/// How an operation fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Failure {
+    NotDone,
+    ReplyLost,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// A gate opened, or a slow operation is due.
+    changed: Notify,
+}
+
+struct State {
+    plan: Plan,
+    trace: Vec<Step>,
+    gates: Vec<Gate>,
+    /// Processes with a slow operation, and the count at which it takes effect.
+    slow: Vec<(usize, usize)>,
+    is_race: bool,
+    events: VecDeque<Event>,
+    driver: Option<Waker>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gate {
+    Open,
+    Frozen,
+    Dead,
+}
+
+impl Faults {
+    /// Faults as planned. Only an [`Explorer`](super::Explorer) ends crashes and freezes: without it, such an operation
+    /// and all later ones of its process wait for ever.
+    pub fn new(plan: Plan) -> Self {
+        let state = State {
+            plan,
+            trace: Vec::new(),
+            gates: Vec::new(),
+            slow: Vec::new(),
+            is_race: false,
+            events: VecDeque::new(),
+            driver: None,
+        };
+        Self {
+            shared: Arc::new(Shared {
+                state: Mutex::new(state),
+                changed: Notify::new(),
+            }),
+        }
+    }
+
+    /// A new process, whose log, store and handler are to be wrapped.
+    pub fn process(&self) -> Process {
+        let gates = &mut self.lock().gates;
+        gates.push(Gate::Open);
+        Process {
+            faults: self.clone(),
+            number: gates.len() - 1,
+        }
+    }
+
+    pub(super) fn trace(&self) -> Vec<Step> {
+        self.lock().trace.clone()
+    }
+
+    /// The next event; if there is none, the waker is told of it when it comes.
+    pub(super) fn next_event(&self, driver: &Waker) -> Option<Event> {
+        let mut state = self.lock();
+        let event = state.events.pop_front();
+        if event.is_none() && !state.driver.as_ref().is_some_and(|known| known.will_wake(driver)) {
+            state.driver = Some(driver.clone());
+        }
+        event
+    }
+
+    pub(super) fn has_events(&self) -> bool {
+        !self.lock().events.is_empty()
+    }
+
+    /// Whether consumers run side by side: they then take turns at each operation, as an in-memory backend never would.
+    pub(super) fn set_race(&self, is_race: bool) {
+        self.lock().is_race = is_race;
+    }
+
+    /// A frozen process goes on, and so does a slow operation of it.
+    pub(super) fn wake(&self, process: usize) {
+        let mut state = self.lock();
+        if state.gates[process] == Gate::Frozen {
+            state.gates[process] = Gate::Open;
+        }
+        state.slow.retain(|(slow, _)| *slow != process);
+        drop(state);
+        self.shared.changed.notify_waiters();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn tell(&mut self, event: Event) {
+        self.events.push_back(event);
+        if let Some(driver) = &self.driver {
+            driver.wake_by_ref();
+        }
+    }
+}
+
+impl Process {
+    /// Counts an operation and does it, unless a fault says otherwise. Cancel-safe if `act` is: once `act` is done nothing is
+    /// awaited any more, except in a process that froze or died meanwhile.
+    pub(super) async fn operate<T, E>(
+        &self,
+        operation: Operation,
+        act: impl Future<Output = Result<T, E>>,
+        fail: impl FnOnce(Failure) -> E,
+    ) -> Result<T, E> {
+        self.passes_gate().await;
+        if self.faults.lock().is_race {
+            yield_now().await;
+            self.passes_gate().await;
+        }
+        let reply = match self.count(operation) {
+            None => act.await,
+            Some(FaultKind::ErrorBefore) => Err(fail(Failure::NotDone)),
+            Some(FaultKind::ErrorAfter) => {
+                let _ = act.await;
+                Err(fail(Failure::ReplyLost))
+            }
+            Some(FaultKind::CrashBefore) => self.die().await,
+            Some(FaultKind::CrashAfter) => {
+                let _ = act.await;
+                self.die().await
+            }
+            Some(FaultKind::Zombie) => {
+                self.passes_gate().await;
+                act.await
+            }
+            Some(FaultKind::Slow) => {
+                self.is_due().await;
+                act.await
+            }
+        };
+        self.passes_gate().await;
+        reply
+    }
+
+    fn count(&self, operation: Operation) -> Option<FaultKind> {
+        let mut state = self.faults.lock();
+        state.trace.push(Step {
+            operation,
+            process: self.number,
+        });
+        let number = state.trace.len();
+        if number > OPERATION_LIMIT {
+            state.tell(Event::Runaway);
+            return Some(FaultKind::CrashBefore);
+        }
+        let before = state.slow.len();
+        state.slow.retain(|(_, due)| *due > number);
+        if state.slow.len() < before {
+            self.faults.shared.changed.notify_waiters();
+        }
+        let fault = state.plan.at(number);
+        match fault {
+            Some(FaultKind::Zombie) => {
+                state.gates[self.number] = Gate::Frozen;
+                state.tell(Event::Frozen(self.number));
+            }
+            Some(FaultKind::Slow) => {
+                state.slow.push((self.number, number + SLOW_OPERATIONS));
+                state.tell(Event::Slowed(self.number));
+            }
+            _ => {}
+        }
+        fault
+    }
+
+    async fn die<T>(&self) -> T {
+        {
+            let mut state = self.faults.lock();
+            state.gates[self.number] = Gate::Dead;
+            state.tell(Event::Crashed(self.number));
+        }
+        pending().await
+    }
+
+    async fn passes_gate(&self) {
+        self.wait_until(|state| state.gates[self.number] == Gate::Open).await;
+    }
+
+    async fn is_due(&self) {
+        self.wait_until(|state| state.slow.iter().all(|(slow, _)| *slow != self.number))
+            .await;
+    }
+
+    async fn wait_until(&self, condition: impl Fn(&State) -> bool) {
+        while !condition(&self.faults.lock()) {
+            let changed = self.faults.shared.changed.notified();
+            // Looked at again, since it may have changed before `changed` was listening.
+            if condition(&self.faults.lock()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl fmt::Debug for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.lock();
+        f.debug_struct("Faults")
+            .field("plan", &state.plan)
+            .field("operations", &state.trace.len())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,338 @@
+//! Which plans are run, and what was found.
+
+use std::{fmt, time::Duration};
+
+use essentially_once::Source;
+use tokio::runtime::{Builder, Runtime};
+
+use super::{
+    Fault, FaultKind, Plan,
+    control::Step,
+    scene::{Outcome, Scene},
+};
+use crate::{Expectation, Harness, Violation};
+
+/// How long a plan may take on a backend that does I/O.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+/// How long a consumer stays frozen or slow at most: another one may need a lock that it holds.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Runs a consumer with a fault at each operation; see the [module](super).
+///
+/// The log holds four records of two keys, one of them sent twice. All methods block, each in a tokio runtime of its own with
+/// one thread.
+#[derive(Debug)]
+pub struct Explorer<'h, H> {
+    harness: &'h H,
+    delivery: Expectation,
+    max_batch: usize,
+    is_real_time: bool,
+}
+
+/// What was explored without finding anything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Explored {
+    /// Plans that were run, the one without faults included.
+    pub plans: usize,
+    /// Faults that struck: in a sample a plan may name an operation that its run never comes to.
+    pub faults: usize,
+    /// Operations of the run without faults.
+    pub operations: usize,
+}
+
+/// A plan under which a delivery breaks its promise.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Counterexample {
+    /// The plan: [`Explorer::replay`] it.
+    pub plan: Plan,
+    /// The delivery.
+    pub delivery: Expectation,
+    /// The consumer's `max_batch`.
+    pub max_batch: usize,
+    /// The seed of the sample that the plan is from.
+    pub seed: Option<u64>,
+    /// Where the faults struck: `7 is Commit by consumer 0`.
+    pub places: Vec<String>,
+    /// What was found.
+    pub finding: Violation,
+}
+
+impl<'h, H: Harness> Explorer<'h, H> {
+    /// An explorer of one delivery on the harness's backend. Time is paused, and passes only when all consumers wait: fast,
+    /// and the same at each run, but for backends that do no I/O only.
+    pub fn new(harness: &'h H, delivery: Expectation) -> Self {
+        Self {
+            harness,
+            delivery,
+            max_batch: 2,
+            is_real_time: false,
+        }
+    }
+
+    /// The consumer's [`max_batch`](essentially_once::Consumer::max_batch), and how far it reads ahead; 2 unless set.
+    #[must_use]
+    pub fn max_batch(mut self, records: usize) -> Self {
+        self.max_batch = records;
+        self
+    }
+
+    /// Time passes: for a backend that does I/O.
+    #[must_use]
+    pub fn real_time(mut self) -> Self {
+        self.is_real_time = true;
+        self
+    }
+
+    /// Runs every plan of one fault and every plan of two, each on a fresh backend. Plans of one fault come first, so that what
+    /// is found is as simple as can be.
+    ///
+    /// # Errors
+    /// The first plan under which something was found, or that did not do the same when it was run again.
+    pub fn explore(&self) -> Result<Explored, Box<Counterexample>> {
+        let runtime = self.runtime(&Plan::none())?;
+        let run = |plan: &Plan| self.run_on_fresh_backend(&runtime, plan);
+        let operations = run(&Plan::none())?.len();
+        let mut explored = Explored::new(operations);
+        let mut pairs = Vec::new();
+        for first in faults(1..=operations) {
+            let plan = Plan::new([first]);
+            let trace = run(&plan)?;
+            explored.count(&plan, &trace);
+            pairs.extend(faults(first.operation + 1..=trace.len()).map(|second| Plan::new([first, second])));
+        }
+        for plan in pairs {
+            let trace = run(&plan)?;
+            if explored.count(&plan, &trace) < plan.faults().len() {
+                let finding = Violation::new("a fault did not strike: the backend does not do the same at each run");
+                return Err(self.counterexample(&plan, &trace, finding));
+            }
+        }
+        Ok(explored)
+    }
+
+    /// Runs that many random plans of one or two faults, all on one backend but on logs and consumers of their own. Equal
+    /// seeds give equal plans.
+    ///
+    /// # Errors
+    /// The first plan under which something was found.
+    pub fn sample(&self, seed: u64, plans: usize) -> Result<Explored, Box<Counterexample>> {
+        let runtime = self.runtime(&Plan::none())?;
+        let result = runtime.block_on(self.run_sample(seed, plans));
+        release(runtime);
+        result.map_err(|mut found| {
+            found.seed = Some(seed);
+            found
+        })
+    }
+
+    /// Runs one plan, on a fresh backend.
+    ///
+    /// # Errors
+    /// What was found.
+    pub fn replay(&self, plan: &Plan) -> Result<(), Box<Counterexample>> {
+        let runtime = self.runtime(plan)?;
+        let result = self.run_on_fresh_backend(&runtime, plan);
+        release(runtime);
+        result.map(drop)
+    }
+
+    async fn run_sample(&self, seed: u64, plans: usize) -> Result<Explored, Box<Counterexample>> {
+        let backend = self.harness.start(&self.namespace()).await;
+        let backend = &backend.map_err(|error| self.failed_to_start(&Plan::none(), error))?;
+        let run = async |plan: &Plan, name: String| {
+            let outcome = self.scene(backend, name).run(plan).await;
+            self.judge(plan, outcome)
+        };
+        let operations = run(&Plan::none(), "none".into()).await?.len();
+        let mut explored = Explored::new(operations);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for number in 0..plans {
+            let plan = random_plan(&mut rng, operations);
+            let trace = run(&plan, format!("plan-{number}")).await?;
+            explored.count(&plan, &trace);
+        }
+        Ok(explored)
+    }
+
+    fn run_on_fresh_backend(&self, runtime: &Runtime, plan: &Plan) -> Result<Vec<Step>, Box<Counterexample>> {
+        runtime.block_on(async {
+            let backend = self.harness.start(&self.namespace()).await;
+            let backend = backend.map_err(|error| self.failed_to_start(plan, error))?;
+            let outcome = self.scene(&backend, "plan".into()).run(plan).await;
+            self.judge(plan, outcome)
+        })
+    }
+
+    fn scene<'b>(&self, backend: &'b H::Backend, name: String) -> Scene<'b, H::Backend> {
+        let pauses = match self.is_real_time {
+            true => (Duration::from_millis(1), Duration::from_millis(20)),
+            false => (Duration::ZERO, Duration::ZERO),
+        };
+        Scene {
+            backend,
+            name,
+            delivery: self.delivery,
+            max_batch: self.max_batch,
+            pauses,
+            patience: self.is_real_time.then_some(PATIENCE),
+            time_limit: TIME_LIMIT,
+        }
+    }
+
+    /// Without I/O, since looking for it would be most of the work.
+    fn runtime(&self, plan: &Plan) -> Result<Runtime, Box<Counterexample>> {
+        let mut builder = Builder::new_current_thread();
+        match self.is_real_time {
+            true => builder.enable_all(),
+            false => builder.enable_time().start_paused(true),
+        };
+        builder
+            .build()
+            .map_err(|error| self.failed_to_start(plan, error.into()))
+    }
+
+    fn namespace(&self) -> String {
+        format!("faults_{}", self.delivery).replace('-', "_")
+    }
+
+    fn judge(&self, plan: &Plan, outcome: Outcome) -> Result<Vec<Step>, Box<Counterexample>> {
+        let Outcome { trace, verdict } = outcome;
+        match verdict {
+            Ok(()) => Ok(trace),
+            Err(finding) => Err(self.counterexample(plan, &trace, finding)),
+        }
+    }
+
+    fn failed_to_start(&self, plan: &Plan, error: Source) -> Box<Counterexample> {
+        self.counterexample(plan, &[], error.into())
+    }
+
+    fn counterexample(&self, plan: &Plan, trace: &[Step], finding: Violation) -> Box<Counterexample> {
+        let place = |fault: &Fault| {
+            let number = fault.operation;
+            match trace.get(number - 1) {
+                Some(Step { operation, process }) => format!("{number} is {operation:?} by consumer {process}"),
+                None => format!("{number} was not reached"),
+            }
+        };
+        Box::new(Counterexample {
+            plan: plan.clone(),
+            delivery: self.delivery,
+            max_batch: self.max_batch,
+            seed: None,
+            places: plan.faults().iter().map(place).collect(),
+            finding,
+        })
+    }
+}
+
+impl Explored {
+    fn new(operations: usize) -> Self {
+        Self {
+            plans: 1,
+            faults: 0,
+            operations,
+        }
+    }
+
+    /// Counts a plan that was run; returns how many of its faults struck.
+    fn count(&mut self, plan: &Plan, trace: &[Step]) -> usize {
+        let faults = plan.faults().iter();
+        let struck = faults.filter(|fault| fault.operation <= trace.len()).count();
+        self.plans += 1;
+        self.faults += struck;
+        struck
+    }
+}
+
+impl fmt::Display for Explored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} plans, {} faults, over {} operations",
+            self.plans, self.faults, self.operations
+        )
+    }
+}
+
+impl fmt::Display for Counterexample {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, max_batch {}, plan {}", self.delivery, self.max_batch, self.plan)?;
+        if !self.places.is_empty() {
+            write!(f, " ({})", self.places.join(", "))?;
+        }
+        if let Some(seed) = self.seed {
+            write!(f, ", seed {seed}")?;
+        }
+        write!(f, ": {}", self.finding)
+    }
+}
+
+impl std::error::Error for Counterexample {}
+
+impl From<Box<Counterexample>> for Violation {
+    fn from(found: Box<Counterexample>) -> Self {
+        Self::new(found.to_string())
+    }
+}
+
+/// Tasks that a stuck backend left behind must not hold up the caller.
+fn release(runtime: Runtime) {
+    runtime.shutdown_timeout(Duration::from_secs(1));
+}
+
+/// Every kind at each of the operations.
+fn faults(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Fault> {
+    operations.flat_map(|operation| FaultKind::ALL.map(|kind| Fault { operation, kind }))
+}
+
+/// One fault or two; the second may come in what the first made of the run, which is longer than it was.
+fn random_plan(rng: &mut fastrand::Rng, operations: usize) -> Plan {
+    let mut fault = |range: std::ops::RangeInclusive<usize>| Fault {
+        operation: rng.usize(range),
+        kind: FaultKind::ALL[rng.usize(..FaultKind::ALL.len())],
+    };
+    let first = fault(1..=operations.max(1));
+    let second = fault(first.operation + 1..=first.operation + operations.max(1));
+    match rng.u8(..3) {
+        0 => Plan::new([first]),
+        _ => Plan::new([first, second]),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::memory::MemoryHarness;
+
+    #[test]
+    fn a_run_is_the_same_each_time() {
+        for delivery in [
+            Expectation::EssentiallyOnce,
+            Expectation::AtLeastOnce,
+            Expectation::AtMostOnce,
+        ] {
+            let explorer = Explorer::new(&MemoryHarness, delivery);
+            let runtime = explorer.runtime(&Plan::none()).unwrap();
+            for fault in faults(1..=30) {
+                let plan = Plan::new([fault]);
+                let new_runtime = explorer.runtime(&plan).unwrap();
+                let run = |runtime| explorer.run_on_fresh_backend(runtime, &plan).unwrap();
+                assert_eq!(run(&runtime), run(&new_runtime), "{delivery}, {plan}");
+            }
+        }
+    }
+
+    #[test]
+    fn equal_seeds_give_equal_plans() {
+        let plans = |seed| {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            (0..50).map(|_| random_plan(&mut rng, 20)).collect::<Vec<_>>()
+        };
+        assert_eq!(plans(7), plans(7));
+        assert_ne!(plans(7), plans(8));
+    }
+}

@@ -1,0 +1,79 @@
+//! The sample of plans as a test: a seed of its own at each run, or the environment's.
+
+use std::env;
+
+use super::{Counterexample, Explorer};
+use crate::{Expectation, Harness, Violation};
+
+const SEED: &str = "ESSENTIALLY_ONCE_SEED";
+const PLAN: &str = "ESSENTIALLY_ONCE_PLAN";
+
+/// Enough that most pairs of operation and fault come up within a few runs of the test, at some milliseconds each.
+const PLANS: usize = 60;
+
+/// Runs the sample, or the plan that the environment names. `test` is the name under which the test is found.
+pub(crate) fn sampled<H: Harness>(harness: &H, delivery: Expectation, test: &str) -> Result<(), Violation> {
+    let explorer = Explorer::new(harness, delivery).real_time();
+    let seed = from_env(SEED)?.unwrap_or_else(|| fastrand::u64(..));
+    let result = match from_env(PLAN)? {
+        Some(plan) => explorer.replay(&plan),
+        None => explorer.sample(seed, PLANS).map(drop),
+    };
+    result.map_err(|found| Violation::new(format!("{found}\nreplay: {}", command(&found, seed, test))))
+}
+
+/// What to type to see it again.
+fn command(found: &Counterexample, seed: u64, test: &str) -> String {
+    let package = env::var("CARGO_PKG_NAME").map_or(String::new(), |name| format!(" -p {name}"));
+    format!(
+        "{SEED}={seed} {PLAN}={} cargo test{package} -- --exact {test}",
+        found.plan
+    )
+}
+
+fn from_env<T: std::str::FromStr<Err: std::fmt::Display>>(name: &str) -> Result<Option<T>, Violation> {
+    let Ok(text) = env::var(name) else {
+        return Ok(None);
+    };
+    let value = text.parse();
+    value
+        .map(Some)
+        .map_err(|error| Violation::new(format!("environment variable {name}: {text:?}: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use essentially_once::{Source, async_trait, memory::Memory};
+
+    use super::*;
+    use crate::Capabilities;
+
+    struct Missing;
+
+    #[async_trait]
+    impl Harness for Missing {
+        type Backend = Memory;
+
+        fn capabilities(&self) -> Capabilities {
+            Capabilities::minimal()
+        }
+
+        async fn start(&self, _: &str) -> Result<Memory, Source> {
+            Err("no server".into())
+        }
+    }
+
+    #[test]
+    fn a_failure_names_the_seed_and_the_command() {
+        let result = sampled(&Missing, Expectation::AtLeastOnce, "mine::faults_at_least_once");
+        let message = result.expect_err("it cannot start").to_string();
+        for part in [
+            "no server",
+            ", seed ",
+            "replay: ESSENTIALLY_ONCE_SEED=",
+            " ESSENTIALLY_ONCE_PLAN=none cargo test -p essentially-once-testkit -- --exact mine::faults_at_least_once",
+        ] {
+            assert!(message.contains(part), "{part:?} is missing: {message}");
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! One run of a plan: a log, a consumer, what it did, and the verdict.
+
+use std::{future::Future, time::Duration};
+
+use essentially_once::{
+    Consumer, ConsumerId, Delivery, Durability, Error, Handler, Log, NewRecord, OffsetStore, ProducerId, Record,
+};
+use tokio::{
+    task::yield_now,
+    time::{sleep, timeout},
+};
+
+use super::{
+    FaultyHandler, FaultyLog, FaultyStore, Plan,
+    control::{Faults, Process, Step},
+    driver::drive,
+};
+use crate::{Backend, Check, Expectation, Ledger, MemoryLedger, Violation, read_ledger, read_log};
+
+pub(super) struct Scene<'b, B> {
+    pub(super) backend: &'b B,
+    /// Of the log and of the consumer.
+    pub(super) name: String,
+    pub(super) delivery: Expectation,
+    pub(super) max_batch: usize,
+    /// The consumer's backoff.
+    pub(super) pauses: (Duration, Duration),
+    /// How long a consumer stays frozen at most; for ever if `None`.
+    pub(super) patience: Option<Duration>,
+    pub(super) time_limit: Duration,
+}
+
+pub(super) struct Outcome {
+    /// The operations of the run, up to where the consumers had caught up.
+    pub(super) trace: Vec<Step>,
+    pub(super) verdict: Result<(), Violation>,
+}
+
+/// What the consumers of a run share.
+struct Stage {
+    consumer: ConsumerId,
+    /// Where the deliveries without a transaction leave their effects.
+    ledger: MemoryLedger,
+    accept_volatile: bool,
+}
+
+impl<B: Backend> Scene<'_, B> {
+    pub(super) async fn run(&self, plan: &Plan) -> Outcome {
+        let faults = Faults::new(plan.clone());
+        // Under paused time the limit comes at once when all wait for each other.
+        let verdict = timeout(self.time_limit, self.play(&faults))
+            .await
+            .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {:?}", self.time_limit))));
+        // Lets go of the tasks of dropped consumers, so that they are no part of the next run.
+        yield_now().await;
+        let trace = faults.trace();
+        Outcome { trace, verdict }
+    }
+
+    async fn play(&self, faults: &Faults) -> Result<(), Violation> {
+        let log = self.backend.log(&self.name).await?;
+        log.append(&messages()?).await?;
+        let records = read_log(&*log).await?;
+        let stage = Stage {
+            consumer: ConsumerId::new(&self.name)?,
+            ledger: MemoryLedger::new(),
+            accept_volatile: is_volatile(log.durability().await?)
+                || is_volatile(self.backend.store().await?.durability().await?),
+        };
+        drive(faults, self.patience, |process| Box::pin(self.consume(&stage, process))).await?;
+        self.judge(&stage, &records, false).await?;
+        let clean = Faults::new(Plan::none());
+        self.consume(&stage, clean.process())
+            .await
+            .map_err(|error| Violation::new(format!("one more consumer, without faults, gave up: {error}")))?;
+        self.judge(&stage, &records, true).await
+    }
+
+    /// One consumer, on handles of its own, until it has caught up.
+    async fn consume(&self, stage: &Stage, process: Process) -> Result<(), Error> {
+        let process = &process;
+        let log = FaultyLog::new(patiently(|| self.backend.log(&self.name)).await?, process);
+        let store = FaultyStore::new(patiently(|| self.backend.store()).await?, process);
+        let id = stage.consumer.clone();
+        let in_memory = FaultyHandler::new(stage.ledger.clone(), process);
+        match self.delivery {
+            Expectation::EssentiallyOnce => {
+                let in_store = FaultyHandler::new(Ledger, process);
+                let consumer = Consumer::essentially_once(id, log, store, in_store);
+                self.catch_up(stage, consumer).await
+            }
+            Expectation::AtLeastOnce => {
+                let consumer = Consumer::at_least_once(id, log, store, in_memory);
+                self.catch_up(stage, consumer).await
+            }
+            Expectation::AtMostOnce => {
+                let consumer = Consumer::at_most_once(id, log, store, in_memory);
+                self.catch_up(stage, consumer).await
+            }
+        }
+    }
+
+    async fn catch_up<S, H, D>(&self, stage: &Stage, consumer: Consumer<S, H, D>) -> Result<(), Error>
+    where
+        S: OffsetStore,
+        D: Delivery<S>,
+        H: Handler<D::Tx>,
+    {
+        let (first, longest) = self.pauses;
+        let mut consumer = consumer
+            .max_batch(self.max_batch)
+            // As little as can be, so that reading and handling alternate and more faults fall between them.
+            .read_ahead(self.max_batch, 1024 * 1024)
+            .backoff(first, longest);
+        if stage.accept_volatile {
+            consumer = consumer.accept_volatile();
+        }
+        consumer.run_until_caught_up().await?;
+        Ok(())
+    }
+
+    async fn judge(&self, stage: &Stage, records: &[Record], is_drained: bool) -> Result<(), Violation> {
+        let store = self.backend.store().await?;
+        let position = store.position(&stage.consumer).await?;
+        let applied = match self.delivery {
+            Expectation::EssentiallyOnce => read_ledger(&store, &stage.consumer).await?,
+            Expectation::AtLeastOnce | Expectation::AtMostOnce => stage.ledger.applied(),
+        };
+        let mut check = Check::new(records, &applied).position(position.as_ref());
+        if is_drained {
+            check = check.drained();
+        }
+        check.findings().judge(self.delivery)?;
+        let (next, last) = (position.map(|position| position.next), records.last());
+        if last.is_some_and(|last| next.is_none_or(|next| next <= last.offset)) {
+            let next = next.map_or("none".into(), |next| next.to_string());
+            return Err(Violation::new(format!(
+                "the consumers had caught up, but the position is {next}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Two keys, one message that was sent twice, and one behind it that may not be reordered.
+fn messages() -> Result<Vec<NewRecord>, Error> {
+    let producer = ProducerId::new("sender")?;
+    Ok(vec![
+        NewRecord::new("0").key("a").origin(producer.clone(), 1),
+        NewRecord::new("1").key("b"),
+        NewRecord::new("0").key("a").origin(producer, 1),
+        NewRecord::new("3").key("a"),
+    ])
+}
+
+fn is_volatile(durability: Durability) -> bool {
+    matches!(durability, Durability::Volatile(_))
+}
+
+/// Opens a handle, which may need a lock that a frozen consumer holds for a while.
+async fn patiently<T, F: Future<Output = Result<T, Error>>>(open: impl Fn() -> F) -> Result<T, Error> {
+    loop {
+        match open().await {
+            Err(error) if error.is_transient() => sleep(Duration::from_millis(10)).await,
+            result => return result,
+        }
+    }
+}

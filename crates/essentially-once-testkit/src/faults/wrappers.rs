@@ -1,0 +1,187 @@
+//! Log, store and handler of one process, with faults in between.
+
+use bytes::Bytes;
+use essentially_once::{
+    Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
+    Offset, OffsetStore, Position, Record, Transaction, async_trait,
+};
+
+use super::control::{Failure, Operation, Process};
+
+/// A log whose reading may fail as planned. Appending never does.
+#[derive(Debug)]
+pub struct FaultyLog<L> {
+    inner: L,
+    process: Process,
+}
+
+impl<L: Log> FaultyLog<L> {
+    /// Wraps a log for a process.
+    pub fn new(inner: L, process: &Process) -> Self {
+        let process = process.clone();
+        Self { inner, process }
+    }
+}
+
+#[async_trait]
+impl<L: Log> Log for FaultyLog<L> {
+    fn id(&self) -> &LogId {
+        self.inner.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.inner.append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let inner = ask(&self.process, Operation::Read, self.inner.read(from)).await?;
+        Ok(Box::new(FaultyReader {
+            inner,
+            process: self.process.clone(),
+        }))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        ask(&self.process, Operation::Bounds, self.inner.bounds()).await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        ask(&self.process, Operation::Durability, self.inner.durability()).await
+    }
+}
+
+struct FaultyReader {
+    inner: Box<dyn LogReader>,
+    process: Process,
+}
+
+#[async_trait]
+impl LogReader for FaultyReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        ask(&self.process, Operation::Next, self.inner.next(max)).await
+    }
+}
+
+/// A store that may fail as planned, in its transactions too.
+#[derive(Debug)]
+pub struct FaultyStore<S> {
+    inner: S,
+    process: Process,
+}
+
+impl<S: OffsetStore> FaultyStore<S> {
+    /// Wraps a store for a process.
+    pub fn new(inner: S, process: &Process) -> Self {
+        let process = process.clone();
+        Self { inner, process }
+    }
+}
+
+#[async_trait]
+impl<S: OffsetStore> OffsetStore for FaultyStore<S> {
+    type Tx = FaultyTx<S::Tx>;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        ask(&self.process, Operation::Position, self.inner.position(consumer)).await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<Self::Tx, Error> {
+        let inner = ask(&self.process, Operation::Begin, self.inner.begin(consumer)).await?;
+        Ok(FaultyTx {
+            inner,
+            process: self.process.clone(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        ask(&self.process, Operation::Durability, self.inner.durability()).await
+    }
+}
+
+/// A transaction of a [`FaultyStore`].
+#[derive(Debug)]
+pub struct FaultyTx<T> {
+    inner: T,
+    process: Process,
+}
+
+#[async_trait]
+impl<T: Transaction> Transaction for FaultyTx<T> {
+    async fn commit(self, advance: Advance) -> Result<(), Error> {
+        self.process
+            .operate(Operation::Commit, self.inner.commit(advance), |failure| match failure {
+                Failure::NotDone => not_done(Operation::Commit),
+                Failure::ReplyLost => Error::indeterminate("commit", "a planned fault: the reply was lost"),
+            })
+            .await
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        ask(&self.process, Operation::Rollback, self.inner.rollback()).await
+    }
+}
+
+#[async_trait]
+impl<T: KeyValue> KeyValue for FaultyTx<T> {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        ask(&self.process, Operation::Get, self.inner.get(key)).await
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        ask(&self.process, Operation::Put, self.inner.put(key, value)).await
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        ask(&self.process, Operation::Delete, self.inner.delete(key)).await
+    }
+}
+
+/// A handler whose calls may fail as planned.
+#[derive(Debug)]
+pub struct FaultyHandler<H> {
+    inner: H,
+    process: Process,
+}
+
+impl<H> FaultyHandler<H> {
+    /// Wraps a handler for a process.
+    pub fn new(inner: H, process: &Process) -> Self {
+        let process = process.clone();
+        Self { inner, process }
+    }
+}
+
+#[async_trait]
+impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for FaultyHandler<H> {
+    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        self.process
+            .operate(
+                Operation::Handle,
+                self.inner.handle(record, tx),
+                |failure| match failure {
+                    // The backend is in trouble, and the handler is the one to notice.
+                    Failure::NotDone => not_done(Operation::Handle).into(),
+                    // The record itself is in trouble: the consumer treats it alone.
+                    Failure::ReplyLost => HandlerError::retry("a planned fault after the handler did its work"),
+                },
+            )
+            .await
+    }
+
+    async fn reset(&mut self) {
+        self.inner.reset().await;
+    }
+}
+
+/// An operation whose reply can be lost without any doubt about the backend: asked again, it tells the same.
+async fn ask<T>(
+    process: &Process,
+    operation: Operation,
+    act: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    process.operate(operation, act, |_| not_done(operation)).await
+}
+
+fn not_done(operation: Operation) -> Error {
+    Error::unavailable(format!("{operation:?}"), "a planned fault")
+}

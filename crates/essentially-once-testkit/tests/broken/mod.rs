@@ -1,0 +1,189 @@
+//! The in-memory backend, broken on purpose: an explorer that finds nothing here proves nothing elsewhere.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use essentially_once::{
+    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Offset, OffsetStore,
+    Position, Source, Transaction, async_trait,
+    memory::{Memory, MemoryStore, MemoryTx},
+};
+use essentially_once_testkit::{Backend, Capabilities, Harness};
+
+/// What is broken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Flaw {
+    /// A commit goes through at whatever revision the store is.
+    AnyRevision,
+    /// `put` takes effect at once, outside the transaction.
+    Leaky,
+    /// Windows are not kept with the position.
+    ForgottenWindows,
+    /// A reader that does not begin at the start skips a record.
+    Skipping,
+}
+
+/// A harness for the flaw.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Broken(pub(crate) Flaw);
+
+#[async_trait]
+impl Harness for Broken {
+    type Backend = BrokenMemory;
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::minimal()
+    }
+
+    async fn start(&self, _: &str) -> Result<BrokenMemory, Source> {
+        Ok(BrokenMemory {
+            flaw: self.0,
+            memory: Memory::new(),
+            leaked: Leaked::default(),
+        })
+    }
+}
+
+pub(crate) struct BrokenMemory {
+    flaw: Flaw,
+    memory: Memory,
+    leaked: Leaked,
+}
+
+#[async_trait]
+impl Backend for BrokenMemory {
+    type Store = BrokenStore;
+
+    async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
+        let log = self.memory.log(name)?;
+        match self.flaw {
+            Flaw::Skipping => Ok(Arc::new(SkippingLog(log))),
+            _ => Ok(Arc::new(log)),
+        }
+    }
+
+    async fn store(&self) -> Result<BrokenStore, Error> {
+        Ok(BrokenStore {
+            flaw: self.flaw,
+            inner: self.memory.store(),
+            leaked: self.leaked.clone(),
+        })
+    }
+}
+
+/// What was put outside the transaction.
+#[derive(Clone, Default)]
+struct Leaked(Arc<Mutex<HashMap<Vec<u8>, Vec<u8>>>>);
+
+impl Leaked {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(crate) struct BrokenStore {
+    flaw: Flaw,
+    inner: MemoryStore,
+    leaked: Leaked,
+}
+
+#[async_trait]
+impl OffsetStore for BrokenStore {
+    type Tx = BrokenTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        self.inner.position(consumer).await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<BrokenTx, Error> {
+        Ok(BrokenTx {
+            flaw: self.flaw,
+            inner: self.inner.begin(consumer).await?,
+            store: self.inner.clone(),
+            consumer: consumer.clone(),
+            leaked: self.leaked.clone(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        self.inner.durability().await
+    }
+}
+
+pub(crate) struct BrokenTx {
+    flaw: Flaw,
+    inner: MemoryTx,
+    store: MemoryStore,
+    consumer: ConsumerId,
+    leaked: Leaked,
+}
+
+#[async_trait]
+impl Transaction for BrokenTx {
+    async fn commit(self, mut advance: Advance) -> Result<(), Error> {
+        match self.flaw {
+            Flaw::AnyRevision => {
+                let position = self.store.position(&self.consumer).await?;
+                advance.expected_revision = position.map_or(0, |position| position.revision);
+            }
+            Flaw::ForgottenWindows => advance.windows.clear(),
+            Flaw::Leaky | Flaw::Skipping => {}
+        }
+        self.inner.commit(advance).await
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        self.inner.rollback().await
+    }
+}
+
+#[async_trait]
+impl KeyValue for BrokenTx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<bytes::Bytes>, Error> {
+        if let Some(leaked) = self.leaked.lock().get(key) {
+            return Ok(Some(leaked.clone().into()));
+        }
+        self.inner.get(key).await
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        if self.flaw == Flaw::Leaky {
+            self.leaked.lock().insert(key.to_vec(), value.to_vec());
+            return Ok(());
+        }
+        self.inner.put(key, value).await
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.inner.delete(key).await
+    }
+}
+
+struct SkippingLog<L>(L);
+
+#[async_trait]
+impl<L: Log> Log for SkippingLog<L> {
+    fn id(&self) -> &LogId {
+        self.0.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.0.append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let bounds = self.0.bounds().await?;
+        let is_inside = bounds.earliest < from && from < bounds.end;
+        self.0.read(if is_inside { from.successor() } else { from }).await
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        self.0.bounds().await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        self.0.durability().await
+    }
+}

@@ -1,0 +1,86 @@
+//! Every fault and every pair of faults, on the in-memory backend. Prints how many plans were run.
+
+#![allow(
+    clippy::print_stdout,
+    reason = "the numbers are to be seen in the output of `cargo test`"
+)]
+
+mod broken;
+mod wrapped;
+
+use std::{process::ExitCode, time::Instant};
+
+use essentially_once_testkit::{Expectation, Harness, Suite, Violation, faults::Explorer, memory::MemoryHarness};
+
+use crate::{
+    broken::{Broken, Flaw},
+    wrapped::Wrapped,
+};
+
+const DELIVERIES: [Expectation; 3] = [
+    Expectation::EssentiallyOnce,
+    Expectation::AtLeastOnce,
+    Expectation::AtMostOnce,
+];
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    for delivery in DELIVERIES {
+        for max_batch in [1, 2] {
+            let name = format!("memory::every_pair_of_faults::{delivery}::max_batch_{max_batch}");
+            suite = suite.test(&name, move || every_pair(delivery, max_batch));
+        }
+    }
+    suite
+        .backend("memory_in_wrappers_without_faults", Wrapped)
+        .test("unfenced_commits_double_under_essentially_once", || {
+            is_found(&Broken(Flaw::AnyRevision), Expectation::EssentiallyOnce, "doubled: ")
+        })
+        .test("unfenced_commits_double_under_at_most_once", || {
+            is_found(&Broken(Flaw::AnyRevision), Expectation::AtMostOnce, "doubled: ")
+        })
+        .test("writes_outside_the_transaction_double", || {
+            is_found(&Broken(Flaw::Leaky), Expectation::EssentiallyOnce, "doubled: ")
+        })
+        .test("forgotten_windows_double", || {
+            is_found(
+                &Broken(Flaw::ForgottenWindows),
+                Expectation::EssentiallyOnce,
+                "doubled: ",
+            )
+        })
+        .test("a_reader_that_skips_loses", || {
+            is_found(&Broken(Flaw::Skipping), Expectation::AtLeastOnce, "lost: ")
+        })
+        .run()
+}
+
+fn every_pair(delivery: Expectation, max_batch: usize) -> Result<(), Violation> {
+    let started = Instant::now();
+    let explored = Explorer::new(&MemoryHarness, delivery).max_batch(max_batch).explore()?;
+    println!(
+        "memory, {delivery}, max_batch {max_batch}: {explored}, in {:.1} s",
+        started.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+/// The explorer finds the fault, and its plan, as text, leads to the same finding again.
+fn is_found<H: Harness>(harness: &H, delivery: Expectation, what: &str) -> Result<(), Violation> {
+    let explorer = Explorer::new(harness, delivery);
+    let found = match explorer.explore() {
+        Ok(explored) => return Err(Violation::new(format!("nothing found in {explored}"))),
+        Err(found) => found,
+    };
+    println!("found: {found}");
+    let plan = found.plan.to_string().parse()?;
+    let again = match explorer.replay(&plan) {
+        Ok(()) => return Err(Violation::new(format!("plan {plan} finds nothing when replayed"))),
+        Err(again) => again,
+    };
+    let (found, again) = (found.to_string(), again.to_string());
+    match found == again && found.contains(what) {
+        true => Ok(()),
+        false => Err(Violation::new(format!("expected {what:?}: {found}; replayed: {again}"))),
+    }
+}

@@ -1,0 +1,251 @@
+//! A small backend with every capability, correct but for one defect. A restart keeps what is durable and drops the rest.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::SystemTime,
+};
+
+use essentially_once::{Error, Log, LogId, Offset, Record, Source, async_trait};
+use essentially_once_testkit::{Backend, Capabilities, Harness, Support};
+use tokio::{sync::watch, task::yield_now};
+
+use crate::{
+    defect::Defect,
+    log::{LogState, ModelLog},
+    store::{ModelStore, StoreState},
+};
+
+/// Largest record that the model takes, in bytes.
+pub(crate) const RECORD_LIMIT: usize = 1_000;
+
+/// More than any append or commit takes.
+const STEPS_TO_A_STAGE: usize = 50;
+
+/// Starts models with one defect.
+pub(crate) struct ModelHarness(pub(crate) Defect);
+
+#[async_trait]
+impl Harness for ModelHarness {
+    type Backend = Model;
+
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::minimal();
+        capabilities.restart = Support::Yes;
+        capabilities.truncate = Support::Yes;
+        capabilities.recreate = Support::Yes;
+        capabilities.malformed = Support::Yes;
+        capabilities.foreign = Support::Yes;
+        capabilities.record_limit = Some(RECORD_LIMIT);
+        capabilities
+    }
+
+    async fn start(&self, _: &str) -> Result<Model, Source> {
+        Ok(Model {
+            shared: Arc::new(Shared {
+                defect: self.0,
+                state: Mutex::default(),
+                stage: AtomicUsize::default(),
+                changes: watch::Sender::new(()),
+            }),
+        })
+    }
+}
+
+/// Where an append or a commit can be when the backend restarts.
+#[derive(Clone, Copy)]
+pub(crate) enum Stage {
+    Idle,
+    Request,
+    /// The first of several steps is done.
+    Begun,
+    Halfway,
+    Reply,
+}
+
+/// One backend; its parts share what a server would hold.
+pub(crate) struct Model {
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) defect: Defect,
+    state: Mutex<State>,
+    /// The [`Stage`] of the operation that is under way.
+    stage: AtomicUsize,
+    /// Wakes all waiting readers.
+    pub(crate) changes: watch::Sender<()>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    /// Counts restarts: a handle of an earlier generation has lost its connection.
+    pub(crate) generation: u64,
+    /// Counts creations of logs, to tell their incarnations apart.
+    created: u64,
+    pub(crate) logs: HashMap<String, LogState>,
+    pub(crate) store: StoreState,
+}
+
+impl Shared {
+    pub(crate) fn is(&self, defect: Defect) -> bool {
+        self.defect == defect
+    }
+
+    /// A panic in a case is a failure of that case alone, so poisoning is of no interest.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, if the backend was not restarted since the handle was opened.
+    pub(crate) fn connected(&self, generation: u64) -> Result<MutexGuard<'_, State>, Error> {
+        let state = self.state();
+        match state.generation == generation {
+            true => Ok(state),
+            false => Err(Error::unavailable("reach the model", "it was restarted")),
+        }
+    }
+
+    /// A request's way to the backend or back, on which a restart may overtake it.
+    pub(crate) async fn travel(&self, generation: u64, stage: Stage) -> Result<(), Error> {
+        self.pause(stage).await;
+        self.connected(generation).map(drop)
+    }
+
+    /// Lets others go on, and lets a restart know where it would hit an operation.
+    pub(crate) async fn pause(&self, stage: Stage) {
+        self.stage.store(stage as usize, Ordering::SeqCst);
+        yield_now().await;
+        self.stage.store(Stage::Idle as usize, Ordering::SeqCst);
+    }
+}
+
+/// A restart hit the operation when it may have happened.
+pub(crate) fn in_doubt(_: Error) -> Error {
+    Error::indeterminate("hear from the model", "it was restarted before it replied")
+}
+
+impl State {
+    /// The log of that name, created empty at the first call.
+    fn log(&mut self, shared: &Shared, name: &str) -> Result<&mut LogState, Error> {
+        let name = if shared.is(Defect::LogsShareRecords) {
+            "shared"
+        } else {
+            name
+        };
+        if !self.logs.contains_key(name) {
+            self.created += 1;
+            self.logs.insert(name.to_owned(), LogState::new(self.created));
+        }
+        self.logs
+            .get_mut(name)
+            .ok_or_else(|| Error::failed("open a log", "it was just created"))
+    }
+}
+
+#[async_trait]
+impl Backend for Model {
+    type Store = ModelStore;
+
+    async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
+        let mut state = self.shared.state();
+        let generation = state.generation;
+        let incarnation = state.log(&self.shared, name)?.incarnation;
+        let mut id = LogId::new(name)?;
+        id = match self.shared.defect {
+            Defect::OldOffsetWaitsInNewLog | Defect::OldOffsetTruncatedInNewLog => id,
+            _ => id.with_incarnation(incarnation.to_string())?,
+        };
+        let key = if self.shared.is(Defect::LogsShareRecords) {
+            "shared"
+        } else {
+            name
+        };
+        Ok(Arc::new(ModelLog::new(
+            Arc::clone(&self.shared),
+            id,
+            key,
+            incarnation,
+            generation,
+        )))
+    }
+
+    async fn store(&self) -> Result<ModelStore, Error> {
+        let generation = self.shared.state().generation;
+        Ok(ModelStore::new(Arc::clone(&self.shared), generation))
+    }
+
+    async fn restart(&self) -> Result<(), Source> {
+        let generation = self.shared.state().generation;
+        // Waits for an operation to hit, at another stage each time; nothing may be under way, so not for long.
+        let stage = [Stage::Reply, Stage::Begun, Stage::Halfway, Stage::Request][generation as usize % 4];
+        for _ in 0..STEPS_TO_A_STAGE {
+            if self.shared.stage.load(Ordering::SeqCst) == stage as usize {
+                break;
+            }
+            yield_now().await;
+        }
+        let mut state = self.shared.state();
+        state.generation += 1;
+        for log in state.logs.values_mut() {
+            log.restart(&self.shared);
+        }
+        state.store.restart(&self.shared);
+        self.shared.changes.send_replace(());
+        Ok(())
+    }
+
+    async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
+        self.shared
+            .state()
+            .log(&self.shared, log)?
+            .truncate(&self.shared, before);
+        self.shared.changes.send_replace(());
+        Ok(())
+    }
+
+    async fn recreate(&self, log: &str) -> Result<(), Source> {
+        let mut state = self.shared.state();
+        state.logs.remove(log);
+        state.log(&self.shared, log)?;
+        self.shared.changes.send_replace(());
+        Ok(())
+    }
+
+    async fn append_malformed(&self, log: &str) -> Result<(), Source> {
+        let mut record = Record::new(Offset::ZERO, SystemTime::now(), "no record");
+        record.malformed = match self.shared.defect {
+            Defect::MalformedNotMarked => None,
+            Defect::MalformedWithoutReason => Some("".into()),
+            _ => Some("it begins with an unknown version".into()),
+        };
+        let mut state = self.shared.state();
+        let log = state.log(&self.shared, log)?;
+        if self.shared.is(Defect::MalformedGarblesNeighbour)
+            && let Some(before) = log.entries.last_mut()
+        {
+            before.payload = record.payload.clone();
+        }
+        if self.shared.is(Defect::MalformedSkipped) {
+            return Ok(());
+        }
+        log.write(&self.shared, record);
+        Ok(())
+    }
+
+    async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        let mut record = Record::new(Offset::ZERO, SystemTime::now(), payload.to_vec());
+        match self.shared.defect {
+            Defect::ForeignSkipped => return Ok(()),
+            Defect::ForeignPayloadLost => record.payload.clear(),
+            Defect::ForeignCalledMalformed => record.malformed = Some("no version".into()),
+            Defect::ForeignGetsOrigin => record.origin = Some(crate::log::origin("unknown", 0)?),
+            _ => {}
+        }
+        self.shared.state().log(&self.shared, log)?.write(&self.shared, record);
+        Ok(())
+    }
+}

@@ -1,0 +1,55 @@
+//! The in-memory backend in wrappers in which nothing is to fail: they must change nothing that a contract tells of.
+
+use std::sync::Arc;
+
+use essentially_once::{
+    Error, Log, Offset, Source, async_trait,
+    memory::{Memory, MemoryStore},
+};
+use essentially_once_testkit::{
+    Backend, Capabilities, Harness,
+    faults::{Faults, FaultyLog, FaultyStore, Plan},
+    memory::MemoryHarness,
+};
+
+/// A harness of wrappers.
+pub(crate) struct Wrapped;
+
+#[async_trait]
+impl Harness for Wrapped {
+    type Backend = WrappedMemory;
+
+    fn capabilities(&self) -> Capabilities {
+        MemoryHarness.capabilities()
+    }
+
+    async fn start(&self, _: &str) -> Result<WrappedMemory, Source> {
+        Ok(WrappedMemory {
+            memory: Memory::new(),
+            faults: Faults::new(Plan::none()),
+        })
+    }
+}
+
+pub(crate) struct WrappedMemory {
+    memory: Memory,
+    faults: Faults,
+}
+
+#[async_trait]
+impl Backend for WrappedMemory {
+    type Store = FaultyStore<MemoryStore>;
+
+    async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
+        Ok(Arc::new(FaultyLog::new(self.memory.log(name)?, &self.faults.process())))
+    }
+
+    async fn store(&self) -> Result<Self::Store, Error> {
+        Ok(FaultyStore::new(self.memory.store(), &self.faults.process()))
+    }
+
+    async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
+        self.memory.log(log)?.truncate(before);
+        Ok(())
+    }
+}
