@@ -1,7 +1,7 @@
 //! Keeps a handler's SQL from ending the transaction it runs in, and from our tables.
 //!
 //! SQLite asks the authorizer when a statement is prepared, so a statement that was prepared once must not be found by other
-//! hands: internal statements begin with [`MARK`], and a handler's SQL that begins so is never looked up in the cache.
+//! hands: a handler's statements are kept in [`Prepared`], internal ones in the cache of `rusqlite`.
 
 use std::sync::{
     Arc,
@@ -13,7 +13,7 @@ use rusqlite::{
     hooks::{AuthAction, AuthContext, Authorization},
 };
 
-use crate::schema::{MARK, PREFIX};
+use crate::{prepared::Prepared, schema::PREFIX};
 
 /// Says to the authorizer whether the SQL being prepared is a handler's.
 #[derive(Clone, Default)]
@@ -34,20 +34,15 @@ impl Guard {
         }))
     }
 
-    /// Prepares a handler's SQL and runs it, with the authorizer on guard: also while it runs, since a change of schema
-    /// prepares a statement again.
+    /// Runs a handler's SQL with the authorizer on guard: also while it runs, since a change of schema prepares a statement again.
     pub(crate) fn run<T>(
         &self,
-        connection: &Connection,
+        connection: &mut Prepared,
         sql: &str,
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         let _on_guard = OnGuard::new(&self.native);
-        if sql.trim_start().starts_with(MARK) {
-            run(&mut connection.prepare(sql)?)
-        } else {
-            run(&mut *connection.prepare_cached(sql)?)
-        }
+        connection.run_native(sql, run)
     }
 }
 

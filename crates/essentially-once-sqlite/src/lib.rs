@@ -56,6 +56,7 @@ mod connect;
 mod error;
 mod guard;
 mod log;
+mod prepared;
 mod reader;
 mod retention;
 mod row;

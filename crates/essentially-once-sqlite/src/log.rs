@@ -14,7 +14,6 @@ use crate::{
     reader::SqliteReader,
     retention::{Retention, now_millis, trim},
     row::COLUMNS,
-    schema::{MARK, internal},
     shared::{Shared, WriteTx},
 };
 
@@ -57,24 +56,24 @@ impl Statements {
     fn new(log: i64) -> Self {
         let table = format!("main.essentially_once_log_{log}");
         Self {
-            insert: format!("{MARK} INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
+            insert: format!("INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
             status: format!(
-                "{MARK} SELECT next, keep_records, keep_age_ms,
+                "SELECT next, keep_records, keep_age_ms,
                      (SELECT min(\"offset\") FROM {table}), (SELECT max(\"offset\") FROM {table})
                  FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
             ),
             // The log's row is looked at once per fetch, so that a log made anew is not read as the old one.
             fetch: format!(
-                "{MARK} SELECT {COLUMNS} FROM {table}
+                "SELECT {COLUMNS} FROM {table}
                  WHERE \"offset\" >= ?1
                      AND EXISTS (SELECT 1 FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?3)
                  ORDER BY \"offset\" LIMIT ?2"
             ),
             times: format!(
-                "{MARK} SELECT \"offset\", appended_at FROM {table}
+                "SELECT \"offset\", appended_at FROM {table}
                  WHERE \"offset\" >= ?1 AND \"offset\" < ?2 ORDER BY \"offset\""
             ),
-            delete_before: format!("{MARK} DELETE FROM {table} WHERE \"offset\" < ?1"),
+            delete_before: format!("DELETE FROM {table} WHERE \"offset\" < ?1"),
         }
     }
 }
@@ -134,10 +133,8 @@ impl SqliteLog {
         let (records, age) = retention.to_columns();
         tx.connection()
             .execute(
-                internal!(
-                    "UPDATE main.essentially_once_logs SET keep_records = ?1, keep_age_ms = ?2 \
-                     WHERE name = ?3 AND incarnation = ?4"
-                ),
+                "UPDATE main.essentially_once_logs SET keep_records = ?1, keep_age_ms = ?2 \
+                     WHERE name = ?3 AND incarnation = ?4",
                 (records, age, self.inner.id.name(), self.inner.incarnation()),
             )
             .map_err(|error| classify(self.inner.shared.on(action()), error))?;
@@ -296,9 +293,7 @@ impl Inner {
             }
         }
         connection
-            .prepare_cached(internal!(
-                "UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3"
-            ))?
+            .prepare_cached("UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3")?
             .execute((end as i64, self.id.name(), self.incarnation()))?;
         if before.retention != Retention::default() {
             let after = Status { end, ..before };
@@ -322,9 +317,7 @@ impl Inner {
 /// The id and incarnation of the log of that name.
 fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<(i64, String)>> {
     connection
-        .prepare_cached(internal!(
-            "SELECT id, incarnation FROM main.essentially_once_logs WHERE name = ?1"
-        ))?
+        .prepare_cached("SELECT id, incarnation FROM main.essentially_once_logs WHERE name = ?1")?
         .query_row([name], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()
 }
@@ -335,10 +328,8 @@ fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)
         return Ok(found);
     }
     let (id, incarnation) = connection.query_row(
-        internal!(
-            "INSERT INTO main.essentially_once_logs (name, incarnation, next) VALUES (?1, lower(hex(randomblob(8))), 0) \
-             RETURNING id, incarnation"
-        ),
+        "INSERT INTO main.essentially_once_logs (name, incarnation, next) VALUES (?1, lower(hex(randomblob(8))), 0) \
+             RETURNING id, incarnation",
         [name],
         |row| Ok((row.get(0)?, row.get(1)?)),
     )?;

@@ -1,12 +1,16 @@
 //! Reading a log: in order, without holes, and awake soon after an append.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use essentially_once::{Error, LogReader, ProducerId, Record};
 use rusqlite::Connection;
 use tokio::{
     sync::watch,
+    task,
     time::{self, Instant},
 };
 
@@ -14,7 +18,6 @@ use crate::{
     error::{classify, is_busy},
     log::{Inner, Standing},
     row::{Columns, Decoder},
-    schema::internal,
     shared::retry_busy,
 };
 
@@ -24,12 +27,25 @@ const FETCH_BYTES: usize = 1024 * 1024;
 /// How often to ask whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
 
+/// A reader that got at least so many records at once has a backlog: its next fetch is worth handing to another thread.
+const BACKLOG: usize = 64;
+
 /// A reader with a connection of its own, on which no transaction stays open between calls.
+///
+/// With a backlog it fetches on a thread of the blocking pool, so that records are decoded while the task that handles the last ones
+/// goes on; without one it fetches on the spot, which is sooner.
 pub(crate) struct SqliteReader {
+    cursor: Arc<Mutex<Cursor>>,
     log: Arc<Inner>,
-    connection: Connection,
     wake: watch::Receiver<()>,
     next: u64,
+    has_backlog: bool,
+}
+
+/// The half that asks SQLite. It has no place of its own, so a fetch whose caller is gone changes nothing.
+struct Cursor {
+    log: Arc<Inner>,
+    connection: Connection,
     /// The file's `data_version` before it was found that there is nothing to read.
     version: i64,
     producer: Option<ProducerId>,
@@ -43,32 +59,18 @@ enum Found {
     Nothing(Result<Standing, Error>),
 }
 
-impl SqliteReader {
-    pub(crate) fn new(log: Arc<Inner>, connection: Connection, next: u64) -> Self {
-        Self {
-            wake: log.wake.subscribe(),
-            log,
-            connection,
-            next,
-            version: 0,
-            producer: None,
-            fetched_bytes: 0,
-            fetched_records: 0,
-        }
-    }
-
-    /// The records from the wanted one on, or why there are none.
-    fn look(&mut self, max: usize) -> rusqlite::Result<Found> {
-        self.wake.borrow_and_update();
-        let fetched = match self.fetch(max) {
+impl Cursor {
+    /// The records from `next` on, or why there are none.
+    fn look(&mut self, next: u64, max: usize) -> rusqlite::Result<Found> {
+        let fetched = match self.fetch(next, max) {
             Ok(records) if !records.is_empty() => {
                 let first = records[0].offset;
-                if first == self.next.into() {
+                if first == next.into() {
                     return Ok(Found::Records(records));
                 }
                 return Ok(Found::Nothing(Err(Error::Truncated {
                     log: self.log.id.clone(),
-                    requested: self.next.into(),
+                    requested: next.into(),
                     earliest: first,
                 })));
             }
@@ -77,10 +79,8 @@ impl SqliteReader {
         };
         // In this order: what is appended after the status was read changes the version after it was.
         self.version = self.data_version()?;
-        let standing = match self.log.status(&self.connection) {
-            Ok(status) => self.log.standing(self.next.into(), status.as_ref()),
-            Err(error) => return Err(error),
-        };
+        let status = self.log.status(&self.connection)?;
+        let standing = self.log.standing(next.into(), status.as_ref());
         // A fetch fails where the table is gone: then the standing says so, or the fetch's error stands.
         if standing.is_ok() {
             fetched?;
@@ -88,11 +88,11 @@ impl SqliteReader {
         Ok(Found::Nothing(standing))
     }
 
-    /// The records from the wanted one on, up to the first hole.
-    fn fetch(&mut self, max: usize) -> rusqlite::Result<Vec<Record>> {
+    /// The records from `next` on, up to the first hole.
+    fn fetch(&mut self, next: u64, max: usize) -> rusqlite::Result<Vec<Record>> {
         let mut statement = self.connection.prepare_cached(&self.log.sql.fetch)?;
         let limit = i64::try_from(max).unwrap_or(i64::MAX);
-        let mut rows = statement.query((self.next as i64, limit, self.log.incarnation()))?;
+        let mut rows = statement.query((next as i64, limit, self.log.incarnation()))?;
         let mut decoder = Decoder::new(self.fetched_bytes, &mut self.producer);
         let mut records = Vec::with_capacity(max.min(self.fetched_records));
         let mut bytes = 0;
@@ -115,8 +115,44 @@ impl SqliteReader {
 
     fn data_version(&self) -> rusqlite::Result<i64> {
         self.connection
-            .prepare_cached(internal!("PRAGMA main.data_version"))?
+            .prepare_cached("PRAGMA main.data_version")?
             .query_row([], |row| row.get(0))
+    }
+}
+
+impl SqliteReader {
+    pub(crate) fn new(log: Arc<Inner>, connection: Connection, next: u64) -> Self {
+        Self {
+            cursor: Arc::new(Mutex::new(Cursor {
+                log: Arc::clone(&log),
+                connection,
+                version: 0,
+                producer: None,
+                fetched_bytes: 0,
+                fetched_records: 0,
+            })),
+            wake: log.wake.subscribe(),
+            log,
+            next,
+            has_backlog: false,
+        }
+    }
+
+    async fn look(&mut self, max: usize) -> Result<Found, Error> {
+        self.wake.borrow_and_update();
+        let (next, cursor) = (self.next, &self.cursor);
+        if self.has_backlog {
+            let cursor = Arc::clone(cursor);
+            let found = task::spawn_blocking(move || lock(&cursor).look(next, max)).await;
+            match found {
+                Ok(Err(error)) if is_busy(&error) => {}
+                Ok(found) => return found.map_err(|error| self.failed(error)),
+                Err(error) => return Err(Error::unavailable(self.action(), error)),
+            }
+        }
+        let deadline = Instant::now() + self.log.shared.options.busy_timeout;
+        let found = retry_busy(deadline, || lock(cursor).look(next, max)).await;
+        found.map_err(|error| self.failed(error))
     }
 
     /// Waits for an append through this handle, or a write to the file by anyone else.
@@ -126,8 +162,9 @@ impl SqliteReader {
             if time::timeout(POLL, self.wake.changed()).await.is_ok() {
                 return Ok(());
             }
-            match self.data_version() {
-                Ok(version) if version == self.version => {}
+            let cursor = lock(&self.cursor);
+            match cursor.data_version() {
+                Ok(version) if version == cursor.version => {}
                 Ok(_) => return Ok(()),
                 Err(error) if is_busy(&error) => {}
                 Err(error) => return Err(self.failed(error)),
@@ -136,8 +173,17 @@ impl SqliteReader {
     }
 
     fn failed(&self, error: rusqlite::Error) -> Error {
-        classify(self.log.shared.on(format!("read log {}", self.log.id)), error)
+        classify(self.action(), error)
     }
+
+    fn action(&self) -> String {
+        self.log.shared.on(format!("read log {}", self.log.id))
+    }
+}
+
+/// A panic leaves no half-made change in a cursor, so poisoning is of no interest.
+fn lock(cursor: &Mutex<Cursor>) -> MutexGuard<'_, Cursor> {
+    cursor.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[async_trait]
@@ -145,14 +191,10 @@ impl LogReader for SqliteReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         let max = max.max(1);
         loop {
-            let deadline = Instant::now() + self.log.shared.options.busy_timeout;
-            let found = match retry_busy(deadline, || self.look(max)).await {
-                Ok(found) => found,
-                Err(error) => return Err(self.failed(error)),
-            };
-            match found {
+            match self.look(max).await? {
                 Found::Records(records) => {
-                    // The only change of place, with no await behind it: a dropped call changed nothing.
+                    self.has_backlog = records.len() >= BACKLOG;
+                    // A change of place, with no await behind it: a dropped call changed nothing.
                     self.next += records.len() as u64;
                     return Ok(records);
                 }

@@ -10,17 +10,6 @@ use crate::error::{classify, on};
 /// Begins the name of every table of ours.
 pub(crate) const PREFIX: &str = "essentially_once_";
 
-/// Begins every internal statement, so that no cached one is ever found by a handler's SQL; see [`crate::guard`].
-pub(crate) const MARK: &str = "/*essentially-once*/";
-
-/// An internal statement: marked, and to be prepared through the statement cache.
-macro_rules! internal {
-    ($sql:literal) => {
-        concat!("/*essentially-once*/ ", $sql)
-    };
-}
-pub(crate) use internal;
-
 /// Each entry brings a file from the version of its index to the next one.
 const MIGRATIONS: &[&str] = &[
     // A u64 is kept as the i64 of the same bits; `next` is one past the last record ever appended. An id is never used twice,
@@ -169,10 +158,5 @@ mod tests {
             );
         }
         assert!(connection.is_autocommit());
-    }
-
-    #[test]
-    fn every_internal_statement_carries_the_mark() {
-        assert!(internal!("SELECT 1").starts_with(MARK));
     }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use essentially_once::Error;
-use rusqlite::Connection;
+use rusqlite::{Connection, Statement};
 use tokio::{
     sync::{self, OwnedMutexGuard, watch},
     task,
@@ -21,6 +21,7 @@ use crate::{
     SqliteOptions, connect,
     error::{classify, classify_commit, is_busy, on},
     guard::Guard,
+    prepared::Prepared,
 };
 
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
@@ -41,7 +42,7 @@ impl Shared {
     pub(crate) fn open(path: PathBuf, options: SqliteOptions) -> Result<Self, Error> {
         let guard = Guard::default();
         let writer = Writer {
-            connection: connect::create(&path, &guard, options.busy_timeout)?,
+            connection: Prepared::new(connect::create(&path, &guard, options.busy_timeout)?),
             guard,
             broken: false,
         };
@@ -142,7 +143,7 @@ fn jittered(pause: Duration) -> Duration {
 
 /// The one connection of a handle that writes.
 struct Writer {
-    connection: Connection,
+    connection: Prepared,
     guard: Guard,
     /// A rollback failed, so nothing is known of the connection's state.
     broken: bool,
@@ -152,7 +153,7 @@ impl Writer {
     fn reopen(path: &Path, busy_timeout: Duration) -> Result<Self, Error> {
         let guard = Guard::default();
         Ok(Self {
-            connection: connect::writer(path, &guard, busy_timeout)?,
+            connection: Prepared::new(connect::writer(path, &guard, busy_timeout)?),
             guard,
             broken: false,
         })
@@ -160,7 +161,16 @@ impl Writer {
 
     /// Takes `&mut self` so that a future which calls it again and again is `Send`: a connection is not `Sync`.
     fn begin(&mut self) -> rusqlite::Result<()> {
-        self.connection.execute_batch("BEGIN IMMEDIATE")
+        self.run("BEGIN IMMEDIATE")
+    }
+}
+
+impl Writer {
+    /// Runs SQL of ours that has no parameters.
+    fn run(&mut self, sql: &str) -> rusqlite::Result<()> {
+        self.connection
+            .run_internal(sql, |statement| statement.execute([]))
+            .map(drop)
     }
 }
 
@@ -174,8 +184,23 @@ impl WriteTx {
         &self.writer.connection
     }
 
-    pub(crate) fn guard(&self) -> &Guard {
-        &self.writer.guard
+    /// Runs SQL of ours.
+    pub(crate) fn run_internal<T>(
+        &mut self,
+        sql: &str,
+        run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        self.writer.connection.run_internal(sql, run)
+    }
+
+    /// Runs a handler's SQL, with the authorizer on guard.
+    pub(crate) fn run_native<T>(
+        &mut self,
+        sql: &str,
+        run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let Writer { connection, guard, .. } = &mut *self.writer;
+        guard.run(connection, sql, run)
     }
 
     /// False once SQLite has rolled back by itself, as `INSERT OR ROLLBACK` or a full disk makes it do. Whatever ran then would
@@ -185,9 +210,9 @@ impl WriteTx {
     }
 
     /// Commits, with `action` for an error's text.
-    pub(crate) fn commit(self, action: impl FnOnce() -> String) -> Result<(), Error> {
-        self.connection()
-            .execute_batch("COMMIT")
+    pub(crate) fn commit(mut self, action: impl FnOnce() -> String) -> Result<(), Error> {
+        self.writer
+            .run("COMMIT")
             .map_err(|error| classify_commit(action(), error))
     }
 
@@ -199,7 +224,7 @@ impl WriteTx {
         if !self.is_open() {
             return Ok(());
         }
-        let result = self.writer.connection.execute_batch("ROLLBACK");
+        let result = self.writer.run("ROLLBACK");
         self.writer.broken = self.is_open();
         result
     }

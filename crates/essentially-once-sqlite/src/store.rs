@@ -13,7 +13,6 @@ use rusqlite::{Connection, OptionalExtension, Params, Row, Statement};
 use crate::{
     connect,
     error::classify,
-    schema::internal,
     shared::{Shared, WriteTx},
 };
 
@@ -159,22 +158,19 @@ impl SqliteTx {
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Error> {
         self.check_open()?;
-        let result = self.tx.guard().run(self.tx.connection(), sql, run);
+        let result = self.tx.run_native(sql, run);
         result.map_err(|error| classify(self.action("run SQL"), error))
     }
 
-    /// Runs an internal statement.
+    /// Runs a statement of ours, given the consumer's name.
     fn internal<T>(
-        &self,
+        &mut self,
         sql: &str,
         verb: &str,
-        run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
+        run: impl FnOnce(&mut Statement<'_>, &str) -> rusqlite::Result<T>,
     ) -> Result<T, Error> {
-        let result = self
-            .tx
-            .connection()
-            .prepare_cached(sql)
-            .and_then(|mut statement| run(&mut statement));
+        let Self { tx, consumer, .. } = self;
+        let result = tx.run_internal(sql, |statement| run(statement, consumer.as_str()));
         result.map_err(|error| classify(self.action(verb), error))
     }
 
@@ -203,44 +199,35 @@ impl SqliteTx {
     }
 
     /// Moves the position, if it is where `advance` says.
-    fn advance(&self, advance: &Advance) -> Result<(), Error> {
-        let consumer = self.consumer.as_str();
-        let row = (
-            consumer,
-            advance.log.name(),
-            advance.log.incarnation(),
-            advance.next.hi() as i64,
-            advance.next.lo() as i64,
-            advance.expected_revision as i64,
-        );
+    fn advance(&mut self, advance: &Advance) -> Result<(), Error> {
+        let (log, incarnation) = (advance.log.name(), advance.log.incarnation());
+        let (hi, lo) = (advance.next.hi() as i64, advance.next.lo() as i64);
+        let revision = advance.expected_revision as i64;
         let sql = if advance.expected_revision == 0 {
-            internal!(
-                "INSERT INTO main.essentially_once_positions (consumer, log, incarnation, next_hi, next_lo, revision) \
+            "INSERT INTO main.essentially_once_positions (consumer, log, incarnation, next_hi, next_lo, revision) \
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6 + 1) ON CONFLICT (consumer) DO NOTHING"
-            )
         } else {
-            internal!(
-                "UPDATE main.essentially_once_positions \
-                 SET incarnation = ?3, next_hi = ?4, next_lo = ?5, revision = revision + 1 \
+            "UPDATE main.essentially_once_positions \
+                 SET incarnation = coalesce(?3, incarnation), next_hi = ?4, next_lo = ?5, revision = revision + 1 \
                  WHERE consumer = ?1 AND revision = ?6 AND log = ?2 \
                      AND (incarnation = ?3 OR incarnation IS NULL OR ?3 IS NULL)"
-            )
         };
-        if self.internal(sql, "commit", |statement| statement.execute(row))? == 0 {
+        if self.internal(sql, "commit", |statement, consumer| {
+            statement.execute((consumer, log, incarnation, hi, lo, revision))
+        })? == 0
+        {
             return Err(self.refusal(advance)?);
         }
         for (producer, window) in &advance.windows {
-            let sql = internal!(
-                "INSERT INTO main.essentially_once_windows (consumer, producer, \"window\") VALUES (?1, ?2, ?3) \
-                 ON CONFLICT (consumer, producer) DO UPDATE SET \"window\" = excluded.\"window\""
-            );
-            self.internal(sql, "commit", |statement| {
+            let sql = "INSERT INTO main.essentially_once_windows (consumer, producer, \"window\") VALUES (?1, ?2, ?3) \
+                 ON CONFLICT (consumer, producer) DO UPDATE SET \"window\" = excluded.\"window\"";
+            self.internal(sql, "commit", |statement, consumer| {
                 statement.execute((consumer, producer.as_str(), &window.encode()[..]))
             })?;
         }
         for producer in &advance.forgotten {
-            let sql = internal!("DELETE FROM main.essentially_once_windows WHERE consumer = ?1 AND producer = ?2");
-            self.internal(sql, "commit", |statement| {
+            let sql = "DELETE FROM main.essentially_once_windows WHERE consumer = ?1 AND producer = ?2";
+            self.internal(sql, "commit", |statement, consumer| {
                 statement.execute((consumer, producer.as_str()))
             })?;
         }
@@ -278,7 +265,7 @@ impl fmt::Debug for SqliteTx {
 
 #[async_trait]
 impl Transaction for SqliteTx {
-    async fn commit(self, advance: Advance) -> Result<(), Error> {
+    async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.check_open()?;
         self.advance(&advance)?;
         let (shared, consumer) = (self.shared, self.consumer);
@@ -297,10 +284,10 @@ impl Transaction for SqliteTx {
 impl KeyValue for SqliteTx {
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
         self.check_open()?;
-        let sql = internal!("SELECT value FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2");
-        self.internal(sql, "get a key", |statement| {
+        let sql = "SELECT value FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";
+        self.internal(sql, "get a key", |statement, consumer| {
             let value = |row: &Row<'_>| Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_bytes()?));
-            statement.query_row((self.consumer.as_str(), key), value).optional()
+            statement.query_row((consumer, key), value).optional()
         })
     }
 
@@ -308,21 +295,19 @@ impl KeyValue for SqliteTx {
         self.check_open()?;
         self.check_size("key", key)?;
         self.check_size("value", value)?;
-        let sql = internal!(
-            "INSERT INTO main.essentially_once_state (consumer, key, value) VALUES (?1, ?2, ?3) \
-             ON CONFLICT (consumer, key) DO UPDATE SET value = excluded.value"
-        );
-        self.internal(sql, "put a key", |statement| {
-            statement.execute((self.consumer.as_str(), key, value))
+        let sql = "INSERT INTO main.essentially_once_state (consumer, key, value) VALUES (?1, ?2, ?3) \
+             ON CONFLICT (consumer, key) DO UPDATE SET value = excluded.value";
+        self.internal(sql, "put a key", |statement, consumer| {
+            statement.execute((consumer, key, value))
         })?;
         Ok(())
     }
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
         self.check_open()?;
-        let sql = internal!("DELETE FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2");
-        self.internal(sql, "delete a key", |statement| {
-            statement.execute((self.consumer.as_str(), key))
+        let sql = "DELETE FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";
+        self.internal(sql, "delete a key", |statement, consumer| {
+            statement.execute((consumer, key))
         })?;
         Ok(())
     }
@@ -348,9 +333,7 @@ impl PositionRow {
 
 fn position_row(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<PositionRow>> {
     connection
-        .prepare_cached(internal!(
-            "SELECT log, incarnation, next_hi, next_lo, revision FROM main.essentially_once_positions WHERE consumer = ?1"
-        ))?
+        .prepare_cached("SELECT log, incarnation, next_hi, next_lo, revision FROM main.essentially_once_positions WHERE consumer = ?1")?
         .query_row([consumer.as_str()], |row| {
             Ok(PositionRow {
                 log: row.get(0)?,
@@ -372,9 +355,7 @@ fn read_position(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Re
         return Ok(None);
     };
     let windows = snapshot
-        .prepare_cached(internal!(
-            "SELECT producer, \"window\" FROM main.essentially_once_windows WHERE consumer = ?1"
-        ))?
+        .prepare_cached("SELECT producer, \"window\" FROM main.essentially_once_windows WHERE consumer = ?1")?
         .query_map([consumer.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;
     Ok(Some((row, windows)))

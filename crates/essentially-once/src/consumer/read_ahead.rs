@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -14,6 +15,8 @@ use crate::{Error, LogReader, Offset, Record, rt};
 pub(super) struct ReadAhead {
     buffer: Arc<Buffer>,
     task: rt::JoinHandle<()>,
+    /// Whether the reading task was woken and has not had its turn yet.
+    woken: bool,
 }
 
 struct Buffer {
@@ -42,14 +45,22 @@ impl ReadAhead {
             drained: Notify::new(),
         });
         let task = rt::spawn(fill(Arc::clone(&buffer), reader).in_current_span());
-        Self { buffer, task }
+        Self {
+            buffer,
+            task,
+            woken: false,
+        }
     }
 
     /// Waits for records and takes what has arrived, at most `max`; the record at `alone` never together with others.
     /// Cancel-safe.
     pub(super) async fn take(&mut self, max: usize, alone: Option<Offset>) -> Result<Vec<Record>, Error> {
+        if mem::take(&mut self.woken) {
+            // A task just woken runs on this thread next, and no other thread takes it over: it reads once this one gives way.
+            rt::yield_now().await;
+        }
         loop {
-            if let Some(taken) = self.buffer.take(max, alone) {
+            if let Some(taken) = self.buffer.take(max, alone, &mut self.woken) {
                 return taken;
             }
             self.buffer.filled.notified().await;
@@ -68,7 +79,7 @@ impl Buffer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, max: usize, alone: Option<Offset>) -> Option<Result<Vec<Record>, Error>> {
+    fn take(&self, max: usize, alone: Option<Offset>, woken: &mut bool) -> Option<Result<Vec<Record>, Error>> {
         let mut state = self.lock();
         if state.records.is_empty() {
             return state.ended.take().map(Err);
@@ -91,6 +102,7 @@ impl Buffer {
         state.bytes -= taken.iter().map(Record::size).sum::<usize>();
         if was_full && self.has_room(&state) {
             self.drained.notify_one();
+            *woken = true;
         }
         Some(Ok(taken))
     }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Delivery, Report, Settings, read_ahead::ReadAhead, report::Telemetry, seek::resolve};
 use crate::{
     Advance, ConsumerId, Durability, Error, Handler, HandlerError, Log, LogReader, Offset, OffsetStore, Position,
-    Record, Transaction, window::Windows,
+    Record, Transaction, rt, window::Windows,
 };
 
 /// How often a running consumer looks for producers to forget.
@@ -75,9 +75,10 @@ impl<S: OffsetStore> Session<'_, S> {
             self.load().await?,
             self.settings
                 .read_ahead_records
-                .unwrap_or_else(|| self.settings.max_batch.saturating_mul(4).max(1_024)),
+                .unwrap_or_else(|| self.settings.max_batch.saturating_mul(4).max(8_192)),
             self.settings.read_ahead_bytes,
         );
+        let yields = rt::has_one_thread();
         let mut looked_for_unseen = Instant::now();
         self.forget_unseen().await?;
         while until.is_none_or(|until| self.next < until) {
@@ -87,6 +88,10 @@ impl<S: OffsetStore> Session<'_, S> {
                 batch = ahead.take(self.settings.max_batch, self.alone) => batch?,
             };
             D::deliver(&mut self, handler, &batch).await?;
+            // A backend may never make the loop wait, and on a runtime of one thread other tasks want their turn.
+            if yields {
+                rt::yield_now().await;
+            }
             if looked_for_unseen.elapsed() > FORGET_EVERY {
                 looked_for_unseen = Instant::now();
                 self.forget_unseen().await?;
