@@ -174,6 +174,11 @@ async fn a_position_of_another_log_is_refused() {
         .await
         .unwrap_err();
     assert!(matches!(error, Error::WrongLog { .. }), "{error}");
+    assert_eq!(
+        backend.script.taken(Step::Handle),
+        0,
+        "no record of the wrong log is handled"
+    );
     let error = seek(&backend.log(), &backend.store(), &shipping(), StartAt::Earliest)
         .await
         .unwrap_err();
@@ -246,6 +251,90 @@ async fn a_fatal_error_stops_at_once_and_moves_nothing() {
         "{error}"
     );
     assert_eq!(backend.counts(&shipping(), RECORDS).await, [0; RECORDS as usize]);
+}
+
+#[tokio::test]
+async fn a_malformed_record_never_reaches_the_handler_and_blocks_only_what_is_behind_it() {
+    let mut backend = Backend::new(RECORDS, Script::default()).await;
+    backend.malformed = Some(7.into());
+    let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, Error::Unhandled { offset, .. } if offset == 7.into()),
+        "{error}"
+    );
+    assert!(error.to_string().contains("scripted"), "the reason is told: {error}");
+    assert_eq!(
+        backend.counts(&shipping(), RECORDS).await,
+        [[1; 7].as_slice(), &[0; 5]].concat()
+    );
+
+    let other = ConsumerId::new("other").unwrap();
+    let handler = backend.counter();
+    let handled = Arc::clone(&handler.in_memory);
+    let report = Consumer::at_most_once(other, backend.log(), backend.store(), InMemory(handler))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.failed), (RECORDS - 1, 1));
+    assert!(!handled.lock().unwrap().contains(&"7".to_owned()));
+}
+
+#[tokio::test]
+async fn a_backend_in_trouble_is_not_the_records_fault() {
+    let mut script = Script::default();
+    for nth in 3..8 {
+        script = script.fail(Step::Handle, nth, Fault::Before);
+    }
+    let backend = Backend::new(RECORDS, script).await;
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .retries(0)
+        .backoff(Duration::ZERO, Duration::ZERO)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(report.handled, RECORDS);
+}
+
+#[tokio::test]
+async fn at_least_once_rejects_poison_after_one_call_with_the_position_at_it() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let mut handler = backend.counter();
+    handler.poison = vec!["7"];
+    let handled = Arc::clone(&handler.in_memory);
+    let error = Consumer::at_least_once(shipping(), backend.log(), backend.store(), InMemory(handler))
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, Error::Unhandled { offset, attempts: 1, .. } if offset == 7.into()),
+        "{error}"
+    );
+    assert_eq!(handled.lock().unwrap().len(), 7, "each record before it once");
+    assert_eq!(backend.position(&shipping()).await.unwrap().next, 7.into());
+}
+
+#[tokio::test]
+async fn caught_up_means_with_what_the_log_held_at_first() {
+    let backend = Backend::new(5, Script::default().fail(Step::Commit, 2, Fault::After)).await;
+    let log = backend.memory_log();
+    let handler = handler_fn(move |_: &Record, _: &mut ScriptedTx| {
+        let log = log.clone();
+        Box::pin(async move {
+            log.append(&[NewRecord::new("more")]).await?;
+            Ok(())
+        })
+    });
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .max_batch(1)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(report.next, Some(5.into()));
 }
 
 #[tokio::test]
@@ -345,10 +434,7 @@ async fn what_was_sent_twice_is_handled_once_at_any_batch_size_and_across_runs()
             // Sent once more, after the consumer ended.
             sent_twice(&memory).await;
         }
-        let backend = Backend {
-            memory,
-            script: Script::default(),
-        };
+        let backend = Backend::of(memory, Script::default());
         assert_eq!(backend.counts(&shipping(), 5).await, [1; 5], "max_batch {max_batch}");
     }
 }
@@ -357,10 +443,7 @@ async fn what_was_sent_twice_is_handled_once_at_any_batch_size_and_across_runs()
 async fn a_failed_record_is_no_duplicate_when_it_is_tried_again() {
     for nth in 0..5 {
         let script = Script::default().fail(Step::Handle, nth, Fault::Permanent);
-        let backend = Backend {
-            memory: Memory::new(),
-            script,
-        };
+        let backend = Backend::of(Memory::new(), script);
         sent_twice(&backend.memory).await;
         let handler = backend.counter();
         let handled = Arc::clone(&handler.in_memory);
@@ -504,6 +587,25 @@ async fn restart_limit_ends_the_run_with_the_last_error() {
     assert_eq!(backend.script.taken(Step::Begin), 5);
 }
 
+#[tokio::test]
+async fn a_commit_starts_the_count_of_restarts_over() {
+    // Two failures in a row, three times, with commits between them.
+    let mut script = Script::default();
+    for nth in [1, 2, 4, 5, 7, 8] {
+        script = script.fail(Step::Begin, nth, Fault::Before);
+    }
+    let backend = Backend::new(RECORDS, script).await;
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .max_batch(3)
+        .backoff(Duration::ZERO, Duration::ZERO)
+        .restart_limit(2)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(report.restarts, 6);
+}
+
 #[tokio::test(start_paused = true)]
 async fn pauses_grow_until_a_commit() {
     let mut script = Script::default();
@@ -617,10 +719,7 @@ async fn two_instances_of_one_consumer_handle_every_record_once() {
     let (one, two) = (run(), run());
     let reports = [one.await.unwrap().unwrap(), two.await.unwrap().unwrap()];
     assert_eq!(reports.iter().map(|report| report.handled).sum::<u64>(), 500);
-    let backend = Backend {
-        memory,
-        script: Script::default(),
-    };
+    let backend = Backend::of(memory, Script::default());
     assert_eq!(backend.counts(&shipping(), 500).await, [1; 500]);
 }
 

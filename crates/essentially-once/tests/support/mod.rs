@@ -101,6 +101,8 @@ fn error(fault: Fault, step: Step) -> Error {
 pub struct Backend {
     pub memory: Memory,
     pub script: Script,
+    /// The record that cannot be decoded.
+    pub malformed: Option<Offset>,
 }
 
 impl Backend {
@@ -109,7 +111,15 @@ impl Backend {
         let memory = Memory::new();
         let records: Vec<NewRecord> = (0..records).map(|n| NewRecord::new(n.to_string())).collect();
         memory.log("orders").unwrap().append(&records).await.unwrap();
-        Self { memory, script }
+        Self::of(memory, script)
+    }
+
+    pub fn of(memory: Memory, script: Script) -> Self {
+        Self {
+            memory,
+            script,
+            malformed: None,
+        }
     }
 
     pub fn memory_log(&self) -> MemoryLog {
@@ -120,6 +130,7 @@ impl Backend {
         ScriptedLog {
             inner: self.memory_log(),
             script: self.script.clone(),
+            malformed: self.malformed,
         }
     }
 
@@ -156,11 +167,13 @@ impl Backend {
 pub struct ScriptedLog {
     inner: MemoryLog,
     script: Script,
+    malformed: Option<Offset>,
 }
 
 struct ScriptedReader {
     inner: Box<dyn LogReader>,
     script: Script,
+    malformed: Option<Offset>,
 }
 
 #[async_trait]
@@ -179,6 +192,7 @@ impl Log for ScriptedLog {
             None => Ok(Box::new(ScriptedReader {
                 inner: self.inner.read(from).await?,
                 script: self.script.clone(),
+                malformed: self.malformed,
             })),
         }
     }
@@ -200,7 +214,16 @@ impl LogReader for ScriptedReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         match self.script.take(Step::Next) {
             Some(fault) => Err(error(fault, Step::Next)),
-            None => self.inner.next(max).await,
+            None => {
+                let mut records = self.inner.next(max).await?;
+                for record in records
+                    .iter_mut()
+                    .filter(|record| Some(record.offset) == self.malformed)
+                {
+                    record.malformed = Some("scripted".into());
+                }
+                Ok(records)
+            }
         }
     }
 }
