@@ -204,3 +204,8 @@ impl Default for SqliteOptions {
         Self::new()
     }
 }
+
+/// The README's examples compile, as part of the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

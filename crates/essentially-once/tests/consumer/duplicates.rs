@@ -1,0 +1,67 @@
+//! Records that were sent twice.
+
+use super::*;
+
+/// A log in which every record was sent twice, and one out of order.
+async fn sent_twice(memory: &Memory) -> essentially_once::memory::MemoryLog {
+    let log = memory.log("orders").unwrap();
+    let producer = ProducerId::new("web-1").unwrap();
+    let records = [0u64, 1, 3, 2, 1, 3, 0, 2, 4].map(|n| NewRecord::new(n.to_string()).origin(producer.clone(), n));
+    log.append(&records).await.unwrap();
+    log
+}
+
+#[tokio::test]
+async fn what_was_sent_twice_is_handled_once_at_any_batch_size_and_across_runs() {
+    for max_batch in [1, 2, 3, 100] {
+        let memory = Memory::new();
+        let log = sent_twice(&memory).await;
+        for _ in 0..2 {
+            Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default())
+                .accept_volatile()
+                .max_batch(max_batch)
+                .run_until_caught_up()
+                .await
+                .unwrap();
+            // Sent once more, after the consumer ended.
+            sent_twice(&memory).await;
+        }
+        let backend = Backend::of(memory, Script::default());
+        assert_eq!(backend.counts(&shipping(), 5).await, [1; 5], "max_batch {max_batch}");
+    }
+}
+
+#[tokio::test]
+async fn a_failed_record_is_no_duplicate_when_it_is_tried_again() {
+    for nth in 0..5 {
+        let script = Script::default().fail(Step::Handle, nth, Fault::Permanent);
+        let backend = Backend::of(Memory::new(), script);
+        sent_twice(&backend.memory).await;
+        let handler = backend.counter();
+        let handled = Arc::clone(&handler.in_memory);
+        let report = Consumer::at_least_once(shipping(), backend.log(), backend.store(), InMemory(handler))
+            .run_until_caught_up()
+            .await
+            .unwrap();
+        backend.script.assert_all_struck();
+        assert_eq!((report.handled, report.duplicates), (5, 4));
+        assert_eq!(handled.lock().unwrap().len(), 5);
+    }
+}
+
+#[tokio::test]
+async fn going_back_by_hand_handles_again_what_has_an_origin() {
+    let memory = Memory::new();
+    let log = sent_twice(&memory).await;
+    for handled in [5, 5] {
+        let report = Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default())
+            .accept_volatile()
+            .run_until_caught_up()
+            .await
+            .unwrap();
+        assert_eq!(report.handled, handled);
+        seek(&log, &memory.store(), &shipping(), StartAt::Earliest)
+            .await
+            .unwrap();
+    }
+}

@@ -1,0 +1,35 @@
+//! The consumer loop under a scripted backend: what becomes of records and position with a fault at each step.
+
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    clippy::unwrap_used,
+    reason = "tests, with a support module that each uses in part"
+)]
+
+mod duplicates;
+mod faults;
+mod records;
+mod running;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore,
+    ProducerId, Record, StartAt, handler_fn,
+    memory::{Memory, MemoryTx},
+    seek,
+};
+use support::{Backend, Fault, InMemory, Script, ScriptedTx, Step};
+
+fn shipping() -> ConsumerId {
+    ConsumerId::new("shipping").unwrap()
+}
+
+const RECORDS: u64 = 12;

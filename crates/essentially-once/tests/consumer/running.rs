@@ -1,0 +1,283 @@
+//! Where a run begins, how it ends, its settings, and its neighbours.
+
+use super::*;
+
+#[tokio::test]
+async fn start_at_is_committed_before_the_first_record_is_handled() {
+    for (start_at, handled) in [
+        (StartAt::Earliest, 10),
+        (StartAt::Latest, 0),
+        (StartAt::Offset(7.into()), 5),
+    ] {
+        let backend = Backend::new(RECORDS, Script::default()).await;
+        backend.memory_log().truncate(2.into());
+        let handler =
+            handler_fn(|_: &Record, _: &mut ScriptedTx| Box::pin(async { Err(HandlerError::fatal("not today")) }));
+        let first = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+            .start_at(start_at)
+            .run_until_caught_up()
+            .await;
+        assert_eq!(first.is_err(), handled > 0);
+        let position = backend.position(&shipping()).await.unwrap();
+        assert_eq!((position.next, position.revision), ((RECORDS - handled).into(), 1));
+        // Once decided, it stays: more records do not move `Latest`.
+        backend.memory_log().append(&[NewRecord::new("0")]).await.unwrap();
+        let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+            .start_at(StartAt::Latest)
+            .run_until_caught_up()
+            .await
+            .unwrap();
+        assert_eq!(report.handled, handled + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_start_past_the_end_commits_no_position() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .start_at(StartAt::Offset(99.into()))
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::OutOfRange { .. }), "{error}");
+    assert_eq!(backend.position(&shipping()).await, None);
+}
+
+#[tokio::test]
+async fn essentially_once_refuses_a_volatile_backend_unless_told() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    let error = Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default())
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::Volatile { .. }), "{error}");
+    assert!(error.to_string().contains("accept_volatile"), "{error}");
+    let handler = InMemory(support::Counter::default());
+    Consumer::at_least_once(shipping(), log, memory.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn settings_that_make_no_sense_are_refused() {
+    let backend = Backend::new(1, Script::default()).await;
+    let consumer = || Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter());
+    for consumer in [
+        consumer().max_batch(0),
+        consumer().read_ahead(0, 1),
+        consumer().read_ahead(1, 0),
+    ] {
+        let error = consumer.run_until_caught_up().await.unwrap_err();
+        assert!(matches!(error, Error::InvalidSetting { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_log_far_larger_than_the_read_ahead_is_read_to_its_end() {
+    for (records, bytes) in [
+        (1, 1),
+        (2, 1_000),
+        (3, 7),
+        (10, 1),
+        (16, 1_000),
+        (1_000, 100),
+        (1_024, 1_000_000),
+    ] {
+        for max_batch in [1, 2, 5, 100, 5_000] {
+            let backend = Backend::new(1_000, Script::default()).await;
+            let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+                .read_ahead(records, bytes)
+                .max_batch(max_batch)
+                .run_until_caught_up();
+            let report = tokio::time::timeout(Duration::from_secs(30), run).await;
+            let report = report.unwrap_or_else(|_| panic!("stuck: {records} records, {bytes} bytes, {max_batch}"));
+            assert_eq!(report.unwrap().handled, 1_000);
+        }
+    }
+}
+
+#[tokio::test]
+async fn restart_limit_ends_the_run_with_the_last_error() {
+    let mut script = Script::default();
+    for nth in 0..5 {
+        script = script.fail(Step::Begin, nth, Fault::Before);
+    }
+    let backend = Backend::new(RECORDS, script).await;
+    let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .backoff(Duration::ZERO, Duration::ZERO)
+        .restart_limit(4)
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    assert_eq!(backend.script.taken(Step::Begin), 5);
+}
+
+#[tokio::test]
+async fn a_commit_starts_the_count_of_restarts_over() {
+    // Two failures in a row, three times, with commits between them.
+    let mut script = Script::default();
+    for nth in [1, 2, 4, 5, 7, 8] {
+        script = script.fail(Step::Begin, nth, Fault::Before);
+    }
+    let backend = Backend::new(RECORDS, script).await;
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .max_batch(3)
+        .backoff(Duration::ZERO, Duration::ZERO)
+        .restart_limit(2)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(report.restarts, 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn pauses_grow_until_a_commit() {
+    let mut script = Script::default();
+    for nth in 1..7 {
+        script = script.fail(Step::Begin, nth, Fault::Before);
+    }
+    let backend = Backend::new(RECORDS, script).await;
+    let started = tokio::time::Instant::now();
+    Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .backoff(Duration::from_secs(1), Duration::from_secs(8))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    // 1 + 2 + 4 + 8 + 8 + 8 seconds, each with up to as much again of jitter.
+    let waited = started.elapsed();
+    assert!(
+        waited >= Duration::from_secs(31) && waited < Duration::from_secs(62),
+        "{waited:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_stop_commits_what_was_handled_and_reports_it() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let stop = CancellationToken::new();
+    let stop_at_third = {
+        let stop = stop.clone();
+        let mut counter = backend.counter();
+        struct StopAt(support::Counter, CancellationToken);
+        #[async_trait::async_trait]
+        impl Handler<ScriptedTx> for StopAt {
+            async fn handle(&mut self, record: &Record, tx: &mut ScriptedTx) -> Result<(), HandlerError> {
+                if record.offset == Offset::from(2) {
+                    self.1.cancel();
+                }
+                self.0.handle(record, tx).await
+            }
+        }
+        counter.poison = Vec::new();
+        StopAt(counter, stop)
+    };
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), stop_at_third)
+        .run_until(stop)
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.next), (3, Some(3.into())));
+    let counts = backend.counts(&shipping(), RECORDS).await;
+    assert_eq!(counts, [[1; 3].as_slice(), &[0; 9]].concat());
+}
+
+#[tokio::test]
+async fn a_waiting_consumer_handles_what_arrives_and_stops_when_told() {
+    let backend = Backend::new(0, Script::default()).await;
+    let (log, memory_log) = (backend.log(), backend.memory_log());
+    let stop = CancellationToken::new();
+    let (seen, mut arrived) = tokio::sync::mpsc::unbounded_channel();
+    let handler = handler_fn(move |record: &Record, _: &mut ()| {
+        let _ = seen.send(record.payload.clone());
+        Box::pin(async { Ok(()) })
+    });
+    let run = tokio::spawn(Consumer::at_least_once(shipping(), log, backend.store(), handler).run_until(stop.clone()));
+    for n in ["0", "1", "2"] {
+        memory_log.append(&[NewRecord::new(n)]).await.unwrap();
+        assert_eq!(arrived.recv().await.unwrap(), n);
+    }
+    stop.cancel();
+    assert_eq!(run.await.unwrap().unwrap().handled, 3);
+}
+
+#[tokio::test]
+async fn a_dropped_run_leaves_no_trace_of_the_batch_in_hand() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let (entered, mut in_handler) = tokio::sync::mpsc::unbounded_channel();
+    let handler = handler_fn(move |_: &Record, _: &mut ScriptedTx| {
+        let _ = entered.send(());
+        Box::pin(std::future::pending())
+    });
+    let run = tokio::spawn(Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler).run());
+    in_handler.recv().await.unwrap();
+    run.abort();
+    assert!(run.await.unwrap_err().is_cancelled());
+    assert_eq!(backend.position(&shipping()).await.unwrap().next, Offset::ZERO);
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!(report.handled, RECORDS);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_instances_of_one_consumer_handle_every_record_once() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    let records: Vec<NewRecord> = (0..500).map(|n| NewRecord::new(n.to_string())).collect();
+    log.append(&records).await.unwrap();
+    let run = || {
+        let handler = handler_fn(|record: &Record, tx: &mut MemoryTx| {
+            Box::pin(async move {
+                tokio::task::yield_now().await;
+                support::Counter::default().handle(record, tx).await
+            })
+        });
+        tokio::spawn(
+            Consumer::essentially_once(shipping(), log.clone(), memory.store(), handler)
+                .accept_volatile()
+                .max_batch(7)
+                .backoff(Duration::ZERO, Duration::from_micros(50))
+                .run_until_caught_up(),
+        )
+    };
+    let (one, two) = (run(), run());
+    let reports = [one.await.unwrap().unwrap(), two.await.unwrap().unwrap()];
+    assert_eq!(reports.iter().map(|report| report.handled).sum::<u64>(), 500);
+    let backend = Backend::of(memory, Script::default());
+    assert_eq!(backend.counts(&shipping(), 500).await, [1; 500]);
+}
+
+#[tokio::test]
+async fn consumers_of_other_names_are_independent() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let other = ConsumerId::new("billing").unwrap();
+    for consumer in [shipping(), other.clone()] {
+        Consumer::essentially_once(consumer, backend.log(), backend.store(), backend.counter())
+            .run_until_caught_up()
+            .await
+            .unwrap();
+    }
+    assert_eq!(backend.counts(&other, RECORDS).await, [1; RECORDS as usize]);
+}
+
+/// A type-level guarantee: neither future is tied to the thread it was made on.
+#[test]
+fn runs_can_be_spawned() {
+    fn assert_send<T: Send>(_: T) {}
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    assert_send(Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default()).run());
+    let handler: Box<dyn Handler<MemoryTx>> = Box::new(support::Counter::default());
+    let log: Arc<dyn Log> = Arc::new(log);
+    assert_send(Consumer::essentially_once(shipping(), log, Arc::new(memory.store()), handler).run());
+}
+
+#[tokio::test]
+async fn the_store_is_shared_through_an_arc() {
+    let store = Arc::new(Memory::new().store());
+    assert_eq!(store.position(&shipping()).await.unwrap(), None);
+}
