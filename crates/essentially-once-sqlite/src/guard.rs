@@ -119,19 +119,19 @@ fn is_ours(table: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn guarded() -> (Guard, Connection) {
+    fn guarded() -> (Guard, Prepared) {
         let mut connection = Connection::open_in_memory().expect("open");
         connection
             .execute_batch("CREATE TABLE t (x UNIQUE); CREATE TABLE essentially_once_state (x); BEGIN")
             .expect("schema");
         let guard = Guard::default();
         guard.install(&mut connection).expect("install");
-        (guard, connection)
+        (guard, Prepared::new(connection))
     }
 
     #[test]
     fn a_handlers_sql_cannot_end_the_transaction_or_reach_outside() {
-        let (guard, connection) = guarded();
+        let (guard, mut connection) = guarded();
         for sql in [
             "COMMIT",
             "  commit  ",
@@ -158,7 +158,9 @@ mod tests {
             "CREATE TEMP TRIGGER r AFTER INSERT ON essentially_once_state BEGIN SELECT 1; END",
             "CREATE TEMP TABLE essentially_once_windows (x)",
         ] {
-            let result = guard.run(&connection, sql, |statement| statement.query([])?.next().map(|_| ()));
+            let result = guard.run(&mut connection, sql, |statement| {
+                statement.query([])?.next().map(|_| ())
+            });
             assert!(result.is_err(), "{sql}");
             assert!(!connection.is_autocommit(), "{sql}");
         }
@@ -166,22 +168,24 @@ mod tests {
 
     #[test]
     fn statements_cached_by_internal_hands_are_not_found_by_a_handler() {
-        let (guard, connection) = guarded();
+        let (guard, mut connection) = guarded();
         let sql = "/*essentially-once*/ INSERT INTO essentially_once_state VALUES (1)";
-        drop(connection.prepare_cached(sql).expect("internal"));
+        connection.run_internal(sql, |_| Ok(())).expect("internal");
         for sql in [sql.to_owned(), format!(" \n{sql} ")] {
-            assert!(guard.run(&connection, &sql, |statement| statement.execute([])).is_err());
+            assert!(
+                guard
+                    .run(&mut connection, &sql, |statement| statement.execute([]))
+                    .is_err()
+            );
         }
         connection
-            .prepare_cached(sql)
-            .expect("still cached")
-            .execute([])
-            .expect("runs");
+            .run_internal(sql, |statement| statement.execute([]))
+            .expect("runs for internal hands");
     }
 
     #[test]
     fn ordinary_sql_is_free() {
-        let (guard, connection) = guarded();
+        let (guard, mut connection) = guarded();
         for sql in [
             "INSERT INTO t VALUES (1) RETURNING x",
             "CREATE TABLE u (x)",
@@ -196,7 +200,9 @@ mod tests {
             "SELECT * FROM essentially_once_state",
             "DROP TABLE IF EXISTS u",
         ] {
-            let result = guard.run(&connection, sql, |statement| statement.query([])?.next().map(|_| ()));
+            let result = guard.run(&mut connection, sql, |statement| {
+                statement.query([])?.next().map(|_| ())
+            });
             assert!(result.is_ok(), "{sql}: {result:?}");
         }
         assert!(!connection.is_autocommit());
@@ -207,9 +213,11 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_row_closure_ends_the_guard() {
-        let (guard, connection) = guarded();
+        let (guard, mut connection) = guarded();
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            guard.run(&connection, "SELECT 1", |_| -> rusqlite::Result<()> { panic!("row") })
+            guard.run(&mut connection, "SELECT 1", |_| -> rusqlite::Result<()> {
+                panic!("row")
+            })
         }));
         assert!(caught.is_err());
         connection.execute_batch("COMMIT").expect("internal COMMIT is free");

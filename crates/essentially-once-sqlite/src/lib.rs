@@ -154,10 +154,11 @@ impl SqliteOptions {
         }
     }
 
-    /// How long to wait for the write lock before [`Error::Unavailable`].
+    /// How long to wait for the write lock before [`Error::Unavailable`]; a year at most.
     #[must_use]
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
-        self.busy_timeout = timeout;
+        // Points in time are computed with it, which a longer one could overflow.
+        self.busy_timeout = timeout.min(Duration::from_secs(365 * 24 * 60 * 60));
         self
     }
 

@@ -59,7 +59,7 @@ impl Statements {
             insert: format!("INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
             status: format!(
                 "SELECT next, keep_records, keep_age_ms,
-                     (SELECT min(\"offset\") FROM {table}), (SELECT max(\"offset\") FROM {table})
+                     (SELECT min(\"offset\") FROM {table} WHERE \"offset\" >= 0), (SELECT max(\"offset\") FROM {table})
                  FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
             ),
             // The log's row is looked at once per fetch, so that a log made anew is not read as the old one.
@@ -265,6 +265,16 @@ impl Inner {
     fn append(&self, tx: WriteTx, records: &[NewRecord]) -> Result<Offset, Error> {
         let action = || format!("append to log {}", self.id);
         let status = self.require(tx.connection(), action)?;
+        if status.end.saturating_add(records.len() as u64) > i64::MAX as u64 {
+            return Err(Error::failed(
+                self.shared.on(action()),
+                format!(
+                    "its next offset would be {}, and SQLite counts to {}; use a new log",
+                    status.end,
+                    i64::MAX
+                ),
+            ));
+        }
         let end = self
             .insert(tx.connection(), status, records)
             .map_err(|error| classify(self.shared.on(action()), error))?;

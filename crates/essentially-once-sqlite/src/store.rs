@@ -106,8 +106,8 @@ impl SqliteTx {
     ///
     /// # Errors
     /// [`Error::Failed`] for a mistake in the SQL, a violated constraint, or more than one statement; [`Error::Unavailable`].
-    /// [`sqlite_error`](crate::sqlite_error) tells them apart. A failed statement changed nothing, and the transaction can go on,
-    /// unless SQLite rolled it back.
+    /// [`sqlite_error`](crate::sqlite_error) tells them apart. The transaction can go on, unless
+    /// SQLite rolled it back; what a statement did that returned rows, and failed for that, stays in it.
     pub fn execute(&mut self, sql: &str, params: impl Params) -> Result<usize, Error> {
         self.native(sql, |statement| statement.execute(params))
     }

@@ -30,6 +30,7 @@ impl Harness for SqliteHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
+        capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities
     }
 
@@ -121,11 +122,12 @@ impl Backend for File {
         Ok(())
     }
 
-    async fn append_malformed(&self, log: &str) -> Result<(), Source> {
+    async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {
         let (connection, table) = self.as_someone_else(log)?;
         let insert = format!("INSERT INTO {table} (headers, payload) VALUES (?1, ?2)");
-        connection.execute(&insert, params![b"no headers", b"payload"])?;
-        Ok(())
+        let payload = b"\xFFpayload\0";
+        connection.execute(&insert, params![b"no headers", payload])?;
+        Ok(payload.into())
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {

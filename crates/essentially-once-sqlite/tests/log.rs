@@ -468,3 +468,38 @@ async fn a_dropped_append_leaves_all_or_nothing() {
         assert!(added == 1 || added == 2001, "{added}");
     }
 }
+
+#[tokio::test]
+async fn offsets_at_the_ends_of_what_sqlite_counts_lose_nothing() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..2)).await.expect("append");
+    let by_hand = Connection::open(sqlite.path()).expect("open");
+    let insert = "INSERT INTO essentially_once_log_1 (\"offset\", payload) VALUES (?1, 'by hand')";
+    by_hand.execute(insert, [-5]).expect("before all offsets");
+    assert_eq!(log.bounds().await.expect("bounds").earliest, Offset::ZERO);
+    assert_eq!(payloads(&read_to_end(&log, 0, 10).await), ["0", "1"]);
+
+    by_hand.execute(insert, [i64::MAX - 1]).expect("near the end");
+    let error = log.append(&numbered(2..4)).await.expect_err("one too many");
+    assert!(
+        matches!(error, Error::Failed { .. }) && error.to_string().contains("new log"),
+        "{error}"
+    );
+    let end = Offset::from(i64::MAX as u64);
+    assert_eq!(log.bounds().await.expect("bounds").end, end, "nothing was appended");
+}
+
+#[tokio::test]
+async fn the_longest_busy_timeout_overflows_nothing() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::MAX);
+    let log = options
+        .open(folder.path().join("a.db"))
+        .await
+        .expect("open")
+        .log("orders")
+        .await
+        .expect("log");
+    log.append(&numbered(0..1)).await.expect("append");
+    assert_eq!(payloads(&read_to_end(&log, 0, 1).await), ["0"]);
+}

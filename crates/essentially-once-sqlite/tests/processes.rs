@@ -3,16 +3,20 @@
 
 use std::{
     env,
+    fs::{self, OpenOptions},
+    hash::{BuildHasher, RandomState},
+    io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use essentially_once::{
-    Advance, CancellationToken, Consumer, ConsumerId, Error, Log, NewRecord, Offset, OffsetStore, Record, Transaction,
-    handler_fn,
+    Advance, CancellationToken, Consumer, ConsumerId, Error, Handler, Log, NewRecord, Offset, OffsetStore, ProducerId,
+    Record, Transaction, handler_fn,
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
+use essentially_once_testkit::{Check, Expectation, Ledger, read_ledger, read_log};
 use tokio::time::{sleep, timeout};
 
 const FILE: &str = "ESSENTIALLY_ONCE_SQLITE_TEST_FILE";
@@ -66,7 +70,7 @@ fn counting() -> ConsumerId {
     ConsumerId::new("counting").expect("name")
 }
 
-/// What the handlers below keep: how often each record was handled.
+/// What the handlers below keep in tables of their own: how often each record was handled.
 fn count(tx: &mut SqliteTx, record: &Record) -> Result<(), Error> {
     tx.execute("UPDATE total SET handled = handled + 1", [])?;
     let upsert = "INSERT INTO counts VALUES (?1, 1) ON CONFLICT (record) DO UPDATE SET times = times + 1";
@@ -95,6 +99,47 @@ fn counts(shell: &Connection) -> (i64, i64, i64) {
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
         )
         .expect("counts")
+}
+
+/// Holds the ledger of the file's consumer, at a moment when no worker runs, against log and position; returns how many records
+/// were applied.
+async fn check(sqlite: &Sqlite, drained: bool) -> usize {
+    let log = sqlite.log("orders").await.expect("log");
+    let records = read_log(&log).await.expect("records");
+    let applied = read_ledger(&sqlite.store(), &counting()).await.expect("ledger");
+    let position = sqlite.store().position(&counting()).await.expect("position");
+    let check = Check::new(&records, &applied).position(position.as_ref());
+    let check = if drained { check.drained() } else { check };
+    check
+        .findings()
+        .judge(Expectation::EssentiallyOnce)
+        .expect("essentially once");
+    applied.len()
+}
+
+/// Records of seven keys, each with an origin; every tenth is sent again fifty records later.
+fn keyed(count: u64) -> Vec<NewRecord> {
+    let producer = ProducerId::new("web").expect("name");
+    let record = |n: u64| {
+        NewRecord::new(n.to_string())
+            .key((n % 7).to_string())
+            .origin(producer.clone(), n)
+    };
+    (0..count)
+        .flat_map(|n| {
+            let again = n.checked_sub(50).filter(|again| again % 10 == 0);
+            [Some(n), again]
+        })
+        .flatten()
+        .map(record)
+        .collect()
+}
+
+/// Kills a worker at a moment that nobody chose, within about a batch of it.
+async fn kill_at_random(child: &mut Process) {
+    let micros = RandomState::new().hash_one(0u8) % 40_000;
+    sleep(Duration::from_micros(micros)).await;
+    child.kill();
 }
 
 #[tokio::test]
@@ -152,19 +197,21 @@ async fn child_commits_for_ever() {
     let sqlite = Sqlite::open(path).await.expect("open");
     let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
     loop {
-        let revision = store
-            .position(&counting())
-            .await
-            .expect("position")
-            .map_or(0, |p| p.revision);
+        let position = store.position(&counting()).await.expect("position");
+        let (next, revision) = position.map_or((Offset::ZERO, 0), |p| (p.next, p.revision));
+        let mut reader = log.read(next).await.expect("read");
+        let records = reader.next(5).await.expect("next");
         let mut tx = store.begin(&counting()).await.expect("begin");
-        for _ in 0..5 {
+        let mut next = next;
+        for record in &records {
             tx.execute("UPDATE total SET handled = handled + 1", [])
                 .expect("update");
+            Ledger.handle(record, &mut tx).await.expect("ledger");
+            next = record.offset.successor();
         }
         let advance = Advance {
             log: log.id().clone(),
-            next: (5 * (revision + 1)).into(),
+            next,
             expected_revision: revision,
             windows: vec![],
             forgotten: vec![],
@@ -178,6 +225,12 @@ async fn state_and_position_agree_after_kills() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let sqlite = Sqlite::open(&path).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    // More than any worker gets through, so that each is killed at work.
+    let records: Vec<_> = (0..20_000)
+        .map(|n| NewRecord::new("").key((n % 7).to_string()))
+        .collect();
+    log.append(&records).await.expect("append");
     let shell = create_counts(&path);
     let mut before = 0;
     for round in 0..6 {
@@ -188,7 +241,7 @@ async fn state_and_position_agree_after_kills() {
             }
         };
         timeout(LONG, progress).await.expect("in time");
-        child.kill();
+        kill_at_random(&mut child).await;
         let position = sqlite
             .store()
             .position(&counting())
@@ -197,20 +250,29 @@ async fn state_and_position_agree_after_kills() {
             .expect("some");
         let (handled, ..) = counts(&shell);
         assert_eq!(position.next, Offset::from(handled as u64));
+        assert_eq!(check(&sqlite, false).await, handled as usize);
         assert!(handled > before);
         before = handled;
     }
+}
+
+/// Has a byte for each time that a record was handled, committed or not: no transaction takes one back.
+fn tries_file(path: &Path) -> PathBuf {
+    path.with_extension("tries")
 }
 
 #[tokio::test]
 #[ignore = "a child process of each_record_counts_once_however_often_the_worker_is_killed"]
 async fn child_consumes() {
     let Some(path) = given_file() else { return };
-    let sqlite = Sqlite::open(path).await.expect("open");
+    let sqlite = Sqlite::open(&path).await.expect("open");
     let log = sqlite.log("orders").await.expect("log");
-    let handler = handler_fn(|record: &Record, tx: &mut SqliteTx| {
+    let handler = handler_fn(move |record: &Record, tx: &mut SqliteTx| {
+        let mut tries = OpenOptions::new().append(true).open(tries_file(&path)).expect("open");
         Box::pin(async move {
+            tries.write_all(b".").expect("write");
             count(tx, record)?;
+            Ledger.handle(record, tx).await?;
             // Gives the parent time to kill in the middle of a batch.
             sleep(Duration::from_micros(300)).await;
             Ok(())
@@ -223,32 +285,38 @@ async fn child_consumes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_record_counts_once_however_often_the_worker_is_killed() {
     const RECORDS: u64 = 1500;
+    const KILLS: i64 = 7;
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
-    let log = Sqlite::open(&path)
-        .await
-        .expect("open")
-        .log("orders")
-        .await
-        .expect("log");
-    let records: Vec<_> = (0..RECORDS).map(|n| NewRecord::new(n.to_string())).collect();
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    let records = keyed(RECORDS);
+    assert!(records.len() > RECORDS as usize, "some are sent twice");
     log.append(&records).await.expect("append");
+    fs::write(tries_file(&path), "").expect("write");
     let shell = create_counts(&path);
-    for round in 1..=5 {
+    let (mut in_a_batch, mut lost_before) = (0, 0);
+    for kill in 1..=KILLS {
         let mut child = Process::start("child_consumes", &path);
         let progress = async {
-            while counts(&shell).0 < round * 150 {
+            while counts(&shell).0 < kill * 120 {
                 sleep(Duration::from_millis(2)).await;
             }
         };
         timeout(LONG, progress).await.expect("in time");
-        child.kill();
+        kill_at_random(&mut child).await;
         let (handled, seen, most) = counts(&shell);
         assert_eq!((handled, most), (seen, 1));
         assert!(handled < RECORDS as i64, "killed before the end");
+        assert_eq!(check(&sqlite, false).await, handled as usize);
+        let tries = fs::metadata(tries_file(&path)).expect("tries").len() as i64;
+        in_a_batch += i64::from(tries - lost_before > handled);
+        lost_before = tries - handled;
     }
+    assert!(in_a_batch > KILLS / 2, "only {in_a_batch} kills hit a batch");
     Process::start("child_consumes", &path).succeeds().await;
     assert_eq!(counts(&shell), (RECORDS as i64, RECORDS as i64, 1));
+    assert_eq!(check(&sqlite, true).await, RECORDS as usize);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -67,11 +67,12 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Appends an entry that looks like this crate's own but cannot be decoded. Capability `malformed`.
+    /// Appends an entry that looks like this crate's own but cannot be decoded, and returns its raw bytes: those that the payload
+    /// of the yielded record must hold. Choose some that are no text. Capability `malformed`.
     ///
     /// # Errors
     /// The case fails with it.
-    async fn append_malformed(&self, log: &str) -> Result<(), Source> {
+    async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {
         let _ = log;
         Err(UNSUPPORTED.into())
     }
@@ -117,6 +118,8 @@ pub struct Capabilities {
     pub foreign: Support,
     /// The largest record that the log takes, in bytes, if it should be tested; choose a small limit where it can be set.
     pub record_limit: Option<usize>,
+    /// The largest value that a `put` takes, in bytes, if it should be tested; choose a small limit where it can be set.
+    pub value_limit: Option<usize>,
 }
 
 impl Capabilities {
@@ -132,6 +135,7 @@ impl Capabilities {
             malformed: no,
             foreign: no,
             record_limit: None,
+            value_limit: None,
         }
     }
 }

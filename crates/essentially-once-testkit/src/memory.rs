@@ -25,6 +25,7 @@ impl Harness for MemoryHarness {
             foreign: Support::No("nobody else can reach the in-memory backend"),
             truncate: Support::Yes,
             record_limit: Some(SIZE_LIMIT),
+            value_limit: Some(SIZE_LIMIT),
             ..Capabilities::minimal()
         }
     }

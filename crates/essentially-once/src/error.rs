@@ -9,8 +9,8 @@ pub type Source = Box<dyn std::error::Error + Send + Sync>;
 ///
 /// Two questions decide what a caller does next, and every variant answers both:
 ///
-/// - *Did it happen?* Only [`Indeterminate`](Self::Indeterminate) leaves that open. After every other error, nothing was appended,
-///   applied or moved.
+/// - *Did it happen?* Only [`Indeterminate`](Self::Indeterminate) leaves that open. After every other error of a log or
+///   store, nothing was appended, applied or moved.
 /// - *Is it worth trying again?* [`is_transient`](Self::is_transient) says so.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -99,7 +99,9 @@ pub enum Error {
     },
 
     /// Something is over its size limit; nothing was appended or staged.
-    #[error("{what} of {size} bytes is over the limit of {limit}")]
+    #[error(
+        "a {what} of {size} bytes is over the limit of {limit}; raise the backend's limit, or keep the data elsewhere and send a reference"
+    )]
     TooLarge {
         /// What is too large: `record`, `key`, `value`.
         what: &'static str,

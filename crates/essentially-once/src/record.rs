@@ -87,7 +87,8 @@ impl FromStr for Offset {
 
 /// Who sent a record, and its number among all that this producer sent to this log: dense, starting anywhere.
 ///
-/// A sender that is in doubt sends again with the same origin, and the consumer drops what it has handled before.
+/// A sender that is in doubt sends again with the same origin, and the consumer drops what it has handled before. A producer
+/// that cannot go on with its numbering needs a new id: under the old one, records numbered anew are dropped as duplicates.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Origin {
     /// The sender.

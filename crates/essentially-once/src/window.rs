@@ -53,7 +53,12 @@ impl Window {
             return false;
         }
         let (block, bit) = Self::place(sequence);
-        self.highest - sequence > Self::SIZE || self.blocks[block] & bit != 0
+        self.is_below(sequence) || self.blocks[block] & bit != 0
+    }
+
+    /// Whether `sequence` is so old that nothing is known of it: it counts as seen, but may be from a producer that numbers anew.
+    fn is_below(&self, sequence: u64) -> bool {
+        self.highest.checked_sub(sequence).is_some_and(|age| age > Self::SIZE)
     }
 
     /// Takes note of a `sequence`; no change if it was seen before.
@@ -64,7 +69,7 @@ impl Window {
                 self.blocks[(block % BLOCKS as u64) as usize] = 0;
             }
             self.highest = sequence;
-        } else if self.highest - sequence > Self::SIZE {
+        } else if self.is_below(sequence) {
             return;
         }
         let (block, bit) = Self::place(sequence);
@@ -165,7 +170,16 @@ impl Windows {
         })
     }
 
-    /// Takes note of a record that was not seen before, for the next commit.
+    /// Whether the record is dropped only because it is older than its producer's window.
+    pub(crate) fn is_below(&self, record: &Record) -> bool {
+        record.origin.as_ref().is_some_and(|origin| {
+            self.by_producer
+                .get(&origin.producer)
+                .is_some_and(|tracked| tracked.window.is_below(origin.sequence))
+        })
+    }
+
+    /// Takes note of a record, for the next commit. Of a duplicate too: its producer is not silent.
     pub(crate) fn mark(&mut self, record: &Record) {
         let Some(origin) = &record.origin else {
             return;
@@ -188,9 +202,12 @@ impl Windows {
         }
     }
 
-    /// Forgets producers that sent nothing for `after`, and nothing that the log still holds: a clock alone could be wrong.
-    pub(crate) fn forget_unseen(&mut self, after: Duration, now: SystemTime, bounds: Bounds) {
-        let limit = millis(now.checked_sub(after).unwrap_or(UNIX_EPOCH));
+    /// Forgets producers that sent nothing for the time `after` before `latest`, and nothing that the log still holds.
+    ///
+    /// `latest` is the append time of the last record read, so that what is still unread does not count as silence: to a
+    /// consumer that was down for a month, a month has not passed.
+    pub(crate) fn forget_unseen(&mut self, after: Duration, latest: SystemTime, bounds: Bounds) {
+        let limit = millis(latest.checked_sub(after).unwrap_or(UNIX_EPOCH));
         let forgotten = &mut self.forgotten;
         self.by_producer.retain(|producer, tracked| {
             let window = &tracked.window;

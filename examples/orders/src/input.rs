@@ -4,6 +4,9 @@ use std::{fs, path::Path};
 
 use crate::order::Format;
 
+/// Bytes of a line: half of what a log takes as a record by default.
+const LONGEST_LINE: usize = 8 * 1024 * 1024;
+
 /// Lines, and how to read them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Input {
@@ -35,6 +38,12 @@ impl Input {
             .ok_or("the file is empty: a header with a column `freight` is needed")?;
         let format = Format::of(&header)?;
         let lines: Vec<String> = lines.collect();
+        if let Some(index) = lines.iter().position(|line| line.len() > LONGEST_LINE) {
+            let (line, bytes) = (index + 2, lines[index].len());
+            return Err(format!(
+                "line {line} has {bytes} bytes, the most is {LONGEST_LINE}: is the file one order a line?"
+            ));
+        }
         if lines.is_empty() {
             return Err("no orders after the header: nothing to do".into());
         }
@@ -96,6 +105,10 @@ mod tests {
             (b"id,freight\n", "no orders"),
             (b"id,weight\n1,2\n", "only: id, weight"),
             (b"id,freight\n1,2\n\xff,3\n", "line 3 is not UTF-8"),
+            (
+                &[b"id,freight\n1,2\n", &vec![b'3'; LONGEST_LINE + 1][..]].concat(),
+                "line 3 has 8388609 bytes",
+            ),
         ] {
             let error = Input::parse(bytes).expect_err(reason);
             assert!(error.contains(reason), "{error}");

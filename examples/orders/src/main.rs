@@ -179,7 +179,10 @@ impl Folder {
     /// Refuses a folder with databases in it: two runs in one file would be counted as one.
     fn open(kept: Option<&std::path::Path>) -> Result<Self, Failure> {
         let Some(path) = kept else {
-            let folder = tempfile::tempdir().map_err(|error| format!("cannot make a temporary folder: {error}"))?;
+            let folder = tempfile::Builder::new()
+                .prefix("orders-")
+                .tempdir()
+                .map_err(|error| format!("cannot make a temporary folder: {error}"))?;
             return Ok(Self::Temporary(folder));
         };
         std::fs::create_dir_all(path).map_err(|error| format!("cannot use the folder {}: {error}", path.display()))?;

@@ -68,21 +68,23 @@ pub(crate) fn key(line: &str) -> Option<String> {
 }
 
 fn fields(line: &str) -> Result<csv::StringRecord, String> {
-    let mut reader = csv::ReaderBuilder::new()
+    // The reader skips blank lines.
+    if line.is_empty() {
+        return Ok(csv::StringRecord::new());
+    }
+    // A second line, which a quote that is not closed swallows.
+    let text = format!("{line}\n.");
+    let reader = csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
         // A reader lives for one line only.
-        .buffer_capacity(line.len() + 1)
-        .from_reader(line.as_bytes());
-    let mut records = reader.records();
-    let first = match records.next() {
-        // The reader skips blank lines.
-        None => return Ok(csv::StringRecord::new()),
-        Some(record) => record.map_err(|error| error.to_string())?,
-    };
-    match records.next() {
-        None => Ok(first),
-        Some(_) => Err("a carriage return inside the line".into()),
+        .buffer_capacity(text.len())
+        .from_reader(text.as_bytes());
+    let records: Result<Vec<csv::StringRecord>, csv::Error> = reader.into_records().collect();
+    match records.map_err(|error| error.to_string())?.as_slice() {
+        [first, _] => Ok(first.clone()),
+        [_] => Err("a quote is not closed: an order is one line".into()),
+        _ => Err("a carriage return inside the line".into()),
     }
 }
 
@@ -128,7 +130,8 @@ mod tests {
             ("1,1e999,Ann", "no finite number"),
             ("1,NULL,Ann", "no number"),
             ("1,,Ann", "no number"),
-            ("1,\"2,Ann", "2 fields, the header has 3"),
+            ("1,\"2,Ann", "a quote is not closed"),
+            ("1,2,\"Ann", "a quote is not closed"),
             ("1,2,Ann\r2,3,Bob", "carriage return"),
         ] {
             let told = FORMAT.parse(line).expect_err(line);

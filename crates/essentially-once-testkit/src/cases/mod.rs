@@ -1,7 +1,12 @@
 //! The conformance cases. Each is named after the contract bullet that it checks, and links it.
 
+mod bounds;
+mod durability;
+mod fencing;
+mod limits;
 mod log;
 mod restart;
+mod state;
 mod store;
 
 use std::{future::Future, time::Duration};
@@ -32,42 +37,46 @@ macro_rules! case {
 pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
     vec![
         case!(restart::l1_appended_records_survive_a_restart, needs log, restart),
+        case!(durability::l1_a_log_tells_its_durability, needs log),
         case!(log::l2_many_appenders_and_readers_agree_on_one_order, needs log),
         case!(log::l2_one_appenders_records_keep_their_order, needs log),
         case!(log::l3_a_reader_under_concurrent_appends_skips_nothing, needs log),
         case!(log::l4_read_yields_exactly_what_is_at_or_after_the_offset, needs log),
         case!(log::l4_a_record_is_read_as_it_was_appended, needs log),
         case!(log::l4_next_returns_at_least_one_record_and_at_most_max, needs log),
+        case!(limits::l4_one_call_of_next_returns_a_megabyte_at_most, needs log),
         case!(log::l4_logs_of_other_names_are_independent, needs log),
         case!(log::l4_foreign_records_are_read, needs log, foreign),
-        case!(log::l5_a_reader_at_the_end_waits_for_the_next_record, needs log),
-        case!(log::l5_bounds_tell_the_earliest_record_and_the_end, needs log),
-        case!(log::l5_below_the_earliest_record_is_truncated, needs log, truncate),
-        case!(log::l5_retention_that_overtakes_a_reader_is_told, needs log, truncate),
-        case!(log::l5_past_the_end_is_out_of_range, needs log),
-        case!(log::l5_a_log_created_anew_is_never_silent, needs log, recreate),
+        case!(bounds::l5_a_reader_at_the_end_waits_for_the_next_record, needs log),
+        case!(bounds::l5_bounds_tell_the_earliest_record_and_the_end, needs log),
+        case!(bounds::l5_below_the_earliest_record_is_truncated, needs log, truncate),
+        case!(bounds::l5_retention_that_overtakes_a_reader_is_told, needs log, truncate),
+        case!(bounds::l5_past_the_end_is_out_of_range, needs log),
+        case!(bounds::l5_a_log_created_anew_is_never_silent, needs log, recreate),
         case!(log::l6_a_cancelled_next_loses_and_repeats_nothing, needs log),
         case!(restart::l7_a_failed_append_tells_the_truth, needs log, restart),
-        case!(log::l8_sizes_up_to_the_limit_are_taken, needs log, record_limit),
-        case!(log::l8_a_record_over_the_limit_is_refused_before_any_is_appended, needs log, record_limit),
-        case!(log::l9_a_malformed_entry_is_yielded_in_its_place, needs log, malformed),
+        case!(limits::l8_sizes_up_to_the_limit_are_taken, needs log, record_limit),
+        case!(limits::l8_a_record_over_the_limit_is_refused_before_any_is_appended, needs log, record_limit),
+        case!(limits::l9_a_malformed_entry_is_yielded_in_its_place, needs log, malformed),
         case!(store::s1_a_commit_applies_state_and_position, needs store),
         case!(store::s1_windows_are_kept_whole_with_the_position, needs store),
         case!(store::s1_forgotten_windows_are_removed, needs store),
         case!(restart::s1_a_restart_never_parts_state_from_position, needs store, restart),
-        case!(store::s2_a_stale_revision_is_fenced, needs store),
-        case!(store::s2_a_fenced_commit_applies_nothing, needs store),
-        case!(store::s2_a_first_commit_is_fenced_if_there_is_a_position, needs store),
-        case!(store::s2_of_racing_commits_one_wins, needs store),
+        case!(fencing::s2_a_stale_revision_is_fenced, needs store),
+        case!(fencing::s2_a_fenced_commit_applies_nothing, needs store),
+        case!(fencing::s2_a_first_commit_is_fenced_if_there_is_a_position, needs store),
+        case!(fencing::s2_of_racing_commits_one_wins, needs store),
         case!(restart::s3_commits_survive_a_restart, needs store, restart),
+        case!(durability::s3_a_store_tells_its_durability, needs store),
         case!(store::s4_a_dropped_transaction_leaves_no_trace, needs store),
         case!(store::s4_a_rolled_back_transaction_leaves_no_trace, needs store),
         case!(store::s5_a_cancelled_commit_is_all_or_nothing_and_for_good, needs store),
         case!(restart::s5_position_resolves_an_unknown_outcome, needs store, restart),
-        case!(store::s6_a_transaction_reads_its_own_writes, needs store),
-        case!(store::s6_keys_and_values_are_kept_to_the_byte, needs store),
-        case!(store::s7_consumers_do_not_see_each_others_state, needs store),
-        case!(store::s7_a_thousand_consumers_keep_their_positions, needs store),
+        case!(state::s6_a_transaction_reads_its_own_writes, needs store),
+        case!(state::s6_keys_and_values_are_kept_to_the_byte, needs store),
+        case!(state::s6_a_value_over_the_limit_is_refused_and_stages_nothing, needs store, value_limit),
+        case!(state::s7_consumers_do_not_see_each_others_state, needs store),
+        case!(state::s7_a_thousand_consumers_keep_their_positions, needs store),
         case!(store::s8_a_position_remembers_its_log, needs store),
         case!(store::s8_a_commit_for_another_log_is_refused, needs store),
     ]
@@ -97,6 +106,13 @@ mod needs {
         match capabilities.record_limit {
             Some(_) => Support::Yes,
             None => Support::No("the harness does not state a record limit"),
+        }
+    }
+
+    pub(super) fn value_limit(capabilities: &Capabilities) -> Support {
+        match capabilities.value_limit {
+            Some(_) => Support::Yes,
+            None => Support::No("the harness does not state a value limit"),
         }
     }
 }
@@ -157,6 +173,13 @@ fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) 
         windows: Vec::new(),
         forgotten: Vec::new(),
     }
+}
+
+/// The number that a case keeps as a value; 0 if it is not there.
+fn counter(value: Option<&[u8]>) -> u64 {
+    value
+        .and_then(|value| value.try_into().ok())
+        .map_or(0, u64::from_be_bytes)
 }
 
 /// Whether the error says for certain that nothing happened.

@@ -12,7 +12,7 @@ use std::{
 
 use essentially_once::{Error, KeyValue, Log, OffsetStore, Position, ProducerId, Transaction, Window};
 
-use super::{advance, consumer, is_certain, payloads, read_all, records, soon, store::counter};
+use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon};
 use crate::{
     Backend, Harness,
     suite::{CaseResult, Violation, ensure},

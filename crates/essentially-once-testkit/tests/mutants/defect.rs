@@ -77,6 +77,10 @@ defects! {
     NextIgnoresMax,
     /// Each call begins with the last record of the call before.
     NextRepeatsTheBoundary,
+    /// The bytes of a call are not bounded.
+    NextIgnoresBytes,
+    /// What is too much for a call is cut off, and the next call begins behind it.
+    NextSkipsWhatItCutsOff,
     /// All logs of a backend are one.
     LogsShareRecords,
     /// A record that someone else wrote is skipped.
@@ -163,6 +167,14 @@ defects! {
     MalformedGarblesNeighbour,
     /// A damaged entry gives no reason.
     MalformedWithoutReason,
+    /// A damaged entry comes back empty.
+    MalformedBytesLost,
+    /// A log cannot be asked for its durability.
+    LogDurabilityFails,
+    /// A log answers otherwise when it is asked for its durability again.
+    LogDurabilityWavers,
+    /// A log that is not durable does not say why.
+    LogVolatileWithoutReason,
 
     // The store.
     /// A consumer that never committed has a position.
@@ -225,6 +237,12 @@ defects! {
     StateNotDurable,
     /// Windows are kept in memory only.
     WindowsNotDurable,
+    /// A store cannot be asked for its durability.
+    StoreDurabilityFails,
+    /// A store answers otherwise when it is asked for its durability again.
+    StoreDurabilityWavers,
+    /// A store that is not durable does not say why.
+    StoreVolatileWithoutReason,
     /// Dropping a transaction applies what it staged.
     DroppedTransactionApplied,
     /// Dropping a transaction leaves its lock.
@@ -255,6 +273,16 @@ defects! {
     PutAfterDeleteIgnored,
     /// A delete of a key that the transaction put is ignored.
     DeleteOfOwnPutIgnored,
+    /// There is no limit for values.
+    NoValueLimit,
+    /// A value of exactly the limit is refused.
+    ValueLimitIsExclusive,
+    /// A refused value is told as a failure without its limit.
+    ValueRefusalNamesNoLimit,
+    /// A refused value is staged as far as it fits.
+    RefusedValueStaged,
+    /// A refused value drops what was staged before it.
+    RefusedValueDropsTheStaged,
     /// Keys that are no text fall together.
     KeysKeptAsText,
     /// Keys that differ in case only fall together.

@@ -337,6 +337,10 @@ impl Log for ModelLog {
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
-        Ok(Durability::Durable)
+        self.shared.durability([
+            Defect::LogDurabilityFails,
+            Defect::LogDurabilityWavers,
+            Defect::LogVolatileWithoutReason,
+        ])
     }
 }

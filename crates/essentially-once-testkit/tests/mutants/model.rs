@@ -9,7 +9,7 @@ use std::{
     time::SystemTime,
 };
 
-use essentially_once::{Error, Log, LogId, Offset, Record, Source, async_trait};
+use essentially_once::{Durability, Error, Log, LogId, Offset, Record, Source, async_trait};
 use essentially_once_testkit::{Backend, Capabilities, Harness, Support};
 use tokio::{sync::watch, task::yield_now};
 
@@ -21,6 +21,10 @@ use crate::{
 
 /// Largest record that the model takes, in bytes.
 pub(crate) const RECORD_LIMIT: usize = 1_000;
+/// Largest value that the model takes, in bytes.
+pub(crate) const VALUE_LIMIT: usize = 300_000;
+/// What the model holds of an entry that it cannot decode.
+const UNDECODABLE: &[u8] = b"\xFFno record\0";
 
 /// More than any append or commit takes.
 const STEPS_TO_A_STAGE: usize = 50;
@@ -40,6 +44,7 @@ impl Harness for ModelHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
+        capabilities.value_limit = Some(VALUE_LIMIT);
         capabilities
     }
 
@@ -49,6 +54,7 @@ impl Harness for ModelHarness {
                 defect: self.0,
                 state: Mutex::default(),
                 stage: AtomicUsize::default(),
+                asked: AtomicUsize::default(),
                 changes: watch::Sender::new(()),
             }),
         })
@@ -76,6 +82,8 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// The [`Stage`] of the operation that is under way.
     stage: AtomicUsize,
+    /// Counts questions for durability.
+    asked: AtomicUsize,
     /// Wakes all waiting readers.
     pub(crate) changes: watch::Sender<()>,
 }
@@ -106,6 +114,17 @@ impl Shared {
         match state.generation == generation {
             true => Ok(state),
             false => Err(Error::unavailable("reach the model", "it was restarted")),
+        }
+    }
+
+    /// What log and store say of themselves, each with its own defects.
+    pub(crate) fn durability(&self, [fails, wavers, unreasoned]: [Defect; 3]) -> Result<Durability, Error> {
+        let asked = self.asked.fetch_add(1, Ordering::SeqCst);
+        match self.defect {
+            defect if defect == fails => Err(Error::failed("read durability", "no such setting")),
+            defect if defect == wavers && asked > 0 => Ok(Durability::Volatile("it was asked before".into())),
+            defect if defect == unreasoned => Ok(Durability::Volatile(String::new())),
+            _ => Ok(Durability::Durable),
         }
     }
 
@@ -215,8 +234,8 @@ impl Backend for Model {
         Ok(())
     }
 
-    async fn append_malformed(&self, log: &str) -> Result<(), Source> {
-        let mut record = Record::new(Offset::ZERO, SystemTime::now(), "no record");
+    async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {
+        let mut record = Record::new(Offset::ZERO, SystemTime::now(), UNDECODABLE);
         record.malformed = match self.shared.defect {
             Defect::MalformedNotMarked => None,
             Defect::MalformedWithoutReason => Some("".into()),
@@ -229,11 +248,10 @@ impl Backend for Model {
         {
             before.payload = record.payload.clone();
         }
-        if self.shared.is(Defect::MalformedSkipped) {
-            return Ok(());
+        if !self.shared.is(Defect::MalformedSkipped) {
+            log.write(&self.shared, record);
         }
-        log.write(&self.shared, record);
-        Ok(())
+        Ok(UNDECODABLE.into())
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {

@@ -13,6 +13,8 @@ use crate::{defect::Defect, log::ModelLog, model::Shared};
 
 /// Longer than most cancelled calls of a case live, so that a call which must not be cancelled there is cancelled there.
 const STEPS_AFTER_MOVING: usize = 20;
+/// About how many bytes of records one `next` returns at most.
+const FETCH_BYTES: usize = 1024 * 1024;
 
 pub(crate) struct ModelReader {
     shared: Arc<Shared>,
@@ -82,7 +84,7 @@ impl ModelReader {
         } else {
             max
         };
-        let found = rest[..max.min(rest.len())].to_vec();
+        let found = rest[..self.fitting(&rest[..max.min(rest.len())])].to_vec();
         if self.shared.is(Defect::MalformedBlocks) && found.iter().any(|record| record.malformed.is_some()) {
             return Err(Error::failed("read", "an entry cannot be decoded"));
         }
@@ -90,6 +92,17 @@ impl ModelReader {
             log.passed(last.offset);
         }
         Ok(found)
+    }
+
+    /// How many of the records fit into one call: one at least.
+    fn fitting(&self, records: &[Record]) -> usize {
+        if matches!(
+            self.shared.defect,
+            Defect::NextIgnoresBytes | Defect::NextSkipsWhatItCutsOff
+        ) {
+            return records.len();
+        }
+        fitting(records)
     }
 
     fn log_is_gone(&self, requested: Offset) -> Result<Vec<Record>, Error> {
@@ -111,6 +124,9 @@ impl ModelReader {
                 _ => last.offset.successor(),
             };
             *self.cursor.lock().unwrap_or_else(PoisonError::into_inner) = self.next;
+        }
+        if self.shared.is(Defect::NextSkipsWhatItCutsOff) {
+            found.truncate(fitting(&found));
         }
         if self.shared.is(Defect::FirstReaderSwapsTwo) && self.was_first && self.calls == 0 && found.len() > 1 {
             found.swap(0, 1);
@@ -180,6 +196,16 @@ impl LogReader for ModelReader {
     }
 }
 
+/// How many of the records are a megabyte at most; one that is larger goes alone.
+fn fitting(records: &[Record]) -> usize {
+    let mut bytes = 0;
+    let over = records.iter().position(|record| {
+        bytes += record.size();
+        bytes > FETCH_BYTES
+    });
+    over.map_or(records.len(), |over| over.max(1))
+}
+
 async fn steps() {
     for _ in 0..STEPS_AFTER_MOVING {
         yield_now().await;
@@ -218,6 +244,7 @@ fn distort(defect: Defect, record: &mut Record) {
         Defect::EmptyPayloadCalledMalformed if record.payload.is_empty() => {
             record.malformed = Some("no payload".into());
         }
+        Defect::MalformedBytesLost if record.malformed.is_some() => record.payload.clear(),
         Defect::AppendTimeLost => record.appended_at = UNIX_EPOCH,
         _ => {}
     }

@@ -340,6 +340,10 @@ impl OffsetStore for ModelStore {
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
-        Ok(Durability::Durable)
+        self.shared.durability([
+            Defect::StoreDurabilityFails,
+            Defect::StoreDurabilityWavers,
+            Defect::StoreVolatileWithoutReason,
+        ])
     }
 }

@@ -25,6 +25,11 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         AppendAcknowledgedBeforeDurable => "the log is empty",
         RestartReplaysTheTail => "found [\"0\", \"1\", \"1\"",
     }
+    l1_a_log_tells_its_durability {
+        LogDurabilityFails => "unexpected error",
+        LogDurabilityWavers => "asked again",
+        LogVolatileWithoutReason => "gives no reason",
+    }
     l2_many_appenders_and_readers_agree_on_one_order {
         FirstReaderSwapsTwo => "one reader found",
         OffsetsEqualInPairs => "do not rise strictly",
@@ -61,6 +66,10 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         NextReturnsNothing => "next returned nothing",
         NextIgnoresMax => "next(1) returned 2",
         NextRepeatsTheBoundary => "next(1) yielded",
+    }
+    l4_one_call_of_next_returns_a_megabyte_at_most {
+        NextIgnoresBytes => "one call of next returned",
+        NextSkipsWhatItCutsOff => "there is another record",
     }
     l4_logs_of_other_names_are_independent {
         LogsShareRecords => "holds",
@@ -136,6 +145,8 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         MalformedNotMarked => "record by record",
         MalformedGarblesNeighbour => "the neighbours are",
         MalformedWithoutReason => "gives no reason",
+        MalformedBytesLost => "the payload holds b\"\"",
+        PayloadReadAsText => "the payload holds",
         ReaderStartsOneEarly => "reading at a malformed entry",
     }
     s1_a_commit_applies_state_and_position {
@@ -188,6 +199,11 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         StateNotDurable => "the state counts 0",
         WindowsNotDurable => "restart 1 changed",
     }
+    s3_a_store_tells_its_durability {
+        StoreDurabilityFails => "unexpected error",
+        StoreDurabilityWavers => "asked again",
+        StoreVolatileWithoutReason => "gives no reason",
+    }
     s4_a_dropped_transaction_leaves_no_trace {
         DroppedTransactionApplied => "a dropped transaction left",
         DroppedTransactionKeepsLock => STUCK,
@@ -222,6 +238,13 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         EmptyValueReadAsNone => "key",
         LargeValuesCut => "key",
         ValuesKeptAsText => "key",
+    }
+    s6_a_value_over_the_limit_is_refused_and_stages_nothing {
+        NoValueLimit => "bytes: Ok",
+        ValueLimitIsExclusive => "unexpected error",
+        ValueRefusalNamesNoLimit => "bytes: Err(Failed",
+        RefusedValueStaged => "a refused put left",
+        RefusedValueDropsTheStaged => "after refused puts, staged has",
     }
     s7_consumers_do_not_see_each_others_state {
         StateSharedBetweenConsumers => "before it wrote",

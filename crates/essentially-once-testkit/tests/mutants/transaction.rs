@@ -13,7 +13,7 @@ use tokio::time::sleep;
 
 use crate::{
     defect::Defect,
-    model::{Shared, Stage, State, in_doubt},
+    model::{Shared, Stage, State, VALUE_LIMIT, in_doubt},
     store::{Contents, Handle, state_key},
 };
 
@@ -63,6 +63,31 @@ impl ModelTx {
 
     fn connected(&self) -> Result<MutexGuard<'_, State>, Error> {
         self.shared.connected(self.generation)
+    }
+
+    /// Refuses a value over the limit; a defect may do something with it before.
+    fn check_size(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        let limit = match self.shared.defect {
+            Defect::ValueLimitIsExclusive => VALUE_LIMIT - 1,
+            _ => VALUE_LIMIT,
+        };
+        if value.len() <= limit || self.shared.is(Defect::NoValueLimit) {
+            return Ok(());
+        }
+        match self.shared.defect {
+            Defect::RefusedValueStaged => {
+                let fits = Bytes::copy_from_slice(&value[..limit]);
+                self.staged.insert(Bytes::copy_from_slice(key), Some(fits));
+            }
+            Defect::RefusedValueDropsTheStaged => self.staged.clear(),
+            Defect::ValueRefusalNamesNoLimit => return Err(Error::failed("put", "too large")),
+            _ => {}
+        }
+        Err(Error::TooLarge {
+            what: "value",
+            size: value.len(),
+            limit,
+        })
     }
 
     /// Applies what was staged and the position: in one step, unless a defect parts it.
@@ -259,6 +284,7 @@ impl KeyValue for ModelTx {
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
         drop(self.connected()?);
+        self.check_size(key, value)?;
         let staged = self.staged.get(key);
         match (self.shared.defect, staged) {
             (Defect::SecondPutIgnored, Some(Some(_))) | (Defect::PutAfterDeleteIgnored, Some(None)) => {}

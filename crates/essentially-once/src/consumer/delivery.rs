@@ -4,7 +4,8 @@ use std::{
     any::Any,
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::{Pin, pin},
+    task::Poll,
 };
 
 use async_trait::async_trait;
@@ -65,12 +66,15 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
         handler: &mut H,
         batch: &[Record],
     ) -> Result<(), Failure> {
-        let mut tx = session.begin().await?;
+        let Some(mut tx) = session.begin_unless_stopped().await? else {
+            return Ok(());
+        };
         let (done, next, failed) = handle_each(session, handler, batch, &mut tx).await;
         if let Some(failed) = failed {
             if let Err(error) = tx.rollback().await {
                 tracing::warn!(%error, "rollback failed; the backend discards the transaction by itself");
             }
+            session.check_current().await?;
             return Err(failed);
         }
         if let Some(next) = next {
@@ -98,6 +102,8 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         if let Some(next) = next {
             let tx = session.begin().await?;
             session.commit(tx, next).await?;
+        } else if failed.is_some() {
+            session.check_current().await?;
         }
         match failed {
             // What came before it is committed, so that it is not done twice for this one's sake.
@@ -130,6 +136,7 @@ where
             break;
         }
         if session.windows.is_seen(record) {
+            session.drop_duplicate(record);
             done.duplicates += 1;
         } else {
             match handle(handler, record, tx).await {
@@ -184,12 +191,16 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
         };
         let mut fresh = Vec::with_capacity(batch.len());
         for record in batch {
-            if !session.windows.is_seen(record) {
+            if session.windows.is_seen(record) {
+                session.drop_duplicate(record);
+            } else {
                 session.windows.mark(record);
                 fresh.push(record);
             }
         }
-        let tx = session.begin().await?;
+        let Some(tx) = session.begin_unless_stopped().await? else {
+            return Ok(());
+        };
         session.commit(tx, last.offset.successor()).await?;
         let mut done = Done {
             duplicates: (batch.len() - fresh.len()) as u64,
@@ -231,12 +242,19 @@ async fn handle<Tx: Send, H: Handler<Tx>>(handler: &mut H, record: &Record, tx: 
             "the entry could not be decoded: {reason}"
         )));
     }
-    // The call is made within the polled future, so that a panic before the first await is caught too.
-    let mut call = pin!(async move { handler.handle(record, tx).await });
-    poll_fn(|context| {
-        catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(context)))
-            .unwrap_or_else(|panic| Err(panicked(panic)).into())
-    })
+    let call = pin!(async move { handler.handle(record, tx).await });
+    catch_panic(call).await.unwrap_or_else(Err)
+}
+
+/// Polls a future, with a panic in it as an error. The future makes its calls within, so that a panic before the first await
+/// is caught too.
+pub(super) async fn catch_panic<T>(mut future: Pin<&mut (impl Future<Output = T> + Send)>) -> Result<T, HandlerError> {
+    poll_fn(
+        |context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
+            Ok(poll) => poll.map(Ok),
+            Err(panic) => Poll::Ready(Err(panicked(panic))),
+        },
+    )
     .await
 }
 

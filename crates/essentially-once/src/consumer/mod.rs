@@ -6,18 +6,22 @@ mod report;
 mod seek;
 mod session;
 
-use std::{marker::PhantomData, sync::Arc, time::Duration};
+use std::{marker::PhantomData, pin::pin, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use self::{
+    delivery::catch_panic,
+    report::Telemetry,
+    session::{Failure, Session},
+};
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce},
     report::Report,
     seek::seek,
 };
-use self::{report::Telemetry, session::Failure, session::Session};
 use crate::{ConsumerId, Error, Handler, Log, Offset, OffsetStore, handler::HandlerErrorKind, rt, window::Windows};
 
 /// Where a consumer without a position begins. Committed before the first record is handled, so that it is decided once.
@@ -157,15 +161,15 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     /// How often a record is tried again before the run ends; 10 unless set. The pauses are those of
-    /// [`backoff`](Self::backoff).
+    /// [`backoff`](Self::backoff). A record that failed behind others in its batch is tried alone at least once.
     #[must_use]
     pub fn retries(mut self, retries: u32) -> Self {
         self.settings.retries = retries;
         self
     }
 
-    /// The first and the longest pause before a restart; each is twice the one before plus a random part, and a commit
-    /// starts over. 10 ms and 10 s unless set.
+    /// The first and the longest pause before a restart, 10 ms and 10 s unless set. Each is twice the one before, a commit
+    /// starts over, and to each comes up to as much again at random.
     #[must_use]
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.settings.min_pause = first;
@@ -180,8 +184,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// Forgets a producer's window when it sent nothing for so long and the log holds none of its records any more;
-    /// 7 days unless set. A record that it sends again later than that counts as new.
+    /// Forgets a producer's window when it sent nothing for so long, by the append times of the records read, and the log holds
+    /// none of the records read from it any more; 7 days unless set. A record that it sends again later than that counts as new.
     #[must_use]
     pub fn forget_producers_after(mut self, time: Duration) -> Self {
         self.settings.forget_producers_after = time;
@@ -259,12 +263,20 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 supervisor.made_progress();
             }
             let pause = supervisor.judge(failure, &telemetry, &mut report)?;
-            self.handler.reset().await;
+            self.reset_handler().await;
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(report),
                 () = rt::sleep(pause) => {}
             }
+        }
+    }
+
+    /// A panic here is as good as a reset that did nothing: the handler's next error counts as usual.
+    async fn reset_handler(&mut self) {
+        let handler = &mut self.handler;
+        if let Err(error) = catch_panic(pin!(async move { handler.reset().await })).await {
+            tracing::error!(%error, "the handler could not be reset");
         }
     }
 
@@ -278,7 +290,14 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         };
         zero("max_batch", self.settings.max_batch)?;
         zero("read_ahead records", self.settings.read_ahead_records.unwrap_or(1))?;
-        zero("read_ahead bytes", self.settings.read_ahead_bytes)
+        zero("read_ahead bytes", self.settings.read_ahead_bytes)?;
+        if self.settings.min_pause > self.settings.max_pause {
+            return Err(Error::InvalidSetting {
+                setting: "backoff",
+                reason: "the first pause is longer than the longest".into(),
+            });
+        }
+        Ok(())
     }
 }
 

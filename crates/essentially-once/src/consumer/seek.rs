@@ -6,7 +6,8 @@ use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Transaction};
 /// Moves a consumer's position to another place in its log, for an operator who knows why: to handle records again, or to
 /// go on after [`Error::Truncated`] or [`Error::OutOfRange`]. Returns where it stands now.
 ///
-/// Going back forgets all producers, since their records must not be dropped as duplicates when they are handled again.
+/// Going back forgets all producers, since their records must not be dropped as duplicates when they are handled again. A record
+/// that was sent twice, once before and once behind the new place, is then handled again as well.
 /// A running instance of the consumer is fenced, and goes on from the new position.
 ///
 /// # Errors

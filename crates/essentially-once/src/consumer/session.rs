@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use tokio_util::sync::CancellationToken;
@@ -79,8 +79,7 @@ impl<S: OffsetStore> Session<'_, S> {
             self.settings.read_ahead_bytes,
         );
         let yields = rt::has_one_thread();
-        let mut looked_for_unseen = Instant::now();
-        self.forget_unseen().await?;
+        let mut looked_for_unseen: Option<Instant> = None;
         while until.is_none_or(|until| self.next < until) {
             let batch = tokio::select! {
                 biased;
@@ -92,9 +91,9 @@ impl<S: OffsetStore> Session<'_, S> {
             if yields {
                 rt::yield_now().await;
             }
-            if looked_for_unseen.elapsed() > FORGET_EVERY {
-                looked_for_unseen = Instant::now();
-                self.forget_unseen().await?;
+            if looked_for_unseen.is_none_or(|last| last.elapsed() > FORGET_EVERY) {
+                looked_for_unseen = Some(Instant::now());
+                self.forget_unseen(&batch).await?;
             }
         }
         Ok(())
@@ -153,17 +152,55 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(reader)
     }
 
-    async fn forget_unseen(&mut self) -> Result<(), Error> {
-        if !self.windows.is_empty() {
+    async fn forget_unseen(&mut self, batch: &[Record]) -> Result<(), Error> {
+        if let Some(last) = batch.last()
+            && !self.windows.is_empty()
+        {
             let bounds = self.log.bounds().await?;
             self.windows
-                .forget_unseen(self.settings.forget_producers_after, SystemTime::now(), bounds);
+                .forget_unseen(self.settings.forget_producers_after, last.appended_at, bounds);
         }
         Ok(())
     }
 
     pub(super) async fn begin(&self) -> Result<S::Tx, Error> {
         self.store.begin(self.id).await
+    }
+
+    /// Begins a transaction, unless the consumer is stopped while it waits for one.
+    pub(super) async fn begin_unless_stopped(&self) -> Result<Option<S::Tx>, Error> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Ok(None),
+            tx = self.begin() => tx.map(Some),
+        }
+    }
+
+    /// Fails if another instance committed since the position was loaded. What a handler said of a record then counts for
+    /// nothing: it may have judged by the other's effects.
+    pub(super) async fn check_current(&self) -> Result<(), Error> {
+        let stored = self.store.position(self.id).await?;
+        match stored.map_or(0, |position| position.revision) {
+            revision if revision == self.revision => Ok(()),
+            _ => Err(Error::Fenced {
+                consumer: self.id.clone(),
+                expected: self.revision,
+            }),
+        }
+    }
+
+    /// Drops a record that was seen before; says so, and aloud where it is not certain.
+    pub(super) fn drop_duplicate(&mut self, record: &Record) {
+        if self.windows.is_below(record) {
+            tracing::warn!(
+                offset = %record.offset,
+                origin = ?record.origin,
+                "dropped as a duplicate: more than a window below the highest sequence; a producer that numbers anew needs a new id"
+            );
+        } else {
+            tracing::debug!(offset = %record.offset, origin = ?record.origin, "dropped a duplicate");
+        }
+        self.windows.mark(record);
     }
 
     pub(super) async fn commit(&mut self, tx: S::Tx, next: Offset) -> Result<(), Error> {

@@ -65,3 +65,47 @@ async fn going_back_by_hand_handles_again_what_has_an_origin() {
             .unwrap();
     }
 }
+
+/// Reads what is there, forgetting producers that were silent for `forget_after`.
+async fn catch_up(log: &essentially_once::memory::MemoryLog, memory: &Memory, forget_after: Duration) -> (u64, u64) {
+    let report = Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default())
+        .accept_volatile()
+        .forget_producers_after(forget_after)
+        .max_batch(1)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    (report.handled, report.duplicates)
+}
+
+#[tokio::test]
+async fn a_producer_is_not_silent_while_its_records_are_unread_or_dropped() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    let resent = NewRecord::new("0").origin(ProducerId::new("web").unwrap(), 1);
+    log.append(&[resent.clone(), NewRecord::new("1")]).await.unwrap();
+    let after = Duration::from_millis(100);
+    assert_eq!(catch_up(&log, &memory, after).await, (2, 0));
+    for round in 0..4u64 {
+        // Unread while the consumer is down for longer than that, and retention removes all that was read.
+        log.append(std::slice::from_ref(&resent)).await.unwrap();
+        log.truncate((2 + round).into());
+        tokio::time::sleep(after + Duration::from_millis(20)).await;
+        assert_eq!(catch_up(&log, &memory, after).await, (0, 1), "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn a_silent_producer_is_forgotten_once_the_log_went_on_without_it() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    let resent = NewRecord::new("0").origin(ProducerId::new("web").unwrap(), 1);
+    log.append(std::slice::from_ref(&resent)).await.unwrap();
+    assert_eq!(catch_up(&log, &memory, Duration::ZERO).await, (1, 0));
+    log.truncate(1.into());
+    tokio::time::sleep(Duration::from_millis(2)).await;
+    log.append(&[NewRecord::new("1"), NewRecord::new("2")]).await.unwrap();
+    assert_eq!(catch_up(&log, &memory, Duration::ZERO).await, (2, 0));
+    let windows = memory.store().position(&shipping()).await.unwrap().unwrap().windows;
+    assert!(windows.is_empty(), "{windows:?}");
+}

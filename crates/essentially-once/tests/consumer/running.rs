@@ -281,3 +281,86 @@ async fn the_store_is_shared_through_an_arc() {
     let store = Arc::new(Memory::new().store());
     assert_eq!(store.position(&shipping()).await.unwrap(), None);
 }
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_a_transaction_that_cannot_begin() {
+    let backend = Backend::new(RECORDS, Script::default().fail(Step::Begin, 1, Fault::Hang)).await;
+    let stop = CancellationToken::new();
+    let run = tokio::spawn(
+        Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+            .run_until(stop.clone()),
+    );
+    while backend.script.taken(Step::Begin) < 2 {
+        tokio::task::yield_now().await;
+    }
+    stop.cancel();
+    assert_eq!(run.await.unwrap().unwrap().handled, 0);
+}
+
+/// A handler that takes what it finds in the state for its own doing, as one with a unique constraint does.
+struct RejectsWhatIsThere(
+    Option<(
+        essentially_once::memory::MemoryLog,
+        essentially_once::memory::MemoryStore,
+    )>,
+);
+
+#[async_trait::async_trait]
+impl Handler<ScriptedTx> for RejectsWhatIsThere {
+    async fn handle(&mut self, record: &Record, tx: &mut ScriptedTx) -> Result<(), HandlerError> {
+        use essentially_once::{Advance, KeyValue, Transaction};
+
+        if let Some((log, store)) = self.0.take() {
+            // Another instance handles the same record and commits first.
+            let position = store.position(&shipping()).await?.unwrap();
+            let mut other = store.begin(&shipping()).await?;
+            other.put(&record.payload, b"shipped").await?;
+            let advance = Advance {
+                log: log.id().clone(),
+                next: record.offset.successor(),
+                expected_revision: position.revision,
+                windows: Vec::new(),
+                forgotten: Vec::new(),
+            };
+            other.commit(advance).await?;
+        }
+        if tx.get(&record.payload).await?.is_some() {
+            return Err(HandlerError::reject("shipped already"));
+        }
+        tx.put(&record.payload, b"shipped").await?;
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_verdict_of_an_instance_that_was_overtaken_counts_for_nothing() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let handler = RejectsWhatIsThere(Some((backend.memory_log(), backend.memory.store())));
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.fenced), (RECORDS - 1, 1));
+}
+
+#[tokio::test]
+async fn a_panic_while_resetting_is_survived() {
+    struct PanicsOnReset(support::Counter);
+    #[async_trait::async_trait]
+    impl Handler<ScriptedTx> for PanicsOnReset {
+        async fn handle(&mut self, record: &Record, tx: &mut ScriptedTx) -> Result<(), HandlerError> {
+            self.0.handle(record, tx).await
+        }
+
+        async fn reset(&mut self) {
+            panic!("scripted panic");
+        }
+    }
+    let backend = Backend::new(RECORDS, Script::default().fail(Step::Commit, 1, Fault::Before)).await;
+    let handler = PanicsOnReset(backend.counter());
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!(report.handled, RECORDS);
+}

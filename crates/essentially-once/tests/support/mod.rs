@@ -42,6 +42,8 @@ pub enum Fault {
     /// It did not happen and never will.
     Permanent,
     Panic,
+    /// It never ends.
+    Hang,
 }
 
 /// Faults by step and by how often the step was taken before; shared by log, store and handler.
@@ -94,7 +96,7 @@ fn error(fault: Fault, step: Step) -> Error {
         Fault::OutOfRange => Error::OutOfRange { log, requested, end },
         Fault::Permanent => Error::failed(format!("{step:?}"), "scripted"),
         Fault::Panic => panic!("scripted panic"),
-        Fault::Overtaken => unreachable!("only a commit is overtaken"),
+        Fault::Overtaken | Fault::Hang => unreachable!("not an error"),
     }
 }
 
@@ -246,6 +248,7 @@ impl OffsetStore for ScriptedStore {
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<ScriptedTx, Error> {
         match self.script.take(Step::Begin) {
+            Some(Fault::Hang) => std::future::pending().await,
             Some(fault) => Err(error(fault, Step::Begin)),
             None => Ok(ScriptedTx {
                 inner: self.inner.begin(consumer).await?,

@@ -1,0 +1,181 @@
+//! Cases for what a log holds and what it has lost, [L5](essentially_once::Log#contract).
+
+use essentially_once::{Error, Log, Offset};
+
+use super::{QUIET, payloads, read, read_all, records, soon};
+use crate::{
+    Backend, Harness,
+    suite::{CaseResult, Violation, ensure},
+};
+
+/// [L5](essentially_once::Log#contract): at the end itself a reader waits, and then gets what comes, from any handle.
+pub(super) async fn l5_a_reader_at_the_end_waits_for_the_next_record<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    for round in 0..3 {
+        let mut reader = log.read(log.bounds().await?.end).await?;
+        let mut waiting = reader.next(10);
+        let early = tokio::time::timeout(QUIET, &mut waiting).await;
+        ensure!(
+            early.is_err(),
+            "round {round}: a reader at the end did not wait, it got {early:?}"
+        );
+        backend.log("orders").await?.append(&records([round])).await?;
+        let next = soon("a record appended while a reader waits", waiting).await??;
+        ensure!(
+            payloads(&next) == [round.to_string()],
+            "round {round}: got {:?}",
+            payloads(&next)
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): `bounds` of an empty log, and after each append.
+pub(super) async fn l5_bounds_tell_the_earliest_record_and_the_end<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let empty = log.bounds().await?;
+    ensure!(empty.earliest == empty.end, "an empty log has bounds {empty:?}");
+    for n in 1..=3 {
+        log.append(&records([n])).await?;
+        let bounds = log.bounds().await?;
+        ensure!(
+            bounds.earliest < bounds.end,
+            "with {n} records, the bounds are {bounds:?}"
+        );
+        let all = read(&*log, bounds.earliest, n).await?;
+        ensure!(
+            bounds.end == all[n - 1].offset.successor(),
+            "the end is {}, the last record is at {}",
+            bounds.end,
+            all[n - 1].offset
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): where retention removed records, reading them is an error that tells what is left.
+pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..20)).await?;
+    let all = read_all(&*log, 20).await?;
+    backend.truncate("orders", all[10].offset).await?;
+    let log = backend.log("orders").await?;
+    let bounds = log.bounds().await?;
+    ensure!(
+        all[0].offset < bounds.earliest && bounds.earliest <= all[10].offset,
+        "after a truncation before {} the bounds are {bounds:?}",
+        all[10].offset
+    );
+    let error = first_error(&*log, all[0].offset).await?;
+    ensure!(
+        matches!(&error, Error::Truncated { requested, earliest, .. }
+            if *requested == all[0].offset && *earliest == bounds.earliest),
+        "reading a removed record failed with: {error}"
+    );
+    let left: Vec<_> = all
+        .iter()
+        .filter(|record| record.offset >= bounds.earliest)
+        .cloned()
+        .collect();
+    ensure!(
+        read_all(&*log, left.len()).await? == left,
+        "what is left is not what was there"
+    );
+    Ok(())
+}
+
+/// The error of reading at `from`, whether `read` or the first `next` fails.
+async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
+    let attempt = async {
+        match log.read(from).await {
+            Ok(mut reader) => reader.next(1).await,
+            Err(error) => Err(error),
+        }
+    };
+    match soon(&format!("an error of reading at {from}, not silence"), attempt).await? {
+        Ok(found) => Err(Violation::new(format!("reading at {from} found {found:?}"))),
+        Err(error) => Ok(error),
+    }
+}
+
+/// [L5](essentially_once::Log#contract): a reader that falls behind retention is told, not moved.
+pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..20)).await?;
+    let all = read_all(&*log, 20).await?;
+    let mut reader = log.read(all[0].offset).await?;
+    let first = soon("next", reader.next(1)).await??;
+    ensure!(first == all[..1], "the first record is {first:?}");
+    backend.truncate("orders", all[15].offset).await?;
+    let earliest = log.bounds().await?.earliest;
+    // What the reader holds already, it may still yield; then it must stop.
+    let mut expected = all[1..].iter();
+    loop {
+        match soon("a record or an error", reader.next(1)).await? {
+            Ok(records) => {
+                for record in &records {
+                    ensure!(
+                        Some(record) == expected.next(),
+                        "a reader overtaken by retention went on at {} without a word; the earliest is {earliest}",
+                        record.offset
+                    );
+                    if record.offset >= earliest {
+                        // It had read ahead of the truncation: nothing was lost to it.
+                        return Ok(());
+                    }
+                }
+            }
+            Err(Error::Truncated { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// [L5](essentially_once::Log#contract): past the end there is an error, and no waiting for the log to grow that far.
+pub(super) async fn l5_past_the_end_is_out_of_range<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..3)).await?;
+    let end = log.bounds().await?.end;
+    for past in [
+        end.successor(),
+        Offset::new(end.hi(), end.lo().saturating_add(1_000)),
+        Offset::new(u64::MAX >> 1, 0),
+    ] {
+        let error = first_error(&*log, past).await?;
+        ensure!(
+            matches!(&error, Error::OutOfRange { requested, .. } if *requested == past),
+            "reading at {past}, past the end {end}, failed with: {error}"
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): an old place in a log that was created anew is an error, or another log to begin with.
+pub(super) async fn l5_a_log_created_anew_is_never_silent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let old = backend.log("orders").await?;
+    old.append(&records(0..5)).await?;
+    let end = old.bounds().await?.end;
+    let mut waiting = old.read(end).await?;
+    backend.recreate("orders").await?;
+    let new = backend.log("orders").await?;
+    if old.id().is_same_log(new.id()) {
+        let error = first_error(&*new, end).await?;
+        ensure!(
+            matches!(error, Error::OutOfRange { .. }),
+            "reading at the old end failed with: {error}"
+        );
+    }
+    // A reader that was waiting in the old log must notice, without anyone appending as much as the old one held.
+    let noticed = soon("a waiting reader that notices that its log is gone", waiting.next(1)).await?;
+    ensure!(noticed.is_err(), "a reader of the old log got {noticed:?}");
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! Cases for what a backend says of itself, [L1](essentially_once::Log#contract) and
+//! [S3](essentially_once::OffsetStore#contract).
+
+use essentially_once::{Durability, Log, OffsetStore};
+
+use crate::{
+    Backend, Harness,
+    suite::{CaseResult, ensure},
+};
+
+/// [L1](essentially_once::Log#contract): an answer, with a reason unless it is durable, and the same from every handle.
+pub(super) async fn l1_a_log_tells_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (log, other) = (backend.log("orders").await?, backend.log("orders").await?);
+    agree(&[
+        log.durability().await?,
+        log.durability().await?,
+        other.durability().await?,
+    ])
+}
+
+/// [S3](essentially_once::OffsetStore#contract): an answer, with a reason unless it is durable, and the same from every handle.
+pub(super) async fn s3_a_store_tells_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, other) = (backend.store().await?, backend.store().await?);
+    agree(&[
+        store.durability().await?,
+        store.durability().await?,
+        other.durability().await?,
+    ])
+}
+
+fn agree(answers: &[Durability]) -> CaseResult {
+    for answer in answers {
+        ensure!(
+            *answer == answers[0],
+            "asked again, the durability is {answer:?}, after {:?}",
+            answers[0]
+        );
+        let why = match answer {
+            Durability::Volatile(why) | Durability::Unknown(why) => why,
+            _ => continue,
+        };
+        ensure!(!why.is_empty(), "{answer:?} gives no reason");
+    }
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! Cases for sizes and for what cannot be decoded, [L4, L8 and L9](essentially_once::Log#contract).
+
+use essentially_once::{Error, NewRecord, Record};
+
+use super::{payloads, read, read_all, records, soon};
+use crate::{
+    Backend, Harness,
+    suite::{CaseResult, ensure},
+};
+
+/// About how many bytes one call of `next` returns at most.
+const MEGABYTE: usize = 1024 * 1024;
+/// The records of the case for it: small enough for every backend, whether it states a limit or not.
+const LARGE_RECORD: usize = 64 * 1024;
+
+/// [L4](essentially_once::Log#contract), `next`: however many records are asked for, and nothing is left out between calls.
+pub(super) async fn l4_one_call_of_next_returns_a_megabyte_at_most<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let limit = harness.capabilities().record_limit;
+    let size = limit.map_or(LARGE_RECORD, |limit| limit.clamp(1, LARGE_RECORD));
+    let count = 5 * MEGABYTE / size;
+    let new: Vec<_> = (0..count).map(|n| NewRecord::new(vec![n as u8; size])).collect();
+    let log = backend.log("orders").await?;
+    // In batches of half a megabyte, since some backends bound a batch too.
+    for batch in new.chunks((MEGABYTE / 2 / size).max(1)) {
+        log.append(batch).await?;
+    }
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let max = count / 2 + 1;
+    let mut seen = 0;
+    while seen < count {
+        let next = soon("next", reader.next(max)).await??;
+        let bytes: usize = next.iter().map(Record::size).sum();
+        ensure!(
+            bytes <= 2 * MEGABYTE || next.len() == 1,
+            "one call of next returned {} records with {bytes} bytes",
+            next.len()
+        );
+        for record in next {
+            ensure!(
+                new.get(seen).is_some_and(|new| new.payload == record.payload),
+                "at {} there is another record than number {seen} of those appended",
+                record.offset
+            );
+            seen += 1;
+        }
+    }
+    Ok(())
+}
+
+/// [L8](essentially_once::Log#contract): sizes 0, 1 and the limit itself.
+pub(super) async fn l8_sizes_up_to_the_limit_are_taken<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
+    let limit = harness.capabilities().record_limit.unwrap_or_default();
+    let log = backend.log("orders").await?;
+    let sizes = [0, 1, limit - 1, limit];
+    for size in sizes {
+        log.append(&[NewRecord::new(vec![b'x'; size])]).await?;
+    }
+    for (size, record) in sizes.iter().zip(read_all(&*log, sizes.len()).await?) {
+        ensure!(
+            record.payload.len() == *size && record.payload.iter().all(|byte| *byte == b'x'),
+            "a payload of {size} bytes came back with {}",
+            record.payload.len()
+        );
+    }
+    Ok(())
+}
+
+/// [L8](essentially_once::Log#contract): one record too large refuses the whole batch, and takes back nothing.
+pub(super) async fn l8_a_record_over_the_limit_is_refused_before_any_is_appended<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let limit = harness.capabilities().record_limit.unwrap_or_default();
+    let log = backend.log("orders").await?;
+    let too_large = [
+        NewRecord::new(vec![b'x'; limit + 1]),
+        NewRecord::new(vec![b'x'; limit]).key("k"),
+        NewRecord::new(vec![b'x'; limit - 1]).header("h", "v"),
+    ];
+    for too_large in too_large {
+        let result = log
+            .append(&[NewRecord::new("first"), too_large, NewRecord::new("last")])
+            .await;
+        ensure!(
+            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+            "a record over the limit of {limit} bytes: {result:?}"
+        );
+    }
+    let bounds = log.bounds().await?;
+    ensure!(
+        bounds.earliest == bounds.end,
+        "a refused batch left records: the bounds are {bounds:?}"
+    );
+    log.append(&records(["after"])).await?;
+    let all = payloads(&read_all(&*log, 1).await?);
+    ensure!(all == ["after"], "a refused batch left {all:?}");
+    Ok(())
+}
+
+/// [L9](essentially_once::Log#contract): not skipped, not an error, and what follows is read.
+pub(super) async fn l9_a_malformed_entry_is_yielded_in_its_place<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(["before"])).await?;
+    let raw = backend.append_malformed("orders").await?;
+    log.append(&records(["after"])).await?;
+    let all = read_all(&*log, 3).await?;
+    let malformed: Vec<_> = all.iter().map(|record| record.malformed.is_some()).collect();
+    ensure!(
+        malformed == [false, true, false],
+        "malformed, record by record: {malformed:?}"
+    );
+    ensure!(
+        all[0].payload == "before" && all[2].payload == "after",
+        "the neighbours are {:?}",
+        payloads(&all)
+    );
+    ensure!(
+        all[1].malformed.as_deref().is_some_and(|reason| !reason.is_empty()),
+        "a malformed entry gives no reason"
+    );
+    ensure!(
+        all[1].payload == raw,
+        "of a malformed entry's raw bytes {raw:?}, the payload holds {:?}",
+        all[1].payload
+    );
+    // From its own offset too: a consumer that stopped there comes back.
+    let again = read(&*log, all[1].offset, 2).await?;
+    ensure!(
+        again == all[1..],
+        "reading at a malformed entry found {:?}",
+        payloads(&again)
+    );
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! Cases for the portable state, [S6 and S7](essentially_once::OffsetStore#contract).
+
+use essentially_once::{Error, KeyValue, OffsetStore, Transaction};
+
+use super::{
+    advance, consumer,
+    store::{commit, position, value},
+};
+use crate::{
+    Backend, Harness,
+    suite::{CaseResult, ensure},
+};
+
+/// [S6](essentially_once::OffsetStore#contract): puts, overwrites, deletes, and what was there before.
+pub(super) async fn s6_a_transaction_reads_its_own_writes<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    commit(&store, &shipping, &*log, &[(b"old", Some(b"1"))], 1).await?;
+    let mut tx = store.begin(&shipping).await?;
+    type Step<'a> = (&'a str, &'a [u8], Option<&'a [u8]>);
+    let steps: [Step<'_>; 6] = [
+        ("a put of a new key", b"new", Some(b"2")),
+        ("an overwrite of its own put", b"new", Some(b"3")),
+        ("an overwrite of a stored key", b"old", Some(b"4")),
+        ("a delete of a stored key", b"old", None),
+        ("a put after its own delete", b"old", Some(b"5")),
+        ("a delete of its own put", b"new", None),
+    ];
+    let before = tx.get(b"old").await?;
+    ensure!(before.as_deref() == Some(b"1"), "a stored key reads as {before:?}");
+    for (step, key, value) in steps {
+        match value {
+            Some(value) => tx.put(key, value).await?,
+            None => tx.delete(key).await?,
+        }
+        let found = tx.get(key).await?;
+        ensure!(found.as_deref() == value, "after {step}, get returned {found:?}");
+    }
+    tx.rollback().await?;
+    Ok(())
+}
+
+/// [S6](essentially_once::OffsetStore#contract): binary and empty ones, keys that are prefixes of others, large values.
+pub(super) async fn s6_keys_and_values_are_kept_to_the_byte<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let limit = harness.capabilities().value_limit.unwrap_or(usize::MAX);
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    let every_byte: Vec<u8> = (0..=255).collect();
+    let large = vec![0xA5; limit.min(256 * 1024)];
+    let pairs: Vec<(&[u8], &[u8])> = vec![
+        (b"", b"an empty key"),
+        (b"empty value", b""),
+        (b"k", b"1"),
+        (b"k\0", b"2"),
+        (b"k\xFF", b"3"),
+        (b"k\xFE", b"4"),
+        (b"K", b"5"),
+        (&every_byte, &every_byte),
+        (b"large", &large),
+    ];
+    let writes: Vec<_> = pairs.iter().map(|(key, value)| (*key, Some(*value))).collect();
+    commit(&store, &shipping, &*log, &writes, 1).await?;
+    let other = backend.store().await?;
+    for (key, expected) in pairs {
+        let found = value(&other, &shipping, key).await?;
+        ensure!(
+            found.as_deref() == Some(expected),
+            "key {:?} holds {:?} bytes, expected {}",
+            String::from_utf8_lossy(key),
+            found.map(|found| found.len()),
+            expected.len()
+        );
+    }
+    Ok(())
+}
+
+/// [S6](essentially_once::OffsetStore#contract), `put`: a value of the limit is kept; beyond it the transaction reads, and
+/// commits, what it had without that value.
+pub(super) async fn s6_a_value_over_the_limit_is_refused_and_stages_nothing<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let limit = harness.capabilities().value_limit.unwrap_or_default();
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    let largest = vec![b'x'; limit];
+    commit(
+        &store,
+        &shipping,
+        &*log,
+        &[(b"old", Some(b"1")), (b"largest", Some(&largest))],
+        1,
+    )
+    .await?;
+    let mut tx = store.begin(&shipping).await?;
+    tx.put(b"staged", b"2").await?;
+    for key in [&b"old"[..], b"staged", b"new"] {
+        let before = tx.get(key).await?;
+        let result = tx.put(key, &vec![b'x'; limit + 1]).await;
+        ensure!(
+            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+            "a value over the limit of {limit} bytes: {result:?}"
+        );
+        let after = tx.get(key).await?;
+        ensure!(
+            after == before,
+            "a refused put left {} bytes where {} were",
+            after.map_or(0, |value| value.len()),
+            before.map_or(0, |value| value.len())
+        );
+    }
+    let before = position(&store, &shipping).await?;
+    tx.commit(advance(Some(&before), &*log, 2)).await?;
+    let expected = [
+        ("old", Some(&b"1"[..])),
+        ("largest", Some(&largest)),
+        ("staged", Some(b"2")),
+        ("new", None),
+    ];
+    for (key, expected) in expected {
+        let found = value(&backend.store().await?, &shipping, key.as_bytes()).await?;
+        ensure!(
+            found.as_deref() == expected,
+            "after refused puts, {key} has {:?} bytes, expected {:?}",
+            found.map(|found| found.len()),
+            expected.map(<[u8]>::len)
+        );
+    }
+    Ok(())
+}
+
+/// [S7](essentially_once::OffsetStore#contract): equal keys, and names of which one begins like the other.
+pub(super) async fn s7_consumers_do_not_see_each_others_state<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let names = ["shipping", "shipping-2", "shipping:k", "Shipping"].map(consumer);
+    for (n, name) in (1u8..).zip(&names) {
+        let found = value(&store, name, b"k").await?;
+        ensure!(found.is_none(), "{name} found {found:?} before it wrote");
+        ensure!(
+            store.position(name).await?.is_none(),
+            "{name} has a position before it committed"
+        );
+        commit(&store, name, &*log, &[(b"k", Some(&[n]))], n.into()).await?;
+    }
+    for (n, name) in (1u8..).zip(&names) {
+        let found = (value(&store, name, b"k").await?, position(&store, name).await?.next);
+        ensure!(
+            found == (Some(vec![n]), u64::from(n).into()),
+            "{name} found {found:?}, it wrote {n}"
+        );
+    }
+    // Where a backend joins names and keys, these are the keys of the others.
+    for key in [&b"-2k"[..], b":kk", b"k:k"] {
+        let found = value(&store, &names[0], key).await?;
+        ensure!(
+            found.is_none(),
+            "{} found {found:?} under {:?}, which it never wrote",
+            names[0],
+            String::from_utf8_lossy(key)
+        );
+    }
+    Ok(())
+}
+
+/// [S7](essentially_once::OffsetStore#contract): many consumers on one store.
+pub(super) async fn s7_a_thousand_consumers_keep_their_positions<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    const CONSUMERS: u64 = 1_000;
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    for n in 0..CONSUMERS {
+        let name = consumer(&format!("consumer-{n}"));
+        store.begin(&name).await?.commit(advance(None, &*log, n)).await?;
+    }
+    for n in 0..CONSUMERS {
+        let name = consumer(&format!("consumer-{n}"));
+        let found = position(&store, &name).await?;
+        ensure!(
+            (found.next, found.revision) == (n.into(), 1),
+            "{name} committed {n}, it stands at {found:?}"
+        );
+    }
+    Ok(())
+}
