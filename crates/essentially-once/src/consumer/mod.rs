@@ -145,7 +145,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     /// How much is read ahead of the handler at most: so many records, or so many bytes plus one fetch of the log.
-    /// Four batches but at least 8,192 records, and 8 MiB, unless set.
+    /// Sixteen batches but at least 8,192 records, and 8 MiB, unless set.
     #[must_use]
     pub fn read_ahead(mut self, records: usize, bytes: usize) -> Self {
         self.settings.read_ahead_records = Some(records);

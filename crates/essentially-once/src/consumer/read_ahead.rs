@@ -112,7 +112,8 @@ impl Buffer {
         state.records.len() <= self.max_records / 2 && state.bytes <= self.max_bytes / 2
     }
 
-    /// How many records to ask for: what fits if they are as large as those that wait now.
+    /// How many records to ask for: what fits if they are as large as those that wait now, but a quarter of the buffer at
+    /// most, so that the first are there while the next are read.
     async fn room(&self) -> usize {
         loop {
             {
@@ -120,7 +121,8 @@ impl Buffer {
                 if self.has_room(&state) {
                     let records = self.max_records - state.records.len();
                     let average = state.bytes.checked_div(state.records.len()).unwrap_or(0).max(1);
-                    return records.min((self.max_bytes - state.bytes) / average).max(1);
+                    let fitting = records.min((self.max_bytes - state.bytes) / average);
+                    return fitting.min(self.max_records / 4).max(1);
                 }
             }
             self.drained.notified().await;

@@ -75,7 +75,7 @@ impl<S: OffsetStore> Session<'_, S> {
             self.load().await?,
             self.settings
                 .read_ahead_records
-                .unwrap_or_else(|| self.settings.max_batch.saturating_mul(4).max(8_192)),
+                .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
             self.settings.read_ahead_bytes,
         );
         let yields = rt::has_one_thread();
