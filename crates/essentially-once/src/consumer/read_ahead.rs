@@ -11,6 +11,9 @@ use tracing::Instrument;
 
 use crate::{Error, LogReader, Offset, Record, rt};
 
+/// A fetch of so many records is short enough in any case.
+const LEAST_QUARTER: usize = 1_024;
+
 /// Records that were read but not yet taken. Dropping it ends the reading.
 pub(super) struct ReadAhead {
     buffer: Arc<Buffer>,
@@ -112,7 +115,7 @@ impl Buffer {
         state.records.len() <= self.max_records / 2 && state.bytes <= self.max_bytes / 2
     }
 
-    /// How many records to ask for: what fits if they are as large as those that wait now, but a quarter of the buffer at
+    /// How many records to ask for: what fits if they are as large as those that wait now, but of a large buffer a quarter at
     /// most, so that the first are there while the next are read.
     async fn room(&self) -> usize {
         loop {
@@ -122,7 +125,7 @@ impl Buffer {
                     let records = self.max_records - state.records.len();
                     let average = state.bytes.checked_div(state.records.len()).unwrap_or(0).max(1);
                     let fitting = records.min((self.max_bytes - state.bytes) / average);
-                    return fitting.min(self.max_records / 4).max(1);
+                    return fitting.min((self.max_records / 4).max(LEAST_QUARTER)).max(1);
                 }
             }
             self.drained.notified().await;
