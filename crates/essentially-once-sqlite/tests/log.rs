@@ -230,6 +230,7 @@ async fn slowest_wake(reader: &mut dyn LogReader, log: &SqliteLog) -> Duration {
     for _ in 0..20 {
         let (appended, read) = tokio::join!(
             async {
+                // Until the reader surely waits: only its silence could tell.
                 tokio::time::sleep(Duration::from_millis(3)).await;
                 log.append(&numbered(0..1)).await.expect("append");
                 Instant::now()

@@ -42,15 +42,13 @@ impl Process {
     }
 
     async fn succeeds(&mut self) {
-        let ended = timeout(LONG, async {
-            loop {
-                if let Some(status) = self.0.try_wait().expect("wait") {
-                    return status;
-                }
-                sleep(Duration::from_millis(5)).await;
-            }
-        });
-        assert!(ended.await.expect("in time").success());
+        let mut status = None;
+        until(|| {
+            status = self.0.try_wait().expect("wait");
+            status.is_some()
+        })
+        .await;
+        assert!(status.is_some_and(|status| status.success()));
     }
 }
 
@@ -133,6 +131,16 @@ fn keyed(count: u64) -> Vec<NewRecord> {
         .flatten()
         .map(record)
         .collect()
+}
+
+/// Waits for what another process does: nothing tells, so asking is the only way to know.
+async fn until(mut condition: impl FnMut() -> bool) {
+    let asking = async {
+        while !condition() {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(LONG, asking).await.expect("in time");
 }
 
 /// Kills a worker at a moment that nobody chose, within about a batch of it.
@@ -235,12 +243,7 @@ async fn state_and_position_agree_after_kills() {
     let mut before = 0;
     for round in 0..6 {
         let mut child = Process::start("child_commits_for_ever", &path);
-        let progress = async {
-            while counts(&shell).0 < before + 20 + 7 * round {
-                sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(LONG, progress).await.expect("in time");
+        until(|| counts(&shell).0 >= before + 20 + 7 * round).await;
         kill_at_random(&mut child).await;
         let position = sqlite
             .store()
@@ -298,12 +301,7 @@ async fn each_record_counts_once_however_often_the_worker_is_killed() {
     let (mut in_a_batch, mut lost_before) = (0, 0);
     for kill in 1..=KILLS {
         let mut child = Process::start("child_consumes", &path);
-        let progress = async {
-            while counts(&shell).0 < kill * 120 {
-                sleep(Duration::from_millis(2)).await;
-            }
-        };
-        timeout(LONG, progress).await.expect("in time");
+        until(|| counts(&shell).0 >= kill * 120).await;
         kill_at_random(&mut child).await;
         let (handled, seen, most) = counts(&shell);
         assert_eq!((handled, most), (seen, 1));
@@ -356,12 +354,7 @@ async fn two_consumers_of_one_name_count_each_record_once() {
         let records: Vec<_> = (0..20).map(|i| NewRecord::new((n * 20 + i).to_string())).collect();
         log.append(&records).await.expect("append");
     }
-    let progress = async {
-        while counts(&shell).0 < RECORDS as i64 {
-            sleep(Duration::from_millis(2)).await;
-        }
-    };
-    timeout(LONG, progress).await.expect("in time");
+    until(|| counts(&shell).0 >= RECORDS as i64).await;
     stop.cancel();
     let mut handled = 0;
     for consumer in consumers {
