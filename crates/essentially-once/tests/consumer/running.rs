@@ -344,6 +344,31 @@ async fn the_verdict_of_an_instance_that_was_overtaken_counts_for_nothing() {
 }
 
 #[tokio::test]
+async fn the_verdict_of_an_overtaken_instance_counts_for_nothing_without_a_transaction_either() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let (log, store) = (backend.memory_log(), backend.memory.store());
+    let mut overtaken = false;
+    let handler = handler_fn(move |record: &Record, (): &mut ()| {
+        let (log, store) = (log.clone(), store.clone());
+        let first = !std::mem::replace(&mut overtaken, true);
+        let behind = record.offset.successor();
+        Box::pin(async move {
+            if first {
+                // Another instance handles the same record and commits first.
+                seek(&log, &store, &shipping(), StartAt::Offset(behind)).await?;
+                return Err(HandlerError::reject("shipped already"));
+            }
+            Ok(())
+        })
+    });
+    let report = Consumer::at_least_once(shipping(), backend.log(), backend.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.fenced), (RECORDS - 1, 1));
+}
+
+#[tokio::test]
 async fn a_panic_while_resetting_is_survived() {
     struct PanicsOnReset(support::Counter);
     #[async_trait::async_trait]
