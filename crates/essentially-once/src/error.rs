@@ -9,8 +9,9 @@ pub type Source = Box<dyn std::error::Error + Send + Sync>;
 ///
 /// Two questions decide what a caller does next, and every variant answers both:
 ///
-/// - *Did it happen?* Only [`Indeterminate`](Self::Indeterminate) leaves that open. After every other error of a log or
-///   store, nothing was appended, applied or moved.
+/// - *Did it happen?* Only [`Indeterminate`](Self::Indeterminate) leaves that open, and only
+///   [`PartiallyApplied`](Self::PartiallyApplied) says "in part". After every other error of a log or store, nothing was appended,
+///   applied or moved.
 /// - *Is it worth trying again?* [`is_transient`](Self::is_transient) says so.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -78,6 +79,19 @@ pub enum Error {
         action: String,
         /// Why the outcome is unknown.
         source: Source,
+    },
+
+    /// A backend that cannot roll back failed in the middle: a part of the transaction was applied, and the position did not
+    /// move. Handling the record again would double that part, so the consumer stays blocked until someone has repaired the data and
+    /// says so; the adapter tells how.
+    #[error("consumer {consumer}: its transaction was applied in part, and its position did not move: {done}; {remedy}")]
+    PartiallyApplied {
+        /// The consumer.
+        consumer: ConsumerId,
+        /// What was applied, what failed, and why.
+        done: String,
+        /// How to go on.
+        remedy: String,
     },
 
     /// It did not happen, but may work if tried again: busy, disconnected, timed out before it was sent.

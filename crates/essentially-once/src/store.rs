@@ -82,7 +82,8 @@ pub trait Transaction: Send + Sized {
     ///
     /// # Errors
     /// [`Error::Fenced`], [`Error::WrongLog`], [`Error::Unavailable`] and [`Error::Failed`] when nothing was applied;
-    /// [`Error::Indeterminate`] when it is not known.
+    /// [`Error::Indeterminate`] when it is not known; [`Error::PartiallyApplied`] where a backend that cannot roll back failed in the
+    /// middle of native commands of the handler's.
     async fn commit(self, advance: Advance) -> Result<(), Error>;
 
     /// Discards what was staged; dropping the transaction does the same.
