@@ -2,13 +2,15 @@
 
 use std::{
     env,
+    ffi::OsString,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
+mod servers;
 mod tidy;
 
 #[derive(Parser)]
@@ -18,20 +20,36 @@ struct Cli {
     task: Task,
 }
 
-#[derive(Clone, Copy, Subcommand)]
+#[derive(Subcommand)]
 enum Task {
     /// Everything a contributor runs before a change is proposed: all tests, documentation tests, and the model checker.
-    Test,
+    Test(Tests),
     /// What the server runs: format, lints, documentation, `test` and `tidy`.
-    Ci,
+    Ci(Tests),
     /// Checks what people forget: changelog, README table, inherited lints, leftovers, dead links.
     Tidy,
 }
 
+/// Shown with the help of what runs tests.
+const SERVERS: &str = "\
+Tests start the servers they need by themselves: private ones, on free ports, with their data in temporary folders.
+A program that is missing is installed with apt-get, if this runs as root or sudo asks for no password. Otherwise the
+task fails before anything is built, and says how to install it.
+
+ESSENTIALLY_ONCE_REDIS_SERVER names another redis-server, or a Valkey, than the one that is found.";
+
+#[derive(Args)]
+#[command(after_help = SERVERS)]
+struct Tests {
+    /// Do without a server: the cases that need it show as ignored.
+    #[arg(long, value_name = "SERVER")]
+    without: Vec<servers::Server>,
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
-        Task::Test => test(),
-        Task::Ci => ci(),
+        Task::Test(tests) => variables(&tests).and_then(|servers| test(&servers)),
+        Task::Ci(tests) => variables(&tests).and_then(|servers| ci(&servers)),
         Task::Tidy => tidy(),
     };
     match done {
@@ -43,10 +61,20 @@ fn main() -> ExitCode {
 /// A task stops at its first failure, with the exit status to end with.
 type Done = Result<(), u8>;
 
-fn test() -> Done {
-    cargo(&["test", "--workspace", "--all-targets"], None)?;
+type Variables = [(&'static str, OsString)];
+
+/// The first step, so that a missing server is told of before anything is built.
+fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
+    servers::variables(&tests.without).map_err(|error| {
+        eprintln!("xtask: {error}");
+        1
+    })
+}
+
+fn test(servers: &Variables) -> Done {
+    cargo(&["test", "--workspace", "--all-targets", "--all-features"], servers)?;
     // `--all-targets` covers everything but documentation tests.
-    cargo(&["test", "--workspace", "--doc"], None)?;
+    cargo(&["test", "--workspace", "--doc", "--all-features"], servers)?;
     model_check()
 }
 
@@ -68,21 +96,29 @@ fn model_check() -> Done {
             "--target-dir",
             target,
         ],
-        Some(("RUSTFLAGS", "--cfg shuttle")),
+        &[("RUSTFLAGS", "--cfg shuttle".into())],
     )
 }
 
-fn ci() -> Done {
-    cargo(&["fmt", "--all", "--check"], None)?;
+fn ci(servers: &Variables) -> Done {
+    cargo(&["fmt", "--all", "--check"], &[])?;
+    let deny = ["--", "-D", "warnings"];
     cargo(
-        &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
-        None,
+        &[&["clippy", "--workspace", "--all-targets", "--all-features"][..], &deny].concat(),
+        &[],
     )?;
+    // What is tested has all features; these have some that can be left out.
+    for package in ["essentially-once-redis", "orders"] {
+        cargo(
+            &[&["clippy", "--package", package, "--no-default-features"][..], &deny].concat(),
+            &[],
+        )?;
+    }
     cargo(
-        &["doc", "--workspace", "--no-deps"],
-        Some(("RUSTDOCFLAGS", "-D warnings")),
+        &["doc", "--workspace", "--no-deps", "--all-features"],
+        &[("RUSTDOCFLAGS", "-D warnings".into())],
     )?;
-    test()?;
+    test(servers)?;
     tidy()
 }
 
@@ -95,15 +131,18 @@ fn tidy() -> Done {
     if complaints.is_empty() { Ok(()) } else { Err(1) }
 }
 
-fn cargo(arguments: &[&str], variable: Option<(&str, &str)>) -> Done {
+fn cargo(arguments: &[&str], variables: &Variables) -> Done {
     let shown = format!("cargo {}", arguments.join(" "));
-    match variable {
-        Some((name, value)) => say(&format!("{name}='{value}' {shown}")),
-        None => say(&shown),
-    }
+    let values = variables.iter();
+    let values = values.map(|(name, value)| format!("{name}='{}' ", value.display()));
+    say(&format!("{}{shown}", values.collect::<String>()));
     // Cargo names itself to what it runs, so that the same toolchain goes on.
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    let status = command.args(arguments).envs(variable).current_dir(root()).status();
+    let status = command
+        .args(arguments)
+        .envs(variables.iter().cloned())
+        .current_dir(root())
+        .status();
     match status {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => {

@@ -148,7 +148,7 @@ impl Suite {
             let full_name = format!("{name}::{}", case.name);
             self.trials.push(match case.support(&capabilities) {
                 Support::Yes => Trial::test(full_name, move || case.run(&harness).map_err(Failed::from)),
-                Support::No(why) => Self::ignored(full_name, why),
+                Support::No(why) => ignored(full_name, why),
             });
         }
         for (case, delivery) in FAULT_CASES {
@@ -167,7 +167,7 @@ impl Suite {
         let cases = conformance_cases::<H>();
         let cases = cases.iter().map(|case| case.name);
         for case in cases.chain(FAULT_CASES.map(|(case, _)| case)) {
-            self.trials.push(Self::ignored(format!("{name}::{case}"), why));
+            self.trials.push(ignored(format!("{name}::{case}"), why));
         }
         self
     }
@@ -180,16 +180,23 @@ impl Suite {
         self
     }
 
-    /// The reason is shown as the test's kind: `test [why] name ... ignored`.
-    fn ignored(name: String, why: &str) -> Trial {
-        let reason = Failed::from(why.to_owned());
-        Trial::test(name, move || Err(reason))
-            .with_kind(why)
-            .with_ignored_flag(true)
+    /// Adds a test that cannot be run here, shown as ignored with the reason.
+    #[must_use]
+    pub fn ignored(mut self, name: &str, why: &str) -> Self {
+        self.trials.push(ignored(name.to_owned(), why));
+        self
     }
 
     /// Runs the suite with the process's arguments.
     pub fn run(self) -> ExitCode {
         libtest_mimic::run(&Arguments::from_args(), self.trials).exit_code()
     }
+}
+
+/// The reason is shown as the test's kind: `test [why] name ... ignored`.
+fn ignored(name: String, why: &str) -> Trial {
+    let reason = Failed::from(why.to_owned());
+    Trial::test(name, move || Err(reason))
+        .with_kind(why)
+        .with_ignored_flag(true)
 }

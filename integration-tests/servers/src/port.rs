@@ -1,0 +1,38 @@
+//! Ports that nobody else takes while their server is down.
+
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+
+use crate::Error;
+
+/// Below the ports that Linux gives to outgoing connections, which could otherwise take that of a killed server.
+const RANGE: std::ops::Range<u16> = 20_000..30_000;
+
+/// A TCP port of 127.0.0.1. The UDP port of the same number is held as a token: it keeps other processes with servers for tests
+/// off this number, is free for nobody's TCP, and goes away with this process.
+pub(crate) struct Port {
+    number: u16,
+    _token: UdpSocket,
+}
+
+impl Port {
+    pub(crate) fn claim() -> Result<Self, Error> {
+        for _ in 0..1_000 {
+            let number = fastrand::u16(RANGE);
+            if let Ok(token) = UdpSocket::bind((Ipv4Addr::LOCALHOST, number))
+                && TcpListener::bind((Ipv4Addr::LOCALHOST, number)).is_ok()
+            {
+                return Ok(Self { number, _token: token });
+            }
+        }
+        Err(format!(
+            "no free port of 127.0.0.1 between {} and {}",
+            RANGE.start,
+            RANGE.end - 1
+        )
+        .into())
+    }
+
+    pub(crate) fn number(&self) -> u16 {
+        self.number
+    }
+}

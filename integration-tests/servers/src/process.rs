@@ -1,0 +1,143 @@
+//! A server's process.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::{Error, folder::Folder};
+
+/// How long a server may take to start.
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// A running server and its children: a process group of its own, entered in its folder.
+pub(crate) struct Process {
+    child: Child,
+    group: PathBuf,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts a program; its output is appended to the folder's log.
+    pub(crate) fn spawn(
+        folder: &Folder,
+        program: &Path,
+        arguments: &[OsString],
+        variables: &[(&str, OsString)],
+    ) -> Result<Self, Error> {
+        let log = File::options().create(true).append(true).open(folder.log())?;
+        // The shell enters the group before it becomes the server: there is no moment at which the janitor could miss it.
+        let child = Command::new("sh")
+            .args(["-c", r#"echo $$ >"$0" && exec "$@""#])
+            .arg(folder.group())
+            .arg(program)
+            .args(arguments)
+            .envs(variables.iter().cloned())
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .map_err(|error| format!("cannot start `sh` to run {}: {error}", program.display()))?;
+        Ok(Self {
+            child,
+            group: folder.group(),
+            log: folder.log(),
+        })
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks until the answer is yes; `what` completes "... is not ready".
+    pub(crate) fn wait_ready(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut ready: impl FnMut() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let Err(error) = ready() else { return Ok(()) };
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("{what} ended when it was started ({status}): {}", log_tail(&self.log)).into());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("{what} is not ready after {limit:?} ({error}): {}", log_tail(&self.log)).into());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Sends a signal to all of the group. It may be gone, which is no error: it could go at any moment.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let Some(group) = i32::try_from(self.id()).ok().and_then(Pid::from_raw) else {
+            return;
+        };
+        let _ = kill_process_group(group, signal);
+    }
+
+    /// Sends a signal that ends the server, and waits until it has ended.
+    pub(crate) fn end(mut self, signal: Signal) -> Result<(), Error> {
+        self.signal(signal);
+        // A frozen one would not notice.
+        self.signal(Signal::CONT);
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Not if it was waited for: its number may be another's by now.
+        if let Ok(None) = self.child.try_wait() {
+            self.signal(Signal::KILL);
+            let _ = self.child.wait();
+        }
+        let _ = fs::remove_file(&self.group);
+    }
+}
+
+/// Asks every few milliseconds until the answer is yes; `what` completes "... did not come true".
+pub(crate) fn wait_until(
+    what: &str,
+    limit: Duration,
+    mut check: impl FnMut() -> Result<bool, Error>,
+) -> Result<(), Error> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let last = match check() {
+            Ok(true) => return Ok(()),
+            Ok(false) => String::from("not yet"),
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() > deadline {
+            return Err(format!("waited {limit:?} in vain: {what} ({last})").into());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The log's last lines, as one message.
+fn log_tail(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = &lines[lines.len().saturating_sub(15)..];
+    format!("its log ends with\n{}", tail.join("\n"))
+}
+
+/// Whether an error of [`Process::wait_ready`] says that somebody else listens on the port.
+pub(crate) fn address_in_use(error: &Error) -> bool {
+    let text = error.to_string().to_lowercase();
+    text.contains("address already in use") || text.contains("eaddrinuse")
+}

@@ -1,0 +1,8 @@
+//! RabbitMQ.
+
+mod cluster;
+mod epmd;
+mod node;
+
+pub use cluster::RabbitCluster;
+pub use node::RabbitNode;

@@ -1,0 +1,256 @@
+//! One node.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rustix::process::Signal;
+
+use super::epmd::Epmd;
+use crate::{
+    Error,
+    folder::Folder,
+    port::Port,
+    process::{Process, START_LIMIT, address_in_use},
+};
+
+/// A node that was killed in a cluster may have to wait for the others.
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
+
+/// A private node, with its data, cookie and log in a temporary folder. It can be killed and started again while other
+/// threads use it; when it is dropped, the node, its `epmd` and its folder are gone.
+pub struct RabbitNode {
+    // Before the folder, so that it is gone when the folder is removed.
+    process: Mutex<Option<Process>>,
+    folder: Folder,
+    port: Port,
+    variables: Vec<(&'static str, OsString)>,
+    program: PathBuf,
+    name: String,
+    epmd: Arc<Epmd>,
+}
+
+impl RabbitNode {
+    /// Starts a node without plugins, and returns when it answers.
+    ///
+    /// # Errors
+    /// `ESSENTIALLY_ONCE_RABBITMQ_SERVER` is not set, or the node ended or did not answer within two minutes; then with the end of its log.
+    pub fn start() -> Result<Self, Error> {
+        let mut tries = 0..20;
+        loop {
+            tries.next();
+            let started = Epmd::start()
+                .and_then(|epmd| Self::new(&Arc::new(epmd)))
+                .and_then(|node| {
+                    node.configure(&[])?;
+                    node.restart()?;
+                    Ok(node)
+                });
+            match started {
+                Err(error) if address_in_use(&error) && !tries.is_empty() => {}
+                done => return done,
+            }
+        }
+    }
+
+    /// A node that is not started yet.
+    pub(super) fn new(epmd: &Arc<Epmd>) -> Result<Self, Error> {
+        let program = crate::rabbitmq_server()?;
+        let (folder, port, distribution) = (Folder::new("rabbitmq")?, Port::claim()?, Port::claim()?);
+        let path = folder.path().to_owned();
+        let name = format!("test{}@localhost", port.number());
+        let variables = vec![
+            ("HOME", path.clone().into()), // where the cookie is
+            ("ERL_EPMD_PORT", epmd.port.number().to_string().into()),
+            ("RABBITMQ_NODENAME", name.clone().into()),
+            ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1".into()),
+            ("RABBITMQ_NODE_PORT", port.number().to_string().into()),
+            ("RABBITMQ_DIST_PORT", distribution.number().to_string().into()),
+            ("RABBITMQ_MNESIA_BASE", path.join("data").into()),
+            ("RABBITMQ_SCHEMA_DIR", path.join("schema").into()),
+            ("RABBITMQ_LOG_BASE", path.join("log").into()),
+            ("RABBITMQ_LOGS", "-".into()),
+            ("RABBITMQ_PID_FILE", path.join("pid").into()),
+            ("RABBITMQ_CONF_ENV_FILE", path.join("env.conf").into()),
+            ("RABBITMQ_CONFIG_FILE", path.join("rabbitmq.conf").into()),
+            ("RABBITMQ_ADVANCED_CONFIG_FILE", path.join("advanced.config").into()),
+            ("RABBITMQ_ENABLED_PLUGINS_FILE", path.join("enabled_plugins").into()),
+            // The script becomes the node instead of keeping it as a child.
+            ("RUNNING_UNDER_SYSTEMD", "true".into()),
+            // Gentle to small machines, and within this one.
+            (
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none -start_epmd false \
+                 -kernel inet_dist_use_interface {127,0,0,1}"
+                    .into(),
+            ),
+        ];
+        let process = Mutex::new(None);
+        Ok(Self {
+            process,
+            folder,
+            port,
+            variables,
+            program,
+            name,
+            epmd: Arc::clone(epmd),
+        })
+    }
+
+    /// Writes the files that a node reads when it starts; `peers` are the names of all nodes of its cluster.
+    pub(super) fn configure(&self, peers: &[String]) -> Result<(), Error> {
+        let mut config = String::from("loopback_users = none\ndisk_free_limit.absolute = 1MB\n");
+        if !peers.is_empty() {
+            config += "cluster_formation.peer_discovery_backend = classic_config\n";
+        }
+        for (index, peer) in peers.iter().enumerate() {
+            config += &format!("cluster_formation.classic_config.nodes.{} = {peer}\n", index + 1);
+        }
+        let folder = self.folder();
+        fs::write(folder.join("rabbitmq.conf"), config)?;
+        fs::write(folder.join("env.conf"), "")?;
+        fs::write(folder.join("advanced.config"), "[].\n")?;
+        fs::write(folder.join("enabled_plugins"), "[].\n")?;
+        let cookie = folder.join(".erlang.cookie");
+        fs::write(&cookie, &self.epmd.cookie)?;
+        // Erlang insists.
+        fs::set_permissions(&cookie, fs::Permissions::from_mode(0o400))?;
+        Ok(())
+    }
+
+    /// The port of 127.0.0.1 that it listens on for AMQP; it stays the same.
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// `amqp://guest:guest@127.0.0.1:<port>/%2f`.
+    pub fn url(&self) -> String {
+        format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.port())
+    }
+
+    /// The port of the `epmd` that it is registered with.
+    pub fn epmd_port(&self) -> u16 {
+        self.epmd.port.number()
+    }
+
+    /// The node's name, as `rabbitmqctl` takes it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The folder with its data, its configuration and its log `server.log`.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The process's id, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process().as_ref().map(Process::id)
+    }
+
+    /// Kills it with `SIGKILL`, and returns when it is gone.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn kill(&self) -> Result<(), Error> {
+        self.end(Signal::KILL)
+    }
+
+    /// Ends it with `SIGTERM`, as a service manager would, and returns when it is gone.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.end(Signal::TERM)
+    }
+
+    fn end(&self, signal: Signal) -> Result<(), Error> {
+        self.process().take().map_or(Ok(()), |process| process.end(signal))
+    }
+
+    /// Starts it again on the same folder and ports, and returns when it answers. If it runs, it is killed.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn restart(&self) -> Result<(), Error> {
+        let mut running = self.process();
+        if let Some(process) = running.take() {
+            process.end(Signal::KILL)?;
+        }
+        let mut process = Process::spawn(&self.folder, &self.program, &[], &self.variables)?;
+        let what = format!("{} on port {}", self.program.display(), self.port());
+        process.wait_ready(&what, LIMIT, || greets(self.port()))?;
+        *running = Some(process);
+        Ok(())
+    }
+
+    /// Stops its process with `SIGSTOP`: connections stay open, and nothing is answered.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets a frozen process go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Some(process) = self.process().as_ref() {
+            process.signal(signal);
+        }
+    }
+
+    /// Runs `rabbitmqctl` for this node, and returns what it wrote. It takes a second or more.
+    ///
+    /// # Errors
+    /// It failed, with what it wrote.
+    pub fn ctl(&self, arguments: &[&str]) -> Result<String, Error> {
+        let program = self.program.with_file_name("rabbitmqctl");
+        let mut command = Command::new(&program);
+        command
+            .args(arguments)
+            .envs(self.variables.iter().cloned())
+            .current_dir(self.folder());
+        let output = command
+            .output()
+            .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
+        let written = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            return Ok(written);
+        }
+        let errors = String::from_utf8_lossy(&output.stderr);
+        Err(format!(
+            "rabbitmqctl {} on {}: {written}{errors}",
+            arguments.join(" "),
+            self.name
+        )
+        .into())
+    }
+
+    fn process(&self) -> MutexGuard<'_, Option<Process>> {
+        // A panic elsewhere leaves either a process or none: both are sound.
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether an AMQP server answers the protocol's header with its first frame.
+fn greets(port: u16) -> Result<(), Error> {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    stream.set_read_timeout(Some(START_LIMIT))?;
+    stream.write_all(b"AMQP\0\0\x09\x01")?;
+    let mut kind = [0];
+    stream.read_exact(&mut kind)?;
+    if kind == [1] {
+        Ok(())
+    } else {
+        Err("it does not speak AMQP 0-9-1".into())
+    }
+}

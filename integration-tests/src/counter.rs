@@ -1,0 +1,52 @@
+//! A counter in the store's own terms. An increment that runs twice shows, where a value written twice would not.
+
+use async_trait::async_trait;
+use essentially_once::Error;
+use essentially_once_redis::{RedisTx, redis::cmd};
+use essentially_once_sqlite::SqliteTx;
+
+/// A counter of the transaction's consumer.
+#[async_trait]
+pub(crate) trait Counter: Send {
+    /// Adds one, if the transaction is committed.
+    async fn increment(&mut self) -> Result<(), Error>;
+
+    /// What it counted.
+    async fn count(&mut self) -> Result<u64, Error>;
+}
+
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS counters (consumer TEXT PRIMARY KEY, n INTEGER NOT NULL)";
+
+#[async_trait]
+impl Counter for SqliteTx {
+    async fn increment(&mut self) -> Result<(), Error> {
+        let consumer = self.consumer().to_string();
+        self.execute(TABLE, [])?;
+        let sql = "INSERT INTO counters VALUES (?1, 1) ON CONFLICT (consumer) DO UPDATE SET n = n + 1";
+        self.execute(sql, [consumer])?;
+        Ok(())
+    }
+
+    async fn count(&mut self) -> Result<u64, Error> {
+        let consumer = self.consumer().to_string();
+        self.execute(TABLE, [])?;
+        let count: Option<i64> = self.query_one("SELECT n FROM counters WHERE consumer = ?1", [consumer], |row| {
+            row.get(0)
+        })?;
+        Ok(count.unwrap_or(0) as u64)
+    }
+}
+
+#[async_trait]
+impl Counter for RedisTx {
+    async fn increment(&mut self) -> Result<(), Error> {
+        let key = format!("{}:counter", self.hash_tag());
+        self.command(cmd("INCR").arg(key).to_owned()).await
+    }
+
+    async fn count(&mut self) -> Result<u64, Error> {
+        let key = format!("{}:counter", self.hash_tag());
+        let count: Option<u64> = self.query(cmd("GET").arg(key).to_owned()).await?;
+        Ok(count.unwrap_or(0))
+    }
+}

@@ -1,0 +1,76 @@
+//! Any store, for tests that do not care which.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, OffsetStore, Position, Record,
+};
+use essentially_once_testkit::{Applied, Ledger, read_ledger};
+
+use crate::{counter::Counter, worker::Work};
+
+/// Any store.
+#[async_trait]
+pub trait Store: Send + Sync {
+    /// Where the consumer stands.
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error>;
+
+    /// What the consumer's ledger says, in the order of application.
+    async fn ledger(&self, consumer: &ConsumerId) -> Result<Vec<Applied>, Error>;
+
+    /// How often the consumer's counter was incremented.
+    async fn counter(&self, consumer: &ConsumerId) -> Result<u64, Error>;
+
+    /// Consumes until it is stopped.
+    async fn consume(self: Box<Self>, consumer: ConsumerId, log: Arc<dyn Log>, work: Work) -> Result<(), Error>;
+}
+
+pub(crate) struct Of<S>(pub(crate) S);
+
+#[async_trait]
+impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        self.0.position(consumer).await
+    }
+
+    async fn ledger(&self, consumer: &ConsumerId) -> Result<Vec<Applied>, Error> {
+        read_ledger(&self.0, consumer).await
+    }
+
+    async fn counter(&self, consumer: &ConsumerId) -> Result<u64, Error> {
+        self.0.begin(consumer).await?.count().await
+    }
+
+    async fn consume(self: Box<Self>, consumer: ConsumerId, log: Arc<dyn Log>, work: Work) -> Result<(), Error> {
+        let max_batch = work.max_batch;
+        let handler = Worker { work, handled: 0 };
+        let consumer = Consumer::essentially_once(consumer, log, self.0, handler)
+            .max_batch(max_batch)
+            .backoff(Duration::from_millis(5), Duration::from_millis(200));
+        consumer.run_until(CancellationToken::new()).await?;
+        Ok(())
+    }
+}
+
+/// Increments the counter for each record, and writes the record down in the ledger.
+struct Worker {
+    work: Work,
+    handled: u64,
+}
+
+#[async_trait]
+impl<Tx: KeyValue + Counter> Handler<Tx> for Worker {
+    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        self.handled += 1;
+        tx.increment().await?;
+        let pause = match self.work.long_every {
+            Some(every) if self.handled.is_multiple_of(every) => self.work.long_pause,
+            _ => self.work.pause,
+        };
+        if pause > Duration::ZERO {
+            tokio::time::sleep(pause).await;
+        }
+        Ledger.handle(record, tx).await
+    }
+}

@@ -1,0 +1,144 @@
+//! Workers: processes that consume until they are killed.
+
+use std::{
+    env,
+    process::{Child, Command, ExitCode, Stdio},
+    time::Duration,
+};
+
+use essentially_once::{ConsumerId, Error, Source};
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+
+use crate::place::Address;
+
+const VARIABLE: &str = "ESSENTIALLY_ONCE_TEST_WORKER";
+
+/// What a worker does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Work {
+    /// Where the log is.
+    pub log: Address,
+    /// Where the store is.
+    pub store: Address,
+    /// The consumer's name.
+    pub consumer: String,
+    /// Records in a batch.
+    pub max_batch: usize,
+    /// How long each record takes.
+    pub pause: Duration,
+    /// Every so many records one takes `long_pause`.
+    pub long_every: Option<u64>,
+    /// How long that one takes.
+    pub long_pause: Duration,
+}
+
+/// Becomes a worker if this process was started as one, and then does not return before it ends.
+pub fn main() -> Option<ExitCode> {
+    let work = env::var(VARIABLE).ok()?;
+    let done = serde_json::from_str(&work).map_err(Source::from).and_then(run);
+    Some(match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("worker {}: {error}", std::process::id());
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn run(work: Work) -> Result<(), Source> {
+    // The parent holds the other end: when it is gone, so is this process.
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let consumer = ConsumerId::new(&work.consumer)?;
+        let log = patiently(|| work.log.log()).await?;
+        let store = patiently(|| work.store.store()).await?;
+        Ok(store.consume(consumer, log, work).await?)
+    })
+}
+
+/// Opens what may be on a server that was just killed and is back soon.
+async fn patiently<T, F: Future<Output = Result<T, Error>>>(open: impl Fn() -> F) -> Result<T, Error> {
+    loop {
+        match open().await {
+            Err(error) if error.is_transient() => tokio::time::sleep(Duration::from_millis(20)).await,
+            done => return done,
+        }
+    }
+}
+
+/// A worker, as its parent sees it. It ends with this.
+pub struct Worker {
+    process: Child,
+}
+
+impl Worker {
+    /// Starts this program again, as a worker.
+    ///
+    /// # Errors
+    /// If that is not possible.
+    pub fn start(work: &Work) -> Result<Self, Source> {
+        let process = Command::new(env::current_exe()?)
+            .env(VARIABLE, serde_json::to_string(work)?)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self { process })
+    }
+
+    /// SIGKILL: it has no chance to tidy up.
+    ///
+    /// # Errors
+    /// If it had ended by itself before, which no worker should.
+    pub fn kill(&mut self) -> Result<(), Source> {
+        self.check()?;
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(())
+    }
+
+    /// SIGSTOP.
+    ///
+    /// # Errors
+    /// As for [`kill`](Self::kill).
+    pub fn freeze(&mut self) -> Result<(), Source> {
+        self.signal(Signal::STOP)
+    }
+
+    /// SIGCONT.
+    ///
+    /// # Errors
+    /// As for [`kill`](Self::kill).
+    pub fn thaw(&mut self) -> Result<(), Source> {
+        self.signal(Signal::CONT)
+    }
+
+    /// Fails if the worker ended by itself.
+    ///
+    /// # Errors
+    /// Its exit status; why it ended stands on stderr.
+    pub fn check(&mut self) -> Result<(), Source> {
+        match self.process.try_wait()? {
+            Some(status) => Err(format!("a worker ended by itself: {status}").into()),
+            None => Ok(()),
+        }
+    }
+
+    fn signal(&mut self, signal: Signal) -> Result<(), Source> {
+        // Not waited for yet, the process keeps its id.
+        self.check()?;
+        kill_process(Pid::from_child(&self.process), signal)?;
+        Ok(())
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

@@ -1,0 +1,210 @@
+//! Every log with every store: the same portable handler and the same check, while workers are killed and frozen, servers are
+//! killed, and the sender sends again what it is in doubt of.
+
+use std::{
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use essentially_once::{ConsumerId, Error, Log, NewRecord, Offset, ProducerId, Source};
+use essentially_once_testkit::{Check, Expectation, Suite, read_log};
+use integration_tests::{
+    Backend, Place, Store, block_on,
+    worker::{self, Work, Worker},
+};
+
+const RECORDS: u64 = 5_000;
+const KILLS: u32 = 3;
+/// How long all of it may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn main() -> ExitCode {
+    if let Some(ended) = worker::main() {
+        return ended;
+    }
+    let mut suite = Suite::new();
+    for log in Backend::ALL {
+        for store in Backend::ALL {
+            let name = format!("log_{}_store_{}", log.name(), store.name());
+            suite = match log.missing().or(store.missing()) {
+                Some(why) => suite.ignored(&name, &why),
+                None => suite.test(&name, move || block_on(run(log, store))),
+            };
+        }
+    }
+    suite.run()
+}
+
+async fn run(log: Backend, store: Backend) -> Result<(), Source> {
+    let (log, store) = (log.start()?, store.start()?);
+    let work = Work {
+        log: log.address(),
+        store: store.address(),
+        consumer: "shipping".into(),
+        max_batch: 20,
+        pause: Duration::from_micros(500),
+        long_every: None,
+        long_pause: Duration::ZERO,
+    };
+    let pair = Pair {
+        log: log.address().log().await?,
+        store: store.address().store().await?,
+        places: [log, store],
+        consumer: ConsumerId::new("shipping")?,
+        work,
+        started: Instant::now(),
+    };
+    let sent = AtomicBool::new(false);
+    let sending = async {
+        pair.send().await?;
+        sent.store(true, Ordering::Release);
+        Ok::<_, Source>(())
+    };
+    let (sending, disturbing) = tokio::join!(sending, pair.disturb(&sent));
+    sending?;
+    disturbing?;
+    pair.judge().await
+}
+
+struct Pair {
+    log: std::sync::Arc<dyn Log>,
+    store: Box<dyn Store>,
+    places: [Place; 2],
+    consumer: ConsumerId,
+    work: Work,
+    started: Instant,
+}
+
+impl Pair {
+    /// Appends all records, in order. What is in doubt is sent again with the same origin, as senders do.
+    async fn send(&self) -> Result<(), Source> {
+        const CHUNK: u64 = 50;
+        let producer = ProducerId::new("web")?;
+        let record = |n: u64| {
+            NewRecord::new(n.to_string())
+                .key((n % 7).to_string())
+                .origin(producer.clone(), n)
+        };
+        for first in (0..RECORDS).step_by(CHUNK as usize) {
+            let records: Vec<NewRecord> = (first..first + CHUNK).map(record).collect();
+            while let Err(error) = self.log.append(&records).await {
+                self.go_on_after(error).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills, freezes and restarts until each was done, and then waits until everything is handled.
+    async fn disturb(&self, sent: &AtomicBool) -> Result<(), Source> {
+        let mut worker = Worker::start(&self.work)?;
+        for kill in 1..=KILLS {
+            self.move_on(&mut [&mut worker]).await?;
+            tokio::time::sleep(Duration::from_micros(fastrand::u64(..20_000))).await;
+            worker.kill()?;
+            worker = Worker::start(&self.work)?;
+            if kill == 2 {
+                self.move_on(&mut [&mut worker]).await?;
+                for place in &self.places {
+                    place.restart()?;
+                }
+            }
+        }
+        let mut successor = self.freeze_past_a_take_over(&mut worker).await?;
+        while !sent.load(Ordering::Acquire) || self.next().await? < Some(self.end().await?) {
+            self.wait(&mut [&mut worker, &mut successor]).await?;
+        }
+        worker.kill()?;
+        successor.kill()
+    }
+
+    /// Freezes one of two workers until the other has committed beyond it, so that it wakes up in a world that has moved on.
+    async fn freeze_past_a_take_over(&self, worker: &mut Worker) -> Result<Worker, Source> {
+        /// A worker that is frozen while it holds the lock of a file lets nobody take over: then it is the other's turn.
+        const PATIENCE: Duration = Duration::from_secs(1);
+        self.move_on(&mut [worker]).await?;
+        let mut successor = Worker::start(&self.work)?;
+        for turn in 0_usize.. {
+            self.move_on(&mut [worker, &mut successor]).await?;
+            tokio::time::sleep(Duration::from_micros(fastrand::u64(..50_000))).await;
+            let frozen = match turn.is_multiple_of(2) {
+                true => &mut *worker,
+                false => &mut successor,
+            };
+            frozen.freeze()?;
+            let (since, before) = (Instant::now(), self.next().await?);
+            let mut took_over = false;
+            while !took_over && since.elapsed() < PATIENCE {
+                self.wait(&mut [frozen]).await?;
+                took_over = self.next().await? > before;
+            }
+            frozen.thaw()?;
+            if took_over {
+                break;
+            }
+        }
+        Ok(successor)
+    }
+
+    /// Waits until the position has moved.
+    async fn move_on(&self, workers: &mut [&mut Worker]) -> Result<(), Source> {
+        let before = self.next().await?;
+        while self.next().await? <= before {
+            self.wait(workers).await?;
+        }
+        Ok(())
+    }
+
+    /// A moment of asking nobody: the workers are other processes, so asking again is the only way to know.
+    async fn wait(&self, workers: &mut [&mut Worker]) -> Result<(), Source> {
+        for worker in workers {
+            worker.check()?;
+        }
+        if self.started.elapsed() > LIMIT {
+            return Err(format!("not done within {LIMIT:?}, the position is {:?}", self.next().await?).into());
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        Ok(())
+    }
+
+    async fn next(&self) -> Result<Option<Offset>, Source> {
+        loop {
+            match self.store.position(&self.consumer).await {
+                Ok(position) => return Ok(position.map(|position| position.next)),
+                Err(error) => self.go_on_after(error).await?,
+            }
+        }
+    }
+
+    async fn end(&self) -> Result<Offset, Source> {
+        loop {
+            match self.log.bounds().await {
+                Ok(bounds) => return Ok(bounds.end),
+                Err(error) => self.go_on_after(error).await?,
+            }
+        }
+    }
+
+    /// A server that was killed is back soon; every other error is one.
+    async fn go_on_after(&self, error: Error) -> Result<(), Source> {
+        if !error.is_transient() || self.started.elapsed() > LIMIT {
+            return Err(error.into());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        Ok(())
+    }
+
+    async fn judge(&self) -> Result<(), Source> {
+        let records = read_log(&*self.log).await?;
+        let applied = self.store.ledger(&self.consumer).await?;
+        let position = self.store.position(&self.consumer).await?;
+        let check = Check::new(&records, &applied).position(position.as_ref()).drained();
+        check.findings().judge(Expectation::EssentiallyOnce)?;
+        let counter = self.store.counter(&self.consumer).await?;
+        eprintln!("{} records in the log, {counter} handled", records.len());
+        match (applied.len() as u64, counter) {
+            (RECORDS, RECORDS) => Ok(()),
+            (applied, counter) => Err(format!("{applied} applied, {counter} counted of {RECORDS}").into()),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Two processes with one consumer name, disturbed in four ways. Whatever happens, as many increments are committed as there are
+//! records.
+//!
+//! The same disturbances made a peer's "atomic" mode, which checks no revision, increment 400 times for 200 records (a), 3,640
+//! times for 3,000 (b) and 1,176 times for 600 (c).
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{ConsumerId, Log, NewRecord, Source};
+use essentially_once_testkit::{Check, Expectation, Suite, read_log};
+use integration_tests::{
+    Backend, Store, block_on,
+    worker::{self, Work, Worker},
+};
+
+/// The probes, with their records.
+const PROBES: [(&str, u64, Disturbance); 4] = [
+    ("a_every_50th_record_takes_long", 200, Disturbance::LongRecords),
+    ("b_one_process_is_frozen_ten_times", 3_000, Disturbance::Freezes),
+    ("c_every_record_takes_20_ms", 600, Disturbance::SlowRecords),
+    ("d_processes_are_killed_20_times", 2_000, Disturbance::Kills),
+];
+
+/// How long a probe may take.
+const LIMIT: Duration = Duration::from_secs(90);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Disturbance {
+    LongRecords,
+    Freezes,
+    SlowRecords,
+    Kills,
+}
+
+fn main() -> ExitCode {
+    if let Some(ended) = worker::main() {
+        return ended;
+    }
+    let mut suite = Suite::new();
+    for backend in Backend::ALL {
+        for (probe, records, disturbance) in PROBES {
+            let name = format!("{}::{probe}", backend.name());
+            suite = match backend.missing() {
+                Some(why) => suite.ignored(&name, &why),
+                None => suite.test(&name, move || block_on(run(backend, records, disturbance))),
+            };
+        }
+    }
+    suite.run()
+}
+
+async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result<(), Source> {
+    let place = backend.start()?;
+    let (log, store) = (place.address().log().await?, place.address().store().await?);
+    let keyed = |n: u64| NewRecord::new(n.to_string()).key((n % 7).to_string());
+    log.append(&(0..records).map(keyed).collect::<Vec<_>>()).await?;
+    let work = Work {
+        log: place.address(),
+        store: place.address(),
+        consumer: "zombie".into(),
+        max_batch: match disturbance {
+            Disturbance::LongRecords | Disturbance::SlowRecords => 10,
+            Disturbance::Freezes | Disturbance::Kills => 20,
+        },
+        pause: match disturbance {
+            Disturbance::LongRecords => Duration::from_millis(1),
+            Disturbance::SlowRecords => Duration::from_millis(20),
+            // So that the records last as long as the disturbances.
+            Disturbance::Freezes => Duration::from_millis(4),
+            Disturbance::Kills => Duration::from_millis(1),
+        },
+        long_every: (disturbance == Disturbance::LongRecords).then_some(50),
+        long_pause: Duration::from_millis(1_500),
+    };
+    let mut workers = [Worker::start(&work)?, Worker::start(&work)?];
+    let probe = Probe {
+        work,
+        store: &*store,
+        log: &*log,
+        records,
+        consumer: ConsumerId::new("zombie")?,
+        started: Instant::now(),
+    };
+    match disturbance {
+        Disturbance::Freezes => probe.freeze(&mut workers[0], 10).await?,
+        Disturbance::Kills => probe.kill(&mut workers, 20).await?,
+        Disturbance::LongRecords | Disturbance::SlowRecords => {}
+    }
+    probe.reach(records, &mut workers).await?;
+    for worker in &mut workers {
+        worker.kill()?;
+    }
+    probe.judge().await
+}
+
+struct Probe<'a> {
+    work: Work,
+    store: &'a dyn Store,
+    log: &'a dyn Log,
+    records: u64,
+    consumer: ConsumerId,
+    started: Instant,
+}
+
+impl Probe<'_> {
+    /// Freezes the worker so many times for 1.2 seconds each, spread over the records.
+    async fn freeze(&self, worker: &mut Worker, times: u64) -> Result<(), Source> {
+        for time in 0..times {
+            self.reach(self.records * time / (times + 2), std::slice::from_mut(worker))
+                .await?;
+            worker.freeze()?;
+            tokio::time::sleep(Duration::from_millis(1_200)).await;
+            worker.thaw()?;
+        }
+        Ok(())
+    }
+
+    /// Kills one worker or the other, spread over the records, at moments that nobody chose, and starts it again.
+    async fn kill(&self, workers: &mut [Worker; 2], times: u64) -> Result<(), Source> {
+        for time in 0..times {
+            self.reach(self.records * time / (times + 2), workers).await?;
+            tokio::time::sleep(Duration::from_micros(fastrand::u64(..20_000))).await;
+            let victim = fastrand::usize(..workers.len());
+            workers[victim].kill()?;
+            workers[victim] = Worker::start(&self.work)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until so many increments are committed: the workers are other processes, so asking is the only way to know.
+    async fn reach(&self, increments: u64, workers: &mut [Worker]) -> Result<(), Source> {
+        while self.store.counter(&self.consumer).await? < increments {
+            for worker in &mut *workers {
+                worker.check()?;
+            }
+            if self.started.elapsed() > LIMIT {
+                return Err(format!("{increments} increments are not reached within {LIMIT:?}").into());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    }
+
+    async fn judge(&self) -> Result<(), Source> {
+        let counter = self.store.counter(&self.consumer).await?;
+        eprintln!("{counter} increments for {} records", self.records);
+        if counter != self.records {
+            return Err(format!("{counter} increments for {} records", self.records).into());
+        }
+        let (records, applied) = (read_log(self.log).await?, self.store.ledger(&self.consumer).await?);
+        let position = self.store.position(&self.consumer).await?;
+        let check = Check::new(&records, &applied).position(position.as_ref()).drained();
+        check.findings().judge(Expectation::EssentiallyOnce)?;
+        Ok(())
+    }
+}
