@@ -1,0 +1,467 @@
+//! Records as stream entries and back. The format stands in the documentation of [`RedisLog`](crate::RedisLog#wire-format).
+//!
+//! An entry is a list of fields and values; our own begins with [`MARK`] and its [`VERSION`]. Whatever an entry holds, it decodes to a
+//! record: one that cannot be understood is malformed, with all its fields and values as payload.
+
+use std::{
+    mem,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use essentially_once::{NewRecord, Offset, Origin, ProducerId, Record};
+use redis::Value;
+
+const MARK: &[u8] = b"essentially-once";
+const VERSION: &[u8] = b"1";
+const KEY: &[u8] = b"key";
+const PAYLOAD: &[u8] = b"payload";
+const PRODUCER: &[u8] = b"producer";
+const SEQUENCE: &[u8] = b"sequence";
+const HEADER: &[u8] = b"h:";
+
+/// The end of the year 9999: an id is any number, and what shows or adds times need not take all of them.
+const LAST_TIME: u64 = 253_402_300_799_999;
+
+/// How many fields and values [`encode`] makes of a record.
+pub(crate) fn arguments(record: &NewRecord) -> usize {
+    let key = if record.key.is_some() { 2 } else { 0 };
+    let origin = if record.origin.is_some() { 4 } else { 0 };
+    2 + key + origin + 2 * record.headers.len() + 2
+}
+
+/// Hands the fields and values of a record's entry to `put`, in order.
+pub(crate) fn encode(record: &NewRecord, mut put: impl FnMut(&[u8])) {
+    put(MARK);
+    put(VERSION);
+    if let Some(key) = &record.key {
+        put(KEY);
+        put(key);
+    }
+    if let Some(origin) = &record.origin {
+        put(PRODUCER);
+        put(origin.producer.as_str().as_bytes());
+        put(SEQUENCE);
+        put(origin.sequence.to_string().as_bytes());
+    }
+    for (name, value) in &record.headers {
+        put(&[HEADER, name.as_bytes()].concat());
+        put(value);
+    }
+    put(PAYLOAD);
+    put(&record.payload);
+}
+
+/// Makes records of entries.
+pub(crate) struct Decoder {
+    /// Where other people's entries have their payload and key.
+    payload_field: Vec<u8>,
+    key_field: Vec<u8>,
+    /// The last producer seen: many records in a row are of one.
+    producer: Option<ProducerId>,
+}
+
+impl Decoder {
+    pub(crate) fn new(payload_field: &str, key_field: &str) -> Self {
+        Self {
+            payload_field: payload_field.into(),
+            key_field: key_field.into(),
+            producer: None,
+        }
+    }
+
+    /// The record of an entry as `XRANGE` tells it, `[id, [field, value, ...]]`; `None` if that is not what was given.
+    pub(crate) fn entry(&mut self, entry: Value) -> Option<Record> {
+        let Value::Array(parts) = entry else { return None };
+        let [id, fields] = <[Value; 2]>::try_from(parts).ok()?;
+        let (Value::BulkString(id), Value::Array(fields)) = (id, fields) else {
+            return None;
+        };
+        Some(self.record(parse_id(&id)?, fields))
+    }
+
+    fn record(&mut self, offset: Offset, mut fields: Vec<Value>) -> Record {
+        let time = UNIX_EPOCH + Duration::from_millis(offset.hi().min(LAST_TIME));
+        let decoded = match fields.first() {
+            Some(first) if bytes(first) == MARK => self.own(offset, time, &mut fields),
+            _ => self.foreign(offset, time, &mut fields),
+        };
+        decoded.unwrap_or_else(|reason| {
+            let mut record = Record::new(offset, time, raw(&fields));
+            record.malformed = Some(reason.into());
+            record
+        })
+    }
+
+    /// Nothing is taken out of `fields` unless all of it is understood.
+    fn own(&mut self, offset: Offset, time: SystemTime, fields: &mut [Value]) -> Result<Record, String> {
+        let (pairs, []) = fields.as_chunks_mut::<2>() else {
+            return Err("its last field has no value".into());
+        };
+        let (mut key, mut payload, mut producer, mut sequence) = (None, None, None, None);
+        let mut headers = 0;
+        for (index, [name, value]) in pairs.iter().enumerate() {
+            let known = match bytes(name) {
+                MARK if index == 0 && bytes(value) == VERSION => continue,
+                MARK if index == 0 => return Err(format!("its version is {}, not 1", shown(bytes(value)))),
+                PAYLOAD => &mut payload,
+                KEY => &mut key,
+                PRODUCER => &mut producer,
+                SEQUENCE => &mut sequence,
+                name => {
+                    let header = name
+                        .strip_prefix(HEADER)
+                        .ok_or_else(|| format!("field {} is unknown", shown(name)))?;
+                    str::from_utf8(header).map_err(|_| format!("header name {} is not UTF-8", shown(header)))?;
+                    headers += 1;
+                    continue;
+                }
+            };
+            if known.replace(index).is_some() {
+                return Err(format!("field {} is there twice", shown(bytes(name))));
+            }
+        }
+        let payload = payload.ok_or("it has no payload")?;
+        let origin = match (producer, sequence) {
+            (None, None) => None,
+            (Some(producer), Some(sequence)) => {
+                Some(self.origin(bytes(&pairs[producer][1]), bytes(&pairs[sequence][1]))?)
+            }
+            _ => return Err("of producer and sequence it has only one".into()),
+        };
+        let mut record = Record::new(offset, time, take(&mut pairs[payload][1]));
+        record.key = key.map(|key| take(&mut pairs[key][1]));
+        record.origin = origin;
+        if headers > 0 {
+            record.headers.reserve_exact(headers);
+            for [name, value] in pairs {
+                if let Some(name) = bytes(name).strip_prefix(HEADER) {
+                    record
+                        .headers
+                        .push((String::from_utf8_lossy(name).into_owned(), take(value)));
+                }
+            }
+        }
+        Ok(record)
+    }
+
+    fn origin(&mut self, producer: &[u8], sequence: &[u8]) -> Result<Origin, String> {
+        let number = str::from_utf8(sequence)
+            .ok()
+            .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
+            .and_then(|digits| digits.parse().ok())
+            .ok_or_else(|| format!("sequence {} is not a number of 64 bits", shown(sequence)))?;
+        if let Some(last) = &self.producer
+            && last.as_str().as_bytes() == producer
+        {
+            return Ok(Origin {
+                producer: last.clone(),
+                sequence: number,
+            });
+        }
+        let name = str::from_utf8(producer).map_err(|_| format!("producer {} is not UTF-8", shown(producer)))?;
+        let producer = ProducerId::new(name).map_err(|error| error.to_string())?;
+        self.producer = Some(producer.clone());
+        Ok(Origin {
+            producer,
+            sequence: number,
+        })
+    }
+
+    fn foreign(&self, offset: Offset, time: SystemTime, fields: &mut [Value]) -> Result<Record, String> {
+        let (pairs, []) = fields.as_chunks_mut::<2>() else {
+            return Err("its last field has no value".into());
+        };
+        if let Some([name, _]) = pairs.iter().find(|[name, _]| str::from_utf8(bytes(name)).is_err()) {
+            return Err(format!("field name {} is not UTF-8", shown(bytes(name))));
+        }
+        let mut record = Record::new(offset, time, Bytes::new());
+        let mut has_payload = false;
+        for [name, value] in pairs {
+            if !has_payload && bytes(name) == self.payload_field {
+                record.payload = take(value);
+                has_payload = true;
+            } else if record.key.is_none() && bytes(name) == self.key_field {
+                record.key = Some(take(value));
+            } else {
+                let name = String::from_utf8_lossy(bytes(name)).into_owned();
+                record.headers.push((name, take(value)));
+            }
+        }
+        Ok(record)
+    }
+}
+
+/// `ms-seq`.
+pub(crate) fn parse_id(id: &[u8]) -> Option<Offset> {
+    let (hi, lo) = str::from_utf8(id).ok()?.split_once('-')?;
+    Some(Offset::new(hi.parse().ok()?, lo.parse().ok()?))
+}
+
+/// The bytes of a field or value; a stream holds nothing but strings.
+fn bytes(value: &Value) -> &[u8] {
+    match value {
+        Value::BulkString(bytes) => bytes,
+        _ => &[],
+    }
+}
+
+/// Takes the bytes out, without a copy.
+fn take(value: &mut Value) -> Bytes {
+    match mem::replace(value, Value::Nil) {
+        Value::BulkString(bytes) => bytes.into(),
+        _ => Bytes::new(),
+    }
+}
+
+/// All fields and values, as a RESP array of bulk strings.
+fn raw(fields: &[Value]) -> Vec<u8> {
+    let mut raw = format!("*{}\r\n", fields.len()).into_bytes();
+    for field in fields.iter().map(bytes) {
+        raw.extend(format!("${}\r\n", field.len()).bytes());
+        raw.extend(field);
+        raw.extend(b"\r\n");
+    }
+    raw
+}
+
+/// Bytes of unknown length and kind, for a message.
+fn shown(bytes: &[u8]) -> String {
+    match bytes.split_at_checked(40) {
+        Some((head, rest)) if !rest.is_empty() => format!("{:?}...", String::from_utf8_lossy(head)),
+        _ => format!("{:?}", String::from_utf8_lossy(bytes)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, option, prelude::*};
+
+    use super::*;
+
+    fn decode(fields: &[&[u8]]) -> Record {
+        let fields = fields.iter().map(|field| Value::BulkString(field.to_vec())).collect();
+        let entry = Value::Array(vec![
+            Value::BulkString(b"1700000000000-3".to_vec()),
+            Value::Array(fields),
+        ]);
+        Decoder::new("payload", "key").entry(entry).expect("an entry")
+    }
+
+    fn encoded(record: &NewRecord) -> Vec<Vec<u8>> {
+        let mut fields = Vec::new();
+        encode(record, |field| fields.push(field.to_vec()));
+        fields
+    }
+
+    fn decoded(fields: &[Vec<u8>]) -> Record {
+        decode(&fields.iter().map(Vec::as_slice).collect::<Vec<_>>())
+    }
+
+    fn any_record() -> impl Strategy<Value = NewRecord> {
+        let bytes = || vec(any::<u8>(), 0..20);
+        let producer = option::of(("[a-z0-9][a-zA-Z0-9._:/@+=-]{0,20}", any::<u64>()));
+        (
+            option::of(bytes()),
+            vec((any::<String>(), bytes()), 0..4),
+            bytes(),
+            producer,
+        )
+            .prop_map(|(key, headers, payload, origin)| {
+                let mut record = NewRecord::new(payload);
+                record.key = key.map(Bytes::from);
+                record.headers = headers.into_iter().map(|(name, value)| (name, value.into())).collect();
+                record.origin = origin.map(|(producer, sequence)| Origin {
+                    producer: ProducerId::new(producer).expect("a valid name"),
+                    sequence,
+                });
+                record
+            })
+    }
+
+    /// Fields that mean something, between those that do not.
+    fn any_fields() -> impl Strategy<Value = Vec<Vec<u8>>> {
+        let known = [MARK, VERSION, KEY, PAYLOAD, PRODUCER, SEQUENCE, b"h:a", b"7"];
+        let field = prop_oneof![
+            proptest::sample::select(known.to_vec()).prop_map(<[u8]>::to_vec),
+            vec(any::<u8>(), 0..6)
+        ];
+        vec(field, 0..12)
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_decodes_to_the_same(new in any_record()) {
+            let fields = encoded(&new);
+            prop_assert_eq!(fields.len(), arguments(&new));
+            let record = decoded(&fields);
+            prop_assert_eq!(&record.malformed, &None);
+            prop_assert_eq!((record.key, record.headers, record.payload, record.origin),
+                (new.key, new.headers, new.payload, new.origin));
+        }
+
+        #[test]
+        fn any_fields_decode_to_a_record_with_nothing_lost(fields in any_fields(), own in any::<bool>()) {
+            let mut fields = fields;
+            if own {
+                fields.splice(0..0, [MARK.to_vec(), VERSION.to_vec()]);
+            }
+            let record = decoded(&fields);
+            if record.malformed.is_some() {
+                let values: Vec<_> = fields.into_iter().map(Value::BulkString).collect();
+                prop_assert_eq!(record.payload, raw(&values));
+            } else {
+                let named = record.key.iter().len() + record.headers.len();
+                prop_assert!(named <= fields.len() / 2);
+            }
+        }
+    }
+
+    #[test]
+    fn malformed_entries_say_why_and_keep_all_bytes() {
+        for (fields, reason) in [
+            (
+                &[&b"essentially-once"[..], b"2", b"payload", b"x"][..],
+                "version is \"2\"",
+            ),
+            (&[b"essentially-once", b"1"], "no payload"),
+            (
+                &[b"essentially-once", b"1", b"payload", b"x", b"payload", b"y"],
+                "\"payload\" is there twice",
+            ),
+            (
+                &[b"essentially-once", b"1", b"payload", b"x", b"essentially-once", b"1"],
+                "\"essentially-once\" is unknown",
+            ),
+            (
+                &[b"essentially-once", b"1", b"payload", b"x", b"colour", b"red"],
+                "\"colour\" is unknown",
+            ),
+            (
+                &[b"essentially-once", b"1", b"payload", b"x", b"h:\xFF", b"red"],
+                "is not UTF-8",
+            ),
+            (
+                &[b"essentially-once", b"1", b"payload", b"x", b"producer", b"p"],
+                "only one",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"p",
+                    b"sequence",
+                    b"-1",
+                ],
+                "\"-1\" is not a number",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"p",
+                    b"sequence",
+                    b"+1",
+                ],
+                "\"+1\" is not a number",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"p",
+                    b"sequence",
+                    b"",
+                ],
+                "\"\" is not a number",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"p",
+                    b"sequence",
+                    b"18446744073709551616",
+                ],
+                "is not a number of 64 bits",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"a b",
+                    b"sequence",
+                    b"1",
+                ],
+                "not allowed",
+            ),
+            (&[b"\xFF", b"x"], "is not UTF-8"),
+            (&[b"payload"], "no value"),
+        ] {
+            let record = decode(fields);
+            let told = record.malformed.expect(reason);
+            assert!(told.contains(reason), "{told}, expected {reason}");
+            let values: Vec<_> = fields.iter().map(|field| Value::BulkString(field.to_vec())).collect();
+            assert_eq!(record.payload, raw(&values));
+        }
+        assert_eq!(
+            raw(&[Value::BulkString(b"a".to_vec()), Value::BulkString(b"\r\n".to_vec())]),
+            b"*2\r\n$1\r\na\r\n$2\r\n\r\n\r\n"
+        );
+    }
+
+    #[test]
+    fn foreign_fields_are_headers_but_for_the_first_payload_and_key() {
+        let record = decode(&[
+            b"a", b"1", b"payload", b"x", b"key", b"k", b"a", b"2", b"payload", b"y", b"key", b"l",
+        ]);
+        assert_eq!(
+            (&record.payload[..], record.key.as_deref()),
+            (&b"x"[..], Some(&b"k"[..]))
+        );
+        let headers: Vec<_> = record
+            .headers
+            .iter()
+            .map(|(name, value)| (name.as_str(), &value[..]))
+            .collect();
+        let expected: [(&str, &[u8]); 4] = [("a", b"1"), ("a", b"2"), ("payload", b"y"), ("key", b"l")];
+        assert_eq!(headers, expected);
+        let empty = decode(&[b"only", b"a header"]);
+        assert!(empty.payload.is_empty() && empty.malformed.is_none());
+        assert_eq!(
+            decode(&[b"a", b"1", b"essentially-once", b"1"]).headers.len(),
+            2,
+            "the mark counts in first place only"
+        );
+    }
+
+    #[test]
+    fn any_id_has_a_time() {
+        for (id, seconds) in [
+            ("5-0", 0),
+            ("1700000000000-3", 1_700_000_000),
+            ("18446744073709551615-0", 253_402_300_799),
+        ] {
+            let entry = Value::Array(vec![Value::BulkString(id.into()), Value::Array(vec![])]);
+            let record = Decoder::new("payload", "key").entry(entry).expect("an entry");
+            let since = record.appended_at.duration_since(UNIX_EPOCH).expect("after 1970");
+            assert_eq!(since.as_secs(), seconds, "{id}");
+        }
+        assert_eq!(Decoder::new("p", "k").entry(Value::Nil), None);
+    }
+}

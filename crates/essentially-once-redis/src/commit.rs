@@ -1,0 +1,287 @@
+//! The commit: one run of `commit.lua`, its arguments, and its answers.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, LazyLock},
+};
+
+use bytes::Bytes;
+use essentially_once::{Advance, ConsumerId, Error, LogId};
+use redis::{Arg, Cmd, RedisResult, Script, Value, aio::MultiplexedConnection};
+
+use crate::{
+    error::write_failed,
+    native::{Staged, Use, printable},
+    options::MinReplicas,
+    server::Link,
+    store::{Keys, partially_applied},
+};
+
+const SOURCE: &str = include_str!("commit.lua");
+static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(SOURCE));
+
+/// Fixed arguments before the lists.
+const HEADER: usize = 12;
+/// How many counters one command reads.
+const COUNTERS: usize = 1_000;
+
+/// State to set (`Some`) or delete.
+pub(crate) type State = BTreeMap<Vec<u8>, Option<Bytes>>;
+
+/// What is to be applied in one step.
+pub(crate) struct Commit {
+    pub(crate) link: Arc<Link>,
+    pub(crate) consumer: ConsumerId,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) state: State,
+    pub(crate) staged: Staged,
+    pub(crate) advance: Advance,
+}
+
+impl Commit {
+    pub(crate) async fn run(self) -> Result<(), Error> {
+        let mut connection = self.link.connection().await?;
+        let mut reply = self.send(&mut connection, "EVALSHA", SCRIPT.get_hash()).await;
+        if matches!(&reply, Err(error) if error.code() == Some("NOSCRIPT")) {
+            // A server that does not know the script ran nothing.
+            reply = self.send(&mut connection, "EVAL", SOURCE).await;
+        }
+        match reply {
+            Ok((reply, replicas)) => {
+                self.read(reply)?;
+                self.check_replicas(replicas)
+            }
+            Err(error) => {
+                self.link.check(&error).await;
+                Err(write_failed(self.action(), error))
+            }
+        }
+    }
+
+    /// Runs the script, and waits for replicas if that is asked for, in one round trip.
+    async fn send(
+        &self,
+        connection: &mut MultiplexedConnection,
+        verb: &str,
+        script: &str,
+    ) -> RedisResult<(Value, Option<RedisResult<u32>>)> {
+        let command = self.command(verb, script);
+        let Some(min) = self.min_replicas() else {
+            return Ok((command.query_async(connection).await?, None));
+        };
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors().add_command(command);
+        // 0 would be for ever.
+        pipeline
+            .cmd("WAIT")
+            .arg(min.replicas)
+            .arg(min.timeout.as_millis().max(1) as u64);
+        let (reply, replicas): (RedisResult<Value>, RedisResult<u32>) = pipeline.query_async(connection).await?;
+        Ok((reply?, Some(replicas)))
+    }
+
+    fn min_replicas(&self) -> Option<MinReplicas> {
+        self.link.server.options.min_replicas
+    }
+
+    /// The layout is described in the script.
+    fn command(&self, verb: &str, script: &str) -> Cmd {
+        let Self {
+            keys,
+            state,
+            staged,
+            advance,
+            ..
+        } = self;
+        let (windows, forgotten) = (&advance.windows, &advance.forgotten);
+        let types = self.types();
+        let numbers = self.numbers();
+        let permissions = if staged.commands.len() > 1 {
+            &staged.permissions[..]
+        } else {
+            &[]
+        };
+        let puts = state.values().flatten().count();
+        let mut ends = [
+            2 * puts,
+            state.len() - puts,
+            2 * windows.len(),
+            forgotten.len(),
+            2 * types.len(),
+            numbers.iter().map(|read| read.len() + 1).sum(),
+            2 * permissions.len(),
+        ];
+        let mut end = HEADER;
+        for list in &mut ends {
+            end += *list;
+            *list = end;
+        }
+        let bytes = state
+            .iter()
+            .map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len))
+            .sum::<usize>();
+        let mut command = Cmd::with_capacity(
+            3 + 3 + staged.keys.len() + end + staged.arguments,
+            script.len() + bytes + staged.bytes + 256 * (4 + windows.len() + types.len()) + 8 * staged.arguments,
+        );
+        command.arg(verb).arg(script).arg(3 + staged.keys.len());
+        command.arg(&keys.position).arg(&keys.windows).arg(&keys.state);
+        for key in staged.keys.keys() {
+            command.arg(&key[..]);
+        }
+        command
+            .arg(advance.expected_revision)
+            .arg(advance.expected_revision.wrapping_add(1));
+        command
+            .arg(advance.log.name())
+            .arg(advance.log.incarnation().unwrap_or(""));
+        command.arg(advance.next.to_string());
+        for end in ends {
+            command.arg(end);
+        }
+        for (key, value) in state {
+            if let Some(value) = value {
+                command.arg(&key[..]).arg(&value[..]);
+            }
+        }
+        for (key, _) in state.iter().filter(|(_, value)| value.is_none()) {
+            command.arg(&key[..]);
+        }
+        for (producer, window) in windows {
+            command.arg(producer.as_str()).arg(&window.encode()[..]);
+        }
+        for producer in forgotten {
+            command.arg(producer.as_str());
+        }
+        for (probe, key) in types {
+            command.arg(probe).arg(key);
+        }
+        for read in numbers {
+            command.arg(read.len()).arg(&read[..]);
+        }
+        // Lua counts from 1.
+        for (first, last) in permissions {
+            command.arg(end + first + 1).arg(end + last + 1);
+        }
+        let mut commands = staged.commands.iter();
+        for (length, count) in &staged.runs {
+            command.arg(*length).arg(*count);
+            for (native, sum) in commands.by_ref().take(*count) {
+                let arguments = native.args_iter();
+                for argument in arguments.take(length - usize::from(sum.is_some())) {
+                    match argument {
+                        Arg::Simple(bytes) => command.arg(bytes),
+                        _ => command.arg("0"),
+                    };
+                }
+                if let Some(sum) = sum {
+                    command.arg(*sum);
+                }
+            }
+        }
+        command
+    }
+
+    /// Which keys must be of which type: a command that only works on it, and the key.
+    fn types(&self) -> Vec<(&'static str, &[u8])> {
+        // Reading a hash's counters tells its type.
+        let untold = self.checked_keys().filter(|(_, usage)| usage.counters.is_empty());
+        let natives = untold.filter_map(|(key, usage)| Some((usage.probe?, &key[..])));
+        let state = (!self.state.is_empty()).then_some(("HLEN", self.keys.state.as_bytes()));
+        let windows = !(self.advance.windows.is_empty() && self.advance.forgotten.is_empty());
+        let windows = windows.then_some(("HLEN", self.keys.windows.as_bytes()));
+        natives.chain(state).chain(windows).collect()
+    }
+
+    /// A single command is the first write, and applies nothing if it fails: there is nothing to check.
+    fn checked_keys(&self) -> impl Iterator<Item = (&Vec<u8>, &Use)> {
+        let checked = self.staged.commands.len() > 1;
+        self.staged.keys.iter().filter(move |_| checked)
+    }
+
+    /// Commands that read what must be an integer.
+    fn numbers(&self) -> Vec<Vec<&[u8]>> {
+        let (mut reads, mut values): (Vec<Vec<&[u8]>>, Vec<&[u8]>) = Default::default();
+        for (key, usage) in self.checked_keys() {
+            if usage.counter {
+                values.push(key);
+            }
+            let fields: Vec<&[u8]> = usage.counters.keys().map(Vec::as_slice).collect();
+            let begin: [&[u8]; 2] = [b"HMGET", key];
+            reads.extend(fields.chunks(COUNTERS).map(|fields| [&begin, fields].concat()));
+        }
+        let begin: [&[u8]; 1] = [b"MGET"];
+        reads.extend(values.chunks(COUNTERS).map(|keys| [&begin, keys].concat()));
+        reads
+    }
+
+    /// The script's answer: 1, or why it refused.
+    fn read(&self, reply: Value) -> Result<(), Error> {
+        if reply == Value::Int(1) {
+            return Ok(());
+        }
+        let parts: Vec<Vec<u8>> = redis::from_redis_value(reply).unwrap_or_default();
+        let text = |at: usize| parts.get(at).map_or(String::new(), |part| printable(part));
+        Err(match text(0).as_str() {
+            "fenced" => Error::Fenced {
+                consumer: self.consumer.clone(),
+                expected: self.advance.expected_revision,
+            },
+            "log" => Error::WrongLog {
+                consumer: self.consumer.clone(),
+                stored: stored_log(&text(1), &text(2)).map_err(|error| Error::failed(self.action(), error))?,
+                given: self.advance.log.clone(),
+            },
+            "partial" => partially_applied(&self.consumer, text(1)),
+            "position" => self.refused(&format!("HMGET {}", self.keys.position), &text(1)),
+            "refused" => self.refused(&text(1), &text(2)),
+            "number" => Error::failed(
+                self.action(),
+                format!(
+                    "{:?} in {:?} is counted up, and holds no integer; nothing was applied",
+                    text(1),
+                    text(2)
+                ),
+            ),
+            _ => Error::indeterminate(self.action(), "the server's answer makes no sense"),
+        })
+    }
+
+    /// What the server says when it refuses the first write, or a check finds that it would refuse a later one.
+    fn refused(&self, what: &str, why: &str) -> Error {
+        let (code, detail) = why.split_once(' ').unwrap_or((why, ""));
+        let error = redis::make_extension_error(code.into(), Some(detail.into()));
+        write_failed(format!("{} ({what})", self.action()), error)
+    }
+
+    fn check_replicas(&self, replicas: Option<RedisResult<u32>>) -> Result<(), Error> {
+        let (Some(min), Some(replicas)) = (self.min_replicas(), replicas) else {
+            return Ok(());
+        };
+        let why = match replicas {
+            Ok(replicas) if replicas >= min.replicas => return Ok(()),
+            Ok(replicas) => format!(
+                "the master applied it, and only {replicas} of {} replicas have it after {:?}",
+                min.replicas, min.timeout
+            ),
+            Err(error) => format!("the master applied it, and does not say how many replicas have it: {error}"),
+        };
+        Err(Error::indeterminate(self.action(), why))
+    }
+
+    fn action(&self) -> String {
+        let consumer = &self.consumer;
+        self.link
+            .server
+            .on(format!("commit a transaction of consumer {consumer}"))
+    }
+}
+
+/// The log that a position remembers.
+pub(crate) fn stored_log(name: &str, incarnation: &str) -> Result<LogId, Error> {
+    let log = LogId::new(name)?;
+    match incarnation {
+        "" => Ok(log),
+        incarnation => log.with_incarnation(incarnation),
+    }
+}

@@ -1,0 +1,273 @@
+//! Reading a log: in order, nothing left out unnoticed, and awake soon after an append.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use essentially_once::{Error, LogReader, Offset, Record};
+use redis::{Pipeline, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+
+use crate::{
+    codec::Decoder,
+    error::read_failed,
+    log::Inner,
+    snapshot::{self, Snapshot},
+};
+
+/// About how many bytes of records one request asks for, and one `next` returns.
+const FETCH_BYTES: usize = 1024 * 1024;
+
+/// The first request asks for so many entries, since nothing is known of their size; each of the next for some times more.
+const FIRST_FETCH: usize = 4;
+const GROWTH: usize = 8;
+const LARGEST_FETCH: usize = 10_000;
+
+/// How long the server holds back the answer where there is nothing to read. A deleted stream wakes nobody, and is noticed after it.
+const BLOCK: Duration = Duration::from_secs(2);
+
+/// A reader with a connection of its own, since the server holds back answers on it.
+///
+/// Each request is answered in one step of the server with the stream's [`Snapshot`] and the next entries, so that entries removed between two
+/// requests are noticed. At the end of the log the request begins with a blocking `XREAD`, which only wakes it.
+pub(crate) struct RedisReader {
+    log: Arc<Inner>,
+    connection: MultiplexedConnection,
+    decoder: Decoder,
+    next: Offset,
+    /// How many entries were ever added before `next`, if known.
+    passed: Option<u64>,
+    at_end: bool,
+    /// How many entries the next request may ask for, and how large the last ones were.
+    limit: usize,
+    average: usize,
+    /// The request under way. It stays here when a call of `next` is dropped, and the next call goes on waiting for it.
+    request: Option<Request>,
+    ready: VecDeque<Record>,
+    /// Why nothing more will come.
+    over: Option<&'static str>,
+}
+
+struct Request {
+    count: usize,
+    answer: Pin<Box<dyn Future<Output = RedisResult<Vec<Value>>> + Send>>,
+    answered: Option<RedisResult<Vec<Value>>>,
+}
+
+impl Request {
+    /// Sends it, and does not wait for the answer.
+    async fn send(&mut self) {
+        poll_fn(|context| {
+            if let Poll::Ready(answer) = self.answer.as_mut().poll(context) {
+                self.answered = Some(answer);
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+
+    async fn answer(&mut self) -> RedisResult<Vec<Value>> {
+        match self.answered.take() {
+            Some(answer) => answer,
+            None => self.answer.as_mut().await,
+        }
+    }
+}
+
+impl RedisReader {
+    pub(crate) async fn open(log: Arc<Inner>, from: Offset) -> Result<Self, Error> {
+        let server = &log.link.server;
+        let mut connection = server.open(&log.stream).await?;
+        connection.set_response_timeout(server.options.timeout.saturating_add(BLOCK));
+        let answer = connection
+            .send_packed_command(&snapshot::ask(&log.stream, &log.kept))
+            .await
+            .and_then(Value::extract_error);
+        let mut reader = Self {
+            decoder: Decoder::new(&log.options.payload_field, &log.options.key_field),
+            log,
+            connection,
+            next: from,
+            passed: None,
+            at_end: false,
+            limit: FIRST_FETCH,
+            average: 0,
+            request: None,
+            ready: VecDeque::new(),
+            over: None,
+        };
+        let answer = answer.map_err(|error| reader.failed(error))?;
+        let snapshot = reader.check(&answer)?;
+        reader.passed = snapshot.passed(from, None);
+        Ok(reader)
+    }
+
+    /// The snapshot, if everything from `next` on can be read by it.
+    fn check(&self, answer: &Value) -> Result<Snapshot, Error> {
+        let snapshot = Snapshot::parse(answer).map_err(|()| self.log.not_understood("read"))?;
+        // Without a stream there is nothing, of no incarnation.
+        let snapshot = snapshot.unwrap_or_default();
+        snapshot.check(&self.log.id, self.next, self.passed)?;
+        Ok(snapshot)
+    }
+
+    fn request(&self, max: usize) -> Request {
+        let fitting = FETCH_BYTES / self.average.max(1);
+        let count = self.limit.min(fitting).min(max).max(1);
+        let (log, mut connection) = (&self.log, self.connection.clone());
+        let mut pipeline = Pipeline::with_capacity(5);
+        if self.at_end {
+            let millis = BLOCK.as_millis() as u64;
+            pipeline.cmd("XREAD").arg("COUNT").arg(1).arg("BLOCK").arg(millis);
+            pipeline.arg("STREAMS").arg(&log.stream).arg(id(before(self.next)));
+        }
+        pipeline.cmd("MULTI");
+        pipeline.add_command(snapshot::ask(&log.stream, &log.kept));
+        pipeline
+            .cmd("XRANGE")
+            .arg(&log.stream)
+            .arg(id(self.next))
+            .arg("+")
+            .arg("COUNT")
+            .arg(count);
+        pipeline.cmd("EXEC");
+        Request {
+            count,
+            answer: Box::pin(async move { connection.send_packed_commands(&pipeline, 0, pipeline.len()).await }),
+            answered: None,
+        }
+    }
+
+    /// Takes the answer to a request for `count` entries.
+    fn receive(&mut self, count: usize, answer: RedisResult<Vec<Value>>) -> Result<(), Error> {
+        let mut replies = answer.map_err(|error| self.failed(error))?;
+        // The first error is the cause: `EXEC` only says that there was one.
+        self.refuse_errors(&replies)?;
+        let Some(Value::Array(results)) = replies.pop() else {
+            return Err(self.log.not_understood("read"));
+        };
+        self.refuse_errors(&results)?;
+        let Ok([state, Value::Array(entries)]) = <[Value; 2]>::try_from(results) else {
+            return Err(self.log.not_understood("read"));
+        };
+        let snapshot = self.check(&state)?;
+        self.take(count, &snapshot, entries)
+    }
+
+    fn refuse_errors(&self, replies: &[Value]) -> Result<(), Error> {
+        let error = replies.iter().find_map(|reply| match reply {
+            Value::ServerError(error) => Some(error.clone()),
+            _ => None,
+        });
+        error.map_or(Ok(()), |error| Err(self.failed(error.into())))
+    }
+
+    fn take(&mut self, count: usize, snapshot: &Snapshot, entries: Vec<Value>) -> Result<(), Error> {
+        let found = entries.len();
+        self.at_end = found < count;
+        let unread = self.at_end.then_some(found as u64);
+        self.passed = snapshot.passed(self.next, unread).or(self.passed);
+        if found == 0 {
+            return Ok(());
+        }
+        let mut bytes = 0;
+        for entry in entries {
+            let record = self.decoder.entry(entry);
+            let record = record.ok_or_else(|| self.log.not_understood("read"))?;
+            bytes += record.size();
+            self.next = record.offset;
+            self.ready.push_back(record);
+        }
+        self.passed = self.passed.map(|passed| passed + found as u64);
+        if self.next == LAST {
+            self.over = Some("the stream has used its last id, and nothing can follow it: use a new log");
+        }
+        self.next = self.next.successor();
+        self.average = bytes / found;
+        self.limit = (self.limit * GROWTH).min(LARGEST_FETCH);
+        Ok(())
+    }
+
+    /// Takes out up to `max` records, and about a megabyte.
+    fn hand_out(&mut self, max: usize) -> Vec<Record> {
+        let mut bytes = 0;
+        let fits = |record: &&Record| {
+            bytes += record.size();
+            bytes <= FETCH_BYTES
+        };
+        let count = self.ready.iter().take(max).take_while(fits).count().max(1);
+        match count == self.ready.len() {
+            true => std::mem::take(&mut self.ready).into(),
+            false => self.ready.drain(..count).collect(),
+        }
+    }
+
+    fn failed(&self, error: RedisError) -> Error {
+        read_failed(self.log.on("read"), error)
+    }
+}
+
+#[async_trait]
+impl LogReader for RedisReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        let max = max.max(1);
+        while self.ready.is_empty() {
+            if let Some(why) = self.over {
+                return Err(Error::failed(self.log.on("read"), why));
+            }
+            let request = match self.request.take() {
+                Some(request) => request,
+                None => self.request(max),
+            };
+            let count = request.count;
+            let answer = self.request.insert(request).answer().await;
+            self.request = None;
+            if let Err(error) = self.receive(count, answer) {
+                self.over = Some("the reader failed before; open a new one");
+                self.ready.clear();
+                return Err(error);
+            }
+        }
+        // While these records are handled, the server looks for the next.
+        if !self.at_end && self.request.is_none() && self.over.is_none() {
+            let request = self.request(max);
+            self.request.insert(request).send().await;
+        }
+        Ok(self.hand_out(max))
+    }
+}
+
+const LAST: Offset = Offset::new(u64::MAX, u64::MAX);
+
+/// A stream id as text; unlike an offset, it always has both numbers.
+fn id(offset: Offset) -> String {
+    format!("{}-{}", offset.hi(), offset.lo())
+}
+
+/// The largest id before this one; the smallest has none.
+fn before(offset: Offset) -> Offset {
+    match (offset.hi(), offset.lo()) {
+        (0, 0) => Offset::ZERO,
+        (hi, 0) => Offset::new(hi - 1, u64::MAX),
+        (hi, lo) => Offset::new(hi, lo - 1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_id_before_is_the_one_whose_successor_it_is() {
+        for offset in [Offset::new(0, 1), Offset::new(1, 0), Offset::new(7, 3), LAST] {
+            assert_eq!(before(offset).successor(), offset);
+        }
+        assert_eq!(before(Offset::ZERO), Offset::ZERO);
+        assert_eq!(id(Offset::new(0, 5)), "0-5");
+    }
+}

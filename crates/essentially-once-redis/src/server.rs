@@ -1,0 +1,362 @@
+//! Finding the server that holds a key, and connecting to it.
+
+use std::{fmt, net::Ipv6Addr, str::FromStr as _, sync::Arc, time::Duration};
+
+use essentially_once::Error;
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, RedisResult, Value, aio::MultiplexedConnection,
+};
+use tokio::sync::Mutex;
+
+use crate::{
+    error::{connect_failed, read_failed, spoils_connection},
+    options::RedisOptions,
+};
+
+/// A Redis server, a cluster, or a master that Sentinels name.
+pub(crate) struct Server {
+    pub(crate) options: RedisOptions,
+    seeds: Vec<ConnectionInfo>,
+    sentinels: Vec<ConnectionInfo>,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Single,
+    Cluster,
+}
+
+impl Server {
+    pub(crate) async fn connect(options: RedisOptions, url: &str) -> Result<Arc<Self>, Error> {
+        let parse = |url: &str| parse(url, &options);
+        let first = parse(url)?;
+        let mut seeds = vec![first.clone()];
+        for url in &options.other_nodes {
+            seeds.push(first.clone().set_addr(parse(url)?.addr().clone()));
+        }
+        let sentinels = match &options.sentinel {
+            Some(sentinel) if sentinel.urls.is_empty() => {
+                return Err(Error::InvalidSetting {
+                    setting: "sentinel",
+                    reason: "name at least one Sentinel".into(),
+                });
+            }
+            Some(sentinel) => sentinel.urls.iter().map(|url| parse(url)).collect::<Result<_, _>>()?,
+            None => Vec::new(),
+        };
+        let mut server = Self {
+            options,
+            seeds,
+            sentinels,
+            kind: Kind::Single,
+        };
+        server.kind = server.identify().await?;
+        Ok(Arc::new(server))
+    }
+
+    /// Checks the version, and tells whether the server is a node of a cluster.
+    async fn identify(&self) -> Result<Kind, Error> {
+        let mut connection = self.connect_any().await?;
+        let action = || self.on("ask for the version");
+        let answer: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection).await;
+        let info = match answer {
+            Ok(info) => info,
+            Err(error) if error.code().is_some() => {
+                tracing::warn!(server = %self, %error, "INFO is refused: taken for a single server of Redis 7.0 or later");
+                return Ok(Kind::Single);
+            }
+            Err(error) => return Err(read_failed(action(), error)),
+        };
+        let field = |name: &str| {
+            info.lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .map(str::trim)
+        };
+        if let Some(version) = field("redis_version")
+            && let Some(Ok(major)) = version.split('.').next().map(u32::from_str)
+            && major < 7
+        {
+            let why =
+                format!("it is Redis {version}; streams tell what was removed from them since 7.0, upgrade to that");
+            return Err(Error::failed(action(), why));
+        }
+        match field("cluster_enabled") {
+            Some("1") => Ok(Kind::Cluster),
+            _ => Ok(Kind::Single),
+        }
+    }
+
+    /// A new connection to the server that holds `key`.
+    pub(crate) async fn open(&self, key: &[u8]) -> Result<MultiplexedConnection, Error> {
+        let mut connection = self.connect_any().await?;
+        if self.kind == Kind::Single {
+            return Ok(connection);
+        }
+        let action = || self.on("find the cluster node of a key");
+        let failed = |error| read_failed(action(), error);
+        let slot: u64 = redis::cmd("CLUSTER")
+            .arg("KEYSLOT")
+            .arg(key)
+            .query_async(&mut connection)
+            .await
+            .map_err(failed)?;
+        let ranges: Vec<Vec<Value>> = redis::cmd("CLUSTER")
+            .arg("SLOTS")
+            .query_async(&mut connection)
+            .await
+            .map_err(failed)?;
+        match ranges.iter().find_map(|range| master_of(range, slot)) {
+            Some((host, port)) => {
+                // An empty host is the one that was asked.
+                let node = at(&self.seeds[0], (!host.is_empty()).then_some(host), port);
+                let connected = self.connect_to(&node).await;
+                connected.map_err(|error| connect_failed(format!("connect to {}", shown(node.addr())), error))
+            }
+            None => Err(Error::unavailable(action(), format!("no node serves slot {slot} now"))),
+        }
+    }
+
+    /// Whether keys are spread over several nodes.
+    pub(crate) fn is_cluster(&self) -> bool {
+        self.kind == Kind::Cluster
+    }
+
+    /// What was attempted, and on which server.
+    pub(crate) fn on(&self, action: impl fmt::Display) -> String {
+        format!("{action} on {self}")
+    }
+
+    async fn connect_any(&self) -> Result<MultiplexedConnection, Error> {
+        if let Some(sentinel) = &self.options.sentinel {
+            return self.connect_by_sentinel(&sentinel.master).await;
+        }
+        let mut last = None;
+        for seed in &self.seeds {
+            match self.connect_to(seed).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => last = Some(connect_failed(format!("connect to {}", shown(seed.addr())), error)),
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::unavailable(self.on("connect"), "no address")))
+    }
+
+    async fn connect_by_sentinel(&self, master: &str) -> Result<MultiplexedConnection, Error> {
+        let mut last = Error::unavailable(format!("ask for master {master}"), "no Sentinel answered");
+        for sentinel in &self.sentinels {
+            let asked = shown(sentinel.addr());
+            let found = match self.ask_sentinel(sentinel, master).await {
+                Ok(found) => found,
+                Err(error) => {
+                    last = connect_failed(format!("ask Sentinel {asked} for master {master}"), error);
+                    continue;
+                }
+            };
+            let Some((host, port)) = found else {
+                last = Error::failed(
+                    format!("ask Sentinel {asked}"),
+                    format!("it knows no master {master:?}"),
+                );
+                continue;
+            };
+            let node = at(&self.seeds[0], Some(host), port);
+            match self.connect_to_master(&node).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn ask_sentinel(&self, sentinel: &ConnectionInfo, master: &str) -> RedisResult<Option<(String, u16)>> {
+        let mut connection = self.connect_to(sentinel).await?;
+        redis::cmd("SENTINEL")
+            .arg("GET-MASTER-ADDR-BY-NAME")
+            .arg(master)
+            .query_async(&mut connection)
+            .await
+    }
+
+    /// A Sentinel's word may be old: what it names must be a master still.
+    async fn connect_to_master(&self, node: &ConnectionInfo) -> Result<MultiplexedConnection, Error> {
+        let action = || format!("connect to {}", shown(node.addr()));
+        let connected = self.connect_to(node).await;
+        let mut connection = connected.map_err(|error| connect_failed(action(), error))?;
+        let role: Vec<Value> = redis::cmd("ROLE")
+            .query_async(&mut connection)
+            .await
+            .map_err(|error| read_failed(action(), error))?;
+        match role.first() {
+            Some(Value::BulkString(role)) if role != b"master" => Err(Error::unavailable(
+                action(),
+                "Sentinel names it as the master, but it is none (yet, or any more)",
+            )),
+            _ => Ok(connection),
+        }
+    }
+
+    async fn connect_to(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
+        // A WAIT holds up the reply by its own time-out.
+        let waiting = self.options.min_replicas.map_or(Duration::ZERO, |min| min.timeout);
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.options.timeout))
+            .set_response_timeout(Some(self.options.timeout.saturating_add(waiting)));
+        self.client(node)?
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+    }
+
+    #[cfg(feature = "tls")]
+    fn client(&self, node: &ConnectionInfo) -> RedisResult<Client> {
+        // A program with two cryptography providers must choose one, or rustls panics: if it did not, it is this.
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
+        match &self.options.certificates {
+            Some(certificates) => Client::build_with_tls(node.clone(), certificates.clone()),
+            None => Client::open(node.clone()),
+        }
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn client(&self, node: &ConnectionInfo) -> RedisResult<Client> {
+        Client::open(node.clone())
+    }
+}
+
+/// The first address, and never the user or password.
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.options.sentinel {
+            Some(sentinel) => write!(f, "Redis master {}", sentinel.master),
+            None => write!(f, "Redis {}", shown(self.seeds[0].addr())),
+        }
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server")
+            .field("address", &self.to_string())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The way to the server of one key: a connection that is made when it is needed, and again after it broke.
+pub(crate) struct Link {
+    pub(crate) server: Arc<Server>,
+    key: Vec<u8>,
+    connection: Mutex<Option<MultiplexedConnection>>,
+}
+
+impl Link {
+    pub(crate) fn new(server: Arc<Server>, key: impl Into<Vec<u8>>) -> Self {
+        Self {
+            server,
+            key: key.into(),
+            connection: Mutex::new(None),
+        }
+    }
+
+    /// A clone of the connection, which is shared: no blocking command may be sent on it.
+    pub(crate) async fn connection(&self) -> Result<MultiplexedConnection, Error> {
+        let mut slot = self.connection.lock().await;
+        if let Some(connection) = &*slot {
+            return Ok(connection.clone());
+        }
+        let connection = self.server.open(&self.key).await?;
+        *slot = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// Forgets the connection if the error says that it is of no more use. What was asked is never asked again from here.
+    pub(crate) async fn check(&self, error: &redis::RedisError) {
+        if spoils_connection(error) {
+            self.connection.lock().await.take();
+        }
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("server", &self.server.to_string())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Parses a URL. The library's words for a bad one may quote it, with the password, so ours do not.
+fn parse(url: &str, options: &RedisOptions) -> Result<ConnectionInfo, Error> {
+    let invalid = |reason: &str| Error::InvalidSetting {
+        setting: "Redis URL",
+        reason: format!(
+            "{reason}; expected redis://[user:password@]host[:port][/database], rediss:// for TLS, or redis+unix:///path"
+        ),
+    };
+    let info = redis::parse_redis_url(url)
+        .and_then(|url| redis::IntoConnectionInfo::into_connection_info(url).ok())
+        .ok_or_else(|| invalid("it cannot be parsed"))?;
+    match info.addr() {
+        addr if !addr.is_supported() => Err(invalid(
+            "this build has no TLS or no unix sockets: enable the crate's feature `tls`",
+        )),
+        ConnectionAddr::TcpTls { .. } => Ok(info),
+        #[cfg(feature = "tls")]
+        _ if options.certificates.is_some() => Err(invalid("certificates are set, so it must begin with rediss://")),
+        _ => {
+            let _ = options;
+            Ok(info)
+        }
+    }
+}
+
+/// The same settings at another address; TLS stays on or off.
+fn at(settings: &ConnectionInfo, host: Option<String>, port: u16) -> ConnectionInfo {
+    let addr = match settings.addr().clone() {
+        ConnectionAddr::TcpTls {
+            host: old,
+            insecure,
+            tls_params,
+            ..
+        } => ConnectionAddr::TcpTls {
+            host: host.unwrap_or(old),
+            port,
+            insecure,
+            tls_params,
+        },
+        ConnectionAddr::Tcp(old, _) => ConnectionAddr::Tcp(host.unwrap_or(old), port),
+        _ => ConnectionAddr::Tcp(host.unwrap_or_else(|| "127.0.0.1".into()), port),
+    };
+    settings.clone().set_addr(addr)
+}
+
+/// Host and port of the master, if the range of `CLUSTER SLOTS` holds the slot: `[first, last, [host, port, …], replicas…]`.
+fn master_of(range: &[Value], slot: u64) -> Option<(String, u16)> {
+    let number = |value: &Value| match value {
+        Value::Int(number) => u64::try_from(*number).ok(),
+        _ => None,
+    };
+    let [first, last, Value::Array(master), ..] = range else {
+        return None;
+    };
+    if !(number(first)?..=number(last)?).contains(&slot) {
+        return None;
+    }
+    let host = match master.first()? {
+        Value::BulkString(host) => String::from_utf8_lossy(host).into_owned(),
+        Value::SimpleString(host) => host.clone(),
+        _ => String::new(),
+    };
+    Some((host, u16::try_from(number(master.get(1)?)?).ok()?))
+}
+
+fn shown(addr: &ConnectionAddr) -> String {
+    match addr {
+        ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => match host.parse::<Ipv6Addr>() {
+            Ok(_) => format!("[{host}]:{port}"),
+            Err(_) => format!("{host}:{port}"),
+        },
+        ConnectionAddr::Unix(path) => path.display().to_string(),
+        _ => "an address of unknown kind".into(),
+    }
+}

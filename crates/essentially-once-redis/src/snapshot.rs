@@ -1,0 +1,272 @@
+//! What a stream holds at one moment, and whether a reader's place in it can be read.
+
+use essentially_once::{Bounds, Error, LogId, Offset};
+use redis::{Cmd, Value};
+
+use crate::codec::parse_id;
+
+const STATE: &str = concat!(include_str!("incarnation.lua"), include_str!("state.lua"));
+
+/// Asks for a [`Snapshot`].
+pub(crate) fn ask(stream: &[u8], retention: &[u8]) -> Cmd {
+    let mut ask = redis::cmd("EVAL_RO");
+    ask.arg(STATE).arg(2).arg(stream).arg(retention);
+    ask
+}
+
+/// A stream at one moment; the default is one that nothing was ever added to.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Snapshot {
+    incarnation: Option<String>,
+    /// How many entries were ever added, and how many are left.
+    added: u64,
+    length: u64,
+    /// The first entry that is left; without meaning in an empty stream.
+    first: Offset,
+    /// The highest id ever given.
+    last: Offset,
+    ours: Option<Removal>,
+}
+
+/// What our own retention did last.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Removal {
+    /// The highest id it removed.
+    mark: Offset,
+    /// How many entries were gone when it had: removed by anyone, ever.
+    gone: u64,
+}
+
+impl Snapshot {
+    /// What the script answers: `Ok(None)` without a stream, and `Err` if it is not understood.
+    pub(crate) fn parse(answer: &Value) -> Result<Option<Self>, ()> {
+        let Value::Array(parts) = answer else { return Err(()) };
+        let [incarnation, added, length, first, last, mark, gone] = &parts[..] else {
+            return if parts.is_empty() { Ok(None) } else { Err(()) };
+        };
+        Ok(Some(Self {
+            incarnation: text(incarnation).map(Into::into),
+            added: number(added).ok_or(())?,
+            length: number(length).ok_or(())?,
+            first: id(first).ok_or(())?,
+            last: id(last).ok_or(())?,
+            ours: id(mark).zip(number(gone)).map(|(mark, gone)| Removal { mark, gone }),
+        }))
+    }
+
+    pub(crate) fn incarnation(&self) -> Option<&str> {
+        self.incarnation.as_deref()
+    }
+
+    pub(crate) fn bounds(&self) -> Bounds {
+        let end = match self.last {
+            Offset::ZERO => Offset::ZERO,
+            last => last.successor(),
+        };
+        Bounds {
+            earliest: if self.length == 0 { end } else { self.first },
+            end,
+        }
+    }
+
+    /// How many entries are gone, removed by anyone at any place.
+    fn gone(&self) -> u64 {
+        self.added.saturating_sub(self.length)
+    }
+
+    /// Whether a reader that wants `from` next gets everything that was ever at or after it.
+    ///
+    /// `passed` is how many entries were ever added before `from`, if the reader knows.
+    pub(crate) fn check(&self, log: &LogId, from: Offset, passed: Option<u64>) -> Result<(), Error> {
+        let bounds = self.bounds();
+        let is_other_stream = log.incarnation().is_some() && log.incarnation() != self.incarnation();
+        if is_other_stream || (from > self.last && from > bounds.end) {
+            return Err(Error::OutOfRange {
+                log: log.clone(),
+                requested: from,
+                end: bounds.end,
+            });
+        }
+        if self.has_lost(from, passed) {
+            return Err(Error::Truncated {
+                log: log.clone(),
+                requested: from,
+                earliest: bounds.earliest,
+            });
+        }
+        Ok(())
+    }
+
+    /// Trimming removes from the head only, so while something is left before `from`, all behind it is.
+    fn has_lost(&self, from: Offset, passed: Option<u64>) -> bool {
+        let gone = self.gone();
+        let is_left_before = self.length > 0 && self.first <= from;
+        if gone == 0 || is_left_before || from > self.last {
+            return false;
+        }
+        match (passed, self.ours) {
+            // What is gone beyond what the reader has passed, it had not passed.
+            (Some(passed), _) => gone > passed,
+            // Nobody removed anything since our own retention did, and of that the highest id is known.
+            (None, Some(ours)) if ours.gone == gone => from <= ours.mark,
+            // Someone else removed entries before `first`; which ones nobody knows.
+            (None, _) => true,
+        }
+    }
+
+    /// How many entries were ever added before `from`, where `unread` of those at or after it are left, if that is known.
+    pub(crate) fn passed(&self, from: Offset, unread: Option<u64>) -> Option<u64> {
+        match unread {
+            Some(unread) => Some(self.added.saturating_sub(unread)),
+            None if self.length == 0 || self.first >= from => Some(self.gone()),
+            None => None,
+        }
+    }
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::BulkString(bytes) => str::from_utf8(bytes).ok(),
+        _ => None,
+    }
+}
+
+fn id(value: &Value) -> Option<Offset> {
+    text(value).and_then(|text| parse_id(text.as_bytes()))
+}
+
+fn number(value: &Value) -> Option<u64> {
+    match value {
+        Value::Int(number) => u64::try_from(*number).ok(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log() -> LogId {
+        LogId::new("orders")
+            .expect("name")
+            .with_incarnation("a1")
+            .expect("incarnation")
+    }
+
+    /// Entries `1-0` to `10-0`, of which those before `first` were removed.
+    fn trimmed(first: u64) -> Snapshot {
+        Snapshot {
+            incarnation: Some("a1".into()),
+            added: 10,
+            length: 11 - first,
+            first: Offset::new(if first > 10 { 0 } else { first }, 0),
+            last: Offset::new(10, 0),
+            ours: None,
+        }
+    }
+
+    fn truncated(snapshot: &Snapshot, from: Offset, passed: Option<u64>) -> bool {
+        match snapshot.check(&log(), from, passed) {
+            Ok(()) => false,
+            Err(Error::Truncated {
+                requested, earliest, ..
+            }) => {
+                assert_eq!((requested, earliest), (from, snapshot.bounds().earliest));
+                true
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn nothing_removed_nothing_lost() {
+        for from in [Offset::ZERO, Offset::new(1, 0), Offset::new(5, 3), Offset::new(10, 1)] {
+            assert!(!truncated(&trimmed(1), from, None), "{from}");
+        }
+    }
+
+    #[test]
+    fn a_removal_by_others_counts_as_loss_unless_what_came_before_is_left() {
+        for (from, lost) in [
+            (Offset::ZERO, true),
+            (Offset::new(4, 1), true),
+            (Offset::new(5, 0), false),
+            (Offset::new(5, 1), false),
+            (Offset::new(10, 1), false),
+        ] {
+            assert_eq!(truncated(&trimmed(5), from, None), lost, "{from}");
+        }
+        assert!(truncated(&trimmed(11), Offset::new(10, 0), None));
+        assert!(!truncated(&trimmed(11), Offset::new(10, 1), None));
+    }
+
+    #[test]
+    fn a_reader_that_counted_knows_better() {
+        assert!(!truncated(&trimmed(5), Offset::new(4, 1), Some(4)));
+        assert!(truncated(&trimmed(5), Offset::new(3, 1), Some(3)));
+        assert!(!truncated(&trimmed(11), Offset::new(10, 1), Some(10)));
+        assert!(truncated(&trimmed(11), Offset::new(9, 1), Some(9)));
+    }
+
+    #[test]
+    fn our_own_retention_knows_what_it_removed_last() {
+        let mut snapshot = trimmed(5);
+        snapshot.ours = Some(Removal {
+            mark: Offset::new(4, 0),
+            gone: 4,
+        });
+        assert!(!truncated(&snapshot, Offset::new(4, 1), None));
+        assert!(truncated(&snapshot, Offset::new(4, 0), None));
+        // Someone else removed more since.
+        snapshot.ours = Some(Removal {
+            mark: Offset::new(3, 0),
+            gone: 3,
+        });
+        assert!(truncated(&snapshot, Offset::new(4, 1), None));
+    }
+
+    #[test]
+    fn another_stream_and_a_lost_tail_are_out_of_range() {
+        for (snapshot, from) in [
+            (trimmed(1), Offset::new(10, 2)),
+            (
+                Snapshot {
+                    incarnation: Some("b2".into()),
+                    ..trimmed(1)
+                },
+                Offset::new(5, 0),
+            ),
+            (
+                Snapshot {
+                    incarnation: None,
+                    ..trimmed(1)
+                },
+                Offset::new(5, 0),
+            ),
+        ] {
+            let error = snapshot.check(&log(), from, None).expect_err("out of range");
+            assert!(matches!(error, Error::OutOfRange { .. }), "{error}");
+        }
+        let unnamed = LogId::new("orders").expect("name");
+        assert!(trimmed(1).check(&unnamed, Offset::new(5, 0), None).is_ok());
+    }
+
+    #[test]
+    fn the_highest_id_does_not_overflow() {
+        let highest = Offset::new(u64::MAX, u64::MAX);
+        let snapshot = Snapshot {
+            last: highest,
+            ..trimmed(1)
+        };
+        for from in [highest, Offset::new(u64::MAX, 5)] {
+            assert!(snapshot.check(&log(), from, None).is_ok());
+        }
+    }
+
+    #[test]
+    fn what_was_passed_is_known_at_the_head_and_where_all_was_seen() {
+        assert_eq!(trimmed(5).passed(Offset::new(5, 0), None), Some(4));
+        assert_eq!(trimmed(5).passed(Offset::new(6, 0), None), None);
+        assert_eq!(trimmed(5).passed(Offset::new(6, 0), Some(5)), Some(5));
+    }
+}

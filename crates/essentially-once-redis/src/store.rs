@@ -1,0 +1,231 @@
+//! The store: positions, windows and state, in three hashes for each consumer.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use async_trait::async_trait;
+use essentially_once::{ConsumerId, Durability, Error, OffsetStore, Position, ProducerId, Window};
+use redis::RedisResult;
+
+use crate::{
+    commit::stored_log,
+    durability::durability,
+    error::{read_failed, write_failed},
+    native::{Catalog, printable},
+    server::{Link, Server},
+    tx::RedisTx,
+};
+
+/// Both hashes as of one moment. A `MULTI` would be refused where memory is full, which must not hide a position.
+const READ: &str = "return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL', KEYS[2])}";
+
+/// Positions and state in Redis; see [`Redis::store`](crate::Redis::store).
+///
+/// A consumer has three hashes, which share a cluster slot: `<prefix>:{<consumer>}:position`, `:windows` (by producer) and `:state` (the
+/// [`KeyValue`](essentially_once::KeyValue) state). Clones share a connection for each consumer.
+///
+/// A user with restricted rights needs these keys and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`; `+config|get` to tell
+/// whether the server is durable; `+wait` and `+info` with [`min_replicas`](crate::RedisOptions::min_replicas); for
+/// [native commands](RedisTx::command) the commands and their keys, `+command|info +command|getkeys`, and, for what is to be checked
+/// beforehand, `+mget +hlen +llen +scard +zcard +strlen +xlen`.
+#[derive(Clone)]
+pub struct RedisStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    server: Arc<Server>,
+    /// For questions that no consumer asks.
+    link: Link,
+    consumers: Mutex<HashMap<ConsumerId, Consumer>>,
+    catalog: Arc<Catalog>,
+}
+
+/// A connection of its own, so that one consumer's wait for replicas holds up no other.
+#[derive(Clone)]
+struct Consumer {
+    link: Arc<Link>,
+    keys: Arc<Keys>,
+}
+
+/// The names of a consumer's keys.
+pub(crate) struct Keys {
+    pub(crate) position: String,
+    pub(crate) windows: String,
+    pub(crate) state: String,
+}
+
+impl Keys {
+    fn new(prefix: &str, consumer: &ConsumerId) -> Self {
+        let key = |kind: &str| format!("{prefix}:{{{consumer}}}:{kind}");
+        Self {
+            position: key("position"),
+            windows: key("windows"),
+            state: key("state"),
+        }
+    }
+
+    /// Whether a key belongs to the store of some consumer.
+    pub(crate) fn is_ours(prefix: &str, key: &[u8]) -> bool {
+        let rest = key
+            .strip_prefix(prefix.as_bytes())
+            .and_then(|rest| rest.strip_prefix(b":{"));
+        rest.is_some_and(|rest| {
+            [&b"}:position"[..], b"}:windows", b"}:state"]
+                .iter()
+                .any(|end| rest.ends_with(end))
+        })
+    }
+}
+
+impl RedisStore {
+    pub(crate) fn new(server: Arc<Server>) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                link: Link::new(Arc::clone(&server), server.options.prefix.as_bytes()),
+                server,
+                consumers: Mutex::default(),
+                catalog: Arc::default(),
+            }),
+        }
+    }
+
+    /// Lets a consumer go on whose transaction was applied in part ([`Error::PartiallyApplied`]). Repair the data first: undo what was
+    /// applied. Its position did not move, so the records of that transaction are handled again. If you rather completed it by hand,
+    /// `seek` the consumer past them.
+    ///
+    /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does; asking again does no harm.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] if no transaction of the consumer is applied in part; [`Error::Unavailable`], [`Error::Indeterminate`].
+    pub async fn resolve_partial(&self, consumer: &ConsumerId) -> Result<(), Error> {
+        let action = || {
+            self.shared
+                .server
+                .on(format!("resolve the transaction of consumer {consumer}"))
+        };
+        let Consumer { link, keys } = self.consumer(consumer);
+        let mut connection = link.connection().await?;
+        let mut command = redis::cmd("HDEL");
+        command.arg(&keys.position).arg("partial");
+        let removed: RedisResult<u32> = command.query_async(&mut connection).await;
+        match removed {
+            Ok(0) => Err(Error::failed(action(), "none is applied in part")),
+            Ok(_) => Ok(()),
+            Err(error) => {
+                link.check(&error).await;
+                Err(write_failed(action(), error))
+            }
+        }
+    }
+
+    fn consumer(&self, consumer: &ConsumerId) -> Consumer {
+        // A panic elsewhere leaves the map whole.
+        let mut consumers = self.shared.consumers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = consumers.get(consumer) {
+            return known.clone();
+        }
+        let server = &self.shared.server;
+        let keys = Keys::new(&server.options.prefix, consumer);
+        let new = Consumer {
+            link: Arc::new(Link::new(Arc::clone(server), keys.position.as_bytes())),
+            keys: Arc::new(keys),
+        };
+        consumers.insert(consumer.clone(), new.clone());
+        new
+    }
+}
+
+impl fmt::Debug for RedisStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisStore")
+            .field("server", &self.shared.server.to_string())
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl OffsetStore for RedisStore {
+    type Tx = RedisTx;
+
+    /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is applied in part.
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        let Consumer { link, keys } = self.consumer(consumer);
+        let action = || {
+            let Keys { position, windows, .. } = &*keys;
+            link.server.on(format!(
+                "read position of consumer {consumer} (HGETALL of keys {position} and {windows})"
+            ))
+        };
+        let mut connection = link.connection().await?;
+        let mut both = redis::cmd("EVAL");
+        both.arg(READ).arg(2).arg(&keys.position).arg(&keys.windows);
+        let answer: RedisResult<(Hash, Hash)> = both.query_async(&mut connection).await;
+        let (position, windows) = match answer {
+            Ok(both) => both,
+            Err(error) => {
+                link.check(&error).await;
+                return Err(read_failed(action(), error));
+            }
+        };
+        if let Some(done) = position.get(&b"partial"[..]) {
+            return Err(partially_applied(consumer, printable(done)));
+        }
+        if position.is_empty() {
+            return Ok(None);
+        }
+        let decoded = decode(&position, &windows);
+        decoded.map(Some).map_err(|error| Error::failed(action(), error))
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<RedisTx, Error> {
+        let Consumer { link, keys } = self.consumer(consumer);
+        Ok(RedisTx::new(
+            consumer.clone(),
+            link,
+            keys,
+            Arc::clone(&self.shared.catalog),
+        ))
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        durability(&self.shared.link).await
+    }
+}
+
+type Hash = HashMap<Vec<u8>, Vec<u8>>;
+
+fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::Source> {
+    let field = |name: &str| {
+        position
+            .get(name.as_bytes())
+            .map(|value| std::str::from_utf8(value))
+            .transpose()
+    };
+    let needed =
+        |name: &str| field(name)?.ok_or_else(|| essentially_once::Source::from(format!("field {name:?} is missing")));
+    let windows = windows.iter().map(|(producer, window)| {
+        Ok((
+            ProducerId::new(std::str::from_utf8(producer)?)?,
+            Window::decode(window)?,
+        ))
+    });
+    Ok(Position {
+        log: stored_log(needed("log")?, field("incarnation")?.unwrap_or_default())?,
+        next: needed("next")?.parse()?,
+        revision: needed("revision")?.parse()?,
+        windows: windows.collect::<Result<_, essentially_once::Source>>()?,
+    })
+}
+
+/// The error that blocks a consumer until someone has repaired the data.
+pub(crate) fn partially_applied(consumer: &ConsumerId, done: String) -> Error {
+    Error::PartiallyApplied {
+        consumer: consumer.clone(),
+        done,
+        remedy: "undo what was applied, then call `RedisStore::resolve_partial` for the consumer".into(),
+    }
+}

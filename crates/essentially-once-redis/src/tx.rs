@@ -1,0 +1,294 @@
+//! A transaction: staged in memory, and sent when it commits.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{Advance, ConsumerId, Error, KeyValue, Transaction};
+use redis::{Cmd, FromRedisValue, RedisResult, Value};
+
+use crate::{
+    commit::{Commit, State},
+    error::read_failed,
+    native::{Catalog, Command, Staged, arguments, increment, printable, refused},
+    server::Link,
+    store::Keys,
+};
+
+/// Redis closes a connection that sends more than a gibibyte at once (`client-query-buffer-limit`).
+const MAX_BYTES: usize = 768 * 1024 * 1024;
+
+/// An open transaction: what it changes is kept in memory, and sent as one script when it commits. Nothing is locked, and dropping it costs
+/// nothing.
+///
+/// Besides the portable [`KeyValue`] state it takes [commands](Self::command) on keys of your own, which other consumers and programs see
+/// as well.
+///
+/// # When a command fails
+/// Redis never rolls back. The script therefore checks beforehand what can be checked: that the server knows each command, that
+/// the user may run it, that its keys have the type it needs, and that what is counted up is an integer. If the commit's first command
+/// fails, nothing was applied. If a later one fails nevertheless (an index out of range, an overflow, a malformed option), the commands before it stay:
+/// the commit returns [`Error::PartiallyApplied`], the position does not move, and the consumer is blocked, also after a restart,
+/// until [`RedisStore::resolve_partial`](crate::RedisStore::resolve_partial) is called. Commands that can fail for what the data
+/// holds go first, or are checked with [`query`](Self::query).
+pub struct RedisTx {
+    consumer: ConsumerId,
+    link: Arc<Link>,
+    keys: Arc<Keys>,
+    catalog: Arc<Catalog>,
+    state: State,
+    /// What was read, so that a transaction sees one value of a key.
+    read: BTreeMap<Vec<u8>, Option<Bytes>>,
+    staged: Staged,
+    /// Most transactions give one command over and over.
+    last: Option<Arc<Command>>,
+    /// Of `state`; that of commands is in `staged`.
+    bytes: usize,
+}
+
+impl RedisTx {
+    pub(crate) fn new(consumer: ConsumerId, link: Arc<Link>, keys: Arc<Keys>, catalog: Arc<Catalog>) -> Self {
+        Self {
+            consumer,
+            link,
+            keys,
+            catalog,
+            state: State::new(),
+            read: BTreeMap::new(),
+            staged: Staged::default(),
+            last: None,
+            bytes: 0,
+        }
+    }
+
+    /// Adds a writing command, or `PUBLISH`, to the commit. All are run in the order given, in the same step as state and position, and what
+    /// they return is dropped. In a cluster, their keys must hold the [`hash_tag`](Self::hash_tag).
+    ///
+    /// ```
+    /// # use essentially_once::Error;
+    /// # use essentially_once_redis::{RedisTx, redis};
+    /// # async fn example(tx: &mut RedisTx) -> Result<(), Error> {
+    /// tx.command(redis::Cmd::hincr("freight", "Brazil", 32)).await?;
+    /// tx.command(redis::cmd("PUBLISH").arg("shipped").arg("10248").take()).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// The server is asked once about each command name, with `COMMAND INFO`; after that, nothing is sent, except for commands whose
+    /// keys can stand anywhere (`SORT`, `ZUNIONSTORE`), which `COMMAND GETKEYS` finds. Dropping the future stages nothing.
+    ///
+    /// # Errors
+    /// The command is not staged, and the transaction can go on: [`Error::Failed`] for one that does not exist, has too many or too few arguments, does
+    /// not write, may block, is not allowed in a script, writes to no key in particular (`FLUSHALL`), or touches the keys of a store;
+    /// [`Error::TooLarge`] if the transaction grew over 768 MiB; [`Error::Unavailable`].
+    pub async fn command(&mut self, command: Cmd) -> Result<(), Error> {
+        let link = &self.link;
+        let arguments = arguments(&command);
+        let known = match &self.last {
+            Some(last) if last.is_named(&arguments) => Arc::clone(last),
+            _ => self.catalog.find(link, &arguments).await?,
+        };
+        known.check_write(link, &arguments)?;
+        let increment = increment(link, &known, &arguments)?;
+        let keys = known.keys(link, &arguments).await?;
+        if keys.is_empty() && !known.publishes() {
+            return Err(refused(link, known.name(), "it names no key, and could write anywhere"));
+        }
+        for key in &keys {
+            self.check_key(known.name(), key)?;
+            if Keys::is_ours(&link.server.options.prefix, key) {
+                let why = format!(
+                    "{:?} belongs to a store: change state with `put` and `delete`",
+                    printable(key)
+                );
+                return Err(refused(link, known.name(), why));
+            }
+        }
+        let size = arguments.iter().map(|argument| argument.len()).sum();
+        self.check_room(size)?;
+        if self.staged.note(&known, &keys, &arguments, increment) {
+            self.staged.commands.push((command, increment));
+        }
+        self.last = Some(known);
+        Ok(())
+    }
+
+    /// Runs a reading command now, and returns what it says. It sees the server as it is at that moment: neither what this transaction has
+    /// staged, nor is what it read protected from others until the commit, except from other instances of this consumer.
+    ///
+    /// ```
+    /// # use essentially_once::Error;
+    /// # use essentially_once_redis::{RedisTx, redis};
+    /// # async fn example(tx: &RedisTx) -> Result<(), Error> {
+    /// let price: Option<f64> = tx.query(redis::Cmd::hget("prices", "chai")).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Dropping the future has no effect.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] for a command that does not only read, that may block, or whose answer is no `T`; [`Error::Unavailable`].
+    pub async fn query<T: FromRedisValue>(&self, command: Cmd) -> Result<T, Error> {
+        let arguments = arguments(&command);
+        let known = self.catalog.find(&self.link, &arguments).await?;
+        known.check_read(&self.link, &arguments)?;
+        if self.link.server.is_cluster() {
+            for key in known.keys(&self.link, &arguments).await? {
+                self.check_key(known.name(), &key)?;
+            }
+        }
+        let action = || self.action(&format!("run {}", known.name()));
+        let answer = self.ask(&command, action).await?;
+        redis::from_redis_value(answer).map_err(|error| Error::failed(action(), error))
+    }
+
+    /// The consumer whose transaction this is.
+    pub fn consumer(&self) -> &ConsumerId {
+        &self.consumer
+    }
+
+    /// `{<consumer>}`: what the names of your keys must hold in a cluster, before any other brace, so that they are on the same node as
+    /// the position.
+    pub fn hash_tag(&self) -> String {
+        format!("{{{}}}", self.consumer)
+    }
+
+    /// Runs a reading command.
+    async fn ask(&self, command: &Cmd, action: impl Fn() -> String) -> Result<Value, Error> {
+        let mut connection = self.link.connection().await?;
+        let answer: RedisResult<Value> = command.query_async(&mut connection).await;
+        match answer {
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                self.link.check(&error).await;
+                Err(read_failed(action(), error))
+            }
+        }
+    }
+
+    /// In a cluster, refuses a key that may be on another node.
+    fn check_key(&self, command: &str, key: &[u8]) -> Result<(), Error> {
+        if !self.link.server.is_cluster() || hash_tag(key) == Some(self.consumer.as_str().as_bytes()) {
+            return Ok(());
+        }
+        let (key, tag) = (printable(key), self.hash_tag());
+        let why = format!(
+            "in a cluster, keys of this consumer's transactions must hold {tag}, as in {tag}:name; {key:?} does not"
+        );
+        Err(refused(&self.link, command, why))
+    }
+
+    fn check_size(&self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
+        match (bytes.len(), self.link.server.options.record_limit) {
+            (size, limit) if size > limit => Err(Error::TooLarge { what, size, limit }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_room(&self, more: usize) -> Result<(), Error> {
+        match self.bytes + self.staged.bytes + more {
+            size if size > MAX_BYTES => Err(Error::TooLarge {
+                what: "transaction",
+                size,
+                limit: MAX_BYTES,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn stage(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), Error> {
+        self.check_size("key", key)?;
+        self.check_size("value", value.unwrap_or_default())?;
+        let size = |value: Option<&[u8]>| key.len() + value.map_or(0, <[u8]>::len);
+        self.check_room(size(value))?;
+        let old = match self.state.get_mut(key) {
+            Some(staged) => Some(std::mem::replace(staged, value.map(Bytes::copy_from_slice))),
+            None => self.state.insert(key.to_vec(), value.map(Bytes::copy_from_slice)),
+        };
+        self.bytes += size(value);
+        if let Some(old) = old {
+            self.bytes -= size(old.as_deref());
+        }
+        Ok(())
+    }
+
+    fn action(&self, verb: &str) -> String {
+        let consumer = &self.consumer;
+        self.link
+            .server
+            .on(format!("{verb} in a transaction of consumer {consumer}"))
+    }
+}
+
+impl fmt::Debug for RedisTx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisTx")
+            .field("consumer", &self.consumer)
+            .field("server", &self.link.server.to_string())
+            .field("keys", &self.state.len())
+            .field("commands", &self.staged.commands.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Transaction for RedisTx {
+    async fn commit(self, advance: Advance) -> Result<(), Error> {
+        let Self {
+            consumer,
+            link,
+            keys,
+            state,
+            staged,
+            ..
+        } = self;
+        Commit {
+            link,
+            consumer,
+            keys,
+            state,
+            staged,
+            advance,
+        }
+        .run()
+        .await
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl KeyValue for RedisTx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        if let Some(known) = self.state.get(key).or_else(|| self.read.get(key)) {
+            return Ok(known.clone());
+        }
+        let mut command = redis::cmd("HGET");
+        command.arg(&self.keys.state).arg(key);
+        let action = || self.action(&format!("get a key of {}", self.keys.state));
+        let value: Option<Vec<u8>> = redis::from_redis_value(self.ask(&command, action).await?)
+            .map_err(|error| Error::failed(action(), error))?;
+        let value = value.map(Bytes::from);
+        self.read.insert(key.to_vec(), value.clone());
+        Ok(value)
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        self.stage(key, Some(value))
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.stage(key, None)
+    }
+}
+
+/// What a cluster computes a key's slot of, if not of all of it: the text between its first brace and the next closing one.
+fn hash_tag(key: &[u8]) -> Option<&[u8]> {
+    let open = key.iter().position(|byte| *byte == b'{')?;
+    let rest = &key[open + 1..];
+    let close = rest.iter().position(|byte| *byte == b'}')?;
+    (close > 0).then(|| &rest[..close])
+}

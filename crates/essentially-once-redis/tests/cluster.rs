@@ -1,0 +1,342 @@
+//! A cluster of three nodes: who is where, what moves, and what is killed.
+
+mod common;
+
+use std::{collections::HashMap, process::ExitCode, time::Duration};
+
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Error, EssentiallyOnce, Handler, HandlerError, Log as _, OffsetStore as _,
+    Record, Report, Source, async_trait,
+};
+use essentially_once_redis::{
+    Redis, RedisLog, RedisOptions, RedisStore, RedisTx,
+    redis::{Cmd, cmd},
+};
+use essentially_once_testkit::Ledger;
+use test_servers::{RedisCluster, RedisServer, Reply};
+use tokio::{sync::watch, task::JoinHandle};
+
+use common::{LIMIT, Outcome, Seen, Watched, cases, ensure, judge, message, run, send, send_until, until};
+
+const MESSAGES: u64 = 30;
+
+fn main() -> ExitCode {
+    run(cases![
+        logs_and_consumers_are_on_all_nodes,
+        a_command_in_another_slot_is_refused,
+        a_consumer_follows_its_slot,
+        sender_and_reader_follow_the_slot_of_the_log,
+        a_node_that_is_killed_comes_back,
+    ])
+}
+
+/// A cluster, and for each node a log and a consumer whose keys it holds.
+struct Stage {
+    cluster: RedisCluster,
+    redis: Redis,
+    logs: [RedisLog; 3],
+    consumers: [ConsumerId; 3],
+}
+
+impl Stage {
+    async fn start() -> Result<Self, Source> {
+        let cluster = RedisCluster::start(3)?;
+        let urls: Vec<String> = cluster.nodes().iter().map(RedisServer::url).collect();
+        let redis = RedisOptions::new().other_nodes(&urls[1..]).connect(&urls[0]).await?;
+        let [first, second, third] = names(&cluster, |name| name.to_owned())?;
+        let consumers = names(&cluster, position_key)?.map(ConsumerId::new);
+        let [a, b, c] = consumers;
+        Ok(Self {
+            logs: [
+                redis.log(&first).await?,
+                redis.log(&second).await?,
+                redis.log(&third).await?,
+            ],
+            consumers: [a?, b?, c?],
+            cluster,
+            redis,
+        })
+    }
+
+    fn node(&self, index: usize) -> &RedisServer {
+        &self.cluster.nodes()[index]
+    }
+
+    fn consumer(&self, index: usize, log: usize) -> (TestConsumer, watch::Receiver<Seen>) {
+        let (handler, seen) = Watched::new(Tally);
+        let (id, log) = (self.consumers[index].clone(), self.logs[log].clone());
+        let consumer = Consumer::essentially_once(id, log, self.redis.store(), handler)
+            .max_batch(4)
+            .backoff(Duration::from_millis(5), Duration::from_millis(100));
+        (consumer, seen)
+    }
+
+    fn start_consumer(&self, index: usize, log: usize) -> Running {
+        let (consumer, seen) = self.consumer(index, log);
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(consumer.run_until(stop.clone()));
+        Running { task, stop, seen }
+    }
+
+    /// Holds the ledger against the log, and the native commands against the ledger.
+    async fn judge(&self, index: usize, log: usize, messages: u64) -> Outcome {
+        let (store, consumer) = (self.redis.store(), &self.consumers[index]);
+        judge(&self.logs[log], &store, consumer, messages).await?;
+        let tx = store.begin(consumer).await?;
+        let counts: HashMap<String, u64> = tx.query(Cmd::hgetall(count_key(&tx))).await?;
+        let expected = (0..messages).fold(HashMap::new(), |mut counts, number| {
+            *counts.entry((number % 3).to_string()).or_default() += 1;
+            counts
+        });
+        ensure!(counts == expected, "counted {counts:?} of {messages}");
+        Ok(())
+    }
+
+    /// Has two nodes agree that a slot is moving.
+    fn begin_move(&self, slot: &str, from: usize, to: usize) -> Outcome {
+        let (from, to) = (self.node(from), self.node(to));
+        let (source, target) = (from.command(&["CLUSTER", "MYID"])?, to.command(&["CLUSTER", "MYID"])?);
+        to.command(&["CLUSTER", "SETSLOT", slot, "IMPORTING", source.text()])?;
+        from.command(&["CLUSTER", "SETSLOT", slot, "MIGRATING", target.text()])?;
+        Ok(())
+    }
+
+    /// Moves up to so many of the slot's keys, and returns how many.
+    fn move_keys(&self, slot: &str, from: usize, to: usize, count: usize) -> Result<usize, Source> {
+        let keys = self
+            .node(from)
+            .command(&["CLUSTER", "GETKEYSINSLOT", slot, &count.to_string()])?;
+        let port = self.node(to).port().to_string();
+        for key in keys.list() {
+            self.node(from)
+                .command(&["MIGRATE", "127.0.0.1", &port, key.text(), "0", "10000"])?;
+        }
+        Ok(keys.list().len())
+    }
+
+    fn end_move(&self, slot: &str, to: usize) -> Outcome {
+        let target = self.node(to).command(&["CLUSTER", "MYID"])?;
+        // The new owner first, so that there is always one.
+        for node in [to, (to + 1) % 3, (to + 2) % 3] {
+            self.node(node)
+                .command(&["CLUSTER", "SETSLOT", slot, "NODE", target.text()])?;
+        }
+        Ok(())
+    }
+}
+
+type TestConsumer = Consumer<RedisStore, Watched<Tally>, EssentiallyOnce>;
+
+/// A consumer in the background.
+struct Running {
+    task: JoinHandle<Result<Report, Error>>,
+    stop: CancellationToken,
+    seen: watch::Receiver<Seen>,
+}
+
+impl Running {
+    async fn handles(&mut self, messages: u64) -> Outcome {
+        until(&mut self.seen, |seen| seen.handled >= messages).await?;
+        Ok(())
+    }
+
+    /// Waits until it fails, from now on.
+    async fn fails(&mut self) -> Outcome {
+        let before = self.seen.borrow().resets;
+        until(&mut self.seen, |seen| seen.resets > before).await?;
+        Ok(())
+    }
+
+    async fn stop(self) -> Result<Report, Source> {
+        self.stop.cancel();
+        Ok(tokio::time::timeout(LIMIT, self.task).await???)
+    }
+}
+
+/// Writes a ledger, and counts by key with a native command.
+struct Tally;
+
+#[async_trait]
+impl Handler<RedisTx> for Tally {
+    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
+        Ledger.handle(record, tx).await?;
+        let key = record.key.clone().unwrap_or_default();
+        tx.command(Cmd::hincr(count_key(tx), &key[..], 1)).await?;
+        Ok(())
+    }
+}
+
+fn count_key(tx: &RedisTx) -> String {
+    format!("{}:count", tx.hash_tag())
+}
+
+fn position_key(consumer: &str) -> String {
+    format!("essentially-once:{{{consumer}}}:position")
+}
+
+fn slot_of(cluster: &RedisCluster, key: &str) -> Result<usize, Source> {
+    match cluster.nodes()[0].command(&["CLUSTER", "KEYSLOT", key])? {
+        Reply::Int(slot) => Ok(usize::try_from(slot)?),
+        other => Err(format!("{key} is in slot {other:?}").into()),
+    }
+}
+
+/// For each node a name whose key it holds.
+fn names(cluster: &RedisCluster, key: impl Fn(&str) -> String) -> Result<[String; 3], Source> {
+    let mut names: [Option<String>; 3] = Default::default();
+    for letter in 'a'..='z' {
+        let name = letter.to_string();
+        // The nodes share the slots in equal parts.
+        let node = slot_of(cluster, &key(&name))? * 3 / 16_384;
+        names[node] = Some(name);
+    }
+    match names {
+        [Some(first), Some(second), Some(third)] => Ok([first, second, third]),
+        _ => Err("no name for some node".into()),
+    }
+}
+
+async fn logs_and_consumers_are_on_all_nodes() -> Outcome {
+    let stage = Stage::start().await?;
+    for index in 0..3 {
+        let log = (index + 1) % 3;
+        send(&stage.logs[log], 0..MESSAGES).await?;
+        let (consumer, _) = stage.consumer(index, log);
+        consumer.run_until_caught_up().await?;
+        stage.judge(index, log, MESSAGES).await?;
+        // They are where their slots say, and nowhere else.
+        for node in 0..3 {
+            let keys = stage.node(node).command(&["KEYS", "*"])?;
+            let has = |key: &str| keys.list().iter().any(|found| found.text() == key);
+            let position = has(&position_key(stage.consumers[index].as_str()));
+            ensure!(
+                position == (node == index),
+                "the position of node {index} on node {node}: {position}"
+            );
+            let stream = has(stage.logs[log].id().name());
+            ensure!(
+                stream == (node == log),
+                "the log of node {log} on node {node}: {stream}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Writes something that is fine, and something in another slot.
+struct Astray;
+
+#[async_trait]
+impl Handler<RedisTx> for Astray {
+    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
+        Tally.handle(record, tx).await?;
+        tx.command(cmd("SET").arg("elsewhere").arg(1).take()).await?;
+        Ok(())
+    }
+}
+
+async fn a_command_in_another_slot_is_refused() -> Outcome {
+    let stage = Stage::start().await?;
+    send(&stage.logs[0], 0..1).await?;
+    let (id, log) = (stage.consumers[0].clone(), stage.logs[0].clone());
+    let run = Consumer::essentially_once(id.clone(), log, stage.redis.store(), Astray).retries(0);
+    let error = run.run_until_caught_up().await.err().ok_or("it was not refused")?;
+    let text = error.to_string();
+    ensure!(matches!(error, Error::Unhandled { .. }), "{text}");
+    ensure!(
+        text.contains(&format!("{{{id}}}")) && text.contains("elsewhere"),
+        "{text}"
+    );
+    for node in stage.cluster.nodes() {
+        let keys = node.command(&["KEYS", "*"])?;
+        let applied = |key: &Reply| {
+            ["elsewhere", "count", "state"]
+                .iter()
+                .any(|part| key.text().contains(part))
+        };
+        ensure!(!keys.list().iter().any(applied), "{keys:?}");
+    }
+    // Another handler goes on at the same record.
+    stage.consumer(0, 0).0.run_until_caught_up().await?;
+    stage.judge(0, 0, 1).await
+}
+
+async fn a_consumer_follows_its_slot() -> Outcome {
+    let stage = Stage::start().await?;
+    let log = &stage.logs[1];
+    let slot = slot_of(&stage.cluster, &position_key(stage.consumers[0].as_str()))?.to_string();
+    let mut running = stage.start_consumer(0, 1);
+    send(log, 0..10).await?;
+    running.handles(10).await?;
+    stage.begin_move(&slot, 0, 2)?;
+    ensure!(stage.move_keys(&slot, 0, 2, 1)? == 1, "there is nothing to move");
+    // One of its keys is there and the others are here: nobody can commit.
+    send(log, 10..20).await?;
+    running.fails().await?;
+    while stage.move_keys(&slot, 0, 2, 10)? > 0 {}
+    running.fails().await?;
+    stage.end_move(&slot, 2)?;
+    running.handles(20).await?;
+    send(log, 20..MESSAGES).await?;
+    running.handles(MESSAGES).await?;
+    let report = running.stop().await?;
+    // A commit that an adapter sends again is fenced by itself.
+    ensure!(report.fenced == 0 && report.restarts >= 2, "{report}");
+    stage.judge(0, 1, MESSAGES).await
+}
+
+async fn sender_and_reader_follow_the_slot_of_the_log() -> Outcome {
+    let stage = Stage::start().await?;
+    let log = &stage.logs[1];
+    let slot = slot_of(&stage.cluster, log.id().name())?.to_string();
+    let mut running = stage.start_consumer(0, 1);
+    send(log, 0..10).await?;
+    running.handles(10).await?;
+    stage.begin_move(&slot, 1, 2)?;
+    ensure!(
+        stage.move_keys(&slot, 1, 2, 10)? == 1,
+        "the stream is not alone in its slot"
+    );
+    let refused = log.append(&[message(10)]).await;
+    ensure!(
+        matches!(&refused, Err(error @ Error::Unavailable { .. }) if error.to_string().contains("the key is moving")),
+        "{refused:?}"
+    );
+    running.fails().await?;
+    stage.end_move(&slot, 2)?;
+    send(log, 10..MESSAGES).await?;
+    running.handles(MESSAGES).await?;
+    let report = running.stop().await?;
+    ensure!(report.duplicates == 0 && report.fenced == 0, "{report}");
+    stage.judge(0, 1, MESSAGES).await
+}
+
+async fn a_node_that_is_killed_comes_back() -> Outcome {
+    const MORE: u64 = 20;
+    let stage = Stage::start().await?;
+    let mut running: Vec<Running> = (0..3).map(|index| stage.start_consumer(index, 1)).collect();
+    let sent = CancellationToken::new();
+    let sending = tokio::spawn(send_until(stage.logs[1].clone(), sent.clone()));
+    for killed in [1, 2, 0] {
+        for consumer in &mut running {
+            let handled = consumer.seen.borrow().handled;
+            consumer.handles(handled + MORE).await?;
+        }
+        tokio::task::block_in_place(|| stage.node(killed).restart())?;
+        // The killed node holds this one's position.
+        running[killed].fails().await?;
+    }
+    for consumer in &mut running {
+        let handled = consumer.seen.borrow().handled;
+        consumer.handles(handled + MORE).await?;
+    }
+    sent.cancel();
+    let (messages, failed) = tokio::time::timeout(LIMIT, sending).await???;
+    ensure!(failed > 0, "no append failed");
+    for (index, consumer) in running.into_iter().enumerate() {
+        consumer.stop().await?;
+        stage.consumer(index, 1).0.run_until_caught_up().await?;
+        stage.judge(index, 1, messages).await?;
+    }
+    Ok(())
+}

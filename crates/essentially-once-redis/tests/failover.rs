@@ -1,0 +1,280 @@
+//! A replica takes over: with everything, or without what the master never sent it.
+
+mod common;
+
+use std::{process::ExitCode, time::Duration};
+
+use essentially_once::{
+    Advance, Bounds, CancellationToken, Consumer, ConsumerId, Error, Log as _, Offset, OffsetStore, Report, Source,
+    Transaction as _, memory::Memory,
+};
+use essentially_once_redis::{Redis, RedisLog, RedisOptions, RedisStore};
+use essentially_once_testkit::{Ledger, read_ledger, read_log};
+use test_servers::{RedisSentinel, RedisServer};
+use tokio::{sync::watch, task::JoinHandle};
+
+use common::{LIMIT, Outcome, Seen, Watched, agree, cases, ensure, insist, message, run, send, send_until, until};
+
+const NAME: &str = "shop";
+
+fn main() -> ExitCode {
+    run(cases![
+        a_consumer_goes_on_with_the_new_master,
+        a_store_elsewhere_notices_that_the_tail_is_gone,
+        position_and_state_on_the_same_server_go_back_together,
+        replicas_are_waited_for,
+        an_old_master_refuses_for_now,
+    ])
+}
+
+/// A master with a replica.
+struct Stage {
+    master: RedisServer,
+    replica: RedisServer,
+    consumer: ConsumerId,
+}
+
+impl Stage {
+    /// When both have the same.
+    async fn start() -> Result<Self, Source> {
+        let master = RedisServer::durable()
+            .with(&[("repl-diskless-sync-delay", "0")])
+            .start()?;
+        let replica = RedisServer::durable().replica_of(&master).start()?;
+        let stage = Self {
+            consumer: ConsumerId::new("shipping")?,
+            master,
+            replica,
+        };
+        let (log, _) = insist(|| stage.open_replicated()).await?;
+        send(&log, 0..1).await?;
+        Ok(stage)
+    }
+
+    /// From here on the replica hears of nothing, and Sentinels that start later do not hear of it.
+    fn cut_off_replica(&self) -> Outcome {
+        self.replica.command(&["REPLICAOF", "NO", "ONE"])?;
+        self.master.command(&["CLIENT", "KILL", "TYPE", "REPLICA"])?;
+        Ok(())
+    }
+
+    /// The log, on the master; what is appended by it is on the replica too.
+    async fn open_replicated(&self) -> Result<RedisLog, Error> {
+        let redis = waiting(LIMIT).connect(&self.master.url()).await?;
+        redis.log("orders").await
+    }
+
+    /// Sentinels of which the first knows the master, and the second what was cut off from it: asked in this order, they name the one
+    /// while it lives, and then the other.
+    fn sentinels(&self) -> Result<[RedisSentinel; 2], Source> {
+        Ok([
+            RedisSentinel::start(NAME, &self.master)?,
+            RedisSentinel::start(NAME, &self.replica)?,
+        ])
+    }
+}
+
+/// By the Sentinels' word alone: nobody listens on that port.
+async fn connect(sentinels: &[RedisSentinel]) -> Result<Redis, Error> {
+    RedisOptions::new()
+        .timeout(Duration::from_secs(5))
+        .sentinel(NAME, sentinels.iter().map(|sentinel| sentinel.server().url()))
+        .connect("redis://127.0.0.1:1")
+        .await
+}
+
+/// Asks for one replica.
+fn waiting(limit: Duration) -> RedisOptions {
+    RedisOptions::new().min_replicas(1, limit)
+}
+
+/// A consumer in the background.
+struct Running {
+    task: JoinHandle<Result<Report, Error>>,
+    stop: CancellationToken,
+    seen: watch::Receiver<Seen>,
+}
+
+impl Running {
+    async fn start<S>(id: &ConsumerId, log: RedisLog, store: S) -> Self
+    where
+        S: OffsetStore<Tx: essentially_once::KeyValue> + 'static,
+    {
+        let (handler, seen) = Watched::new(Ledger);
+        let consumer = Consumer::essentially_once(id.clone(), log, store, handler)
+            .max_batch(3)
+            .backoff(Duration::from_millis(5), Duration::from_millis(100))
+            .accept_volatile();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(consumer.run_until(stop.clone()));
+        Self { task, stop, seen }
+    }
+
+    async fn ends(self) -> Result<Result<Report, Error>, Source> {
+        Ok(tokio::time::timeout(LIMIT, self.task).await??)
+    }
+}
+
+async fn a_consumer_goes_on_with_the_new_master() -> Outcome {
+    let stage = Stage::start().await?;
+    let sentinel = RedisSentinel::start(NAME, &stage.master)?;
+    let redis = connect(std::slice::from_ref(&sentinel)).await?;
+    let mut running = Running::start(&stage.consumer, redis.log("orders").await?, redis.store()).await;
+    let sent = CancellationToken::new();
+    let sending = tokio::spawn(send_until(redis.log("orders").await?, sent.clone()));
+    until(&mut running.seen, |seen| seen.handled >= 30).await?;
+    stage.master.kill()?;
+    while sentinel.master_port()? != stage.replica.port() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let before = running.seen.borrow().handled;
+    until(&mut running.seen, |seen| seen.handled >= before + 30).await?;
+    sent.cancel();
+    let (_, failed) = tokio::time::timeout(LIMIT, sending).await???;
+    running.stop.cancel();
+    let report = running.ends().await??;
+    ensure!(failed > 0 && report.restarts > 0, "{failed} appends failed; {report}");
+    // Judged by what the new master has.
+    let redis = Redis::connect(&stage.replica.url()).await?;
+    let (log, store) = (redis.log("orders").await?, redis.store());
+    let rest = Consumer::essentially_once(stage.consumer.clone(), log.clone(), store.clone(), Ledger);
+    rest.run_until_caught_up().await?;
+    agree(&read_log(&log).await?, &store, &stage.consumer).await
+}
+
+/// Has the consumer handle what the replica will never hear of.
+async fn lose_the_tail<S>(stage: &Stage, redis: &Redis, store: S) -> Result<(Running, Bounds), Source>
+where
+    S: OffsetStore<Tx: essentially_once::KeyValue> + 'static,
+{
+    let log = redis.log("orders").await?;
+    let kept = log.bounds().await?;
+    let mut running = Running::start(&stage.consumer, log.clone(), store).await;
+    until(&mut running.seen, |seen| seen.handled == 1).await?;
+    send(&log, 1..10).await?;
+    until(&mut running.seen, |seen| seen.handled == 10).await?;
+    Ok((running, kept))
+}
+
+async fn a_store_elsewhere_notices_that_the_tail_is_gone() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.cut_off_replica()?;
+    let sentinels = stage.sentinels()?;
+    let redis = connect(&sentinels).await?;
+    let store = Memory::new().store();
+    let (running, kept) = lose_the_tail(&stage, &redis, store.clone()).await?;
+    stage.master.kill()?;
+    let past_end = |result: Result<Report, Error>| match result {
+        Err(Error::OutOfRange { end, .. }) if end == kept.end => Ok(()),
+        other => Err(Source::from(format!("the tail is gone, and: {other:?}"))),
+    };
+    past_end(running.ends().await?)?;
+    // And so it is for one that starts only now.
+    let late = Running::start(&stage.consumer, redis.log("orders").await?, store.clone()).await;
+    past_end(late.ends().await?)?;
+    ensure!(
+        read_ledger(&store, &stage.consumer).await?.len() == 10,
+        "the state has changed"
+    );
+    Ok(())
+}
+
+async fn position_and_state_on_the_same_server_go_back_together() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.cut_off_replica()?;
+    let sentinels = stage.sentinels()?;
+    let redis = connect(&sentinels).await?;
+    let (mut running, _) = lose_the_tail(&stage, &redis, redis.store()).await?;
+    stage.master.kill()?;
+    // The sender, who knows of nothing, goes on.
+    send(&redis.log("orders").await?, 10..20).await?;
+    until(&mut running.seen, |seen| seen.handled == 20).await?;
+    running.stop.cancel();
+    let report = running.ends().await??;
+    ensure!(report.restarts > 0, "{report}");
+    let redis = Redis::connect(&stage.replica.url()).await?;
+    let records = read_log(&redis.log("orders").await?).await?;
+    let sequences: Vec<u64> = records
+        .iter()
+        .filter_map(|record| Some(record.origin.as_ref()?.sequence))
+        .collect();
+    ensure!(
+        sequences.iter().copied().eq([0].into_iter().chain(10..20)),
+        "the log has {sequences:?}"
+    );
+    agree(&records, &redis.store(), &stage.consumer).await
+}
+
+async fn replicas_are_waited_for() -> Outcome {
+    let stage = Stage::start().await?;
+    let (log, store) = patient(&stage, LIMIT).await?;
+    log.append(&[message(1)]).await?;
+    commit(&store, &stage.consumer, &log, 0).await?;
+    let (log, store) = patient(&stage, Duration::from_millis(200)).await?;
+    stage.replica.freeze();
+    let in_doubt = |result: Result<(), Error>| match result {
+        Err(error @ Error::Indeterminate { .. }) if error.to_string().contains("only 0") => Ok(()),
+        other => Err(Source::from(format!("no replica answers, and: {other:?}"))),
+    };
+    in_doubt(log.append(&[message(2)]).await.map(drop))?;
+    in_doubt(commit(&store, &stage.consumer, &log, 1).await)?;
+    stage.replica.thaw();
+    // In doubt, and done.
+    ensure!(read_log(&log).await?.len() == 3, "the record is not there");
+    let position = store.position(&stage.consumer).await?;
+    ensure!(
+        position.is_some_and(|position| position.revision == 2),
+        "the commit was not made"
+    );
+    let (log, store) = patient(&stage, LIMIT).await?;
+    log.append(&[message(3)]).await?;
+    commit(&store, &stage.consumer, &log, 2).await?;
+    Ok(())
+}
+
+async fn patient(stage: &Stage, limit: Duration) -> Result<(RedisLog, RedisStore), Error> {
+    let redis = waiting(limit).connect(&stage.master.url()).await?;
+    Ok((redis.log("orders").await?, redis.store()))
+}
+
+async fn commit(store: &RedisStore, consumer: &ConsumerId, log: &RedisLog, revision: u64) -> Result<(), Error> {
+    let (windows, forgotten) = Default::default();
+    let tx = store.begin(consumer).await?;
+    tx.commit(Advance {
+        log: log.id().clone(),
+        next: Offset::from(revision),
+        expected_revision: revision,
+        windows,
+        forgotten,
+    })
+    .await
+}
+
+async fn an_old_master_refuses_for_now() -> Outcome {
+    let stage = Stage::start().await?;
+    let redis = Redis::connect(&stage.master.url()).await?;
+    let (log, store) = (redis.log("orders").await?, redis.store());
+    commit(&store, &stage.consumer, &log, 0).await?;
+    stage.replica.command(&["REPLICAOF", "NO", "ONE"])?;
+    let port = stage.replica.port().to_string();
+    stage.master.command(&["REPLICAOF", "127.0.0.1", &port])?;
+    // If it has to fetch everything anew, it loads that first.
+    let says = |error: &Error| {
+        ["a replica now", "is loading"]
+            .iter()
+            .any(|words| error.to_string().contains(words))
+    };
+    let refused = |result: Result<(), Error>| match result {
+        Err(error @ Error::Unavailable { .. }) if says(&error) => Ok(()),
+        other => Err(Source::from(format!("it is a replica, and: {other:?}"))),
+    };
+    // A second time on a new connection.
+    for _ in 0..2 {
+        refused(log.append(&[message(1)]).await.map(drop))?;
+        refused(commit(&store, &stage.consumer, &log, 1).await)?;
+    }
+    stage.master.command(&["REPLICAOF", "NO", "ONE"])?;
+    send(&log, 1..2).await?;
+    insist(|| commit(&store, &stage.consumer, &log, 1)).await?;
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! The server is killed between any two steps of a run, and at random moments.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod soak;
+mod steps;
+
+use std::{collections::BTreeSet, process::ExitCode, sync::Arc, time::Duration};
+
+use essentially_once::{Consumer, ConsumerId, Error, Log, NewRecord, Source};
+use essentially_once_redis::{Redis, RedisLog, RedisOptions};
+use essentially_once_testkit::Ledger;
+use test_servers::RedisServer;
+
+use self::{
+    common::{Outcome, cases, ensure, insist, judge, message, run},
+    soak::two_consumers_and_a_sender_survive_random_kills,
+    steps::{Counted, Moment, Steps, Strike},
+};
+
+/// More than one batch of each size.
+const MESSAGES: u64 = 6;
+/// A run has more steps than that: opening, appends, and what a consumer does for each record.
+const STEPS: usize = 32;
+
+fn main() -> ExitCode {
+    run(cases![
+        killed_before_any_step_in_batches_of_3,
+        killed_before_any_step_one_by_one,
+        killed_after_any_step_in_batches_of_3,
+        killed_after_any_step_one_by_one,
+        dead_for_a_while_after_any_step,
+        two_consumers_and_a_sender_survive_random_kills,
+    ])
+}
+
+async fn killed_before_any_step_in_batches_of_3() -> Outcome {
+    at_every_step(Moment::Before, 3, 0).await
+}
+
+async fn killed_before_any_step_one_by_one() -> Outcome {
+    at_every_step(Moment::Before, 1, 0).await
+}
+
+async fn killed_after_any_step_in_batches_of_3() -> Outcome {
+    at_every_step(Moment::After, 3, 0).await
+}
+
+async fn killed_after_any_step_one_by_one() -> Outcome {
+    at_every_step(Moment::After, 1, 0).await
+}
+
+/// It stays dead until two more steps have failed.
+async fn dead_for_a_while_after_any_step() -> Outcome {
+    at_every_step(Moment::After, 3, 2).await
+}
+
+/// One run for each step, until a run ends before that step comes.
+async fn at_every_step(moment: Moment, max_batch: usize, failures: usize) -> Outcome {
+    let server = Arc::new(RedisServer::durable().start()?);
+    let mut struck = BTreeSet::new();
+    let (mut failed, mut step) = (0, 0);
+    loop {
+        step += 1;
+        let strike = Strike { step, moment, failures };
+        let steps = Steps::new(Arc::clone(&server), strike);
+        let outcome = one_run(&server, &steps, max_batch).await;
+        outcome.map_err(|error| format!("{strike:?} ({:?}): {error}", steps.struck()))?;
+        if steps.count() < step {
+            break;
+        }
+        // Nothing comes after a reader's wait that is dropped with the run.
+        struck.extend(steps.struck());
+        failed += steps.failed();
+    }
+    let kinds = BTreeSet::from([
+        "open",
+        "append",
+        "bounds",
+        "durability",
+        "position",
+        "read",
+        "next",
+        "begin",
+        "get",
+        "put",
+        "commit",
+    ]);
+    ensure!(struck == kinds, "struck only {struck:?}");
+    ensure!(step > STEPS, "a run had {step} steps only");
+    // Not all are: some steps need no server, and after the last one nobody asks any more.
+    ensure!(failed > step / 2, "only {failed} operations failed in {step} runs");
+    Ok(())
+}
+
+/// A sender, and then a consumer, with a log and a state of their own.
+async fn one_run(server: &RedisServer, steps: &Steps, max_batch: usize) -> Outcome {
+    let name = format!("run-{}", steps.strike().step);
+    let consumer = ConsumerId::new(&name)?;
+    let redis = RedisOptions::new()
+        .timeout(Duration::from_secs(20))
+        .connect(&server.url())
+        .await?;
+    let log = open(&redis, &name, steps).await?;
+    for number in 0..MESSAGES {
+        append(&log, &[message(number)]).await?;
+        if number % 3 == 1 {
+            append(&log, &[message(number), message(number - 1)]).await?;
+        }
+    }
+    let store = Counted::new(redis.store(), steps);
+    Consumer::essentially_once(consumer.clone(), log, store, Ledger)
+        .max_batch(max_batch)
+        .backoff(Duration::from_millis(1), Duration::from_millis(50))
+        .restart_limit(100)
+        .run_until_caught_up()
+        .await?;
+    steps.revive()?;
+    // Another process looks at it.
+    let redis = Redis::connect(&server.url()).await?;
+    judge(&redis.log(&name).await?, &redis.store(), &consumer, MESSAGES).await
+}
+
+async fn open(redis: &Redis, name: &str, steps: &Steps) -> Result<Counted<RedisLog>, Source> {
+    let (log, _) = insist(|| steps.step("open", redis.log(name))).await?;
+    Ok(Counted::new(log, steps))
+}
+
+/// What is in doubt is sent again.
+async fn append(log: &dyn Log, records: &[NewRecord]) -> Result<(), Error> {
+    insist(|| log.append(records)).await?;
+    Ok(())
+}

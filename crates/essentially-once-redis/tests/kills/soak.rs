@@ -1,0 +1,79 @@
+//! Random kills while everything runs at once.
+
+use std::time::{Duration, Instant};
+
+use essentially_once::{CancellationToken, Consumer, ConsumerId, EssentiallyOnce, Source};
+use essentially_once_redis::{Redis, RedisStore};
+use essentially_once_testkit::Ledger;
+use test_servers::RedisServer;
+use tokio::{task::block_in_place, time::sleep};
+
+use crate::common::{LIMIT, Outcome, ensure, judge, send_until};
+
+const KILLS: usize = 60;
+/// From one start to the next kill, at most.
+const LONGEST_LIFE: Duration = Duration::from_millis(100);
+const SEED: &str = "ESSENTIALLY_ONCE_SEED";
+
+pub(crate) async fn two_consumers_and_a_sender_survive_random_kills() -> Outcome {
+    let seed = match std::env::var(SEED) {
+        Ok(seed) => seed.parse()?,
+        Err(_) => fastrand::u64(..),
+    };
+    eprintln!("repeat the moments of the kills with {SEED}={seed}");
+    let outcome = soak(&mut fastrand::Rng::with_seed(seed)).await;
+    outcome.map_err(|error| format!("{error}; seed {seed}").into())
+}
+
+async fn soak(random: &mut fastrand::Rng) -> Outcome {
+    let server = RedisServer::durable().start()?;
+    let consumer = ConsumerId::new("shipping")?;
+    let stop = CancellationToken::new();
+    let mut running = Vec::new();
+    for _ in 0..2 {
+        running.push(tokio::spawn(build(&server, &consumer).await?.run_until(stop.clone())));
+    }
+    let killed = CancellationToken::new();
+    let log = Redis::connect(&server.url()).await?.log("orders").await?;
+    let sending = tokio::spawn(send_until(log, killed.clone()));
+    let started = Instant::now();
+    for _ in 0..KILLS {
+        sleep(LONGEST_LIFE.mul_f32(random.f32())).await;
+        block_in_place(|| server.restart())?;
+        ensure!(
+            started.elapsed() < LIMIT,
+            "the server does not come back quickly enough"
+        );
+    }
+    killed.cancel();
+    let (messages, doubts) = sending.await??;
+    stop.cancel();
+    let (mut restarts, mut handled) = (0, 0);
+    for consumer in running {
+        let report = consumer.await??;
+        restarts += report.restarts;
+        handled += report.handled;
+    }
+    let rest = build(&server, &consumer).await?.run_until_caught_up().await?;
+    let redis = Redis::connect(&server.url()).await?;
+    judge(&redis.log("orders").await?, &redis.store(), &consumer, messages).await?;
+    eprintln!(
+        "{messages} messages, {handled} handled under fire, {doubts} appends in doubt or refused, {restarts} restarts, then {rest}"
+    );
+    ensure!(
+        doubts > 0 && handled > 0 && restarts > KILLS as u64,
+        "the kills hit nobody"
+    );
+    Ok(())
+}
+
+async fn build(
+    server: &RedisServer,
+    consumer: &ConsumerId,
+) -> Result<Consumer<RedisStore, Ledger, EssentiallyOnce>, Source> {
+    let redis = Redis::connect(&server.url()).await?;
+    let log = redis.log("orders").await?;
+    Ok(Consumer::essentially_once(consumer.clone(), log, redis.store(), Ledger)
+        .max_batch(5)
+        .backoff(Duration::from_millis(1), Duration::from_millis(20)))
+}

@@ -1,0 +1,186 @@
+//! What is there after an append, and after one that failed.
+
+use std::time::Duration;
+
+use essentially_once::{Error, Log, NewRecord, Offset};
+use essentially_once_redis::{LogOptions, Redis, RedisOptions};
+use test_servers::{Cut, Proxy};
+use tokio::sync::watch;
+
+use crate::support::{admin, numbered, orders, payloads, read, server, texts};
+
+pub(crate) async fn ten_thousand_records_in_order() {
+    let (_server, _, log) = orders().await;
+    let last = log.append(&numbered(0..10_000)).await.expect("append");
+    let records = read(&log, Offset::ZERO, 10_000).await;
+    assert_eq!(payloads(&records), texts(0..10_000));
+    assert_eq!(records.last().map(|record| record.offset), last);
+    assert!(records.is_sorted_by(|a, b| a.offset < b.offset));
+}
+
+pub(crate) async fn an_acknowledged_record_survives_kills_amid_appends() {
+    let (server, redis, log) = orders().await;
+    let mut sent = 0;
+    let mut results = Vec::new();
+    for round in 0..5 {
+        let (acknowledged, mut progress) = watch::channel(());
+        let appending = {
+            let log = log.clone();
+            tokio::spawn(async move {
+                let mut results = Vec::new();
+                loop {
+                    let batch = sent + results.len();
+                    let records: Vec<_> = (0..2_500).map(|n| NewRecord::new(format!("{batch}.{n}"))).collect();
+                    results.push(log.append(&records).await.map(drop));
+                    if results.last().is_some_and(Result::is_err) {
+                        return results;
+                    }
+                    acknowledged.send_replace(());
+                }
+            })
+        };
+        // Not before one was acknowledged, and then at different stages of the next. An error here means that the appender stopped: over
+        // the connection that the last kill broke.
+        let _ = progress.changed().await;
+        tokio::time::sleep(Duration::from_millis(3 + 7 * round)).await;
+        tokio::task::block_in_place(|| server.restart()).expect("restart");
+        results.extend(appending.await.expect("the appender"));
+        sent = results.len();
+    }
+    let log = redis.log("orders").await.expect("log");
+    log.append(&[NewRecord::new("end")]).await.expect("append");
+    let mut found = Vec::new();
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    while found.last().is_none_or(|last| last != "end") {
+        let records = reader.next(10_000).await.expect("next");
+        found.extend(payloads(&records).into_iter().map(String::from));
+    }
+    assert!(
+        results.iter().filter(|result| result.is_ok()).count() > 0,
+        "{results:?}"
+    );
+    let mut rest = &found[..found.len() - 1];
+    for (batch, result) in results.iter().enumerate() {
+        let prefix = format!("{batch}.");
+        let there = rest.iter().take_while(|payload| payload.starts_with(&prefix)).count();
+        let in_order = rest[..there]
+            .iter()
+            .enumerate()
+            .all(|(n, payload)| *payload == format!("{batch}.{n}"));
+        assert!(in_order, "batch {batch} is no prefix");
+        match result {
+            Ok(()) => assert_eq!(there, 2_500, "batch {batch} was acknowledged"),
+            Err(Error::Indeterminate { .. }) => {}
+            Err(error) => assert_eq!(there, 0, "batch {batch}: {error}"),
+        }
+        rest = &rest[there..];
+    }
+    assert!(rest.is_empty(), "there is more than was appended: {:?}", &rest[..1]);
+}
+
+pub(crate) async fn without_memory_nothing_is_appended() {
+    let (server, _, log) = orders().await;
+    admin(&server, &["CONFIG", "SET", "maxmemory", "1"]);
+    let error = log.append(&numbered(0..5)).await.expect_err("no memory");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains("maxmemory"), "{error}");
+    admin(&server, &["CONFIG", "SET", "maxmemory", "0"]);
+    assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(0));
+    log.append(&numbered(0..1)).await.expect("with memory again");
+}
+
+pub(crate) async fn a_chunk_that_fails_leaves_those_before_it_in_doubt() {
+    let (server, _, log) = orders().await;
+    // Only a few ids are left.
+    admin(
+        &server,
+        &[
+            "XADD",
+            "orders",
+            "18446744073709551615-18446744073709551612",
+            "payload",
+            "first",
+        ],
+    );
+    let error = log.append(&numbered(0..5)).await.expect_err("no id left");
+    assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
+    assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(4));
+    let error = log.append(&numbered(0..5)).await.expect_err("no id left");
+    assert!(matches!(error, Error::Failed { .. }), "{error}");
+    assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(4));
+
+    let again = server_with_room_for_a_chunk().await;
+    let error = again.append(&numbered(0..2_500)).await.expect_err("no id left");
+    assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("the first 1000 of 2500 records were appended"),
+        "{error}"
+    );
+}
+
+/// A log with exactly a thousand ids left.
+async fn server_with_room_for_a_chunk() -> impl Log {
+    let (server, redis) = server().await;
+    let log = redis.log("orders").await.expect("log");
+    let id = format!("{}-{}", u64::MAX, u64::MAX - 1_000);
+    admin(&server, &["XADD", "orders", &id, "payload", "first"]);
+    // The server lives as long as the test's process.
+    std::mem::forget(server);
+    log
+}
+
+pub(crate) async fn a_cut_connection_leaves_the_outcome_unknown() {
+    let (server, _, direct) = orders().await;
+    let proxy = Proxy::start(server.port()).expect("proxy");
+    let redis = Redis::connect(&format!("redis://127.0.0.1:{}", proxy.port()))
+        .await
+        .expect("connect");
+    let log = redis.log("orders").await.expect("log");
+    for (cut, there) in [(Cut::BeforeRequest, 0), (Cut::BeforeReply, 3)] {
+        let before = direct.bounds().await.expect("bounds").end;
+        proxy.cut_at(b"XADD", cut);
+        let error = log.append(&numbered(0..3)).await.expect_err("cut off");
+        assert!(matches!(error, Error::Indeterminate { .. }), "{cut:?}: {error}");
+        let mut found = Vec::new();
+        if there > 0 {
+            found = read(&direct, before, there).await;
+        }
+        assert_eq!(payloads(&found), texts(0..there), "{cut:?}");
+        log.append(&numbered(9..10)).await.expect("over a new connection");
+    }
+    // While nobody answers, nothing was sent.
+    proxy.refuse(true);
+    proxy.cut();
+    let _ = log.append(&numbered(0..1)).await;
+    let error = log.append(&numbered(0..1)).await.expect_err("no connection");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    proxy.refuse(false);
+    log.append(&numbered(0..1)).await.expect("connected again");
+}
+
+pub(crate) async fn missing_replicas_leave_the_outcome_unknown() {
+    let (server, _, direct) = orders().await;
+    let options = RedisOptions::new().min_replicas(1, Duration::from_millis(20));
+    let redis = options.connect(&server.url()).await.expect("connect");
+    let log = redis.log_with("orders", LogOptions::new()).await.expect("log");
+    let error = log.append(&numbered(0..3)).await.expect_err("no replica");
+    assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
+    assert!(error.to_string().contains("of 1 replicas only 0"), "{error}");
+    assert_eq!(payloads(&read(&direct, Offset::ZERO, 3).await), texts(0..3));
+}
+
+pub(crate) async fn a_thousand_headers_are_taken_and_too_many_refused() {
+    let (server, _, log) = orders().await;
+    let with = |headers: usize| {
+        let mut record = NewRecord::new("x");
+        record.headers = (0..headers).map(|n| (format!("h{n}"), "v".into())).collect();
+        record
+    };
+    log.append(&[with(3_000)]).await.expect("append");
+    assert_eq!(read(&log, Offset::ZERO, 1).await[0].headers, with(3_000).headers);
+    let error = log.append(&[with(0), with(3_001)]).await.expect_err("too many");
+    assert!(matches!(error, Error::Failed { .. }), "{error}");
+    assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(1));
+}

@@ -1,0 +1,71 @@
+//! What Redis' log does beyond the contract's cases, on private servers.
+
+mod append;
+mod identity;
+mod reading;
+mod retention;
+mod support;
+
+use std::{process::ExitCode, time::Duration};
+
+use essentially_once_testkit::{Suite, Violation};
+
+/// A suite of the tests named, ignored where there is no server to run.
+macro_rules! suite {
+    ($($module:ident::$test:ident,)+) => {{
+        let missing = test_servers::redis_server().err();
+        let suite = Suite::new();
+        $(let suite = match &missing {
+            None => suite.test(concat!(stringify!($module), "::", stringify!($test)), || run($module::$test())),
+            Some(why) => suite.ignored(concat!(stringify!($module), "::", stringify!($test)), why),
+        };)+
+        suite
+    }};
+}
+
+fn main() -> ExitCode {
+    let suite = suite! {
+        append::ten_thousand_records_in_order,
+        append::an_acknowledged_record_survives_kills_amid_appends,
+        append::without_memory_nothing_is_appended,
+        append::a_chunk_that_fails_leaves_those_before_it_in_doubt,
+        append::a_cut_connection_leaves_the_outcome_unknown,
+        append::missing_replicas_leave_the_outcome_unknown,
+        append::a_thousand_headers_are_taken_and_too_many_refused,
+        identity::a_stream_made_anew_is_another_log,
+        identity::handles_of_one_stream_agree,
+        identity::a_lost_tail_is_out_of_range,
+        identity::monitoring_sees_no_lag,
+        identity::a_key_of_another_type_fails,
+        identity::a_user_who_may_only_read_reads,
+        identity::a_user_without_scripts_is_told,
+        identity::a_stream_under_another_key,
+        reading::cancelled_calls_lose_and_repeat_nothing,
+        reading::large_records_come_a_few_at_a_time,
+        reading::other_peoples_entries_and_odd_ids,
+        reading::the_last_id_of_all,
+        reading::a_reader_fails_when_the_server_goes_and_the_next_goes_on,
+        reading::a_server_that_becomes_a_replica_is_left,
+        reading::a_spent_reader_says_so,
+        reading::a_waiting_reader_is_woken_at_once,
+        retention::keeps_so_many_records_and_tells_who_lost_some,
+        retention::removes_by_age,
+        retention::appends_trim_by_themselves,
+        retention::a_trim_by_others_is_exact_for_who_is_online,
+        retention::a_reader_that_fell_behind_is_told,
+        retention::an_emptied_stream,
+        retention::a_deleted_middle_is_passed_over,
+        retention::a_trim_by_others_before_ours_is_forgotten,
+    };
+    suite.run()
+}
+
+fn run(test: impl Future<Output = ()>) -> Result<(), Violation> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Violation::new(error.to_string()))?;
+    let done = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await });
+    done.map_err(|_| Violation::new("still waiting after a minute"))
+}

@@ -1,0 +1,261 @@
+//! Who is told that records were removed, and who is not.
+
+use std::time::Duration;
+
+use essentially_once::{Error, Log, Offset, Record};
+use essentially_once_redis::{LogOptions, Retention};
+use test_servers::Reply;
+
+use crate::support::{
+    add_spread, admin, assert_waits, keeping, numbered, orders, payloads, read, read_error, server, soon, take, texts,
+};
+
+/// An id far ahead of the clock.
+const FAR: u64 = 5_000_000_000_000;
+
+fn is_truncated(error: &Error, at: Offset, left: Offset) -> bool {
+    matches!(error, Error::Truncated { requested, earliest, .. } if *requested == at && *earliest == left)
+}
+
+fn id(offset: Offset) -> String {
+    format!("{}-{}", offset.hi(), offset.lo())
+}
+
+fn after(record: &Record) -> Offset {
+    record.offset.successor()
+}
+
+pub(crate) async fn keeps_so_many_records_and_tells_who_lost_some() {
+    let (server, redis, log) = orders().await;
+    add_spread(&server, 1, 0..1_000);
+    let all = read(&log, Offset::ZERO, 1_000).await;
+    // Not at the border of one of the stream's nodes, which hold 100 entries.
+    let ours = keeping(&redis, 451).await;
+    assert_eq!(ours.trim().await.expect("trim"), 549);
+    assert_eq!(ours.trim().await.expect("trim"), 0);
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (all[549].offset, after(&all[999])));
+    // Whoever has read all that was removed lost nothing, though none of that is left.
+    assert_eq!(read(&log, after(&all[548]), 451).await, all[549..]);
+    for lost in [Offset::ZERO, after(&all[100]), all[548].offset] {
+        let error = read_error(&log, lost).await;
+        assert!(is_truncated(&error, lost, all[549].offset), "{lost}: {error}");
+    }
+    // Also when it goes on.
+    log.append(&numbered(1_000..1_010)).await.expect("append");
+    assert_eq!(ours.trim().await.expect("trim"), 10);
+    assert_eq!(read(&log, after(&all[558]), 451).await[0], all[559]);
+    assert!(is_truncated(
+        &read_error(&log, after(&all[548])).await,
+        after(&all[548]),
+        all[559].offset
+    ));
+    // More than one step of the script removes.
+    for _ in 0..12 {
+        log.append(&numbered(0..10_000)).await.expect("append");
+    }
+    assert_eq!(ours.trim().await.expect("trim"), 120_000);
+}
+
+pub(crate) async fn removes_by_age() {
+    let (server, redis, log) = orders().await;
+    let of_age = |age| {
+        LogOptions::new().retention(Retention {
+            records: None,
+            age: Some(age),
+        })
+    };
+    let hour = redis
+        .log_with("orders", of_age(Duration::from_secs(3600)))
+        .await
+        .expect("log");
+    assert_eq!(hour.trim().await.expect("trim"), 0, "of an empty stream");
+    for n in 1..=250 {
+        admin(&server, &["XADD", "orders", &format!("{n}-0"), "payload", "old"]);
+    }
+    log.append(&numbered(0..3)).await.expect("append");
+    let endless = redis.log_with("orders", of_age(Duration::MAX)).await.expect("log");
+    assert_eq!(endless.trim().await.expect("trim"), 0);
+    assert_eq!(hour.trim().await.expect("trim"), 250);
+    let left = read(&log, Offset::new(250, 1), 3).await;
+    assert_eq!(payloads(&left), texts(0..3));
+    assert!(is_truncated(
+        &read_error(&log, Offset::new(250, 0)).await,
+        Offset::new(250, 0),
+        left[0].offset
+    ));
+    // Both bounds, of which the stricter one counts; and everything may be too old.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let both = Retention {
+        records: Some(2),
+        age: Some(Duration::from_millis(1)),
+    };
+    let both = redis
+        .log_with("orders", LogOptions::new().retention(both))
+        .await
+        .expect("log");
+    assert_eq!(both.trim().await.expect("trim"), 3);
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (after(&left[2]), after(&left[2])));
+    assert_waits(&mut *log.read(bounds.end).await.expect("read")).await;
+    assert!(is_truncated(
+        &read_error(&log, left[2].offset).await,
+        left[2].offset,
+        bounds.end
+    ));
+}
+
+pub(crate) async fn appends_trim_by_themselves() {
+    let (server, redis) = server().await;
+    let log = keeping(&redis, 10).await;
+    log.append(&numbered(0..500)).await.expect("append");
+    soon(async {
+        while admin(&server, &["XLEN", "orders"]) != Reply::Int(10) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!(payloads(&read(&log, bounds.earliest, 10).await), texts(490..500));
+}
+
+pub(crate) async fn a_trim_by_others_is_exact_for_who_is_online() {
+    let (server, _, log) = orders().await;
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    for round in 0..5 {
+        log.append(&numbered(0..10)).await.expect("append");
+        let seen = take(&mut *reader, 10).await;
+        assert_waits(&mut *reader).await;
+        // Everything that was read goes, and something comes, in one step.
+        match round % 2 {
+            0 => {
+                admin(&server, &["XADD", "orders", "MAXLEN", "=", "1", "*", "payload", "new"]);
+            }
+            _ => {
+                admin(&server, &["XTRIM", "orders", "MAXLEN", "=", "0"]);
+                admin(&server, &["XADD", "orders", "*", "payload", "new"]);
+            }
+        }
+        assert_eq!(payloads(&take(&mut *reader, 1).await), ["new"], "round {round}");
+        // A reader that comes anew cannot know.
+        let error = read_error(&log, after(&seen[9])).await;
+        assert!(matches!(error, Error::Truncated { .. }), "{error}");
+    }
+    // One that reads along in the middle of the stream knows too.
+    add_spread(&server, FAR, 0..3_000);
+    let seen = take(&mut *reader, 2_000).await;
+    admin(&server, &["XTRIM", "orders", "MINID", "=", &id(after(&seen[1_999]))]);
+    assert_eq!(payloads(&take(&mut *reader, 1_000).await), texts(2_000..3_000));
+}
+
+pub(crate) async fn a_reader_that_fell_behind_is_told() {
+    let (server, _, log) = orders().await;
+    // Online, and at the end but for the one that it had no time to read.
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    log.append(&numbered(0..10)).await.expect("append");
+    let seen = take(&mut *reader, 10).await;
+    admin(
+        &server,
+        &[
+            "EVAL",
+            "redis.call('XADD', 'orders', '*', 'payload', 'lost') \
+        redis.call('XADD', 'orders', 'MAXLEN', '=', '1', '*', 'payload', 'left')",
+            "0",
+        ],
+    );
+    let left = log.bounds().await.expect("bounds").earliest;
+    let error = soon(reader.next(1)).await.expect_err("a record was lost");
+    assert!(is_truncated(&error, after(&seen[9]), left), "{error}");
+
+    // Online, with a backlog that is removed up to a record behind the reader's place, and then entirely.
+    add_spread(&server, FAR, 0..50);
+    let all = read(&log, left, 51).await;
+    for keep in ["20", "0"] {
+        let mut reader = log
+            .read(log.bounds().await.expect("bounds").earliest)
+            .await
+            .expect("read");
+        // The first request asks for 4 and the next is sent at once: what they bring was read before it is removed.
+        let mut held = take(&mut *reader, 4).await;
+        admin(&server, &["XTRIM", "orders", "MAXLEN", "=", keep]);
+        let left = log.bounds().await.expect("bounds").earliest;
+        let error = loop {
+            match soon(reader.next(4)).await {
+                Ok(records) => held.extend(records),
+                Err(error) => break error,
+            }
+        };
+        let place = after(held.last().expect("some were read"));
+        assert!(held.len() < 20, "{} records were held", held.len());
+        assert!(is_truncated(&error, place, left), "{error}");
+        let first = all.iter().position(|record| *record == held[0]).expect("among all");
+        assert_eq!(held, all[first..first + held.len()]);
+    }
+}
+
+pub(crate) async fn an_emptied_stream() {
+    let (server, _, log) = orders().await;
+    add_spread(&server, 1, 0..5);
+    let all = read(&log, Offset::ZERO, 5).await;
+    let end = after(&all[4]);
+    let mut caught_up = log.read(end).await.expect("read");
+    assert_waits(&mut *caught_up).await;
+    admin(&server, &["XTRIM", "orders", "MAXLEN", "0"]);
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (end, end));
+    for lost in [Offset::ZERO, all[4].offset] {
+        assert!(is_truncated(&read_error(&log, lost).await, lost, end));
+    }
+    let mut new = log.read(end).await.expect("read");
+    log.append(&numbered(5..6)).await.expect("append");
+    for reader in [&mut caught_up, &mut new] {
+        assert_eq!(payloads(&take(&mut **reader, 1).await), ["5"]);
+    }
+}
+
+pub(crate) async fn a_deleted_middle_is_passed_over() {
+    let (server, _, log) = orders().await;
+    add_spread(&server, 1, 0..10);
+    let all = read(&log, Offset::ZERO, 10).await;
+    let mut online = log.read(Offset::ZERO).await.expect("read");
+    take(&mut *online, 2).await;
+    admin(&server, &["XDEL", "orders", &id(all[4].offset), &id(all[9].offset)]);
+    let left: Vec<_> = [0, 1, 2, 3, 5, 6, 7, 8].map(|n: usize| all[n].clone()).into();
+    assert_eq!(read(&log, all[0].offset, 8).await, left);
+    assert_eq!(read(&log, all[4].offset, 4).await, left[4..]);
+    // The last one is gone: its place is passed, and the end stays.
+    let mut at_last = log.read(all[9].offset).await.expect("read");
+    assert_waits(&mut *at_last).await;
+    log.append(&numbered(10..11)).await.expect("append");
+    assert_eq!(payloads(&take(&mut *at_last, 1).await), ["10"]);
+    // Readers that passed the holes go on after a trim of what they have read.
+    admin(&server, &["XTRIM", "orders", "MAXLEN", "=", "0"]);
+    log.append(&numbered(11..12)).await.expect("append");
+    assert_eq!(payloads(&take(&mut *at_last, 1).await), ["11"]);
+}
+
+pub(crate) async fn a_trim_by_others_before_ours_is_forgotten() {
+    let (server, redis, log) = orders().await;
+    add_spread(&server, 1, 0..100);
+    let all = read(&log, Offset::ZERO, 100).await;
+    let ours = keeping(&redis, 50).await;
+    admin(&server, &["XTRIM", "orders", "MAXLEN", "=", "80"]);
+    let error = read_error(&log, after(&all[19])).await;
+    assert!(
+        matches!(error, Error::Truncated { .. }),
+        "a false alarm, since nobody can know: {error}"
+    );
+    assert_eq!(ours.trim().await.expect("trim"), 30);
+    assert_eq!(read(&log, after(&all[49]), 50).await, all[50..]);
+    assert!(matches!(
+        read_error(&log, all[49].offset).await,
+        Error::Truncated { .. }
+    ));
+    // And others again.
+    admin(&server, &["XTRIM", "orders", "MAXLEN", "=", "40"]);
+    assert!(matches!(
+        read_error(&log, after(&all[49])).await,
+        Error::Truncated { .. }
+    ));
+    assert_eq!(read(&log, all[60].offset, 40).await, all[60..]);
+}

@@ -1,0 +1,284 @@
+//! Connections that are cut in the middle of a commit or append, and a network that swallows everything.
+
+mod common;
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use essentially_once::{
+    Advance, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log, Offset, OffsetStore as _, Record,
+    Report, Source, Transaction as _, async_trait,
+};
+use essentially_once_redis::{Redis, RedisLog, RedisOptions, RedisStore, RedisTx};
+use essentially_once_testkit::{Ledger, read_log};
+use test_servers::{Cut, Proxy, RedisServer};
+
+use common::{LIMIT, Outcome, Watched, cases, ensure, insist, judge, message, run, send, until};
+
+const MESSAGES: u64 = 12;
+/// How long a silent network is waited for.
+const SHORT: Duration = Duration::from_millis(500);
+
+fn main() -> ExitCode {
+    run(cases![
+        commits_that_never_arrive_one_by_one,
+        commits_that_never_arrive_in_batches_of_5,
+        commits_whose_reply_is_lost_one_by_one,
+        commits_whose_reply_is_lost_in_batches_of_5,
+        appends_that_never_arrive,
+        appends_whose_reply_is_lost,
+        a_consumer_outlasts_a_silent_network,
+        a_commit_held_back_is_in_doubt_and_fences_when_it_arrives,
+        an_append_held_back_is_in_doubt,
+        a_reader_in_silence_gives_up,
+    ])
+}
+
+/// A server, a way to it through the proxy, and one around it.
+struct Stage {
+    proxy: Arc<Proxy>,
+    through: Redis,
+    around: Redis,
+    _server: RedisServer,
+}
+
+impl Stage {
+    async fn start(options: RedisOptions) -> Result<Self, Source> {
+        let server = RedisServer::durable().start()?;
+        let proxy = Arc::new(Proxy::start(server.port())?);
+        let url = format!("redis://127.0.0.1:{}", proxy.port());
+        let (through, _) = insist(|| options.clone().connect(&url)).await?;
+        let stage = Self {
+            through,
+            around: Redis::connect(&server.url()).await?,
+            proxy,
+            _server: server,
+        };
+        // From here on the server knows the script, so that a commit is one request.
+        stage
+            .consume(stage.log("first").await?, &ConsumerId::new("first")?, 1)
+            .await?;
+        Ok(stage)
+    }
+
+    /// A log with all messages, of which some were sent twice.
+    async fn log(&self, name: &str) -> Result<RedisLog, Error> {
+        let log = self.around.log(name).await?;
+        send(&log, 0..MESSAGES / 2).await?;
+        log.append(&[message(2), message(1)]).await?;
+        send(&log, MESSAGES / 2..MESSAGES).await?;
+        Ok(log)
+    }
+
+    /// Runs a consumer through the proxy, judges what it did, and returns its report and revision.
+    async fn consume(&self, log: RedisLog, consumer: &ConsumerId, max_batch: usize) -> Result<(Report, u64), Source> {
+        let store = self.through.store();
+        let (reading, _) = insist(|| self.through.log(log.id().name())).await?;
+        let report = Consumer::essentially_once(consumer.clone(), reading, store, Ledger)
+            .max_batch(max_batch)
+            .backoff(Duration::from_millis(1), Duration::from_millis(20))
+            .run_until_caught_up()
+            .await?;
+        let store = self.around.store();
+        judge(&log, &store, consumer, MESSAGES).await?;
+        let position = store.position(consumer).await?;
+        Ok((report, position.map_or(0, |position| position.revision)))
+    }
+}
+
+async fn commits_that_never_arrive_one_by_one() -> Outcome {
+    every_commit(Cut::BeforeRequest, 1).await
+}
+
+async fn commits_that_never_arrive_in_batches_of_5() -> Outcome {
+    every_commit(Cut::BeforeRequest, 5).await
+}
+
+async fn commits_whose_reply_is_lost_one_by_one() -> Outcome {
+    every_commit(Cut::BeforeReply, 1).await
+}
+
+async fn commits_whose_reply_is_lost_in_batches_of_5() -> Outcome {
+    every_commit(Cut::BeforeReply, 5).await
+}
+
+/// One run for each commit, until a run has fewer commits.
+async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
+    let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
+    for revision in 0.. {
+        let name = format!("{revision}-{max_batch}");
+        let log = stage.log(&name).await?;
+        stage.proxy.cut_at(&commit_request(revision, &name), cut);
+        let consumed = stage.consume(log, &ConsumerId::new(&name)?, max_batch).await;
+        let (report, commits) = consumed.map_err(|error| format!("{cut:?}, commit {revision}: {error}"))?;
+        if commits <= revision {
+            ensure!(
+                revision > MESSAGES / max_batch as u64,
+                "there were {revision} commits only"
+            );
+            return Ok(());
+        }
+        ensure!(
+            stage.proxy.wait_fired(revision as usize + 1, LIMIT),
+            "commit {revision} of {commits} was not cut"
+        );
+        // A commit whose reply was lost counts in the store alone. One that an adapter sent again would be fenced by the first.
+        let known = match cut {
+            Cut::BeforeRequest => commits,
+            Cut::BeforeReply => commits - 1,
+        };
+        ensure!(
+            (report.commits, report.restarts, report.fenced) == (known, 1, 0),
+            "{cut:?}, commit {revision} of {commits}: {report}"
+        );
+    }
+    Ok(())
+}
+
+/// What only the commit upon that revision sends: expected and next revision, and the log.
+fn commit_request(revision: u64, log: &str) -> Vec<u8> {
+    let arguments = [revision.to_string(), (revision + 1).to_string(), log.to_owned()];
+    arguments.iter().flat_map(|argument| bulk(argument)).collect()
+}
+
+fn bulk(text: &str) -> Vec<u8> {
+    format!("${}\r\n{text}\r\n", text.len()).into_bytes()
+}
+
+async fn appends_that_never_arrive() -> Outcome {
+    every_append(Cut::BeforeRequest, 1).await
+}
+
+async fn appends_whose_reply_is_lost() -> Outcome {
+    every_append(Cut::BeforeReply, 2).await
+}
+
+/// Cuts every append once; each message is then in the log so many `times`, and is handled once.
+async fn every_append(cut: Cut, times: usize) -> Outcome {
+    let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
+    let log = stage.through.log("orders").await?;
+    for number in 0..MESSAGES {
+        let records = [message(number)];
+        let payload = String::from_utf8_lossy(&records[0].payload).into_owned();
+        stage.proxy.cut_at(&bulk(&payload), cut);
+        let (_, failures) = insist(|| log.append(&records)).await?;
+        ensure!(
+            matches!(failures[..], [Error::Indeterminate { .. }]),
+            "{cut:?}, message {number}: {failures:?}"
+        );
+    }
+    ensure!(stage.proxy.fired() == MESSAGES as usize, "{} cuts", stage.proxy.fired());
+    let records = read_log(&log).await?;
+    let count = |number: u64| {
+        records
+            .iter()
+            .filter(|record| record.payload == message(number).payload)
+            .count()
+    };
+    let counts: Vec<usize> = (0..MESSAGES).map(count).collect();
+    ensure!(counts.iter().all(|count| *count == times), "{cut:?}: {counts:?}");
+    let consumer = ConsumerId::new("shipping")?;
+    let (report, _) = stage.consume(log, &consumer, 5).await?;
+    ensure!(
+        (report.handled, report.duplicates) == (MESSAGES, MESSAGES * (times as u64 - 1)),
+        "{report}"
+    );
+    Ok(())
+}
+
+/// Writes a ledger, and lets nothing pass any more from its third call on.
+struct Silencing(Arc<Proxy>, u64);
+
+#[async_trait]
+impl Handler<RedisTx> for Silencing {
+    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
+        Ledger.handle(record, tx).await?;
+        self.1 += 1;
+        if self.1 == 3 {
+            self.0.hold(true);
+        }
+        Ok(())
+    }
+}
+
+async fn a_consumer_outlasts_a_silent_network() -> Outcome {
+    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
+    let (log, id) = (stage.log("orders").await?, ConsumerId::new("shipping")?);
+    let (handler, mut seen) = Watched::new(Silencing(Arc::clone(&stage.proxy), 0));
+    let consumer = Consumer::essentially_once(id.clone(), log.clone(), stage.through.store(), handler)
+        .max_batch(2)
+        .backoff(Duration::from_millis(1), Duration::from_millis(20));
+    let running = tokio::spawn(consumer.run_until_caught_up());
+    // First the commit gets no answer, and then the connection to ask for the position.
+    until(&mut seen, |seen| seen.resets == 2).await?;
+    stage.proxy.hold(false);
+    let report = running.await??;
+    ensure!(report.restarts >= 2, "{report}");
+    judge(&log, &stage.around.store(), &id, MESSAGES).await
+}
+
+async fn a_commit_held_back_is_in_doubt_and_fences_when_it_arrives() -> Outcome {
+    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
+    let (log, id) = (stage.around.log("orders").await?, ConsumerId::new("shipping")?);
+    let commit = async |store: RedisStore, value: &[u8]| {
+        let mut tx = store.begin(&id).await?;
+        tx.put(b"key", value).await?;
+        let (log, next) = (log.id().clone(), Offset::from(1));
+        let (windows, forgotten) = Default::default();
+        tx.commit(Advance {
+            log,
+            next,
+            expected_revision: 0,
+            windows,
+            forgotten,
+        })
+        .await
+    };
+    let store = stage.through.store();
+    insist(|| store.position(&id)).await?;
+    // Only to learn when it was done.
+    stage.proxy.cut_at(&commit_request(0, "orders"), Cut::BeforeReply);
+    stage.proxy.hold(true);
+    let held_back = commit(store, b"held back").await;
+    ensure!(matches!(held_back, Err(Error::Indeterminate { .. })), "{held_back:?}");
+    let store = stage.around.store();
+    ensure!(store.position(&id).await?.is_none(), "it passed");
+    stage.proxy.hold(false);
+    ensure!(stage.proxy.wait_fired(1, LIMIT), "it never arrived");
+    let next = commit(store.clone(), b"next").await;
+    ensure!(matches!(next, Err(Error::Fenced { .. })), "{next:?}");
+    let value = store.begin(&id).await?.get(b"key").await?;
+    ensure!(value.as_deref() == Some(b"held back"), "{value:?}");
+    Ok(())
+}
+
+async fn an_append_held_back_is_in_doubt() -> Outcome {
+    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
+    let (log, _) = insist(|| stage.through.log("orders")).await?;
+    let records = [message(0)];
+    stage.proxy.cut_at(b"message 0;", Cut::BeforeReply);
+    stage.proxy.hold(true);
+    let held_back = log.append(&records).await;
+    ensure!(matches!(held_back, Err(Error::Indeterminate { .. })), "{held_back:?}");
+    stage.proxy.hold(false);
+    ensure!(stage.proxy.wait_fired(1, LIMIT), "it never arrived");
+    send(&log, 0..MESSAGES).await?;
+    stage.consume(log, &ConsumerId::new("shipping")?, 5).await?;
+    Ok(())
+}
+
+async fn a_reader_in_silence_gives_up() -> Outcome {
+    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
+    let around = stage.around.log("orders").await?;
+    let (log, _) = insist(|| stage.through.log("orders")).await?;
+    let (mut reader, _) = insist(|| log.read(Offset::ZERO)).await?;
+    send(&around, 0..1).await?;
+    ensure!(reader.next(10).await?.len() == 1, "one record");
+    stage.proxy.hold(true);
+    let silence = tokio::time::timeout(LIMIT, reader.next(10)).await?;
+    ensure!(matches!(silence, Err(Error::Unavailable { .. })), "{silence:?}");
+    stage.proxy.hold(false);
+    send(&around, 1..2).await?;
+    let (mut reader, _) = insist(|| log.read(Offset::ZERO)).await?;
+    ensure!(reader.next(10).await?.len() == 2, "two records");
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! TLS, users, databases and sockets; and no secret in any text.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod secrets;
+
+use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
+
+use essentially_once::{Consumer, ConsumerId, Error, Source};
+use essentially_once_redis::{Redis, RedisOptions};
+use essentially_once_testkit::Ledger;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use tempfile::TempDir;
+use test_servers::{RedisBuilder, RedisServer};
+
+use common::{Outcome, cases, ensure, judge, run, send};
+use secrets::no_secret_is_ever_shown;
+
+const MESSAGES: u64 = 10;
+
+fn main() -> ExitCode {
+    run(cases![
+        clients_with_a_certificate_are_served,
+        clients_without_a_certificate_are_refused,
+        another_authority_is_not_trusted,
+        a_server_without_tls_is_an_error,
+        user_database_and_resp3_over_tls,
+        a_socket_is_served,
+        no_secret_is_ever_shown,
+    ])
+}
+
+/// A certificate and its key, as PEM.
+struct Pair {
+    certificate: String,
+    key: String,
+}
+
+/// An authority, and what it signed for a server on this machine and for a client.
+struct Authority {
+    root: String,
+    server: Pair,
+    client: Pair,
+    folder: TempDir,
+}
+
+impl Authority {
+    fn new() -> Result<Self, Source> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "authority of a test");
+        let key = KeyPair::generate()?;
+        let root = params.self_signed(&key)?.pem();
+        let issuer = Issuer::new(params, key);
+        let signed = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let key = KeyPair::generate()?;
+            let certificate = CertificateParams::new(names)?.signed_by(&key, &issuer)?.pem();
+            let key = key.serialize_pem();
+            Ok::<_, Source>(Pair { certificate, key })
+        };
+        Ok(Self {
+            server: signed(&["127.0.0.1", "localhost"])?,
+            client: signed(&["client"])?,
+            root,
+            folder: TempDir::new()?,
+        })
+    }
+
+    /// A server with TLS.
+    fn server(&self) -> Result<RedisBuilder, Source> {
+        let file = |name: &str, text: &str| {
+            let path: PathBuf = self.folder.path().join(name);
+            fs::write(&path, text)?;
+            Ok::<_, Source>(path)
+        };
+        let certificate = file("server.pem", &self.server.certificate)?;
+        let key = file("server.key", &self.server.key)?;
+        let root = file("root.pem", &self.root)?;
+        Ok(RedisServer::durable().tls(&certificate, &key, &root))
+    }
+
+    fn trusted(&self) -> RedisOptions {
+        RedisOptions::new().root_certificate(self.root.as_str())
+    }
+}
+
+fn tls_url(server: &RedisServer) -> Result<String, Source> {
+    server.tls_url().ok_or_else(|| "the server has no TLS".into())
+}
+
+/// Appends, consumes and judges.
+async fn works(redis: &Redis) -> Outcome {
+    let (log, store, id) = (redis.log("orders").await?, redis.store(), ConsumerId::new("shipping")?);
+    send(&log, 0..MESSAGES).await?;
+    let consumer = Consumer::essentially_once(id.clone(), log.clone(), store.clone(), Ledger).max_batch(3);
+    let report = consumer.run_until_caught_up().await?;
+    ensure!(report.handled == MESSAGES && report.restarts == 0, "{report}");
+    judge(&log, &store, &id, MESSAGES).await
+}
+
+/// What a refusal says.
+async fn refusal(options: RedisOptions, url: &str) -> Result<String, Source> {
+    match options.timeout(Duration::from_secs(5)).connect(url).await {
+        Err(error @ (Error::Unavailable { .. } | Error::Failed { .. })) => Ok(error.to_string()),
+        other => Err(format!("it should be refused: {other:?}").into()),
+    }
+}
+
+async fn clients_with_a_certificate_are_served() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority
+        .server()?
+        .with(&[("tls-auth-clients", "yes"), ("port", "0")])
+        .start()?;
+    let Pair { certificate, key } = &authority.client;
+    let options = authority
+        .trusted()
+        .client_certificate(certificate.as_str(), key.as_str());
+    works(&options.connect(&tls_url(&server)?).await?).await
+}
+
+async fn clients_without_a_certificate_are_refused() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority.server()?.with(&[("tls-auth-clients", "yes")]).start()?;
+    let text = refusal(authority.trusted(), &tls_url(&server)?).await?;
+    ensure!(text.contains("127.0.0.1"), "{text}");
+    let stranger = Authority::new()?.client;
+    let options = authority
+        .trusted()
+        .client_certificate(stranger.certificate, stranger.key);
+    refusal(options, &tls_url(&server)?).await?;
+    Ok(())
+}
+
+async fn another_authority_is_not_trusted() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority.server()?.start()?;
+    let url = tls_url(&server)?;
+    for options in [RedisOptions::new(), Authority::new()?.trusted()] {
+        let text = refusal(options, &url).await?;
+        ensure!(text.contains("certificate") && text.contains("127.0.0.1"), "{text}");
+    }
+    let garbage = RedisOptions::new().root_certificate("no certificate");
+    refusal(garbage, &url).await?;
+    works(
+        &authority
+            .trusted()
+            .connect(&url.replace("127.0.0.1", "localhost"))
+            .await?,
+    )
+    .await
+}
+
+async fn a_server_without_tls_is_an_error() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority.server()?.start()?;
+    let text = refusal(authority.trusted(), &server.url().replace("redis:", "rediss:")).await?;
+    ensure!(text.contains("127.0.0.1"), "{text}");
+    let text = refusal(RedisOptions::new(), &tls_url(&server)?.replace("rediss:", "redis:")).await?;
+    ensure!(text.contains("127.0.0.1"), "{text}");
+    // Certificates mean that TLS is wanted.
+    let plain = authority.trusted().connect(&server.url()).await;
+    ensure!(matches!(plain, Err(Error::InvalidSetting { .. })), "{plain:?}");
+    Ok(())
+}
+
+async fn user_database_and_resp3_over_tls() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority.server()?.start()?;
+    server.command(&["ACL", "SETUSER", "default", "off"])?;
+    server.command(&["ACL", "SETUSER", "shop", "on", ">secret", "~*", "&*", "+@all"])?;
+    let url = tls_url(&server)?.replace("127.0.0.1", "shop:secret@127.0.0.1");
+    let redis = authority.trusted().connect(&format!("{url}/2?protocol=resp3")).await?;
+    works(&redis).await?;
+    let keyspace = server.command(&["INFO", "keyspace"])?;
+    ensure!(
+        keyspace.line("db2").is_some() && keyspace.line("db0").is_none(),
+        "{keyspace:?}"
+    );
+    let connected = redis.log("orders").await?;
+    let clients = server.command(&["CLIENT", "LIST"])?;
+    drop(connected);
+    let ours = clients.text().lines().filter(|line| line.contains("user=shop"));
+    ensure!(
+        ours.clone().count() > 0 && ours.clone().all(|line| line.contains("resp=3")),
+        "{clients:?}"
+    );
+    let text = refusal(authority.trusted(), &url.replace("secret", "other")).await?;
+    ensure!(text.contains("authentication failed"), "{text}");
+    Ok(())
+}
+
+async fn a_socket_is_served() -> Outcome {
+    let server = RedisServer::durable().with(&[("port", "0")]).start()?;
+    let socket = server.socket().display().to_string();
+    works(&Redis::connect(&format!("redis+unix://{socket}")).await?).await?;
+    works_on_database_3(&server, &socket).await?;
+    let missing = refusal(RedisOptions::new(), "redis+unix:///nowhere/redis.sock").await?;
+    ensure!(missing.contains("/nowhere/redis.sock"), "{missing}");
+    Ok(())
+}
+
+async fn works_on_database_3(server: &RedisServer, socket: &str) -> Outcome {
+    works(&Redis::connect(&format!("unix://{socket}?db=3&protocol=resp3")).await?).await?;
+    let keyspace = server.command(&["INFO", "keyspace"])?;
+    ensure!(keyspace.line("db3").is_some(), "{keyspace:?}");
+    Ok(())
+}
