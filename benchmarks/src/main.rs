@@ -1,10 +1,11 @@
 //! Measures the library against loops written by hand for the same backend, durability and work.
 //!
 //! Absolute figures vary by the hour on a shared machine, so both sides run alternately in one process, on fresh files in the
-//! same folder, and what counts is the ratio within each round.
+//! same folder or on one private server, and what counts is the ratio within each round.
 
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
+mod redis;
 mod sqlite;
 
 use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
@@ -34,28 +35,36 @@ struct Arguments {
 enum Backend {
     /// SQLite, WAL and synchronous=FULL: one counter update per record, the offset in the same commit.
     Sqlite,
+    /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record and the offset in one step.
+    Redis,
 }
 
-type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+/// The same work on both sides. A name is used once.
+trait Contest {
+    /// How many records make a round of about a second.
+    fn records(&self, batch: usize) -> u64;
+
+    /// The loop that one writes without a library.
+    fn by_hand(&self, name: &str, records: u64, batch: usize) -> Result<Duration>;
+
+    /// The same through the library.
+    fn ours(&self, name: &str, records: u64, batch: usize) -> Result<Duration>;
+}
+
+type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
 const BATCHES: [usize; 4] = [1, 10, 100, 1_000];
 const PAYLOAD: [u8; 100] = [b'x'; 100];
-
-/// How many records make a round of about a second.
-fn records_for(batch: usize) -> u64 {
-    match batch {
-        1 => 4_000,
-        10 => 30_000,
-        100 => 150_000,
-        _ => 300_000,
-    }
-}
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     let folder = match &arguments.dir {
         Some(dir) => tempfile::tempdir_in(dir)?,
         None => tempfile::tempdir()?,
+    };
+    let contest: Box<dyn Contest> = match arguments.backend {
+        Backend::Sqlite => Box::new(sqlite::Files(folder)),
+        Backend::Redis => Box::new(redis::Server::start()?),
     };
     println!(
         "{} rounds; records/s are medians, the ratio is ours / by hand, round by round",
@@ -65,12 +74,11 @@ fn main() -> Result<ExitCode> {
     println!("|---|---|---|---|---|---|");
     let mut worst = f64::INFINITY;
     for &batch in &arguments.batches {
-        let records = records_for(batch);
+        let records = contest.records(batch);
         let (mut by_hand, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..arguments.rounds {
-            let path = |side: &str| folder.path().join(format!("{side}-{batch}-{round}.db"));
-            let run_by_hand = || sqlite::by_hand(&path("hand"), records, batch);
-            let run_ours = || sqlite::ours(&path("ours"), records, batch);
+            let run_by_hand = || contest.by_hand(&format!("hand-{batch}-{round}"), records, batch);
+            let run_ours = || contest.ours(&format!("ours-{batch}-{round}"), records, batch);
             // Whoever is first finds the disk quieter: they take turns.
             let (hand, our) = if round % 2 == 0 {
                 let hand = run_by_hand()?;

@@ -10,8 +10,9 @@ use essentially_once_sqlite::{
     Sqlite, SqliteTx,
     rusqlite::{Connection, params},
 };
+use tempfile::TempDir;
 
-use crate::{PAYLOAD, Result};
+use crate::{Contest, PAYLOAD, Result};
 
 const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
 
@@ -19,8 +20,30 @@ const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
 /// file is faster than growing it.
 const FILL: usize = 10_000;
 
+/// Fresh files in one folder.
+pub(crate) struct Files(pub(crate) TempDir);
+
+impl Contest for Files {
+    fn records(&self, batch: usize) -> u64 {
+        match batch {
+            1 => 4_000,
+            10 => 30_000,
+            100 => 150_000,
+            _ => 300_000,
+        }
+    }
+
+    fn by_hand(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
+        by_hand(&self.0.path().join(name), records, batch)
+    }
+
+    fn ours(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
+        ours(&self.0.path().join(name), records, batch)
+    }
+}
+
 /// What one writes without a library: select a batch, update the counter for each, move the offset, commit.
-pub(crate) fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
+fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     let mut connection = Connection::open(path)?;
     connection.pragma_update(None, "journal_mode", "wal")?;
     connection.pragma_update(None, "synchronous", "full")?;
@@ -83,7 +106,7 @@ impl Handler<SqliteTx> for Count {
 }
 
 /// The same through the library.
-pub(crate) fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
+fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
         "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL);
@@ -103,7 +126,7 @@ pub(crate) fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> 
         let started = Instant::now();
         let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, sqlite.store(), Count);
         tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
-        Ok::<_, Box<dyn std::error::Error>>(started.elapsed())
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(started.elapsed())
     })?;
     check(&connection, records)?;
     Ok(time)

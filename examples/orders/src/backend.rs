@@ -1,36 +1,76 @@
 //! Where log and store are opened: the one place to change for another backend.
 
-use std::{path::Path, time::Duration};
+use std::{path::PathBuf, str::FromStr, sync::Arc};
 
-use essentially_once::Error;
-use essentially_once_sqlite::{
-    Sqlite, SqliteLog, SqliteStore,
-    rusqlite::{self, Connection},
-};
+use essentially_once::{ConsumerId, Error, Log};
+use essentially_once_sqlite::Sqlite;
 
-/// Opens the log of orders and the store of the position, both in the file at `path`; creates what is not there.
-pub(crate) async fn open(path: &Path) -> Result<(SqliteLog, SqliteStore), Error> {
-    let sqlite = Sqlite::open(path).await?;
-    Ok((sqlite.log("orders").await?, sqlite.store()))
+/// What one delivery's run works on. Parent and worker open the same.
+pub(crate) struct Backend {
+    pub(crate) log: Place,
+    pub(crate) store: Place,
+    /// The SQLite file, for whichever of the two is kept in it.
+    pub(crate) database: PathBuf,
+    /// Whose position it is. Servers are shared with others and with earlier runs, so the name is this run's alone.
+    pub(crate) consumer: ConsumerId,
 }
 
-/// Makes the shop's tables.
-///
-/// They have no unique constraint: it would hide what a delivery does twice. Offsets are kept as text, because a log's offsets are
-/// opaque.
-pub(crate) fn create_tables(path: &Path) -> rusqlite::Result<()> {
-    Connection::open(path)?.execute_batch(
-        "CREATE TABLE shipments (log_offset TEXT NOT NULL, order_id TEXT NOT NULL, freight REAL NOT NULL);
-         CREATE TABLE rejected (log_offset TEXT NOT NULL, line INTEGER NOT NULL, payload TEXT NOT NULL, reason TEXT NOT NULL);",
-    )
+/// Where a log or a store is kept. It has no `Debug`: a URL may hold a password.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In a SQLite file.
+    Sqlite,
+    /// On the Redis server with this URL.
+    #[cfg(feature = "redis")]
+    Redis(String),
 }
 
-/// A connection of the shop's own, on which every statement commits by itself.
-pub(crate) fn own_connection(path: &Path) -> rusqlite::Result<Connection> {
-    let connection = Connection::open(path)?;
-    // The consumer commits its position to the same file meanwhile.
-    connection.busy_timeout(Duration::from_secs(10))?;
-    // A write survives the death of the process without waiting for the disk, and only processes die here.
-    connection.pragma_update(None, "synchronous", "NORMAL")?;
-    Ok(connection)
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let scheme = text.split_once(':').map(|(scheme, _)| scheme);
+        match scheme {
+            None if text == "sqlite" => Ok(Self::Sqlite),
+            #[cfg(feature = "redis")]
+            Some("redis" | "rediss" | "redis+unix" | "unix") => Ok(Self::Redis(text.into())),
+            #[cfg(not(feature = "redis"))]
+            Some("redis" | "rediss" | "redis+unix" | "unix") => {
+                Err("this program was built without Redis: run it with `--features redis`".into())
+            }
+            _ => Err("expected `sqlite` or a URL that begins with redis:// or rediss://".into()),
+        }
+    }
+}
+
+impl Place {
+    /// What [`FromStr`] takes back; with the password, so it is for the worker alone.
+    pub(crate) fn secret(&self) -> &str {
+        match self {
+            Self::Sqlite => "sqlite",
+            #[cfg(feature = "redis")]
+            Self::Redis(url) => url,
+        }
+    }
+}
+
+impl Backend {
+    /// The log of orders, created empty if it is not there.
+    pub(crate) async fn open_log(&self) -> Result<Arc<dyn Log>, Error> {
+        match &self.log {
+            Place::Sqlite => Ok(Arc::new(self.sqlite().await?.log("orders").await?)),
+            #[cfg(feature = "redis")]
+            Place::Redis(url) => {
+                let stream = format!("{{{}}}:log", self.consumer);
+                let options = essentially_once_redis::LogOptions::new().stream(stream);
+                let redis = essentially_once_redis::Redis::connect(url).await?;
+                Ok(Arc::new(redis.log_with("orders", options).await?))
+            }
+        }
+    }
+
+    /// The file, created if it is not there.
+    pub(crate) async fn sqlite(&self) -> Result<Sqlite, Error> {
+        Sqlite::open(&self.database).await
+    }
 }

@@ -18,7 +18,9 @@
 //! A line that is no valid order is set aside in the table `rejected`, with the reason, by the same handler and in the same
 //! transaction. It counts as rejected once, however often it was written there, and as never shipped if it was lost.
 //!
-//! Where to read on: `backend` opens log and store, `shipping` is the handler, `worker` runs the consumer, `race` kills it, and
+//! Log and store are kept in SQLite files, or with `--features redis` and `--log` or `--store` on a Redis server.
+//!
+//! Where to read on: `backend` opens log and store, `shipping` is the handler, `shop` is what it writes, `worker` runs the consumer, `race` kills it, and
 //! `tally` counts.
 
 use std::{
@@ -36,10 +38,13 @@ mod order;
 mod plan;
 mod race;
 mod shipping;
+mod shop;
 mod tally;
 mod worker;
 
+use backend::{Backend, Place};
 use delivery::Delivery;
+use essentially_once::ConsumerId;
 use input::Input;
 use tally::Tally;
 
@@ -85,9 +90,15 @@ struct RunArgs {
     /// Repeat the made-up orders and the kills of an earlier run.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Keep the databases in this folder, which must not hold any yet.
+    /// Keep the databases in this folder, which must not hold any yet, and what is on servers there.
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Keep the log there: `sqlite`, or with `--features redis` a URL, as redis://host:6379/0.
+    #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::LOG_VARIABLE, hide_env_values = true)]
+    log: String,
+    /// Keep shipments and position there: as for the log.
+    #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::STORE_VARIABLE, hide_env_values = true)]
+    store: String,
     /// Print the result as one JSON object.
     #[arg(long)]
     json: bool,
@@ -96,7 +107,7 @@ struct RunArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (done, bad_input) = match cli.command {
-        Some(Command::Worker(args)) => (worker::run(&args).map(|()| true), 1),
+        Some(Command::Worker(args)) => (worker::run(args).map(|()| true), 1),
         None => match prepare(&cli.run) {
             Ok(prepared) => (run(&cli.run, prepared), 1),
             Err(error) => (Err(error), 2),
@@ -117,6 +128,8 @@ fn main() -> ExitCode {
 struct Prepared {
     seed: u64,
     input: Input,
+    log: Place,
+    store: Place,
     folder: Folder,
 }
 
@@ -126,13 +139,28 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
         Some(path) => Input::read(path)?,
         None => Input::made_up(args.orders as usize, seed),
     };
+    // Not by clap, which shows a bad value, and with it the password in a URL.
+    let log = args.log.parse().map_err(|error| format!("--log: {error}"))?;
+    let store = args.store.parse().map_err(|error| format!("--store: {error}"))?;
     let folder = Folder::open(args.dir.as_deref())?;
-    Ok(Prepared { seed, input, folder })
+    Ok(Prepared {
+        seed,
+        input,
+        log,
+        store,
+        folder,
+    })
 }
 
 /// Runs all deliveries and prints the result; true if essentially-once kept its promise.
 fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
-    let Prepared { seed, input, folder } = prepared;
+    let Prepared {
+        seed,
+        input,
+        log,
+        store,
+        folder,
+    } = prepared;
     let orders = input.lines.len();
     let _ = writeln!(
         io::stderr(),
@@ -140,16 +168,27 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
         args.kills
     );
     let kills = plan::kills(seed, orders, args.kills as usize);
+    // Not of the seed: a repeated run is another run to a server.
+    let run = fastrand::Rng::new().u32(..);
     let mut tallies = Vec::new();
     for delivery in Delivery::ALL {
         let race = race::Race {
             delivery,
-            database: folder.database(delivery),
+            backend: Backend {
+                log: log.clone(),
+                store: store.clone(),
+                database: folder.database(delivery),
+                consumer: ConsumerId::new(format!("shipping-{run:08x}-{delivery}"))?,
+            },
             input: &input,
             kills: &kills,
             max_batch: args.max_batch,
         };
-        tallies.push(race.run()?);
+        let tally = race.run();
+        if let Folder::Temporary(_) = &folder {
+            runtime()?.block_on(race.backend.remove())?;
+        }
+        tallies.push(tally?);
     }
     let shown = match args.json {
         true => tally::json(&tallies)?,

@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    path::PathBuf,
     process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -13,12 +12,14 @@ use essentially_once::{Log, NewRecord};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    Failure, backend,
+    Failure,
+    backend::Backend,
     delivery::Delivery,
     input::Input,
     order,
     plan::Kill,
     tally::{self, Tally},
+    worker,
 };
 
 /// The lines before the first order.
@@ -26,7 +27,7 @@ const HEADER_LINES: usize = 1;
 
 pub(crate) struct Race<'a> {
     pub(crate) delivery: Delivery,
-    pub(crate) database: PathBuf,
+    pub(crate) backend: Backend,
     pub(crate) input: &'a Input,
     pub(crate) kills: &'a [Kill],
     pub(crate) max_batch: u32,
@@ -41,7 +42,7 @@ impl Race<'_> {
         let kills = self.kill_until_drained(&bar)?;
         let seconds = started.elapsed().as_secs_f64();
         bar.finish();
-        let tally = runtime.block_on(tally::count(&self.database, self.delivery, kills, seconds))?;
+        let tally = runtime.block_on(tally::count(&self.backend, self.delivery, kills, seconds))?;
         match self.input.lines.len() {
             lines if lines as u64 == tally.orders => Ok(tally),
             lines => Err(format!("{}: the log holds {} of {lines} orders", self.delivery, tally.orders).into()),
@@ -50,8 +51,8 @@ impl Race<'_> {
 
     async fn write_log(&self) -> Result<(), Failure> {
         const CHUNK: usize = 1_000;
-        let (log, _) = backend::open(&self.database).await?;
-        backend::create_tables(&self.database)?;
+        let log = self.backend.open_log().await?;
+        self.backend.create_shop()?;
         for (chunk, lines) in self.input.lines.chunks(CHUNK).enumerate() {
             let first = chunk * CHUNK + HEADER_LINES + 1;
             let records: Vec<NewRecord> = lines
@@ -145,11 +146,14 @@ impl Race<'_> {
         let format = self.input.format;
         let mut process = Command::new(std::env::current_exe()?)
             .arg("worker")
-            .arg(&self.database)
+            .arg(&self.backend.database)
+            .arg(self.backend.consumer.as_str())
             .arg(self.delivery.to_string())
             .args([format.fields, format.freight].map(|number| number.to_string()))
             .arg(self.max_batch.to_string())
             .arg(self.leash().to_string())
+            .env(worker::LOG_VARIABLE, self.backend.log.secret())
+            .env(worker::STORE_VARIABLE, self.backend.store.secret())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

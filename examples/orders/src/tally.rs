@@ -1,12 +1,9 @@
 //! Counts what became of the orders, and shows it.
 
-use std::path::Path;
-
 use essentially_once::{Log, Offset};
-use essentially_once_sqlite::rusqlite::Connection;
 use serde::Serialize;
 
-use crate::{Failure, backend, delivery::Delivery};
+use crate::{Failure, backend::Backend, delivery::Delivery};
 
 /// What became of the orders of one run. Each is counted under its offset in the log: an id may be missing or used twice.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -19,7 +16,7 @@ pub(crate) struct Tally {
     pub(crate) rejected: u64,
     pub(crate) kills: u64,
     pub(crate) seconds: f64,
-    /// Rows in both tables.
+    /// Shipments and rejections, doubles included.
     #[serde(skip)]
     pub(crate) effects: u64,
 }
@@ -31,39 +28,25 @@ impl Tally {
     }
 }
 
-/// Counts in the log and in the shop's tables, as they are on disk.
-pub(crate) async fn count(database: &Path, delivery: Delivery, kills: u64, seconds: f64) -> Result<Tally, Failure> {
-    let (log, _) = backend::open(database).await?;
-    let orders = records(&log).await?;
-    let shop = backend::own_connection(database)?;
-    let shipped_once = number(
-        &shop,
-        "SELECT count(*) FROM (SELECT 1 FROM shipments GROUP BY log_offset HAVING count(*) = 1)",
-    )?;
-    let shipped_more = number(
-        &shop,
-        "SELECT count(*) FROM (SELECT 1 FROM shipments GROUP BY log_offset HAVING count(*) > 1)",
-    )?;
-    let rejected = number(&shop, "SELECT count(DISTINCT log_offset) FROM rejected")?;
-    let effects = number(
-        &shop,
-        "SELECT (SELECT count(*) FROM shipments) + (SELECT count(*) FROM rejected)",
-    )?;
+/// Counts in the log and in the shop, as they are on disk.
+pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, seconds: f64) -> Result<Tally, Failure> {
+    let orders = records(&*backend.open_log().await?).await?;
+    let books = backend.books().await?;
     Ok(Tally {
         delivery,
         orders,
-        shipped_once,
-        shipped_more,
-        never_shipped: orders.saturating_sub(shipped_once + shipped_more + rejected),
-        rejected,
+        shipped_once: books.shipped_once,
+        shipped_more: books.shipped_more,
+        never_shipped: orders.saturating_sub(books.shipped_once + books.shipped_more + books.rejected),
+        rejected: books.rejected,
         kills,
         seconds: (seconds * 1_000.0).round() / 1_000.0,
-        effects,
+        effects: books.effects,
     })
 }
 
 /// How many records the log holds: read, since offsets may have gaps.
-async fn records(log: &impl Log) -> Result<u64, Failure> {
+async fn records(log: &dyn Log) -> Result<u64, Failure> {
     const AT_A_TIME: usize = 1_000;
     let bounds = log.bounds().await?;
     let mut reader = log.read(bounds.earliest).await?;
@@ -74,11 +57,6 @@ async fn records(log: &impl Log) -> Result<u64, Failure> {
         next = records.last().map_or(bounds.end, |last| Offset::successor(last.offset));
     }
     Ok(count)
-}
-
-fn number(shop: &Connection, sql: &str) -> Result<u64, Failure> {
-    let number: i64 = shop.query_row(sql, [], |row| row.get(0))?;
-    Ok(number.try_into()?)
 }
 
 /// One line for each delivery, below a heading.

@@ -8,19 +8,22 @@ use std::{
     thread,
 };
 
-use essentially_once::{Consumer, ConsumerId};
+use essentially_once::{Consumer, ConsumerId, OffsetStore};
 
 use crate::{
-    Failure, backend,
+    Failure,
+    backend::{Backend, Place},
     delivery::Delivery,
     order::Format,
     shipping::{InTransaction, OnItsOwn, Shipping},
+    shop::{self, Shop},
 };
 
 /// What the parent tells its worker.
 #[derive(clap::Args)]
 pub(crate) struct WorkerArgs {
     pub(crate) database: PathBuf,
+    pub(crate) consumer: ConsumerId,
     pub(crate) delivery: Delivery,
     /// Fields of every line.
     pub(crate) fields: usize,
@@ -30,19 +33,55 @@ pub(crate) struct WorkerArgs {
     pub(crate) max_batch: usize,
     /// Orders handled before the worker waits for its parent.
     pub(crate) leash: u64,
+    /// Given by the environment: anyone may read a command line, and it may hold a password.
+    #[arg(long, env = LOG_VARIABLE, hide_env_values = true)]
+    pub(crate) log: String,
+    #[arg(long, env = STORE_VARIABLE, hide_env_values = true)]
+    pub(crate) store: String,
 }
+
+pub(crate) const LOG_VARIABLE: &str = "ORDERS_LOG";
+pub(crate) const STORE_VARIABLE: &str = "ORDERS_STORE";
 
 /// Ships all orders that the log holds.
-pub(crate) fn run(args: &WorkerArgs) -> Result<(), Failure> {
+pub(crate) fn run(args: WorkerArgs) -> Result<(), Failure> {
     let leash = Leash::attach(args.leash);
-    crate::runtime()?.block_on(ship(args, leash))
+    let backend = Backend {
+        log: args.log.parse()?,
+        store: args.store.parse()?,
+        database: args.database.clone(),
+        consumer: args.consumer.clone(),
+    };
+    crate::runtime()?.block_on(open_store(&args, &backend, leash))
 }
 
-async fn ship(args: &WorkerArgs, leash: Leash) -> Result<(), Failure> {
+async fn open_store(args: &WorkerArgs, backend: &Backend, leash: Leash) -> Result<(), Failure> {
+    match &backend.store {
+        Place::Sqlite => {
+            let store = backend.sqlite().await?.store();
+            let own_shop = async || Ok(shop::own_connection(&args.database)?);
+            ship(args, backend, leash, store, own_shop).await
+        }
+        #[cfg(feature = "redis")]
+        Place::Redis(url) => {
+            let store = essentially_once_redis::Redis::connect(url).await?.store();
+            let own_shop = async || shop::RedisShop::connect(url, &args.consumer).await;
+            ship(args, backend, leash, store, own_shop).await
+        }
+    }
+}
+
+async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
+    args: &WorkerArgs,
+    backend: &Backend,
+    leash: Leash,
+    store: S,
+    own_shop: impl AsyncFnOnce() -> Result<O, Failure>,
+) -> Result<(), Failure> {
     /// Rather fail than go round for ever when the database is not to be had.
     const RESTARTS: u32 = 20;
-    let (log, store) = backend::open(&args.database).await?;
-    let id = ConsumerId::new("shipping")?;
+    let log = backend.open_log().await?;
+    let id = args.consumer.clone();
     let format = Format {
         fields: args.fields,
         freight: args.freight,
@@ -57,7 +96,7 @@ async fn ship(args: &WorkerArgs, leash: Leash) -> Result<(), Failure> {
                 .await?;
         }
         Delivery::AtLeastOnce => {
-            let desk = OnItsOwn(backend::own_connection(&args.database)?);
+            let desk = OnItsOwn(own_shop().await?);
             Consumer::at_least_once(id, log, store, Shipping { desk, format, leash })
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)
@@ -65,7 +104,7 @@ async fn ship(args: &WorkerArgs, leash: Leash) -> Result<(), Failure> {
                 .await?;
         }
         Delivery::AtMostOnce => {
-            let desk = OnItsOwn(backend::own_connection(&args.database)?);
+            let desk = OnItsOwn(own_shop().await?);
             Consumer::at_most_once(id, log, store, Shipping { desk, format, leash })
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)

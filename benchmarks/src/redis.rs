@@ -1,0 +1,170 @@
+//! Redis, AOF with `appendfsync always`: the same work by hand and through the library, on one server. Times are of the consuming
+//! alone; both check the counter.
+
+use std::time::{Duration, Instant};
+
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+use essentially_once_redis::{
+    Redis, RedisTx,
+    redis::{self, AsyncConnectionConfig, Client, Value, aio::MultiplexedConnection, cmd, pipe},
+};
+
+use test_servers::RedisServer;
+
+use crate::{Contest, PAYLOAD, Result};
+
+/// One hash field per consumer is enough: what it costs does not depend on the number of fields.
+const FIELD: &str = "n";
+
+/// Records per append on both sides.
+const FILL: u64 = 1_000;
+
+/// A private server, with each write on disk before it is acknowledged.
+pub(crate) struct Server(RedisServer);
+
+impl Server {
+    pub(crate) fn start() -> Result<Self> {
+        Ok(Self(RedisServer::durable().start()?))
+    }
+}
+
+impl Contest for Server {
+    fn records(&self, batch: usize) -> u64 {
+        match batch {
+            1 => 2_000,
+            10 => 15_000,
+            100 => 80_000,
+            _ => 120_000,
+        }
+    }
+
+    fn by_hand(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
+        runtime()?.block_on(by_hand(&self.0.url(), name, records, batch))
+    }
+
+    fn ours(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
+        runtime()?.block_on(ours(&self.0.url(), name, records, batch))
+    }
+}
+
+/// What one writes without a library: XREAD a batch, then increment the counter for each and move the offset in one MULTI/EXEC.
+async fn by_hand(url: &str, name: &str, records: u64, batch: usize) -> Result<Duration> {
+    let mut connection = connect(url).await?;
+    let (stream, state) = (format!("{{{name}}}:log"), format!("{{{name}}}:state"));
+    for first in (0..records).step_by(FILL as usize) {
+        let mut fill = pipe();
+        for _ in first..records.min(first + FILL) {
+            fill.cmd("XADD")
+                .arg(&stream)
+                .arg("*")
+                .arg("payload")
+                .arg(&PAYLOAD[..])
+                .ignore();
+        }
+        fill.query_async::<()>(&mut connection).await?;
+    }
+
+    let started = Instant::now();
+    let mut next: String = "0-0".into();
+    let mut handled = 0;
+    while handled < records {
+        let reply: Value = cmd("XREAD")
+            .arg("COUNT")
+            .arg(batch)
+            .arg("STREAMS")
+            .arg(&stream)
+            .arg(&next)
+            .query_async(&mut connection)
+            .await?;
+        let mut commit = pipe();
+        commit.atomic();
+        for (id, payload) in entries(reply)? {
+            assert_eq!(payload.len(), PAYLOAD.len());
+            commit.cmd("HINCRBY").arg(&state).arg(FIELD).arg(1).ignore();
+            next = id;
+            handled += 1;
+        }
+        commit.cmd("HSET").arg(&state).arg("next").arg(&next).ignore();
+        commit.query_async::<()>(&mut connection).await?;
+    }
+    let time = started.elapsed();
+    check(&mut connection, &state, records).await?;
+    clear(&mut connection, &[&stream, &state]).await?;
+    Ok(time)
+}
+
+/// An id, and fields and values in turn.
+type Entry = (String, Vec<Vec<u8>>);
+
+/// Ids and payloads of an XREAD reply of one stream: `[[stream, [[id, [field, value]], …]]]`.
+fn entries(reply: Value) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut streams: Vec<(String, Vec<Entry>)> = redis::from_redis_value(reply)?;
+    let entries = streams.pop().map(|(_, entries)| entries).unwrap_or_default();
+    Ok(entries
+        .into_iter()
+        .filter_map(|(id, mut fields)| Some((id, fields.pop()?)))
+        .collect())
+}
+
+struct Count {
+    key: String,
+}
+
+#[async_trait]
+impl Handler<RedisTx> for Count {
+    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
+        assert_eq!(record.payload.len(), PAYLOAD.len());
+        let mut increment = cmd("HINCRBY");
+        increment.arg(&self.key).arg(FIELD).arg(1);
+        tx.command(increment).await?;
+        Ok(())
+    }
+}
+
+/// The same through the library.
+async fn ours(url: &str, name: &str, records: u64, batch: usize) -> Result<Duration> {
+    let redis = Redis::connect(url).await?;
+    let log = redis.log(name).await?;
+    let fill: Vec<NewRecord> = (0..records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
+    for chunk in fill.chunks(FILL as usize) {
+        log.append(chunk).await?;
+    }
+    let state = format!("{{{name}}}:state");
+    let started = Instant::now();
+    let count = Count { key: state.clone() };
+    let consumer = Consumer::essentially_once(ConsumerId::new(name)?, log, redis.store(), count);
+    tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
+    let time = started.elapsed();
+    let mut connection = connect(url).await?;
+    check(&mut connection, &state, records).await?;
+    clear(&mut connection, &[name, &state]).await?;
+    Ok(time)
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?)
+}
+
+async fn connect(url: &str) -> Result<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new().set_response_timeout(None);
+    Ok(Client::open(url)?
+        .get_multiplexed_async_connection_with_config(&config)
+        .await?)
+}
+
+async fn check(connection: &mut MultiplexedConnection, state: &str, records: u64) -> Result<()> {
+    let counted: u64 = cmd("HGET").arg(state).arg(FIELD).query_async(connection).await?;
+    if counted != records {
+        return Err(format!("counted {counted} of {records} records: the measurement is void").into());
+    }
+    Ok(())
+}
+
+/// The next round must not find a server that is fuller.
+async fn clear(connection: &mut MultiplexedConnection, keys: &[&str]) -> Result<()> {
+    cmd("DEL").arg(keys).query_async::<u64>(connection).await?;
+    Ok(())
+}

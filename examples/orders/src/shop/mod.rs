@@ -1,0 +1,81 @@
+//! Where shipments are written: in the store's transaction, or beside it.
+
+mod sqlite;
+
+#[cfg(feature = "redis")]
+mod redis;
+
+use async_trait::async_trait;
+use essentially_once::HandlerError;
+
+use crate::{
+    Failure,
+    backend::{Backend, Place},
+    order::Order,
+};
+
+#[cfg(feature = "redis")]
+pub(crate) use self::redis::RedisShop;
+pub(crate) use self::sqlite::own_connection;
+
+/// What a line of the log leads to. Offsets are kept as text, because a log's offsets are opaque.
+pub(crate) enum Effect<'a> {
+    Shipped {
+        offset: String,
+        order: &'a Order,
+    },
+    Rejected {
+        offset: String,
+        line: u32,
+        payload: &'a str,
+        reason: &'a str,
+    },
+}
+
+/// Writes effects.
+#[async_trait]
+pub(crate) trait Shop: Send {
+    /// Any error stops the worker: one that at-most-once passed over would be counted as lost to a kill.
+    async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError>;
+}
+
+/// What the shop holds, counted by offset.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Books {
+    pub(crate) shipped_once: u64,
+    pub(crate) shipped_more: u64,
+    pub(crate) rejected: u64,
+    /// Everything ever written, doubles included.
+    pub(crate) effects: u64,
+}
+
+impl Backend {
+    /// Makes what the shop needs before the first effect.
+    pub(crate) fn create_shop(&self) -> Result<(), Failure> {
+        match self.store {
+            Place::Sqlite => Ok(sqlite::create_tables(&self.database)?),
+            #[cfg(feature = "redis")]
+            Place::Redis(_) => Ok(()),
+        }
+    }
+
+    /// Counts what was written, as it is on disk.
+    pub(crate) async fn books(&self) -> Result<Books, Failure> {
+        match &self.store {
+            Place::Sqlite => Ok(sqlite::count(&own_connection(&self.database)?)?),
+            #[cfg(feature = "redis")]
+            Place::Redis(url) => RedisShop::connect(url, &self.consumer).await?.count().await,
+        }
+    }
+
+    /// Removes from a shared server what this run left there.
+    pub(crate) async fn remove(&self) -> Result<(), Failure> {
+        #[cfg(feature = "redis")]
+        for place in [&self.log, &self.store] {
+            if let Place::Redis(url) = place {
+                RedisShop::connect(url, &self.consumer).await?.remove().await?;
+            }
+        }
+        Ok(())
+    }
+}
