@@ -84,7 +84,9 @@ pub enum Error {
     /// A backend that cannot roll back failed in the middle: a part of the transaction was applied, and the position did not
     /// move. Handling the record again would double that part, so the consumer stays blocked until someone has repaired the data and
     /// says so; the adapter tells how.
-    #[error("consumer {consumer}: its transaction was applied in part, and its position did not move: {done}; {remedy}")]
+    #[error(
+        "consumer {consumer}: its transaction was applied in part, and its position did not move: {done}; {remedy}"
+    )]
     PartiallyApplied {
         /// The consumer.
         consumer: ConsumerId,
