@@ -1,0 +1,95 @@
+//! The store against private servers: what it commits, refuses, and says when the server fails.
+
+mod committing;
+mod native;
+mod partial;
+mod setup;
+mod support;
+mod trouble;
+
+use std::{future::Future, pin::Pin, process::ExitCode, time::Duration};
+
+use essentially_once_testkit::{Suite, Violation};
+use test_servers::redis_server;
+
+use crate::support::Outcome;
+
+type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
+
+macro_rules! cases {
+    ($($module:ident::$case:ident),+ $(,)?) => {
+        [$((concat!(stringify!($module), "::", stringify!($case)), (|| Box::pin($module::$case())) as Case)),+]
+    };
+}
+
+fn main() -> ExitCode {
+    let cases = cases![
+        committing::what_is_committed_is_there,
+        committing::windows_are_replaced_and_forgotten,
+        committing::large_numbers_round_trip,
+        committing::a_stale_revision_is_fenced,
+        committing::one_of_two_racing_stores_wins,
+        committing::a_missing_position_has_revision_0,
+        committing::another_log_is_refused,
+        committing::an_incarnation_is_filled_in,
+        committing::a_transaction_reads_its_own_writes,
+        committing::a_transaction_that_is_dropped_leaves_nothing,
+        committing::consumers_and_prefixes_are_apart,
+        committing::keys_of_another_type_are_refused,
+        committing::garbage_in_our_hashes_is_an_error,
+        committing::sizes_are_limited,
+        native::commands_run_in_the_same_step,
+        native::a_fenced_commit_runs_no_command,
+        native::the_wrong_type_is_found_before_the_first_write,
+        native::a_number_that_is_none_is_found_before_the_first_write,
+        native::what_the_transaction_itself_writes_is_not_checked,
+        native::counting_together_is_counting_one_by_one,
+        native::sums_that_overflow_are_counted_one_by_one,
+        partial::a_first_command_that_fails_applies_nothing,
+        partial::a_later_command_that_fails_blocks_the_consumer,
+        partial::a_first_commit_applied_in_part_can_be_resolved,
+        partial::other_instances_are_fenced_after_a_partial_commit,
+        partial::unfit_commands_are_refused_at_once,
+        partial::keys_of_stores_are_refused,
+        partial::subcommands_are_known,
+        partial::queries_read_now,
+        trouble::a_full_server_applies_nothing,
+        trouble::a_request_that_is_lost_did_nothing,
+        trouble::a_reply_that_is_lost_is_found_out,
+        trouble::a_late_commit_is_fenced,
+        trouble::what_was_acknowledged_survives_kills,
+        trouble::a_forgotten_script_is_sent_again,
+        setup::settings_that_lose_data_are_named,
+        setup::a_server_that_hides_its_settings_is_unknown,
+        setup::missing_permissions_are_named,
+        setup::a_permission_missing_for_a_later_command_applies_nothing,
+        setup::replicas_that_are_missing_leave_it_open,
+        setup::large_transactions_are_taken,
+        setup::resp3_is_spoken,
+        setup::passwords_are_never_shown,
+    ];
+    let missing = redis_server().err();
+    let mut suite = Suite::new();
+    for (name, case) in cases {
+        suite = match &missing {
+            Some(why) => suite.ignored(name, why),
+            None => suite.test(name, move || run(case)),
+        };
+    }
+    suite.run()
+}
+
+fn run(case: Case) -> Result<(), Violation> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Violation::new(error.to_string()))?;
+    let limit = Duration::from_secs(100);
+    let result = runtime.block_on(async { tokio::time::timeout(limit, case()).await });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match result {
+        Ok(result) => result.map_err(|error| Violation::new(error.to_string())),
+        Err(_) => Err(Violation::new(format!("still waiting after {limit:?}"))),
+    }
+}

@@ -1,0 +1,220 @@
+//! Native commands that fail, are refused, or only read.
+
+use essentially_once::{Error, KeyValue, Offset, OffsetStore, Transaction};
+use essentially_once_redis::{
+    Redis,
+    redis::{Cmd, cmd},
+};
+
+use crate::support::{Outcome, Stage, advance, assert_error, command, told};
+
+pub(crate) async fn a_first_command_that_fails_applies_nothing() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.ask("RPUSH list a")?;
+    let result = stage.commit(0, ["LSET list 5 x", "SET a 1"].map(command)).await;
+    assert_error!(result, Error::Failed { .. }, "LSET list", "index out of range");
+    assert_eq!((stage.revision().await?, stage.ask("EXISTS a")?.as_str()), (0, "0"));
+    stage.commit(0, [command("SET a 1")]).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.ask("RPUSH list a")?;
+    stage.ask("XADD stream 5-1 a b")?;
+    stage.commit(0, []).await?;
+    for (round, failing) in ["LSET list 5 secret", "XADD stream 1-1 a secret"]
+        .into_iter()
+        .enumerate()
+    {
+        let revision = 1 + round as u64;
+        let mut tx = stage.begin().await?;
+        tx.put(b"state", b"1").await?;
+        for text in ["SET a 1", "INCR count", failing, "SET b 1"] {
+            tx.command(command(text)).await?;
+        }
+        let text = told(tx.commit(advance(revision, 9)).await);
+        for part in [
+            "PartiallyApplied",
+            "2 commands were applied",
+            &failing[..9],
+            "resolve_partial",
+            "consumer c",
+        ] {
+            assert!(text.contains(part), "{part:?} is missing in {text}");
+        }
+        assert!(!text.contains("secret"), "{text}");
+        assert_eq!(stage.ask("MGET a b")?, "1 ");
+        // It stays, for everybody and across a restart.
+        stage.server.restart()?;
+        stage.revision().await.expect_err("the connection is gone");
+        let other = Redis::connect(&stage.server.url()).await?.store();
+        for expected in [revision, revision + 1] {
+            let result = other.begin(&stage.consumer).await?.commit(advance(expected, 9)).await;
+            assert_error!(result, Error::PartiallyApplied { .. }, "2 commands were applied");
+        }
+        assert_error!(
+            other.position(&stage.consumer).await,
+            Error::PartiallyApplied { .. },
+            "2 commands were applied"
+        );
+        other.resolve_partial(&stage.consumer).await?;
+        assert_error!(
+            other.resolve_partial(&stage.consumer).await,
+            Error::Failed { .. },
+            "none is applied in part"
+        );
+        let position = other.position(&stage.consumer).await?.expect("a position");
+        assert_eq!(
+            (position.revision, position.next),
+            (revision + 1, Offset::new(1, 7)),
+            "it did not move"
+        );
+        let state = other.begin(&stage.consumer).await?.get(b"state").await?;
+        assert_eq!(state, None);
+    }
+    stage.commit(3, [command("SET a 2")]).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_first_commit_applied_in_part_can_be_resolved() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.ask("RPUSH list a")?;
+    let result = stage.commit(0, ["SET a 1", "LSET list 5 x"].map(command)).await;
+    assert_error!(result, Error::PartiallyApplied { .. }, "LSET list");
+    assert_error!(stage.commit(0, []).await, Error::PartiallyApplied { .. },);
+    stage.store.resolve_partial(&stage.consumer).await?;
+    assert_eq!(stage.store.position(&stage.consumer).await?, None);
+    stage.commit(0, []).await?;
+    Ok(())
+}
+
+pub(crate) async fn other_instances_are_fenced_after_a_partial_commit() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.ask("RPUSH list a")?;
+    stage.commit(0, []).await?;
+    let mut overtaken = stage.begin().await?;
+    overtaken.command(command("SET overtaken 1")).await?;
+    let result = stage.commit(1, ["SET a 1", "LSET list 5 x"].map(command)).await;
+    assert_error!(result, Error::PartiallyApplied { .. },);
+    stage.store.resolve_partial(&stage.consumer).await?;
+    assert_error!(overtaken.commit(advance(1, 9)).await, Error::Fenced { .. },);
+    assert_eq!(stage.ask("EXISTS overtaken")?, "0");
+    Ok(())
+}
+
+pub(crate) async fn unfit_commands_are_refused_at_once() -> Outcome {
+    let stage = Stage::start().await?;
+    let mut tx = stage.begin().await?;
+    for (unfit, why) in [
+        ("NOSUCH a", "no such command"),
+        ("HSET a", "too few or too many"),
+        ("INCR a b", "too few or too many"),
+        ("XGROUP", "writes nothing"),
+        ("XGROUP NOSUCH a", "no such command"),
+        ("GET a", "use `query`"),
+        ("SELECT 1", "writes nothing"),
+        ("FLUSHALL", "names no key"),
+        ("FLUSHDB", "names no key"),
+        ("SWAPDB 0 1", "names no key"),
+        ("BLPOP a 0", "may wait"),
+        ("XREADGROUP GROUP g c STREAMS s >", "may wait"),
+        ("MULTI", "atomic step"),
+        ("EVAL return 0", "atomic step"),
+        ("SUBSCRIBE a", "atomic step"),
+        ("CONFIG SET maxmemory 1", "atomic step"),
+        ("MIGRATE h 1 k 0 1", "atomic step"),
+        ("SHUTDOWN", "atomic step"),
+    ] {
+        assert_error!(
+            tx.command(command(unfit)).await,
+            Error::Failed { .. },
+            why,
+            unfit.split(' ').next().unwrap_or_default()
+        );
+    }
+    assert_error!(tx.command(Cmd::new()).await, Error::Failed { .. }, "empty");
+    let mut long = cmd("RPUSH");
+    long.arg("list").arg(vec![1; 7_000]);
+    assert_error!(tx.command(long).await, Error::Failed { .. }, "split it");
+    tx.command(command("SET fine 1")).await?;
+    tx.commit(advance(0, 1)).await?;
+    assert_eq!(stage.ask("GET fine")?, "1");
+    Ok(())
+}
+
+pub(crate) async fn keys_of_stores_are_refused() -> Outcome {
+    let stage = Stage::start().await?;
+    let mut tx = stage.begin().await?;
+    for kind in ["position", "windows", "state"] {
+        for consumer in ["c", "another"] {
+            let key = format!("essentially-once:{{{consumer}}}:{kind}");
+            for touching in [
+                format!("HSET {key} a b"),
+                format!("DEL x {key}"),
+                format!("RENAME x {key}"),
+                format!("ZUNIONSTORE {key} 1 x"),
+            ] {
+                assert_error!(
+                    tx.command(command(&touching)).await,
+                    Error::Failed { .. },
+                    "belongs to a store"
+                );
+            }
+        }
+    }
+    tx.command(command("SET essentially-once:{c}:mine 1")).await?;
+    Ok(())
+}
+
+pub(crate) async fn subcommands_are_known() -> Outcome {
+    let stage = Stage::start().await?;
+    stage
+        .commit(
+            0,
+            [
+                "xgroup create stream group $ mkstream",
+                "XGROUP CREATECONSUMER stream group me",
+            ]
+            .map(command),
+        )
+        .await?;
+    let consumers = stage.server.command(&["XINFO", "CONSUMERS", "stream", "group"])?;
+    assert_eq!(consumers.list().len(), 1);
+    Ok(())
+}
+
+pub(crate) async fn queries_read_now() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.ask("SET a 5")?;
+    let mut tx = stage.begin().await?;
+    tx.command(command("SET a 6")).await?;
+    assert_eq!(tx.query::<i64>(command("GET a")).await?, 5);
+    assert_eq!(tx.query::<Option<i64>>(command("GET b")).await?, None);
+    assert_eq!(tx.query::<String>(command("OBJECT ENCODING a")).await?, "int");
+    for (unfit, why) in [
+        ("SET a 1", "not a reading command"),
+        ("XREAD BLOCK 0 STREAMS a 0", "may wait"),
+        ("GET", "too few"),
+    ] {
+        assert_error!(tx.query::<i64>(command(unfit)).await, Error::Failed { .. }, why);
+    }
+    assert_error!(
+        tx.query::<i64>(command("LLEN a")).await,
+        Error::Failed { .. },
+        "WRONGTYPE"
+    );
+    stage.ask("SET text abc")?;
+    assert_error!(
+        tx.query::<i64>(command("GET text")).await,
+        Error::Failed { .. },
+        "run GET"
+    );
+    assert_eq!(
+        tx.query::<i64>(command("GET a")).await?,
+        5,
+        "the connection is still good"
+    );
+    assert_eq!((tx.hash_tag().as_str(), tx.consumer()), ("{c}", &stage.consumer));
+    Ok(())
+}

@@ -1,0 +1,288 @@
+//! How a server is set up: settings, permissions, replicas, protocol.
+
+use std::time::{Duration, Instant};
+
+use essentially_once::{Advance, Durability, Error, KeyValue, OffsetStore, Source, Transaction, Window};
+use essentially_once_redis::{Redis, RedisOptions, RedisStore, redis::cmd};
+use test_servers::RedisServer;
+
+use crate::support::{Outcome, Stage, advance, assert_error, command, producer, told};
+
+pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
+    let stage = Stage::start().await?;
+    assert_eq!(stage.store.durability().await?, Durability::Durable);
+    for (settings, undo, named) in [
+        ("appendfsync everysec", "appendfsync always", "set `appendfsync always`"),
+        ("appendfsync no", "appendfsync always", "set `appendfsync always`"),
+        (
+            "no-appendfsync-on-rewrite yes",
+            "no-appendfsync-on-rewrite no",
+            "set `no-appendfsync-on-rewrite no`",
+        ),
+        (
+            "maxmemory 1gb maxmemory-policy allkeys-lru",
+            "maxmemory 0 maxmemory-policy noeviction",
+            "`maxmemory-policy noeviction`",
+        ),
+        ("appendonly no", "appendonly yes", "set `appendonly yes`"),
+    ] {
+        stage.ask(&format!("CONFIG SET {settings}"))?;
+        match stage.store.durability().await? {
+            Durability::Volatile(why) => assert!(
+                why.contains(named) && why.matches("set `").count() == 1,
+                "{settings}: {why}"
+            ),
+            other => panic!("{settings}: {other:?}"),
+        }
+        stage.ask(&format!("CONFIG SET {undo}"))?;
+    }
+    stage.ask("CONFIG SET maxmemory 1gb maxmemory-policy volatile-lru")?;
+    assert_eq!(stage.store.durability().await?, Durability::Durable);
+    stage.ask("CONFIG SET maxmemory-policy allkeys-random appendfsync no")?;
+    let replicated = RedisOptions::new()
+        .min_replicas(2, Duration::from_millis(10))
+        .connect(&stage.server.url())
+        .await?;
+    match replicated.store().durability().await? {
+        Durability::Volatile(why) => {
+            for part in [
+                "appendfsync is no",
+                "allkeys-random",
+                "0 replicas are connected, and `min_replicas` asks for 2",
+            ] {
+                assert!(why.contains(part), "{why}");
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+    Ok(())
+}
+
+/// A store that signs in as a user with these rights.
+async fn signed_in(stage: &Stage, rights: &str) -> Result<RedisStore, Source> {
+    stage.ask(&format!("ACL SETUSER app reset on >hunter2 ~* &* {rights}"))?;
+    let url = format!("redis://app:hunter2@127.0.0.1:{}", stage.server.port());
+    Ok(Redis::connect(&url).await?.store())
+}
+
+pub(crate) async fn a_server_that_hides_its_settings_is_unknown() -> Outcome {
+    let stage = Stage::start().await?;
+    let store = signed_in(&stage, "+@all -config").await?;
+    match store.durability().await? {
+        Durability::Unknown(why) => assert!(why.contains("grant") && why.contains("config|get"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    let store = signed_in(&stage, "+@all -config +config|get").await?;
+    assert_eq!(store.durability().await?, Durability::Durable);
+    Ok(())
+}
+
+pub(crate) async fn missing_permissions_are_named() -> Outcome {
+    let stage = Stage::start().await?;
+    let store = signed_in(&stage, "+@all -evalsha").await?;
+    assert_error!(
+        store.begin(&stage.consumer).await?.commit(advance(0, 1)).await,
+        Error::Failed { .. },
+        "evalsha",
+        "ACL SETUSER"
+    );
+    let store = signed_in(&stage, "+@all -hgetall").await?;
+    assert_error!(
+        store.position(&stage.consumer).await,
+        Error::Failed { .. },
+        "HGETALL",
+        "can't run this command"
+    );
+    let store = signed_in(&stage, "+@all -hget").await?;
+    assert_error!(
+        store.begin(&stage.consumer).await?.get(b"a").await,
+        Error::Failed { .. },
+        "hget",
+        "ACL SETUSER"
+    );
+    let store = signed_in(&stage, "+@all -command").await?;
+    let mut tx = store.begin(&stage.consumer).await?;
+    assert_error!(
+        tx.command(command("SET a 1")).await,
+        Error::Failed { .. },
+        "grant the user `command|info`"
+    );
+    // What the documentation asks for is enough.
+    let store = signed_in(
+        &stage,
+        "+evalsha +eval +hget +hgetall +hmget +hset +hdel +incr +command|info +info +config|get",
+    )
+    .await?;
+    let mut tx = store.begin(&stage.consumer).await?;
+    tx.put(b"a", b"1").await?;
+    tx.command(command("INCR count")).await?;
+    tx.commit(advance(0, 1)).await?;
+    assert_eq!(
+        store.position(&stage.consumer).await?.map(|position| position.revision),
+        Some(1)
+    );
+    let mut tx = store.begin(&stage.consumer).await?;
+    assert_eq!(tx.get(b"a").await?.as_deref(), Some(&b"1"[..]));
+    tx.delete(b"a").await?;
+    tx.commit(advance(1, 2)).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_permission_missing_for_a_later_command_applies_nothing() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.commit(0, []).await?;
+    for (rights, named) in [
+        ("-rpush", "RPUSH"),
+        ("-hset", "HSET"),
+        ("-hdel", "HDEL"),
+        ("resetkeys ~essentially-once:*", "one of the keys"),
+    ] {
+        let store = signed_in(&stage, &format!("+@all {rights}")).await?;
+        let mut tx = store.begin(&stage.consumer).await?;
+        tx.delete(b"a").await?;
+        tx.command(command("INCR count")).await?;
+        tx.command(command("RPUSH list a")).await?;
+        assert_error!(
+            tx.commit(advance(1, 2)).await,
+            Error::Failed { .. },
+            "ACL SETUSER",
+            named
+        );
+        assert_eq!(
+            (stage.ask("DBSIZE")?.as_str(), stage.revision().await?),
+            ("1", 1),
+            "{rights}"
+        );
+    }
+    Ok(())
+}
+
+pub(crate) async fn replicas_that_are_missing_leave_it_open() -> Outcome {
+    let options = RedisOptions::new().min_replicas(1, Duration::from_millis(100));
+    let stage = Stage::with(options.clone()).await?;
+    assert_error!(
+        stage.commit(0, [command("INCR count")]).await,
+        Error::Indeterminate { .. },
+        "only 0 of 1 replicas"
+    );
+    assert_eq!((stage.revision().await?, stage.ask("GET count")?.as_str()), (1, "1"));
+    assert_error!(stage.commit(0, [command("INCR count")]).await, Error::Fenced { .. },);
+    stage.ask("SCRIPT FLUSH")?;
+    let replica = RedisServer::durable().replica_of(&stage.server).start()?;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut revision = 1;
+    // Until it has caught up.
+    while let Err(error) = stage.commit(revision, [command("INCR count")]).await {
+        assert!(
+            matches!(error, Error::Indeterminate { .. }) && Instant::now() < deadline,
+            "{error}"
+        );
+        revision += 1;
+    }
+    assert_eq!(stage.store.durability().await?, Durability::Durable);
+    assert_eq!(replica.command(&["GET", "count"])?.text(), (revision + 1).to_string());
+    Ok(())
+}
+
+pub(crate) async fn large_transactions_are_taken() -> Outcome {
+    let stage = Stage::start().await?;
+    let mut tx = stage.begin().await?;
+    for number in 0..20_000_u32 {
+        tx.put(&number.to_be_bytes(), b"value").await?;
+        tx.delete(format!("not there {number}").as_bytes()).await?;
+    }
+    for number in 0..5_000 {
+        tx.command(command(&format!("HINCRBY hash {} {number}", number % 100)))
+            .await?;
+        tx.command(command(&format!("SET key{number} {number}"))).await?;
+    }
+    tx.put(b"large", &vec![7; 1_000_000]).await?;
+    tx.command(cmd("SET").arg("large").arg(vec![8_u8; 1_000_000]).take())
+        .await?;
+    tx.command(cmd("RPUSH").arg("list").arg(vec![1; 6_998]).take()).await?;
+    tx.commit(advance(0, 1)).await?;
+    assert_eq!(stage.ask("HLEN essentially-once:{c}:state")?, "20001");
+    assert_eq!(stage.ask("HSTRLEN essentially-once:{c}:state large")?, "1000000");
+    assert_eq!(stage.ask("STRLEN large")?, "1000000");
+    assert_eq!(stage.ask("LLEN list")?, "6998");
+    assert_eq!(
+        stage.ask("HGET hash 99")?,
+        (0..5_000).filter(|number| number % 100 == 99).sum::<u32>().to_string()
+    );
+    assert_eq!(stage.ask("DBSIZE")?, "5005");
+    let mut tx = stage.begin().await?;
+    for number in 0..20_000_u32 {
+        tx.delete(&number.to_be_bytes()).await?;
+    }
+    tx.commit(advance(1, 2)).await?;
+    assert_eq!(stage.ask("HLEN essentially-once:{c}:state")?, "1");
+    Ok(())
+}
+
+pub(crate) async fn resp3_is_spoken() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.ask("RPUSH list a")?;
+    let store = Redis::connect(&format!("{}/?protocol=resp3", stage.server.url()))
+        .await?
+        .store();
+    let mut tx = store.begin(&stage.consumer).await?;
+    tx.put(b"a", b"1").await?;
+    tx.command(command("INCR count")).await?;
+    let windows = vec![(producer("p"), Window::new(5))];
+    tx.commit(Advance {
+        windows,
+        ..advance(0, 1)
+    })
+    .await?;
+    assert_eq!(
+        store
+            .position(&stage.consumer)
+            .await?
+            .expect("a position")
+            .windows
+            .len(),
+        1
+    );
+    assert_eq!(store.durability().await?, Durability::Durable);
+    assert_error!(
+        store.begin(&stage.consumer).await?.commit(advance(0, 1)).await,
+        Error::Fenced { .. },
+    );
+    let mut tx = store.begin(&stage.consumer).await?;
+    assert_eq!(tx.get(b"a").await?.as_deref(), Some(&b"1"[..]));
+    tx.command(command("INCR count")).await?;
+    tx.command(command("LSET list 5 x")).await?;
+    assert_error!(
+        tx.commit(advance(1, 2)).await,
+        Error::PartiallyApplied { .. },
+        "LSET list"
+    );
+    Ok(())
+}
+
+pub(crate) async fn passwords_are_never_shown() -> Outcome {
+    let stage = Stage::start().await?;
+    let port = stage.server.port();
+    stage.ask("ACL SETUSER app reset on >hunter2 ~* &* +@all")?;
+    let good = Redis::connect(&format!("redis://app:hunter2@127.0.0.1:{port}")).await?;
+    let store = good.store();
+    let tx = store.begin(&stage.consumer).await?;
+    let mut texts = vec![format!("{good:?} {store:?} {tx:?}")];
+    for url in [
+        format!("redis://app:hunter2-wrong@127.0.0.1:{port}"),
+        "redis://app:hunter2@no-such-host.invalid:6379".into(),
+        "redis://app:hunter2@127.0.0.1:1".into(),
+        "redis://app:hunter2@127.0.0.1:port".into(),
+        "http://app:hunter2@127.0.0.1".into(),
+    ] {
+        texts.push(told(Redis::connect(&url).await));
+    }
+    stage.server.kill()?;
+    texts.push(told(tx.commit(advance(0, 1)).await));
+    texts.push(told(store.position(&stage.consumer).await));
+    texts.push(told(store.durability().await));
+    for text in texts {
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+    Ok(())
+}

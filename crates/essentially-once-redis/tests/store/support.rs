@@ -1,0 +1,131 @@
+//! What the cases share.
+
+use std::{error::Error as _, time::Duration};
+
+use essentially_once::{
+    Advance, ConsumerId, Error, KeyValue, LogId, Offset, OffsetStore, ProducerId, Source, Transaction,
+};
+use essentially_once_redis::{RedisOptions, RedisStore, RedisTx, redis::Cmd};
+use test_servers::{Proxy, RedisServer};
+
+pub(crate) type Outcome = Result<(), Source>;
+
+/// A server and a store on it.
+pub(crate) struct Stage {
+    pub(crate) server: RedisServer,
+    pub(crate) store: RedisStore,
+    pub(crate) consumer: ConsumerId,
+}
+
+impl Stage {
+    pub(crate) async fn start() -> Result<Self, Source> {
+        Self::with(RedisOptions::new()).await
+    }
+
+    pub(crate) async fn with(options: RedisOptions) -> Result<Self, Source> {
+        let server = RedisServer::durable().start()?;
+        let store = options.connect(&server.url()).await?.store();
+        Ok(Self {
+            server,
+            store,
+            consumer: ConsumerId::new("c")?,
+        })
+    }
+
+    pub(crate) async fn begin(&self) -> Result<RedisTx, Error> {
+        self.store.begin(&self.consumer).await
+    }
+
+    /// Commits what `stage` stages, and says what came of it.
+    pub(crate) async fn commit(&self, expected: u64, commands: impl IntoIterator<Item = Cmd>) -> Result<(), Error> {
+        let mut tx = self.begin().await?;
+        for command in commands {
+            tx.command(command).await?;
+        }
+        tx.commit(advance(expected, expected + 1)).await
+    }
+
+    /// The revision that is stored.
+    pub(crate) async fn revision(&self) -> Result<u64, Error> {
+        let position = self.store.position(&self.consumer).await?;
+        Ok(position.map_or(0, |position| position.revision))
+    }
+
+    pub(crate) async fn value(&self, key: &str) -> Result<Option<String>, Error> {
+        let value = self.begin().await?.get(key.as_bytes()).await?;
+        Ok(value.map(|value| String::from_utf8_lossy(&value).into_owned()))
+    }
+
+    pub(crate) fn ask(&self, command: &str) -> Result<String, Source> {
+        let words: Vec<&str> = command.split(' ').collect();
+        Ok(match self.server.command(&words)? {
+            test_servers::Reply::Nil => "nil".into(),
+            test_servers::Reply::Int(number) => number.to_string(),
+            test_servers::Reply::Text(text) => text,
+            test_servers::Reply::List(list) => list.iter().map(|reply| reply.text()).collect::<Vec<_>>().join(" "),
+        })
+    }
+
+    pub(crate) async fn through(&self, proxy: &Proxy) -> Result<RedisStore, Error> {
+        let url = format!("redis://127.0.0.1:{}", proxy.port());
+        Ok(RedisOptions::new()
+            .timeout(Duration::from_secs(5))
+            .connect(&url)
+            .await?
+            .store())
+    }
+}
+
+pub(crate) fn advance(expected_revision: u64, next: u64) -> Advance {
+    Advance {
+        log: log("orders#a1"),
+        next: Offset::new(next, 7),
+        expected_revision,
+        windows: vec![],
+        forgotten: vec![],
+    }
+}
+
+pub(crate) fn log(id: &str) -> LogId {
+    let (name, incarnation) = id.split_once('#').unwrap_or((id, ""));
+    let log = LogId::new(name).expect("a log's name");
+    match incarnation {
+        "" => log,
+        incarnation => log.with_incarnation(incarnation).expect("an incarnation"),
+    }
+}
+
+pub(crate) fn command(text: &str) -> Cmd {
+    let mut command = Cmd::new();
+    for word in text.split(' ') {
+        command.arg(word);
+    }
+    command
+}
+
+pub(crate) fn producer(name: &str) -> ProducerId {
+    ProducerId::new(name).expect("a producer's name")
+}
+
+/// The error with its causes.
+#[track_caller]
+pub(crate) fn told<T>(result: Result<T, Error>) -> String {
+    let Err(error) = result else { panic!("it did not fail") };
+    let mut text = format!("{error:?} {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(" {error:?} {error}");
+        cause = error.source();
+    }
+    text
+}
+
+macro_rules! assert_error {
+    ($result:expr, $kind:pat, $($text:expr),*) => {{
+        let result = $result;
+        assert!(matches!(&result, Err($kind)), "{result:?}");
+        let _text = told(result);
+        $(assert!(_text.contains($text), "{:?} is missing in {_text}", $text);)*
+    }};
+}
+pub(crate) use assert_error;

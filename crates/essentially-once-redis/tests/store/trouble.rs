@@ -1,0 +1,154 @@
+//! Servers in trouble: full, killed, behind a connection that breaks.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{Advance, Error, KeyValue, Offset, OffsetStore, Transaction, Window};
+use essentially_once_redis::RedisOptions;
+use test_servers::{Cut, Proxy};
+
+use crate::support::{Outcome, Stage, advance, assert_error, command, producer, told};
+
+pub(crate) async fn a_full_server_applies_nothing() -> Outcome {
+    let stage = Stage::start().await?;
+    stage.commit(0, [command("SET x 1")]).await?;
+    stage.ask("CONFIG SET maxmemory 100kb")?;
+    let full: [&[&str]; 3] = [&[], &["INCR count"], &["INCR count", "RPUSH list a"]];
+    for commands in full {
+        let mut tx = stage.begin().await?;
+        tx.put(b"a", b"1").await?;
+        for text in commands {
+            tx.command(command(text)).await?;
+        }
+        let windows = vec![(producer("p"), Window::new(5))];
+        let result = tx
+            .commit(Advance {
+                windows,
+                ..advance(1, 2)
+            })
+            .await;
+        assert_error!(result, Error::Unavailable { .. }, "OOM", "maxmemory");
+        assert_eq!((stage.revision().await?, stage.ask("DBSIZE")?.as_str()), (1, "2"));
+    }
+    assert_error!(stage.commit(1, []).await, Error::Unavailable { .. }, "OOM");
+    // One that begins by freeing memory goes through as a whole.
+    stage.commit(1, ["DEL x", "RPUSH list a"].map(command)).await?;
+    stage.ask("CONFIG SET maxmemory 0")?;
+    stage.commit(2, [command("INCR count")]).await?;
+    assert_eq!((stage.revision().await?, stage.ask("LLEN list")?.as_str()), (3, "1"));
+    Ok(())
+}
+
+pub(crate) async fn a_request_that_is_lost_did_nothing() -> Outcome {
+    cut(Cut::BeforeRequest, 1).await
+}
+
+pub(crate) async fn a_reply_that_is_lost_is_found_out() -> Outcome {
+    cut(Cut::BeforeReply, 2).await
+}
+
+async fn cut(moment: Cut, revision: u64) -> Outcome {
+    let stage = Stage::start().await?;
+    let proxy = Proxy::start(stage.server.port())?;
+    let store = stage.through(&proxy).await?;
+    store.begin(&stage.consumer).await?.commit(advance(0, 1)).await?;
+    proxy.cut_at(b"EVALSHA", moment);
+    let mut tx = store.begin(&stage.consumer).await?;
+    tx.put(b"a", b"1").await?;
+    assert_error!(
+        tx.commit(advance(1, 2)).await,
+        Error::Indeterminate { .. },
+        "commit",
+        "consumer c"
+    );
+    assert!(proxy.wait_fired(1, Duration::from_secs(10)));
+    let position = store.position(&stage.consumer).await?.expect("a position");
+    assert_eq!((position.revision, position.next), (revision, Offset::new(revision, 7)));
+    assert_eq!(stage.value("a").await?.is_some(), revision == 2);
+    store.begin(&stage.consumer).await?.commit(advance(revision, 5)).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_late_commit_is_fenced() -> Outcome {
+    let stage = Stage::start().await?;
+    let proxy = Proxy::start(stage.server.port())?;
+    let url = format!("redis://127.0.0.1:{}", proxy.port());
+    let slow = RedisOptions::new()
+        .timeout(Duration::from_secs(2))
+        .connect(&url)
+        .await?
+        .store();
+    slow.begin(&stage.consumer).await?.commit(advance(0, 1)).await?;
+    let mut late = slow.begin(&stage.consumer).await?;
+    late.command(command("SET late 1")).await?;
+    proxy.hold(true);
+    assert_error!(late.commit(advance(1, 2)).await, Error::Indeterminate { .. },);
+    stage.commit(1, [command("SET other 1")]).await?;
+    proxy.hold(false);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!((stage.revision().await?, stage.ask("EXISTS late")?.as_str()), (2, "0"));
+    assert_eq!(
+        slow.position(&stage.consumer).await?.map(|position| position.revision),
+        Some(2)
+    );
+    Ok(())
+}
+
+pub(crate) async fn what_was_acknowledged_survives_kills() -> Outcome {
+    let stage = Arc::new(Stage::start().await?);
+    let (mut acknowledged, mut kills) = (0, 0);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while kills < 5 && Instant::now() < deadline {
+        let server = Arc::clone(&stage);
+        let killer = tokio::task::spawn_blocking(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            server.server.restart().map_err(|error| error.to_string())
+        });
+        loop {
+            let mut tx = stage.begin().await?;
+            tx.put(b"count", (acknowledged + 1).to_string().as_bytes()).await?;
+            let result = match tx.command(command("INCR count")).await {
+                Ok(()) => tx.commit(advance(acknowledged, acknowledged + 1)).await,
+                Err(error) => Err(error),
+            };
+            match result {
+                Ok(()) => acknowledged += 1,
+                Err(error) if error.is_transient() => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        killer.await??;
+        kills += 1;
+        let stored = loop {
+            match stage.revision().await {
+                Ok(stored) => break stored,
+                Err(Error::Unavailable { .. }) if Instant::now() < deadline => tokio::task::yield_now().await,
+                Err(error) => return Err(error.into()),
+            }
+        };
+        assert!(
+            stored == acknowledged || stored == acknowledged + 1,
+            "{stored} of {acknowledged}"
+        );
+        assert_eq!(stage.ask("GET count")?, stored.to_string(), "all or nothing");
+        assert_eq!(stage.value("count").await?, Some(stored.to_string()));
+        acknowledged = stored;
+    }
+    assert!(kills == 5 && acknowledged > 5, "{acknowledged} commits");
+    Ok(())
+}
+
+pub(crate) async fn a_forgotten_script_is_sent_again() -> Outcome {
+    let stage = Stage::start().await?;
+    for revision in 0..3 {
+        stage.ask("SCRIPT FLUSH")?;
+        stage.commit(revision, [command("INCR count")]).await?;
+    }
+    stage.server.restart()?;
+    stage.revision().await.expect_err("the connection is gone");
+    stage.commit(3, [command("INCR count")]).await?;
+    assert_eq!(stage.ask("GET count")?, "4");
+    Ok(())
+}
