@@ -26,6 +26,9 @@ struct Arguments {
     /// Where to put the files; a temporary folder unless set.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
+    /// How many counters the records of Redis are spread over.
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    counters: u64,
     /// Ends with status 1 if a median ratio is below this.
     #[arg(long, global = true)]
     require: Option<f64>,
@@ -64,7 +67,7 @@ fn main() -> Result<ExitCode> {
     };
     let contest: Box<dyn Contest> = match arguments.backend {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
-        Backend::Redis => Box::new(redis::Server::start()?),
+        Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
     };
     println!(
         "{} rounds; records/s are medians, the ratio is ours / by hand, round by round",

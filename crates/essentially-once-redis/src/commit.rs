@@ -10,7 +10,7 @@ use essentially_once::{Advance, ConsumerId, Error, LogId};
 use redis::{Arg, Cmd, RedisResult, Script, Value, aio::MultiplexedConnection};
 
 use crate::{
-    error::write_failed,
+    error::{refused, write_failed},
     native::{Staged, Use, printable},
     options::MinReplicas,
     server::Link,
@@ -249,9 +249,7 @@ impl Commit {
 
     /// What the server says when it refuses the first write, or a check finds that it would refuse a later one.
     fn refused(&self, what: &str, why: &str) -> Error {
-        let (code, detail) = why.split_once(' ').unwrap_or((why, ""));
-        let error = redis::make_extension_error(code.into(), Some(detail.into()));
-        write_failed(format!("{} ({what})", self.action()), error)
+        refused(format!("{} ({what})", self.action()), why)
     }
 
     fn check_replicas(&self, replicas: Option<RedisResult<u32>>) -> Result<(), Error> {

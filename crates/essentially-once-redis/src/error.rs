@@ -1,5 +1,7 @@
 //! What an error of the client library says about whether the request ran.
 
+use std::fmt;
+
 use essentially_once::Error;
 use redis::{ErrorKind, RedisError};
 
@@ -72,10 +74,17 @@ pub(crate) fn connect_failed(action: String, error: RedisError) -> Error {
         error.kind(),
         ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported
     );
-    match lasting {
-        true => Error::failed(action, error),
-        false => read_failed(action, error),
+    // The library passes on what TLS says as an I/O error, and no trying again makes a certificate trusted.
+    if lasting || error.to_string().contains("ertificate") {
+        return Error::failed(action, error);
     }
+    read_failed(action, error)
+}
+
+/// What a script was told instead of a result, as a code and words; nothing was applied.
+pub(crate) fn refused(action: String, told: &str) -> Error {
+    let code = told.split(' ').next().unwrap_or_default();
+    answer_of(code).into_error(action, told)
 }
 
 /// Whether the connection cannot be trusted with another request: it is gone, silent, or leads to the wrong server.
@@ -95,7 +104,7 @@ struct Answer {
 }
 
 impl Answer {
-    fn into_error(self, action: String, error: RedisError) -> Error {
+    fn into_error(self, action: String, error: impl fmt::Display) -> Error {
         let source = match self.advice {
             Some(advice) => format!("{error}; {advice}"),
             None => error.to_string(),
@@ -109,10 +118,13 @@ impl Answer {
 
 /// What the server answered; `None` if no answer came.
 fn answer(error: &RedisError) -> Option<Answer> {
-    let code = error.code()?;
+    error.code().map(answer_of)
+}
+
+fn answer_of(code: &str) -> Answer {
     let known = ANSWERS.iter().find(|(known, ..)| *known == code);
-    Some(Answer {
+    Answer {
         transient: known.is_some_and(|(_, transient, _)| *transient),
         advice: known.map(|(.., advice)| *advice),
-    })
+    }
 }

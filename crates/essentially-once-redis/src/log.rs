@@ -111,6 +111,11 @@ impl Default for LogOptions {
 /// Deleting that group by hand is like deleting the stream. A user without the right to create it gets a log without incarnation, and a
 /// warning: then only a log that became shorter is noticed.
 ///
+/// A fail-over keeps the incarnation and may lose the stream's tail. A reader behind the new end is told ([`Error::OutOfRange`]). If the stream
+/// has grown past the reader's place again before it reads on, nothing shows that other records were there: records that were handled
+/// are gone from the log, and on a master with a slower clock new ones may get ids before the reader's place and never be read. Wait for
+/// replicas ([`RedisOptions::min_replicas`](crate::RedisOptions::min_replicas)), or keep the state on the same server, where it goes back too.
+///
 /// # Appending
 /// Up to 1,000 records and about a megabyte are appended in one step, all or none, before the next are sent. After
 /// [`Error::Indeterminate`] any number of these steps may have been made. A record may have 3,000 headers.

@@ -137,7 +137,7 @@ impl RedisOptions {
     /// `?protocol=resp3` if wanted.
     ///
     /// # Errors
-    /// [`Error::Failed`] for a URL that is none, a refused user or password, or a server older than Redis 7.0;
+    /// [`Error::InvalidSetting`]; [`Error::Failed`] for a certificate that is not trusted, a refused user or password, or a server older than Redis 7.0;
     /// [`Error::Unavailable`] if the server cannot be reached. No message holds the URL's user or password.
     pub async fn connect(self, url: &str) -> Result<Redis, Error> {
         if self.prefix.is_empty() || self.prefix.contains(['{', '}']) {
@@ -149,7 +149,24 @@ impl RedisOptions {
                 ),
             });
         }
+        #[cfg(feature = "tls")]
+        self.check_certificates()?;
         Server::connect(self, url).await.map(Redis::new)
+    }
+
+    /// An authority without a certificate would show as a server that nobody trusts.
+    #[cfg(feature = "tls")]
+    fn check_certificates(&self) -> Result<(), Error> {
+        use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+
+        let root = self.certificates.as_ref().and_then(|given| given.root_cert.as_ref());
+        match root.map(|pem| CertificateDer::pem_slice_iter(pem).next()) {
+            None | Some(Some(Ok(_))) => Ok(()),
+            Some(_) => Err(Error::InvalidSetting {
+                setting: "root_certificate",
+                reason: "it holds no certificate in PEM format".into(),
+            }),
+        }
     }
 
     #[cfg(feature = "tls")]

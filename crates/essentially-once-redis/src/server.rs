@@ -153,9 +153,10 @@ impl Server {
                 }
             };
             let Some((host, port)) = found else {
-                last = Error::failed(
+                // It may be told of it again: an operator removes and adds a master to change it.
+                last = Error::unavailable(
                     format!("ask Sentinel {asked}"),
-                    format!("it knows no master {master:?}"),
+                    format!("it knows no master {master:?}: check the name"),
                 );
                 continue;
             };

@@ -19,9 +19,9 @@ use self::{
 };
 
 /// More than one batch of each size.
-const MESSAGES: u64 = 6;
+const MESSAGES: u64 = 4;
 /// A run has more steps than that: opening, appends, and what a consumer does for each record.
-const STEPS: usize = 32;
+const STEPS: usize = 25;
 
 fn main() -> ExitCode {
     run(cases![
