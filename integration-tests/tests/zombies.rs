@@ -132,7 +132,7 @@ impl Probe<'_> {
 
     /// Waits until so many increments are committed: the workers are other processes, so asking is the only way to know.
     async fn reach(&self, increments: u64, workers: &mut [Worker]) -> Result<(), Source> {
-        while self.store.counter(&self.consumer).await? < increments {
+        while self.reached().await? < increments {
             for worker in &mut *workers {
                 worker.check()?;
             }
@@ -142,6 +142,14 @@ impl Probe<'_> {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
+    }
+
+    /// Increments committed so far. Two workers that hold a file's lock by turns may leave none for this question: then it is asked again.
+    async fn reached(&self) -> Result<u64, Source> {
+        match self.store.counter(&self.consumer).await {
+            Err(error) if error.is_transient() => Ok(0),
+            counted => Ok(counted?),
+        }
     }
 
     async fn judge(&self) -> Result<(), Source> {
