@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
+mod rabbitmq;
 mod redis;
 mod sqlite;
 
@@ -40,18 +41,38 @@ enum Backend {
     Sqlite,
     /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record and the offset in one step.
     Redis,
+    /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite, plain and packed. Without batch sizes.
+    Rabbitmq,
+}
+
+/// What is measured in one row of the table.
+struct Row {
+    label: String,
+    /// So many that a round takes about a second.
+    records: u64,
+    batch: usize,
 }
 
 /// The same work on both sides. A name is used once.
 trait Contest {
-    /// How many records make a round of about a second.
-    fn records(&self, batch: usize) -> u64;
+    /// One row for each batch size, or others.
+    fn rows(&self, batches: &[usize]) -> Vec<Row>;
 
     /// The loop that one writes without a library.
-    fn by_hand(&self, name: &str, records: u64, batch: usize) -> Result<Duration>;
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration>;
 
     /// The same through the library.
-    fn ours(&self, name: &str, records: u64, batch: usize) -> Result<Duration>;
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration>;
+}
+
+/// A row for each batch size, with as many records as the backend manages in about a second.
+fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec<Row> {
+    let row = |batch: &usize| Row {
+        label: format!("batch {batch}"),
+        records: records(*batch),
+        batch: *batch,
+    };
+    batches.iter().map(row).collect()
 }
 
 type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
@@ -67,21 +88,21 @@ fn main() -> Result<ExitCode> {
     };
     let contest: Box<dyn Contest> = match arguments.backend {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
+        Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
     };
     println!(
         "{} rounds; records/s are medians, the ratio is ours / by hand, round by round",
         arguments.rounds
     );
-    println!("| batch | by hand, records/s | ours, records/s | ratio, median | min | max |");
+    println!("| | by hand, records/s | ours, records/s | ratio, median | min | max |");
     println!("|---|---|---|---|---|---|");
     let mut worst = f64::INFINITY;
-    for &batch in &arguments.batches {
-        let records = contest.records(batch);
+    for (number, row) in contest.rows(&arguments.batches).iter().enumerate() {
         let (mut by_hand, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..arguments.rounds {
-            let run_by_hand = || contest.by_hand(&format!("hand-{batch}-{round}"), records, batch);
-            let run_ours = || contest.ours(&format!("ours-{batch}-{round}"), records, batch);
+            let run_by_hand = || contest.by_hand(&format!("hand-{number}-{round}"), row);
+            let run_ours = || contest.ours(&format!("ours-{number}-{round}"), row);
             // Whoever is first finds the disk quieter: they take turns.
             let (hand, our) = if round % 2 == 0 {
                 let hand = run_by_hand()?;
@@ -90,7 +111,7 @@ fn main() -> Result<ExitCode> {
                 let our = run_ours()?;
                 (run_by_hand()?, our)
             };
-            let rate = |time: Duration| records as f64 / time.as_secs_f64();
+            let rate = |time: Duration| row.records as f64 / time.as_secs_f64();
             by_hand.push(rate(hand));
             ours.push(rate(our));
             ratios.push(hand.as_secs_f64() / our.as_secs_f64());
@@ -99,7 +120,8 @@ fn main() -> Result<ExitCode> {
         let ratio = median(&mut ratios);
         worst = worst.min(ratio);
         println!(
-            "| {batch} | {:.0} | {:.0} | {ratio:.2} | {:.2} | {:.2} |",
+            "| {} | {:.0} | {:.0} | {ratio:.2} | {:.2} | {:.2} |",
+            row.label,
             median(&mut by_hand),
             median(&mut ours),
             ratios[0],

@@ -11,7 +11,7 @@ use essentially_once_redis::{
 
 use test_servers::RedisServer;
 
-use crate::{Contest, PAYLOAD, Result};
+use crate::{Contest, PAYLOAD, Result, Row, by_batch};
 
 /// Records per append on both sides.
 const FILL: u64 = 1_000;
@@ -34,21 +34,21 @@ impl Server {
 }
 
 impl Contest for Server {
-    fn records(&self, batch: usize) -> u64 {
-        match batch {
+    fn rows(&self, batches: &[usize]) -> Vec<Row> {
+        by_batch(batches, |batch| match batch {
             1 => 2_000,
             10 => 15_000,
             100 => 80_000,
             _ => 120_000,
-        }
+        })
     }
 
-    fn by_hand(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
-        runtime()?.block_on(by_hand(&self.server.url(), name, records, batch, self.counters))
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
+        runtime()?.block_on(by_hand(&self.server.url(), name, row.records, row.batch, self.counters))
     }
 
-    fn ours(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
-        runtime()?.block_on(ours(&self.server.url(), name, records, batch, self.counters))
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
+        runtime()?.block_on(ours(&self.server.url(), name, row.records, row.batch, self.counters))
     }
 }
 

@@ -12,7 +12,7 @@ use essentially_once_sqlite::{
 };
 use tempfile::TempDir;
 
-use crate::{Contest, PAYLOAD, Result};
+use crate::{Contest, PAYLOAD, Result, Row, by_batch};
 
 const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
 
@@ -24,21 +24,21 @@ const FILL: usize = 10_000;
 pub(crate) struct Files(pub(crate) TempDir);
 
 impl Contest for Files {
-    fn records(&self, batch: usize) -> u64 {
-        match batch {
+    fn rows(&self, batches: &[usize]) -> Vec<Row> {
+        by_batch(batches, |batch| match batch {
             1 => 4_000,
             10 => 30_000,
             100 => 150_000,
             _ => 300_000,
-        }
+        })
     }
 
-    fn by_hand(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
-        by_hand(&self.0.path().join(name), records, batch)
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
+        by_hand(&self.0.path().join(name), row.records, row.batch)
     }
 
-    fn ours(&self, name: &str, records: u64, batch: usize) -> Result<Duration> {
-        ours(&self.0.path().join(name), records, batch)
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
+        ours(&self.0.path().join(name), row.records, row.batch)
     }
 }
 

@@ -1,7 +1,8 @@
 //! A counter in the store's own terms. An increment that runs twice shows, where a value written twice would not.
 
 use async_trait::async_trait;
-use essentially_once::Error;
+use essentially_once::{Error, KeyValue};
+use essentially_once_rabbitmq::RabbitTx;
 use essentially_once_redis::{RedisTx, redis::cmd};
 use essentially_once_sqlite::SqliteTx;
 
@@ -48,5 +49,24 @@ impl Counter for RedisTx {
         let key = format!("{}:counter", self.hash_tag());
         let count: Option<u64> = self.query(cmd("GET").arg(key).to_owned()).await?;
         Ok(count.unwrap_or(0))
+    }
+}
+
+/// The store has no commands of its own, so it is a value in the state; the ledger beside it shows what is done twice.
+#[async_trait]
+impl Counter for RabbitTx {
+    async fn increment(&mut self) -> Result<(), Error> {
+        let next = self.count().await? + 1;
+        self.put(b"counter", &next.to_be_bytes()).await
+    }
+
+    async fn count(&mut self) -> Result<u64, Error> {
+        match self.get(b"counter").await? {
+            Some(value) => match value[..].try_into() {
+                Ok(value) => Ok(u64::from_be_bytes(value)),
+                Err(error) => Err(Error::failed("read the counter", error)),
+            },
+            None => Ok(0),
+        }
     }
 }

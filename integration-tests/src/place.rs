@@ -3,11 +3,12 @@
 use std::{path::PathBuf, sync::Arc};
 
 use essentially_once::{Error, Log, Source};
+use essentially_once_rabbitmq::{LogOptions, Rabbit};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use test_servers::RedisServer;
+use test_servers::{RabbitNode, RedisServer};
 
 use crate::store::{Of, Store};
 
@@ -18,17 +19,26 @@ pub enum Backend {
     Sqlite,
     /// A server, with each write on disk before it is acknowledged.
     Redis,
+    /// A broker, one message for each record.
+    Rabbitmq,
+    /// A broker, many records in a message. As a store it is the same as without packing.
+    RabbitmqPacked,
 }
 
 impl Backend {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Sqlite, Self::Redis];
+    /// All kinds of logs.
+    pub const LOGS: [Self; 4] = [Self::Sqlite, Self::Redis, Self::Rabbitmq, Self::RabbitmqPacked];
+
+    /// All kinds of stores.
+    pub const STORES: [Self; 3] = [Self::Sqlite, Self::Redis, Self::Rabbitmq];
 
     /// Its name in test names.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
             Self::Redis => "redis",
+            Self::Rabbitmq => "rabbitmq",
+            Self::RabbitmqPacked => "rabbitmq_packed",
         }
     }
 
@@ -37,6 +47,7 @@ impl Backend {
         match self {
             Self::Sqlite => None,
             Self::Redis => test_servers::redis_server().err(),
+            Self::Rabbitmq | Self::RabbitmqPacked => test_servers::rabbitmq_server().err(),
         }
     }
 
@@ -48,6 +59,8 @@ impl Backend {
         Ok(match self {
             Self::Sqlite => Place::Sqlite(tempfile::tempdir()?),
             Self::Redis => Place::Redis(RedisServer::durable().start()?),
+            Self::Rabbitmq => Place::Rabbitmq(RabbitNode::start()?),
+            Self::RabbitmqPacked => Place::RabbitmqPacked(RabbitNode::start()?),
         })
     }
 }
@@ -58,6 +71,10 @@ pub enum Place {
     Sqlite(TempDir),
     /// A server.
     Redis(RedisServer),
+    /// A broker.
+    Rabbitmq(RabbitNode),
+    /// A broker, for a log of packed records.
+    RabbitmqPacked(RabbitNode),
 }
 
 impl Place {
@@ -66,6 +83,8 @@ impl Place {
         match self {
             Self::Sqlite(folder) => Address::Sqlite(folder.path().join("test.db")),
             Self::Redis(server) => Address::Redis(server.url()),
+            Self::Rabbitmq(node) => Address::Rabbitmq(node.url()),
+            Self::RabbitmqPacked(node) => Address::RabbitmqPacked(node.url()),
         }
     }
 
@@ -81,6 +100,11 @@ impl Place {
                 server.restart()?;
                 Ok(())
             }
+            Self::Rabbitmq(node) | Self::RabbitmqPacked(node) => {
+                node.kill()?;
+                node.restart()?;
+                Ok(())
+            }
         }
     }
 }
@@ -92,6 +116,10 @@ pub enum Address {
     Sqlite(PathBuf),
     /// The server's URL.
     Redis(String),
+    /// The broker's URL.
+    Rabbitmq(String),
+    /// The broker's URL, for a log of packed records.
+    RabbitmqPacked(String),
 }
 
 impl Address {
@@ -104,6 +132,11 @@ impl Address {
         Ok(match self {
             Self::Sqlite(path) => Arc::new(Sqlite::open(path).await?.log(NAME).await?),
             Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(NAME).await?),
+            Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(NAME).await?),
+            Self::RabbitmqPacked(url) => {
+                let options = LogOptions::new().packed(16, 64 * 1024);
+                Arc::new(Rabbit::connect(url).await?.log_with(NAME, options).await?)
+            }
         })
     }
 
@@ -115,6 +148,7 @@ impl Address {
         Ok(match self {
             Self::Sqlite(path) => Box::new(Of(Sqlite::open(path).await?.store())),
             Self::Redis(url) => Box::new(Of(Redis::connect(url).await?.store())),
+            Self::Rabbitmq(url) | Self::RabbitmqPacked(url) => Box::new(Of(Rabbit::connect(url).await?.store())),
         })
     }
 }

@@ -108,7 +108,7 @@ fn ci(servers: &Variables) -> Done {
         &[],
     )?;
     // What is tested has all features; these have some that can be left out.
-    for package in ["essentially-once-redis", "orders"] {
+    for package in ["essentially-once-redis", "essentially-once-rabbitmq", "orders"] {
         cargo(
             &[&["clippy", "--package", package, "--no-default-features"][..], &deny].concat(),
             &[],

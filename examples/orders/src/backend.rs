@@ -23,6 +23,9 @@ pub(crate) enum Place {
     /// On the Redis server with this URL.
     #[cfg(feature = "redis")]
     Redis(String),
+    /// On the RabbitMQ broker with this URL.
+    #[cfg(feature = "rabbitmq")]
+    Rabbitmq(String),
 }
 
 impl FromStr for Place {
@@ -38,7 +41,13 @@ impl FromStr for Place {
             Some("redis" | "rediss" | "redis+unix" | "unix") => {
                 Err("this program was built without Redis: run it with `--features redis`".into())
             }
-            _ => Err("expected `sqlite` or a URL that begins with redis:// or rediss://".into()),
+            #[cfg(feature = "rabbitmq")]
+            Some("amqp" | "amqps") => Ok(Self::Rabbitmq(text.into())),
+            #[cfg(not(feature = "rabbitmq"))]
+            Some("amqp" | "amqps") => {
+                Err("this program was built without RabbitMQ: run it with `--features rabbitmq`".into())
+            }
+            _ => Err("expected `sqlite` or a URL that begins with redis://, rediss://, amqp:// or amqps://".into()),
         }
     }
 }
@@ -50,6 +59,8 @@ impl Place {
             Self::Sqlite => "sqlite",
             #[cfg(feature = "redis")]
             Self::Redis(url) => url,
+            #[cfg(feature = "rabbitmq")]
+            Self::Rabbitmq(url) => url,
         }
     }
 }
@@ -65,6 +76,13 @@ impl Backend {
                 let options = essentially_once_redis::LogOptions::new().stream(stream);
                 let redis = essentially_once_redis::Redis::connect(url).await?;
                 Ok(Arc::new(redis.log_with("orders", options).await?))
+            }
+            #[cfg(feature = "rabbitmq")]
+            Place::Rabbitmq(url) => {
+                let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
+                Ok(Arc::new(
+                    rabbit.log(&crate::shop::rabbitmq::orders(&self.consumer)).await?,
+                ))
             }
         }
     }

@@ -18,7 +18,8 @@
 //! A line that is no valid order is set aside in the table `rejected`, with the reason, by the same handler and in the same
 //! transaction. It counts as rejected once, however often it was written there, and as never shipped if it was lost.
 //!
-//! Log and store are kept in SQLite files, or with `--features redis` and `--log` or `--store` on a Redis server.
+//! Log and store are kept in SQLite files, or with `--log` or `--store` on a Redis server (`--features redis`) or a RabbitMQ broker
+//! (`--features rabbitmq`).
 //!
 //! Where to read on: `backend` opens log and store, `shipping` is the handler, `shop` is what it writes, `worker` runs the consumer, `race` kills it, and
 //! `tally` counts.
@@ -93,7 +94,7 @@ struct RunArgs {
     /// Keep the databases in this folder, which must not hold any yet, and what is on servers there.
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Keep the log there: `sqlite`, or with `--features redis` a URL, as redis://host:6379/0.
+    /// Keep the log there: `sqlite`, or a URL: redis://host:6379/0 with `--features redis`, amqp://user:password@host/%2f with `--features rabbitmq`.
     #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::LOG_VARIABLE, hide_env_values = true)]
     log: String,
     /// Keep shipments and position there: as for the log.

@@ -1,6 +1,6 @@
 //! Counts what became of the orders, and shows it.
 
-use essentially_once::{Log, Offset};
+use essentially_once::{Log, Offset, Record};
 use serde::Serialize;
 
 use crate::{Failure, backend::Backend, delivery::Delivery};
@@ -30,8 +30,10 @@ impl Tally {
 
 /// Counts in the log and in the shop, as they are on disk.
 pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, seconds: f64) -> Result<Tally, Failure> {
-    let orders = records(&*backend.open_log().await?).await?;
-    let books = backend.books().await?;
+    let records = read(&*backend.open_log().await?).await?;
+    let orders = records.len() as u64;
+    let offsets: Vec<Offset> = records.iter().map(|record| record.offset).collect();
+    let books = backend.books(&offsets).await?;
     Ok(Tally {
         delivery,
         orders,
@@ -45,18 +47,19 @@ pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, sec
     })
 }
 
-/// How many records the log holds: read, since offsets may have gaps.
-async fn records(log: &dyn Log) -> Result<u64, Failure> {
+/// All that the log holds now.
+pub(crate) async fn read(log: &dyn Log) -> Result<Vec<Record>, Failure> {
     const AT_A_TIME: usize = 1_000;
     let bounds = log.bounds().await?;
-    let mut reader = log.read(bounds.earliest).await?;
-    let (mut count, mut next) = (0, bounds.earliest);
-    while next < bounds.end {
-        let records = reader.next(AT_A_TIME).await?;
-        count += records.len() as u64;
-        next = records.last().map_or(bounds.end, |last| Offset::successor(last.offset));
+    let (mut records, mut next) = (Vec::<Record>::new(), bounds.earliest);
+    if next < bounds.end {
+        let mut reader = log.read(next).await?;
+        while next < bounds.end {
+            records.extend(reader.next(AT_A_TIME).await?);
+            next = records.last().map_or(bounds.end, |last| last.offset.successor());
+        }
     }
-    Ok(count)
+    Ok(records)
 }
 
 /// One line for each delivery, below a heading.

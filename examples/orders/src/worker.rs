@@ -68,6 +68,12 @@ async fn open_store(args: &WorkerArgs, backend: &Backend, leash: Leash) -> Resul
             let own_shop = async || shop::RedisShop::connect(url, &args.consumer).await;
             ship(args, backend, leash, store, own_shop).await
         }
+        #[cfg(feature = "rabbitmq")]
+        Place::Rabbitmq(url) => {
+            let store = essentially_once_rabbitmq::Rabbit::connect(url).await?.store();
+            let own_shop = async || shop::RabbitShop::connect(url, &args.consumer).await;
+            ship(args, backend, leash, store, own_shop).await
+        }
     }
 }
 

@@ -2,11 +2,13 @@
 
 mod sqlite;
 
+#[cfg(feature = "rabbitmq")]
+pub(crate) mod rabbitmq;
 #[cfg(feature = "redis")]
 mod redis;
 
 use async_trait::async_trait;
-use essentially_once::HandlerError;
+use essentially_once::{HandlerError, Offset};
 
 use crate::{
     Failure,
@@ -14,6 +16,8 @@ use crate::{
     order::Order,
 };
 
+#[cfg(feature = "rabbitmq")]
+pub(crate) use self::rabbitmq::RabbitShop;
 #[cfg(feature = "redis")]
 pub(crate) use self::redis::RedisShop;
 pub(crate) use self::sqlite::own_connection;
@@ -54,26 +58,32 @@ impl Backend {
     pub(crate) fn create_shop(&self) -> Result<(), Failure> {
         match self.store {
             Place::Sqlite => Ok(sqlite::create_tables(&self.database)?),
-            #[cfg(feature = "redis")]
-            Place::Redis(_) => Ok(()),
+            #[cfg(any(feature = "redis", feature = "rabbitmq"))]
+            _ => Ok(()),
         }
     }
 
-    /// Counts what was written, as it is on disk.
-    pub(crate) async fn books(&self) -> Result<Books, Failure> {
+    /// Counts what was written for the records at these offsets, as it is on disk.
+    pub(crate) async fn books(&self, offsets: &[Offset]) -> Result<Books, Failure> {
+        let _ = offsets;
         match &self.store {
             Place::Sqlite => Ok(sqlite::count(&own_connection(&self.database)?)?),
             #[cfg(feature = "redis")]
             Place::Redis(url) => RedisShop::connect(url, &self.consumer).await?.count().await,
+            #[cfg(feature = "rabbitmq")]
+            Place::Rabbitmq(url) => RabbitShop::connect(url, &self.consumer).await?.count(offsets).await,
         }
     }
 
     /// Removes from a shared server what this run left there.
     pub(crate) async fn remove(&self) -> Result<(), Failure> {
-        #[cfg(feature = "redis")]
         for place in [&self.log, &self.store] {
-            if let Place::Redis(url) = place {
-                RedisShop::connect(url, &self.consumer).await?.remove().await?;
+            match place {
+                Place::Sqlite => {}
+                #[cfg(feature = "redis")]
+                Place::Redis(url) => RedisShop::connect(url, &self.consumer).await?.remove().await?,
+                #[cfg(feature = "rabbitmq")]
+                Place::Rabbitmq(url) => rabbitmq::remove(url, &self.consumer).await?,
             }
         }
         Ok(())

@@ -1,0 +1,244 @@
+//! RabbitMQ: publishing to a stream, and consuming it with counter and offset in one SQLite transaction, by hand with `lapin` and
+//! through the library, on one private node. The packed rows are compared with the same loops by hand, one message for each record.
+
+use std::{
+    cell::Cell,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+use essentially_once_rabbitmq::{
+    LogOptions, Rabbit, RabbitLog,
+    lapin::{
+        self, BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+        options::{
+            BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+            QueueDeclareOptions,
+        },
+        types::{AMQPValue, FieldTable},
+    },
+};
+use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite};
+use futures_util::StreamExt as _;
+use tempfile::TempDir;
+use test_servers::RabbitNode;
+
+use crate::{Contest, PAYLOAD, Result, Row};
+
+const APPEND: &str = "append";
+const CONSUME: &str = "consume";
+const APPEND_PACKED: &str = "append, packed";
+const CONSUME_PACKED: &str = "consume, packed";
+
+/// Records per append and per commit, messages in flight and prefetched: on both sides.
+const BATCH: usize = 1_000;
+
+const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
+
+/// A private node, and a folder for the SQLite files.
+pub(crate) struct Node {
+    node: RabbitNode,
+    folder: TempDir,
+    runtime: tokio::runtime::Runtime,
+    /// Streams and files are used once.
+    used: Cell<u32>,
+}
+
+impl Node {
+    pub(crate) fn start(folder: TempDir) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        Ok(Self {
+            node: RabbitNode::start()?,
+            folder,
+            runtime,
+            used: Cell::new(0),
+        })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.used.set(self.used.get() + 1);
+        self.folder.path().join(format!("{}.db", self.used.get()))
+    }
+}
+
+impl Contest for Node {
+    fn rows(&self, _: &[usize]) -> Vec<Row> {
+        [
+            (APPEND, 40_000),
+            (CONSUME, 40_000),
+            (APPEND_PACKED, 40_000),
+            (CONSUME_PACKED, 40_000),
+        ]
+        .map(|(label, records)| Row {
+            label: label.into(),
+            records,
+            batch: BATCH,
+        })
+        .into()
+    }
+
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
+        let path = self.path();
+        self.runtime.block_on(async {
+            let connection = Connection::connect(&self.node.url(), ConnectionProperties::default()).await?;
+            let channel = connection.create_channel().await?;
+            let appending = publish(&channel, name, row.records).await?;
+            let time = match row.label.starts_with(APPEND) {
+                true => appending,
+                false => consume(&connection, name, row.records, path).await?,
+            };
+            channel.queue_delete(name.into(), Default::default()).await?;
+            connection.close(200, "done".into()).await?;
+            Ok(time)
+        })
+    }
+
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
+        let path = self.path();
+        let options = match row.label.as_str() {
+            APPEND_PACKED | CONSUME_PACKED => LogOptions::new().packed(BATCH, 1024 * 1024),
+            _ => LogOptions::new(),
+        };
+        self.runtime.block_on(async {
+            let log = Rabbit::connect(&self.node.url()).await?.log_with(name, options).await?;
+            let fill: Vec<NewRecord> = (0..row.records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
+            let started = Instant::now();
+            for chunk in fill.chunks(BATCH) {
+                log.append(chunk).await?;
+            }
+            let appending = started.elapsed();
+            match row.label.starts_with(APPEND) {
+                true => Ok(appending),
+                false => consume_ours(log, row.records, path).await,
+            }
+        })
+    }
+}
+
+/// Publishes with so many confirms outstanding, and takes a plain acknowledgement only.
+async fn publish(channel: &Channel, stream: &str, records: u64) -> Result<Duration> {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+    let durable = QueueDeclareOptions {
+        durable: true,
+        ..QueueDeclareOptions::default()
+    };
+    channel.queue_declare(stream.into(), durable, arguments).await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    let started = Instant::now();
+    let mandatory = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    let mut left = records as usize;
+    while left > 0 {
+        let count = left.min(BATCH);
+        let mut confirms = Vec::with_capacity(count);
+        for _ in 0..count {
+            let properties = BasicProperties::default();
+            let published = channel.basic_publish("".into(), stream.into(), mandatory, &PAYLOAD, properties);
+            confirms.push(published.await?);
+        }
+        for confirm in confirms {
+            if confirm.await? != Confirmation::Ack(None) {
+                return Err("a message was not confirmed".into());
+            }
+        }
+        left -= count;
+    }
+    Ok(started.elapsed())
+}
+
+/// Counts each message and keeps the offset, in one transaction for as many as were prefetched.
+async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
+    let mut database = rusqlite::Connection::open(path)?;
+    database.pragma_update(None, "journal_mode", "wal")?;
+    database.pragma_update(None, "synchronous", "full")?;
+    create_counter(&database)?;
+    database.execute_batch(
+        "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER); INSERT INTO position VALUES (1, 0)",
+    )?;
+    let started = Instant::now();
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(BATCH as u16, BasicQosOptions::default()).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-stream-offset".into(), AMQPValue::LongLongInt(0));
+    let mut consumer = channel
+        .basic_consume(stream.into(), "bench".into(), BasicConsumeOptions::default(), arguments)
+        .await?;
+    let mut handled = 0;
+    while handled < records {
+        let transaction = database.transaction()?;
+        let mut next = 0;
+        let mut last = None;
+        {
+            let mut count = transaction.prepare_cached(COUNT)?;
+            for _ in 0..(BATCH as u64).min(records - handled) {
+                let delivery = consumer.next().await.ok_or("the consumer ended")??;
+                assert_eq!(delivery.data.len(), PAYLOAD.len());
+                next = offset(&delivery)? + 1;
+                count.execute([])?;
+                handled += 1;
+                last = Some(delivery);
+            }
+        }
+        transaction.execute("UPDATE position SET next = ?1 WHERE id = 1", [next])?;
+        transaction.commit()?;
+        if let Some(delivery) = last {
+            delivery.ack(BasicAckOptions { multiple: true }).await?;
+        }
+    }
+    let time = started.elapsed();
+    check(&database, records)?;
+    Ok(time)
+}
+
+fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
+    let headers = delivery.properties.headers().as_ref();
+    match headers.and_then(|headers| headers.inner().get("x-stream-offset")) {
+        Some(AMQPValue::LongLongInt(offset)) => Ok(*offset),
+        _ => Err("a message of a stream has an offset".into()),
+    }
+}
+
+struct Count;
+
+#[async_trait]
+impl Handler<SqliteTx> for Count {
+    async fn handle(&mut self, record: &Record, tx: &mut SqliteTx) -> Result<(), HandlerError> {
+        assert_eq!(record.payload.len(), PAYLOAD.len());
+        tx.execute(COUNT, [])?;
+        Ok(())
+    }
+}
+
+async fn consume_ours(log: RabbitLog, records: u64, path: PathBuf) -> Result<Duration> {
+    let database = rusqlite::Connection::open(&path)?;
+    create_counter(&database)?;
+    let store = Sqlite::open(path).await?.store();
+    let started = Instant::now();
+    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, Count);
+    tokio::spawn(consumer.max_batch(BATCH).run_until_caught_up()).await??;
+    let time = started.elapsed();
+    check(&database, records)?;
+    Ok(time)
+}
+
+fn create_counter(database: &rusqlite::Connection) -> Result<()> {
+    database.execute_batch(
+        "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL); INSERT INTO counter VALUES (1, 0)",
+    )?;
+    Ok(())
+}
+
+fn check(database: &rusqlite::Connection, records: u64) -> Result<()> {
+    let counted: i64 = database.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
+    match counted as u64 == records {
+        true => Ok(()),
+        false => Err(format!("counted {counted} of {records} records: the measurement is void").into()),
+    }
+}

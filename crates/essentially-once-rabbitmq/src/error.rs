@@ -1,0 +1,63 @@
+//! What an error of the client library says about what happened.
+
+use essentially_once::Error;
+use lapin::{
+    ErrorKind,
+    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
+};
+
+/// The failure of something that changes nothing, or that was not begun.
+pub(crate) fn not_done(action: String, error: lapin::Error) -> Error {
+    match lasting(&error) {
+        Some(advice) => Error::failed(action, explained(&error, advice)),
+        None => Error::unavailable(action, error),
+    }
+}
+
+/// The failure of something that may have been done.
+pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
+    Error::indeterminate(action, error)
+}
+
+/// What a user can do about it, if it will not go away by itself.
+fn lasting(error: &lapin::Error) -> Option<&'static str> {
+    let ErrorKind::ProtocolError(told) = error.kind() else {
+        return None;
+    };
+    match told.kind() {
+        AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
+            Some("check the URL's user, password and virtual host, and the user's rights (configure, write, read)")
+        }
+        // A stream whose nodes are down is `not found` too, until they are up again.
+        AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) if is_down(told.get_message().as_str()) => None,
+        AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Some("it does not exist, or was deleted"),
+        // So says a node whose streams are not up yet.
+        AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) if is_down(told.get_message().as_str()) => None,
+        AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
+            Some("it exists with other arguments: ask for the same ones, or choose another name")
+        }
+        AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED) => {
+            Some("check the URL's virtual host and the user's rights to it")
+        }
+        AMQPErrorKind::Hard(AMQPHardError::NOTIMPLEMENTED) => Some("streams need RabbitMQ 3.9 or later"),
+        _ => None,
+    }
+}
+
+fn is_down(message: &str) -> bool {
+    [
+        "down or inaccessible",
+        "stopped by supervisor",
+        "not available",
+        "replica on the local node",
+    ]
+    .iter()
+    .any(|down| message.contains(down))
+}
+
+fn explained(error: &lapin::Error, advice: &str) -> String {
+    match error.kind() {
+        ErrorKind::ProtocolError(told) => format!("{}; {advice}", told.get_message()),
+        _ => format!("{error}; {advice}"),
+    }
+}

@@ -1,0 +1,71 @@
+//! RabbitMQ streams as log and store for [`essentially_once`], over AMQP 0-9-1.
+#![doc = include_str!("format.md")]
+
+mod codec;
+mod error;
+mod log;
+mod options;
+mod packed;
+mod publisher;
+mod reader;
+mod server;
+mod store;
+mod stream;
+mod tail;
+
+use std::{fmt, sync::Arc};
+
+use essentially_once::Error;
+pub use lapin;
+
+use crate::server::Server;
+pub use crate::{
+    log::{LogOptions, RabbitLog},
+    options::RabbitOptions,
+    store::{RabbitStore, RabbitTx},
+};
+
+/// A RabbitMQ broker or cluster. Clones share its settings; each log, reader and consumer has connections of its own.
+#[derive(Clone)]
+pub struct Rabbit {
+    server: Arc<Server>,
+}
+
+impl Rabbit {
+    /// Connects with the default [`RabbitOptions`].
+    ///
+    /// # Errors
+    /// As [`RabbitOptions::connect`].
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        RabbitOptions::new().connect(url).await
+    }
+
+    /// Opens the stream of that name as a log, and declares it if there is none, with the default [`LogOptions`].
+    ///
+    /// # Errors
+    /// As [`log_with`](Self::log_with).
+    pub async fn log(&self, name: &str) -> Result<RabbitLog, Error> {
+        self.log_with(name, LogOptions::new()).await
+    }
+
+    /// Opens the stream of that name as a log.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`]; [`Error::Failed`] if a queue of that name exists that is no stream or has other settings,
+    /// and if the user may not declare or see it; [`Error::Unavailable`].
+    pub async fn log_with(&self, name: &str, options: LogOptions) -> Result<RabbitLog, Error> {
+        RabbitLog::open(Arc::clone(&self.server), name, options).await
+    }
+
+    pub(crate) fn new(server: Arc<Server>) -> Self {
+        Self { server }
+    }
+}
+
+impl fmt::Debug for Rabbit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rabbit")
+            .field("server", &self.server.to_string())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,253 @@
+//! A stream as a log.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset};
+use lapin::types::{AMQPValue, FieldTable};
+
+use crate::{
+    codec::{decode, encode, encode_packed},
+    publisher::{Message, Publisher},
+    reader::RabbitReader,
+    server::{Server, close},
+    stream::{self, Ends},
+    tail::Tail,
+};
+
+/// A table of up to 255 publishers must fit. With less, RabbitMQ 3.10 begins one segment after the other for ever.
+const LEAST_SEGMENT: u64 = 64 * 1024;
+
+/// How a log's stream is declared, and how records are written to it; see [`Rabbit::log_with`](crate::Rabbit::log_with).
+///
+/// Retention is the stream's own: RabbitMQ removes whole segments, and never the last one.
+#[derive(Clone, Debug, Default)]
+pub struct LogOptions {
+    existing: bool,
+    max_age: Option<Duration>,
+    max_bytes: Option<u64>,
+    segment_bytes: Option<u64>,
+    packed: Option<(usize, usize)>,
+    compressed: bool,
+}
+
+impl LogOptions {
+    /// A stream that keeps everything, with a message per record.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the stream as it is, however it was declared, and fails if there is none. Otherwise it is declared, which fails if it exists
+    /// with other settings than these.
+    #[must_use]
+    pub fn existing(mut self) -> Self {
+        self.existing = true;
+        self
+    }
+
+    /// Removes segments whose records are all older (`x-max-age`), in whole seconds.
+    #[must_use]
+    pub fn max_age(mut self, age: Duration) -> Self {
+        self.max_age = Some(age);
+        self
+    }
+
+    /// Removes the oldest segments while the stream is larger (`x-max-length-bytes`).
+    #[must_use]
+    pub fn max_bytes(mut self, bytes: u64) -> Self {
+        self.max_bytes = Some(bytes);
+        self
+    }
+
+    /// The size of segments (`x-stream-max-segment-size-bytes`), from 64 KiB to 3 GB; 500 MB by default.
+    #[must_use]
+    pub fn segment_bytes(mut self, bytes: u64) -> Self {
+        self.segment_bytes = Some(bytes);
+        self
+    }
+
+    /// Writes up to so many records and bytes of one append into one message: many times faster, and no longer readable by clients that do not
+    /// know [the format](crate#packed-messages). Readers of this crate read both, also mixed.
+    ///
+    /// Records of one message are confirmed together, and removed together.
+    #[must_use]
+    pub fn packed(mut self, records: usize, bytes: usize) -> Self {
+        self.packed = Some((records.clamp(1, u32::MAX as usize), bytes));
+        self
+    }
+
+    /// Compresses packed messages with LZ4, if that makes them smaller.
+    #[must_use]
+    pub fn compressed(mut self) -> Self {
+        self.compressed = true;
+        self
+    }
+
+    fn arguments(&self) -> FieldTable {
+        let mut arguments = FieldTable::default();
+        let bytes = |bytes: u64| AMQPValue::LongLongInt(i64::try_from(bytes).unwrap_or(i64::MAX));
+        if let Some(age) = self.max_age {
+            arguments.insert(
+                "x-max-age".into(),
+                AMQPValue::LongString(format!("{}s", age.as_secs().max(1)).into()),
+            );
+        }
+        if let Some(max) = self.max_bytes {
+            arguments.insert("x-max-length-bytes".into(), bytes(max));
+        }
+        if let Some(segment) = self.segment_bytes {
+            arguments.insert("x-stream-max-segment-size-bytes".into(), bytes(segment));
+        }
+        arguments
+    }
+
+    fn messages(&self, records: &[NewRecord], now: SystemTime) -> Vec<Message> {
+        let Some((most, bytes)) = self.packed else {
+            return records.iter().map(|record| encode(record, now)).collect();
+        };
+        let mut messages = Vec::new();
+        let mut rest = records;
+        while !rest.is_empty() {
+            let mut size = 0;
+            let fits = |record: &&NewRecord| {
+                size += record.size();
+                size <= bytes
+            };
+            let count = rest.iter().take(most).take_while(fits).count().max(1);
+            let (message, behind) = rest.split_at(count);
+            messages.push(encode_packed(message, now, self.compressed));
+            rest = behind;
+        }
+        messages
+    }
+}
+
+/// A stream as a log; see [`Rabbit::log`](crate::Rabbit::log).
+///
+/// - An offset is the message's offset in the stream and, within a [packed](LogOptions::packed) message, the record's place: `17-0` is the first
+///   record of message 17. Offsets rise and may have holes.
+/// - AMQP does not tell a published message's offset, so `append` returns `None`.
+/// - RabbitMQ does not tell incarnations of a stream apart. A stream deleted and created anew is noticed where it is shorter than
+///   a reader's place; a consumer of the old one should be given another name, or `seek`.
+/// - A confirmed record is on more than half of the stream's replicas, and survives that their brokers are killed and started again. RabbitMQ
+///   does not sync it to disk first: it can be lost if more than half of the machines lose power at once.
+/// - RabbitMQ 3.10 forgets the first stream that a node ever had if it is killed within the next second or two.
+/// - A reader whose position lies right behind a removed segment is told [`Error::Truncated`], although it may have read it to its end:
+///   how many records the last message held is not known any more.
+#[derive(Clone)]
+pub struct RabbitLog {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    server: Arc<Server>,
+    id: LogId,
+    publisher: Publisher,
+    options: LogOptions,
+}
+
+impl RabbitLog {
+    pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
+        let id = LogId::new(name)?;
+        if options.segment_bytes.is_some_and(|bytes| bytes < LEAST_SEGMENT) {
+            return Err(Error::InvalidSetting {
+                setting: "segment_bytes",
+                reason: format!(
+                    "a segment needs {LEAST_SEGMENT} bytes: each begins with a table of the latest publishers, and has to hold more"
+                ),
+            });
+        }
+        match options.existing {
+            true => stream::require(&server, name).await?,
+            false => stream::declare(&server, name, options.arguments()).await?,
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                publisher: Publisher::new(Arc::clone(&server), name.into()),
+                server,
+                id,
+                options,
+            }),
+        })
+    }
+}
+
+/// The bounds of a stream with these first and last messages.
+fn bounds_of(ends: Option<&Ends>) -> Bounds {
+    let Some(ends) = ends else {
+        return Bounds {
+            earliest: Offset::ZERO,
+            end: Offset::ZERO,
+        };
+    };
+    let last = &ends.last;
+    let records = decode(last.offset, &last.properties, Bytes::copy_from_slice(&last.body));
+    Bounds {
+        earliest: Offset::new(ends.first.offset, 0),
+        end: Offset::new(last.offset, records.len() as u64),
+    }
+}
+
+#[async_trait]
+impl Log for RabbitLog {
+    fn id(&self) -> &LogId {
+        &self.inner.id
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let inner = &self.inner;
+        for record in records {
+            record.check_size(inner.server.options.record_limit)?;
+        }
+        let messages = inner.options.messages(records, SystemTime::now());
+        inner.publisher.publish(messages).await?;
+        Ok(None)
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let (log, requested) = (self.inner.id.clone(), from);
+        let choose = |ends: Option<&Ends>| {
+            let Bounds { earliest, end } = bounds_of(ends);
+            if from < earliest {
+                Err(Error::Truncated {
+                    log,
+                    requested,
+                    earliest,
+                })
+            } else if from > end {
+                Err(Error::OutOfRange { log, requested, end })
+            } else {
+                Ok(from.hi())
+            }
+        };
+        let tail = Tail::open_if(&self.inner.server, self.inner.id.name(), choose).await?;
+        Ok(Box::new(RabbitReader::new(self.inner.id.clone(), tail, from)))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        let connection = self.inner.server.open_connection().await?;
+        let ends = stream::ends(&self.inner.server, &connection, self.inner.id.name()).await;
+        close(connection).await;
+        Ok(bounds_of(ends?.as_ref()))
+    }
+
+    /// Streams are durable, or are no streams; how many replicas there are cannot be asked over AMQP.
+    async fn durability(&self) -> Result<Durability, Error> {
+        stream::require(&self.inner.server, self.inner.id.name()).await?;
+        Ok(Durability::Durable)
+    }
+}
+
+impl fmt::Debug for RabbitLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RabbitLog")
+            .field("id", &self.inner.id)
+            .field("server", &self.inner.server.to_string())
+            .finish_non_exhaustive()
+    }
+}

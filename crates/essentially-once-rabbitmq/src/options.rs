@@ -1,0 +1,136 @@
+//! How to connect.
+
+use std::{fmt, time::Duration};
+
+use essentially_once::Error;
+
+use crate::{Rabbit, server::Server};
+
+/// How to connect to RabbitMQ; see [`Rabbit::connect`].
+///
+/// ```no_run
+/// # use essentially_once_rabbitmq::RabbitOptions;
+/// # use std::time::Duration;
+/// # async fn example() -> Result<(), essentially_once::Error> {
+/// let rabbit = RabbitOptions::new()
+///     .timeout(Duration::from_secs(5))
+///     .replicas(3)
+///     .connect("amqps://shop:secret@rabbit.example/%2f?heartbeat=5")
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct RabbitOptions {
+    pub(crate) timeout: Duration,
+    pub(crate) record_limit: usize,
+    pub(crate) prefix: String,
+    pub(crate) replicas: Option<u16>,
+    #[cfg(feature = "tls")]
+    pub(crate) root_certificate: Option<String>,
+    #[cfg(feature = "tls")]
+    pub(crate) client_certificate: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl RabbitOptions {
+    /// The defaults: 10 seconds, 16 MiB, prefix `essentially-once`, and as many replicas as the broker chooses.
+    pub fn new() -> Self {
+        Self {
+            timeout: Duration::from_secs(10),
+            record_limit: 16 * 1024 * 1024,
+            prefix: "essentially-once".into(),
+            replicas: None,
+            #[cfg(feature = "tls")]
+            root_certificate: None,
+            #[cfg(feature = "tls")]
+            client_certificate: None,
+        }
+    }
+
+    /// How long to wait for a connection, for each reply, and for each confirm; from a millisecond to a day. What was
+    /// published and not confirmed by then is [`Error::Indeterminate`].
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
+        self
+    }
+
+    /// Largest record (key, headers and payload together), state key or state value, in bytes. RabbitMQ itself takes
+    /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`).
+    #[must_use]
+    pub fn record_limit(mut self, bytes: usize) -> Self {
+        self.record_limit = bytes;
+        self
+    }
+
+    /// What the names of this crate's own streams, those of the store, begin with. Two services that share a virtual host and
+    /// have consumers of the same name need different ones.
+    #[must_use]
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = prefix.into();
+        self
+    }
+
+    /// On how many nodes of a cluster the streams are kept that are declared from here (`x-initial-cluster-size`). An append is
+    /// confirmed when more than half of them have it. A stream that was declared with another number is refused.
+    ///
+    /// A cluster with fewer nodes uses them all, without a word: RabbitMQ offers no way to ask over AMQP.
+    #[must_use]
+    pub fn replicas(mut self, replicas: u16) -> Self {
+        self.replicas = Some(replicas);
+        self
+    }
+
+    /// Trusts this certificate authority (PEM) beside the system's, for `amqps://`.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn root_certificate(mut self, pem: impl Into<String>) -> Self {
+        self.root_certificate = Some(pem.into());
+        self
+    }
+
+    /// Shows this certificate and key (PEM) to the broker, for `amqps://`.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn client_certificate(mut self, certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
+        self.client_certificate = Some((certificate.into(), key.into()));
+        self
+    }
+
+    /// Connects: `amqp://[user:password@]host[:port][/vhost]`, `amqps://` for TLS; a `/` in the virtual host's name is written
+    /// `%2f`. Understands `?heartbeat=` (seconds, 10 by default), `connection_timeout=` (milliseconds), `frame_max=`,
+    /// `channel_max=` and `auth_mechanism=`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] for a URL that is none; [`Error::Failed`] for a refused user, password or virtual host;
+    /// [`Error::Unavailable`] if the broker cannot be reached. No message holds the URL's user or password.
+    pub async fn connect(self, url: &str) -> Result<Rabbit, Error> {
+        for (setting, wrong, reason) in [
+            ("prefix", self.prefix.is_empty(), "it is empty"),
+            ("replicas", self.replicas == Some(0), "a stream needs at least one"),
+        ] {
+            if wrong {
+                let reason = reason.into();
+                return Err(Error::InvalidSetting { setting, reason });
+            }
+        }
+        Server::connect(self, url).await.map(Rabbit::new)
+    }
+}
+
+impl Default for RabbitOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for RabbitOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RabbitOptions")
+            .field("timeout", &self.timeout)
+            .field("record_limit", &self.record_limit)
+            .field("prefix", &self.prefix)
+            .field("replicas", &self.replicas)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,239 @@
+//! Publishing to a stream, with confirms.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use essentially_once::Error;
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, PublisherConfirm,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    types::ShortString,
+};
+use tokio::{
+    sync::Mutex,
+    time::{error::Elapsed, timeout},
+};
+
+use crate::{error::in_doubt, server::Server};
+
+/// How much may be published and not confirmed.
+const IN_FLIGHT_MESSAGES: usize = 4_096;
+const IN_FLIGHT_BYTES: usize = 8 * 1024 * 1024;
+
+/// A message to publish.
+#[derive(Clone, Debug)]
+pub(crate) struct Message {
+    pub(crate) body: Bytes,
+    pub(crate) properties: BasicProperties,
+}
+
+/// Publishes to one stream, on a connection of its own: the broker stops reading from those that publish while it is short of
+/// memory or disk.
+pub(crate) struct Publisher {
+    server: Arc<Server>,
+    stream: String,
+    link: Mutex<Option<Arc<Link>>>,
+}
+
+struct Link {
+    connection: Connection,
+    channel: Channel,
+    /// A call failed or was dropped on it, so nobody knows what is under way: it is not used again.
+    spoilt: AtomicBool,
+}
+
+/// Spoils the link unless the call comes to its good end.
+struct Call {
+    link: Arc<Link>,
+    is_done: bool,
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.link.spoilt.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Publisher {
+    pub(crate) fn new(server: Arc<Server>, stream: String) -> Self {
+        Self {
+            server,
+            stream,
+            link: Mutex::new(None),
+        }
+    }
+
+    /// Publishes all of them in order, and returns when each is confirmed: more than half of the stream's replicas have it.
+    ///
+    /// Nothing is ever published again from here. Dropping the future leaves the outcome unknown.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] and [`Error::Failed`] when nothing was published, [`Error::Indeterminate`] when a part of it may be.
+    pub(crate) async fn publish(&self, messages: Vec<Message>) -> Result<(), Error> {
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let mut slot = self.link.lock().await;
+        let link = self.link(&mut slot).await?;
+        let mut call = Call {
+            link: Arc::clone(&link),
+            is_done: false,
+        };
+        let mut batch = Batch::new(self, link);
+        for message in messages {
+            batch.send(message).await?;
+        }
+        // From here on others may send: their messages come behind these.
+        drop(slot);
+        batch.finish().await?;
+        call.is_done = true;
+        Ok(())
+    }
+
+    async fn link(&self, slot: &mut Option<Arc<Link>>) -> Result<Arc<Link>, Error> {
+        if let Some(link) = slot.as_ref()
+            && !link.spoilt.load(Ordering::Relaxed)
+            && link.connection.status().connected()
+            && link.channel.status().connected()
+        {
+            return Ok(Arc::clone(link));
+        }
+        *slot = None;
+        let connection = self.server.open_connection().await?;
+        let opening = async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel)
+        };
+        let channel = self.server.reply(|| self.action(), opening).await?;
+        let link = Arc::new(Link {
+            connection,
+            channel,
+            spoilt: AtomicBool::new(false),
+        });
+        Ok(Arc::clone(slot.insert(link)))
+    }
+
+    fn action(&self) -> String {
+        format!("publish to stream {}", self.stream)
+    }
+}
+
+/// The messages of one call.
+struct Batch<'a> {
+    publisher: &'a Publisher,
+    link: Arc<Link>,
+    stream: ShortString,
+    /// Not confirmed yet, with their sizes.
+    in_flight: VecDeque<(PublisherConfirm, usize)>,
+    in_flight_bytes: usize,
+    stored: usize,
+    returned: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn new(publisher: &'a Publisher, link: Arc<Link>) -> Self {
+        Self {
+            publisher,
+            link,
+            stream: publisher.stream.as_str().into(),
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            stored: 0,
+            returned: 0,
+        }
+    }
+
+    async fn send(&mut self, message: Message) -> Result<(), Error> {
+        let size = message.body.len();
+        while self.in_flight.len() >= IN_FLIGHT_MESSAGES
+            || (self.in_flight_bytes + size > IN_FLIGHT_BYTES && !self.in_flight.is_empty())
+        {
+            self.confirm_one().await?;
+        }
+        let options = BasicPublishOptions {
+            mandatory: true,
+            ..BasicPublishOptions::default()
+        };
+        let (exchange, stream) = (ShortString::default(), self.stream.clone());
+        let publishing = self
+            .link
+            .channel
+            .basic_publish(exchange, stream, options, &message.body, message.properties);
+        let published = self.within(publishing).await;
+        self.in_flight.push_back((self.known(published)?, size));
+        self.in_flight_bytes += size;
+        Ok(())
+    }
+
+    async fn confirm_one(&mut self) -> Result<(), Error> {
+        let Some((confirm, size)) = self.in_flight.pop_front() else {
+            return Ok(());
+        };
+        self.in_flight_bytes -= size;
+        let confirmed = self.within(confirm).await;
+        match self.known(confirmed)? {
+            Confirmation::Ack(None) => self.stored += 1,
+            // Acknowledged because nobody wants it.
+            Confirmation::Ack(Some(_)) => self.returned += 1,
+            other => return Err(self.in_doubt(format!("the broker did not confirm it but answered {}", word(&other)))),
+        }
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<(), Error> {
+        while !self.in_flight.is_empty() {
+            self.confirm_one().await?;
+        }
+        match (self.stored, self.returned) {
+            (_, 0) => Ok(()),
+            // A broker that was just started takes messages before its streams are there.
+            (0, _) => Err(Error::unavailable(
+                self.publisher.server.on(self.publisher.action()),
+                "the stream does not exist, yet or any more: if the broker is not just starting, open it again to declare it",
+            )),
+            _ => Err(self.in_doubt("the stream was deleted meanwhile".into())),
+        }
+    }
+
+    async fn within<T>(&self, future: impl Future<Output = T>) -> Result<T, Elapsed> {
+        timeout(self.publisher.server.options.timeout, future).await
+    }
+
+    /// The result, or that nobody knows what became of the messages.
+    fn known<T>(&self, result: Result<lapin::Result<T>, Elapsed>) -> Result<T, Error> {
+        match result {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(error)) => Err(in_doubt(self.publisher.server.on(self.publisher.action()), error)),
+            Err(_) => {
+                let limit = self.publisher.server.options.timeout;
+                let why = match self.link.connection.status().blocked() {
+                    true => "the broker says that it blocks publishers: it is short of memory or disk",
+                    false => "the broker may be blocking publishers: memory or disk alarm",
+                };
+                Err(self.in_doubt(format!("no confirm within {limit:?}; {why}")))
+            }
+        }
+    }
+
+    fn in_doubt(&self, why: String) -> Error {
+        Error::indeterminate(self.publisher.server.on(self.publisher.action()), why)
+    }
+}
+
+fn word(confirmation: &Confirmation) -> &'static str {
+    match confirmation {
+        Confirmation::Ack(_) => "with an acknowledgement",
+        Confirmation::Nack(_) => "with a refusal",
+        Confirmation::NotRequested => "nothing",
+    }
+}

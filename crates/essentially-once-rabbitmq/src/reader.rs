@@ -1,0 +1,91 @@
+//! Reading a log: messages as they come, records as they are asked for.
+
+use std::collections::VecDeque;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{Error, LogId, LogReader, Offset, Record};
+
+use crate::{
+    codec::decode,
+    tail::{Delivered, Tail},
+};
+
+/// About how many bytes of records one `next` returns at most.
+const FETCH_BYTES: usize = 1024 * 1024;
+
+pub(crate) struct RabbitReader {
+    log: LogId,
+    tail: Tail,
+    /// Where the next record stands, or before it.
+    next: Offset,
+    messages: VecDeque<Delivered>,
+    /// What the last decoded message holds and was not yielded yet.
+    records: VecDeque<Record>,
+}
+
+impl RabbitReader {
+    pub(crate) fn new(log: LogId, tail: Tail, from: Offset) -> Self {
+        Self {
+            log,
+            tail,
+            next: from,
+            messages: VecDeque::new(),
+            records: VecDeque::new(),
+        }
+    }
+
+    /// The next record of those that came. Messages are decoded one by one: packed ones may be much larger than they look.
+    fn take(&mut self) -> Option<Record> {
+        while self.records.is_empty() {
+            let message = self.messages.pop_front()?;
+            let records = decode(message.offset, &message.properties, Bytes::from(message.body));
+            // A reader may begin within a message.
+            self.records
+                .extend(records.into_iter().filter(|record| record.offset >= self.next));
+        }
+        self.records.pop_front()
+    }
+
+    /// The tail knows messages only: what was wanted, and of which log, is known here.
+    fn told(&self, error: Error) -> Error {
+        let (log, requested) = (self.log.clone(), self.next);
+        match error {
+            Error::Truncated { earliest, .. } => Error::Truncated {
+                log,
+                requested,
+                earliest,
+            },
+            Error::OutOfRange { end, .. } => Error::OutOfRange { log, requested, end },
+            error => error,
+        }
+    }
+}
+
+#[async_trait]
+impl LogReader for RabbitReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        let max = max.max(1);
+        let first = loop {
+            if let Some(record) = self.take() {
+                break record;
+            }
+            let came = self.tail.next(max).await;
+            self.messages.extend(came.map_err(|error| self.told(error))?);
+        };
+        // From here on nothing is awaited, so a dropped call has taken nothing.
+        let mut bytes = first.size();
+        let mut records = vec![first];
+        while records.len() < max
+            && bytes < FETCH_BYTES
+            && let Some(record) = self.take()
+        {
+            bytes += record.size();
+            records.push(record);
+        }
+        if let Some(last) = records.last() {
+            self.next = last.offset.successor();
+        }
+        Ok(records)
+    }
+}

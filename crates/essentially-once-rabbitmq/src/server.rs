@@ -1,0 +1,182 @@
+//! Where the broker is, and how to connect to it.
+
+use std::{fmt, future::Future, net::Ipv6Addr, sync::Arc, time::Duration};
+
+use essentially_once::Error;
+use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
+
+use crate::{error::not_done, options::RabbitOptions};
+
+/// Seconds between heartbeats, where the URL does not say: a peer that is silent for twice as long is gone.
+const HEARTBEAT: u16 = 10;
+
+/// A broker or cluster, and how to talk to it.
+pub(crate) struct Server {
+    pub(crate) options: RabbitOptions,
+    uri: AMQPUri,
+}
+
+impl Server {
+    /// Checks that the broker lets us in.
+    pub(crate) async fn connect(options: RabbitOptions, url: &str) -> Result<Arc<Self>, Error> {
+        let uri = parse(url, &options)?;
+        let server = Arc::new(Self { options, uri });
+        let connection = server.open_connection().await?;
+        close(connection).await;
+        Ok(server)
+    }
+
+    /// A new connection. It does not recover by itself: what was under way when it broke is for its user to judge.
+    pub(crate) async fn open_connection(&self) -> Result<Connection, Error> {
+        let action = || format!("connect to {self}");
+        let limit = match self.uri.query.connection_timeout {
+            Some(millis) => self.options.timeout.min(Duration::from_millis(millis)),
+            None => self.options.timeout,
+        };
+        let properties = ConnectionProperties::default().with_connection_name("essentially-once".into());
+        let runtime = lapin::runtime::default_runtime().map_err(|error| not_done(action(), error))?;
+        let connecting = Connection::connect_uri_with_config(self.uri.clone(), properties, self.tls(), runtime);
+        match tokio::time::timeout(limit, connecting).await {
+            Ok(connected) => connected.map_err(|error| not_done(action(), error)),
+            Err(_) => Err(Error::unavailable(action(), format!("no answer within {limit:?}"))),
+        }
+    }
+
+    /// Awaits the reply to something that changes nothing, within the time limit.
+    pub(crate) async fn reply<T>(
+        &self,
+        action: impl Fn() -> String,
+        reply: impl Future<Output = lapin::Result<T>>,
+    ) -> Result<T, Error> {
+        let limit = self.options.timeout;
+        match tokio::time::timeout(limit, reply).await {
+            Ok(replied) => replied.map_err(|error| not_done(self.on(action()), error)),
+            Err(_) => Err(Error::unavailable(
+                self.on(action()),
+                format!("no answer within {limit:?}"),
+            )),
+        }
+    }
+
+    /// What was attempted, and on which broker.
+    pub(crate) fn on(&self, action: impl fmt::Display) -> String {
+        format!("{action} on {self}")
+    }
+
+    #[cfg(feature = "tls")]
+    fn tls(&self) -> OwnedTLSConfig {
+        // A program with two cryptography providers must choose one, or rustls panics: if it did not, it is this.
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
+        let identity = self.options.client_certificate.clone();
+        OwnedTLSConfig {
+            identity: identity.map(|(pem, key)| lapin::tcp::OwnedIdentity::PKCS8 { pem, key }),
+            cert_chain: self.options.root_certificate.clone(),
+        }
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn tls(&self) -> OwnedTLSConfig {
+        OwnedTLSConfig::default()
+    }
+}
+
+/// Ends a connection in good order, so that the broker's log shows no warning. Failing to is of no interest.
+pub(crate) async fn close(connection: Connection) {
+    let _ = tokio::time::timeout(Duration::from_secs(1), connection.close(200, "OK".into())).await;
+}
+
+/// Host, port and virtual host; never the user or password.
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let authority = &self.uri.authority;
+        let vhost = self.uri.vhost.replace('/', "%2f");
+        match authority.host.parse::<Ipv6Addr>() {
+            Ok(host) => write!(f, "RabbitMQ [{host}]:{}/{vhost}", authority.port),
+            Err(_) => write!(f, "RabbitMQ {}:{}/{vhost}", authority.host, authority.port),
+        }
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server")
+            .field("address", &self.to_string())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Parses a URL. The library's words for a bad one may quote it, with the password, so ours do not.
+fn parse(url: &str, options: &RabbitOptions) -> Result<AMQPUri, Error> {
+    let invalid = |reason: &str| Error::InvalidSetting {
+        setting: "RabbitMQ URL",
+        reason: format!("{reason}; expected amqp://[user:password@]host[:port][/vhost], or amqps:// for TLS"),
+    };
+    let mut uri: AMQPUri = url.parse().map_err(|_| invalid("it cannot be parsed"))?;
+    // The library takes only names and IPv4 addresses, and `localhost` in place of anything else.
+    if let Some(host) = ipv6_host(url) {
+        uri.authority.host = host.to_string();
+    }
+    if uri.vhost.len() > 255 {
+        return Err(invalid("the virtual host's name is longer than 255 bytes"));
+    }
+    let is_tls = url.starts_with("amqps:");
+    if is_tls && !cfg!(feature = "tls") {
+        return Err(invalid("this build has no TLS: enable the crate's feature `tls`"));
+    }
+    #[cfg(feature = "tls")]
+    if !is_tls && (options.root_certificate.is_some() || options.client_certificate.is_some()) {
+        return Err(invalid("certificates are set, so it must begin with amqps://"));
+    }
+    let _ = options;
+    uri.query.heartbeat.get_or_insert(HEARTBEAT);
+    Ok(uri)
+}
+
+/// The host of a URL such as `amqp://user@[::1]:5672`.
+fn ipv6_host(url: &str) -> Option<Ipv6Addr> {
+    let authority = url.split_once("://")?.1.split(['/', '?', '#']).next()?;
+    let host = authority.rsplit('@').next()?.strip_prefix('[')?;
+    host.split_once(']')?.0.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(url: &str) -> Result<Server, Error> {
+        let options = RabbitOptions::new();
+        parse(url, &options).map(|uri| Server { options, uri })
+    }
+
+    #[test]
+    fn urls_are_read_as_the_specification_says() {
+        for (url, shown) in [
+            ("amqp://localhost", "RabbitMQ localhost:5672/%2f"),
+            ("amqps://shop:secret@rabbit.example", "RabbitMQ rabbit.example:5671/%2f"),
+            ("amqp://shop:secret@[::1]:1234/orders", "RabbitMQ [::1]:1234/orders"),
+            ("amqp://127.0.0.1:99/a%2fb", "RabbitMQ 127.0.0.1:99/a%2fb"),
+        ] {
+            assert_eq!(parsed(url).expect(url).to_string(), shown);
+        }
+        let server = parsed("amqp://localhost/%2f?heartbeat=3&connection_timeout=500").expect("valid");
+        assert_eq!(server.uri.query.heartbeat, Some(3));
+        assert_eq!(server.uri.query.connection_timeout, Some(500));
+    }
+
+    #[test]
+    fn no_password_is_shown() {
+        for bad in [
+            "http://shop:secret@host",
+            "amqp://shop:secret@host:port",
+            "secret",
+            "amqp://shop:secret@host/?heartbeat=x",
+        ] {
+            let error = parsed(bad).expect_err(bad).to_string();
+            assert!(!error.contains("secret"), "{error}");
+        }
+        let server = parsed("amqp://shop:secret@host").expect("valid");
+        assert!(!format!("{server:?} {server} {:?}", server.options).contains("secret"));
+    }
+}

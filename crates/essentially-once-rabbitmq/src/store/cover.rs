@@ -1,0 +1,102 @@
+//! Keeping what is needed: retention works by length and knows nothing of snapshots, so snapshots must keep ahead of it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use essentially_once::Error;
+use tokio::sync::OwnedMutexGuard;
+
+use super::{
+    changelog::{Changelog, Replica, nothing_done},
+    snapshot::Image,
+};
+
+const MIB: u64 = 1024 * 1024;
+
+/// What the broker keeps at least, but for a segment. It is never told which entries are not needed any more, so it must
+/// be certain that those of the last `LENGTH` bytes suffice: see [`UNCOVERED`].
+pub(super) const LENGTH: u64 = 512 * MIB;
+pub(super) const SEGMENT: u64 = 16 * MIB;
+
+/// How much may follow the newest snapshot. Beyond it nothing is published before there is a newer one. Between this and `LENGTH`
+/// is room for what other writers publish in the meantime: ten of the largest entries.
+const UNCOVERED: u64 = 128 * MIB;
+
+/// More than a message takes in the stream besides its body: a chunk of its own, names, properties.
+pub(super) const OVERHEAD: u64 = 1024;
+
+/// What snapshots cover, in terms of [`Replica::read`].
+#[derive(Default)]
+pub(super) struct Cover {
+    complete: AtomicU64,
+    tried: AtomicU64,
+}
+
+impl Changelog {
+    /// Sees to it that retention cannot remove what no snapshot covers.
+    pub(super) async fn make_room(&self, replica: &mut Replica, bytes: usize) -> Result<(), Error> {
+        let is_room = |replica: &Replica| {
+            let covered = replica.cover.complete.load(Ordering::Relaxed);
+            replica.read + bytes as u64 + OVERHEAD <= covered + UNCOVERED
+        };
+        if is_room(replica) {
+            return Ok(());
+        }
+        let target = Arc::clone(&replica.target).lock_owned().await;
+        // One that was under way may have done it.
+        if is_room(replica) {
+            return Ok(());
+        }
+        self.snapshot(replica, target).await.map_err(nothing_done)
+    }
+
+    pub(super) fn snapshot_if_due(&self, replica: &Replica) {
+        let cover = &replica.cover;
+        let last = cover
+            .complete
+            .load(Ordering::Relaxed)
+            .max(cover.tried.load(Ordering::Relaxed));
+        // A large state is written less often, so that snapshots do not take more than commits do.
+        let due = self
+            .limits
+            .snapshot_after
+            .max(self.fold().state.size() as u64)
+            .min(UNCOVERED / 2);
+        if replica.read - last < due {
+            return;
+        }
+        if let Ok(target) = Arc::clone(&replica.target).try_lock_owned() {
+            let (stream, snapshot) = (self.stream.clone(), self.snapshot(replica, target));
+            tokio::spawn(async move {
+                if let Err(error) = snapshot.await {
+                    tracing::warn!(stream, %error, "no snapshot was written; it will be tried again");
+                }
+            });
+        }
+    }
+
+    /// Writes what is folded now.
+    fn snapshot(
+        &self,
+        replica: &Replica,
+        mut target: OwnedMutexGuard<Option<usize>>,
+    ) -> impl Future<Output = Result<(), Error>> + use<> {
+        let (image, mark) = (Image::new(&self.fold()), replica.read);
+        let (snapshots, cover) = (Arc::clone(&self.snapshots), Arc::clone(&replica.cover));
+        cover.tried.store(mark, Ordering::Relaxed);
+        async move {
+            // Taken, so that after a failure the next one looks again: another process may have written in the meantime.
+            let stream = match target.take() {
+                Some(stream) => stream,
+                None => snapshots.newest(0).await?.map_or(0, |found| 1 - found.stream),
+            };
+            snapshots.write(stream, &image).await?;
+            tracing::debug!(offset = image.offset, bytes = image.size(), "wrote a snapshot");
+            cover.complete.store(mark, Ordering::Relaxed);
+            *target = Some(1 - stream);
+            Ok(())
+        }
+    }
+}

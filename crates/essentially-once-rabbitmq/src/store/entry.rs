@@ -1,0 +1,207 @@
+//! Entries of a changelog as bytes.
+
+use bytes::{BufMut as _, Bytes};
+
+use super::{
+    fold::{Commit, Token},
+    state::StateChange,
+    wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_window},
+};
+
+/// What every entry begins with, in this version and all that may come.
+const MAGIC: &[u8] = b"eo-entry";
+const VERSION: u8 = 1;
+
+const COMMIT: u8 = 1;
+const MARK: u8 = 2;
+
+/// What a changelog holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Entry {
+    Commit(Commit<StateChange>),
+    /// Changes nothing: whoever wrote it and reads it back has read everything that was there before.
+    Mark(Token),
+}
+
+/// What the bytes of a message are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Parsed {
+    Entry(Entry),
+    /// Does not begin as an entry does: someone else's. Every version of this crate says so of it, so every reader passes over it.
+    Foreign,
+    /// Begins as an entry does and cannot be read, for this reason. Passing over it could mean to miss a commit.
+    Unreadable(&'static str),
+}
+
+pub(super) fn encode_mark(token: Token) -> Vec<u8> {
+    header(MARK, token)
+}
+
+pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
+    let mut out = header(COMMIT, commit.token);
+    out.put_u128(commit.parent);
+    out.put_u64(commit.revision);
+    put_log(&mut out, &commit.log);
+    put_offset(&mut out, commit.next);
+    let change = &commit.change;
+    out.put_u32(change.windows.len() as u32);
+    for (producer, window) in &change.windows {
+        put_window(&mut out, producer, window);
+    }
+    out.put_u32(change.forgotten.len() as u32);
+    for producer in &change.forgotten {
+        put_bytes(&mut out, producer.as_str().as_bytes());
+    }
+    out.put_u32(change.writes.len() as u32);
+    for (key, value) in &change.writes {
+        put_bytes(&mut out, key);
+        out.put_u8(value.is_some().into());
+        if let Some(value) = value {
+            put_bytes(&mut out, value);
+        }
+    }
+    out
+}
+
+fn header(kind: u8, token: Token) -> Vec<u8> {
+    let mut out = MAGIC.to_vec();
+    out.put_u8(VERSION);
+    out.put_u8(kind);
+    out.put_u128(token);
+    out
+}
+
+pub(super) fn parse(bytes: Bytes) -> Parsed {
+    if !bytes.starts_with(MAGIC) {
+        return Parsed::Foreign;
+    }
+    decode(bytes.slice(MAGIC.len()..)).map_or_else(Parsed::Unreadable, Parsed::Entry)
+}
+
+fn decode(bytes: Bytes) -> Decoded<Entry> {
+    let mut reader = Reader::new(bytes);
+    if reader.u8()? != VERSION {
+        return Err("it was written by another version of this crate; use that one or a later one");
+    }
+    let (kind, token) = (reader.u8()?, reader.u128()?);
+    let entry = match kind {
+        COMMIT => Entry::Commit(decode_commit(&mut reader, token)?),
+        MARK => Entry::Mark(token),
+        _ => return Err("it is of an unknown kind"),
+    };
+    reader.finish()?;
+    Ok(entry)
+}
+
+fn decode_commit(reader: &mut Reader, token: Token) -> Decoded<Commit<StateChange>> {
+    Ok(Commit {
+        token,
+        parent: reader.u128()?,
+        revision: reader.u64()?,
+        log: reader.log()?,
+        next: reader.offset()?,
+        change: StateChange {
+            windows: reader.list(Reader::window)?,
+            forgotten: reader.list(Reader::producer)?,
+            writes: reader.list(|reader| {
+                let key = reader.bytes()?;
+                match reader.u8()? {
+                    0 => Ok((key, None)),
+                    1 => Ok((key, Some(reader.bytes()?))),
+                    _ => Err("a write is neither a put nor a delete"),
+                }
+            })?,
+        },
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use essentially_once::{LogId, Offset, ProducerId, Window};
+    use proptest::{collection::vec, option, prelude::*};
+
+    use super::*;
+
+    fn producer() -> impl Strategy<Value = ProducerId> {
+        "[a-z][a-z0-9]{0,8}".prop_map(|name| ProducerId::new(name).expect("name"))
+    }
+
+    fn bytes() -> impl Strategy<Value = Bytes> {
+        vec(any::<u8>(), 0..40).prop_map(Bytes::from)
+    }
+
+    pub(in super::super) fn change() -> impl Strategy<Value = StateChange> {
+        let windows = vec((producer(), any::<u64>().prop_map(Window::new)), 0..4);
+        let writes = vec((bytes(), option::of(bytes())), 0..6);
+        (windows, vec(producer(), 0..3), writes).prop_map(|(windows, forgotten, writes)| StateChange {
+            windows,
+            forgotten,
+            writes,
+        })
+    }
+
+    pub(in super::super) fn log() -> impl Strategy<Value = LogId> {
+        ("[a-z]{1,9}", option::of("[a-z0-9]{1,9}")).prop_map(|(name, incarnation)| {
+            let log = LogId::new(name).expect("name");
+            match incarnation {
+                Some(incarnation) => log.with_incarnation(incarnation).expect("name"),
+                None => log,
+            }
+        })
+    }
+
+    prop_compose! {
+        fn commit()(
+            token in any::<u128>(),
+            parent in any::<u128>(),
+            revision in any::<u64>(),
+            log in log(),
+            next in any::<(u64, u64)>(),
+            change in change(),
+        ) -> Commit<StateChange> {
+            Commit { token, parent, revision, log, next: Offset::new(next.0, next.1), change }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn entries_round_trip(commit in commit(), token in any::<u128>()) {
+            let encoded = Bytes::from(encode_commit(&commit));
+            prop_assert_eq!(parse(encoded.clone()), Parsed::Entry(Entry::Commit(commit)));
+            prop_assert_eq!(parse(encode_mark(token).into()), Parsed::Entry(Entry::Mark(token)));
+            for cut in MAGIC.len()..encoded.len() {
+                prop_assert!(matches!(parse(encoded.slice(..cut)), Parsed::Unreadable(_)), "cut at {}", cut);
+            }
+            let longer = [&encoded[..], b"x"].concat();
+            prop_assert!(matches!(parse(longer.into()), Parsed::Unreadable(_)));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
+            let _ = parse(bytes.clone().into());
+            for kind in [COMMIT, MARK] {
+                let _ = parse([header(kind, 1), bytes.clone()].concat().into());
+            }
+        }
+
+        #[test]
+        fn a_damaged_byte_never_panics(commit in commit(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let mut encoded = encode_commit(&commit);
+            let at = at.index(encoded.len());
+            encoded[at] = byte;
+            let _ = parse(encoded.into());
+        }
+    }
+
+    #[test]
+    fn what_is_not_ours_is_foreign_and_another_version_is_not() {
+        for foreign in ["", "eo-entr", "hello"] {
+            assert_eq!(parse(foreign.into()), Parsed::Foreign, "{foreign:?}");
+        }
+        let mut newer = encode_mark(1);
+        newer[MAGIC.len()] = 2;
+        assert!(matches!(parse(newer.into()), Parsed::Unreadable(why) if why.contains("version")));
+    }
+}

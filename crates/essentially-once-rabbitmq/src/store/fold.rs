@@ -1,0 +1,197 @@
+//! The rule: which entries of a changelog apply. Everything that is safe about this store rests on it.
+//!
+//! Every reader sees the entries in the same order, and decides on each by what came before it and by nothing else. So all of them
+//! decide alike, whether they read from the first entry or from a snapshot on, and whoever came first in the stream has won.
+
+use essentially_once::{LogId, Offset};
+
+/// What a writer draws for each of its entries, to know it again.
+pub(super) type Token = u128;
+
+/// An entry that moves a position.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Commit<C> {
+    pub(super) token: Token,
+    /// The token of the entry that it builds on; 0 for the first.
+    pub(super) parent: Token,
+    /// The revision that it makes.
+    pub(super) revision: u64,
+    pub(super) log: LogId,
+    pub(super) next: Offset,
+    pub(super) change: C,
+}
+
+/// What a commit does to the state; generic, so that the model checker can run the rule itself on a small state.
+pub(super) trait Change {
+    type State;
+
+    fn apply(self, state: &mut Self::State);
+}
+
+/// What became of an entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Verdict {
+    /// It came first.
+    Applied,
+    /// Another entry made that revision before it.
+    Late,
+    /// The position belongs to another log.
+    OtherLog,
+}
+
+/// An entry builds on one that is not there: the changelog lost some.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "an entry makes revision {found} and the one before it, which it builds on, is missing; here the position has revision {current}"
+)]
+pub(super) struct Missing {
+    current: u64,
+    found: u64,
+}
+
+/// All entries up to one offset, folded.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub(super) struct Fold<S> {
+    /// The changelog's offset to go on at.
+    pub(super) offset: u64,
+    /// How many commits applied.
+    pub(super) revision: u64,
+    /// The token of the last that did.
+    pub(super) token: Token,
+    /// The position; none before the first commit.
+    pub(super) place: Option<(LogId, Offset)>,
+    pub(super) state: S,
+}
+
+impl<S> Fold<S> {
+    /// Judges the entry at that offset, and applies it if it has won.
+    pub(super) fn apply<C: Change<State = S>>(&mut self, offset: u64, commit: Commit<C>) -> Result<Verdict, Missing> {
+        let verdict = self.judge(&commit)?;
+        self.offset = offset + 1;
+        if verdict == Verdict::Applied {
+            self.revision = commit.revision;
+            self.token = commit.token;
+            self.place = Some((self.known_log(commit.log), commit.next));
+            commit.change.apply(&mut self.state);
+        }
+        Ok(verdict)
+    }
+
+    /// Passes over an entry that has nothing to say on the position.
+    pub(super) fn pass(&mut self, offset: u64) {
+        self.offset = offset + 1;
+    }
+
+    fn judge<C>(&self, commit: &Commit<C>) -> Result<Verdict, Missing> {
+        if commit.revision <= self.revision {
+            return Ok(Verdict::Late);
+        }
+        // Its writer had read the entry before it.
+        if commit.revision - 1 > self.revision || commit.parent != self.token {
+            return Err(Missing {
+                current: self.revision,
+                found: commit.revision,
+            });
+        }
+        Ok(if self.is_same_log(&commit.log) {
+            Verdict::Applied
+        } else {
+            Verdict::OtherLog
+        })
+    }
+
+    pub(super) fn is_same_log(&self, log: &LogId) -> bool {
+        self.place.as_ref().is_none_or(|(stored, _)| stored.is_same_log(log))
+    }
+
+    /// An incarnation that is known once is not forgotten.
+    fn known_log(&mut self, log: LogId) -> LogId {
+        match self.place.take() {
+            Some((stored, _)) if log.incarnation().is_none() => stored,
+            _ => log,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Push(u8);
+
+    impl Change for Push {
+        type State = Vec<u8>;
+
+        fn apply(self, state: &mut Vec<u8>) {
+            state.push(self.0);
+        }
+    }
+
+    fn log(incarnation: Option<&str>) -> LogId {
+        let log = LogId::new("orders").expect("name");
+        match incarnation {
+            Some(incarnation) => log.with_incarnation(incarnation).expect("name"),
+            None => log,
+        }
+    }
+
+    fn entry(token: Token, parent: Token, revision: u64, log: LogId) -> Commit<Push> {
+        let change = Push(token as u8);
+        Commit {
+            token,
+            parent,
+            revision,
+            log,
+            next: Offset::ZERO,
+            change,
+        }
+    }
+
+    #[test]
+    fn the_first_entry_of_a_revision_applies_and_no_other() {
+        let mut fold = Fold::default();
+        for (offset, token, parent, revision, verdict) in [
+            (0, 1, 0, 1, Verdict::Applied),
+            (1, 2, 0, 1, Verdict::Late),
+            (5, 3, 1, 2, Verdict::Applied),
+            (6, 3, 1, 2, Verdict::Late),
+        ] {
+            assert_eq!(
+                fold.apply(offset, entry(token, parent, revision, log(None))),
+                Ok(verdict)
+            );
+            assert_eq!(fold.offset, offset + 1);
+        }
+        assert_eq!((fold.state, fold.revision, fold.token), (vec![1, 3], 2, 3));
+    }
+
+    #[test]
+    fn a_missing_entry_is_seen() {
+        let mut fold = Fold::default();
+        assert!(
+            fold.apply(0, entry(2, 1, 2, log(None))).is_err(),
+            "the first is missing"
+        );
+        assert!(
+            fold.apply(0, entry(2, 1, 1, log(None))).is_err(),
+            "another one was the first"
+        );
+        assert!(fold.apply(0, entry(2, 1, u64::MAX, log(None))).is_err());
+        assert_eq!(fold, Fold::default());
+    }
+
+    #[test]
+    fn an_entry_of_another_log_does_not_apply_and_a_known_incarnation_stays() {
+        let mut fold = Fold::default();
+        let mut apply = |token, parent, revision, incarnation| {
+            fold.apply(token as u64, entry(token, parent, revision, log(incarnation)))
+                .expect("nothing is missing")
+        };
+        assert_eq!(apply(1, 0, 1, Some("a")), Verdict::Applied);
+        assert_eq!(apply(2, 1, 2, Some("b")), Verdict::OtherLog);
+        assert_eq!(apply(3, 1, 2, None), Verdict::Applied);
+        assert_eq!(apply(4, 3, 3, Some("b")), Verdict::OtherLog);
+        assert_eq!(fold.place.expect("a position").0.incarnation(), Some("a"));
+        assert_eq!(fold.state, [1, 3]);
+    }
+}

@@ -1,0 +1,267 @@
+//! The store: a changelog stream for each consumer, folded in memory.
+//!
+//! RabbitMQ has no database and no transaction over more than one message, but it does give each stream one order that everyone
+//! sees. So a commit is *one message*, with the new position and all changes of the state, and the order decides: of two entries that make
+//! the same revision, the first one in the stream applies, for every reader (`fold.rs`). A writer reads its own entry back to
+//! learn which it was.
+
+mod changelog;
+mod cover;
+mod entry;
+mod fold;
+#[cfg(test)]
+mod model;
+mod recover;
+mod snapshot;
+mod snapshots;
+mod state;
+mod wire;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{Advance, ConsumerId, Durability, Error, KeyValue, OffsetStore, Position, Transaction};
+
+use self::{
+    changelog::Changelog,
+    state::{Writes, value_size},
+};
+use crate::{Rabbit, server::Server};
+
+const MIB: usize = 1024 * 1024;
+
+/// The largest state there may be: the streams of the snapshots have room for a few of that size.
+const STATE_MAX: usize = 256 * MIB;
+
+/// The largest entry there may be: the changelog's retention reckons with it.
+const ENTRY_MAX: usize = 32 * MIB;
+
+/// What an entry may take besides its largest value.
+const BESIDE_VALUE: usize = 64 * 1024;
+
+/// What the name of a stream may take.
+const NAME_MAX: usize = 255;
+
+impl Rabbit {
+    /// The store. Each call gives a handle of its own, which reads what it needs for itself; clones of one share what they have read.
+    pub fn store(&self) -> RabbitStore {
+        let record_limit = self.server.options.record_limit.min(ENTRY_MAX - BESIDE_VALUE);
+        RabbitStore {
+            server: Arc::clone(&self.server),
+            limits: Limits {
+                value: record_limit,
+                entry: (record_limit + BESIDE_VALUE).max(8 * MIB),
+                state: STATE_MAX,
+                snapshot_after: 8 * MIB as u64,
+            },
+            consumers: Arc::default(),
+        }
+    }
+}
+
+/// Limits of one handle, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    value: usize,
+    entry: usize,
+    state: usize,
+    snapshot_after: u64,
+}
+
+/// Positions and state in streams; see [`Rabbit::store`].
+///
+/// Each consumer has up to three streams, created when they are first needed, with as many replicas as the
+/// [options](crate::RabbitOptions::replicas) say: `<prefix>.<consumer>.changelog` with one message per commit, and
+/// `<prefix>.<consumer>.snapshots.a` and `.b`. Streams are heavy, and a handle keeps two connections for each consumer that it is used
+/// for: this is a store for dozens of consumers, not thousands. Leave their retention alone: a policy that shortens them can lose the state. Such a
+/// loss is found when the state is read, and told as [`Error::Failed`] with `state lost`.
+///
+/// # State is held in memory
+/// Every handle that is used for a consumer keeps all of that consumer's state in memory, and reads it when it is first used, from a
+/// snapshot and what follows it. It is meant for up to about a hundred megabytes or a million keys; up to
+/// [`state_limit`](Self::state_limit), beyond which a `put` is refused. Larger state belongs in a database.
+///
+/// # What a commit means
+/// It returns `Ok` when more than half of the replicas have its message, and it came first. RabbitMQ does not wait for disks: what is
+/// acknowledged survives a crash of this process and of a broker's process, but a single node, or more than half of them at
+/// once, can lose the last moments when the *machine* loses power.
+///
+/// A commit takes one message: all changes together are limited to the larger of 8 MiB and
+/// [`record_limit`](crate::RabbitOptions::record_limit) plus 64 KiB, and to 32 MiB in any case.
+///
+/// # Reading
+/// [`position`](OffsetStore::position) writes a small mark to the changelog and reads up to it, so that it is never older than the call;
+/// it needs the right to write. [`begin`](OffsetStore::begin) does the same unless this handle has just committed or read the
+/// position. If another handle commits later, what a transaction has read is out of date, and its commit is `Fenced`.
+///
+/// # Foreign and damaged messages
+/// A message in a changelog that does not begin as this crate's do is passed over with a warning. One that does, and cannot be
+/// read (damaged, or of a later version), stops the consumer with [`Error::Failed`] naming stream and offset: it could be a
+/// commit. A snapshot that is damaged or incomplete is passed over for an older one.
+#[derive(Clone)]
+pub struct RabbitStore {
+    server: Arc<Server>,
+    limits: Limits,
+    consumers: Arc<Mutex<HashMap<ConsumerId, Arc<Changelog>>>>,
+}
+
+impl RabbitStore {
+    /// How much state a consumer may have, in bytes of memory: keys, values, windows, and about 96 bytes for each. 256 MiB by
+    /// default, and at most. A `put` or commit that would make more of it fails with [`Error::Failed`]; state that is larger already
+    /// can still be read and deleted.
+    #[must_use]
+    pub fn state_limit(mut self, bytes: usize) -> Self {
+        self.limits.state = bytes.min(STATE_MAX);
+        self.with_limits()
+    }
+
+    /// After how many bytes of changelog a snapshot is written, in the background; 8 MiB by default, each entry counting a kilobyte
+    /// more than it has. If the state is larger than that, so many bytes as the state has, but 64 MiB at most. Fewer make it
+    /// quicker to start, and cost writing.
+    ///
+    /// A snapshot that fails is tried again later. If that goes on until 128 MiB are not covered, commits wait for it and fail with
+    /// its error, since the broker's retention might remove what is still needed.
+    #[must_use]
+    pub fn snapshot_after(mut self, bytes: u64) -> Self {
+        self.limits.snapshot_after = bytes;
+        self.with_limits()
+    }
+
+    /// A handle of its own, since the limits are those of what is opened from now on.
+    fn with_limits(mut self) -> Self {
+        self.consumers = Arc::default();
+        self
+    }
+
+    fn changelog(&self, consumer: &ConsumerId) -> Result<Arc<Changelog>, Error> {
+        let room = NAME_MAX - ".snapshots.a".len() - ".".len();
+        let prefix = &self.server.options.prefix;
+        if prefix.len() + consumer.as_str().len() > room {
+            return Err(Error::InvalidSetting {
+                setting: "prefix",
+                reason: format!("together with the consumer's name {consumer} it has more than {room} bytes"),
+            });
+        }
+        let mut consumers = self.consumers.lock().unwrap_or_else(PoisonError::into_inner);
+        let changelog = || Arc::new(Changelog::new(&self.server, consumer, self.limits));
+        Ok(Arc::clone(consumers.entry(consumer.clone()).or_insert_with(changelog)))
+    }
+}
+
+impl fmt::Debug for RabbitStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RabbitStore")
+            .field("server", &self.server.to_string())
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl OffsetStore for RabbitStore {
+    type Tx = RabbitTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        self.changelog(consumer)?.position().await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<RabbitTx, Error> {
+        let changelog = self.changelog(consumer)?;
+        let based_on = changelog.begin().await?;
+        Ok(RabbitTx {
+            changelog,
+            based_on,
+            writes: Writes::new(),
+            growth: 0,
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+/// What a handler stages; nothing of it leaves this process before the commit, and nothing is locked.
+pub struct RabbitTx {
+    changelog: Arc<Changelog>,
+    /// The revision that it reads.
+    based_on: u64,
+    writes: Writes,
+    /// By how much they make the state grow.
+    growth: isize,
+}
+
+impl RabbitTx {
+    /// The consumer whose transaction this is.
+    pub fn consumer(&self) -> &ConsumerId {
+        &self.changelog.consumer
+    }
+
+    fn read(&self, key: &[u8]) -> Option<Bytes> {
+        match self.writes.get(key) {
+            Some(staged) => staged.clone(),
+            None => self.changelog.fold().state.get(key).cloned(),
+        }
+    }
+
+    fn size_of(&self, key: &[u8]) -> isize {
+        self.read(key).map_or(0, |value| value_size(key, &value)) as isize
+    }
+}
+
+impl fmt::Debug for RabbitTx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RabbitTx")
+            .field("consumer", self.consumer())
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Transaction for RabbitTx {
+    async fn commit(self, advance: Advance) -> Result<(), Error> {
+        self.changelog.commit(self.based_on, self.writes, advance).await
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl KeyValue for RabbitTx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        Ok(self.read(key))
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        let limit = self.changelog.limits.value;
+        for (what, size) in [("key", key.len()), ("value", value.len())] {
+            if size > limit {
+                return Err(Error::TooLarge { what, size, limit });
+            }
+        }
+        let stored = self.changelog.fold().state.size();
+        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
+        let (before, after) = (
+            stored.saturating_add_signed(self.growth),
+            stored.saturating_add_signed(growth),
+        );
+        self.changelog.check_state_size(before, after)?;
+        self.growth = growth;
+        self.writes
+            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
+        Ok(())
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.growth -= self.size_of(key);
+        self.writes.insert(Bytes::copy_from_slice(key), None);
+        Ok(())
+    }
+}

@@ -1,0 +1,333 @@
+//! The rule under a model checker: every order in which two writers, a network that delays and loses, crashes, snapshots and
+//! retention can play together, with the very [`Fold`] that the store uses.
+//!
+//! The mutants show that the checker would notice: each breaks one thing, and each must be found.
+
+mod mutants;
+
+use essentially_once::{LogId, Offset};
+use stateright::{Checker, Model, Property};
+
+use super::fold::{Change, Commit, Fold, Missing, Token, Verdict};
+
+/// A state that remembers what was applied, in order.
+type Applied = Vec<u8>;
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Push(u8);
+
+impl Change for Push {
+    type State = Applied;
+
+    fn apply(self, state: &mut Applied) {
+        state.push(self.0);
+    }
+}
+
+type Entry = Commit<Push>;
+type Apply = fn(&mut Fold<Applied>, u64, Entry) -> Result<Verdict, Missing>;
+
+/// The system, and how it may be broken.
+struct System {
+    apply: Apply,
+    /// Added to the offset that a snapshot says it reaches up to.
+    snapshot_shift: u64,
+    /// Whether a confirm alone counts as success.
+    trusts_confirms: bool,
+    /// Whether retention also removes what no complete snapshot covers.
+    trims_at_will: bool,
+    /// Whether a reader that was overtaken by retention goes on where the stream now begins.
+    jumps: bool,
+    publishes: u8,
+    snapshots: u8,
+    crashes: u8,
+}
+
+impl System {
+    fn sound() -> Self {
+        Self {
+            apply: Fold::apply,
+            snapshot_shift: 0,
+            trusts_confirms: false,
+            trims_at_will: false,
+            jumps: false,
+            publishes: 3,
+            snapshots: 2,
+            crashes: 1,
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+struct World {
+    /// The changelog; what is before `first` was removed, and is kept here to compare with.
+    entries: Vec<Entry>,
+    first: usize,
+    /// Published, and not yet in the changelog.
+    under_way: Vec<Entry>,
+    writers: [Writer; 2],
+    /// Taken, and not yet complete.
+    begun: Vec<Fold<Applied>>,
+    /// The newest complete snapshot; older ones are of no use any more.
+    newest: Fold<Applied>,
+    /// What a writer reported as committed.
+    acknowledged: Vec<u8>,
+    /// A recovery found something missing.
+    lost: bool,
+    published: u8,
+    snapshots: u8,
+    crashes: u8,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+struct Writer {
+    fold: Option<Fold<Applied>>,
+    /// Its entry that it waits for.
+    own: Option<Token>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Action {
+    Recover(usize),
+    Publish(usize),
+    Read(usize),
+    /// The time-out has passed: indeterminate.
+    GiveUp(usize),
+    Crash(usize),
+    BeginSnapshot(usize),
+    /// An entry arrives, in any order.
+    Land(usize),
+    /// It never does.
+    Vanish(usize),
+    CompleteSnapshot(usize),
+    AbandonSnapshot(usize),
+    /// Retention removes the first entry.
+    Trim,
+}
+
+impl World {
+    /// What a reader knows that begins with this fold, and reads to the end.
+    fn read_on(&self, apply: Apply, mut fold: Fold<Applied>) -> Option<Fold<Applied>> {
+        let unread = self.entries.get(fold.offset as usize..)?;
+        for (offset, entry) in (fold.offset..).zip(unread) {
+            apply(&mut fold, offset, entry.clone()).ok()?;
+        }
+        Some(fold)
+    }
+
+    /// What one knows who saw everything.
+    fn truth(&self, apply: Apply) -> Option<Fold<Applied>> {
+        self.read_on(apply, Fold::default())
+    }
+}
+
+impl Model for System {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World::default()]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        for (index, writer) in world.writers.iter().enumerate() {
+            let Some(fold) = &writer.fold else {
+                actions.push(Action::Recover(index));
+                continue;
+            };
+            if writer.own.is_none() && world.published < self.publishes {
+                actions.push(Action::Publish(index));
+            }
+            if writer.own.is_some() {
+                actions.push(Action::GiveUp(index));
+            }
+            if fold.offset < world.entries.len() as u64 {
+                actions.push(Action::Read(index));
+            }
+            if world.crashes < self.crashes {
+                actions.push(Action::Crash(index));
+            }
+            if world.snapshots < self.snapshots && fold.revision > 0 {
+                actions.push(Action::BeginSnapshot(index));
+            }
+        }
+        for index in 0..world.under_way.len() {
+            actions.extend([Action::Land(index), Action::Vanish(index)]);
+        }
+        for index in 0..world.begun.len() {
+            actions.extend([Action::CompleteSnapshot(index), Action::AbandonSnapshot(index)]);
+        }
+        let covered = world.newest.offset.max(if self.trims_at_will {
+            world.entries.len() as u64
+        } else {
+            0
+        });
+        if (world.first as u64) < covered {
+            actions.push(Action::Trim);
+        }
+    }
+
+    fn next_state(&self, world: &World, action: Action) -> Option<World> {
+        let mut world = world.clone();
+        match action {
+            Action::Recover(index) => {
+                let fold = world.newest.clone();
+                if fold.offset < world.first as u64 || fold.offset > world.entries.len() as u64 {
+                    world.lost = true;
+                } else {
+                    world.writers[index].fold = Some(fold);
+                }
+            }
+            Action::Publish(index) => {
+                world.published += 1;
+                let token = Token::from(world.published);
+                let writer = &mut world.writers[index];
+                let fold = writer.fold.as_ref()?;
+                world.under_way.push(Commit {
+                    token,
+                    parent: fold.token,
+                    revision: fold.revision + 1,
+                    log: LogId::new("orders").ok()?,
+                    next: Offset::ZERO,
+                    change: Push(world.published),
+                });
+                writer.own = Some(token);
+            }
+            Action::Read(index) => self.read(&mut world, index),
+            Action::GiveUp(index) => world.writers[index].own = None,
+            Action::Crash(index) => {
+                world.crashes += 1;
+                world.writers[index] = Writer::default();
+            }
+            Action::BeginSnapshot(index) => {
+                world.snapshots += 1;
+                let mut fold = world.writers[index].fold.clone()?;
+                fold.offset += self.snapshot_shift;
+                world.begun.push(fold);
+                world.begun.sort_by_key(|fold| fold.offset);
+            }
+            Action::Land(index) => {
+                let entry = world.under_way.remove(index);
+                if self.trusts_confirms {
+                    let waits = |writer: &&mut Writer| writer.own == Some(entry.token);
+                    if let Some(writer) = world.writers.iter_mut().find(waits) {
+                        writer.own = None;
+                        world.acknowledged.push(entry.change.0);
+                    }
+                }
+                world.entries.push(entry);
+            }
+            Action::Vanish(index) => drop(world.under_way.remove(index)),
+            Action::CompleteSnapshot(index) => {
+                let fold = world.begun.remove(index);
+                if fold.offset > world.newest.offset {
+                    world.newest = fold;
+                }
+            }
+            Action::AbandonSnapshot(index) => drop(world.begun.remove(index)),
+            Action::Trim => world.first += 1,
+        }
+        Some(world)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::<Self>::always("at most one entry of a revision applies", |system, world| {
+                world
+                    .truth(system.apply)
+                    .is_none_or(|fold| fold.state.len() as u64 == fold.revision)
+            }),
+            Property::<Self>::always(
+                "a reader from the newest snapshot agrees with one from the first entry",
+                |system, world| {
+                    let is_lost = world.newest.offset < world.first as u64;
+                    !is_lost && world.read_on(system.apply, world.newest.clone()) == world.truth(system.apply)
+                },
+            ),
+            Property::<Self>::always("a writer knows a part of the truth", |system, world| {
+                world.truth(system.apply).is_some_and(|truth| {
+                    world
+                        .writers
+                        .iter()
+                        .flat_map(|writer| &writer.fold)
+                        .all(|fold| truth.state.starts_with(&fold.state))
+                })
+            }),
+            Property::<Self>::always("what was acknowledged is applied, once", |system, world| {
+                world.truth(system.apply).is_some_and(|truth| {
+                    let times = |entry| truth.state.iter().filter(|applied| *applied == entry).count();
+                    world.acknowledged.iter().all(|entry| times(entry) == 1)
+                })
+            }),
+            Property::<Self>::always("nothing is lost", |_, world| !world.lost),
+            Property::<Self>::sometimes("two commits are acknowledged", |_, world| world.acknowledged.len() == 2),
+            Property::<Self>::sometimes("a commit of one who gave up applies", |system, world| {
+                let idle = world.writers.iter().all(|writer| writer.own.is_none()) && world.under_way.is_empty();
+                idle && world.acknowledged.is_empty() && world.truth(system.apply).is_some_and(|fold| fold.revision > 0)
+            }),
+            Property::<Self>::sometimes("a writer goes on after retention", |_, world| {
+                world.first > 0
+                    && world
+                        .writers
+                        .iter()
+                        .flat_map(|writer| &writer.fold)
+                        .any(|fold| fold.revision > 1)
+            }),
+        ]
+    }
+}
+
+impl System {
+    fn read(&self, world: &mut World, index: usize) {
+        let writer = &mut world.writers[index];
+        let Some(fold) = &mut writer.fold else { return };
+        let mut offset = fold.offset as usize;
+        if offset < world.first {
+            if !self.jumps {
+                // As the store does on a hole: it forgets what it has, and recovers.
+                *writer = Writer::default();
+                return;
+            }
+            offset = world.first;
+        }
+        let Some(entry) = world.entries.get(offset).cloned() else {
+            return;
+        };
+        let (token, pushed) = (entry.token, entry.change.0);
+        match (self.apply)(fold, offset as u64, entry) {
+            Ok(verdict) if writer.own == Some(token) => {
+                writer.own = None;
+                if verdict == Verdict::Applied {
+                    world.acknowledged.push(pushed);
+                }
+            }
+            Ok(_) => {}
+            Err(_) => {
+                *writer = Writer::default();
+                world.lost = true;
+            }
+        }
+    }
+}
+
+#[test]
+fn the_rule_holds_in_every_order_of_events() {
+    for (publishes, snapshots, crashes) in [(3, 1, 1), (2, 2, 2)] {
+        let checker = System {
+            publishes,
+            snapshots,
+            crashes,
+            ..System::sound()
+        }
+        .checker()
+        .threads(2)
+        .spawn_bfs()
+        .join();
+        checker.assert_properties();
+        assert!(
+            checker.unique_state_count() > 20_000,
+            "{} states",
+            checker.unique_state_count()
+        );
+    }
+}

@@ -1,0 +1,76 @@
+//! Where a handle begins: the newest snapshot, and what follows it.
+
+use std::sync::Arc;
+
+use essentially_once::Error;
+use tokio::sync::Mutex;
+
+use super::{
+    changelog::{Changelog, Replica},
+    cover::{LENGTH, OVERHEAD, SEGMENT},
+    fold::Fold,
+    snapshots::retention,
+    state::State,
+};
+use crate::{
+    stream::{self, Range},
+    tail::Tail,
+};
+
+impl Changelog {
+    /// Reads the newest snapshot and what follows it.
+    pub(super) async fn load(&self) -> Result<Replica, Error> {
+        stream::declare(&self.server, &self.stream, retention(LENGTH as i64, SEGMENT as i64)).await?;
+        let range = stream::bounds(&self.server, &self.stream).await?;
+        let found = self.snapshots.newest(range.first).await?;
+        // A snapshot never goes to the stream that holds the newest.
+        let target = found.as_ref().map_or(0, |found| 1 - found.stream);
+        let mut fold = found.map(|found| found.fold).unwrap_or_default();
+        self.check_reach(&fold, range)?;
+        let tail = Tail::open(&self.server, &self.stream, fold.offset)
+            .await
+            .map_err(|error| self.read_error(error))?;
+        let mut replica = Replica {
+            tail,
+            fresh: false,
+            read: 0,
+            cover: Arc::default(),
+            target: Arc::new(Mutex::new(Some(target))),
+        };
+        while fold.offset < range.end {
+            let next = async {
+                replica
+                    .tail
+                    .next(usize::MAX)
+                    .await
+                    .map_err(|error| self.read_error(error))
+            };
+            for delivered in self.within_limit(next).await? {
+                replica.read += delivered.body.len() as u64 + OVERHEAD;
+                self.take(&mut fold, delivered, 0)?;
+            }
+        }
+        *self.fold_mut() = fold;
+        Ok(replica)
+    }
+
+    fn check_reach(&self, fold: &Fold<State>, range: Range) -> Result<(), Error> {
+        let (at, first, end) = (fold.offset, range.first, range.end);
+        let source = if at == 0 {
+            "there is no complete snapshot".into()
+        } else {
+            format!("the newest snapshot reaches up to {at}")
+        };
+        if at < first {
+            return Err(self.lost(format!(
+                "{source}, and the changelog begins at {first}: a policy may shorten it, or a snapshot is damaged"
+            )));
+        }
+        if at > end {
+            return Err(self.lost(format!(
+                "{source}, and the changelog ends at {end}: it was created anew, or the broker lost its tail"
+            )));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+//! Where snapshots are kept: two streams, by turns.
+//!
+//! A snapshot is never written to the stream that holds the newest one. So snapshots that are begun and not completed, say by a
+//! process that crashes over and over, can push out of their stream only what is not needed.
+
+use std::sync::Arc;
+
+use essentially_once::{ConsumerId, Error};
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldTable},
+};
+
+use super::{
+    fold::Fold,
+    snapshot::{Assembly, CHUNK, Chunk, Image},
+    state::State,
+};
+use crate::{
+    publisher::{Message, Publisher},
+    server::Server,
+    stream::{self, Range},
+    tail::Tail,
+};
+
+/// Room for a few snapshots of the largest state there may be, since several processes may write at the same time.
+const LENGTH: i64 = 1024 * 1024 * 1024;
+const SEGMENT: i64 = 64 * 1024 * 1024;
+
+/// Chunks that are sent before the first is confirmed.
+const BATCH: usize = 8;
+
+/// The snapshots of one consumer.
+pub(super) struct Snapshots {
+    server: Arc<Server>,
+    streams: [(String, Publisher); 2],
+}
+
+/// A complete snapshot, and which of the two streams it was found in.
+pub(super) struct Found {
+    pub(super) fold: Fold<State>,
+    pub(super) stream: usize,
+}
+
+/// What some of a stream's messages hold.
+#[derive(Default)]
+struct Scan {
+    /// The newest snapshot that is complete.
+    newest: Option<Fold<State>>,
+    /// How many chunks the longest has of which any were seen.
+    longest: u32,
+    /// The highest offset of the changelog that any is said to reach up to.
+    reach: u64,
+}
+
+impl Snapshots {
+    pub(super) fn new(server: &Arc<Server>, consumer: &ConsumerId) -> Self {
+        let stream = |letter| {
+            let name = format!("{}.{consumer}.snapshots.{letter}", server.options.prefix);
+            let publisher = Publisher::new(Arc::clone(server), name.clone());
+            (name, publisher)
+        };
+        Self {
+            server: Arc::clone(server),
+            streams: ["a", "b"].map(stream),
+        }
+    }
+
+    /// The newest complete snapshot. One that does not reach up to `wanted` is returned only if there is no newer one anywhere.
+    pub(super) async fn newest(&self, wanted: u64) -> Result<Option<Found>, Error> {
+        let mut ends = Vec::new();
+        for (stream, (name, _)) in self.streams.iter().enumerate() {
+            let Some(range) = self.range(name).await? else {
+                continue;
+            };
+            let last = self
+                .scan(name, range.end.saturating_sub(1).max(range.first), range.end)
+                .await?;
+            ends.push((last.reach, stream, range));
+        }
+        ends.sort_by_key(|(reach, ..)| std::cmp::Reverse(*reach));
+        let mut newest: Option<Found> = None;
+        for (reach, stream, range) in ends {
+            // A snapshot may be large, so the other stream's is read only if it is needed.
+            let suffices = |found: &Found| found.fold.offset >= wanted.max(reach);
+            if newest.as_ref().is_some_and(suffices) {
+                break;
+            }
+            if let Some(fold) = self.newest_in(&self.streams[stream].0, range, wanted).await?
+                && newest.as_ref().is_none_or(|newest| fold.offset > newest.fold.offset)
+            {
+                newest = Some(Found { fold, stream });
+            }
+        }
+        Ok(newest)
+    }
+
+    /// What the stream holds; `None` if it does not exist. Should it only seem so, nothing goes wrong in silence: the changelog then is
+    /// complete, or what is missing of it is missed.
+    async fn range(&self, name: &str) -> Result<Option<Range>, Error> {
+        match stream::require(&self.server, name).await {
+            Ok(()) => stream::bounds(&self.server, name).await.map(Some),
+            Err(Error::Failed { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads the stream's last message, and then from further and further back.
+    async fn newest_in(&self, name: &str, range: Range, wanted: u64) -> Result<Option<Fold<State>>, Error> {
+        let mut back = 1;
+        loop {
+            let from = range.end.saturating_sub(back).max(range.first);
+            let Scan { newest, longest, .. } = self.scan(name, from, range.end).await?;
+            if from == range.first || newest.as_ref().is_some_and(|fold| fold.offset >= wanted) {
+                return Ok(newest);
+            }
+            back = (back * 4).max(u64::from(longest) + 1);
+        }
+    }
+
+    async fn scan(&self, name: &str, from: u64, end: u64) -> Result<Scan, Error> {
+        let mut scan = Scan::default();
+        if from == end {
+            return Ok(scan);
+        }
+        let mut tail = Tail::open(&self.server, name, from).await?;
+        let mut assembly = Assembly::default();
+        let mut next = from;
+        while next < end {
+            let limit = self.server.options.timeout;
+            let delivered = tokio::time::timeout(limit, tail.next(usize::MAX))
+                .await
+                .unwrap_or_else(|_| {
+                    let why = format!("no message came within {limit:?}");
+                    Err(Error::unavailable(self.server.on(format!("read stream {name}")), why))
+                })?;
+            for delivered in delivered {
+                next = delivered.offset + 1;
+                let read = Chunk::decode(delivered.body.into()).map(|chunk| {
+                    scan.longest = scan.longest.max(chunk.count);
+                    scan.reach = scan.reach.max(chunk.offset);
+                    assembly.add(chunk)
+                });
+                match read.and_then(Option::transpose) {
+                    Ok(Some(fold)) if scan.newest.as_ref().is_none_or(|newest| fold.offset > newest.offset) => {
+                        scan.newest = Some(fold);
+                    }
+                    Ok(_) => {}
+                    // An older snapshot, or all of the changelog, will do.
+                    Err(why) => tracing::warn!(stream = name, offset = delivered.offset, why, "passed over a snapshot"),
+                }
+            }
+        }
+        Ok(scan)
+    }
+
+    /// Writes a snapshot to that stream; it counts from when the last chunk is confirmed. Most consumers never need the streams, so they
+    /// are declared here.
+    pub(super) async fn write(&self, stream: usize, image: &Image) -> Result<(), Error> {
+        let (name, publisher) = &self.streams[stream];
+        stream::declare(&self.server, name, retention(LENGTH, SEGMENT)).await?;
+        let mut chunks = image.chunks().map(message);
+        loop {
+            let batch: Vec<_> = chunks.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            publisher.publish(batch).await?;
+        }
+    }
+}
+
+pub(super) fn message(body: Vec<u8>) -> Message {
+    Message {
+        body: body.into(),
+        properties: BasicProperties::default(),
+    }
+}
+
+/// Retention by length. What is removed are whole segments, so small ones make it exact.
+pub(super) fn retention(length: i64, segment: i64) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(length));
+    arguments.insert(
+        "x-stream-max-segment-size-bytes".into(),
+        AMQPValue::LongLongInt(segment),
+    );
+    arguments
+}
+
+const _: () = assert!(CHUNK * BATCH <= 8 * 1024 * 1024);

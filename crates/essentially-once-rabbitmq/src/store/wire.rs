@@ -1,0 +1,122 @@
+//! How numbers, byte strings and names stand in entries and snapshots: big-endian, byte strings after their length as a u32.
+
+use bytes::{BufMut as _, Bytes};
+use essentially_once::{LogId, Offset, ProducerId, Window};
+
+/// What was read, or why it cannot be.
+pub(super) type Decoded<T> = Result<T, &'static str>;
+
+const CUT_SHORT: &str = "it is cut short";
+
+pub(super) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    // The limits keep every length far below 4 GiB.
+    out.put_u32(bytes.len() as u32);
+    out.put_slice(bytes);
+}
+
+pub(super) fn put_log(out: &mut Vec<u8>, log: &LogId) {
+    put_bytes(out, log.name().as_bytes());
+    // An incarnation is never empty.
+    put_bytes(out, log.incarnation().unwrap_or_default().as_bytes());
+}
+
+pub(super) fn put_offset(out: &mut Vec<u8>, offset: Offset) {
+    out.put_u64(offset.hi());
+    out.put_u64(offset.lo());
+}
+
+pub(super) fn put_window(out: &mut Vec<u8>, producer: &ProducerId, window: &Window) {
+    put_bytes(out, producer.as_str().as_bytes());
+    out.put_slice(&window.encode());
+}
+
+/// Reads from the front of what is left. Byte strings share the memory of the whole.
+pub(super) struct Reader {
+    rest: Bytes,
+}
+
+impl Reader {
+    pub(super) fn new(bytes: Bytes) -> Self {
+        Self { rest: bytes }
+    }
+
+    fn take(&mut self, length: usize) -> Decoded<Bytes> {
+        if length > self.rest.len() {
+            return Err(CUT_SHORT);
+        }
+        Ok(self.rest.split_to(length))
+    }
+
+    fn array<const N: usize>(&mut self) -> Decoded<[u8; N]> {
+        let (array, _) = self.rest.split_first_chunk::<N>().ok_or(CUT_SHORT)?;
+        let array = *array;
+        self.take(N)?;
+        Ok(array)
+    }
+
+    pub(super) fn u8(&mut self) -> Decoded<u8> {
+        self.array().map(u8::from_be_bytes)
+    }
+
+    pub(super) fn u32(&mut self) -> Decoded<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    pub(super) fn u64(&mut self) -> Decoded<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    pub(super) fn u128(&mut self) -> Decoded<u128> {
+        self.array().map(u128::from_be_bytes)
+    }
+
+    pub(super) fn bytes(&mut self) -> Decoded<Bytes> {
+        let length = self.u32()?;
+        self.take(length as usize)
+    }
+
+    pub(super) fn producer(&mut self) -> Decoded<ProducerId> {
+        let name = self.bytes()?;
+        let name = str::from_utf8(&name).map_err(|_| "a producer's name is not UTF-8")?;
+        ProducerId::new(name).map_err(|_| "a producer's name breaks the rule for names")
+    }
+
+    pub(super) fn log(&mut self) -> Decoded<LogId> {
+        const BROKEN: &str = "a log's name breaks the rule for names";
+        let (name, incarnation) = (self.bytes()?, self.bytes()?);
+        let text = |bytes| str::from_utf8(bytes).map_err(|_| BROKEN);
+        let log = LogId::new(text(&name)?).map_err(|_| BROKEN)?;
+        match text(&incarnation)? {
+            "" => Ok(log),
+            incarnation => log.with_incarnation(incarnation).map_err(|_| BROKEN),
+        }
+    }
+
+    pub(super) fn offset(&mut self) -> Decoded<Offset> {
+        Ok(Offset::new(self.u64()?, self.u64()?))
+    }
+
+    pub(super) fn window(&mut self) -> Decoded<(ProducerId, Window)> {
+        let producer = self.producer()?;
+        let window = Window::decode(&self.take(Window::ENCODED_LEN)?).map_err(|_| "a window of an unknown version")?;
+        Ok((producer, window))
+    }
+
+    /// A count, then so many items. Nothing is reserved for them beforehand: the count may be wrong.
+    pub(super) fn list<T>(&mut self, mut item: impl FnMut(&mut Self) -> Decoded<T>) -> Decoded<Vec<T>> {
+        let count = self.u32()?;
+        (0..count).map(|_| item(self)).collect()
+    }
+
+    pub(super) fn rest(self) -> Bytes {
+        self.rest
+    }
+
+    pub(super) fn finish(self) -> Decoded<()> {
+        if self.rest.is_empty() {
+            Ok(())
+        } else {
+            Err("something stands behind its end")
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Declaring a stream, and asking what it holds.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use essentially_once::Error;
+use lapin::{
+    Channel, Connection,
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+
+use tokio::time::timeout;
+
+use crate::{
+    server::{Server, close},
+    tail::{Delivered, Deliveries},
+};
+
+/// How many messages of the last chunk are asked for at a time. RabbitMQ 3 sends the whole chunk however few that are.
+const STEP: u16 = 64;
+
+/// The offsets that a stream holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Range {
+    /// The first message's; equal to `end` where there is none.
+    pub(crate) first: u64,
+    /// One past the last message's.
+    pub(crate) end: u64,
+}
+
+/// A stream's first and last messages.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    pub(crate) first: Delivered,
+    pub(crate) last: Delivered,
+}
+
+/// Creates the stream unless it exists with the same arguments: those given, and the replicas of the options.
+pub(crate) async fn declare(server: &Server, name: &str, arguments: FieldTable) -> Result<(), Error> {
+    let mut wanted: BTreeMap<_, _> = arguments.inner().clone();
+    wanted.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+    if let Some(replicas) = server.options.replicas {
+        wanted.insert("x-initial-cluster-size".into(), AMQPValue::LongInt(replicas.into()));
+    }
+    let options = QueueDeclareOptions::durable();
+    ask_for(server, name, options, wanted.into()).await
+}
+
+/// Fails unless a queue of that name exists.
+pub(crate) async fn require(server: &Server, name: &str) -> Result<(), Error> {
+    let options = QueueDeclareOptions::default().passive();
+    ask_for(server, name, options, FieldTable::default()).await
+}
+
+async fn ask_for(
+    server: &Server,
+    name: &str,
+    options: QueueDeclareOptions,
+    arguments: FieldTable,
+) -> Result<(), Error> {
+    let verb = if options.passive { "look for" } else { "declare" };
+    let action = || format!("{verb} stream {name}");
+    let connection = server.open_connection().await?;
+    let declared = server
+        .reply(action, async {
+            let channel = connection.create_channel().await?;
+            channel.queue_declare(name.into(), options, arguments).await
+        })
+        .await;
+    close(connection).await;
+    declared.map(drop)
+}
+
+/// The offsets that the stream holds now.
+pub(crate) async fn bounds(server: &Arc<Server>, name: &str) -> Result<Range, Error> {
+    let connection = server.open_connection().await?;
+    let ends = ends(server, &connection, name).await;
+    close(connection).await;
+    Ok(match ends? {
+        Some(ends) => Range {
+            first: ends.first.offset,
+            end: ends.last.offset + 1,
+        },
+        None => Range { first: 0, end: 0 },
+    })
+}
+
+/// The stream's first and last messages; `None` if it never held any (retention always leaves the last segment).
+///
+/// AMQP has no request for that. We attach at the first and at the last chunk, and take what the broker sends.
+pub(crate) async fn ends(server: &Arc<Server>, connection: &Connection, name: &str) -> Result<Option<Ends>, Error> {
+    let asking = async {
+        loop {
+            let mut probe = Probe::attach(server, connection, name).await?;
+            let (first, last) = (
+                probe.first.take_ready(server, name)?,
+                probe.last.take_ready(server, name)?,
+            );
+            let (is_empty, first) = (first.is_empty() && last.is_empty(), first.into_iter().next());
+            let last = probe.newest(last).await?;
+            let count = probe.count().await?;
+            probe.close().await;
+            match first.zip(last) {
+                Some((first, last)) => return Ok(Some(Ends { first, last })),
+                None if is_empty && count == 0 => return Ok(None),
+                // Attached in the moment when others publish, a consumer of RabbitMQ 3.10 may never be sent anything.
+                None => {}
+            }
+        }
+    };
+    match timeout(server.options.timeout, asking).await {
+        Ok(ends) => ends,
+        Err(_) => Err(Error::unavailable(
+            server.on(format!("read bounds of stream {name}")),
+            "the broker does not tell its first and last message in time",
+        )),
+    }
+}
+
+/// Three consumers on one channel, at the first chunk, the last, and behind it.
+struct Probe<'a> {
+    server: &'a Server,
+    name: &'a str,
+    channel: Channel,
+    first: Deliveries,
+    last: Deliveries,
+    next: Deliveries,
+}
+
+impl<'a> Probe<'a> {
+    /// Returns when what the broker sends of itself has come.
+    ///
+    /// To know that, we need something that is answered behind it: to attach the third consumer, the broker asks the
+    /// stream's process, which before it answers has told the channel that the other two have something to read. The first
+    /// request after that is answered when the third is attached; the second, when the channel has also read and sent.
+    async fn attach(server: &'a Server, connection: &Connection, name: &'a str) -> Result<Self, Error> {
+        let attaching = async {
+            let channel = connection.create_channel().await?;
+            let first = attach(&channel, name, AMQPValue::LongString("first".into()), 1).await?;
+            let last = attach(&channel, name, AMQPValue::LongString("last".into()), STEP).await?;
+            let next = attach(&channel, name, AMQPValue::LongString("next".into()), 1).await?;
+            answered(&channel).await?;
+            answered(&channel).await?;
+            Ok((channel, first, last, next))
+        };
+        let (channel, first, last, next) = server.reply(|| action(name), attaching).await?;
+        Ok(Self {
+            server,
+            name,
+            channel,
+            first,
+            last,
+            next,
+        })
+    }
+
+    /// The newest message, given the first that came of the last chunk.
+    async fn newest(&mut self, mut came: Vec<Delivered>) -> Result<Option<Delivered>, Error> {
+        let (mut newest, mut published_since) = (None, None);
+        while let Some(delivered) = came.pop() {
+            let (tag, offset, full) = (delivered.tag, delivered.offset, came.len() + 1 >= STEP.into());
+            newest = Some(delivered);
+            if published_since.is_none() {
+                published_since = self
+                    .next
+                    .take_ready(self.server, self.name)?
+                    .first()
+                    .map(|next| next.offset);
+            }
+            // What came since we attached need not be taken too: others may publish as fast as we can read.
+            if !full || published_since.is_some_and(|since| since <= offset + 1) {
+                break;
+            }
+            // It may have stopped within the chunk.
+            let asking = async {
+                self.channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
+                answered(&self.channel).await
+            };
+            self.server.reply(|| action(self.name), asking).await?;
+            came = self.last.take_ready(self.server, self.name)?;
+        }
+        Ok(newest)
+    }
+
+    /// How many messages the broker's statistics know of.
+    async fn count(&self) -> Result<u32, Error> {
+        let options = QueueDeclareOptions::default().passive();
+        let declaring = self
+            .channel
+            .queue_declare(self.name.into(), options, FieldTable::default());
+        let declared = self.server.reply(|| action(self.name), declaring).await?;
+        Ok(declared.message_count())
+    }
+
+    async fn close(self) {
+        let _ = timeout(Duration::from_secs(1), self.channel.close(200, "OK".into())).await;
+    }
+}
+
+fn action(name: &str) -> String {
+    format!("read bounds of stream {name}")
+}
+
+/// Returns when the channel has done all that was asked of it before.
+async fn answered(channel: &Channel) -> lapin::Result<()> {
+    channel.basic_qos(1, BasicQosOptions::default()).await
+}
+
+/// Begins to consume at that offset or place.
+pub(crate) async fn attach(
+    channel: &Channel,
+    name: &str,
+    offset: AMQPValue,
+    prefetch: u16,
+) -> lapin::Result<Deliveries> {
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-stream-offset".into(), offset);
+    let options = BasicConsumeOptions::default();
+    let consumer = channel
+        .basic_consume(name.into(), "".into(), options, arguments)
+        .await?;
+    Ok(Deliveries::new(consumer))
+}

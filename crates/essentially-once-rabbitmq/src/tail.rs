@@ -1,0 +1,359 @@
+//! Following a stream from an offset on.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use essentially_once::{Error, LogId, Offset};
+use futures_core::Stream as _;
+use lapin::{
+    BasicProperties, Channel, Connection, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue,
+};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::{
+    error::not_done,
+    server::{Server, close},
+    stream::{Ends, attach, ends},
+};
+
+/// The header in which the broker tells a message's offset.
+pub(crate) const OFFSET: &str = "x-stream-offset";
+
+/// About how many bytes one [`Tail::next`] returns at most.
+const FETCH_BYTES: usize = 1024 * 1024;
+
+/// Messages that the broker may send ahead, if they are small; and bytes, as far as that can be told in messages.
+const AHEAD_MESSAGES: usize = 1_000;
+const AHEAD_BYTES: usize = 8 * 1024 * 1024;
+
+/// How long nothing may come before the broker is asked whether that is right; doubled from the first to the last.
+const QUIET: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(32));
+
+/// A message and its place.
+#[derive(Debug)]
+pub(crate) struct Delivered {
+    pub(crate) offset: u64,
+    pub(crate) properties: BasicProperties,
+    pub(crate) body: Vec<u8>,
+    pub(crate) tag: u64,
+}
+
+/// What a consumer is sent.
+#[derive(Debug)]
+pub(crate) struct Deliveries {
+    consumer: Consumer,
+    /// Why there will be no more. The consumer says so once, and then is silent.
+    ended: Option<lapin::Result<()>>,
+}
+
+impl Deliveries {
+    pub(crate) fn new(consumer: Consumer) -> Self {
+        Self { consumer, ended: None }
+    }
+
+    /// What is there, without waiting.
+    pub(crate) fn take_ready(&mut self, server: &Server, stream: &str) -> Result<Vec<Delivered>, Error> {
+        let mut taken = VecDeque::new();
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        match self.poll_into(&mut taken, usize::MAX, server, stream, &mut context) {
+            Poll::Ready(Err(error)) => Err(error),
+            _ => Ok(taken.into()),
+        }
+    }
+
+    /// Adds up to `max` messages, and about [`FETCH_BYTES`] at most; ready if there are any.
+    fn poll_into(
+        &mut self,
+        taken: &mut VecDeque<Delivered>,
+        max: usize,
+        server: &Server,
+        stream: &str,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), Error>> {
+        let mut bytes = 0;
+        let action = || server.on(format!("read stream {stream}"));
+        while self.ended.is_none() && taken.len() < max && (bytes < FETCH_BYTES || max == usize::MAX) {
+            let delivery = match Pin::new(&mut self.consumer).poll_next(context) {
+                Poll::Ready(Some(Ok(delivery))) => delivery,
+                Poll::Ready(Some(Err(error))) => {
+                    self.ended = Some(Err(error));
+                    break;
+                }
+                Poll::Ready(None) => {
+                    self.ended = Some(Ok(()));
+                    break;
+                }
+                Poll::Pending => break,
+            };
+            let Some(offset) = offset_of(&delivery) else {
+                let why = "a message without an offset came: it is a queue of another kind, name a stream";
+                return Poll::Ready(Err(Error::failed(action(), why)));
+            };
+            bytes += delivery.data.len();
+            taken.push_back(Delivered {
+                offset,
+                properties: delivery.properties,
+                body: delivery.data,
+                tag: delivery.delivery_tag,
+            });
+        }
+        match &self.ended {
+            _ if !taken.is_empty() => Poll::Ready(Ok(())),
+            None => Poll::Pending,
+            Some(Err(error)) => Poll::Ready(Err(not_done(action(), error.clone()))),
+            Some(Ok(())) => {
+                let why = "the broker ended it: the stream was deleted, or moved, or its node stops";
+                Poll::Ready(Err(Error::unavailable(action(), why)))
+            }
+        }
+    }
+}
+
+fn offset_of(delivery: &Delivery) -> Option<u64> {
+    match delivery.properties.headers().as_ref()?.inner().get(OFFSET)? {
+        AMQPValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
+        _ => None,
+    }
+}
+
+/// A reader of a stream, with a connection of its own. It ends at the first error.
+pub(crate) struct Tail {
+    server: Arc<Server>,
+    stream: String,
+    /// The offset that is wanted next.
+    next: u64,
+    connection: Connection,
+    channel: Channel,
+    deliveries: Deliveries,
+    prefetch: u16,
+    /// Taken from the consumer, and not yielded yet.
+    pending: VecDeque<Delivered>,
+    /// Whether the broker was asked about the hole before the first of those.
+    hole_is_known: bool,
+    /// Taken and not acknowledged: the broker sends `prefetch` less these.
+    unacked: u16,
+    last_tag: u64,
+    /// The size of messages, as a moving average.
+    size: usize,
+    quiet: Duration,
+    ask_at: Instant,
+}
+
+impl Tail {
+    /// Reads from the offset on, which must not be below the first message nor past the end.
+    pub(crate) async fn open(server: &Arc<Server>, stream: &str, from: u64) -> Result<Self, Error> {
+        Self::open_if(server, stream, |ends| standing(stream, ends, from).map(|()| from)).await
+    }
+
+    /// Reads from the offset on that `choose` names when it knows what the stream holds.
+    pub(crate) async fn open_if(
+        server: &Arc<Server>,
+        stream: &str,
+        choose: impl FnOnce(Option<&Ends>) -> Result<u64, Error>,
+    ) -> Result<Self, Error> {
+        let connection = server.open_connection().await?;
+        let opened = async {
+            let ends = ends(server, &connection, stream).await?;
+            let next = choose(ends.as_ref())?;
+            let size = ends.map_or(0, |ends| ends.first.size().max(ends.last.size()));
+            let prefetch = prefetch_for(size);
+            let (channel, deliveries) = consume(server, &connection, stream, next, prefetch).await?;
+            Ok((next, size, prefetch, channel, deliveries))
+        };
+        match opened.await {
+            Ok((next, size, prefetch, channel, deliveries)) => Ok(Self {
+                server: Arc::clone(server),
+                stream: stream.into(),
+                next,
+                connection,
+                channel,
+                deliveries,
+                prefetch,
+                pending: VecDeque::new(),
+                hole_is_known: false,
+                unacked: 0,
+                last_tag: 0,
+                size,
+                quiet: QUIET.0,
+                ask_at: Instant::now() + QUIET.0,
+            }),
+            Err(error) => {
+                close(connection).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until there is a message, and returns the next ones: `max` and about a megabyte at most, unless one is larger.
+    ///
+    /// A dropped call loses none and repeats none: between taking messages and returning them nothing is awaited but what leaves
+    /// them in `pending`.
+    pub(crate) async fn next(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
+        self.adapt().await?;
+        self.acknowledge().await?;
+        while self.pending.is_empty() {
+            self.fill(max.max(1)).await?;
+        }
+        self.check_hole().await?;
+        let mut wanted = self.pending[0].offset;
+        let mut dense = 0;
+        while self
+            .pending
+            .get(dense)
+            .is_some_and(|delivered| delivered.offset == wanted)
+            && dense < max.max(1)
+        {
+            wanted += 1;
+            dense += 1;
+        }
+        let taken: Vec<_> = self.pending.drain(..dense).collect();
+        self.next = wanted;
+        self.hole_is_known = false;
+        Ok(taken)
+    }
+
+    /// Takes what came, or waits for it.
+    async fn fill(&mut self, max: usize) -> Result<(), Error> {
+        let (pending, deliveries) = (&mut self.pending, &mut self.deliveries);
+        let (server, stream) = (&*self.server, &*self.stream);
+        let filling = poll_fn(|context| deliveries.poll_into(pending, max, server, stream, context));
+        let Ok(filled) = timeout_at(self.ask_at, filling).await else {
+            return self.ask_why_quiet().await;
+        };
+        filled?;
+        for delivered in &self.pending {
+            self.unacked += 1;
+            self.last_tag = delivered.tag;
+            self.size = (self.size * 15 + delivered.size()).div_ceil(16);
+        }
+        // The broker begins at a chunk's first message, which may be an earlier one.
+        let next = self.next;
+        self.pending.retain(|delivered| delivered.offset >= next);
+        self.quiet = QUIET.0;
+        self.ask_at = Instant::now() + self.quiet;
+        Ok(())
+    }
+
+    /// Nothing came for a while. Is there nothing, or did retention remove what this reader wants, or does the consumer hang?
+    async fn ask_why_quiet(&mut self) -> Result<(), Error> {
+        let ends = ends(&self.server, &self.connection, &self.stream).await?;
+        standing(&self.stream, ends.as_ref(), self.next)?;
+        if ends.is_some_and(|ends| ends.last.offset >= self.next) {
+            self.attach_again(self.prefetch).await?;
+        }
+        self.quiet = (self.quiet * 2).min(QUIET.1);
+        self.ask_at = Instant::now() + self.quiet;
+        Ok(())
+    }
+
+    /// Offsets may have holes, so only the broker knows whether one is the work of retention.
+    async fn check_hole(&mut self) -> Result<(), Error> {
+        if self.pending[0].offset > self.next && !self.hole_is_known {
+            let ends = ends(&self.server, &self.connection, &self.stream).await?;
+            standing(&self.stream, ends.as_ref(), self.next)?;
+            self.hole_is_known = true;
+        }
+        Ok(())
+    }
+
+    /// Allows the broker to send more when half of what it may send ahead has come.
+    async fn acknowledge(&mut self) -> Result<(), Error> {
+        if self.unacked <= self.prefetch / 2 {
+            return Ok(());
+        }
+        // Before it is sent: the request is handed over when this is first polled, and must not be made twice.
+        self.unacked = 0;
+        let acked = self
+            .channel
+            .basic_ack(self.last_tag, BasicAckOptions { multiple: true });
+        self.server
+            .reply(|| format!("read stream {}", self.stream), acked)
+            .await
+    }
+
+    /// The prefetch counts messages and stays as it is for a consumer: one that is far off for their size is replaced.
+    async fn adapt(&mut self) -> Result<(), Error> {
+        let (fits, is) = (prefetch_for(self.size), self.prefetch);
+        match is > fits.saturating_mul(4) || fits > is.saturating_mul(4) {
+            true if self.pending.is_empty() => self.attach_again(fits).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn attach_again(&mut self, prefetch: u16) -> Result<(), Error> {
+        let (channel, deliveries) = consume(&self.server, &self.connection, &self.stream, self.next, prefetch).await?;
+        let old = std::mem::replace(&mut self.channel, channel);
+        self.deliveries = deliveries;
+        self.prefetch = prefetch;
+        self.unacked = 0;
+        let _ = timeout(Duration::from_secs(1), old.close(200, "OK".into())).await;
+        Ok(())
+    }
+}
+
+impl Delivered {
+    /// Bytes that it takes.
+    fn size(&self) -> usize {
+        let value = |value: &AMQPValue| match value {
+            AMQPValue::LongString(text) => text.len(),
+            AMQPValue::ByteArray(bytes) => bytes.len(),
+            _ => 8,
+        };
+        let headers = self.properties.headers().as_ref().map_or(0, |headers| {
+            headers
+                .into_iter()
+                .map(|(name, held)| name.as_str().len() + value(held))
+                .sum()
+        });
+        self.body.len() + headers
+    }
+}
+
+async fn consume(
+    server: &Server,
+    connection: &Connection,
+    stream: &str,
+    next: u64,
+    prefetch: u16,
+) -> Result<(Channel, Deliveries), Error> {
+    let offset = i64::try_from(next).unwrap_or(i64::MAX);
+    let attaching = async {
+        let channel = connection.create_channel().await?;
+        let deliveries = attach(&channel, stream, AMQPValue::LongLongInt(offset), prefetch).await?;
+        Ok((channel, deliveries))
+    };
+    server.reply(|| format!("read stream {stream}"), attaching).await
+}
+
+fn prefetch_for(size: usize) -> u16 {
+    (AHEAD_BYTES / size.max(1)).clamp(1, AHEAD_MESSAGES) as u16
+}
+
+/// Whether a reader that wants `next` finds it, or has to wait at the end for it.
+fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
+    let (first, end) = ends.map_or((0, 0), |ends| (ends.first.offset, ends.last.offset + 1));
+    let requested = Offset::new(next, 0);
+    match LogId::new(stream) {
+        _ if (first..=end).contains(&next) => Ok(()),
+        Ok(log) if next < first => Err(Error::Truncated {
+            log,
+            requested,
+            earliest: Offset::new(first, 0),
+        }),
+        Ok(log) => Err(Error::OutOfRange {
+            log,
+            requested,
+            end: Offset::new(end, 0),
+        }),
+        Err(_) => Err(Error::failed(
+            format!("read stream {stream} at {next}"),
+            format!("it holds offsets from {first} up to {end}"),
+        )),
+    }
+}

@@ -1,0 +1,331 @@
+//! RabbitMQ streams under the conformance cases of the test kit: as log and store with a message per record, and as a log that packs.
+
+use std::{
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Source, async_trait};
+use essentially_once_rabbitmq::{
+    LogOptions, RabbitLog, RabbitOptions, RabbitStore,
+    lapin::{
+        BasicProperties, Channel, Connection, ConnectionProperties,
+        options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
+        types::{AMQPValue, FieldTable},
+    },
+};
+use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support};
+use test_servers::RabbitNode;
+
+const RECORD_LIMIT: usize = 256 * 1024;
+
+/// These kill the broker, and so get one of their own.
+const RESTARTING: [&str; 5] = [
+    "l1_appended_records_survive_a_restart",
+    "l7_a_failed_append_tells_the_truth",
+    "s1_a_restart_never_parts_state_from_position",
+    "s3_commits_survive_a_restart",
+    "s5_position_resolves_an_unknown_outcome",
+];
+
+fn main() -> ExitCode {
+    let suite = Suite::new();
+    if let Err(why) = test_servers::rabbitmq_server() {
+        let suite = suite
+            .missing::<RabbitHarness>("rabbitmq", &why)
+            .missing::<RabbitHarness>("rabbitmq_packed", &why);
+        return suite.run();
+    }
+    let shared = Arc::new(Mutex::new(None));
+    let harness = |options, store| RabbitHarness {
+        shared: Arc::clone(&shared),
+        options,
+        store,
+    };
+    let packed = LogOptions::new().packed(1_000, 64 * 1024).compressed();
+    suite
+        .backend("rabbitmq", harness(LogOptions::new(), Support::Yes))
+        .backend(
+            "rabbitmq_packed",
+            harness(packed, Support::No("it is the same store as under `rabbitmq`")),
+        )
+        .run()
+}
+
+struct RabbitHarness {
+    /// Started by the first case that needs it, since that takes many seconds.
+    shared: Arc<Mutex<Option<Arc<RabbitNode>>>>,
+    options: LogOptions,
+    store: Support,
+}
+
+#[async_trait]
+impl Harness for RabbitHarness {
+    type Backend = Streams;
+
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::minimal();
+        capabilities.store = self.store;
+        capabilities.restart = Support::Yes;
+        capabilities.truncate = Support::Yes;
+        capabilities.recreate = Support::Yes;
+        capabilities.malformed = Support::Yes;
+        capabilities.foreign = Support::Yes;
+        capabilities.record_limit = Some(RECORD_LIMIT);
+        capabilities.value_limit = Some(RECORD_LIMIT);
+        capabilities
+    }
+
+    async fn start(&self, namespace: &str) -> Result<Streams, Source> {
+        let shared = Arc::clone(&self.shared);
+        let own = RESTARTING.contains(&namespace);
+        let starting = tokio::task::spawn_blocking(move || match own {
+            true => Ok(Arc::new(RabbitNode::start()?)),
+            false => {
+                let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                if shared.is_none() {
+                    *shared = Some(Arc::new(RabbitNode::start()?));
+                }
+                Ok::<_, Source>(Arc::clone(shared.as_ref().ok_or("started above")?))
+            }
+        });
+        let streams = Streams {
+            node: starting.await??,
+            prefix: format!("{namespace}-{:08x}-", fastrand::u32(..)),
+            options: self.options.clone(),
+        };
+        if own {
+            streams.settle().await?;
+        }
+        Ok(streams)
+    }
+}
+
+struct Streams {
+    node: Arc<RabbitNode>,
+    prefix: String,
+    options: LogOptions,
+}
+
+impl Streams {
+    fn stream(&self, log: &str) -> String {
+        format!("{}{log}", self.prefix)
+    }
+
+    /// A broker that is killed within seconds of its very first stream forgets who coordinates streams, and all of them stay down.
+    async fn settle(&self) -> Result<(), Source> {
+        self.open("first").await?;
+        let name = self.node.name();
+        let registry = self
+            .node
+            .folder()
+            .join("data")
+            .join(name)
+            .join("coordination")
+            .join(name)
+            .join("names.dets");
+        let coordinator = b"rabbit_stream_coordinator";
+        while !std::fs::read(&registry)?
+            .windows(coordinator.len())
+            .any(|bytes| bytes == coordinator)
+        {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Retention removes whole segments: the cases for it get one for every message or two, which come one by one.
+    fn truncates(&self) -> bool {
+        self.prefix.starts_with("l5_below") || self.prefix.starts_with("l5_retention")
+    }
+
+    async fn open(&self, log: &str) -> Result<RabbitLog, Error> {
+        let stream = self.stream(log);
+        let options = match self.truncates() {
+            true => {
+                let declared = self.declare_tiny(&stream).await;
+                declared.map_err(|error| Error::unavailable(format!("declare {stream}"), error))?;
+                self.options.clone().existing()
+            }
+            false => self.options.clone(),
+        };
+        let rabbit = RabbitOptions::new()
+            .record_limit(RECORD_LIMIT)
+            .connect(&self.node.url())
+            .await?;
+        rabbit.log_with(&stream, options).await
+    }
+
+    /// With segments that a message or two fill: fewer bytes than this crate offers.
+    async fn declare_tiny(&self, stream: &str) -> Result<(), Source> {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+        arguments.insert("x-stream-max-segment-size-bytes".into(), AMQPValue::LongInt(200));
+        let (_connection, channel) = self.as_someone_else().await?;
+        channel
+            .queue_declare(stream.into(), QueueDeclareOptions::durable(), arguments)
+            .await?;
+        Ok(())
+    }
+
+    /// What any client does that does not know this crate.
+    async fn publish(&self, log: &str, body: &[u8], properties: BasicProperties) -> Result<(), Source> {
+        let (_connection, channel) = self.as_someone_else().await?;
+        let (stream, options) = (self.stream(log), BasicPublishOptions::default());
+        let published = channel
+            .basic_publish("".into(), stream.into(), options, body, properties)
+            .await?;
+        match published.await?.is_ack() {
+            true => Ok(()),
+            false => Err("the broker refused a message".into()),
+        }
+    }
+
+    async fn as_someone_else(&self) -> Result<(Connection, Channel), Source> {
+        let connection = Connection::connect(&self.node.url(), ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        Ok((connection, channel))
+    }
+
+    async fn ctl(&self, arguments: &[&str]) -> Result<String, Source> {
+        let node = Arc::clone(&self.node);
+        let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
+        tokio::task::spawn_blocking(move || node.ctl(&arguments.iter().map(String::as_str).collect::<Vec<_>>())).await?
+    }
+}
+
+#[async_trait]
+impl Backend for Streams {
+    type Store = RabbitStore;
+
+    async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
+        let log = self.open(name).await?;
+        match self.truncates() {
+            true => Ok(Arc::new(OneByOne(log))),
+            false => Ok(Arc::new(log)),
+        }
+    }
+
+    async fn store(&self) -> Result<RabbitStore, Error> {
+        let options = RabbitOptions::new().record_limit(RECORD_LIMIT).prefix(&self.prefix);
+        Ok(options.connect(&self.node.url()).await?.store())
+    }
+
+    async fn restart(&self) -> Result<(), Source> {
+        // Killed in its first seconds, RabbitMQ 3.10 may forget all streams, and nothing tells when that is over.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let node = Arc::clone(&self.node);
+        tokio::task::spawn_blocking(move || node.restart()).await?
+    }
+
+    /// Makes the stream keep as many bytes as its segments from `before` on have.
+    async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
+        let (stream, opened) = (self.stream(log), self.open(log).await?);
+        let earliest = opened.bounds().await?.earliest;
+        let segments = segments(&self.node, &stream)?;
+        // The segment that `before` is in begins at it or earlier.
+        let begin = segments
+            .iter()
+            .map(|(first, _)| *first)
+            .filter(|first| *first <= before.hi())
+            .max();
+        let kept: u64 = segments
+            .iter()
+            .filter(|(first, _)| Some(*first) >= begin)
+            .map(|(_, size)| size)
+            .sum();
+        let policy = format!(r#"{{"max-length-bytes": {kept}}}"#);
+        self.ctl(&[
+            "set_policy",
+            &stream,
+            &format!("^{stream}$"),
+            &policy,
+            "--apply-to",
+            "queues",
+        ])
+        .await?;
+        // Nothing tells when retention has done its work.
+        while opened.bounds().await?.earliest == earliest {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    async fn recreate(&self, log: &str) -> Result<(), Source> {
+        let (_connection, channel) = self.as_someone_else().await?;
+        channel
+            .queue_delete(self.stream(log).into(), QueueDeleteOptions::default())
+            .await?;
+        self.open(log).await?;
+        Ok(())
+    }
+
+    async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {
+        let body = b"\xFFpayload\0";
+        let mut headers = FieldTable::default();
+        headers.insert("essentially-once-sequence".into(), AMQPValue::LongString("many".into()));
+        self.publish(log, body, BasicProperties::default().with_headers(headers))
+            .await?;
+        Ok(body.into())
+    }
+
+    async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        self.publish(log, payload, BasicProperties::default()).await
+    }
+}
+
+/// First offsets and sizes of a stream's segments.
+fn segments(node: &RabbitNode, stream: &str) -> Result<Vec<(u64, u64)>, Source> {
+    let mut found = Vec::new();
+    let mut folders = vec![node.folder().join("data")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "segment")
+                && path
+                    .parent()
+                    .is_some_and(|folder| folder.to_string_lossy().contains(stream))
+            {
+                let offset = path
+                    .file_stem()
+                    .map(|stem| stem.to_string_lossy().parse())
+                    .ok_or("a segment has a name")??;
+                found.push((offset, path.metadata()?.len()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Appends a record at a time: each is confirmed before the next is sent, so that each is a chunk of its own.
+struct OneByOne(RabbitLog);
+
+#[async_trait]
+impl Log for OneByOne {
+    fn id(&self) -> &LogId {
+        self.0.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        for record in records {
+            self.0.append(std::slice::from_ref(record)).await?;
+        }
+        Ok(None)
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        self.0.read(from).await
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        self.0.bounds().await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        self.0.durability().await
+    }
+}

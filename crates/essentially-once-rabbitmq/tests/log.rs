@@ -1,0 +1,405 @@
+//! What only a RabbitMQ log can meet: other clients, retention by segments, alarms, cut and silent connections.
+
+use std::{
+    future::Future,
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use essentially_once::{Error, Log, NewRecord, Offset, ProducerId, Record};
+use essentially_once_rabbitmq::{
+    LogOptions, Rabbit, RabbitOptions,
+    lapin::{
+        BasicProperties, Channel, Connection, ConnectionProperties,
+        options::{
+            BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
+        },
+        types::{AMQPValue, FieldTable},
+    },
+};
+use essentially_once_testkit::{Suite, Violation};
+use futures_core::Stream as _;
+use test_servers::{Cut, Proxy, RabbitNode};
+
+type Test = fn(Arc<RabbitNode>) -> Outcome;
+type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+fn main() -> ExitCode {
+    let tests: [(&str, Test); 10] = [
+        ("messages_of_other_clients_are_records", |node| run(others(node))),
+        ("other_clients_can_read_records", |node| run(readable(node))),
+        ("plain_and_packed_records_mix", |node| run(mixed(node))),
+        ("a_slow_reader_is_told_that_retention_overtook_it", |node| {
+            run(overtaken(node))
+        }),
+        ("another_declaration_is_refused_by_name", |node| run(mismatch(node))),
+        ("a_queue_that_is_no_stream_is_refused", |node| run(no_stream(node))),
+        ("a_refused_password_is_not_shown", |node| run(refused(node))),
+        ("a_cut_amid_an_append_leaves_doubt_and_the_next_works", |node| {
+            run(cut(node))
+        }),
+        ("a_silent_connection_is_noticed", |node| run(silent(node))),
+        // The last, since an alarm holds up all that publish.
+        ("an_alarm_holds_up_appends_and_no_reads", |node| run(alarm(node))),
+    ];
+    static NODE: OnceLock<Result<Arc<RabbitNode>, String>> = OnceLock::new();
+    let mut suite = Suite::new();
+    for (name, test) in tests {
+        suite = match test_servers::rabbitmq_server() {
+            Err(why) => suite.ignored(name, &why),
+            Ok(_) => suite.test(name, move || {
+                let node = NODE.get_or_init(|| RabbitNode::start().map(Arc::new).map_err(|error| error.to_string()));
+                let node = node.clone().map_err(Violation::new)?;
+                test(node).map_err(|error| Violation::new(error.to_string()))
+            }),
+        };
+    }
+    suite.run()
+}
+
+fn run(test: impl Future<Output = Outcome>) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(100), test).await });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome.map_err(|_| "still waiting after 100 s")?
+}
+
+fn fresh(name: &str) -> String {
+    format!("{name}-{:08x}", fastrand::u32(..))
+}
+
+async fn plain_client(node: &RabbitNode) -> Result<(Connection, Channel), essentially_once_rabbitmq::lapin::Error> {
+    let connection = Connection::connect(&node.url(), ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    Ok((connection, channel))
+}
+
+async fn read(log: &dyn Log, count: usize) -> Result<Vec<Record>, Error> {
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let mut records = Vec::new();
+    while records.len() < count {
+        records.extend(reader.next(count - records.len()).await?);
+    }
+    Ok(records)
+}
+
+fn header<'a>(record: &'a Record, name: &str) -> &'a [u8] {
+    record.header(name).map_or(b"none", |value| &value[..])
+}
+
+async fn others(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("others"), Rabbit::connect(&node.url()).await?);
+    let log = rabbit.log(&name).await?;
+    let (_connection, channel) = plain_client(&node).await?;
+    let mut headers = FieldTable::default();
+    headers.insert("text".into(), AMQPValue::LongString("any".into()));
+    headers.insert("number".into(), AMQPValue::LongLongInt(-7));
+    headers.insert("truth".into(), AMQPValue::Boolean(true));
+    headers.insert("essentially-once-key".into(), AMQPValue::LongString("k".into()));
+    headers.insert(
+        "essentially-once-producer".into(),
+        AMQPValue::LongString("python".into()),
+    );
+    headers.insert("essentially-once-sequence".into(), AMQPValue::LongLongInt(41));
+    let properties = BasicProperties::default()
+        .with_content_type("text/csv".into())
+        .with_message_id("m-1".into())
+        .with_priority(3)
+        .with_timestamp(1_700_000_000)
+        .with_headers(headers);
+    for properties in [properties, BasicProperties::default()] {
+        let options = BasicPublishOptions::default();
+        channel
+            .basic_publish("".into(), name.as_str().into(), options, b"a,b", properties)
+            .await?
+            .await?;
+    }
+    let records = read(&log, 2).await?;
+    let first = &records[0];
+    assert_eq!(first.payload, "a,b");
+    assert_eq!(first.key.as_deref(), Some(&b"k"[..]));
+    let origin = first.origin.as_ref().ok_or("no origin")?;
+    assert_eq!((origin.producer.as_str(), origin.sequence), ("python", 41));
+    assert_eq!(first.appended_at, UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+    let shown = [
+        "text",
+        "number",
+        "truth",
+        "amqp.content-type",
+        "amqp.message-id",
+        "amqp.priority",
+    ];
+    let shown = shown.map(|name| String::from_utf8_lossy(header(first, name)).into_owned());
+    assert_eq!(shown, ["any", "-7", "true", "text/csv", "m-1", "3"]);
+    assert_eq!(first.headers.len(), 6, "{:?}", first.headers);
+    assert!(
+        records[1].headers.is_empty() && records[1].appended_at == UNIX_EPOCH,
+        "{:?}",
+        records[1]
+    );
+    Ok(())
+}
+
+async fn readable(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("readable"), Rabbit::connect(&node.url()).await?);
+    let log = rabbit.log(&name).await?;
+    let producer = ProducerId::new("web-1")?;
+    log.append(&[NewRecord::new("hello")
+        .key("k")
+        .header("source", "web")
+        .origin(producer, 7)])
+        .await?;
+    let (_connection, channel) = plain_client(&node).await?;
+    channel.basic_qos(10, BasicQosOptions::default()).await?;
+    let mut first = FieldTable::default();
+    first.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+    let mut consumer = channel
+        .basic_consume(name.as_str().into(), "".into(), BasicConsumeOptions::default(), first)
+        .await?;
+    let next = std::future::poll_fn(|context| std::pin::Pin::new(&mut consumer).poll_next(context)).await;
+    let delivery = next.ok_or("the consumer ended")??;
+    assert_eq!(delivery.data, b"hello");
+    let headers = delivery.properties.headers().clone().unwrap_or_default();
+    for (name, value) in [
+        ("source", "web"),
+        ("essentially-once-key", "k"),
+        ("essentially-once-producer", "web-1"),
+        ("essentially-once-sequence", "7"),
+    ] {
+        assert_eq!(
+            headers.inner().get(name),
+            Some(&AMQPValue::LongString(value.into())),
+            "{name}"
+        );
+    }
+    Ok(())
+}
+
+async fn mixed(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("mixed"), Rabbit::connect(&node.url()).await?);
+    let plain = rabbit.log(&name).await?;
+    let packed = rabbit.log_with(&name, LogOptions::new().packed(4, 1_000)).await?;
+    let small = rabbit
+        .log_with(&name, LogOptions::new().packed(100, 64 * 1024).compressed())
+        .await?;
+    let new: Vec<_> = (0..30)
+        .map(|n| {
+            NewRecord::new(n.to_string())
+                .key(vec![b'k'; 50])
+                .header("n", n.to_string())
+        })
+        .collect();
+    let before = SystemTime::now() - Duration::from_millis(1);
+    plain.append(&new[..5]).await?;
+    packed.append(&new[5..15]).await?;
+    plain.append(&new[15..17]).await?;
+    small.append(&new[17..]).await?;
+    let all = read(&plain, 30).await?;
+    for (new, read) in new.iter().zip(&all) {
+        assert_eq!(
+            (&new.key, &new.headers, &new.payload),
+            (&read.key, &read.headers, &read.payload)
+        );
+        assert!(read.appended_at >= before, "{read:?}");
+    }
+    assert_eq!(all[6].offset, Offset::new(5, 1));
+    assert_eq!(plain.bounds().await?.end, all[29].offset.successor());
+    for (index, record) in all.iter().enumerate() {
+        let from = plain.read(record.offset).await?.next(1).await?;
+        assert_eq!(from[0], all[index]);
+    }
+    Ok(())
+}
+
+async fn overtaken(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("overtaken"), Rabbit::connect(&node.url()).await?);
+    let log = rabbit
+        .log_with(&name, LogOptions::new().segment_bytes(65_536).max_bytes(200_000))
+        .await?;
+    let batch: Vec<_> = (0..100).map(|_| NewRecord::new(vec![b'x'; 1_000])).collect();
+    log.append(&batch).await?;
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let mut next = reader.next(1).await?[0].offset.successor();
+    // More than it may be sent ahead.
+    for _ in 0..30 {
+        log.append(&batch).await?;
+    }
+    let error = loop {
+        match reader.next(100).await {
+            Ok(records) => {
+                assert_eq!(
+                    records[0].offset.hi(),
+                    next.hi() + 1,
+                    "it went on elsewhere without a word"
+                );
+                next = records[records.len() - 1].offset;
+            }
+            Err(error) => break error,
+        }
+    };
+    let earliest = log.bounds().await?.earliest;
+    match error {
+        Error::Truncated {
+            requested,
+            earliest: told,
+            ..
+        } => {
+            assert_eq!(requested, next.successor());
+            assert_eq!(told, earliest);
+            Ok(())
+        }
+        error => Err(format!("another error: {error}").into()),
+    }
+}
+
+async fn mismatch(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("mismatch"), Rabbit::connect(&node.url()).await?);
+    rabbit.log(&name).await?;
+    let other = rabbit.log_with(&name, LogOptions::new().max_bytes(1_000_000)).await;
+    let error = other.err().ok_or("it was taken")?;
+    assert!(
+        matches!(error, Error::Failed { .. }) && error.to_string().contains("x-max-length-bytes"),
+        "{error}"
+    );
+    let more = RabbitOptions::new()
+        .replicas(3)
+        .connect(&node.url())
+        .await?
+        .log(&name)
+        .await;
+    let error = more.err().ok_or("it was taken")?.to_string();
+    assert!(error.contains("x-initial-cluster-size"), "{error}");
+    rabbit
+        .log_with(&name, LogOptions::new().max_bytes(1_000_000).existing())
+        .await?;
+    let missing = rabbit.log_with(&fresh("missing"), LogOptions::new().existing()).await;
+    let error = missing.err().ok_or("it was found")?.to_string();
+    assert!(error.contains("does not exist"), "{error}");
+    Ok(())
+}
+
+async fn no_stream(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("classic"), Rabbit::connect(&node.url()).await?);
+    let (_connection, channel) = plain_client(&node).await?;
+    channel
+        .queue_declare(
+            name.as_str().into(),
+            QueueDeclareOptions::durable(),
+            FieldTable::default(),
+        )
+        .await?;
+    let error = rabbit.log(&name).await.err().ok_or("it was taken")?.to_string();
+    assert!(error.contains("x-queue-type"), "{error}");
+    let log = rabbit.log_with(&name, LogOptions::new().existing()).await?;
+    log.append(&[NewRecord::new("x")]).await?;
+    let error = log.read(Offset::ZERO).await.err().ok_or("it was read")?;
+    assert!(matches!(error, Error::Failed { .. }), "{error}");
+    Ok(())
+}
+
+async fn refused(node: Arc<RabbitNode>) -> Outcome {
+    for (url, told) in [
+        (node.url().replace(":guest@", ":sesame@"), "ACCESS_REFUSED"),
+        (node.url().replace("%2f", "none"), "vhost none not found"),
+    ] {
+        let error = Rabbit::connect(&url).await.err().ok_or("it was let in")?;
+        let shown = format!("{error} {error:?}");
+        assert!(matches!(error, Error::Failed { .. }) && shown.contains(told), "{shown}");
+        assert!(!shown.contains("sesame") && !shown.contains("guest"), "{shown}");
+    }
+    let proxy = Proxy::start(node.port())?;
+    proxy.refuse(true);
+    let error = Rabbit::connect(&through(&proxy)).await.err().ok_or("it was let in")?;
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    Ok(())
+}
+
+fn through(proxy: &Proxy) -> String {
+    format!("amqp://guest:guest@127.0.0.1:{}/%2f?heartbeat=1", proxy.port())
+}
+
+async fn cut(node: Arc<RabbitNode>) -> Outcome {
+    let (name, proxy) = (fresh("cut"), Proxy::start(node.port())?);
+    let log = Rabbit::connect(&through(&proxy)).await?.log(&name).await?;
+    log.append(&[NewRecord::new("first")]).await?;
+    for (round, cut) in [Cut::BeforeRequest, Cut::BeforeReply].into_iter().enumerate() {
+        let marked = format!("cut here {round}");
+        proxy.cut_at(marked.as_bytes(), cut);
+        let error = log
+            .append(&[NewRecord::new(marked.clone())])
+            .await
+            .err()
+            .ok_or("it was confirmed")?;
+        assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
+        log.append(&[NewRecord::new(format!("after {round}"))]).await?;
+    }
+    proxy.cut();
+    // Known to be broken before anything is sent on it.
+    while let Err(error) = log.append(&[NewRecord::new("last")]).await {
+        assert!(
+            matches!(error, Error::Indeterminate { .. } | Error::Unavailable { .. }),
+            "{error}"
+        );
+    }
+    let read: Vec<_> = read(&log, 5).await?.into_iter().map(|record| record.payload).collect();
+    assert_eq!(read[..5], ["first", "after 0", "cut here 1", "after 1", "last"]);
+    Ok(())
+}
+
+async fn silent(node: Arc<RabbitNode>) -> Outcome {
+    let (name, proxy) = (fresh("silent"), Proxy::start(node.port())?);
+    let rabbit = RabbitOptions::new()
+        .timeout(Duration::from_secs(3))
+        .connect(&through(&proxy))
+        .await?;
+    let log = rabbit.log(&name).await?;
+    log.append(&[NewRecord::new("first")]).await?;
+    let mut reader = log.read(Offset::ZERO).await?;
+    reader.next(1).await?;
+    proxy.hold(true);
+    let waiting = tokio::time::timeout(Duration::from_secs(20), reader.next(1)).await;
+    let error = waiting
+        .map_err(|_| "a reader waits on a dead connection for ever")?
+        .err()
+        .ok_or("it read")?;
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    let appending = tokio::time::timeout(Duration::from_secs(20), log.append(&[NewRecord::new("lost")])).await;
+    let error = appending
+        .map_err(|_| "an append waits on a dead connection for ever")?
+        .err()
+        .ok_or("it was confirmed")?;
+    assert!(error.is_transient(), "{error}");
+    proxy.hold(false);
+    Ok(())
+}
+
+async fn alarm(node: Arc<RabbitNode>) -> Outcome {
+    let rabbit = RabbitOptions::new()
+        .timeout(Duration::from_secs(3))
+        .connect(&node.url())
+        .await?;
+    let log = rabbit.log(&fresh("alarm")).await?;
+    log.append(&[NewRecord::new("before")]).await?;
+    let watermark = |value: &'static str| {
+        let node = Arc::clone(&node);
+        tokio::task::spawn_blocking(move || node.ctl(&["set_vm_memory_high_watermark", value]))
+    };
+    watermark("0").await??;
+    let error = log
+        .append(&[NewRecord::new("during")])
+        .await
+        .err()
+        .ok_or("it was confirmed")?;
+    assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
+    assert!(error.to_string().contains("memory or disk"), "{error}");
+    let held = read(&log, 1).await;
+    watermark("0.4").await??;
+    assert_eq!(held?[0].payload, "before");
+    while log.append(&[NewRecord::new("after")]).await.is_err() {}
+    Ok(())
+}
