@@ -24,23 +24,21 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// # Errors
 /// The reason to show for tests that cannot be run without it.
 pub fn redis_server() -> Result<PathBuf, String> {
-    program("ESSENTIALLY_ONCE_REDIS_SERVER", "redis-server")
+    const VARIABLE: &str = "ESSENTIALLY_ONCE_REDIS_SERVER";
+    let missing = || format!("needs redis-server: run `cargo xtask test`, or set {VARIABLE} to its path");
+    program(VARIABLE).ok_or_else(missing)
 }
 
-/// The `rabbitmq-server` to run: the value of `ESSENTIALLY_ONCE_RABBITMQ_SERVER`, which `cargo xtask test` sets. `rabbitmqctl` stands
-/// beside it.
+/// The `rabbitmq-server` to run: the value of `ESSENTIALLY_ONCE_RABBITMQ_SERVER`. `rabbitmqctl` stands beside it.
 ///
 /// # Errors
 /// The reason to show for tests that cannot be run without it.
 pub fn rabbitmq_server() -> Result<PathBuf, String> {
-    program("ESSENTIALLY_ONCE_RABBITMQ_SERVER", "rabbitmq-server")
+    const VARIABLE: &str = "ESSENTIALLY_ONCE_RABBITMQ_SERVER";
+    program(VARIABLE).ok_or_else(|| format!("needs rabbitmq-server: set {VARIABLE} to its path"))
 }
 
-fn program(variable: &str, name: &str) -> Result<PathBuf, String> {
-    match env::var_os(variable) {
-        Some(path) if !path.is_empty() => Ok(path.into()),
-        _ => Err(format!(
-            "needs {name}: run `cargo xtask test`, or set {variable} to its path"
-        )),
-    }
+fn program(variable: &str) -> Option<PathBuf> {
+    let path = env::var_os(variable).filter(|path| !path.is_empty());
+    path.map(PathBuf::from)
 }
