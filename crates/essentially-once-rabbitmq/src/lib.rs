@@ -9,6 +9,7 @@ mod packed;
 mod publisher;
 mod reader;
 mod server;
+mod shared;
 mod store;
 mod stream;
 mod tail;
@@ -25,7 +26,8 @@ pub use crate::{
     store::{RabbitStore, RabbitTx},
 };
 
-/// A RabbitMQ broker or cluster. Clones share its settings; each log, reader and consumer has connections of its own.
+/// A RabbitMQ broker or cluster. Each log that is appended to and each reader has a connection of its own; the consumers of all
+/// stores from here share two, one to publish and one to read.
 #[derive(Clone)]
 pub struct Rabbit {
     server: Arc<Server>,

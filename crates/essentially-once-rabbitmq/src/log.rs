@@ -15,7 +15,7 @@ use crate::{
     codec::{decode, encode, encode_packed},
     publisher::{Message, Publisher},
     reader::RabbitReader,
-    server::{Server, close},
+    server::Server,
     stream::{self, Ends},
     tail::Tail,
 };
@@ -162,9 +162,10 @@ impl RabbitLog {
                 ),
             });
         }
+        let connection = server.open_connection().await?;
         match options.existing {
-            true => stream::require(&server, name).await?,
-            false => stream::declare(&server, name, options.arguments()).await?,
+            true => stream::require(&server, &connection, name).await?,
+            false => stream::declare(&server, &connection, name, options.arguments()).await?,
         }
         Ok(Self {
             inner: Arc::new(Inner {
@@ -225,20 +226,21 @@ impl Log for RabbitLog {
                 Ok(from.hi())
             }
         };
-        let tail = Tail::open_if(&self.inner.server, self.inner.id.name(), choose).await?;
+        let connection = Arc::new(self.inner.server.open_connection().await?);
+        let tail = Tail::open_if(&self.inner.server, &connection, self.inner.id.name(), choose).await?;
         Ok(Box::new(RabbitReader::new(self.inner.id.clone(), tail, from)))
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
         let connection = self.inner.server.open_connection().await?;
-        let ends = stream::ends(&self.inner.server, &connection, self.inner.id.name()).await;
-        close(connection).await;
-        Ok(bounds_of(ends?.as_ref()))
+        let ends = stream::ends(&self.inner.server, &connection, self.inner.id.name()).await?;
+        Ok(bounds_of(ends.as_ref()))
     }
 
     /// Streams are durable, or are no streams; how many replicas there are cannot be asked over AMQP.
     async fn durability(&self) -> Result<Durability, Error> {
-        stream::require(&self.inner.server, self.inner.id.name()).await?;
+        let connection = self.inner.server.open_connection().await?;
+        stream::require(&self.inner.server, &connection, self.inner.id.name()).await?;
         Ok(Durability::Durable)
     }
 }

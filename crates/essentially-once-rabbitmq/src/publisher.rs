@@ -34,16 +34,18 @@ pub(crate) struct Message {
     pub(crate) properties: BasicProperties,
 }
 
-/// Publishes to one stream, on a connection of its own: the broker stops reading from those that publish while it is short of
-/// memory or disk.
+/// Publishes to one stream, on a connection that nobody reads on: the broker stops reading from those that publish while it is
+/// short of memory or disk.
 pub(crate) struct Publisher {
     server: Arc<Server>,
     stream: String,
+    /// On a channel of [`Server::publishing`] instead of a connection of its own.
+    is_sharing: bool,
     link: Mutex<Option<Arc<Link>>>,
 }
 
 struct Link {
-    connection: Connection,
+    connection: Arc<Connection>,
     channel: Channel,
     /// A call failed or was dropped on it, so nobody knows what is under way: it is not used again.
     spoilt: AtomicBool,
@@ -68,7 +70,16 @@ impl Publisher {
         Self {
             server,
             stream,
+            is_sharing: false,
             link: Mutex::new(None),
+        }
+    }
+
+    /// One of many that publish little each.
+    pub(crate) fn sharing(server: Arc<Server>, stream: String) -> Self {
+        Self {
+            is_sharing: true,
+            ..Self::new(server, stream)
         }
     }
 
@@ -107,14 +118,20 @@ impl Publisher {
         {
             return Ok(Arc::clone(link));
         }
-        *slot = None;
-        let connection = self.server.open_connection().await?;
-        let opening = async {
-            let channel = connection.create_channel().await?;
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(channel)
+        let (action, publishing) = (|| self.action(), &self.server.publishing);
+        if let Some(broken) = slot.take() {
+            publishing.forget(&broken.connection).await;
+        }
+        let (connection, channel) = match self.is_sharing {
+            true => publishing.channel(&self.server, action).await?,
+            false => {
+                let connection = self.server.open_connection().await?;
+                let channel = self.server.reply(action, connection.create_channel()).await?;
+                (Arc::new(connection), channel)
+            }
         };
-        let channel = self.server.reply(|| self.action(), opening).await?;
+        let selecting = channel.confirm_select(ConfirmSelectOptions::default());
+        self.server.reply(action, selecting).await?;
         let link = Arc::new(Link {
             connection,
             channel,

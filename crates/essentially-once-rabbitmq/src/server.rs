@@ -5,7 +5,7 @@ use std::{fmt, future::Future, net::Ipv6Addr, sync::Arc, time::Duration};
 use essentially_once::Error;
 use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
 
-use crate::{error::not_done, options::RabbitOptions};
+use crate::{error::not_done, options::RabbitOptions, shared::Shared};
 
 /// Seconds between heartbeats, where the URL does not say: a peer that is silent for twice as long is gone.
 const HEARTBEAT: u16 = 10;
@@ -14,16 +14,28 @@ const HEARTBEAT: u16 = 10;
 pub(crate) struct Server {
     pub(crate) options: RabbitOptions,
     uri: AMQPUri,
+    /// For the stores: what publishes and what reads is kept apart, since the broker may stop reading from the first.
+    pub(crate) publishing: Shared,
+    pub(crate) reading: Shared,
 }
 
 impl Server {
     /// Checks that the broker lets us in.
     pub(crate) async fn connect(options: RabbitOptions, url: &str) -> Result<Arc<Self>, Error> {
         let uri = parse(url, &options)?;
-        let server = Arc::new(Self { options, uri });
+        let server = Arc::new(Self::new(options, uri));
         let connection = server.open_connection().await?;
         close(connection).await;
         Ok(server)
+    }
+
+    fn new(options: RabbitOptions, uri: AMQPUri) -> Self {
+        Self {
+            options,
+            uri,
+            publishing: Shared::default(),
+            reading: Shared::default(),
+        }
     }
 
     /// A new connection. It does not recover by itself: what was under way when it broke is for its user to judge.
@@ -147,7 +159,7 @@ mod tests {
 
     fn parsed(url: &str) -> Result<Server, Error> {
         let options = RabbitOptions::new();
-        parse(url, &options).map(|uri| Server { options, uri })
+        parse(url, &options).map(|uri| Server::new(options, uri))
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Declaring a stream, and asking what it holds.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use essentially_once::Error;
 use lapin::{
@@ -12,7 +12,7 @@ use lapin::{
 use tokio::time::timeout;
 
 use crate::{
-    server::{Server, close},
+    server::Server,
     tail::{Delivered, Deliveries},
 };
 
@@ -36,47 +36,47 @@ pub(crate) struct Ends {
 }
 
 /// Creates the stream unless it exists with the same arguments: those given, and the replicas of the options.
-pub(crate) async fn declare(server: &Server, name: &str, arguments: FieldTable) -> Result<(), Error> {
+pub(crate) async fn declare(
+    server: &Server,
+    connection: &Connection,
+    name: &str,
+    arguments: FieldTable,
+) -> Result<(), Error> {
     let mut wanted: BTreeMap<_, _> = arguments.inner().clone();
     wanted.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
     if let Some(replicas) = server.options.replicas {
         wanted.insert("x-initial-cluster-size".into(), AMQPValue::LongInt(replicas.into()));
     }
     let options = QueueDeclareOptions::durable();
-    ask_for(server, name, options, wanted.into()).await
+    ask_for(server, connection, name, options, wanted.into()).await
 }
 
 /// Fails unless a queue of that name exists.
-pub(crate) async fn require(server: &Server, name: &str) -> Result<(), Error> {
+pub(crate) async fn require(server: &Server, connection: &Connection, name: &str) -> Result<(), Error> {
     let options = QueueDeclareOptions::default().passive();
-    ask_for(server, name, options, FieldTable::default()).await
+    ask_for(server, connection, name, options, FieldTable::default()).await
 }
 
 async fn ask_for(
     server: &Server,
+    connection: &Connection,
     name: &str,
     options: QueueDeclareOptions,
     arguments: FieldTable,
 ) -> Result<(), Error> {
     let verb = if options.passive { "look for" } else { "declare" };
     let action = || format!("{verb} stream {name}");
-    let connection = server.open_connection().await?;
-    let declared = server
-        .reply(action, async {
-            let channel = connection.create_channel().await?;
-            channel.queue_declare(name.into(), options, arguments).await
-        })
-        .await;
-    close(connection).await;
-    declared.map(drop)
+    // If the answer is no, the broker closes the channel.
+    let declared = server.reply(action, async {
+        let channel = connection.create_channel().await?;
+        channel.queue_declare(name.into(), options, arguments).await
+    });
+    declared.await.map(drop)
 }
 
 /// The offsets that the stream holds now.
-pub(crate) async fn bounds(server: &Arc<Server>, name: &str) -> Result<Range, Error> {
-    let connection = server.open_connection().await?;
-    let ends = ends(server, &connection, name).await;
-    close(connection).await;
-    Ok(match ends? {
+pub(crate) async fn bounds(server: &Server, connection: &Connection, name: &str) -> Result<Range, Error> {
+    Ok(match ends(server, connection, name).await? {
         Some(ends) => Range {
             first: ends.first.offset,
             end: ends.last.offset + 1,
@@ -88,7 +88,7 @@ pub(crate) async fn bounds(server: &Arc<Server>, name: &str) -> Result<Range, Er
 /// The stream's first and last messages; `None` if it never held any (retention always leaves the last segment).
 ///
 /// AMQP has no request for that. We attach at the first and at the last chunk, and take what the broker sends.
-pub(crate) async fn ends(server: &Arc<Server>, connection: &Connection, name: &str) -> Result<Option<Ends>, Error> {
+pub(crate) async fn ends(server: &Server, connection: &Connection, name: &str) -> Result<Option<Ends>, Error> {
     let asking = async {
         loop {
             let mut probe = Probe::attach(server, connection, name).await?;

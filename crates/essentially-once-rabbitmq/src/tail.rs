@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::{
     error::not_done,
-    server::{Server, close},
+    server::Server,
     stream::{Ends, attach, ends},
 };
 
@@ -34,6 +34,9 @@ const AHEAD_BYTES: usize = 8 * 1024 * 1024;
 
 /// How long nothing may come before the broker is asked whether that is right; doubled from the first to the last.
 const QUIET: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(32));
+
+/// How long a call waits at least before it asks: nobody may have looked for long at what comes next.
+const GRACE: Duration = Duration::from_millis(200);
 
 /// A message and its place.
 #[derive(Debug)]
@@ -77,7 +80,7 @@ impl Deliveries {
         context: &mut Context<'_>,
     ) -> Poll<Result<(), Error>> {
         let mut bytes = 0;
-        let action = || server.on(format!("read stream {stream}"));
+        let action = || server.on(action(stream));
         while self.ended.is_none() && taken.len() < max && (bytes < FETCH_BYTES || max == usize::MAX) {
             let delivery = match Pin::new(&mut self.consumer).poll_next(context) {
                 Poll::Ready(Some(Ok(delivery))) => delivery,
@@ -122,13 +125,13 @@ fn offset_of(delivery: &Delivery) -> Option<u64> {
     }
 }
 
-/// A reader of a stream, with a connection of its own. It ends at the first error.
+/// A reader of a stream, on a channel of its own. It ends at the first error.
 pub(crate) struct Tail {
     server: Arc<Server>,
     stream: String,
     /// The offset that is wanted next.
     next: u64,
-    connection: Connection,
+    pub(crate) connection: Arc<Connection>,
     channel: Channel,
     deliveries: Deliveries,
     prefetch: u16,
@@ -147,47 +150,56 @@ pub(crate) struct Tail {
 
 impl Tail {
     /// Reads from the offset on, which must not be below the first message nor past the end.
-    pub(crate) async fn open(server: &Arc<Server>, stream: &str, from: u64) -> Result<Self, Error> {
-        Self::open_if(server, stream, |ends| standing(stream, ends, from).map(|()| from)).await
+    pub(crate) async fn open(
+        server: &Arc<Server>,
+        connection: &Arc<Connection>,
+        stream: &str,
+        from: u64,
+    ) -> Result<Self, Error> {
+        let choose = |ends: Option<&Ends>| standing(stream, ends, from).map(|()| from);
+        Self::open_if(server, connection, stream, choose).await
     }
 
     /// Reads from the offset on that `choose` names when it knows what the stream holds.
     pub(crate) async fn open_if(
         server: &Arc<Server>,
+        connection: &Arc<Connection>,
         stream: &str,
         choose: impl FnOnce(Option<&Ends>) -> Result<u64, Error>,
     ) -> Result<Self, Error> {
-        let connection = server.open_connection().await?;
-        let opened = async {
-            let ends = ends(server, &connection, stream).await?;
-            let next = choose(ends.as_ref())?;
-            let size = ends.map_or(0, |ends| ends.first.size().max(ends.last.size()));
-            let prefetch = prefetch_for(size);
-            let (channel, deliveries) = consume(server, &connection, stream, next, prefetch).await?;
-            Ok((next, size, prefetch, channel, deliveries))
-        };
-        match opened.await {
-            Ok((next, size, prefetch, channel, deliveries)) => Ok(Self {
-                server: Arc::clone(server),
-                stream: stream.into(),
-                next,
-                connection,
-                channel,
-                deliveries,
-                prefetch,
-                pending: VecDeque::new(),
-                hole_is_known: false,
-                unacked: 0,
-                last_tag: 0,
-                size,
-                quiet: QUIET.0,
-                ask_at: Instant::now() + QUIET.0,
-            }),
-            Err(error) => {
-                close(connection).await;
-                Err(error)
-            }
-        }
+        let ends = ends(server, connection, stream).await?;
+        let next = choose(ends.as_ref())?;
+        let size = ends.map_or(0, |ends| ends.first.size().max(ends.last.size()));
+        let channel = server.reply(|| action(stream), connection.create_channel()).await?;
+        Self::attach(server, (Arc::clone(connection), channel), stream, next, size).await
+    }
+
+    /// Reads from the offset on, which the stream was just seen to hold or to end at, messages of about that size.
+    pub(crate) async fn attach(
+        server: &Arc<Server>,
+        (connection, channel): (Arc<Connection>, Channel),
+        stream: &str,
+        next: u64,
+        size: usize,
+    ) -> Result<Self, Error> {
+        let prefetch = prefetch_for(size);
+        let deliveries = consume(server, &channel, stream, next, prefetch).await?;
+        Ok(Self {
+            server: Arc::clone(server),
+            stream: stream.into(),
+            next,
+            connection,
+            channel,
+            deliveries,
+            prefetch,
+            pending: VecDeque::new(),
+            hole_is_known: false,
+            unacked: 0,
+            last_tag: 0,
+            size,
+            quiet: QUIET.0,
+            ask_at: Instant::now() + QUIET.0,
+        })
     }
 
     /// Waits until there is a message, and returns the next ones: `max` and about a megabyte at most, unless one is larger.
@@ -197,6 +209,7 @@ impl Tail {
     pub(crate) async fn next(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
         self.adapt().await?;
         self.acknowledge().await?;
+        self.ask_at = self.ask_at.max(Instant::now() + GRACE);
         while self.pending.is_empty() {
             self.fill(max.max(1)).await?;
         }
@@ -272,9 +285,7 @@ impl Tail {
         let acked = self
             .channel
             .basic_ack(self.last_tag, BasicAckOptions { multiple: true });
-        self.server
-            .reply(|| format!("read stream {}", self.stream), acked)
-            .await
+        self.server.reply(|| action(&self.stream), acked).await
     }
 
     /// The prefetch counts messages and stays as it is for a consumer: one that is far off for their size is replaced.
@@ -287,9 +298,10 @@ impl Tail {
     }
 
     async fn attach_again(&mut self, prefetch: u16) -> Result<(), Error> {
-        let (channel, deliveries) = consume(&self.server, &self.connection, &self.stream, self.next, prefetch).await?;
+        let creating = self.connection.create_channel();
+        let channel = self.server.reply(|| action(&self.stream), creating).await?;
+        self.deliveries = consume(&self.server, &channel, &self.stream, self.next, prefetch).await?;
         let old = std::mem::replace(&mut self.channel, channel);
-        self.deliveries = deliveries;
         self.prefetch = prefetch;
         self.unacked = 0;
         let _ = timeout(Duration::from_secs(1), old.close(200, "OK".into())).await;
@@ -317,18 +329,18 @@ impl Delivered {
 
 async fn consume(
     server: &Server,
-    connection: &Connection,
+    channel: &Channel,
     stream: &str,
     next: u64,
     prefetch: u16,
-) -> Result<(Channel, Deliveries), Error> {
+) -> Result<Deliveries, Error> {
     let offset = i64::try_from(next).unwrap_or(i64::MAX);
-    let attaching = async {
-        let channel = connection.create_channel().await?;
-        let deliveries = attach(&channel, stream, AMQPValue::LongLongInt(offset), prefetch).await?;
-        Ok((channel, deliveries))
-    };
-    server.reply(|| format!("read stream {stream}"), attaching).await
+    let attaching = attach(channel, stream, AMQPValue::LongLongInt(offset), prefetch);
+    server.reply(|| action(stream), attaching).await
+}
+
+fn action(stream: &str) -> String {
+    format!("read stream {stream}")
 }
 
 fn prefetch_for(size: usize) -> u16 {

@@ -90,15 +90,11 @@ impl Harness for RabbitHarness {
                 Ok::<_, Source>(Arc::clone(shared.as_ref().ok_or("started above")?))
             }
         });
-        let streams = Streams {
+        Ok(Streams {
             node: starting.await??,
             prefix: format!("{namespace}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
-        };
-        if own {
-            streams.settle().await?;
-        }
-        Ok(streams)
+        })
     }
 }
 
@@ -111,28 +107,6 @@ struct Streams {
 impl Streams {
     fn stream(&self, log: &str) -> String {
         format!("{}{log}", self.prefix)
-    }
-
-    /// A broker that is killed within seconds of its very first stream forgets who coordinates streams, and all of them stay down.
-    async fn settle(&self) -> Result<(), Source> {
-        self.open("first").await?;
-        let name = self.node.name();
-        let registry = self
-            .node
-            .folder()
-            .join("data")
-            .join(name)
-            .join("coordination")
-            .join(name)
-            .join("names.dets");
-        let coordinator = b"rabbit_stream_coordinator";
-        while !std::fs::read(&registry)?
-            .windows(coordinator.len())
-            .any(|bytes| bytes == coordinator)
-        {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
     }
 
     /// Retention removes whole segments: the cases for it get one for every message or two, which come one by one.
@@ -214,8 +188,6 @@ impl Backend for Streams {
     }
 
     async fn restart(&self) -> Result<(), Source> {
-        // Killed in its first seconds, RabbitMQ 3.10 may forget all streams, and nothing tells when that is over.
-        tokio::time::sleep(Duration::from_secs(3)).await;
         let node = Arc::clone(&self.node);
         tokio::task::spawn_blocking(move || node.restart()).await?
     }

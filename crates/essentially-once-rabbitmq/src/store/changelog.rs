@@ -50,7 +50,7 @@ impl Changelog {
             server: Arc::clone(server),
             consumer: consumer.clone(),
             limits,
-            publisher: Publisher::new(Arc::clone(server), stream.clone()),
+            publisher: Publisher::sharing(Arc::clone(server), stream.clone()),
             stream,
             snapshots: Arc::new(Snapshots::new(server, consumer)),
             fold: RwLock::default(),
@@ -66,6 +66,10 @@ impl Changelog {
         self.fold.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn reading(&self) -> String {
+        format!("read stream {}", self.stream)
+    }
+
     pub(super) fn on(&self, verb: &str) -> String {
         self.server
             .on(format!("{verb} consumer {} in stream {}", self.consumer, self.stream))
@@ -74,8 +78,7 @@ impl Changelog {
     /// The position, no older than the call.
     pub(super) async fn position(&self) -> Result<Option<Position>, Error> {
         let mut slot = self.replica.lock().await;
-        let replica = self.loaded(&mut slot).await?;
-        self.refresh(replica).await.inspect_err(|_| *slot = None)?;
+        self.refresh(&mut slot).await?;
         let fold = self.fold();
         Ok(fold.place.clone().map(|(log, next)| Position {
             log,
@@ -94,7 +97,7 @@ impl Changelog {
         let mut slot = self.replica.lock().await;
         let replica = self.loaded(&mut slot).await?;
         if !std::mem::take(&mut replica.fresh) {
-            self.refresh(replica).await.inspect_err(|_| *slot = None)?;
+            self.refresh(&mut slot).await?;
         }
         if let Some(replica) = slot.as_mut() {
             replica.fresh = false;
@@ -118,7 +121,7 @@ impl Changelog {
         let verdict = match self.read_until(replica, token).await {
             Ok(verdict) => verdict,
             Err(error) => {
-                *slot = None;
+                self.discard(&mut slot).await;
                 return Err(Error::indeterminate(self.on("commit of"), error));
             }
         };
@@ -207,7 +210,17 @@ impl Changelog {
     }
 
     /// Reads all that was there when this was called: a mark is behind it, wherever the stream's end is said to be.
-    async fn refresh(&self, replica: &mut Replica) -> Result<(), Error> {
+    async fn refresh(&self, slot: &mut Option<Replica>) -> Result<(), Error> {
+        let replica = self.loaded(slot).await?;
+        let refreshed = self.read_to_mark(replica).await;
+        match &refreshed {
+            Ok(()) => replica.fresh = true,
+            Err(_) => self.discard(slot).await,
+        }
+        refreshed
+    }
+
+    async fn read_to_mark(&self, replica: &mut Replica) -> Result<(), Error> {
         let token = draw_token();
         let mark = encode_mark(token);
         self.make_room(replica, mark.len()).await?;
@@ -216,8 +229,14 @@ impl Changelog {
             .await
             .map_err(nothing_done)?;
         self.read_until(replica, token).await?;
-        replica.fresh = true;
         Ok(())
+    }
+
+    /// The next call begins anew, and on another connection.
+    async fn discard(&self, slot: &mut Option<Replica>) {
+        if let Some(replica) = slot.take() {
+            self.server.reading.forget(&replica.tail.connection).await;
+        }
     }
 
     /// Reads up to the entry of that token, and what came with it.

@@ -90,7 +90,7 @@ impl Changelog {
             // Taken, so that after a failure the next one looks again: another process may have written in the meantime.
             let stream = match target.take() {
                 Some(stream) => stream,
-                None => snapshots.newest(0).await?.map_or(0, |found| 1 - found.stream),
+                None => snapshots.find().await?.map_or(0, |found| 1 - found.stream),
             };
             snapshots.write(stream, &image).await?;
             tracing::debug!(offset = image.offset, bytes = image.size(), "wrote a snapshot");

@@ -20,16 +20,18 @@ use crate::{
 impl Changelog {
     /// Reads the newest snapshot and what follows it.
     pub(super) async fn load(&self) -> Result<Replica, Error> {
-        stream::declare(&self.server, &self.stream, retention(LENGTH as i64, SEGMENT as i64)).await?;
-        let range = stream::bounds(&self.server, &self.stream).await?;
-        let found = self.snapshots.newest(range.first).await?;
+        // Not one that others share: the broker may end it if the stream is not up yet.
+        let connection = Arc::new(self.server.open_connection().await?);
+        let arguments = retention(LENGTH as i64, SEGMENT as i64);
+        stream::declare(&self.server, &connection, &self.stream, arguments).await?;
+        let range = stream::bounds(&self.server, &connection, &self.stream).await?;
+        let found = self.snapshots.newest(&connection, range.first).await?;
         // A snapshot never goes to the stream that holds the newest.
         let target = found.as_ref().map_or(0, |found| 1 - found.stream);
         let mut fold = found.map(|found| found.fold).unwrap_or_default();
         self.check_reach(&fold, range)?;
-        let tail = Tail::open(&self.server, &self.stream, fold.offset)
-            .await
-            .map_err(|error| self.read_error(error))?;
+        let channel = self.server.reading.channel(&self.server, || self.reading()).await?;
+        let tail = Tail::attach(&self.server, channel, &self.stream, fold.offset, 0).await?;
         let mut replica = Replica {
             tail,
             fresh: false,

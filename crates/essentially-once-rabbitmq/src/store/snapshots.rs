@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use essentially_once::{ConsumerId, Error};
 use lapin::{
-    BasicProperties,
+    BasicProperties, Connection,
     types::{AMQPValue, FieldTable},
 };
 
@@ -33,7 +33,7 @@ const BATCH: usize = 8;
 /// The snapshots of one consumer.
 pub(super) struct Snapshots {
     server: Arc<Server>,
-    streams: [(String, Publisher); 2],
+    streams: [String; 2],
 }
 
 /// A complete snapshot, and which of the two streams it was found in.
@@ -55,26 +55,27 @@ struct Scan {
 
 impl Snapshots {
     pub(super) fn new(server: &Arc<Server>, consumer: &ConsumerId) -> Self {
-        let stream = |letter| {
-            let name = format!("{}.{consumer}.snapshots.{letter}", server.options.prefix);
-            let publisher = Publisher::new(Arc::clone(server), name.clone());
-            (name, publisher)
-        };
+        let prefix = &server.options.prefix;
         Self {
             server: Arc::clone(server),
-            streams: ["a", "b"].map(stream),
+            streams: ["a", "b"].map(|letter| format!("{prefix}.{consumer}.snapshots.{letter}")),
         }
     }
 
     /// The newest complete snapshot. One that does not reach up to `wanted` is returned only if there is no newer one anywhere.
-    pub(super) async fn newest(&self, wanted: u64) -> Result<Option<Found>, Error> {
+    pub(super) async fn newest(&self, connection: &Arc<Connection>, wanted: u64) -> Result<Option<Found>, Error> {
         let mut ends = Vec::new();
-        for (stream, (name, _)) in self.streams.iter().enumerate() {
-            let Some(range) = self.range(name).await? else {
+        for (stream, name) in self.streams.iter().enumerate() {
+            let Some(range) = self.range(connection, name).await? else {
                 continue;
             };
             let last = self
-                .scan(name, range.end.saturating_sub(1).max(range.first), range.end)
+                .scan(
+                    connection,
+                    name,
+                    range.end.saturating_sub(1).max(range.first),
+                    range.end,
+                )
                 .await?;
             ends.push((last.reach, stream, range));
         }
@@ -86,7 +87,7 @@ impl Snapshots {
             if newest.as_ref().is_some_and(suffices) {
                 break;
             }
-            if let Some(fold) = self.newest_in(&self.streams[stream].0, range, wanted).await?
+            if let Some(fold) = self.newest_in(connection, &self.streams[stream], range, wanted).await?
                 && newest.as_ref().is_none_or(|newest| fold.offset > newest.fold.offset)
             {
                 newest = Some(Found { fold, stream });
@@ -95,22 +96,34 @@ impl Snapshots {
         Ok(newest)
     }
 
+    /// As [`newest`](Self::newest), whatever it reaches up to.
+    pub(super) async fn find(&self) -> Result<Option<Found>, Error> {
+        let connection = Arc::new(self.server.open_connection().await?);
+        self.newest(&connection, 0).await
+    }
+
     /// What the stream holds; `None` if it does not exist. Should it only seem so, nothing goes wrong in silence: the changelog then is
     /// complete, or what is missing of it is missed.
-    async fn range(&self, name: &str) -> Result<Option<Range>, Error> {
-        match stream::require(&self.server, name).await {
-            Ok(()) => stream::bounds(&self.server, name).await.map(Some),
+    async fn range(&self, connection: &Connection, name: &str) -> Result<Option<Range>, Error> {
+        match stream::require(&self.server, connection, name).await {
+            Ok(()) => stream::bounds(&self.server, connection, name).await.map(Some),
             Err(Error::Failed { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     /// Reads the stream's last message, and then from further and further back.
-    async fn newest_in(&self, name: &str, range: Range, wanted: u64) -> Result<Option<Fold<State>>, Error> {
+    async fn newest_in(
+        &self,
+        connection: &Arc<Connection>,
+        name: &str,
+        range: Range,
+        wanted: u64,
+    ) -> Result<Option<Fold<State>>, Error> {
         let mut back = 1;
         loop {
             let from = range.end.saturating_sub(back).max(range.first);
-            let Scan { newest, longest, .. } = self.scan(name, from, range.end).await?;
+            let Scan { newest, longest, .. } = self.scan(connection, name, from, range.end).await?;
             if from == range.first || newest.as_ref().is_some_and(|fold| fold.offset >= wanted) {
                 return Ok(newest);
             }
@@ -118,12 +131,12 @@ impl Snapshots {
         }
     }
 
-    async fn scan(&self, name: &str, from: u64, end: u64) -> Result<Scan, Error> {
+    async fn scan(&self, connection: &Arc<Connection>, name: &str, from: u64, end: u64) -> Result<Scan, Error> {
         let mut scan = Scan::default();
         if from == end {
             return Ok(scan);
         }
-        let mut tail = Tail::open(&self.server, name, from).await?;
+        let mut tail = Tail::open(&self.server, connection, name, from).await?;
         let mut assembly = Assembly::default();
         let mut next = from;
         while next < end {
@@ -157,8 +170,11 @@ impl Snapshots {
     /// Writes a snapshot to that stream; it counts from when the last chunk is confirmed. Most consumers never need the streams, so they
     /// are declared here.
     pub(super) async fn write(&self, stream: usize, image: &Image) -> Result<(), Error> {
-        let (name, publisher) = &self.streams[stream];
-        stream::declare(&self.server, name, retention(LENGTH, SEGMENT)).await?;
+        let name = &self.streams[stream];
+        let connection = self.server.open_connection().await?;
+        stream::declare(&self.server, &connection, name, retention(LENGTH, SEGMENT)).await?;
+        // Not on a connection that others share: commits would wait behind megabytes.
+        let publisher = Publisher::new(Arc::clone(&self.server), name.clone());
         let mut chunks = image.chunks().map(message);
         loop {
             let batch: Vec<_> = chunks.by_ref().take(BATCH).collect();

@@ -108,7 +108,6 @@ async fn killed() -> Result<(), Violation> {
     place.timeout = Duration::from_secs(5);
     let store = place.store().await?;
     assert_eq!(revision(&store).await?, 0);
-    settle(&node).await;
     let mut acknowledged = 0;
     let mut kills = 0;
     std::thread::scope(|scope| {
@@ -153,23 +152,6 @@ async fn killed() -> Result<(), Violation> {
         (acknowledged, Some(acknowledged.to_string()))
     );
     Ok(())
-}
-
-/// A broker that is killed within seconds of its very first stream forgets who coordinates streams, and all of them stay down.
-async fn settle(node: &RabbitNode) {
-    let registry = node
-        .folder()
-        .join("data")
-        .join(node.name())
-        .join("coordination")
-        .join(node.name())
-        .join("names.dets");
-    while !contains(
-        &std::fs::read(&registry).expect("the registry"),
-        b"rabbit_stream_coordinator",
-    ) {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 fn contains(body: &[u8], wanted: &[u8]) -> bool {

@@ -19,7 +19,7 @@ use crate::{
     Error,
     folder::Folder,
     port::Port,
-    process::{Process, START_LIMIT, address_in_use},
+    process::{Process, START_LIMIT, address_in_use, wait_until},
 };
 
 /// A node that was killed in a cluster may have to wait for the others.
@@ -67,7 +67,7 @@ impl RabbitNode {
         let (folder, port, distribution) = (Folder::new("rabbitmq")?, Port::claim()?, Port::claim()?);
         let path = folder.path().to_owned();
         let name = format!("test{}@localhost", port.number());
-        let variables = vec![
+        let mut variables = vec![
             ("HOME", path.clone().into()), // where the cookie is
             ("ERL_EPMD_PORT", epmd.port.number().to_string().into()),
             ("RABBITMQ_NODENAME", name.clone().into()),
@@ -93,6 +93,8 @@ impl RabbitNode {
                     .into(),
             ),
         ];
+        let core = core_only(&program, &path)?;
+        variables.extend(core.map(|folder| ("RABBITMQ_PLUGINS_DIR", folder.into())));
         let process = Mutex::new(None);
         Ok(Self {
             process,
@@ -158,9 +160,13 @@ impl RabbitNode {
 
     /// Kills it with `SIGKILL`, and returns when it is gone.
     ///
+    /// RabbitMQ 3.10 loses all streams if it is killed in the second after its very first one was declared, since the register of who
+    /// coordinates streams is written late. So this waits until it is written.
+    ///
     /// # Errors
     /// It cannot be waited for.
     pub fn kill(&self) -> Result<(), Error> {
+        self.wait_registered()?;
         self.end(Signal::KILL)
     }
 
@@ -176,11 +182,12 @@ impl RabbitNode {
         self.process().take().map_or(Ok(()), |process| process.end(signal))
     }
 
-    /// Starts it again on the same folder and ports, and returns when it answers. If it runs, it is killed.
+    /// Starts it again on the same folder and ports, and returns when it answers. If it runs, it is [killed](Self::kill).
     ///
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn restart(&self) -> Result<(), Error> {
+        self.wait_registered()?;
         let mut running = self.process();
         if let Some(process) = running.take() {
             process.end(Signal::KILL)?;
@@ -190,6 +197,21 @@ impl RabbitNode {
         process.wait_ready(&what, LIMIT, || greets(self.port()))?;
         *running = Some(process);
         Ok(())
+    }
+
+    fn wait_registered(&self) -> Result<(), Error> {
+        const COORDINATOR: &[u8] = b"rabbit_stream_coordinator";
+        let data = self.folder().join("data").join(&self.name);
+        let has_streams = fs::read_dir(data.join("stream")).is_ok_and(|mut streams| streams.next().is_some());
+        let register = data.join("coordination").join(&self.name).join("names.dets");
+        if !has_streams || self.pid().is_none() {
+            return Ok(());
+        }
+        wait_until("the register names who coordinates streams", START_LIMIT, || {
+            Ok(fs::read(&register)?
+                .windows(COORDINATOR.len())
+                .any(|name| name == COORDINATOR))
+        })
     }
 
     /// Stops its process with `SIGSTOP`: connections stay open, and nothing is answered.
@@ -239,6 +261,26 @@ impl RabbitNode {
         // A panic elsewhere leaves either a process or none: both are sound.
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A folder of plugins with nothing but the server itself, where it is found as releases are laid out: version 3.10 reads the
+/// description of every plugin that it could have whenever a connection is opened, which takes 50 ms.
+fn core_only(program: &Path, folder: &Path) -> Result<Option<PathBuf>, Error> {
+    let program = program.canonicalize()?;
+    let Some(home) = program.parent().and_then(Path::parent) else {
+        return Ok(None);
+    };
+    let plugins = fs::read_dir(home.join("plugins")).into_iter().flatten().flatten();
+    let Some(core) = plugins
+        .into_iter()
+        .find(|plugin| plugin.file_name().to_string_lossy().starts_with("rabbit-"))
+    else {
+        return Ok(None);
+    };
+    let chosen = folder.join("plugins");
+    fs::create_dir_all(&chosen)?;
+    std::os::unix::fs::symlink(core.path(), chosen.join(core.file_name()))?;
+    Ok(Some(chosen))
 }
 
 /// Whether an AMQP server answers the protocol's header with its first frame.
