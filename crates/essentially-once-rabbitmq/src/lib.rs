@@ -23,7 +23,7 @@ use crate::server::Server;
 pub use crate::{
     log::{LogOptions, RabbitLog},
     options::RabbitOptions,
-    store::{RabbitStore, RabbitTx},
+    store::{RabbitSent, RabbitStore, RabbitTx},
 };
 
 /// A RabbitMQ broker or cluster. Each log that is appended to and each reader has a connection of its own; the consumers of all

@@ -17,7 +17,7 @@ use crate::{
     reader::RabbitReader,
     server::Server,
     stream::{self, Ends},
-    tail::Tail,
+    tail::{Delivered, Tail},
 };
 
 /// A table of up to 255 publishers must fit. With less, RabbitMQ 3.10 begins one segment after the other for ever.
@@ -228,7 +228,8 @@ impl Log for RabbitLog {
         };
         let connection = Arc::new(self.inner.server.open_connection().await?);
         let tail = Tail::open_if(&self.inner.server, &connection, self.inner.id.name(), choose).await?;
-        Ok(Box::new(RabbitReader::new(self.inner.id.clone(), tail, from)))
+        let records = |message: Delivered| Ok(decode(message.offset, &message.properties, Bytes::from(message.body)));
+        Ok(Box::new(RabbitReader::new(self.inner.id.clone(), tail, from, records)))
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {

@@ -87,6 +87,13 @@ fn put_varint(body: &mut Vec<u8>, mut number: u64) {
     body.put_u8(number as u8);
 }
 
+/// How many records a message has that can be decoded.
+pub(crate) fn count(body: &[u8]) -> u64 {
+    body.get(6..)
+        .and_then(<[u8]>::first_chunk)
+        .map_or(0, |count| u32::from_be_bytes(*count).into())
+}
+
 /// The records of the message at that stream offset, which share the body's memory; or why it cannot be decoded.
 pub(crate) fn decode(offset: u64, body: &Bytes) -> Result<Vec<Record>, String> {
     let mut head = body.clone();

@@ -3,18 +3,16 @@
 use std::collections::VecDeque;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use essentially_once::{Error, LogId, LogReader, Offset, Record};
 
-use crate::{
-    codec::decode,
-    tail::{Delivered, Tail},
-};
+use crate::tail::{Delivered, Tail};
 
 /// About how many bytes of records one `next` returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-pub(crate) struct RabbitReader {
+/// Reads a stream whose messages hold records in the way that `D` knows.
+pub(crate) struct RabbitReader<D> {
+    decode: D,
     log: LogId,
     tail: Tail,
     /// Where the next record stands, or before it.
@@ -22,24 +20,31 @@ pub(crate) struct RabbitReader {
     messages: VecDeque<Delivered>,
     /// What the last decoded message holds and was not yielded yet.
     records: VecDeque<Record>,
+    /// What comes after those.
+    failed: Option<Error>,
 }
 
-impl RabbitReader {
-    pub(crate) fn new(log: LogId, tail: Tail, from: Offset) -> Self {
+impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> RabbitReader<D> {
+    pub(crate) fn new(log: LogId, tail: Tail, from: Offset, decode: D) -> Self {
         Self {
+            decode,
             log,
             tail,
             next: from,
             messages: VecDeque::new(),
             records: VecDeque::new(),
+            failed: None,
         }
     }
 
     /// The next record of those that came. Messages are decoded one by one: packed ones may be much larger than they look.
     fn take(&mut self) -> Option<Record> {
-        while self.records.is_empty() {
+        while self.records.is_empty() && self.failed.is_none() {
             let message = self.messages.pop_front()?;
-            let records = decode(message.offset, &message.properties, Bytes::from(message.body));
+            let records = (self.decode)(message).unwrap_or_else(|error| {
+                self.failed = Some(error);
+                vec![]
+            });
             // A reader may begin within a message.
             self.records
                 .extend(records.into_iter().filter(|record| record.offset >= self.next));
@@ -63,12 +68,15 @@ impl RabbitReader {
 }
 
 #[async_trait]
-impl LogReader for RabbitReader {
+impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> LogReader for RabbitReader<D> {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         let max = max.max(1);
         let first = loop {
             if let Some(record) = self.take() {
                 break record;
+            }
+            if let Some(error) = self.failed.take() {
+                return Err(error);
             }
             let came = self.tail.next(max).await;
             self.messages.extend(came.map_err(|error| self.told(error))?);

@@ -163,6 +163,20 @@ impl Streams {
         Ok((connection, channel))
     }
 
+    /// A node answers before its streams are up.
+    async fn wait_up(&self) -> Result<(), Source> {
+        let rabbit = RabbitOptions::new().connect(&self.node.url()).await?;
+        for stream in self.ctl(&["list_queues", "--silent", "name"]).await?.lines() {
+            let log = rabbit.log_with(stream, LogOptions::new().existing()).await?;
+            while let Err(error) = log.bounds().await {
+                if !error.is_transient() {
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
     async fn ctl(&self, arguments: &[&str]) -> Result<String, Source> {
         let node = Arc::clone(&self.node);
         let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
@@ -189,7 +203,8 @@ impl Backend for Streams {
 
     async fn restart(&self) -> Result<(), Source> {
         let node = Arc::clone(&self.node);
-        tokio::task::spawn_blocking(move || node.restart()).await?
+        tokio::task::spawn_blocking(move || node.restart()).await??;
+        self.wait_up().await
     }
 
     /// Makes the stream keep as many bytes as its segments from `before` on have.

@@ -1,19 +1,24 @@
 //! One consumer's changelog, as one handle of the store sees it: what it has read of it is folded in memory.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::{
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::SystemTime,
+};
 
-use essentially_once::{Advance, ConsumerId, Error, LogId, Position};
+use essentially_once::{Advance, ConsumerId, Error, LogId, NewRecord, Offset, Position};
 use tokio::sync::Mutex;
 
 use super::{
     Limits,
     cover::{Cover, OVERHEAD},
     entry::{Entry, Parsed, encode_commit, encode_mark, parse},
-    fold::{Commit, Fold, Token, Verdict},
+    fold::{Commit, Fold, Missing, Token, Verdict},
+    sent::Nothing,
     snapshots::{Snapshots, message},
-    state::{State, StateChange, Writes},
+    state::{Sent, State, StateChange, Writes},
 };
 use crate::{
+    packed,
     publisher::Publisher,
     server::Server,
     tail::{Delivered, Tail},
@@ -105,8 +110,29 @@ impl Changelog {
         Ok(self.fold().revision)
     }
 
+    /// Who wants to go on reading by himself begins here: a fold without the state, no older than the call, and where what was sent ends.
+    pub(super) async fn base(&self) -> Result<(Fold<Nothing>, Offset), Error> {
+        let mut slot = self.replica.lock().await;
+        self.refresh(&mut slot).await?;
+        let fold = self.fold();
+        let base = Fold {
+            offset: fold.offset,
+            revision: fold.revision,
+            token: fold.token,
+            place: fold.place.clone(),
+            state: Nothing,
+        };
+        Ok((base, fold.state.sent_end))
+    }
+
     /// Publishes an entry, and reads on until it comes back: then it is known whether it came first.
-    pub(super) async fn commit(&self, based_on: u64, writes: Writes, advance: Advance) -> Result<(), Error> {
+    pub(super) async fn commit(
+        &self,
+        based_on: u64,
+        writes: Writes,
+        sent: Vec<NewRecord>,
+        advance: Advance,
+    ) -> Result<(), Error> {
         let mut slot = self.replica.lock().await;
         let replica = self.loaded(&mut slot).await?;
         replica.fresh = false;
@@ -115,7 +141,7 @@ impl Changelog {
             return Err(self.fenced(expected));
         }
         let given = advance.log.clone();
-        let (token, entry) = self.prepare(writes, advance)?;
+        let (token, entry) = self.prepare(writes, sent, advance)?;
         self.make_room(replica, entry.len()).await?;
         self.publisher.publish(vec![message(entry)]).await?;
         let verdict = match self.read_until(replica, token).await {
@@ -137,7 +163,7 @@ impl Changelog {
     }
 
     /// The entry, unless it is known beforehand that it will not do.
-    fn prepare(&self, writes: Writes, advance: Advance) -> Result<(Token, Vec<u8>), Error> {
+    fn prepare(&self, writes: Writes, sent: Vec<NewRecord>, advance: Advance) -> Result<(Token, Vec<u8>), Error> {
         let fold = self.fold();
         if fold.revision != advance.expected_revision {
             return Err(self.fenced(advance.expected_revision));
@@ -151,6 +177,10 @@ impl Changelog {
             windows,
             forgotten,
             writes: writes.into_iter().collect(),
+            sent: (!sent.is_empty()).then(|| Sent {
+                before: fold.state.sent_end,
+                packed: packed::encode(&sent, SystemTime::now(), false),
+            }),
         };
         self.check_state_size(fold.state.size(), fold.state.size_after(&change))?;
         let commit = Commit {
@@ -167,7 +197,7 @@ impl Changelog {
             (size, limit) if size > limit => Err(Error::failed(
                 self.on("commit of"),
                 format!(
-                    "all that it changes takes {size} bytes, and one commit can hold {limit}: handle fewer records at a time (the \
+                    "all that it changes and sends takes {size} bytes, and one commit can hold {limit}: handle fewer records at a time (the \
                      consumer's `max_batch`), or raise `record_limit` if the broker takes larger messages; nothing was published"
                 ),
             )),
@@ -289,7 +319,7 @@ impl Changelog {
                 let found = commit.token;
                 let verdict = fold
                     .apply(offset, commit)
-                    .map_err(|missing| self.lost(format!("at offset {offset}, {missing}")))?;
+                    .map_err(|missing| self.missing(offset, missing))?;
                 Ok((found == token).then_some(verdict))
             }
             Parsed::Foreign => {
@@ -301,11 +331,19 @@ impl Changelog {
                 fold.pass(offset);
                 Ok(None)
             }
-            Parsed::Unreadable(why) => Err(Error::failed(
-                self.on("read"),
-                format!("the entry at offset {offset} cannot be read: {why}; to pass over it could lose a commit"),
-            )),
+            Parsed::Unreadable(why) => Err(self.unreadable(offset, why)),
         }
+    }
+
+    pub(super) fn unreadable(&self, offset: u64, why: &str) -> Error {
+        Error::failed(
+            self.on("read"),
+            format!("the entry at offset {offset} cannot be read: {why}; to pass over it could lose a commit"),
+        )
+    }
+
+    pub(super) fn missing(&self, offset: u64, missing: Missing) -> Error {
+        self.lost(format!("at offset {offset}, {missing}"))
     }
 
     async fn loaded<'a>(&self, slot: &'a mut Option<Replica>) -> Result<&'a mut Replica, Error> {

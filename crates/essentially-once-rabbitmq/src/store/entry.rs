@@ -4,9 +4,10 @@ use bytes::{BufMut as _, Bytes};
 
 use super::{
     fold::{Commit, Token},
-    state::StateChange,
+    state::{Sent, StateChange},
     wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_window},
 };
+use crate::packed;
 
 /// What every entry begins with, in this version and all that may come.
 const MAGIC: &[u8] = b"eo-entry";
@@ -60,6 +61,11 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
             put_bytes(&mut out, value);
         }
     }
+    out.put_u8(change.sent.is_some().into());
+    if let Some(sent) = &change.sent {
+        put_offset(&mut out, sent.before);
+        put_bytes(&mut out, &sent.packed);
+    }
     out
 }
 
@@ -111,13 +117,31 @@ fn decode_commit(reader: &mut Reader, token: Token) -> Decoded<Commit<StateChang
                     _ => Err("a write is neither a put nor a delete"),
                 }
             })?,
+            sent: match reader.u8()? {
+                0 => None,
+                1 => Some(decode_sent(reader)?),
+                _ => return Err("what it sends is neither there nor absent"),
+            },
         },
     })
 }
 
+fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
+    let sent = Sent {
+        before: reader.offset()?,
+        packed: reader.bytes()?,
+    };
+    match packed::decode(0, &sent.packed) {
+        Ok(_) => Ok(sent),
+        Err(_) => Err("the records that it sends are damaged"),
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
-    use essentially_once::{LogId, Offset, ProducerId, Window};
+    use std::time::SystemTime;
+
+    use essentially_once::{LogId, NewRecord, Offset, ProducerId, Window};
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
@@ -133,10 +157,19 @@ pub(super) mod tests {
     pub(in super::super) fn change() -> impl Strategy<Value = StateChange> {
         let windows = vec((producer(), any::<u64>().prop_map(Window::new)), 0..4);
         let writes = vec((bytes(), option::of(bytes())), 0..6);
-        (windows, vec(producer(), 0..3), writes).prop_map(|(windows, forgotten, writes)| StateChange {
+        let sent = option::of((any::<(u64, u64)>(), vec(bytes(), 1..4))).prop_map(|sent| {
+            let ((hi, lo), payloads) = sent?;
+            let records: Vec<_> = payloads.into_iter().map(NewRecord::new).collect();
+            Some(Sent {
+                before: Offset::new(hi, lo),
+                packed: packed::encode(&records, SystemTime::UNIX_EPOCH, false),
+            })
+        });
+        (windows, vec(producer(), 0..3), writes, sent).prop_map(|(windows, forgotten, writes, sent)| StateChange {
             windows,
             forgotten,
             writes,
+            sent,
         })
     }
 

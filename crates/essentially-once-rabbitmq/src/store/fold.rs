@@ -21,11 +21,27 @@ pub(super) struct Commit<C> {
     pub(super) change: C,
 }
 
+impl<C> Commit<C> {
+    /// The same with another change, and its own.
+    pub(super) fn replace<D>(self, change: D) -> (Commit<D>, C) {
+        let commit = Commit {
+            token: self.token,
+            parent: self.parent,
+            revision: self.revision,
+            log: self.log,
+            next: self.next,
+            change,
+        };
+        (commit, self.change)
+    }
+}
+
 /// What a commit does to the state; generic, so that the model checker can run the rule itself on a small state.
 pub(super) trait Change {
     type State;
 
-    fn apply(self, state: &mut Self::State);
+    /// `offset` is the entry's in the changelog.
+    fn apply(self, offset: u64, state: &mut Self::State);
 }
 
 /// What became of an entry.
@@ -72,7 +88,7 @@ impl<S> Fold<S> {
             self.revision = commit.revision;
             self.token = commit.token;
             self.place = Some((self.known_log(commit.log), commit.next));
-            commit.change.apply(&mut self.state);
+            commit.change.apply(offset, &mut self.state);
         }
         Ok(verdict)
     }
@@ -122,7 +138,7 @@ mod tests {
     impl Change for Push {
         type State = Vec<u8>;
 
-        fn apply(self, state: &mut Vec<u8>) {
+        fn apply(self, _: u64, state: &mut Vec<u8>) {
             state.push(self.0);
         }
     }

@@ -12,6 +12,7 @@ mod fold;
 #[cfg(test)]
 mod model;
 mod recover;
+mod sent;
 mod snapshot;
 mod snapshots;
 mod state;
@@ -25,8 +26,11 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use essentially_once::{Advance, ConsumerId, Durability, Error, KeyValue, OffsetStore, Position, Transaction};
+use essentially_once::{
+    Advance, ConsumerId, Durability, Error, KeyValue, NewRecord, OffsetStore, Position, Transaction,
+};
 
+pub use self::sent::RabbitSent;
 use self::{
     changelog::Changelog,
     state::{Writes, value_size},
@@ -77,8 +81,8 @@ struct Limits {
 ///
 /// Each consumer has up to three streams, created when they are first needed, with as many replicas as the
 /// [options](crate::RabbitOptions::replicas) say: `<prefix>.<consumer>.changelog` with one message per commit, and
-/// `<prefix>.<consumer>.snapshots.a` and `.b`. Streams are heavy, and a handle keeps two connections for each consumer that it is used
-/// for: this is a store for dozens of consumers, not thousands. Leave their retention alone: a policy that shortens them can lose the state. Such a
+/// `<prefix>.<consumer>.snapshots.a` and `.b`. Streams are heavy, and every consumer has its own: this is a store for dozens of consumers; with a
+/// thousand it works, each taking 50 ms to begin. Leave their retention alone: a policy that shortens them can lose the state. Such a
 /// loss is found when the state is read, and told as [`Error::Failed`] with `state lost`.
 ///
 /// # State is held in memory
@@ -91,7 +95,7 @@ struct Limits {
 /// acknowledged survives a crash of this process and of a broker's process, but a single node, or more than half of them at
 /// once, can lose the last moments when the *machine* loses power.
 ///
-/// A commit takes one message: all changes together are limited to the larger of 8 MiB and
+/// A commit takes one message: all changes, and all records that it [sends](RabbitTx::send), together are limited to the larger of 8 MiB and
 /// [`record_limit`](crate::RabbitOptions::record_limit) plus 64 KiB, and to 32 MiB in any case.
 ///
 /// # Reading
@@ -178,6 +182,7 @@ impl OffsetStore for RabbitStore {
             based_on,
             writes: Writes::new(),
             growth: 0,
+            sent: Vec::new(),
         })
     }
 
@@ -194,6 +199,7 @@ pub struct RabbitTx {
     writes: Writes,
     /// By how much they make the state grow.
     growth: isize,
+    sent: Vec<NewRecord>,
 }
 
 impl RabbitTx {
@@ -225,7 +231,10 @@ impl fmt::Debug for RabbitTx {
 #[async_trait]
 impl Transaction for RabbitTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
-        self.changelog.commit(self.based_on, self.writes, advance).await
+        let Self {
+            changelog, based_on, ..
+        } = self;
+        changelog.commit(based_on, self.writes, self.sent, advance).await
     }
 
     async fn rollback(self) -> Result<(), Error> {

@@ -19,7 +19,7 @@ struct Push(u8);
 impl Change for Push {
     type State = Applied;
 
-    fn apply(self, state: &mut Applied) {
+    fn apply(self, _: u64, state: &mut Applied) {
         state.push(self.0);
     }
 }

@@ -142,6 +142,7 @@ fn put_fold(out: &mut Vec<u8>, fold: &Fold<State>) {
         put_log(out, log);
         put_offset(out, *next);
     }
+    put_offset(out, fold.state.sent_end);
     out.put_u32(fold.state.windows().len() as u32);
     for (producer, window) in fold.state.windows() {
         put_window(out, producer, window);
@@ -162,6 +163,7 @@ fn read_fold(bytes: Bytes) -> Decoded<Fold<State>> {
         _ => return Err("its position is neither there nor absent"),
     };
     let mut state = State::default();
+    state.sent_end = reader.offset()?;
     for _ in 0..reader.u32()? {
         let (producer, window) = reader.window()?;
         state.set_window(producer, window);
@@ -201,7 +203,7 @@ mod tests {
         ) -> Fold<State> {
             let mut state = State::default();
             for change in changes {
-                change.apply(&mut state);
+                change.apply(numbers.0, &mut state);
             }
             let place = place.map(|(log, (hi, lo))| (log, Offset::new(hi, lo)));
             Fold { offset: numbers.0, revision: numbers.1, token: numbers.2, place, state }

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
-use essentially_once::{ProducerId, Window};
+use essentially_once::{Offset, ProducerId, Window};
 
 use super::fold::Change;
+use crate::packed;
 
 /// About what an item costs in memory besides its bytes.
 const OVERHEAD: usize = 96;
@@ -18,6 +19,8 @@ pub(super) type Writes = BTreeMap<Bytes, Option<Bytes>>;
 pub(super) struct State {
     windows: HashMap<ProducerId, Window>,
     values: HashMap<Box<[u8]>, Bytes>,
+    /// Where what commits have sent ends: one past the last record.
+    pub(super) sent_end: Offset,
     /// What they take up, about.
     size: usize,
 }
@@ -100,12 +103,25 @@ pub(super) struct StateChange {
     pub(super) forgotten: Vec<ProducerId>,
     /// Keys are unique.
     pub(super) writes: Vec<(Bytes, Option<Bytes>)>,
+    pub(super) sent: Option<Sent>,
+}
+
+/// Records that a commit sends.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Sent {
+    /// The end of what was sent before: who has read up to there misses nothing.
+    pub(super) before: Offset,
+    /// As in a packed message, which was seen to be sound.
+    pub(super) packed: Bytes,
 }
 
 impl Change for StateChange {
     type State = State;
 
-    fn apply(self, state: &mut State) {
+    fn apply(self, offset: u64, state: &mut State) {
+        if let Some(sent) = self.sent {
+            state.sent_end = Offset::new(offset, packed::count(&sent.packed));
+        }
         for (producer, window) in self.windows {
             state.set_window(producer, window);
         }
@@ -151,9 +167,10 @@ mod tests {
                 windows,
                 forgotten: forgotten.clone(),
                 writes,
+                sent: None,
             };
             let expected = state.size_after(&change);
-            change.apply(&mut state);
+            change.apply(0, &mut state);
             // What is forgotten does not count beforehand: it only ever makes room.
             assert_eq!(
                 state.size(),

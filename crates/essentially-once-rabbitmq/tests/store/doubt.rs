@@ -154,6 +154,6 @@ async fn killed() -> Result<(), Violation> {
     Ok(())
 }
 
-fn contains(body: &[u8], wanted: &[u8]) -> bool {
+pub(crate) fn contains(body: &[u8], wanted: &[u8]) -> bool {
     body.windows(wanted.len()).any(|window| window == wanted)
 }

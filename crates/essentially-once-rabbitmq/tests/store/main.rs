@@ -7,6 +7,7 @@ use essentially_once_testkit::{Suite, Violation};
 mod commits;
 mod doubt;
 mod recovery;
+mod sent;
 mod support;
 
 fn main() -> ExitCode {
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
     commits::add(&mut suite);
     doubt::add(&mut suite);
     recovery::add(&mut suite);
+    sent::add(&mut suite);
     suite.suite.run()
 }
 
