@@ -36,7 +36,8 @@ Tests start the servers they need by themselves: private ones, on free ports, wi
 A program that is missing is installed with apt-get, if this runs as root or sudo asks for no password. Otherwise the
 task fails before anything is built, and says how to install it.
 
-ESSENTIALLY_ONCE_REDIS_SERVER names another redis-server, or a Valkey, than the one that is found.";
+ESSENTIALLY_ONCE_REDIS_SERVER names another redis-server, or a Valkey, than the one that is found;
+ESSENTIALLY_ONCE_RABBITMQ_SERVER another rabbitmq-server, with its rabbitmqctl beside it.";
 
 #[derive(Args)]
 #[command(after_help = SERVERS)]

@@ -16,6 +16,8 @@ use crate::say;
 pub(crate) enum Server {
     /// `redis-server`; Valkey's works too.
     Redis,
+    /// `rabbitmq-server`, with the `rabbitmqctl` beside it.
+    Rabbitmq,
 }
 
 struct Facts {
@@ -23,6 +25,8 @@ struct Facts {
     program: &'static str,
     /// Names the program to the tests; given by hand, nothing is searched.
     variable: &'static str,
+    /// Where to look before `PATH`: a package may put something else there under the program's name.
+    first: &'static [&'static str],
     /// Where to look besides `PATH`: an ordinary user's often has no `sbin`.
     folders: &'static [&'static str],
     debian: &'static str,
@@ -36,9 +40,25 @@ impl Server {
                 name: "redis",
                 program: "redis-server",
                 variable: "ESSENTIALLY_ONCE_REDIS_SERVER",
+                first: &[],
                 folders: &["/usr/bin", "/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"],
                 debian: "redis-server",
                 brew: "redis",
+            },
+            Self::Rabbitmq => Facts {
+                name: "rabbitmq",
+                program: "rabbitmq-server",
+                variable: "ESSENTIALLY_ONCE_RABBITMQ_SERVER",
+                // In Debian's `sbin` is a wrapper that changes the user.
+                first: &["/usr/lib/rabbitmq/bin"],
+                folders: &[
+                    "/usr/local/sbin",
+                    "/opt/homebrew/sbin",
+                    "/usr/local/opt/rabbitmq/sbin",
+                    "/opt/homebrew/opt/rabbitmq/sbin",
+                ],
+                debian: "rabbitmq-server",
+                brew: "rabbitmq",
             },
         }
     }
@@ -96,12 +116,13 @@ fn find_or_install(server: &Facts) -> Result<PathBuf, String> {
 
 fn find(server: &Facts) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
+    let first = server.first.iter().map(PathBuf::from);
     let usual = server.folders.iter().map(PathBuf::from);
     // An empty or relative entry of PATH would mean another folder to each test.
-    let folders = env::split_paths(&path)
-        .filter(|folder| folder.is_absolute())
-        .chain(usual);
-    folders
+    let path = env::split_paths(&path).filter(|folder| folder.is_absolute());
+    first
+        .chain(path)
+        .chain(usual)
         .map(|folder| folder.join(server.program))
         .find(|path| path.is_file())
 }
@@ -176,13 +197,9 @@ mod tests {
     #[test]
     fn usual_folders_are_absolute() {
         for server in Server::value_variants() {
-            assert!(
-                server
-                    .facts()
-                    .folders
-                    .iter()
-                    .all(|folder| Path::new(folder).is_absolute())
-            );
+            let facts = server.facts();
+            let folders = [facts.first, facts.folders].concat();
+            assert!(folders.iter().all(|folder| Path::new(folder).is_absolute()));
         }
     }
 }

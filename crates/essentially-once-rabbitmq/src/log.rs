@@ -162,11 +162,12 @@ impl RabbitLog {
                 ),
             });
         }
-        let connection = server.open_connection().await?;
-        match options.existing {
-            true => stream::require(&server, &connection, name).await?,
-            false => stream::declare(&server, &connection, name, options.arguments()).await?,
-        }
+        let connection = server.asking.connection(&server).await?;
+        let found = match options.existing {
+            true => stream::require(&server, &connection, name).await,
+            false => stream::declare(&server, &connection, name, options.arguments()).await,
+        };
+        server.asking.used(&connection, found).await?;
         Ok(Self {
             inner: Arc::new(Inner {
                 publisher: Publisher::new(Arc::clone(&server), name.into()),
@@ -233,15 +234,18 @@ impl Log for RabbitLog {
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
-        let connection = self.inner.server.open_connection().await?;
-        let ends = stream::ends(&self.inner.server, &connection, self.inner.id.name()).await?;
-        Ok(bounds_of(ends.as_ref()))
+        let (server, name) = (&self.inner.server, self.inner.id.name());
+        let connection = server.asking.connection(server).await?;
+        let ends = stream::ends(server, &connection, name).await;
+        Ok(bounds_of(server.asking.used(&connection, ends).await?.as_ref()))
     }
 
     /// Streams are durable, or are no streams; how many replicas there are cannot be asked over AMQP.
     async fn durability(&self) -> Result<Durability, Error> {
-        let connection = self.inner.server.open_connection().await?;
-        stream::require(&self.inner.server, &connection, self.inner.id.name()).await?;
+        let (server, name) = (&self.inner.server, self.inner.id.name());
+        let connection = server.asking.connection(server).await?;
+        let found = stream::require(server, &connection, name).await;
+        server.asking.used(&connection, found).await?;
         Ok(Durability::Durable)
     }
 }

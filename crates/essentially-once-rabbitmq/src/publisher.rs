@@ -131,7 +131,8 @@ impl Publisher {
             }
         };
         let selecting = channel.confirm_select(ConfirmSelectOptions::default());
-        self.server.reply(action, selecting).await?;
+        let selected = self.server.reply(action, selecting).await;
+        publishing.used(&connection, selected).await?;
         let link = Arc::new(Link {
             connection,
             channel,

@@ -14,6 +14,8 @@ const HEARTBEAT: u16 = 10;
 pub(crate) struct Server {
     pub(crate) options: RabbitOptions,
     uri: AMQPUri,
+    /// For what is soon answered. The broker ends the connection of who asks for a stream that is not up yet, so nothing else is on it.
+    pub(crate) asking: Shared,
     /// For the stores: what publishes and what reads is kept apart, since the broker may stop reading from the first.
     pub(crate) publishing: Shared,
     pub(crate) reading: Shared,
@@ -24,8 +26,7 @@ impl Server {
     pub(crate) async fn connect(options: RabbitOptions, url: &str) -> Result<Arc<Self>, Error> {
         let uri = parse(url, &options)?;
         let server = Arc::new(Self::new(options, uri));
-        let connection = server.open_connection().await?;
-        close(connection).await;
+        server.asking.connection(&server).await?;
         Ok(server)
     }
 
@@ -33,6 +34,7 @@ impl Server {
         Self {
             options,
             uri,
+            asking: Shared::default(),
             publishing: Shared::default(),
             reading: Shared::default(),
         }
@@ -92,11 +94,6 @@ impl Server {
     fn tls(&self) -> OwnedTLSConfig {
         OwnedTLSConfig::default()
     }
-}
-
-/// Ends a connection in good order, so that the broker's log shows no warning. Failing to is of no interest.
-pub(crate) async fn close(connection: Connection) {
-    let _ = tokio::time::timeout(Duration::from_secs(1), connection.close(200, "OK".into())).await;
 }
 
 /// Host, port and virtual host; never the user or password.

@@ -1,4 +1,4 @@
-//! Connections that many consumers of a store share, with a channel for each.
+//! Connections that many share, with a channel for each: to open one costs the broker more than a message does.
 
 use std::sync::Arc;
 
@@ -44,6 +44,27 @@ impl Shared {
         let channel = server.reply(&action, connection.create_channel()).await?;
         connections.push(Arc::clone(&connection));
         Ok((connection, channel))
+    }
+
+    /// A connection for a few channels that are soon closed again.
+    pub(crate) async fn connection(&self, server: &Server) -> Result<Arc<Connection>, Error> {
+        let mut connections = self.connections.lock().await;
+        connections.retain(|connection| connection.status().connected());
+        if let Some(connection) = connections.first() {
+            return Ok(Arc::clone(connection));
+        }
+        let connection = Arc::new(server.open_connection().await?);
+        connections.push(Arc::clone(&connection));
+        Ok(connection)
+    }
+
+    /// Passes on what came of using the connection, and forgets it after an error: the client library never again lets the number of a channel
+    /// be used that the broker has closed, though it gives it away again after two thousand others.
+    pub(crate) async fn used<T>(&self, connection: &Arc<Connection>, came: Result<T, Error>) -> Result<T, Error> {
+        if came.is_err() {
+            self.forget(connection).await;
+        }
+        came
     }
 
     /// Gives no more channels of that connection away. Those who have one notice by themselves what is wrong with it.

@@ -8,7 +8,7 @@ use std::{
 
 use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Source, async_trait};
 use essentially_once_rabbitmq::{
-    LogOptions, RabbitLog, RabbitOptions, RabbitStore,
+    LogOptions, Rabbit, RabbitLog, RabbitOptions, RabbitStore,
     lapin::{
         BasicProperties, Channel, Connection, ConnectionProperties,
         options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
@@ -17,6 +17,7 @@ use essentially_once_rabbitmq::{
 };
 use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support};
 use test_servers::RabbitNode;
+use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
 
@@ -74,6 +75,8 @@ impl Harness for RabbitHarness {
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
+        // Each takes a second.
+        capabilities.fault_plans = 20;
         capabilities
     }
 
@@ -92,6 +95,7 @@ impl Harness for RabbitHarness {
         });
         Ok(Streams {
             node: starting.await??,
+            shared: OnceCell::new(),
             prefix: format!("{namespace}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
         })
@@ -100,6 +104,8 @@ impl Harness for RabbitHarness {
 
 struct Streams {
     node: Arc<RabbitNode>,
+    /// What all handles share in the cases that open hundreds; in the others they meet in the broker only, as processes do.
+    shared: OnceCell<Rabbit>,
     prefix: String,
     options: LogOptions,
 }
@@ -124,11 +130,16 @@ impl Streams {
             }
             false => self.options.clone(),
         };
-        let rabbit = RabbitOptions::new()
-            .record_limit(RECORD_LIMIT)
-            .connect(&self.node.url())
-            .await?;
-        rabbit.log_with(&stream, options).await
+        self.rabbit().await?.log_with(&stream, options).await
+    }
+
+    async fn rabbit(&self) -> Result<Rabbit, Error> {
+        let options = RabbitOptions::new().record_limit(RECORD_LIMIT).prefix(&self.prefix);
+        let url = self.node.url();
+        match self.prefix.starts_with("faults_") {
+            true => self.shared.get_or_try_init(|| options.connect(&url)).await.cloned(),
+            false => options.connect(&url).await,
+        }
     }
 
     /// With segments that a message or two fill: fewer bytes than this crate offers.
@@ -197,8 +208,7 @@ impl Backend for Streams {
     }
 
     async fn store(&self) -> Result<RabbitStore, Error> {
-        let options = RabbitOptions::new().record_limit(RECORD_LIMIT).prefix(&self.prefix);
-        Ok(options.connect(&self.node.url()).await?.store())
+        Ok(self.rabbit().await?.store())
     }
 
     async fn restart(&self) -> Result<(), Source> {

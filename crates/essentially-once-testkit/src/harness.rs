@@ -120,6 +120,8 @@ pub struct Capabilities {
     pub record_limit: Option<usize>,
     /// The largest value that a `put` takes, in bytes, if it should be tested; choose a small limit where it can be set.
     pub value_limit: Option<usize>,
+    /// How many plans of faults each run samples for each delivery; fewer where a handle takes long to open.
+    pub fault_plans: usize,
 }
 
 impl Capabilities {
@@ -136,6 +138,7 @@ impl Capabilities {
             foreign: no,
             record_limit: None,
             value_limit: None,
+            fault_plans: 60,
         }
     }
 }

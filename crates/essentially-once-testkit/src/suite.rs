@@ -8,7 +8,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use crate::{Capabilities, Expectation, Harness, Support, cases, faults::sampled};
 
 /// A case that takes longer is stuck: "waits for ever" is a failure like any other.
-const TIME_LIMIT: Duration = Duration::from_secs(120);
+const TIME_LIMIT: Duration = Duration::from_secs(240);
 
 const FAULT_CASES: [(&str, Expectation); 3] = [
     ("faults_essentially_once", Expectation::EssentiallyOnce),

@@ -29,13 +29,15 @@ pub fn redis_server() -> Result<PathBuf, String> {
     program(VARIABLE).ok_or_else(missing)
 }
 
-/// The `rabbitmq-server` to run: the value of `ESSENTIALLY_ONCE_RABBITMQ_SERVER`. `rabbitmqctl` stands beside it.
+/// The `rabbitmq-server` to run, with `rabbitmqctl` beside it: the value of `ESSENTIALLY_ONCE_RABBITMQ_SERVER`, which `cargo xtask test`
+/// sets.
 ///
 /// # Errors
 /// The reason to show for tests that cannot be run without it.
 pub fn rabbitmq_server() -> Result<PathBuf, String> {
     const VARIABLE: &str = "ESSENTIALLY_ONCE_RABBITMQ_SERVER";
-    program(VARIABLE).ok_or_else(|| format!("needs rabbitmq-server: set {VARIABLE} to its path"))
+    program(VARIABLE)
+        .ok_or_else(|| format!("needs rabbitmq-server: run `cargo xtask test`, or set {VARIABLE} to its path"))
 }
 
 fn program(variable: &str) -> Option<PathBuf> {

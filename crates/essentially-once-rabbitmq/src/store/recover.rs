@@ -20,7 +20,7 @@ use crate::{
 impl Changelog {
     /// Reads the newest snapshot and what follows it.
     pub(super) async fn load(&self) -> Result<Replica, Error> {
-        // Not one that others share: the broker may end it if the stream is not up yet.
+        // One that is not used again: that there are no snapshots is an error on it.
         let connection = Arc::new(self.server.open_connection().await?);
         let arguments = retention(LENGTH as i64, SEGMENT as i64);
         stream::declare(&self.server, &connection, &self.stream, arguments).await?;
@@ -31,7 +31,9 @@ impl Changelog {
         let mut fold = found.map(|found| found.fold).unwrap_or_default();
         self.check_reach(&fold, range)?;
         let channel = self.server.reading.channel(&self.server, || self.reading()).await?;
-        let tail = Tail::attach(&self.server, channel, &self.stream, fold.offset, 0).await?;
+        let connection = Arc::clone(&channel.0);
+        let attached = Tail::attach(&self.server, channel, &self.stream, fold.offset, 0).await;
+        let tail = self.server.reading.used(&connection, attached).await?;
         let mut replica = Replica {
             tail,
             fresh: false,

@@ -228,10 +228,10 @@ impl Log for RabbitSent {
     async fn bounds(&self) -> Result<Bounds, Error> {
         let changelog = &self.changelog;
         let (_, end) = changelog.base().await?;
-        let connection = changelog.server.open_connection().await?;
-        let first = stream::bounds(&changelog.server, &connection, &changelog.stream)
-            .await?
-            .first;
+        let asking = &changelog.server.asking;
+        let connection = asking.connection(&changelog.server).await?;
+        let range = stream::bounds(&changelog.server, &connection, &changelog.stream).await;
+        let first = asking.used(&connection, range).await?.first;
         Ok(Bounds {
             earliest: Offset::new(first, 0).min(end),
             end,

@@ -8,16 +8,13 @@ use crate::{Expectation, Harness, Violation};
 const SEED: &str = "ESSENTIALLY_ONCE_SEED";
 const PLAN: &str = "ESSENTIALLY_ONCE_PLAN";
 
-/// Enough that most pairs of operation and fault come up within a few runs of the test, at some milliseconds each.
-const PLANS: usize = 60;
-
 /// Runs the sample, or the plan that the environment names. `test` is the name under which the test is found.
 pub(crate) fn sampled<H: Harness>(harness: &H, delivery: Expectation, test: &str) -> Result<(), Violation> {
     let explorer = Explorer::new(harness, delivery).real_time();
     let seed = from_env(SEED)?.unwrap_or_else(|| fastrand::u64(..));
     let result = match from_env(PLAN)? {
         Some(plan) => explorer.replay(&plan),
-        None => explorer.sample(seed, PLANS).map(drop),
+        None => explorer.sample(seed, harness.capabilities().fault_plans).map(drop),
     };
     result.map_err(|found| Violation::new(format!("{found}\nreplay: {}", command(&found, seed, test))))
 }

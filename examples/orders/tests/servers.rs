@@ -1,0 +1,137 @@
+//! Runs the program as its user does, with log, store or both on a private server.
+
+use std::process::{Command, ExitCode, Output};
+
+use essentially_once_testkit::{Suite, Violation};
+use test_servers::{Error, RabbitNode, RedisServer, Reply};
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new().test("a_password_is_never_told", a_password_is_never_told);
+    for (name, log, store) in [("log", true, false), ("store", false, true), ("both", true, true)] {
+        suite = match test_servers::redis_server() {
+            Err(why) => suite.ignored(&format!("{name}_on_redis"), &why),
+            Ok(_) => suite.test(&format!("{name}_on_redis"), move || {
+                kills_lose_and_double_nothing(RedisServer::durable().start(), log, store, 2_000, 20)
+            }),
+        };
+        suite = match test_servers::rabbitmq_server() {
+            Err(why) => suite.ignored(&format!("{name}_on_rabbitmq"), &why),
+            // A worker takes longer to begin there.
+            Ok(_) => suite.test(&format!("{name}_on_rabbitmq"), move || {
+                kills_lose_and_double_nothing(RabbitNode::start(), log, store, 1_000, 8)
+            }),
+        };
+    }
+    suite.run()
+}
+
+/// A server to run the program on.
+trait Server {
+    fn url(&self) -> String;
+
+    /// What is on it.
+    fn left(&self) -> Result<String, Error>;
+}
+
+impl Server for RedisServer {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn left(&self) -> Result<String, Error> {
+        match self.command(&["DBSIZE"])? {
+            Reply::Int(0) => Ok(String::new()),
+            keys => Ok(format!("{keys:?} keys")),
+        }
+    }
+}
+
+impl Server for RabbitNode {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn left(&self) -> Result<String, Error> {
+        self.ctl(&["list_queues", "--silent", "name"])
+    }
+}
+
+fn orders(arguments: &[&str]) -> Result<Output, Violation> {
+    Command::new(env!("CARGO_BIN_EXE_orders"))
+        .args(arguments)
+        .output()
+        .map_err(|error| Violation::new(format!("the program does not start: {error}")))
+}
+
+fn kills_lose_and_double_nothing(
+    server: Result<impl Server, Error>,
+    log: bool,
+    store: bool,
+    count: u64,
+    kills: u64,
+) -> Result<(), Violation> {
+    let violation = |finding: String| Violation::new(finding);
+    let server = server.map_err(|error| violation(error.to_string()))?;
+    let url = server.url();
+    let place = |on_server| if on_server { url.as_str() } else { "sqlite" };
+    let (count_text, kills_text) = (count.to_string(), kills.to_string());
+    let arguments = ["--orders", &count_text, "--kills", &kills_text, "--seed", "1", "--json"];
+    let places = ["--log", place(log), "--store", place(store)];
+    let output = orders(&[&arguments[..], &places].concat())?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(violation(format!("{}: {told}", output.status)));
+    }
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).map_err(|error| violation(error.to_string()))?;
+    let [at_most_once, at_least_once, essentially_once] =
+        &report["deliveries"].as_array().cloned().unwrap_or_default()[..]
+    else {
+        return Err(violation(format!("not three deliveries: {report}")));
+    };
+    for (delivery, name, expected) in [
+        (at_most_once, "shipped_more", true),
+        (at_most_once, "never_shipped", false),
+        (at_least_once, "never_shipped", true),
+        (at_least_once, "shipped_more", false),
+        (essentially_once, "shipped_more", true),
+        (essentially_once, "never_shipped", true),
+    ] {
+        if (delivery[name] == 0) != expected {
+            return Err(violation(format!("{name} is {} in {delivery}", delivery[name])));
+        }
+    }
+    for delivery in [at_most_once, at_least_once, essentially_once] {
+        if delivery["orders"] != count || delivery["kills"] != kills {
+            return Err(violation(format!("not {count} orders and {kills} kills: {delivery}")));
+        }
+    }
+    let left = server.left().map_err(|error| violation(error.to_string()))?;
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(violation(format!("left on the server: {left}")))
+    }
+}
+
+fn a_password_is_never_told() -> Result<(), Violation> {
+    const SECRET: &str = "s3cr3t-pa55";
+    for url in [
+        format!("redis://shop:{SECRET}@127.0.0.1:1/0"),
+        format!("redis://shop:{SECRET}@127.0.0.1:notaport/0"),
+        format!("rediss://:{SECRET}@127.0.0.1:1"),
+        format!("amqp://shop:{SECRET}@127.0.0.1:1/%2f"),
+        format!("amqp://shop:{SECRET}@127.0.0.1:notaport"),
+        format!("amqps://shop:{SECRET}@127.0.0.1:1"),
+        format!("postgres://shop:{SECRET}@127.0.0.1/shop"),
+    ] {
+        for option in ["--log", "--store"] {
+            let output = orders(&["--orders", "5", option, &url])?;
+            let told = String::from_utf8_lossy(&output.stderr);
+            if output.status.success() || told.contains(SECRET) {
+                return Err(Violation::new(format!("{option}: {}: {told}", output.status)));
+            }
+        }
+    }
+    Ok(())
+}
