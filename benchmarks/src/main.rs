@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 mod rabbitmq;
+mod recovery;
 mod redis;
 mod sqlite;
 
@@ -43,6 +44,8 @@ enum Backend {
     Redis,
     /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite, plain and packed. Without batch sizes.
     Rabbitmq,
+    /// How long the store on RabbitMQ takes to read its state anew, by keys and by commits since the snapshot.
+    Recovery,
 }
 
 /// What is measured in one row of the table.
@@ -90,6 +93,7 @@ fn main() -> Result<ExitCode> {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
+        Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),
     };
     println!(
         "{} rounds; records/s are medians, the ratio is ours / by hand, round by round",

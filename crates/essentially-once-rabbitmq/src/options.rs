@@ -33,11 +33,11 @@ pub struct RabbitOptions {
 }
 
 impl RabbitOptions {
-    /// The defaults: 10 seconds, 16 MiB, prefix `essentially-once`, and as many replicas as the broker chooses.
+    /// The defaults: 10 seconds, 15 MiB, prefix `essentially-once`, and as many replicas as the broker chooses.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(10),
-            record_limit: 16 * 1024 * 1024,
+            record_limit: 15 * 1024 * 1024,
             prefix: "essentially-once".into(),
             replicas: None,
             #[cfg(feature = "tls")]
@@ -56,7 +56,7 @@ impl RabbitOptions {
     }
 
     /// Largest record (key, headers and payload together), state key or state value, in bytes. RabbitMQ itself takes
-    /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`).
+    /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`); the default leaves room for what is around a record.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;

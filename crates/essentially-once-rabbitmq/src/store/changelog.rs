@@ -34,7 +34,7 @@ pub(super) struct Changelog {
     /// A true prefix of the changelog at any time; only who holds `replica` changes it.
     fold: RwLock<Fold<State>>,
     /// What reads; none before the first use and after an error.
-    replica: Mutex<Option<Replica>>,
+    pub(super) replica: Mutex<Option<Replica>>,
 }
 
 pub(super) struct Replica {
@@ -346,7 +346,7 @@ impl Changelog {
         self.lost(format!("at offset {offset}, {missing}"))
     }
 
-    async fn loaded<'a>(&self, slot: &'a mut Option<Replica>) -> Result<&'a mut Replica, Error> {
+    pub(super) async fn loaded<'a>(&self, slot: &'a mut Option<Replica>) -> Result<&'a mut Replica, Error> {
         let replica = match slot.take() {
             Some(replica) => replica,
             None => self.load().await?,

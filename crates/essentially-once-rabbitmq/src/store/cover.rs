@@ -52,6 +52,13 @@ impl Changelog {
         self.snapshot(replica, target).await.map_err(nothing_done)
     }
 
+    pub(super) async fn snapshot_now(&self) -> Result<(), Error> {
+        let mut slot = self.replica.lock().await;
+        let replica = self.loaded(&mut slot).await?;
+        let target = Arc::clone(&replica.target).lock_owned().await;
+        self.snapshot(replica, target).await.map_err(nothing_done)
+    }
+
     pub(super) fn snapshot_if_due(&self, replica: &Replica) {
         let cover = &replica.cover;
         let last = cover

@@ -136,6 +136,15 @@ impl RabbitStore {
         self.with_limits()
     }
 
+    /// Writes a snapshot of a consumer's state now, for instance before a planned restart, and returns when it is complete. Nobody needs to: they are
+    /// written as [`snapshot_after`](Self::snapshot_after) says.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] and [`Error::Failed`]; the state is what it was.
+    pub async fn snapshot(&self, consumer: &ConsumerId) -> Result<(), Error> {
+        self.changelog(consumer)?.snapshot_now().await
+    }
+
     /// A handle of its own, since the limits are those of what is opened from now on.
     fn with_limits(mut self) -> Self {
         self.consumers = Arc::default();
