@@ -25,7 +25,7 @@ impl RabbitCluster {
             .collect::<Result<Vec<_>, _>>()?;
         let names: Vec<String> = nodes.iter().map(|node| node.name().to_owned()).collect();
         for node in &nodes {
-            node.configure(&names)?;
+            node.configure(&names, "")?;
         }
         thread::scope(|scope| {
             let starts: Vec<_> = nodes.iter().map(|node| scope.spawn(|| node.restart())).collect();

@@ -32,6 +32,7 @@ pub struct RabbitNode {
     process: Mutex<Option<Process>>,
     folder: Folder,
     port: Port,
+    tls_port: Option<Port>,
     variables: Vec<(&'static str, OsString)>,
     program: PathBuf,
     name: String,
@@ -44,13 +45,42 @@ impl RabbitNode {
     /// # Errors
     /// `ESSENTIALLY_ONCE_RABBITMQ_SERVER` is not set, or the node ended or did not answer within two minutes; then with the end of its log.
     pub fn start() -> Result<Self, Error> {
+        Self::start_with("")
+    }
+
+    /// [Starts](Self::start) a node with these lines more in its `rabbitmq.conf`.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn start_with(settings: &str) -> Result<Self, Error> {
+        Self::start_as(|node| node.configure(&[], settings))
+    }
+
+    /// [Starts](Self::start) a node that also speaks TLS, with these files in PEM format, and takes certificates of clients that the
+    /// authority signed; with these lines more in its `rabbitmq.conf`.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn start_tls(certificate: &Path, key: &Path, authority: &Path, settings: &str) -> Result<Self, Error> {
+        Self::start_as(|node| {
+            let port = node.tls_port.insert(Port::claim()?).number();
+            let (certificate, key, authority) = (certificate.display(), key.display(), authority.display());
+            let tls = format!(
+                "listeners.ssl.1 = 127.0.0.1:{port}\nssl_options.certfile = {certificate}\nssl_options.keyfile = {key}\n\
+                 ssl_options.cacertfile = {authority}\nssl_options.verify = verify_peer\n{settings}"
+            );
+            node.configure(&[], &tls)
+        })
+    }
+
+    fn start_as(configure: impl Fn(&mut Self) -> Result<(), Error>) -> Result<Self, Error> {
         let mut tries = 0..20;
         loop {
             tries.next();
             let started = Epmd::start()
                 .and_then(|epmd| Self::new(&Arc::new(epmd)))
-                .and_then(|node| {
-                    node.configure(&[])?;
+                .and_then(|mut node| {
+                    configure(&mut node)?;
                     node.restart()?;
                     Ok(node)
                 });
@@ -100,6 +130,7 @@ impl RabbitNode {
             process,
             folder,
             port,
+            tls_port: None,
             variables,
             program,
             name,
@@ -108,8 +139,8 @@ impl RabbitNode {
     }
 
     /// Writes the files that a node reads when it starts; `peers` are the names of all nodes of its cluster.
-    pub(super) fn configure(&self, peers: &[String]) -> Result<(), Error> {
-        let mut config = String::from("loopback_users = none\ndisk_free_limit.absolute = 1MB\n");
+    pub(super) fn configure(&self, peers: &[String], settings: &str) -> Result<(), Error> {
+        let mut config = format!("loopback_users = none\ndisk_free_limit.absolute = 1MB\n{settings}\n");
         if !peers.is_empty() {
             config += "cluster_formation.peer_discovery_backend = classic_config\n";
         }
@@ -136,6 +167,12 @@ impl RabbitNode {
     /// `amqp://guest:guest@127.0.0.1:<port>/%2f`.
     pub fn url(&self) -> String {
         format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.port())
+    }
+
+    /// `amqps://guest:guest@127.0.0.1:<port>/%2f`, if it was started with [TLS](Self::start_tls).
+    pub fn tls_url(&self) -> Option<String> {
+        let port = self.tls_port.as_ref()?;
+        Some(format!("amqps://guest:guest@127.0.0.1:{}/%2f", port.number()))
     }
 
     /// The port of the `epmd` that it is registered with.
