@@ -33,6 +33,12 @@ fn lasting(error: &lapin::Error) -> Option<&'static str> {
         AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Some("it does not exist, or was deleted"),
         // So says a node whose streams are not up yet.
         AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) if is_down(told.get_message().as_str()) => None,
+        // So ends a channel on which too long nothing was acknowledged; another one is as good as new.
+        AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)
+            if told.get_message().as_str().contains("delivery acknowledgement") =>
+        {
+            None
+        }
         AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
             Some("it exists with other arguments: ask for the same ones, or choose another name")
         }

@@ -255,6 +255,7 @@ impl Tail {
 
     /// Nothing came for a while. Is there nothing, or did retention remove what this reader wants, or does the consumer hang?
     async fn ask_why_quiet(&mut self) -> Result<(), Error> {
+        self.settle().await?;
         let ends = ends(&self.server, &self.connection, &self.stream).await?;
         standing(&self.stream, ends.as_ref(), self.next)?;
         if ends.is_some_and(|ends| ends.last.offset >= self.next) {
@@ -277,7 +278,16 @@ impl Tail {
 
     /// Allows the broker to send more when half of what it may send ahead has come.
     async fn acknowledge(&mut self) -> Result<(), Error> {
-        if self.unacked <= self.prefetch / 2 {
+        match self.unacked > self.prefetch / 2 {
+            true => self.settle().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Acknowledges all that came. Who is going to wait must do so: the broker closes a channel on which a delivery stays open for
+    /// half an hour (`consumer_timeout`).
+    pub(crate) async fn settle(&mut self) -> Result<(), Error> {
+        if self.unacked == 0 {
             return Ok(());
         }
         // Before it is sent: the request is handed over when this is first polled, and must not be made twice.

@@ -289,7 +289,10 @@ impl Changelog {
                 }
             }
         };
-        self.within_limit(reading).await
+        let verdict = self.within_limit(reading).await?;
+        // Who uses it next, and when, is not known. Should it fail, the next call notices.
+        let _ = replica.tail.settle().await;
+        Ok(verdict)
     }
 
     pub(super) async fn within_limit<T>(&self, reading: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
