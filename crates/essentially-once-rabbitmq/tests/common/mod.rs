@@ -1,0 +1,312 @@
+//! What the tests with faults share: cases, records that are sent until they are there, a handler that can be watched, and the verdict.
+
+#![allow(dead_code, reason = "each target uses a part of it")]
+
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    ops::Range,
+    pin::Pin,
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, OffsetStore as _,
+    ProducerId, Record, Report, Source, async_trait,
+};
+use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitOptions, RabbitStore};
+use essentially_once_testkit::{Check, Expectation, Ledger, Suite, Violation, read_ledger, read_log};
+use test_servers::RabbitNode;
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+/// How long anything may take; only what is stuck takes so long.
+pub(crate) const LIMIT: Duration = Duration::from_secs(80);
+
+/// How long a client waits for the broker; a fault may take that long to be noticed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(crate) type Outcome = Result<(), Source>;
+pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
+
+macro_rules! cases {
+    ($($case:ident),+ $(,)?) => {
+        [$((stringify!($case), (|| Box::pin($case())) as $crate::common::Case)),+]
+    };
+}
+pub(crate) use cases;
+
+/// Runs each case as a test; without a server, each is ignored with the reason.
+pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
+    let missing = test_servers::rabbitmq_server().err();
+    let mut suite = Suite::new();
+    for (name, case) in cases {
+        suite = match &missing {
+            Some(why) => suite.ignored(name, why),
+            None => suite.test(name, move || block_on(case)),
+        };
+    }
+    suite.run()
+}
+
+fn block_on(case: Case) -> Result<(), Violation> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Violation::new(error.to_string()))?;
+    let result = runtime.block_on(async { timeout(2 * LIMIT, case()).await });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match result {
+        Ok(result) => result.map_err(|error| Violation::new(error.to_string())),
+        Err(_) => Err(Violation::new(format!("still waiting after {:?}", 2 * LIMIT))),
+    }
+}
+
+/// Ends the case unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($finding:tt)+) => {
+        if !$condition {
+            return Err(format!($($finding)+).into());
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// The node of all cases that do no harm to it. Its janitor ends it with this process.
+pub(crate) fn shared_node() -> Result<Arc<RabbitNode>, Source> {
+    static NODE: OnceLock<Result<Arc<RabbitNode>, String>> = OnceLock::new();
+    let start = || RabbitNode::start().map(Arc::new).map_err(|error| error.to_string());
+    Ok(tokio::task::block_in_place(|| NODE.get_or_init(start)).clone()?)
+}
+
+/// A name that nobody else uses.
+pub(crate) fn fresh(name: &str) -> String {
+    format!("{name}-{:08x}", fastrand::u32(..))
+}
+
+pub(crate) fn url(port: u16) -> String {
+    format!("amqp://guest:guest@127.0.0.1:{port}/%2f?heartbeat=2")
+}
+
+pub(crate) fn options() -> RabbitOptions {
+    RabbitOptions::new().timeout(PATIENCE)
+}
+
+/// The message of that number, with one of three keys.
+pub(crate) fn message(number: u64) -> NewRecord {
+    let producer = ProducerId::new("web").expect("a name");
+    NewRecord::new(format!("message {number};"))
+        .key((number % 3).to_string())
+        .origin(producer, number)
+}
+
+/// Repeats until it is done or fails for good; returns also what failed on the way.
+pub(crate) async fn insist<T, F>(mut ask: impl FnMut() -> F) -> Result<(T, Vec<Error>), Error>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let mut failures = Vec::new();
+    loop {
+        match ask().await {
+            Ok(done) => return Ok((done, failures)),
+            Err(error) if error.is_transient() => failures.push(error),
+            Err(error) => return Err(error),
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Appends the messages of these numbers one by one; what is in doubt is sent again.
+pub(crate) async fn send(log: &dyn Log, numbers: Range<u64>) -> Result<(), Error> {
+    for number in numbers {
+        let records = [message(number)];
+        insist(|| log.append(&records)).await?;
+    }
+    Ok(())
+}
+
+/// A sender in the background.
+pub(crate) struct Sending {
+    task: JoinHandle<Result<usize, Error>>,
+    stop: CancellationToken,
+    sent: watch::Receiver<u64>,
+}
+
+impl Sending {
+    /// Sends two messages at a time, with a short pause.
+    pub(crate) fn start(log: RabbitLog) -> Self {
+        let (stop, (sent, watching)) = (CancellationToken::new(), watch::channel(0));
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            let mut failed = 0;
+            while !stopped.is_cancelled() {
+                let next = *sent.borrow();
+                let records = [message(next), message(next + 1)];
+                let (_, failures) = insist(|| log.append(&records)).await?;
+                failed += failures.len();
+                sent.send_replace(next + 2);
+                sleep(Duration::from_millis(5)).await;
+            }
+            Ok(failed)
+        });
+        Self {
+            task,
+            stop,
+            sent: watching,
+        }
+    }
+
+    /// How many messages were confirmed.
+    pub(crate) fn sent(&self) -> u64 {
+        *self.sent.borrow()
+    }
+
+    /// Waits until so many more are confirmed.
+    pub(crate) async fn sends(&mut self, more: u64) -> Outcome {
+        let enough = self.sent() + more;
+        match timeout(LIMIT, self.sent.wait_for(|sent| *sent >= enough)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err("the sender ended early".into()),
+            Err(_) => Err(format!("the sender does not get on to {enough} messages").into()),
+        }
+    }
+
+    /// Returns how many messages were sent, and how many appends failed on the way.
+    pub(crate) async fn stop(self) -> Result<(u64, usize), Source> {
+        self.stop.cancel();
+        let failed = timeout(LIMIT, self.task).await???;
+        let sent = *self.sent.borrow();
+        Ok((sent, failed))
+    }
+}
+
+/// What a handler has seen.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Seen {
+    /// So many messages; called again for one of them, it does not count up.
+    pub(crate) handled: u64,
+    /// How often its consumer went back to the stored position.
+    pub(crate) resets: u64,
+}
+
+/// A [`Ledger`] that can be watched.
+struct Watched(watch::Sender<Seen>);
+
+#[async_trait]
+impl<Tx: Send> Handler<Tx> for Watched
+where
+    Ledger: Handler<Tx>,
+{
+    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        Ledger.handle(record, tx).await?;
+        let reached = sequence(record).map_or(0, |sequence| sequence + 1);
+        self.0.send_modify(|seen| seen.handled = seen.handled.max(reached));
+        Ok(())
+    }
+
+    async fn reset(&mut self) {
+        self.0.send_modify(|seen| seen.resets += 1);
+    }
+}
+
+fn sequence(record: &Record) -> Option<u64> {
+    record.origin.as_ref().map(|origin| origin.sequence)
+}
+
+/// A consumer in the background that keeps a ledger.
+pub(crate) struct Running {
+    task: JoinHandle<Result<Report, Error>>,
+    stop: CancellationToken,
+    seen: watch::Receiver<Seen>,
+}
+
+impl Running {
+    pub(crate) fn start(id: &ConsumerId, log: RabbitLog, store: RabbitStore) -> Self {
+        let (seen, watching) = watch::channel(Seen::default());
+        let stop = CancellationToken::new();
+        let consumer = Consumer::essentially_once(id.clone(), log, store, Watched(seen))
+            .max_batch(4)
+            .backoff(Duration::from_millis(10), Duration::from_millis(500));
+        let task = tokio::spawn(consumer.run_until(stop.clone()));
+        Self {
+            task,
+            stop,
+            seen: watching,
+        }
+    }
+
+    pub(crate) fn seen(&self) -> Seen {
+        *self.seen.borrow()
+    }
+
+    async fn until(&mut self, enough: impl Fn(&Seen) -> bool) -> Outcome {
+        let waiting = timeout(LIMIT, self.seen.wait_for(|seen| enough(seen))).await;
+        match waiting.map(|seen| seen.is_ok()) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(_) => return Err(format!("the consumer does not get on: {:?}", self.seen()).into()),
+        }
+        match timeout(LIMIT, &mut self.task).await?? {
+            Ok(report) => Err(format!("the consumer ended early: {report}").into()),
+            Err(error) => Err(format!("the consumer ended early: {error}").into()),
+        }
+    }
+
+    pub(crate) async fn handles(&mut self, messages: u64) -> Outcome {
+        self.until(|seen| seen.handled >= messages).await
+    }
+
+    /// Waits until it has handled so many more than now.
+    pub(crate) async fn goes_on(&mut self, more: u64) -> Outcome {
+        let enough = self.seen().handled + more;
+        self.handles(enough).await
+    }
+
+    /// Waits until it has gone back to the stored position so often in all.
+    pub(crate) async fn resets(&mut self, times: u64) -> Outcome {
+        self.until(|seen| seen.resets >= times).await
+    }
+
+    pub(crate) async fn stop(self) -> Result<Report, Source> {
+        self.stop.cancel();
+        Ok(timeout(LIMIT, self.task).await???)
+    }
+
+    /// The error that it ends with by itself.
+    pub(crate) async fn fails(self) -> Result<Error, Source> {
+        match timeout(LIMIT, self.task).await.map_err(|_| "the consumer goes on")?? {
+            Err(error) => Ok(error),
+            Ok(report) => Err(format!("it ended without an error: {report}").into()),
+        }
+    }
+}
+
+/// Has the consumer handle what is left, and judges what it made of a log that must hold the first `messages` messages. All by
+/// connections of its own, as another process would.
+pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, messages: u64) -> Outcome {
+    let (log, _) = insist(|| rabbit.log(log)).await?;
+    let store = rabbit.store();
+    let rest = Consumer::essentially_once(consumer.clone(), log.clone(), store.clone(), Ledger);
+    timeout(LIMIT, rest.run_until_caught_up()).await??;
+    let (records, _) = insist(|| read_log(&log)).await?;
+    let sent: BTreeSet<u64> = records.iter().filter_map(sequence).collect();
+    ensure!(
+        sent.iter().copied().eq(0..messages),
+        "the log holds {sent:?} of {messages} messages"
+    );
+    agree(&records, &store, consumer).await
+}
+
+/// Judges a consumer by the records that the log has.
+pub(crate) async fn agree(records: &[Record], store: &RabbitStore, consumer: &ConsumerId) -> Outcome {
+    let (applied, _) = insist(|| read_ledger(store, consumer)).await?;
+    let (position, _) = insist(|| store.position(consumer)).await?;
+    let check = Check::new(records, &applied).position(position.as_ref()).drained();
+    Ok(check.findings().judge(Expectation::EssentiallyOnce)?)
+}

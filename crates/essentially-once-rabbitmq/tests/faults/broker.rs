@@ -1,0 +1,59 @@
+//! A broker that is short of memory, and one that dies.
+
+use std::time::Duration;
+
+use essentially_once::ConsumerId;
+use test_servers::RabbitNode;
+use tokio::{task::block_in_place, time::sleep};
+
+use crate::common::{Outcome, Running, Sending, ensure, judge, options, url};
+
+const KILLS: u64 = 3;
+
+pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
+    let node = block_in_place(RabbitNode::start)?;
+    let consumer = ConsumerId::new("shipping")?;
+    let rabbit = options()
+        .timeout(Duration::from_secs(3))
+        .connect(&url(node.port()))
+        .await?;
+    let mut sending = Sending::start(rabbit.log("orders").await?);
+    let mut running = Running::start(&consumer, rabbit.log("orders").await?, rabbit.store());
+    running.goes_on(20).await?;
+    let watermark = |value| block_in_place(|| node.ctl(&["set_vm_memory_high_watermark", value]));
+    let before = running.seen();
+    watermark("0")?;
+    running.resets(before.resets + 1).await?;
+    let held = (sending.sent(), running.seen().handled);
+    running.resets(before.resets + 2).await?;
+    let still = (sending.sent(), running.seen().handled);
+    ensure!(still == held, "something passed: {held:?}, then {still:?}");
+    watermark("0.4")?;
+    sending.sends(20).await?;
+    running.handles(sending.sent()).await?;
+    let (messages, failed) = sending.stop().await?;
+    ensure!(failed > 0, "no append was held up");
+    running.stop().await?;
+    judge(&rabbit, "orders", &consumer, messages).await
+}
+
+pub(crate) async fn a_broker_killed_and_restarted_under_a_consumer_loses_nothing() -> Outcome {
+    let node = block_in_place(RabbitNode::start)?;
+    let consumer = ConsumerId::new("shipping")?;
+    let rabbit = options().connect(&url(node.port())).await?;
+    let mut sending = Sending::start(rabbit.log("orders").await?);
+    let mut running = Running::start(&consumer, rabbit.log("orders").await?, rabbit.store());
+    for kill in 0..KILLS {
+        running.goes_on(20).await?;
+        sleep(Duration::from_millis(fastrand::u64(..200))).await;
+        block_in_place(|| node.restart())?;
+        running.resets(kill + 1).await?;
+    }
+    sending.sends(20).await?;
+    running.handles(sending.sent()).await?;
+    let (messages, failed) = sending.stop().await?;
+    ensure!(failed > 0, "no append failed");
+    let report = running.stop().await?;
+    ensure!(report.restarts >= KILLS, "{report}");
+    judge(&rabbit, "orders", &consumer, messages).await
+}

@@ -1,0 +1,88 @@
+//! Channels and connections that the broker closes.
+
+use std::time::Duration;
+
+use essentially_once::{ConsumerId, Error, Log as _, NewRecord, Offset, Source};
+use test_servers::RabbitNode;
+use tokio::{
+    task::block_in_place,
+    time::{sleep, timeout},
+};
+
+use crate::common::{LIMIT, Outcome, Running, ensure, insist, judge, message, options, send, url};
+
+/// A channel with an unacknowledged delivery is closed after `consumer_timeout`, and one that publishes too much at once.
+const SETTINGS: &str = "consumer_timeout = 8000\nmax_message_size = 100000";
+
+pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
+    let node = block_in_place(|| RabbitNode::start_with(SETTINGS))?;
+    // How often a channel looks whether it is time.
+    ctl(
+        &node,
+        &["eval", "application:set_env(rabbit, channel_tick_interval, 500)."],
+    )?;
+    let rabbit = options().connect(&url(node.port())).await?;
+    let (log, consumer) = (rabbit.log("orders").await?, ConsumerId::new("shipping")?);
+    send(&log, 0..20).await?;
+    let mut running = Running::start(&consumer, log.clone(), rabbit.store());
+    running.handles(20).await?;
+
+    let large = log.append(&[NewRecord::new(vec![b'x'; 200_000])]).await;
+    let error = large.err().ok_or("the broker took it")?;
+    ensure!(error.to_string().contains("configured max size"), "{error}");
+    log.append(&[message(20)]).await?;
+    running.handles(21).await?;
+
+    a_reader_that_takes_nothing_is_told(&node).await?;
+    // A consumer that waits, as it did meanwhile, takes everything.
+    ensure!(running.seen().resets == 0, "{:?}", running.seen());
+    send(&log, 21..30).await?;
+    running.handles(30).await?;
+    ensure!(running.seen().resets == 0, "{:?}", running.seen());
+
+    ctl(&node, &["close_all_connections", "because of a test"])?;
+    running.resets(1).await?;
+    send(&log, 30..40).await?;
+    running.handles(40).await?;
+    running.stop().await?;
+    judge(&rabbit, "orders", &consumer, 40).await
+}
+
+async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
+    let rabbit = options().connect(&url(node.port())).await?;
+    let log = rabbit.log("orders").await?;
+    let mut reader = log.read(Offset::ZERO).await?;
+    reader.next(1).await?;
+    let reading = consuming(node)?;
+    let closed = async {
+        while consuming(node)? >= reading {
+            sleep(Duration::from_millis(500)).await;
+        }
+        Ok::<_, Source>(())
+    };
+    timeout(LIMIT, closed).await.map_err(|_| "no channel was closed")??;
+    // First what came before.
+    let error = loop {
+        if let Err(error) = reader.next(100).await {
+            break error;
+        }
+    };
+    ensure!(
+        matches!(error, Error::Unavailable { .. }) && error.to_string().contains("acknowledgement"),
+        "{error}"
+    );
+    let (mut reader, _) = insist(|| log.read(Offset::ZERO)).await?;
+    reader.next(1).await?;
+    Ok(())
+}
+
+/// How many channels have consumers.
+fn consuming(node: &RabbitNode) -> Result<usize, Source> {
+    let listed = ctl(node, &["-q", "list_channels", "consumer_count"])?;
+    let counts = listed.lines().filter_map(|line| line.trim().parse::<usize>().ok());
+    Ok(counts.filter(|count| *count > 0).count())
+}
+
+fn ctl(node: &RabbitNode, arguments: &[&str]) -> Result<String, Source> {
+    block_in_place(|| node.ctl(arguments))
+}

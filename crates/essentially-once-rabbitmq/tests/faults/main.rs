@@ -1,0 +1,35 @@
+//! What goes wrong around a log and a store: cut connections, closed channels, streams that change, brokers in need or dead.
+
+mod broker;
+mod closed;
+#[path = "../common/mod.rs"]
+mod common;
+mod cuts;
+mod streams;
+
+use std::process::ExitCode;
+
+use self::{
+    broker::{
+        a_broker_killed_and_restarted_under_a_consumer_loses_nothing, an_alarm_holds_up_commits_and_nothing_is_lost,
+    },
+    closed::channels_closed_by_the_broker_are_replaced,
+    common::{cases, run},
+    cuts::connections_cut_amid_appends_and_commits,
+    streams::{
+        a_reader_of_a_deleted_stream_is_told, a_stream_deleted_and_created_anew_is_noticed,
+        retention_overtaking_a_slow_consumer_is_told,
+    },
+};
+
+fn main() -> ExitCode {
+    run(cases![
+        connections_cut_amid_appends_and_commits,
+        channels_closed_by_the_broker_are_replaced,
+        a_reader_of_a_deleted_stream_is_told,
+        a_stream_deleted_and_created_anew_is_noticed,
+        retention_overtaking_a_slow_consumer_is_told,
+        an_alarm_holds_up_commits_and_nothing_is_lost,
+        a_broker_killed_and_restarted_under_a_consumer_loses_nothing,
+    ])
+}

@@ -1,0 +1,161 @@
+//! Streams that are not any more what a consumer has seen of them.
+
+use std::ops::Range;
+
+use essentially_once::{
+    Consumer, ConsumerId, Error, Log, NewRecord, Offset, OffsetStore as _, ProducerId, Source, StartAt, seek,
+};
+use essentially_once_rabbitmq::{
+    LogOptions,
+    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
+};
+use essentially_once_testkit::{Ledger, read_ledger, read_log};
+use test_servers::Proxy;
+
+use crate::common::{Outcome, Running, ensure, fresh, insist, options, send, shared_node, url};
+
+/// It is known by being shorter: RabbitMQ gives a stream no identity but its name.
+pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
+    let (node, name) = (shared_node()?, fresh("anew"));
+    let consumer = ConsumerId::new(&name)?;
+    let proxy = Proxy::start(node.port())?;
+    let through = options().connect(&url(proxy.port())).await?;
+    let rabbit = options().connect(&url(node.port())).await?;
+    let log = rabbit.log(&name).await?;
+    send(&log, 0..20).await?;
+    let (reading, _) = insist(|| through.log(&name)).await?;
+    let mut running = Running::start(&consumer, reading, through.store());
+    let stored = || async { rabbit.store().position(&consumer).await };
+    while !insist(stored)
+        .await?
+        .0
+        .is_some_and(|position| position.next == behind(19))
+    {}
+    // It must not look while there is no stream at all.
+    proxy.refuse(true);
+    proxy.cut();
+    running.resets(1).await?;
+    delete(&url(node.port()), &name).await?;
+    let (log, _) = insist(|| rabbit.log(&name)).await?;
+    send(&log, 20..25).await?;
+    proxy.refuse(false);
+    is_past_the_end(running.fails().await?)?;
+    // Nor does a new run pass over it.
+    let again = Running::start(&consumer, log.clone(), rabbit.store());
+    is_past_the_end(again.fails().await?)?;
+    let applied = read_ledger(&rabbit.store(), &consumer).await?;
+    ensure!(applied.len() == 20, "{} records were applied", applied.len());
+    seek(&log, &rabbit.store(), &consumer, StartAt::Earliest).await?;
+    let rest = Consumer::essentially_once(consumer.clone(), log, rabbit.store(), Ledger);
+    let report = rest.run_until_caught_up().await?;
+    ensure!(report.handled == 5, "{report}");
+    Ok(())
+}
+
+fn is_past_the_end(error: Error) -> Outcome {
+    match error {
+        Error::OutOfRange { requested, end, .. } if (requested, end) == (behind(19), behind(4)) => Ok(()),
+        error => Err(format!("another error: {error}").into()),
+    }
+}
+
+async fn delete(url: &str, stream: &str) -> Result<(), Source> {
+    let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    channel
+        .queue_delete(stream.into(), QueueDeleteOptions::default())
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn a_reader_of_a_deleted_stream_is_told() -> Outcome {
+    let (node, name) = (shared_node()?, fresh("deleted"));
+    let rabbit = options().connect(&url(node.port())).await?;
+    let log = rabbit.log(&name).await?;
+    send(&log, 0..3).await?;
+    let mut reader = log.read(Offset::ZERO).await?;
+    reader.next(3).await?;
+    delete(&url(node.port()), &name).await?;
+    let error = loop {
+        if let Err(error) = reader.next(1).await {
+            break error;
+        }
+    };
+    ensure!(matches!(error, Error::Unavailable { .. }), "{error}");
+    // Nobody sends into the void, and who reads anew is told what is wrong.
+    let error = log
+        .append(&[NewRecord::new("lost")])
+        .await
+        .err()
+        .ok_or("it was confirmed")?;
+    ensure!(error.is_transient(), "{error}");
+    let error = log.read(Offset::ZERO).await.err().ok_or("it was read")?;
+    ensure!(
+        matches!(error, Error::Failed { .. }) && error.to_string().contains("does not exist"),
+        "{error}"
+    );
+    let (log, _) = insist(|| rabbit.log(&name)).await?;
+    send(&log, 0..3).await?;
+    Ok(())
+}
+
+pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
+    let (node, name) = (shared_node()?, fresh("overtaken"));
+    let consumer = ConsumerId::new(&name)?;
+    let rabbit = options().connect(&url(node.port())).await?;
+    let small = LogOptions::new().segment_bytes(65_536).max_bytes(200_000);
+    let log = rabbit.log_with(&name, small).await?;
+    append(&log, 0..5).await?;
+    let mut running = Running::start(&consumer, log.clone(), rabbit.store());
+    running.handles(5).await?;
+    running.stop().await?;
+    let mut sent = 5;
+    // The broker looks at what is too much only when a segment is full.
+    let earliest = loop {
+        append(&log, sent..sent + 100).await?;
+        sent += 100;
+        let (bounds, _) = insist(|| log.bounds()).await?;
+        if bounds.earliest > behind(4) {
+            break bounds.earliest;
+        }
+    };
+    let again = Running::start(&consumer, log.clone(), rabbit.store());
+    match again.fails().await? {
+        Error::Truncated {
+            requested,
+            earliest: told,
+            ..
+        } => ensure!(
+            requested == behind(4) && told == earliest,
+            "told {requested} and {told}, and it is {earliest}"
+        ),
+        error => return Err(format!("another error: {error}").into()),
+    }
+    let position = rabbit.store().position(&consumer).await?;
+    ensure!(position.is_some_and(|position| position.next == behind(4)), "it moved");
+    // Whoever says so goes on, with what is left.
+    seek(&log, &rabbit.store(), &consumer, StartAt::Earliest).await?;
+    let rest = Consumer::essentially_once(consumer.clone(), log.clone(), rabbit.store(), Ledger);
+    rest.run_until_caught_up().await?;
+    let applied = read_ledger(&rabbit.store(), &consumer).await?;
+    let applied: Vec<Offset> = applied.into_iter().map(|applied| applied.offset).collect();
+    let left: Vec<Offset> = read_log(&log).await?.into_iter().map(|record| record.offset).collect();
+    ensure!(
+        applied[..5] == (0..5).map(|message| Offset::new(message, 0)).collect::<Vec<_>>() && applied[5..] == left,
+        "applied {applied:?}, and {left:?} is left"
+    );
+    Ok(())
+}
+
+fn behind(message: u64) -> Offset {
+    Offset::new(message, 0).successor()
+}
+
+/// Records of a kilobyte.
+async fn append(log: &dyn Log, numbers: Range<u64>) -> Result<(), Error> {
+    let producer = ProducerId::new("web")?;
+    let record = |number| NewRecord::new(vec![b'x'; 1_000]).origin(producer.clone(), number);
+    let records: Vec<NewRecord> = numbers.map(record).collect();
+    log.append(&records).await?;
+    Ok(())
+}
