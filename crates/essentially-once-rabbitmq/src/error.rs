@@ -21,8 +21,11 @@ pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
 
 /// What a user can do about it, if it will not go away by itself.
 fn lasting(error: &lapin::Error) -> Option<&'static str> {
-    let ErrorKind::ProtocolError(told) = error.kind() else {
-        return None;
+    let told = match error.kind() {
+        ErrorKind::ProtocolError(told) => told,
+        #[cfg(feature = "tls")]
+        ErrorKind::IOError(error) => return tls(error),
+        _ => return None,
     };
     match told.kind() {
         AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
@@ -46,6 +49,38 @@ fn lasting(error: &lapin::Error) -> Option<&'static str> {
             Some("check the URL's virtual host and the user's rights to it")
         }
         AMQPErrorKind::Hard(AMQPHardError::NOTIMPLEMENTED) => Some("streams need RabbitMQ 3.9 or later"),
+        _ => None,
+    }
+}
+
+/// What is wrong with certificates does not pass; other failures of TLS may.
+#[cfg(feature = "tls")]
+fn tls(error: &std::io::Error) -> Option<&'static str> {
+    use rustls::{AlertDescription as Alert, Error, InvalidMessage, pki_types::pem};
+    let error = error.get_ref()?;
+    let no_pair = Some("check `client_certificate`: it takes a certificate and its own key, in PEM format");
+    if error.is::<pem::Error>() {
+        return no_pair;
+    }
+    match error.downcast_ref()? {
+        Error::InvalidCertificate(_) => Some(
+            "set `root_certificate` to the authority's (PEM) that signed the broker's certificate, and name the broker in the URL as its \
+             certificate does",
+        ),
+        Error::AlertReceived(
+            Alert::CertificateRequired
+            | Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::HandshakeFailure,
+        ) => Some("the broker may demand a certificate of an authority that it trusts: set `client_certificate`"),
+        Error::NoCertificatesPresented | Error::InconsistentKeys(_) => no_pair,
+        Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+            Some("what answers does not speak TLS: use the broker's port for TLS, or amqp://")
+        }
         _ => None,
     }
 }
