@@ -56,19 +56,20 @@ impl RabbitNode {
         Self::start_as(|node| node.configure(&[], settings))
     }
 
-    /// [Starts](Self::start) a node that also speaks TLS, with these files in PEM format, and takes certificates of clients that the
-    /// authority signed; with these lines more in its `rabbitmq.conf`.
+    /// [Starts](Self::start) a node that also speaks TLS with this certificate and key (PEM), and takes certificates of clients that
+    /// the authority signed; with these lines more in its `rabbitmq.conf`.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
-    pub fn start_tls(certificate: &Path, key: &Path, authority: &Path, settings: &str) -> Result<Self, Error> {
+    pub fn start_tls(certificate: &str, key: &str, authority: &str, settings: &str) -> Result<Self, Error> {
         Self::start_as(|node| {
             let port = node.tls_port.insert(Port::claim()?).number();
-            let (certificate, key, authority) = (certificate.display(), key.display(), authority.display());
-            let tls = format!(
-                "listeners.ssl.1 = 127.0.0.1:{port}\nssl_options.certfile = {certificate}\nssl_options.keyfile = {key}\n\
-                 ssl_options.cacertfile = {authority}\nssl_options.verify = verify_peer\n{settings}"
-            );
+            let mut tls = format!("listeners.ssl.1 = 127.0.0.1:{port}\nssl_options.verify = verify_peer\n{settings}\n");
+            for (option, pem) in [("certfile", certificate), ("keyfile", key), ("cacertfile", authority)] {
+                let path = node.folder().join(option);
+                fs::write(&path, pem)?;
+                tls += &format!("ssl_options.{option} = {}\n", path.display());
+            }
             node.configure(&[], &tls)
         })
     }

@@ -1,0 +1,159 @@
+//! TLS: certificates that are trusted, missing, or another's; and no password in any text.
+
+mod common;
+
+use std::{error::Error as _, process::ExitCode};
+
+use essentially_once::{ConsumerId, Error, Source};
+use essentially_once_rabbitmq::RabbitOptions;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use test_servers::RabbitNode;
+use tokio::{task::block_in_place, time::timeout};
+
+use common::{LIMIT, Outcome, Running, cases, ensure, fresh, insist, judge, options, run, send};
+
+const PASSWORD: &str = "correct-horse-battery";
+const MESSAGES: u64 = 10;
+
+fn main() -> ExitCode {
+    run(cases![
+        the_broker_must_have_a_trusted_certificate,
+        a_certificate_can_be_demanded_of_clients,
+    ])
+}
+
+/// A certificate and its key, as PEM.
+struct Pair {
+    certificate: String,
+    key: String,
+}
+
+/// An authority, and what it signed for a broker on this machine and for a client.
+struct Authority {
+    root: String,
+    server: Pair,
+    client: Pair,
+}
+
+impl Authority {
+    fn new() -> Result<Self, Source> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "authority of a test");
+        let key = KeyPair::generate()?;
+        let root = params.self_signed(&key)?.pem();
+        let issuer = Issuer::new(params, key);
+        let signed = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let key = KeyPair::generate()?;
+            let certificate = CertificateParams::new(names)?.signed_by(&key, &issuer)?.pem();
+            let key = key.serialize_pem();
+            Ok::<_, Source>(Pair { certificate, key })
+        };
+        Ok(Self {
+            server: signed(&["127.0.0.1"])?,
+            client: signed(&["client"])?,
+            root,
+        })
+    }
+
+    fn trusted(&self) -> RabbitOptions {
+        options().root_certificate(self.root.as_str())
+    }
+
+    fn start(&self, settings: &str) -> Result<RabbitNode, Source> {
+        let Pair { certificate, key } = &self.server;
+        block_in_place(|| RabbitNode::start_tls(certificate, key, &self.root, settings))
+    }
+}
+
+fn tls_url(node: &RabbitNode) -> Result<String, Source> {
+    node.tls_url().ok_or_else(|| "the node has no TLS".into())
+}
+
+/// Appends, consumes and judges.
+async fn works(options: RabbitOptions, url: &str) -> Outcome {
+    let (name, rabbit) = (fresh("orders"), insist(|| options.clone().connect(url)).await?.0);
+    let (log, consumer) = (rabbit.log(&name).await?, ConsumerId::new(&name)?);
+    send(&log, 0..MESSAGES).await?;
+    let mut running = Running::start(&consumer, log, rabbit.store());
+    running.handles(MESSAGES).await?;
+    running.stop().await?;
+    judge(&rabbit, &name, &consumer, MESSAGES).await
+}
+
+/// What a refusal says; it must be one that lasts, and keep the password to itself.
+async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
+    let url = url.replace("guest:guest@", &format!("guest:{PASSWORD}@"));
+    // Where the broker hangs up, its reason may be lost on the way.
+    match timeout(LIMIT, insist(|| options.clone().connect(&url))).await {
+        Ok(Err(error @ Error::Failed { .. })) => {
+            let mut said = format!("{error} {error:?} {options:?}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                said += &format!("{error} {error:?}");
+                cause = error.source();
+            }
+            ensure!(!said.contains(PASSWORD) && !said.contains("guest"), "{said}");
+            Ok(error.to_string())
+        }
+        Ok(other) => Err(format!("it should be refused: {other:?}").into()),
+        Err(_) => Err("it is tried for ever".into()),
+    }
+}
+
+async fn the_broker_must_have_a_trusted_certificate() -> Outcome {
+    let authority = Authority::new()?;
+    let node = authority.start("ssl_options.fail_if_no_peer_cert = false")?;
+    let url = tls_url(&node)?;
+    works(authority.trusted(), &url).await?;
+    for options in [
+        options(),
+        Authority::new()?.trusted(),
+        options().root_certificate("garbage"),
+    ] {
+        let text = refusal(options, &url).await?;
+        ensure!(
+            text.contains("root_certificate") && text.contains("127.0.0.1"),
+            "{text}"
+        );
+    }
+    // Trusted, and another's.
+    let text = refusal(authority.trusted(), &url.replace("127.0.0.1", "localhost")).await?;
+    ensure!(text.contains("name the broker in the URL"), "{text}");
+    let plain = node.url().replace("amqp:", "amqps:");
+    let text = refusal(authority.trusted(), &plain).await?;
+    ensure!(text.contains("does not speak TLS"), "{text}");
+    // TLS does not change what a wrong password means.
+    let text = refusal(authority.trusted(), &url).await?;
+    ensure!(text.contains("check the URL's user, password"), "{text}");
+    // Certificates mean that TLS is wanted.
+    let plain = authority.trusted().connect(&node.url()).await;
+    ensure!(matches!(plain, Err(Error::InvalidSetting { .. })), "{plain:?}");
+    Ok(())
+}
+
+async fn a_certificate_can_be_demanded_of_clients() -> Outcome {
+    let authority = Authority::new()?;
+    let node = authority.start("ssl_options.fail_if_no_peer_cert = true")?;
+    let url = tls_url(&node)?;
+    let shows = |certificate: &str, key: &str| authority.trusted().client_certificate(certificate, key);
+    let (client, stranger) = (&authority.client, Authority::new()?.client);
+    works(shows(&client.certificate, &client.key), &url).await?;
+    for options in [
+        authority.trusted(),
+        shows(&stranger.certificate, &stranger.key),
+        shows(&client.certificate, &stranger.key),
+        shows(&client.certificate, "garbage"),
+        shows("garbage", &client.key),
+    ] {
+        let text = refusal(options, &url).await?;
+        ensure!(
+            text.contains("client_certificate") && text.contains("127.0.0.1"),
+            "{text}"
+        );
+    }
+    Ok(())
+}
