@@ -31,6 +31,9 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(80);
 /// How long a client waits for the broker; a fault may take that long to be noticed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Between two appends of a sender in the background, so that consumers keep up with it on a small machine.
+const PAUSE: Duration = Duration::from_millis(20);
+
 pub(crate) type Outcome = Result<(), Source>;
 pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
 
@@ -151,7 +154,7 @@ impl Sending {
                 let (_, failures) = insist(|| log.append(&records)).await?;
                 failed += failures.len();
                 sent.send_replace(next + 2);
-                sleep(Duration::from_millis(5)).await;
+                sleep(PAUSE).await;
             }
             Ok(failed)
         });

@@ -26,10 +26,10 @@ pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     let (reading, _) = insist(|| through.log(&name)).await?;
     let mut running = Running::start(&consumer, reading, through.store());
     let stored = || async { rabbit.store().position(&consumer).await };
-    while !insist(stored)
+    while insist(stored)
         .await?
         .0
-        .is_some_and(|position| position.next == behind(19))
+        .is_none_or(|position| position.next != behind(19))
     {}
     // It must not look while there is no stream at all.
     proxy.refuse(true);
