@@ -198,8 +198,11 @@ pub(crate) struct Seen {
     pub(crate) resets: u64,
 }
 
-/// A [`Ledger`] that can be watched.
-struct Watched(watch::Sender<Seen>);
+/// A [`Ledger`] that can be watched and held.
+struct Watched {
+    seen: watch::Sender<Seen>,
+    held: watch::Receiver<bool>,
+}
 
 #[async_trait]
 impl<Tx: Send> Handler<Tx> for Watched
@@ -207,14 +210,16 @@ where
     Ledger: Handler<Tx>,
 {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        // If it fails, nobody is left to hold it.
+        let _ = self.held.wait_for(|held| !held).await;
         Ledger.handle(record, tx).await?;
         let reached = sequence(record).map_or(0, |sequence| sequence + 1);
-        self.0.send_modify(|seen| seen.handled = seen.handled.max(reached));
+        self.seen.send_modify(|seen| seen.handled = seen.handled.max(reached));
         Ok(())
     }
 
     async fn reset(&mut self) {
-        self.0.send_modify(|seen| seen.resets += 1);
+        self.seen.send_modify(|seen| seen.resets += 1);
     }
 }
 
@@ -227,13 +232,15 @@ pub(crate) struct Running {
     task: JoinHandle<Result<Report, Error>>,
     stop: CancellationToken,
     seen: watch::Receiver<Seen>,
+    held: watch::Sender<bool>,
 }
 
 impl Running {
     pub(crate) fn start(id: &ConsumerId, log: RabbitLog, store: RabbitStore) -> Self {
         let (seen, watching) = watch::channel(Seen::default());
+        let (hold, held) = watch::channel(false);
         let stop = CancellationToken::new();
-        let consumer = Consumer::essentially_once(id.clone(), log, store, Watched(seen))
+        let consumer = Consumer::essentially_once(id.clone(), log, store, Watched { seen, held })
             .max_batch(4)
             .backoff(Duration::from_millis(10), Duration::from_millis(500));
         let task = tokio::spawn(consumer.run_until(stop.clone()));
@@ -241,7 +248,13 @@ impl Running {
             task,
             stop,
             seen: watching,
+            held: hold,
         }
+    }
+
+    /// Whether it waits at the next record.
+    pub(crate) fn hold(&self, hold: bool) {
+        self.held.send_replace(hold);
     }
 
     pub(crate) fn seen(&self) -> Seen {

@@ -21,8 +21,12 @@ pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
     let mut running = Running::start(&consumer, rabbit.log("orders").await?, rabbit.store());
     running.goes_on(20).await?;
     let watermark = |value| block_in_place(|| node.ctl(&["set_vm_memory_high_watermark", value]));
+    // With an alarm nothing new would come that it could commit.
+    running.hold(true);
+    sending.sends(10).await?;
     let before = running.seen();
     watermark("0")?;
+    running.hold(false);
     running.resets(before.resets + 1).await?;
     let held = (sending.sent(), running.seen().handled);
     running.resets(before.resets + 2).await?;
