@@ -312,9 +312,11 @@ pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, mes
     timeout(LIMIT, rest.run_until_caught_up()).await??;
     let (records, _) = insist(|| read_log(&log)).await?;
     let sent: BTreeSet<u64> = records.iter().filter_map(sequence).collect();
+    let missing: Vec<u64> = (0..messages).filter(|number| !sent.contains(number)).collect();
+    let last = sent.last();
     ensure!(
-        sent.iter().copied().eq(0..messages),
-        "the log holds {sent:?} of {messages} messages"
+        missing.is_empty() && sent.len() as u64 == messages,
+        "of {messages} messages the log lacks {missing:?}, and its last is {last:?}"
     );
     agree(&records, &store, consumer).await
 }
