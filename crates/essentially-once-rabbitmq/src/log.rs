@@ -23,6 +23,9 @@ use crate::{
 /// A table of up to 255 publishers must fit. With less, RabbitMQ 3.10 begins one segment after the other for ever.
 const LEAST_SEGMENT: u64 = 64 * 1024;
 
+/// How long a replica that was just started may show nothing, until its leader tells it what is committed.
+const SHOWS: Duration = Duration::from_millis(250);
+
 /// How a log's stream is declared, and how records are written to it; see [`Rabbit::log_with`](crate::Rabbit::log_with).
 ///
 /// Retention is the stream's own: RabbitMQ removes whole segments, and never the last one.
@@ -136,6 +139,8 @@ impl LogOptions {
 ///   a reader's place; a consumer of the old one should be given another name, or `seek`.
 /// - A confirmed record is on more than half of the stream's replicas, and survives that their brokers are killed and started again. RabbitMQ
 ///   does not sync it to disk first: it can be lost if more than half of the machines lose power at once.
+/// - In a cluster, `bounds` are those of the replica that is asked, which may be behind. That a position is past the end is told only when it stays
+///   so for the [time-out](crate::RabbitOptions::timeout).
 /// - RabbitMQ 3.10 forgets the first stream that a node ever had if it is killed within the next second or two.
 /// - A reader whose position lies right behind a removed segment is told [`Error::Truncated`], although it may have read it to its end:
 ///   how many records the last message held is not known any more.
@@ -214,6 +219,7 @@ impl Log for RabbitLog {
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
         let (log, requested) = (self.inner.id.clone(), from);
         let choose = |ends: Option<&Ends>| {
+            let log = log.clone();
             let Bounds { earliest, end } = bounds_of(ends);
             if from < earliest {
                 Err(Error::Truncated {
@@ -236,8 +242,17 @@ impl Log for RabbitLog {
     async fn bounds(&self) -> Result<Bounds, Error> {
         let (server, name) = (&self.inner.server, self.inner.id.name());
         let connection = server.asking.connection(server).await?;
-        let ends = stream::ends(server, &connection, name).await;
-        Ok(bounds_of(server.asking.used(&connection, ends).await?.as_ref()))
+        let ends = async {
+            match stream::ends(server, &connection, name).await? {
+                None => {
+                    tokio::time::sleep(SHOWS).await;
+                    stream::ends(server, &connection, name).await
+                }
+                ends => Ok(ends),
+            }
+        };
+        let ends = server.asking.used(&connection, ends.await).await?;
+        Ok(bounds_of(ends.as_ref()))
     }
 
     /// Streams are durable, or are no streams; how many replicas there are cannot be asked over AMQP.

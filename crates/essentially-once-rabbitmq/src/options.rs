@@ -48,7 +48,8 @@ impl RabbitOptions {
     }
 
     /// How long to wait for a connection, for each reply, and for each confirm; from a millisecond to a day. What was
-    /// published and not confirmed by then is [`Error::Indeterminate`].
+    /// published and not confirmed by then is [`Error::Indeterminate`]. Also how long a replica may be behind before a position that it
+    /// does not reach is told as [`Error::OutOfRange`].
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));

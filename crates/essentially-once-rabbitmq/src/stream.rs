@@ -74,7 +74,7 @@ async fn ask_for(
     declared.await.map(drop)
 }
 
-/// The offsets that the stream holds now.
+/// The offsets that the stream holds now, as far as the replica knows that is asked.
 pub(crate) async fn bounds(server: &Server, connection: &Connection, name: &str) -> Result<Range, Error> {
     Ok(match ends(server, connection, name).await? {
         Some(ends) => Range {

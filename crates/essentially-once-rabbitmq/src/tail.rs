@@ -14,7 +14,7 @@ use futures_core::Stream as _;
 use lapin::{
     BasicProperties, Channel, Connection, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue,
 };
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::{
     error::not_done,
@@ -37,6 +37,9 @@ const QUIET: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 
 /// How long a call waits at least before it asks: nobody may have looked for long at what comes next.
 const GRACE: Duration = Duration::from_millis(200);
+
+/// How long to wait before a replica that is behind is asked again.
+pub(crate) const BEHIND: Duration = Duration::from_millis(100);
 
 /// A message and its place.
 #[derive(Debug)]
@@ -165,10 +168,9 @@ impl Tail {
         server: &Arc<Server>,
         connection: &Arc<Connection>,
         stream: &str,
-        choose: impl FnOnce(Option<&Ends>) -> Result<u64, Error>,
+        choose: impl Fn(Option<&Ends>) -> Result<u64, Error>,
     ) -> Result<Self, Error> {
-        let ends = ends(server, connection, stream).await?;
-        let next = choose(ends.as_ref())?;
+        let (ends, next) = unless_behind(server, connection, stream, choose).await?;
         let size = ends.map_or(0, |ends| ends.first.size().max(ends.last.size()));
         let channel = server.reply(|| action(stream), connection.create_channel()).await?;
         Self::attach(server, (Arc::clone(connection), channel), stream, next, size).await
@@ -256,8 +258,9 @@ impl Tail {
     /// Nothing came for a while. Is there nothing, or did retention remove what this reader wants, or does the consumer hang?
     async fn ask_why_quiet(&mut self) -> Result<(), Error> {
         self.settle().await?;
-        let ends = ends(&self.server, &self.connection, &self.stream).await?;
-        standing(&self.stream, ends.as_ref(), self.next)?;
+        let (stream, next) = (&self.stream, self.next);
+        let stands = |ends: Option<&Ends>| standing(stream, ends, next);
+        let (ends, ()) = unless_behind(&self.server, &self.connection, stream, stands).await?;
         if ends.is_some_and(|ends| ends.last.offset >= self.next) {
             self.attach_again(self.prefetch).await?;
         }
@@ -334,6 +337,26 @@ impl Delivered {
                 .sum()
         });
         self.body.len() + headers
+    }
+}
+
+/// What `judge` makes of the stream's ends.
+///
+/// In a cluster a replica may be behind, and one that was just started shows nothing at first. So that something is past the end is
+/// believed only if it stays so for the time-out.
+async fn unless_behind<T>(
+    server: &Server,
+    connection: &Connection,
+    stream: &str,
+    judge: impl Fn(Option<&Ends>) -> Result<T, Error>,
+) -> Result<(Option<Ends>, T), Error> {
+    let deadline = Instant::now() + server.options.timeout;
+    loop {
+        let ends = ends(server, connection, stream).await?;
+        match judge(ends.as_ref()) {
+            Err(Error::OutOfRange { .. }) if Instant::now() < deadline => sleep(BEHIND).await,
+            judged => return judged.map(|judged| (ends, judged)),
+        }
     }
 }
 

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use essentially_once::Error;
-use tokio::sync::Mutex;
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep},
+};
 
 use super::{
     changelog::{Changelog, Replica},
@@ -14,7 +17,7 @@ use super::{
 };
 use crate::{
     stream::{self, Range},
-    tail::Tail,
+    tail::{BEHIND, Tail},
 };
 
 impl Changelog {
@@ -24,12 +27,19 @@ impl Changelog {
         let connection = Arc::new(self.server.open_connection().await?);
         let arguments = retention(LENGTH as i64, SEGMENT as i64);
         stream::declare(&self.server, &connection, &self.stream, arguments).await?;
-        let range = stream::bounds(&self.server, &connection, &self.stream).await?;
-        let found = self.snapshots.newest(&connection, range.first).await?;
-        // A snapshot never goes to the stream that holds the newest.
-        let target = found.as_ref().map_or(0, |found| 1 - found.stream);
-        let mut fold = found.map(|found| found.fold).unwrap_or_default();
-        self.check_reach(&fold, range)?;
+        let deadline = Instant::now() + self.server.options.timeout;
+        let (range, target, mut fold) = loop {
+            let range = stream::bounds(&self.server, &connection, &self.stream).await?;
+            let found = self.snapshots.newest(&connection, range.first).await?;
+            // A snapshot never goes to the stream that holds the newest.
+            let target = found.as_ref().map_or(0, |found| 1 - found.stream);
+            let fold = found.map(|found| found.fold).unwrap_or_default();
+            match self.check_reach(&fold, range) {
+                // A replica that is behind has lost nothing.
+                Err(_) if Instant::now() < deadline => sleep(BEHIND).await,
+                checked => break checked.map(|()| (range, target, fold))?,
+            }
+        };
         let channel = self.server.reading.channel(&self.server, || self.reading()).await?;
         let connection = Arc::clone(&channel.0);
         let attached = Tail::attach(&self.server, channel, &self.stream, fold.offset, 0).await;
