@@ -33,6 +33,9 @@ async fn a_node_stopped_and_a_node_killed_lose_nothing() -> Outcome {
     far.goes_on(20).await?;
     let streams = ["orders".into(), changelog(&shipping), changelog(&billing)];
     until_replicas(&cluster, &streams, 3).await?;
+    let leaders = block_in_place(|| cluster.nodes()[0].ctl(&["-q", "list_queues", "name", "leader"]))?;
+    let leads = format!("orders\t{}", cluster.nodes()[1].name());
+    ensure!(leaders.lines().any(|line| line == leads), "{leaders}");
 
     block_in_place(|| cluster.nodes()[2].stop())?;
     until_replicas(&cluster, &streams, 2).await?;
