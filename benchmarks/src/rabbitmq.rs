@@ -70,8 +70,8 @@ impl Contest for Node {
         [
             (APPEND, 40_000),
             (CONSUME, 40_000),
-            (APPEND_PACKED, 40_000),
-            (CONSUME_PACKED, 40_000),
+            (APPEND_PACKED, 200_000),
+            (CONSUME_PACKED, 200_000),
         ]
         .map(|(label, records)| Row {
             label: label.into(),

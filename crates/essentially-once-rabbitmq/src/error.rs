@@ -19,6 +19,14 @@ pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
     Error::indeterminate(action, error)
 }
 
+/// Whether the broker closed the channel because a message is over its limit.
+pub(crate) fn is_too_large(error: &lapin::Error) -> bool {
+    match error.kind() {
+        ErrorKind::ProtocolError(told) => told.get_message().as_str().contains("configured max size"),
+        _ => false,
+    }
+}
+
 /// What a user can do about it, if it will not go away by itself.
 fn lasting(error: &lapin::Error) -> Option<&'static str> {
     let told = match error.kind() {

@@ -1,4 +1,29 @@
 //! RabbitMQ streams as log and store for [`essentially_once`], over AMQP 0-9-1.
+//!
+//! ```no_run
+//! use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, KeyValue, NewRecord, Record, async_trait};
+//! use essentially_once_rabbitmq::{Rabbit, RabbitTx};
+//!
+//! struct Ship;
+//!
+//! #[async_trait]
+//! impl Handler<RabbitTx> for Ship {
+//!     async fn handle(&mut self, order: &Record, tx: &mut RabbitTx) -> Result<(), HandlerError> {
+//!         tx.put(&order.payload, b"shipped").await?; // takes effect with the offset, or not at all
+//!         tx.send(NewRecord::new(order.payload.clone()))?; // so does this: others read it from `RabbitStore::sent`
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # async fn example() -> Result<(), essentially_once::Error> {
+//! let rabbit = Rabbit::connect("amqp://shop:secret@rabbit.example/%2f").await?;
+//! let (orders, store) = (rabbit.log("orders").await?, rabbit.store());
+//! let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, store, Ship);
+//! println!("{}", consumer.run_until_caught_up().await?);
+//! # Ok(())
+//! # }
+//! ```
+//!
 #![doc = include_str!("format.md")]
 
 mod codec;

@@ -21,7 +21,10 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-use crate::{error::in_doubt, server::Server};
+use crate::{
+    error::{in_doubt, is_too_large},
+    server::Server,
+};
 
 /// How much may be published and not confirmed.
 const IN_FLIGHT_MESSAGES: usize = 4_096;
@@ -47,7 +50,8 @@ pub(crate) struct Publisher {
 struct Link {
     connection: Arc<Connection>,
     channel: Channel,
-    /// A call failed or was dropped on it, so nobody knows what is under way: it is not used again.
+    /// A call failed or was dropped on it, so nobody knows what is under way: it is not used again. Where it was, the client library was seen to
+    /// confirm messages that the broker had lost.
     spoilt: AtomicBool,
 }
 
@@ -154,6 +158,7 @@ struct Batch<'a> {
     /// Not confirmed yet, with their sizes.
     in_flight: VecDeque<(PublisherConfirm, usize)>,
     in_flight_bytes: usize,
+    published: usize,
     stored: usize,
     returned: usize,
 }
@@ -166,6 +171,7 @@ impl<'a> Batch<'a> {
             stream: publisher.stream.as_str().into(),
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
+            published: 0,
             stored: 0,
             returned: 0,
         }
@@ -188,6 +194,7 @@ impl<'a> Batch<'a> {
             .channel
             .basic_publish(exchange, stream, options, &message.body, message.properties);
         let published = self.within(publishing).await;
+        self.published += 1;
         self.in_flight.push_back((self.known(published)?, size));
         self.in_flight_bytes += size;
         Ok(())
@@ -231,6 +238,11 @@ impl<'a> Batch<'a> {
     fn known<T>(&self, result: Result<lapin::Result<T>, Elapsed>) -> Result<T, Error> {
         match result {
             Ok(Ok(result)) => Ok(result),
+            // Of several, those before it may be stored.
+            Ok(Err(error)) if self.published == 1 && is_too_large(&error) => Err(Error::failed(
+                self.publisher.server.on(self.publisher.action()),
+                format!("{error}; lower `record_limit`, or raise `max_message_size` of the broker"),
+            )),
             Ok(Err(error)) => Err(in_doubt(self.publisher.server.on(self.publisher.action()), error)),
             Err(_) => {
                 let limit = self.publisher.server.options.timeout;
