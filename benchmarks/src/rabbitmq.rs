@@ -4,7 +4,7 @@
 use std::{
     cell::Cell,
     path::PathBuf,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
@@ -27,6 +27,8 @@ use test_servers::RabbitNode;
 use crate::{Contest, PAYLOAD, Result, Row};
 
 const APPEND: &str = "append";
+/// The loop by hand also says when it sends, in a header as the library does.
+const APPEND_WITH_TIME: &str = "append, with the time by hand too";
 const CONSUME: &str = "consume";
 const APPEND_PACKED: &str = "append, packed";
 const CONSUME_PACKED: &str = "consume, packed";
@@ -69,6 +71,7 @@ impl Contest for Node {
     fn rows(&self, _: &[usize]) -> Vec<Row> {
         [
             (APPEND, 40_000),
+            (APPEND_WITH_TIME, 40_000),
             (CONSUME, 40_000),
             (APPEND_PACKED, 200_000),
             (CONSUME_PACKED, 200_000),
@@ -86,7 +89,7 @@ impl Contest for Node {
         self.runtime.block_on(async {
             let connection = Connection::connect(&self.node.url(), ConnectionProperties::default()).await?;
             let channel = connection.create_channel().await?;
-            let appending = publish(&channel, name, row.records).await?;
+            let appending = publish(&channel, name, row.records, row.label == APPEND_WITH_TIME).await?;
             let time = match row.label.starts_with(APPEND) {
                 true => appending,
                 false => consume(&connection, name, row.records, path).await?,
@@ -120,7 +123,7 @@ impl Contest for Node {
 }
 
 /// Publishes with so many confirms outstanding, and takes a plain acknowledgement only.
-async fn publish(channel: &Channel, stream: &str, records: u64) -> Result<Duration> {
+async fn publish(channel: &Channel, stream: &str, records: u64, with_time: bool) -> Result<Duration> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
     let durable = QueueDeclareOptions {
@@ -139,7 +142,10 @@ async fn publish(channel: &Channel, stream: &str, records: u64) -> Result<Durati
         let count = left.min(BATCH);
         let mut confirms = Vec::with_capacity(count);
         for _ in 0..count {
-            let properties = BasicProperties::default();
+            let properties = match with_time {
+                true => BasicProperties::default().with_headers(now()?),
+                false => BasicProperties::default(),
+            };
             let published = channel.basic_publish("".into(), stream.into(), mandatory, &PAYLOAD, properties);
             confirms.push(published.await?);
         }
@@ -151,6 +157,16 @@ async fn publish(channel: &Channel, stream: &str, records: u64) -> Result<Durati
         left -= count;
     }
     Ok(started.elapsed())
+}
+
+fn now() -> Result<FieldTable> {
+    let millis = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
+    let mut headers = FieldTable::default();
+    headers.insert(
+        "essentially-once-time".into(),
+        AMQPValue::LongString(millis.to_string().into()),
+    );
+    Ok(headers)
 }
 
 /// Counts each message and keeps the offset, in one transaction for as many as were prefetched.

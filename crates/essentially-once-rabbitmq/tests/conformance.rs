@@ -75,8 +75,8 @@ impl Harness for RabbitHarness {
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
-        // Each takes a second.
-        capabilities.fault_plans = 20;
+        // Each takes a second or two.
+        capabilities.fault_plans = 12;
         capabilities
     }
 
@@ -134,7 +134,12 @@ impl Streams {
     }
 
     async fn rabbit(&self) -> Result<Rabbit, Error> {
-        let options = RabbitOptions::new().record_limit(RECORD_LIMIT).prefix(&self.prefix);
+        // So long a replica might be behind, before something is past the end.
+        let timeout = if self.prefix.starts_with("l5_") { 3 } else { 10 };
+        let options = RabbitOptions::new()
+            .record_limit(RECORD_LIMIT)
+            .timeout(Duration::from_secs(timeout))
+            .prefix(&self.prefix);
         let url = self.node.url();
         match self.prefix.starts_with("faults_") {
             true => self.shared.get_or_try_init(|| options.connect(&url)).await.cloned(),
