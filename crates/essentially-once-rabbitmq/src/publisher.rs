@@ -3,16 +3,18 @@
 use std::{
     collections::VecDeque,
     future::Future,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll, Waker},
 };
 
 use bytes::Bytes;
 use essentially_once::Error;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, PublisherConfirm,
+    BasicProperties, Channel, Confirmation, Connection,
     options::{BasicPublishOptions, ConfirmSelectOptions},
     types::ShortString,
 };
@@ -150,13 +152,16 @@ impl Publisher {
     }
 }
 
+/// A message on its way, until the broker answers.
+type Publishing = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>;
+
 /// The messages of one call.
 struct Batch<'a> {
     publisher: &'a Publisher,
     link: Arc<Link>,
     stream: ShortString,
-    /// Not confirmed yet, with their sizes.
-    in_flight: VecDeque<(PublisherConfirm, usize)>,
+    /// Not known to be confirmed, with their sizes.
+    in_flight: VecDeque<(Publishing, usize)>,
     in_flight_bytes: usize,
     published: usize,
     stored: usize,
@@ -184,28 +189,31 @@ impl<'a> Batch<'a> {
         {
             self.confirm_one().await?;
         }
-        let options = BasicPublishOptions {
-            mandatory: true,
-            ..BasicPublishOptions::default()
-        };
-        let (exchange, stream) = (ShortString::default(), self.stream.clone());
-        let publishing = self
-            .link
-            .channel
-            .basic_publish(exchange, stream, options, &message.body, message.properties);
-        let published = self.within(publishing).await;
+        let mut publishing = publish(Arc::clone(&self.link), self.stream.clone(), message);
+        // The first poll puts the message behind those before it. To wait until it is on the wire, as `basic_publish` does, would take two
+        // switches of threads and a system call for each message.
+        let published = publishing.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         self.published += 1;
-        self.in_flight.push_back((self.known(published)?, size));
-        self.in_flight_bytes += size;
-        Ok(())
+        match published {
+            Poll::Pending => {
+                self.in_flight.push_back((publishing, size));
+                self.in_flight_bytes += size;
+                Ok(())
+            }
+            Poll::Ready(confirmed) => self.confirmed(Ok(confirmed)),
+        }
     }
 
     async fn confirm_one(&mut self) -> Result<(), Error> {
-        let Some((confirm, size)) = self.in_flight.pop_front() else {
+        let Some((publishing, size)) = self.in_flight.pop_front() else {
             return Ok(());
         };
         self.in_flight_bytes -= size;
-        let confirmed = self.within(confirm).await;
+        let confirmed = timeout(self.publisher.server.options.timeout, publishing).await;
+        self.confirmed(confirmed)
+    }
+
+    fn confirmed(&mut self, confirmed: Result<lapin::Result<Confirmation>, Elapsed>) -> Result<(), Error> {
         match self.known(confirmed)? {
             Confirmation::Ack(None) => self.stored += 1,
             // Acknowledged because nobody wants it.
@@ -228,10 +236,6 @@ impl<'a> Batch<'a> {
             )),
             _ => Err(self.in_doubt("the stream was deleted meanwhile".into())),
         }
-    }
-
-    async fn within<T>(&self, future: impl Future<Output = T>) -> Result<T, Elapsed> {
-        timeout(self.publisher.server.options.timeout, future).await
     }
 
     /// The result, or that nobody knows what became of the messages.
@@ -258,6 +262,19 @@ impl<'a> Batch<'a> {
     fn in_doubt(&self, why: String) -> Error {
         Error::indeterminate(self.publisher.server.on(self.publisher.action()), why)
     }
+}
+
+fn publish(link: Arc<Link>, stream: ShortString, message: Message) -> Publishing {
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    Box::pin(async move {
+        let Message { body, properties } = message;
+        let channel = &link.channel;
+        let published = channel.basic_publish(ShortString::default(), stream, options, &body, properties);
+        published.await?.await
+    })
 }
 
 fn word(confirmation: &Confirmation) -> &'static str {
