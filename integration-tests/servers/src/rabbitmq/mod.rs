@@ -2,6 +2,7 @@
 
 mod cluster;
 mod epmd;
+mod home;
 mod node;
 
 pub use cluster::RabbitCluster;

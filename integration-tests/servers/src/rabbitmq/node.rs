@@ -14,7 +14,7 @@ use std::{
 
 use rustix::process::Signal;
 
-use super::epmd::Epmd;
+use super::{epmd::Epmd, home::without_plugins};
 use crate::{
     Error,
     folder::Folder,
@@ -94,11 +94,11 @@ impl RabbitNode {
 
     /// A node that is not started yet.
     pub(super) fn new(epmd: &Arc<Epmd>) -> Result<Self, Error> {
-        let program = crate::rabbitmq_server()?;
         let (folder, port, distribution) = (Folder::new("rabbitmq")?, Port::claim()?, Port::claim()?);
+        let program = without_plugins(&crate::rabbitmq_server()?, folder.path())?;
         let path = folder.path().to_owned();
         let name = format!("test{}@localhost", port.number());
-        let mut variables = vec![
+        let variables = vec![
             ("HOME", path.clone().into()), // where the cookie is
             ("ERL_EPMD_PORT", epmd.port.number().to_string().into()),
             ("RABBITMQ_NODENAME", name.clone().into()),
@@ -124,8 +124,6 @@ impl RabbitNode {
                     .into(),
             ),
         ];
-        let core = core_only(&program, &path)?;
-        variables.extend(core.map(|folder| ("RABBITMQ_PLUGINS_DIR", folder.into())));
         let process = Mutex::new(None);
         Ok(Self {
             process,
@@ -299,26 +297,6 @@ impl RabbitNode {
         // A panic elsewhere leaves either a process or none: both are sound.
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// A folder of plugins with nothing but the server itself, where it is found as releases are laid out: version 3.10 reads the
-/// description of every plugin that it could have whenever a connection is opened, which takes 50 ms.
-fn core_only(program: &Path, folder: &Path) -> Result<Option<PathBuf>, Error> {
-    let program = program.canonicalize()?;
-    let Some(home) = program.parent().and_then(Path::parent) else {
-        return Ok(None);
-    };
-    let plugins = fs::read_dir(home.join("plugins")).into_iter().flatten().flatten();
-    let Some(core) = plugins
-        .into_iter()
-        .find(|plugin| plugin.file_name().to_string_lossy().starts_with("rabbit-"))
-    else {
-        return Ok(None);
-    };
-    let chosen = folder.join("plugins");
-    fs::create_dir_all(&chosen)?;
-    std::os::unix::fs::symlink(core.path(), chosen.join(core.file_name()))?;
-    Ok(Some(chosen))
 }
 
 /// Whether an AMQP server answers the protocol's header with its first frame.
