@@ -23,6 +23,9 @@ use crate::{
 /// A table of up to 255 publishers must fit. With less, RabbitMQ 3.10 begins one segment after the other for ever.
 const LEAST_SEGMENT: u64 = 64 * 1024;
 
+/// The size of segments where nobody says.
+const USUAL_SEGMENT: u64 = 500_000_000;
+
 /// How long a replica that was just started may show nothing, until its leader tells it what is committed.
 const SHOWS: Duration = Duration::from_millis(250);
 
@@ -60,14 +63,16 @@ impl LogOptions {
         self
     }
 
-    /// Removes the oldest segments while the stream is larger (`x-max-length-bytes`).
+    /// Removes the oldest segments while the stream is larger (`x-max-length-bytes`). At least two segments must fit: with fewer RabbitMQ
+    /// would remove everything, read or not, whenever a segment is full.
     #[must_use]
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = Some(bytes);
         self
     }
 
-    /// The size of segments (`x-stream-max-segment-size-bytes`), from 64 KiB to 3 GB; 500 MB by default.
+    /// The size of segments (`x-stream-max-segment-size-bytes`), from 64 KiB to 3 GB. By default 500 MB, or a quarter of
+    /// [`max_bytes`](Self::max_bytes) if that is less.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
@@ -91,6 +96,27 @@ impl LogOptions {
         self
     }
 
+    /// The size of segments to ask for, if it is not the usual one.
+    fn segment(&self) -> Option<u64> {
+        let quarter = self.max_bytes.map(|max| (max / 4).max(LEAST_SEGMENT));
+        self.segment_bytes
+            .or(quarter.filter(|quarter| *quarter < USUAL_SEGMENT))
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let segment = self.segment().unwrap_or(USUAL_SEGMENT);
+        let (setting, reason) = if segment < LEAST_SEGMENT {
+            let why = "each begins with a table of the latest publishers, and has to hold more";
+            ("segment_bytes", format!("a segment needs {LEAST_SEGMENT} bytes: {why}"))
+        } else if self.max_bytes.is_some_and(|max| max / 2 < segment) {
+            let why = "or the broker would remove everything whenever one is full";
+            ("max_bytes", format!("two segments of {segment} bytes must fit, {why}"))
+        } else {
+            return Ok(());
+        };
+        Err(Error::InvalidSetting { setting, reason })
+    }
+
     fn arguments(&self) -> FieldTable {
         let mut arguments = FieldTable::default();
         let bytes = |bytes: u64| AMQPValue::LongLongInt(i64::try_from(bytes).unwrap_or(i64::MAX));
@@ -103,7 +129,7 @@ impl LogOptions {
         if let Some(max) = self.max_bytes {
             arguments.insert("x-max-length-bytes".into(), bytes(max));
         }
-        if let Some(segment) = self.segment_bytes {
+        if let Some(segment) = self.segment() {
             arguments.insert("x-stream-max-segment-size-bytes".into(), bytes(segment));
         }
         arguments
@@ -141,6 +167,8 @@ impl LogOptions {
 ///   does not sync it to disk first: it can be lost if more than half of the machines lose power at once.
 /// - In a cluster, `bounds` are those of the replica that is asked, which may be behind. That a position is past the end is told only when it stays
 ///   so for the [time-out](crate::RabbitOptions::timeout).
+/// - Of a stream from which retention, by a policy for instance, has removed everything, the broker tells no offset: `bounds` and `read` are
+///   [`Error::Unavailable`] until there is another record.
 /// - RabbitMQ 3.10 forgets the first stream that a node ever had if it is killed within the next second or two.
 /// - A reader whose position lies right behind a removed segment is told [`Error::Truncated`], although it may have read it to its end:
 ///   how many records the last message held is not known any more.
@@ -159,13 +187,8 @@ struct Inner {
 impl RabbitLog {
     pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
         let id = LogId::new(name)?;
-        if options.segment_bytes.is_some_and(|bytes| bytes < LEAST_SEGMENT) {
-            return Err(Error::InvalidSetting {
-                setting: "segment_bytes",
-                reason: format!(
-                    "a segment needs {LEAST_SEGMENT} bytes: each begins with a table of the latest publishers, and has to hold more"
-                ),
-            });
+        if !options.existing {
+            options.check()?;
         }
         let connection = server.asking.connection(&server).await?;
         let found = match options.existing {
@@ -271,5 +294,38 @@ impl fmt::Debug for RabbitLog {
             .field("id", &self.inner.id)
             .field("server", &self.inner.server.to_string())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_fit_what_is_kept() {
+        for (options, segment) in [
+            (LogOptions::new(), None),
+            (LogOptions::new().segment_bytes(100_000), Some(100_000)),
+            (LogOptions::new().max_bytes(u64::MAX), None),
+            (LogOptions::new().max_bytes(1_000_000), Some(250_000)),
+            (LogOptions::new().max_bytes(200_000), Some(LEAST_SEGMENT)),
+        ] {
+            assert!(options.check().is_ok(), "{options:?}");
+            assert_eq!(options.segment(), segment, "{options:?}");
+        }
+        for (options, wrong) in [
+            (LogOptions::new().segment_bytes(LEAST_SEGMENT - 1), "segment_bytes"),
+            (LogOptions::new().max_bytes(2 * LEAST_SEGMENT - 1), "max_bytes"),
+            (
+                LogOptions::new().max_bytes(1_000_000).segment_bytes(500_001),
+                "max_bytes",
+            ),
+        ] {
+            let error = options.check();
+            assert!(
+                matches!(error, Err(Error::InvalidSetting { setting, .. }) if setting == wrong),
+                "{error:?}"
+            );
+        }
     }
 }

@@ -85,10 +85,12 @@ pub(crate) async fn bounds(server: &Server, connection: &Connection, name: &str)
     })
 }
 
-/// The stream's first and last messages; `None` if it never held any (retention always leaves the last segment).
+/// The stream's first and last messages; `None` if it never held any.
 ///
-/// AMQP has no request for that. We attach at the first and at the last chunk, and take what the broker sends.
+/// AMQP has no request for that. We attach at the first and at the last chunk, and take what the broker sends. Where retention has
+/// left nothing but the last segment, and that has no message yet, nobody can tell at which offset it begins: that is an error until there is one.
 pub(crate) async fn ends(server: &Server, connection: &Connection, name: &str) -> Result<Option<Ends>, Error> {
+    let mut is_emptied = false;
     let asking = async {
         loop {
             let mut probe = Probe::attach(server, connection, name).await?;
@@ -104,15 +106,20 @@ pub(crate) async fn ends(server: &Server, connection: &Connection, name: &str) -
                 Some((first, last)) => return Ok(Some(Ends { first, last })),
                 None if is_empty && count == 0 => return Ok(None),
                 // Attached in the moment when others publish, a consumer of RabbitMQ 3.10 may never be sent anything.
-                None => {}
+                None => is_emptied = is_empty,
             }
         }
     };
     match timeout(server.options.timeout, asking).await {
         Ok(ends) => ends,
         Err(_) => Err(Error::unavailable(
-            server.on(format!("read bounds of stream {name}")),
-            "the broker does not tell its first and last message in time",
+            server.on(action(name)),
+            match is_emptied {
+                true => {
+                    "retention has removed all that it held, and the broker tells no offset before there is another message"
+                }
+                false => "the broker does not tell its first and last message in time",
+            },
         )),
     }
 }

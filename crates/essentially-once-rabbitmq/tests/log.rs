@@ -26,13 +26,14 @@ type Test = fn(Arc<RabbitNode>) -> Outcome;
 type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 10] = [
+    let tests: [(&str, Test); 11] = [
         ("messages_of_other_clients_are_records", |node| run(others(node))),
         ("other_clients_can_read_records", |node| run(readable(node))),
         ("plain_and_packed_records_mix", |node| run(mixed(node))),
         ("a_slow_reader_is_told_that_retention_overtook_it", |node| {
             run(overtaken(node))
         }),
+        ("a_stream_that_retention_emptied_says_so", |node| run(emptied(node))),
         ("another_declaration_is_refused_by_name", |node| run(mismatch(node))),
         ("a_queue_that_is_no_stream_is_refused", |node| run(no_stream(node))),
         ("a_refused_password_is_not_shown", |node| run(refused(node))),
@@ -254,6 +255,37 @@ async fn overtaken(node: Arc<RabbitNode>) -> Outcome {
             Ok(())
         }
         error => Err(format!("another error: {error}").into()),
+    }
+}
+
+async fn emptied(node: Arc<RabbitNode>) -> Outcome {
+    let options = RabbitOptions::new().timeout(Duration::from_secs(3));
+    let (name, rabbit) = (fresh("emptied"), options.connect(&node.url()).await?);
+    let log = rabbit.log_with(&name, LogOptions::new().segment_bytes(65_536)).await?;
+    // It fills the segment, so that the next one is begun behind it.
+    log.append(&[NewRecord::new(vec![b'x'; 70_000])]).await?;
+    let (policy, pattern) = (name.clone(), format!("^{name}$"));
+    tokio::task::spawn_blocking(move || {
+        let keep_nothing = r#"{"max-length-bytes": 1}"#;
+        node.ctl(&["set_policy", &policy, &pattern, keep_nothing, "--apply-to", "queues"])
+    })
+    .await??;
+    let error = loop {
+        if let Err(error) = log.bounds().await {
+            break error;
+        }
+    };
+    assert!(
+        error.is_transient() && error.to_string().contains("retention"),
+        "{error}"
+    );
+    log.append(&[NewRecord::new("next")]).await?;
+    let earliest = log.bounds().await?.earliest;
+    assert!(earliest > Offset::ZERO, "{earliest}");
+    match log.read(Offset::ZERO).await {
+        Err(Error::Truncated { earliest: told, .. }) if told == earliest => Ok(()),
+        Err(error) => Err(format!("another error: {error}").into()),
+        Ok(_) => Err("it was read".into()),
     }
 }
 
