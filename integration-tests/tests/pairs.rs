@@ -10,7 +10,7 @@ use std::{
 use essentially_once::{ConsumerId, Error, Log, NewRecord, Offset, ProducerId, Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
-    Backend, Place, Store, block_on,
+    Backend, Place, Store,
     worker::{self, Work, Worker},
 };
 
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
             let name = format!("log_{}_store_{}", log.name(), store.name());
             suite = match log.missing().or(store.missing()) {
                 Some(why) => suite.ignored(&name, &why),
-                None => suite.test(&name, move || block_on(run(log, store))),
+                None => suite.async_test(&name, 2 * LIMIT, move || run(log, store)),
             };
         }
     }

@@ -12,7 +12,7 @@ use std::{
 use essentially_once::{ConsumerId, Log, NewRecord, Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
-    Backend, Store, block_on,
+    Backend, Store,
     worker::{self, Work, Worker},
 };
 
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
             let name = format!("{}::{probe}", backend.name());
             suite = match backend.missing() {
                 Some(why) => suite.ignored(&name, &why),
-                None => suite.test(&name, move || block_on(run(backend, records, disturbance))),
+                None => suite.async_test(&name, 2 * LIMIT, move || run(backend, records, disturbance)),
             };
         }
     }

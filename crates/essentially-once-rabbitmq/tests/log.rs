@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    pin::Pin,
     process::ExitCode,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -18,55 +19,52 @@ use essentially_once_rabbitmq::{
         types::{AMQPValue, FieldTable},
     },
 };
-use essentially_once_testkit::{Suite, Violation};
+use essentially_once_testkit::Suite;
 use futures_core::Stream as _;
 use test_servers::{Cut, Proxy, RabbitNode};
 
-type Test = fn(Arc<RabbitNode>) -> Outcome;
+/// How long a test may take; only what is stuck takes so long.
+const LIMIT: Duration = Duration::from_secs(100);
+
+type Test = fn(Arc<RabbitNode>) -> Pin<Box<dyn Future<Output = Outcome>>>;
 type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
     let tests: [(&str, Test); 11] = [
-        ("messages_of_other_clients_are_records", |node| run(others(node))),
-        ("other_clients_can_read_records", |node| run(readable(node))),
-        ("plain_and_packed_records_mix", |node| run(mixed(node))),
+        ("messages_of_other_clients_are_records", |node| Box::pin(others(node))),
+        ("other_clients_can_read_records", |node| Box::pin(readable(node))),
+        ("plain_and_packed_records_mix", |node| Box::pin(mixed(node))),
         ("a_slow_reader_is_told_that_retention_overtook_it", |node| {
-            run(overtaken(node))
+            Box::pin(overtaken(node))
         }),
-        ("a_stream_that_retention_emptied_says_so", |node| run(emptied(node))),
-        ("another_declaration_is_refused_by_name", |node| run(mismatch(node))),
-        ("a_queue_that_is_no_stream_is_refused", |node| run(no_stream(node))),
-        ("a_refused_password_is_not_shown", |node| run(refused(node))),
+        ("a_stream_that_retention_emptied_says_so", |node| {
+            Box::pin(emptied(node))
+        }),
+        ("another_declaration_is_refused_by_name", |node| {
+            Box::pin(mismatch(node))
+        }),
+        ("a_queue_that_is_no_stream_is_refused", |node| Box::pin(no_stream(node))),
+        ("a_refused_password_is_not_shown", |node| Box::pin(refused(node))),
         ("a_cut_amid_an_append_leaves_doubt_and_the_next_works", |node| {
-            run(cut(node))
+            Box::pin(cut(node))
         }),
-        ("a_silent_connection_is_noticed", |node| run(silent(node))),
+        ("a_silent_connection_is_noticed", |node| Box::pin(silent(node))),
         // The last, since an alarm holds up all that publish.
-        ("an_alarm_holds_up_appends_and_no_reads", |node| run(alarm(node))),
+        ("an_alarm_holds_up_appends_and_no_reads", |node| Box::pin(alarm(node))),
     ];
     static NODE: OnceLock<Result<Arc<RabbitNode>, String>> = OnceLock::new();
     let mut suite = Suite::new();
     for (name, test) in tests {
         suite = match test_servers::rabbitmq_server() {
             Err(why) => suite.ignored(name, &why),
-            Ok(_) => suite.test(name, move || {
-                let node = NODE.get_or_init(|| RabbitNode::start().map(Arc::new).map_err(|error| error.to_string()));
-                let node = node.clone().map_err(Violation::new)?;
-                test(node).map_err(|error| Violation::new(error.to_string()))
+            Ok(_) => suite.async_test(name, LIMIT, move || async move {
+                let start = || RabbitNode::start().map(Arc::new).map_err(|error| error.to_string());
+                let node = tokio::task::block_in_place(|| NODE.get_or_init(start));
+                test(node.clone()?).await
             }),
         };
     }
     suite.run()
-}
-
-fn run(test: impl Future<Output = Outcome>) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let outcome = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(100), test).await });
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    outcome.map_err(|_| "still waiting after 100 s")?
 }
 
 fn fresh(name: &str) -> String {

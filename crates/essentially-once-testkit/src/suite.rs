@@ -91,24 +91,28 @@ impl<H: Harness> Case<H> {
     /// # Errors
     /// As for [`run`](Self::run).
     pub fn run_within(&self, harness: &H, limit: Duration) -> Result<(), Violation> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .map_err(|error| Violation::new(format!("no tokio runtime: {error}")))?;
-        let result = runtime.block_on(async {
-            let case = async {
-                let backend = harness.start(self.name).await?;
-                (self.run)(harness, &backend).await
-            };
-            tokio::time::timeout(limit, case)
-                .await
-                .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {limit:?}"))))
-        });
-        // Tasks that a stuck backend left behind must not hold up the other cases.
-        runtime.shutdown_timeout(Duration::from_secs(1));
-        result
+        block_on(limit, async {
+            let backend = harness.start(self.name).await?;
+            (self.run)(harness, &backend).await
+        })
     }
+}
+
+/// Runs a test in a runtime of its own.
+fn block_on(limit: Duration, test: impl Future<Output = CaseResult>) -> CaseResult {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Violation::new(format!("no tokio runtime: {error}")))?;
+    let result = runtime.block_on(async {
+        tokio::time::timeout(limit, test)
+            .await
+            .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {limit:?}"))))
+    });
+    // Tasks that a stuck backend left behind must not hold up the other tests.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 /// All conformance cases, in the order of the contract's bullets.
@@ -178,6 +182,22 @@ impl Suite {
         self.trials
             .push(Trial::test(name, move || test().map_err(Failed::from)));
         self
+    }
+
+    /// Adds an asynchronous test of your own, which fails if it takes longer than the limit. It is run in a tokio runtime of its own with two
+    /// workers.
+    #[must_use]
+    pub fn async_test<F, E>(self, name: &str, limit: Duration, test: impl FnOnce() -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = Result<(), E>>,
+        E: fmt::Display,
+    {
+        self.test(name, move || {
+            let test = test();
+            block_on(limit, async {
+                test.await.map_err(|error| Violation::new(error.to_string()))
+            })
+        })
     }
 
     /// Adds a test that cannot be run here, shown as ignored with the reason.

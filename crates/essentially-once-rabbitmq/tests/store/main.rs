@@ -1,6 +1,6 @@
 //! The store on a real broker: its contract in short form, and what may happen to its streams.
 
-use std::{future::Future, process::ExitCode};
+use std::{future::Future, process::ExitCode, time::Duration};
 
 use essentially_once_testkit::{Suite, Violation};
 
@@ -9,6 +9,9 @@ mod doubt;
 mod recovery;
 mod sent;
 mod support;
+
+/// How long a test may take; only what is stuck takes so long.
+const LIMIT: Duration = Duration::from_secs(200);
 
 fn main() -> ExitCode {
     let mut suite = Tests {
@@ -34,15 +37,7 @@ impl Tests {
         let suite = std::mem::take(&mut self.suite);
         self.suite = match &self.missing {
             Some(why) => suite.ignored(name, why),
-            None => suite.test(name, move || {
-                let runtime = tokio::runtime::Builder::new_multi_thread()
-                    .worker_threads(2)
-                    .enable_all()
-                    .build();
-                runtime
-                    .map_err(|error| Violation::new(error.to_string()))?
-                    .block_on(test())
-            }),
+            None => suite.async_test(name, LIMIT, test),
         };
     }
 }

@@ -8,7 +8,7 @@ use essentially_once::{
     CancellationToken, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, ProducerId,
     Record, Source, async_trait,
 };
-use essentially_once_testkit::{Check, Expectation, Suite, Violation, read_ledger, read_log};
+use essentially_once_testkit::{Check, Expectation, Suite, read_ledger, read_log};
 use tokio::sync::watch;
 
 /// How long anything may take; only what is stuck takes so long.
@@ -31,24 +31,10 @@ pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> Exit
     for (name, case) in cases {
         suite = match &missing {
             Some(why) => suite.ignored(name, why),
-            None => suite.test(name, move || block_on(case)),
+            None => suite.async_test(name, 2 * LIMIT, case),
         };
     }
     suite.run()
-}
-
-fn block_on(case: Case) -> Result<(), Violation> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Violation::new(error.to_string()))?;
-    let result = runtime.block_on(async { tokio::time::timeout(2 * LIMIT, case()).await });
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    match result {
-        Ok(result) => result.map_err(|error| Violation::new(error.to_string())),
-        Err(_) => Err(Violation::new(format!("still waiting after {:?}", 2 * LIMIT))),
-    }
 }
 
 /// Ends the case unless the condition holds.

@@ -10,13 +10,19 @@ use std::{process::ExitCode, time::Duration};
 
 use essentially_once_testkit::{Suite, Violation};
 
+/// How long a test may take; only what is stuck takes so long.
+const LIMIT: Duration = Duration::from_secs(60);
+
 /// A suite of the tests named, ignored where there is no server to run.
 macro_rules! suite {
     ($($module:ident::$test:ident,)+) => {{
         let missing = test_servers::redis_server().err();
         let suite = Suite::new();
         $(let suite = match &missing {
-            None => suite.test(concat!(stringify!($module), "::", stringify!($test)), || run($module::$test())),
+            None => suite.async_test(concat!(stringify!($module), "::", stringify!($test)), LIMIT, || async {
+                $module::$test().await;
+                Ok::<_, Violation>(())
+            }),
             Some(why) => suite.ignored(concat!(stringify!($module), "::", stringify!($test)), why),
         };)+
         suite
@@ -58,14 +64,4 @@ fn main() -> ExitCode {
         retention::a_trim_by_others_before_ours_is_forgotten,
     };
     suite.run()
-}
-
-fn run(test: impl Future<Output = ()>) -> Result<(), Violation> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Violation::new(error.to_string()))?;
-    let done = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), test).await });
-    done.map_err(|_| Violation::new("still waiting after a minute"))
 }

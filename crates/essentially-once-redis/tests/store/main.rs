@@ -9,10 +9,13 @@ mod trouble;
 
 use std::{future::Future, pin::Pin, process::ExitCode, time::Duration};
 
-use essentially_once_testkit::{Suite, Violation};
+use essentially_once_testkit::Suite;
 use test_servers::redis_server;
 
 use crate::support::Outcome;
+
+/// How long a test may take; only what is stuck takes so long.
+const LIMIT: Duration = Duration::from_secs(100);
 
 type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
 
@@ -73,23 +76,8 @@ fn main() -> ExitCode {
     for (name, case) in cases {
         suite = match &missing {
             Some(why) => suite.ignored(name, why),
-            None => suite.test(name, move || run(case)),
+            None => suite.async_test(name, LIMIT, case),
         };
     }
     suite.run()
-}
-
-fn run(case: Case) -> Result<(), Violation> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Violation::new(error.to_string()))?;
-    let limit = Duration::from_secs(100);
-    let result = runtime.block_on(async { tokio::time::timeout(limit, case()).await });
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    match result {
-        Ok(result) => result.map_err(|error| Violation::new(error.to_string())),
-        Err(_) => Err(Violation::new(format!("still waiting after {limit:?}"))),
-    }
 }
