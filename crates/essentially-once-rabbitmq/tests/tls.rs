@@ -6,8 +6,7 @@ use std::{error::Error as _, process::ExitCode};
 
 use essentially_once::{ConsumerId, Error, Source};
 use essentially_once_rabbitmq::RabbitOptions;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
-use test_servers::RabbitNode;
+use test_servers::{Pair, RabbitNode};
 use tokio::{task::block_in_place, time::timeout};
 
 use common::{LIMIT, Outcome, Running, cases, ensure, fresh, insist, judge, options, run, send};
@@ -22,50 +21,24 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A certificate and its key, as PEM.
-struct Pair {
-    certificate: String,
-    key: String,
-}
-
-/// An authority, and what it signed for a broker on this machine and for a client.
+/// An authority, whose brokers are known by number and not by name.
 struct Authority {
-    root: String,
-    server: Pair,
-    client: Pair,
+    keys: test_servers::Authority,
 }
 
 impl Authority {
     fn new() -> Result<Self, Source> {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "authority of a test");
-        let key = KeyPair::generate()?;
-        let root = params.self_signed(&key)?.pem();
-        let issuer = Issuer::new(params, key);
-        let signed = |names: &[&str]| {
-            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-            let key = KeyPair::generate()?;
-            let certificate = CertificateParams::new(names)?.signed_by(&key, &issuer)?.pem();
-            let key = key.serialize_pem();
-            Ok::<_, Source>(Pair { certificate, key })
-        };
-        Ok(Self {
-            server: signed(&["127.0.0.1"])?,
-            client: signed(&["client"])?,
-            root,
-        })
+        let keys = test_servers::Authority::new(&["127.0.0.1"])?;
+        Ok(Self { keys })
     }
 
     fn trusted(&self) -> RabbitOptions {
-        options().root_certificate(self.root.as_str())
+        options().root_certificate(self.keys.root.as_str())
     }
 
     fn start(&self, settings: &str) -> Result<RabbitNode, Source> {
-        let Pair { certificate, key } = &self.server;
-        block_in_place(|| RabbitNode::start_tls(certificate, key, &self.root, settings))
+        let Pair { certificate, key } = &self.keys.server;
+        block_in_place(|| RabbitNode::start_tls(certificate, key, &self.keys.root, settings))
     }
 }
 
@@ -140,7 +113,7 @@ async fn a_certificate_can_be_demanded_of_clients() -> Outcome {
     let node = authority.start("ssl_options.fail_if_no_peer_cert = true")?;
     let url = tls_url(&node)?;
     let shows = |certificate: &str, key: &str| authority.trusted().client_certificate(certificate, key);
-    let (client, stranger) = (&authority.client, Authority::new()?.client);
+    let (client, stranger) = (&authority.keys.client, Authority::new()?.keys.client);
     works(shows(&client.certificate, &client.key), &url).await?;
     for options in [
         authority.trusted(),

@@ -54,13 +54,13 @@ mod tx;
 use std::{fmt, sync::Arc};
 
 use essentially_once::Error;
+pub use essentially_once::Retention;
 pub use redis;
 
 use crate::server::Server;
 pub use crate::{
     log::{LogOptions, RedisLog},
     options::RedisOptions,
-    retention::Retention,
     store::RedisStore,
     tx::RedisTx,
 };

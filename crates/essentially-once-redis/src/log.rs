@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset};
+use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Retention};
 use redis::{Cmd, Pipeline, RedisError, Value};
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     durability::durability,
     error::{read_failed, write_failed},
     reader::RedisReader,
-    retention::Retention,
+    retention::trim_arguments,
     server::{Link, Server},
     snapshot::{self, Snapshot},
 };
@@ -335,7 +335,7 @@ impl Inner {
         loop {
             let mut trim = redis::cmd("EVAL");
             trim.arg(TRIM).arg(2).arg(&self.stream).arg(&self.kept).arg(incarnation);
-            trim.arg(&self.options.retention.arguments());
+            trim.arg(&trim_arguments(&self.options.retention));
             let answer = self
                 .ask(&trim)
                 .await?

@@ -67,13 +67,13 @@ mod store;
 use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use essentially_once::Error;
+pub use essentially_once::Retention;
 pub use rusqlite;
 
 use crate::shared::Shared;
 pub use crate::{
     error::sqlite_error,
     log::SqliteLog,
-    retention::Retention,
     store::{SqliteStore, SqliteTx},
 };
 

@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset};
+use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Retention};
 use rusqlite::{Connection, OptionalExtension};
 use tokio::{sync::watch, task};
 
@@ -12,7 +12,7 @@ use crate::{
     connect,
     error::{classify, is_busy},
     reader::SqliteReader,
-    retention::{Retention, now_millis, trim},
+    retention::{from_columns, now_millis, to_columns, trim},
     row::COLUMNS,
     shared::{Shared, WriteTx},
 };
@@ -130,7 +130,7 @@ impl SqliteLog {
         let action = || format!("set retention of log {}", self.inner.id);
         let tx = self.inner.shared.begin(action).await?;
         self.inner.require(tx.connection(), action)?;
-        let (records, age) = retention.to_columns();
+        let (records, age) = to_columns(retention);
         tx.connection()
             .execute(
                 "UPDATE main.essentially_once_logs SET keep_records = ?1, keep_age_ms = ?2 \
@@ -193,7 +193,7 @@ impl Inner {
                         earliest: first.unwrap_or(end),
                         last,
                         end,
-                        retention: Retention::from_columns(row.get(1)?, row.get(2)?),
+                        retention: from_columns(row.get(1)?, row.get(2)?),
                     })
                 })
                 .optional()

@@ -2,52 +2,24 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use essentially_once::Error;
+use essentially_once::Retention;
 use rusqlite::{Connection, types::ValueRef};
 
 use crate::log::{Statements, Status};
 
-/// What a log keeps; records are removed as soon as one of the two bounds says so. The default keeps everything.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Retention {
-    /// Keep the last so many records; at least 1.
-    pub records: Option<u64>,
-    /// Keep records for so long after they were appended, to the millisecond; at least 1 ms.
-    pub age: Option<Duration>,
+pub(crate) fn from_columns(records: Option<i64>, age_ms: Option<i64>) -> Retention {
+    Retention {
+        records: records.map(|records| u64::try_from(records).unwrap_or(u64::MAX)),
+        age: age_ms.map(|age| Duration::from_millis(u64::try_from(age).unwrap_or(u64::MAX))),
+    }
 }
 
-impl Retention {
-    /// Refuses what would remove a record in the moment it is appended.
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        let invalid = |reason: &str| {
-            Err(Error::InvalidSetting {
-                setting: "retention",
-                reason: reason.into(),
-            })
-        };
-        if self.records == Some(0) {
-            return invalid("`records` must be at least 1");
-        }
-        if self.age.is_some_and(|age| age < Duration::from_millis(1)) {
-            return invalid("`age` must be at least 1 ms");
-        }
-        Ok(())
-    }
-
-    pub(crate) fn from_columns(records: Option<i64>, age_ms: Option<i64>) -> Self {
-        Self {
-            records: records.map(|records| u64::try_from(records).unwrap_or(u64::MAX)),
-            age: age_ms.map(|age| Duration::from_millis(u64::try_from(age).unwrap_or(u64::MAX))),
-        }
-    }
-
-    pub(crate) fn to_columns(self) -> (Option<i64>, Option<i64>) {
-        let clamp = |number: u128| i64::try_from(number).unwrap_or(i64::MAX);
-        (
-            self.records.map(|records| clamp(records.into())),
-            self.age.map(|age| clamp(age.as_millis())),
-        )
-    }
+pub(crate) fn to_columns(retention: Retention) -> (Option<i64>, Option<i64>) {
+    let clamp = |number: u128| i64::try_from(number).unwrap_or(i64::MAX);
+    (
+        retention.records.map(|records| clamp(records.into())),
+        retention.age.map(|age| clamp(age.as_millis())),
+    )
 }
 
 pub(crate) fn now_millis() -> i64 {
@@ -108,28 +80,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn retention_that_keeps_nothing_is_refused() {
-        let of = |records, age| Retention { records, age }.check();
-        assert!(of(Some(0), None).is_err());
-        assert!(of(None, Some(Duration::ZERO)).is_err());
-        assert!(of(None, Some(Duration::from_micros(999))).is_err());
-        assert!(of(Some(1), Some(Duration::from_millis(1))).is_ok());
-        assert!(of(None, None).is_ok());
-    }
-
-    #[test]
     fn columns_round_trip_and_clamp() {
         let retention = Retention {
             records: Some(5),
             age: Some(Duration::from_millis(7)),
         };
-        let (records, age) = retention.to_columns();
-        assert_eq!(Retention::from_columns(records, age), retention);
+        let (records, age) = to_columns(retention);
+        assert_eq!(from_columns(records, age), retention);
         let endless = Retention {
             records: Some(u64::MAX),
             age: Some(Duration::MAX),
         };
-        assert_eq!(endless.to_columns(), (Some(i64::MAX), Some(i64::MAX)));
-        assert_eq!(Retention::from_columns(Some(-1), None).records, Some(u64::MAX));
+        assert_eq!(to_columns(endless), (Some(i64::MAX), Some(i64::MAX)));
+        assert_eq!(from_columns(Some(-1), None).records, Some(u64::MAX));
     }
 }

@@ -48,6 +48,7 @@ mod log;
 pub mod memory;
 mod name;
 mod record;
+mod retention;
 mod rt;
 mod store;
 mod window;
@@ -63,6 +64,7 @@ pub use crate::{
     log::{Bounds, Durability, Log, LogReader},
     name::{ConsumerId, LogId, ProducerId},
     record::{Header, NewRecord, Offset, Origin, Record},
+    retention::Retention,
     store::{Advance, KeyValue, OffsetStore, Position, Transaction},
     window::Window,
 };

@@ -5,6 +5,7 @@
 
 use std::{env, path::PathBuf};
 
+mod authority;
 mod folder;
 mod port;
 mod process;
@@ -12,6 +13,7 @@ mod proxy;
 mod rabbitmq;
 mod redis;
 
+pub use authority::{Authority, Pair};
 pub use proxy::{Cut, Proxy};
 pub use rabbitmq::{RabbitCluster, RabbitNode};
 pub use redis::{RedisBuilder, RedisCluster, RedisSentinel, RedisServer, Reply};

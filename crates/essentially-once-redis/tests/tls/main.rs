@@ -9,9 +9,8 @@ use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 use essentially_once::{Consumer, ConsumerId, Error, Source};
 use essentially_once_redis::{Redis, RedisOptions};
 use essentially_once_testkit::Ledger;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
-use test_servers::{RedisBuilder, RedisServer};
+use test_servers::{Pair, RedisBuilder, RedisServer};
 
 use common::{Outcome, cases, ensure, judge, run, send};
 use secrets::no_secret_is_ever_shown;
@@ -30,41 +29,16 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A certificate and its key, as PEM.
-struct Pair {
-    certificate: String,
-    key: String,
-}
-
-/// An authority, and what it signed for a server on this machine and for a client.
+/// An authority, and the files that a server reads.
 struct Authority {
-    root: String,
-    server: Pair,
-    client: Pair,
+    keys: test_servers::Authority,
     folder: TempDir,
 }
 
 impl Authority {
     fn new() -> Result<Self, Source> {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "authority of a test");
-        let key = KeyPair::generate()?;
-        let root = params.self_signed(&key)?.pem();
-        let issuer = Issuer::new(params, key);
-        let signed = |names: &[&str]| {
-            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-            let key = KeyPair::generate()?;
-            let certificate = CertificateParams::new(names)?.signed_by(&key, &issuer)?.pem();
-            let key = key.serialize_pem();
-            Ok::<_, Source>(Pair { certificate, key })
-        };
         Ok(Self {
-            server: signed(&["127.0.0.1", "localhost"])?,
-            client: signed(&["client"])?,
-            root,
+            keys: test_servers::Authority::new(&["127.0.0.1", "localhost"])?,
             folder: TempDir::new()?,
         })
     }
@@ -76,14 +50,14 @@ impl Authority {
             fs::write(&path, text)?;
             Ok::<_, Source>(path)
         };
-        let certificate = file("server.pem", &self.server.certificate)?;
-        let key = file("server.key", &self.server.key)?;
-        let root = file("root.pem", &self.root)?;
+        let certificate = file("server.pem", &self.keys.server.certificate)?;
+        let key = file("server.key", &self.keys.server.key)?;
+        let root = file("root.pem", &self.keys.root)?;
         Ok(RedisServer::durable().tls(&certificate, &key, &root))
     }
 
     fn trusted(&self) -> RedisOptions {
-        RedisOptions::new().root_certificate(self.root.as_str())
+        RedisOptions::new().root_certificate(self.keys.root.as_str())
     }
 }
 
@@ -117,7 +91,7 @@ async fn clients_with_a_certificate_are_served() -> Outcome {
         .server()?
         .with(&[("tls-auth-clients", "yes"), ("port", "0")])
         .start()?;
-    let Pair { certificate, key } = &authority.client;
+    let Pair { certificate, key } = &authority.keys.client;
     let options = authority
         .trusted()
         .client_certificate(certificate.as_str(), key.as_str());
@@ -129,7 +103,7 @@ async fn clients_without_a_certificate_are_refused() -> Outcome {
     let server = authority.server()?.with(&[("tls-auth-clients", "yes")]).start()?;
     let text = refusal(authority.trusted(), &tls_url(&server)?).await?;
     ensure!(text.contains("127.0.0.1"), "{text}");
-    let stranger = Authority::new()?.client;
+    let stranger = Authority::new()?.keys.client;
     let options = authority
         .trusted()
         .client_certificate(stranger.certificate, stranger.key);

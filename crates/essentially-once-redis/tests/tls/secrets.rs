@@ -96,7 +96,7 @@ pub(crate) async fn no_secret_is_ever_shown() -> Outcome {
         ensure!(!said.text().contains(name), "{name} was shown: {}", said.text());
     }
     requests_that_fail(&said, &authority, &server).await?;
-    let key: Vec<&str> = authority.client.key.lines().collect();
+    let key: Vec<&str> = authority.keys.client.key.lines().collect();
     for secret in [SECRET, key[1]] {
         ensure!(!said.text().contains(secret), "{secret} was shown: {}", said.text());
     }
@@ -147,14 +147,14 @@ async fn connections_that_fail(said: &Said, authority: &Authority, server: &Redi
     }
     let wrong = RedisOptions::new()
         .root_certificate(SECRET)
-        .client_certificate(SECRET, authority.client.key.as_str());
+        .client_certificate(SECRET, authority.keys.client.key.as_str());
     said.show(&wrong);
     said.failed(wrong.connect(&format!("rediss://{USER}:{SECRET}@{tls}")).await)?;
     Ok(())
 }
 
 async fn requests_that_fail(said: &Said, authority: &Authority, server: &RedisServer) -> Outcome {
-    let Authority { client, .. } = authority;
+    let client = &authority.keys.client;
     let options = authority
         .trusted()
         .client_certificate(client.certificate.as_str(), client.key.as_str());
