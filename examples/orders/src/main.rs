@@ -186,8 +186,11 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
             max_batch: args.max_batch,
         };
         let tally = race.run();
-        if let Folder::Temporary(_) = &folder {
-            runtime()?.block_on(race.backend.remove())?;
+        if let Folder::Temporary(_) = &folder
+            && let Err(error) = runtime()?.block_on(race.backend.remove())
+        {
+            // No reason to end with: why the run failed, if it did, says more.
+            let _ = writeln!(io::stderr(), "what the run wrote could not be removed: {error}");
         }
         tallies.push(tally?);
     }

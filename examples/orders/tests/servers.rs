@@ -6,7 +6,10 @@ use essentially_once_testkit::{Suite, Violation};
 use test_servers::{Error, RabbitNode, RedisServer, Reply};
 
 fn main() -> ExitCode {
-    let mut suite = Suite::new().test("a_password_is_never_told", a_password_is_never_told);
+    let mut suite = Suite::new().test(
+        "errors_name_the_server_and_no_password",
+        errors_name_the_server_and_no_password,
+    );
     for (name, log, store) in [("log", true, false), ("store", false, true), ("both", true, true)] {
         suite = match test_servers::redis_server() {
             Err(why) => suite.ignored(&format!("{name}_on_redis"), &why),
@@ -114,7 +117,7 @@ fn kills_lose_and_double_nothing(
     }
 }
 
-fn a_password_is_never_told() -> Result<(), Violation> {
+fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
     const SECRET: &str = "s3cr3t-pa55";
     for url in [
         format!("redis://shop:{SECRET}@127.0.0.1:1/0"),
@@ -130,6 +133,12 @@ fn a_password_is_never_told() -> Result<(), Violation> {
             let told = String::from_utf8_lossy(&output.stderr);
             if output.status.success() || told.contains(SECRET) {
                 return Err(Violation::new(format!("{option}: {}: {told}", output.status)));
+            }
+            let why = told.lines().find(|line| line.starts_with("orders: "));
+            if url.contains("127.0.0.1:1") && !why.is_some_and(|why| why.contains("127.0.0.1:1")) {
+                return Err(Violation::new(format!(
+                    "{option} {url}: the server is not named: {told}"
+                )));
             }
         }
     }
