@@ -30,7 +30,7 @@ type Test = fn(Arc<RabbitNode>) -> Pin<Box<dyn Future<Output = Outcome>>>;
 type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 11] = [
+    let tests: [(&str, Test); 12] = [
         ("messages_of_other_clients_are_records", |node| Box::pin(others(node))),
         ("other_clients_can_read_records", |node| Box::pin(readable(node))),
         ("plain_and_packed_records_mix", |node| Box::pin(mixed(node))),
@@ -44,6 +44,7 @@ fn main() -> ExitCode {
             Box::pin(mismatch(node))
         }),
         ("a_queue_that_is_no_stream_is_refused", |node| Box::pin(no_stream(node))),
+        ("a_refused_message_is_not_taken_for_stored", |node| Box::pin(nack(node))),
         ("a_refused_password_is_not_shown", |node| Box::pin(refused(node))),
         ("a_cut_amid_an_append_leaves_doubt_and_the_next_works", |node| {
             Box::pin(cut(node))
@@ -329,6 +330,27 @@ async fn no_stream(node: Arc<RabbitNode>) -> Outcome {
     log.append(&[NewRecord::new("x")]).await?;
     let error = log.read(Offset::ZERO).await.err().ok_or("it was read")?;
     assert!(matches!(error, Error::Failed { .. }), "{error}");
+    Ok(())
+}
+
+/// Streams take all that they can store; a queue with an overflow refuses.
+async fn nack(node: Arc<RabbitNode>) -> Outcome {
+    let (name, rabbit) = (fresh("full"), Rabbit::connect(&node.url()).await?);
+    let (_connection, channel) = plain_client(&node).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    channel
+        .queue_declare(name.as_str().into(), QueueDeclareOptions::durable(), arguments)
+        .await?;
+    let log = rabbit.log_with(&name, LogOptions::new().existing()).await?;
+    log.append(&[NewRecord::new("fits")]).await?;
+    let full = log.append(&[NewRecord::new("does not")]).await;
+    let error = full.err().ok_or("a refusal was taken for a confirm")?;
+    assert!(
+        matches!(error, Error::Indeterminate { .. }) && error.to_string().contains("refusal"),
+        "{error}"
+    );
     Ok(())
 }
 

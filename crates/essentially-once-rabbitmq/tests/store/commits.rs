@@ -11,6 +11,7 @@ use crate::{
 pub(crate) fn add(tests: &mut Tests) {
     tests.add("commits::state_windows_and_position_come_back", round_trip);
     tests.add("commits::of_two_handles_one_wins", race);
+    tests.add("commits::a_transaction_reads_what_was_committed_before", fresh);
     tests.add("commits::another_log_is_refused", wrong_log);
     tests.add("commits::a_transaction_on_what_was_overtaken_is_fenced", overtaken);
     tests.add("commits::state_has_a_limit", state_limit);
@@ -64,6 +65,20 @@ async fn round_trip() -> Result<(), Violation> {
         ] {
             assert_eq!(tx.get(key).await?.as_deref(), expected, "{key:?}");
         }
+    }
+    Ok(())
+}
+
+/// Whoever committed it, and also if this handle knew an older state.
+async fn fresh() -> Result<(), Violation> {
+    let place = Place::new();
+    let (one, two) = (place.store().await?, place.store().await?);
+    put(&one, "k", "1", 0).await?;
+    for revision in 1..5 {
+        for store in [&two, &one] {
+            assert_eq!(get(store, "k").await?, Some(revision.to_string()));
+        }
+        put(&two, "k", &(revision + 1).to_string(), revision).await?;
     }
     Ok(())
 }
