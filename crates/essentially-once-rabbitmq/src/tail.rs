@@ -350,9 +350,20 @@ async fn unless_behind<T>(
     stream: &str,
     judge: impl Fn(Option<&Ends>) -> Result<T, Error>,
 ) -> Result<(Option<Ends>, T), Error> {
-    let deadline = Instant::now() + server.options.timeout;
+    believed(server.options.timeout, || ends(server, connection, stream), judge).await
+}
+
+async fn believed<T, F>(
+    limit: Duration,
+    mut ask: impl FnMut() -> F,
+    judge: impl Fn(Option<&Ends>) -> Result<T, Error>,
+) -> Result<(Option<Ends>, T), Error>
+where
+    F: Future<Output = Result<Option<Ends>, Error>>,
+{
+    let deadline = Instant::now() + limit;
     loop {
-        let ends = ends(server, connection, stream).await?;
+        let ends = ask().await?;
         match judge(ends.as_ref()) {
             Err(Error::OutOfRange { .. }) if Instant::now() < deadline => sleep(BEHIND).await,
             judged => return judged.map(|judged| (ends, judged)),
@@ -400,5 +411,54 @@ fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
             format!("read stream {stream} at {next}"),
             format!("it holds offsets from {first} up to {end}"),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ends_of(first: u64, last: u64) -> Ends {
+        let message = |offset| Delivered {
+            offset,
+            properties: BasicProperties::default(),
+            body: vec![],
+            tag: 0,
+        };
+        Ends {
+            first: message(first),
+            last: message(last),
+        }
+    }
+
+    /// What a reader at 5 is told if the broker answers so, again and again at the end, and how often it was asked.
+    async fn told(answers: &[Option<(u64, u64)>]) -> (Result<(), Error>, usize) {
+        let mut asked = 0;
+        let ask = || {
+            let answer = answers[asked.min(answers.len() - 1)];
+            asked += 1;
+            async move { Ok(answer.map(|(first, last)| ends_of(first, last))) }
+        };
+        let judge = |ends: Option<&Ends>| standing("orders", ends, 5);
+        let told = believed(3 * BEHIND, ask, judge).await;
+        (told.map(|(_, ())| ()), asked)
+    }
+
+    #[tokio::test]
+    async fn that_a_reader_is_past_the_end_is_believed_if_it_lasts() {
+        let (told_late, asked) = told(&[None, Some((0, 3)), Some((0, 9))]).await;
+        assert!(told_late.is_ok() && asked == 3, "{told_late:?} after {asked}");
+        for lasting in [None, Some((0, 3))] {
+            let (lost, asked) = told(&[lasting]).await;
+            assert!(
+                matches!(lost, Err(Error::OutOfRange { .. })) && asked > 2,
+                "{lost:?} after {asked}"
+            );
+        }
+        let (truncated, asked) = told(&[Some((6, 9))]).await;
+        assert!(
+            matches!(truncated, Err(Error::Truncated { .. })) && asked == 1,
+            "{truncated:?} after {asked}"
+        );
     }
 }
