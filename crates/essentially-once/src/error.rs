@@ -1,6 +1,8 @@
 //! What can go wrong, in kinds that a caller can act on.
 
-use crate::{ConsumerId, LogId, Offset};
+use std::{error, fmt};
+
+use crate::{ConsumerId, LogId, Offset, Revision};
 
 /// The cause beneath an [`Error`].
 pub type Source = Box<dyn std::error::Error + Send + Sync>;
@@ -13,6 +15,9 @@ pub type Source = Box<dyn std::error::Error + Send + Sync>;
 ///   [`PartiallyApplied`](Self::PartiallyApplied) says "in part". After every other error of a log or store, nothing was appended,
 ///   applied or moved.
 /// - *Is it worth trying again?* [`is_transient`](Self::is_transient) says so.
+///
+/// The text names every cause in the chain beneath an error, each once, so `source()` is always `None`: what prints a whole
+/// chain prints nothing twice. [`cause`](Self::cause) gives the cause itself.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -65,20 +70,51 @@ pub enum Error {
     Fenced {
         /// The consumer.
         consumer: ConsumerId,
-        /// The revision this transaction was based on; 0 means that there was no position.
-        expected: u64,
+        /// The revision this transaction was based on; [`Revision::NONE`] means that there was no position.
+        expected: Revision,
+    },
+
+    /// The position of a running consumer vanished or went back: the store lost commits that it had acknowledged.
+    #[error(
+        "consumer {consumer}: its position was at revision {seen} and {}: the store lost commits that it had acknowledged \
+         (deleted, restored from an older copy, failed over), so records could be skipped or handled twice; compare the \
+         state with the log, then start the consumer again to go on from what is stored, or `seek` it first",
+        gone_to(found)
+    )]
+    PositionLost {
+        /// The consumer.
+        consumer: ConsumerId,
+        /// The highest revision that this run has seen.
+        seen: Revision,
+        /// The revision that is stored now; `None` if there is no position.
+        found: Option<Revision>,
+    },
+
+    /// The record at the offset that the consumer passed last is not the one that it read there.
+    #[error(
+        "log {log}: the record at offset {offset} is not the one that consumer {consumer} handled there: the log was \
+         restored from an older copy, or replaced, and has grown since; find out which of its records are new, then `seek` \
+         the consumer to the first of them"
+    )]
+    LogChanged {
+        /// The consumer.
+        consumer: ConsumerId,
+        /// The log.
+        log: LogId,
+        /// The offset of the record that was compared.
+        offset: Offset,
     },
 
     /// It may have happened or not: the reply was lost.
     ///
     /// After a commit, [`OffsetStore::position`](crate::OffsetStore::position) tells the truth. After an append, any prefix
     /// of the records may be in the log: append again with the same origins, and consumers drop what came twice.
-    #[error("{action}: the outcome is unknown, it may have happened or not: {source}")]
+    #[error("{action}: the outcome is unknown, it may have happened or not: {}", Chain(cause))]
     Indeterminate {
         /// What was attempted, and on what.
         action: String,
         /// Why the outcome is unknown.
-        source: Source,
+        cause: Source,
     },
 
     /// A backend that cannot roll back failed in the middle: a part of the transaction was applied, and the position did not
@@ -97,21 +133,21 @@ pub enum Error {
     },
 
     /// It did not happen, but may work if tried again: busy, disconnected, timed out before it was sent.
-    #[error("{action}: not done, for now: {source}")]
+    #[error("{action}: not done, for now: {}", Chain(cause))]
     Unavailable {
         /// What was attempted, and on what.
         action: String,
         /// Why it did not happen.
-        source: Source,
+        cause: Source,
     },
 
     /// It did not happen and will not without a change: wrong rights, a full disk, a damaged or unknown format.
-    #[error("{action}: {source}")]
+    #[error("{action}: {}", Chain(cause))]
     Failed {
         /// What was attempted, and on what.
         action: String,
         /// Why it cannot be done, and what to change.
-        source: Source,
+        cause: Source,
     },
 
     /// Something is over its size limit; nothing was appended or staged.
@@ -159,7 +195,10 @@ pub enum Error {
     },
 
     /// A record could not be handled, and the consumer stopped there.
-    #[error("consumer {consumer}, log {log}, offset {offset}: {outcome} (tried {attempts}x): {source}")]
+    #[error(
+        "consumer {consumer}, log {log}, offset {offset}: {outcome} (tried {attempts}x): {}",
+        Chain(cause)
+    )]
     Unhandled {
         /// The consumer.
         consumer: ConsumerId,
@@ -172,32 +211,32 @@ pub enum Error {
         /// How often it was tried in this run.
         attempts: u32,
         /// What the handler said, or why the record could not be decoded.
-        source: Source,
+        cause: Source,
     },
 }
 
 impl Error {
     /// An [`Error::Failed`]: it did not happen and will not without a change.
-    pub fn failed(action: impl Into<String>, source: impl Into<Source>) -> Self {
+    pub fn failed(action: impl Into<String>, cause: impl Into<Source>) -> Self {
         Self::Failed {
             action: action.into(),
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 
     /// An [`Error::Unavailable`]: it did not happen but may if tried again.
-    pub fn unavailable(action: impl Into<String>, source: impl Into<Source>) -> Self {
+    pub fn unavailable(action: impl Into<String>, cause: impl Into<Source>) -> Self {
         Self::Unavailable {
             action: action.into(),
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 
     /// An [`Error::Indeterminate`]: it may have happened or not.
-    pub fn indeterminate(action: impl Into<String>, source: impl Into<Source>) -> Self {
+    pub fn indeterminate(action: impl Into<String>, cause: impl Into<Source>) -> Self {
         Self::Indeterminate {
             action: action.into(),
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 
@@ -207,5 +246,76 @@ impl Error {
             self,
             Self::Fenced { .. } | Self::Indeterminate { .. } | Self::Unavailable { .. }
         )
+    }
+
+    /// What lies beneath an [`Indeterminate`](Self::Indeterminate), [`Unavailable`](Self::Unavailable),
+    /// [`Failed`](Self::Failed) or [`Unhandled`](Self::Unhandled), to be downcast.
+    pub fn cause(&self) -> Option<&(dyn error::Error + Send + Sync + 'static)> {
+        match self {
+            Self::Indeterminate { cause, .. }
+            | Self::Unavailable { cause, .. }
+            | Self::Failed { cause, .. }
+            | Self::Unhandled { cause, .. } => Some(&**cause),
+            _ => None,
+        }
+    }
+}
+
+fn gone_to(found: &Option<Revision>) -> String {
+    match found {
+        Some(revision) => format!("is at {revision} now"),
+        None => "is gone".into(),
+    }
+}
+
+/// An error and its causes, outermost first. A cause whose text an error above it already has is left out, since some
+/// libraries name it in both places.
+pub(crate) struct Chain<'a>(pub(crate) &'a Source);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = self.0.to_string();
+        f.write_str(&shown)?;
+        let mut next = self.0.source();
+        while let Some(cause) = next {
+            let text = cause.to_string();
+            if !shown.contains(&text) {
+                write!(f, ": {text}")?;
+                shown.push_str(&text);
+            }
+            next = cause.source();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    /// As `tokio_postgres::Error` is: its text does not say what its source says.
+    #[derive(Debug, thiserror::Error)]
+    #[error("db error")]
+    struct Terse(#[source] Verbose);
+
+    /// As many errors are: its text repeats that of its source.
+    #[derive(Debug, thiserror::Error)]
+    #[error("column is missing: {0}")]
+    struct Verbose(#[source] std::num::ParseIntError);
+
+    #[test]
+    fn every_cause_is_shown_once() {
+        let number = "x".parse::<u32>().expect_err("not a number");
+        let error = Error::failed("read orders", Terse(Verbose(number)));
+        let shown = "read orders: db error: column is missing: invalid digit found in string";
+        assert_eq!(error.to_string(), shown);
+        assert!(error.source().is_none(), "what prints the chain would print it twice");
+        assert!(error.cause().is_some_and(|cause| cause.is::<Terse>()));
+
+        let outer = Error::unavailable("consume", error);
+        assert_eq!(outer.to_string(), format!("consume: not done, for now: {shown}"));
+        assert!(outer.cause().is_some_and(|cause| cause.is::<Error>()));
     }
 }

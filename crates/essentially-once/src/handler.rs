@@ -4,7 +4,10 @@ use std::{fmt, future::Future, pin::Pin};
 
 use async_trait::async_trait;
 
-use crate::{Record, error::Source};
+use crate::{
+    Record,
+    error::{Chain, Source},
+};
 
 /// Does something with each record. For essentially-once `Tx` is the store's transaction, and whatever is written through it
 /// takes effect together with the offset; for the other deliveries `Tx` is `()`, since there is no transaction to write in.
@@ -19,7 +22,20 @@ pub trait Handler<Tx: Send>: Send {
     /// Any error through `?` means [`HandlerError::retry`]; [`HandlerError::reject`] and [`HandlerError::fatal`] say more.
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError>;
 
-    /// The consumer went back to its stored position: drop what was cached since the last commit.
+    /// Called after the last record of a batch, before its commit: writes what the handler gathered, such as one statement
+    /// with a row for each record. Whatever was gathered since the last commit or reset belongs to this transaction.
+    ///
+    /// Under at-least-once it is called before the offset is committed, and under at-most-once after the batch was handled.
+    ///
+    /// # Errors
+    /// As for [`handle`](Self::handle), except that the error may be any record's: the batch is rolled back, and its records
+    /// are handled one by one until the culprit is known.
+    async fn flush(&mut self, tx: &mut Tx) -> Result<(), HandlerError> {
+        let _ = tx;
+        Ok(())
+    }
+
+    /// The consumer went back to its stored position: drop what was cached or gathered since the last commit.
     async fn reset(&mut self) {}
 }
 
@@ -27,6 +43,10 @@ pub trait Handler<Tx: Send>: Send {
 impl<Tx: Send, H: Handler<Tx> + ?Sized> Handler<Tx> for Box<H> {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
         (**self).handle(record, tx).await
+    }
+
+    async fn flush(&mut self, tx: &mut Tx) -> Result<(), HandlerError> {
+        (**self).flush(tx).await
     }
 
     async fn reset(&mut self) {
@@ -77,7 +97,9 @@ where
 
 /// Why a record was not handled, and what follows.
 ///
-/// Any error becomes [`retry`](Self::retry) through `?`. For that it is, like `anyhow::Error`, no `std::error::Error` itself.
+/// Any error becomes [`retry`](Self::retry) through `?`. For that it is, like `anyhow::Error`, not a `std::error::Error`
+/// itself. If a transient [`Error`](crate::Error) of the backend is anywhere in the chain of causes, the failure counts as the
+/// backend's and not as the record's.
 pub struct HandlerError {
     pub(crate) kind: HandlerErrorKind,
     pub(crate) source: Source,
@@ -123,12 +145,12 @@ impl<E: std::error::Error + Send + Sync + 'static> From<E> for HandlerError {
 
 impl fmt::Display for HandlerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.source.fmt(f)
+        Chain(&self.source).fmt(f)
     }
 }
 
 impl fmt::Debug for HandlerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HandlerError::{:?}({})", self.kind, self.source)
+        write!(f, "HandlerError::{:?}({})", self.kind, Chain(&self.source))
     }
 }

@@ -47,8 +47,10 @@ mod handler;
 mod log;
 pub mod memory;
 mod name;
+mod passed;
 mod record;
 mod retention;
+mod revision;
 mod rt;
 mod store;
 mod window;
@@ -62,9 +64,11 @@ pub use crate::{
     error::{Error, Source},
     handler::{Handler, HandlerError, HandlerFn, HandlerFuture, handler_fn},
     log::{Bounds, Durability, Log, LogReader},
-    name::{ConsumerId, LogId, ProducerId},
+    name::{ConsumerId, Epoch, LogId, Numbering, ProducerId},
+    passed::Passed,
     record::{Header, NewRecord, Offset, Origin, Record},
     retention::Retention,
+    revision::{Owner, Revision},
     store::{Advance, KeyValue, OffsetStore, Position, Transaction},
     window::Window,
 };

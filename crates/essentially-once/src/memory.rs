@@ -13,8 +13,8 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::{
-    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Offset, OffsetStore,
-    Position, ProducerId, Record, Transaction, Window,
+    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Numbering, Offset,
+    OffsetStore, Position, Record, Revision, Transaction, Window,
 };
 
 /// Largest record, key or value that the backend takes, in bytes.
@@ -38,7 +38,7 @@ struct Shared {
 #[derive(Default)]
 struct Stored {
     position: Option<Position>,
-    windows: HashMap<ProducerId, Window>,
+    windows: HashMap<Numbering, Window>,
     state: BTreeMap<Bytes, Bytes>,
 }
 
@@ -301,21 +301,29 @@ impl Transaction for MemoryTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         let mut consumers = lock(&self.shared.consumers);
         let stored = consumers.entry(self.consumer.clone()).or_default();
-        let revision = stored.position.as_ref().map_or(0, |position| position.revision);
-        if revision != advance.expected_revision {
+        let revision = stored
+            .position
+            .as_ref()
+            .map_or(Revision::NONE, |position| position.revision);
+        if revision != advance.expected {
             return Err(Error::Fenced {
                 consumer: self.consumer,
-                expected: advance.expected_revision,
+                expected: advance.expected,
             });
         }
-        if let Some(position) = &stored.position
-            && !position.log.is_same_log(&advance.log)
-        {
-            return Err(Error::WrongLog {
-                consumer: self.consumer,
-                stored: position.log.clone(),
-                given: advance.log,
-            });
+        let mut log = advance.log;
+        if let Some(position) = &stored.position {
+            if !position.log.is_same_log(&log) {
+                return Err(Error::WrongLog {
+                    consumer: self.consumer,
+                    stored: position.log.clone(),
+                    given: log,
+                });
+            }
+            // S8: a handle that knows no incarnation must not wipe out the known one.
+            if log.incarnation().is_none() {
+                log = position.log.clone();
+            }
         }
         for (key, value) in self.staged {
             match value {
@@ -324,15 +332,13 @@ impl Transaction for MemoryTx {
             };
         }
         stored.windows.extend(advance.windows);
-        for producer in &advance.forgotten {
-            stored.windows.remove(producer);
+        for numbering in &advance.forgotten {
+            stored.windows.remove(numbering);
         }
-        stored.position = Some(Position {
-            log: advance.log,
-            next: advance.next,
-            revision: revision + 1,
-            windows: Vec::new(),
-        });
+        let mut position = Position::new(log, advance.next, advance.revision);
+        position.owner = advance.owner;
+        position.passed = advance.passed;
+        stored.position = Some(position);
         Ok(())
     }
 

@@ -93,6 +93,92 @@ name!(
     "producer"
 );
 
+/// Which numbering of a producer's records a sequence belongs to.
+///
+/// Sequences are compared within one epoch only, so a producer that starts to number anew takes a new epoch and none of its
+/// records is mistaken for one that was seen before.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Epoch(u64);
+
+impl Epoch {
+    /// For a producer whose numbers are durable: an outbox, the lines of a file, a counter in a database. It continues its
+    /// numbering after every restart, and consumers never forget what they saw of it.
+    pub const STABLE: Self = Self(0);
+
+    /// The epoch of that number; 0 is [`STABLE`](Self::STABLE).
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// A random epoch, for a producer that numbers from the beginning at each start: draw one per process and keep it.
+    pub fn fresh() -> Self {
+        Self(fastrand::u64(1..))
+    }
+
+    /// The epoch as a number.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// A producer and one of its [epochs](Epoch): within it, every sequence names one record.
+///
+/// Shown and parsed as `billing` in the stable epoch and as `billing#17` otherwise.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Numbering {
+    producer: ProducerId,
+    epoch: Epoch,
+}
+
+impl Numbering {
+    /// The numbering of that producer and epoch.
+    pub const fn new(producer: ProducerId, epoch: Epoch) -> Self {
+        Self { producer, epoch }
+    }
+
+    /// Who numbers.
+    pub const fn producer(&self) -> &ProducerId {
+        &self.producer
+    }
+
+    /// Which of the producer's numberings it is.
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+}
+
+impl fmt::Display for Numbering {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.epoch {
+            Epoch::STABLE => self.producer.fmt(f),
+            Epoch(epoch) => write!(f, "{}#{epoch}", self.producer),
+        }
+    }
+}
+
+impl FromStr for Numbering {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let Some((producer, epoch)) = text.split_once('#') else {
+            return Ok(Self::new(text.parse()?, Epoch::STABLE));
+        };
+        // One spelling per numbering: neither `#0` nor `#+1` nor `#01`.
+        let parsed = epoch
+            .parse::<u64>()
+            .ok()
+            .filter(|number| *number != 0 && number.to_string() == epoch);
+        match parsed {
+            Some(number) => Ok(Self::new(producer.parse()?, Epoch(number))),
+            None => Err(Error::InvalidName {
+                kind: "producer",
+                name: text.chars().take(60).collect(),
+                reason: "what follows `#` is not an epoch, a decimal number from 1 to 2^64 - 1".into(),
+            }),
+        }
+    }
+}
+
 /// Identifies a log: its name, and where the backend can tell, which incarnation of that name it is.
 ///
 /// A log that was deleted and created again has the same name and another incarnation, so that a position in the old one
@@ -169,6 +255,33 @@ impl fmt::Display for LogId {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_numbering_has_one_spelling() {
+        let producer = ProducerId::new("billing").expect("name");
+        for (epoch, shown) in [
+            (0, "billing"),
+            (17, "billing#17"),
+            (u64::MAX, "billing#18446744073709551615"),
+        ] {
+            let numbering = Numbering::new(producer.clone(), Epoch::new(epoch));
+            assert_eq!(numbering.to_string(), shown);
+            assert_eq!(shown.parse::<Numbering>().expect("parses"), numbering);
+        }
+        for bad in [
+            "",
+            "#1",
+            "billing#",
+            "billing#0",
+            "billing#+1",
+            "billing#01",
+            "billing#1#2",
+            "a b#1",
+        ] {
+            assert!(bad.parse::<Numbering>().is_err(), "{bad:?}");
+        }
+        assert_ne!(Epoch::fresh(), Epoch::STABLE);
+    }
 
     #[test]
     fn odd_names_are_refused_with_the_rule_they_break() {

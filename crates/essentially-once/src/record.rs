@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 
-use crate::{Error, ProducerId};
+use crate::{Epoch, Error, Numbering, ProducerId};
 
 /// A record's place in one log: opaque, ordered, and possibly sparse.
 ///
@@ -85,16 +85,46 @@ impl FromStr for Offset {
     }
 }
 
-/// Who sent a record, and its number among all that this producer sent to this log: dense, starting anywhere.
+/// Who sent a record, and its number among all that this producer sent to this log in one [`Epoch`].
 ///
-/// A sender that is in doubt sends again with the same origin, and the consumer drops what it has handled before. A producer
-/// that cannot go on with its numbering needs a new id: under the old one, records numbered anew are dropped as duplicates.
+/// A sender in doubt sends again with the same origin, and the consumer drops what it has handled before. Numbers may start
+/// anywhere and have gaps, but the span from the lowest unconfirmed to the highest appended must not exceed
+/// [`Window::SIZE`](crate::Window::SIZE).
+///
+/// Take [`Epoch::STABLE`] only if the numbers outlive the process. A process that numbers from the beginning at each start
+/// draws an [`Epoch::fresh`], so that its new records are never taken for duplicates of its old ones.
+///
+/// ```
+/// # use essentially_once::{Epoch, NewRecord, Origin, ProducerId};
+/// let (producer, epoch) = (ProducerId::new("web")?, Epoch::fresh());
+/// let first = NewRecord::new("10248").origin(Origin::new(producer.clone(), epoch, 1));
+/// let second = NewRecord::new("10249").origin(Origin::new(producer, epoch, 2));
+/// # Ok::<(), essentially_once::Error>(())
+/// ```
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub struct Origin {
-    /// The sender.
-    pub producer: ProducerId,
+    /// The sender, and which of its numberings this is.
+    pub numbering: Numbering,
     /// The record's number.
     pub sequence: u64,
+}
+
+impl Origin {
+    /// The origin of that producer, epoch and number.
+    pub const fn new(producer: ProducerId, epoch: Epoch, sequence: u64) -> Self {
+        Self {
+            numbering: Numbering::new(producer, epoch),
+            sequence,
+        }
+    }
+}
+
+/// `billing#17:5`: the numbering, then the sequence.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.numbering, self.sequence)
+    }
 }
 
 /// A named value that travels with a record. Names need not be unique; their order is kept.
@@ -190,8 +220,8 @@ impl NewRecord {
 
     /// Sets the origin.
     #[must_use]
-    pub fn origin(mut self, producer: ProducerId, sequence: u64) -> Self {
-        self.origin = Some(Origin { producer, sequence });
+    pub fn origin(mut self, origin: Origin) -> Self {
+        self.origin = Some(origin);
         self
     }
 

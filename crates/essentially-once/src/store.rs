@@ -5,34 +5,76 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::{ConsumerId, Durability, Error, LogId, Offset, ProducerId, Window};
+use crate::{ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window};
 
 /// Where a consumer stands.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Position {
     /// The log it belongs to.
     pub log: LogId,
     /// The offset to go on at: everything before it has taken effect.
     pub next: Offset,
-    /// How often this position was committed; the first commit makes it 1.
-    pub revision: u64,
+    /// What the next commit must expect; every commit raises it.
+    pub revision: Revision,
+    /// The run of a consumer that committed last; `None` where a version before 0.2 did.
+    pub owner: Option<Owner>,
+    /// The last record that was passed; `None` where none was yet, and after the position was moved by hand.
+    pub passed: Option<Passed>,
     /// What was seen of each producer, in any order.
-    pub windows: Vec<(ProducerId, Window)>,
+    pub windows: Vec<(Numbering, Window)>,
+}
+
+impl Position {
+    /// A position with no owner, no passed record and no windows; set the other fields on it.
+    pub const fn new(log: LogId, next: Offset, revision: Revision) -> Self {
+        Self {
+            log,
+            next,
+            revision,
+            owner: None,
+            passed: None,
+            windows: Vec::new(),
+        }
+    }
 }
 
 /// How a commit moves a position.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Advance {
     /// The log that is being read.
     pub log: LogId,
     /// The offset to go on at. It may be before the stored one: a `seek` goes back.
     pub next: Offset,
-    /// The revision this commit is based on; 0 where there was no position. The commit makes it one more.
-    pub expected_revision: u64,
+    /// The revision this commit is based on; [`Revision::NONE`] where there was no position.
+    pub expected: Revision,
+    /// The revision that this commit makes. The store keeps it as it is, and does no arithmetic on it.
+    pub revision: Revision,
+    /// Replaces the stored owner, also by `None`.
+    pub owner: Option<Owner>,
+    /// Replaces the stored mark of the last record, also by `None`.
+    pub passed: Option<Passed>,
     /// Windows to insert or replace; all others stay.
-    pub windows: Vec<(ProducerId, Window)>,
-    /// Producers whose windows to delete; none of them is in `windows`.
-    pub forgotten: Vec<ProducerId>,
+    pub windows: Vec<(Numbering, Window)>,
+    /// Numberings whose windows to delete; none of them is in `windows`.
+    pub forgotten: Vec<Numbering>,
+}
+
+impl Advance {
+    /// An advance with no owner, no passed record and no change of windows; set the other fields on it.
+    pub const fn new(log: LogId, next: Offset, expected: Revision, revision: Revision) -> Self {
+        Self {
+            log,
+            next,
+            expected,
+            revision,
+            owner: None,
+            passed: None,
+            windows: Vec::new(),
+            forgotten: Vec::new(),
+        }
+    }
 }
 
 /// Keeps the positions of consumers, and commits them together with what a handler staged.
@@ -40,15 +82,30 @@ pub struct Advance {
 /// # Contract
 /// - **S1** Atomic: staged state and position are applied together or neither is, through any crash.
 /// - **S2** Fenced: if the stored revision is not the expected one, a commit fails with [`Error::Fenced`] and applies nothing.
-///   The check is part of the commit: nothing can come between.
-/// - **S3** Durable: a commit returns `Ok` only when it survives a crash of this process and a restart of the backend.
+///   The check is part of the commit: nothing can come between. Afterwards the stored revision is exactly the one that the
+///   [`Advance`] names.
+/// - **S3** Durable: a commit returns `Ok` only when it survives a crash of this process and a restart of the backend. A
+///   commit that stages nothing is as durable as any other.
 /// - **S4** A dropped or rolled back transaction leaves no trace.
-/// - **S5** Where the outcome cannot be known, a commit fails with [`Error::Indeterminate`], and `position` then tells the
+/// - **S5** Where the outcome cannot be known, a commit fails with [`Error::Indeterminate`], and `position` then reports the
 ///   truth of that moment. A commit that still arrives later is checked like any other (S2). An adapter never retries a
 ///   commit by itself: it would be fenced by its own first try.
-/// - **S6** A transaction reads its own writes.
+/// - **S6** A transaction reads its own writes. A transaction in which a read or write failed with anything but
+///   [`Error::TooLarge`] can only be rolled back: its commit fails and applies nothing, so that a handler which ignores the
+///   error cannot commit what it computed without the value. Native methods say in their documentation which of their
+///   errors are harmless.
 /// - **S7** Consumers never see each other's state or position.
-/// - **S8** A position remembers its log: a commit for another one fails with [`Error::WrongLog`] and applies nothing.
+/// - **S8** A position remembers its log: a commit for another one fails with [`Error::WrongLog`] and applies nothing. Where
+///   the revision differs too, [`Error::Fenced`] wins: the position may have changed its log since. A known incarnation is
+///   never overwritten by an unknown one.
+/// - **S9** `position` returns revision, owner, passed record and windows of one commit, never parts of two, and never an
+///   older commit than one that was acknowledged before the call.
+///
+/// # Isolation
+/// What a transaction sees of commits by other instances of its consumer is up to the backend: a snapshot, or each read
+/// the newest value. Both are sound, because such a commit fences the transaction. What it sees of other consumers' and
+/// programs' native data is the backend's own isolation, and its documentation says which that is. An open transaction may
+/// hold locks that keep others from writing (SQLite: the whole file), so a handler should not wait for anything slow.
 #[async_trait]
 pub trait OffsetStore: Send + Sync {
     /// The transaction that a handler writes in. It owns what it needs.
@@ -73,7 +130,7 @@ pub trait OffsetStore: Send + Sync {
     async fn durability(&self) -> Result<Durability, Error>;
 }
 
-/// State changes that are not yet there. Committing takes the new position: one cannot be had without the other.
+/// State changes that are not applied yet. Committing takes the new position, so neither is ever applied without the other.
 #[async_trait]
 pub trait Transaction: Send + Sized {
     /// Applies what was staged and the new position together, or neither.
@@ -94,12 +151,20 @@ pub trait Transaction: Send + Sized {
 }
 
 /// Portable state: a handler written against it runs on every store. Each consumer has a key space of its own.
+///
+/// Every backend takes keys of up to 1,024 bytes and values of up to 64 KiB, whatever bytes they hold, the empty key and the
+/// empty value included; what it takes beyond that is in its documentation.
+///
+/// # Errors of native methods
+/// A transaction may offer more than this trait. Its methods return a transient [`Error`] (see [`Error::is_transient`]) for
+/// trouble of the backend, on which a consumer goes back to its stored position; every other error counts as a failure of the
+/// record whose handler returns it.
 #[async_trait]
 pub trait KeyValue: Transaction {
     /// The value of `key`, as this transaction left it.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`]. The transaction can then only be rolled back.
+    /// [`Error::Unavailable`], [`Error::Failed`]. The transaction can then only be rolled back (S6).
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error>;
 
     /// Sets `key` to `value`.

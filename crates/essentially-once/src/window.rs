@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use crate::{Bounds, Error, Offset, ProducerId, Record};
+use crate::{Epoch, Error, Numbering, Offset, Origin, Record};
 
 const BLOCK_BITS: u64 = u64::BITS as u64;
 /// One block more than the window needs, so that the newest block can be partly filled (RFC 6479, section 2).
@@ -22,8 +22,10 @@ pub struct Window {
     /// Bit `s % 64` of block `s / 64 % BLOCKS` stands for sequence `s`.
     blocks: [u64; BLOCKS],
     last_offset: Offset,
-    /// Milliseconds since 1970.
-    last_seen: u64,
+    /// When the last record was appended, by the appender's clock, in milliseconds since 1970.
+    appended_at: u64,
+    /// When the last record was read, by the reader's clock, in milliseconds since 1970.
+    read_at: u64,
 }
 
 impl Window {
@@ -31,9 +33,12 @@ impl Window {
     pub const SIZE: u64 = 1_024;
 
     /// Bytes of [`encode`](Self::encode).
-    pub const ENCODED_LEN: usize = 1 + 8 * (4 + BLOCKS);
+    pub const ENCODED_LEN: usize = 1 + 8 * (5 + BLOCKS);
 
-    const ENCODING_VERSION: u8 = 1;
+    const ENCODING_VERSION: u8 = 2;
+
+    /// Version 1, written before 0.2, has no `read_at`.
+    const ENCODED_LEN_1: usize = 1 + 8 * (4 + BLOCKS);
 
     /// A window that has seen this one sequence.
     pub fn new(sequence: u64) -> Self {
@@ -41,7 +46,8 @@ impl Window {
             highest: sequence,
             blocks: [0; BLOCKS],
             last_offset: Offset::ZERO,
-            last_seen: 0,
+            appended_at: 0,
+            read_at: 0,
         };
         window.mark(sequence);
         window
@@ -91,7 +97,8 @@ impl Window {
             self.highest,
             self.last_offset.hi(),
             self.last_offset.lo(),
-            self.last_seen,
+            self.appended_at,
+            self.read_at,
         ];
         for (slot, number) in bytes[1..].chunks_exact_mut(8).zip(numbers.iter().chain(&self.blocks)) {
             slot.copy_from_slice(&number.to_be_bytes());
@@ -99,23 +106,24 @@ impl Window {
         bytes
     }
 
-    /// Reads what [`encode`](Self::encode) wrote.
+    /// Reads what [`encode`](Self::encode) wrote, in this version or the one before.
     ///
     /// # Errors
     /// [`Error::Failed`] if the bytes have another length or version.
     pub fn decode(bytes: &[u8]) -> Result<Self, Error> {
-        if bytes.len() != Self::ENCODED_LEN || bytes[0] != Self::ENCODING_VERSION {
-            return Err(Error::failed(
-                "decode a producer's window",
-                format!(
-                    "{} bytes of version {:?}, this version reads {} bytes of version {}",
-                    bytes.len(),
-                    bytes.first(),
-                    Self::ENCODED_LEN,
-                    Self::ENCODING_VERSION
-                ),
-            ));
-        }
+        let has_read_at = match (bytes.first(), bytes.len()) {
+            (Some(1), Self::ENCODED_LEN_1) => false,
+            (Some(&Self::ENCODING_VERSION), Self::ENCODED_LEN) => true,
+            (version, length) => {
+                return Err(Error::failed(
+                    "decode a producer's window",
+                    format!(
+                        "{length} bytes of version {version:?}; this program reads version {} and the one before",
+                        Self::ENCODING_VERSION
+                    ),
+                ));
+            }
+        };
         let mut numbers = bytes[1..]
             .chunks_exact(8)
             .map(|chunk| chunk.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)));
@@ -123,7 +131,8 @@ impl Window {
         Ok(Self {
             highest: number(),
             last_offset: Offset::new(number(), number()),
-            last_seen: number(),
+            appended_at: number(),
+            read_at: if has_read_at { number() } else { 0 },
             blocks: std::array::from_fn(|_| number()),
         })
     }
@@ -132,9 +141,9 @@ impl Window {
 /// All windows of one consumer, and which of them changed since the last commit.
 #[derive(Debug, Default)]
 pub(crate) struct Windows {
-    by_producer: HashMap<ProducerId, Tracked>,
-    changed: Vec<ProducerId>,
-    forgotten: Vec<ProducerId>,
+    by_numbering: HashMap<Numbering, Tracked>,
+    changed: Vec<Numbering>,
+    forgotten: Vec<Numbering>,
 }
 
 #[derive(Debug)]
@@ -144,13 +153,13 @@ struct Tracked {
 }
 
 impl Windows {
-    pub(crate) fn new(stored: Vec<(ProducerId, Window)>) -> Self {
+    pub(crate) fn new(stored: Vec<(Numbering, Window)>) -> Self {
         Self {
-            by_producer: stored
+            by_numbering: stored
                 .into_iter()
-                .map(|(producer, window)| {
+                .map(|(numbering, window)| {
                     let changed = false;
-                    (producer, Tracked { window, changed })
+                    (numbering, Tracked { window, changed })
                 })
                 .collect(),
             ..Self::default()
@@ -158,79 +167,110 @@ impl Windows {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.by_producer.is_empty()
+        self.by_numbering.is_empty()
     }
 
-    /// Whether the record was handled before; never, if it has no origin.
-    pub(crate) fn is_seen(&self, record: &Record) -> bool {
-        record.origin.as_ref().is_some_and(|origin| {
-            self.by_producer
-                .get(&origin.producer)
-                .is_some_and(|tracked| tracked.window.is_seen(origin.sequence))
-        })
+    /// Whether a record of that origin was handled before.
+    pub(crate) fn is_seen(&self, origin: &Origin) -> bool {
+        self.window(origin)
+            .is_some_and(|window| window.is_seen(origin.sequence))
     }
 
-    /// Whether the record is dropped only because it is older than its producer's window.
-    pub(crate) fn is_below(&self, record: &Record) -> bool {
-        record.origin.as_ref().is_some_and(|origin| {
-            self.by_producer
-                .get(&origin.producer)
-                .is_some_and(|tracked| tracked.window.is_below(origin.sequence))
-        })
+    /// Whether such a record counts as seen only because it is older than its producer's window.
+    pub(crate) fn is_below(&self, origin: &Origin) -> bool {
+        self.window(origin)
+            .is_some_and(|window| window.is_below(origin.sequence))
     }
 
-    /// Takes note of a record, for the next commit. Of a duplicate too: its producer is not silent.
-    pub(crate) fn mark(&mut self, record: &Record) {
+    fn window(&self, origin: &Origin) -> Option<&Window> {
+        self.by_numbering.get(&origin.numbering).map(|tracked| &tracked.window)
+    }
+
+    /// Takes note of a record that was read at `now`, for the next commit. Of a duplicate too: its producer is not silent.
+    pub(crate) fn mark(&mut self, record: &Record, now: SystemTime) {
         let Some(origin) = &record.origin else {
             return;
         };
-        let tracked = match self.by_producer.get_mut(&origin.producer) {
+        let tracked = match self.by_numbering.get_mut(&origin.numbering) {
             Some(tracked) => {
                 tracked.window.mark(origin.sequence);
                 tracked
             }
-            None => self.by_producer.entry(origin.producer.clone()).or_insert(Tracked {
+            None => self.by_numbering.entry(origin.numbering.clone()).or_insert(Tracked {
                 window: Window::new(origin.sequence),
                 changed: false,
             }),
         };
         tracked.window.last_offset = record.offset;
-        tracked.window.last_seen = millis(record.appended_at);
+        tracked.window.appended_at = millis(record.appended_at);
+        tracked.window.read_at = millis(now);
         if !tracked.changed {
             tracked.changed = true;
-            self.changed.push(origin.producer.clone());
+            self.changed.push(origin.numbering.clone());
         }
     }
 
-    /// Forgets producers that sent nothing for the time `after` before `latest`, and nothing that the log still holds.
-    ///
-    /// `latest` is the append time of the last record read, so that what is still unread does not count as silence: to a
-    /// consumer that was down for a month, a month has not passed.
-    pub(crate) fn forget_unseen(&mut self, after: Duration, latest: SystemTime, bounds: Bounds) {
-        let limit = millis(latest.checked_sub(after).unwrap_or(UNIX_EPOCH));
+    /// Forgets producers that are silent: see [`Silence`]. Those of a stable epoch are never forgotten.
+    pub(crate) fn forget_silent(&mut self, silence: &Silence) {
         let forgotten = &mut self.forgotten;
-        self.by_producer.retain(|producer, tracked| {
-            let window = &tracked.window;
-            let keep = tracked.changed || window.last_seen >= limit || window.last_offset >= bounds.earliest;
+        self.by_numbering.retain(|numbering, tracked| {
+            let keep = numbering.epoch() == Epoch::STABLE || tracked.changed || !silence.covers(&tracked.window);
             if !keep {
-                forgotten.push(producer.clone());
+                forgotten.push(numbering.clone());
             }
             keep
         });
     }
 
     /// What the next commit has to write: changed windows and forgotten producers.
-    pub(crate) fn take_changes(&mut self) -> (Vec<(ProducerId, Window)>, Vec<ProducerId>) {
+    pub(crate) fn take_changes(&mut self) -> (Vec<(Numbering, Window)>, Vec<Numbering>) {
         let mut changed = Vec::with_capacity(self.changed.len());
-        for producer in self.changed.drain(..) {
-            if let Some(tracked) = self.by_producer.get_mut(&producer) {
+        for numbering in self.changed.drain(..) {
+            if let Some(tracked) = self.by_numbering.get_mut(&numbering) {
                 tracked.changed = false;
-                changed.push((producer, tracked.window.clone()));
+                changed.push((numbering, tracked.window.clone()));
             }
         }
         let mut forgotten = std::mem::take(&mut self.forgotten);
-        forgotten.retain(|producer| !self.by_producer.contains_key(producer));
+        forgotten.retain(|numbering| !self.by_numbering.contains_key(numbering));
         (changed, forgotten)
+    }
+}
+
+/// When a producer counts as silent. No single clock can decide it: a producer is forgotten only when everything that
+/// follows agrees.
+///
+/// - Its last record was *read* longer ago than the limit, by the reader's own clock. An appender whose clock is wrong cannot
+///   forge that.
+/// - Its last record was *appended* longer before the newest one than the limit, by the appenders' clocks. A reader whose
+///   clock is wrong, or who was down for a month, cannot forge that.
+/// - The log holds none of its records any more.
+///
+/// The session asks only when it has read everything that the log held a moment before, so that a record sent again and
+/// still unread is never forgotten about.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Silence {
+    /// The earliest times that are not silent yet, in milliseconds since 1970.
+    read_since: u64,
+    appended_since: u64,
+    earliest: Offset,
+}
+
+impl Silence {
+    /// As of `now` by the reader's clock, `newest` being when the last record read was appended.
+    pub(crate) fn new(limit: Duration, now: SystemTime, newest: SystemTime, earliest: Offset) -> Self {
+        let before = |time: SystemTime| millis(time.checked_sub(limit).unwrap_or(UNIX_EPOCH));
+        Self {
+            read_since: before(now),
+            appended_since: before(newest),
+            earliest,
+        }
+    }
+
+    fn covers(&self, window: &Window) -> bool {
+        window.read_at < self.read_since
+            && window.appended_at < self.appended_since
+            && window.last_offset < self.earliest
     }
 }
 
@@ -317,50 +357,74 @@ mod tests {
                 accept(&mut window, *sequence);
             }
             window.last_offset = Offset::new(7, cut as u64);
-            window.last_seen = u64::MAX - 1;
+            window.appended_at = u64::MAX - 1;
+            window.read_at = cut as u64;
             prop_assert_eq!(Window::decode(&window.encode()).expect("decodes"), window);
         }
     }
 
-    fn record(producer: &str, sequence: u64, offset: u64, at: u64) -> Record {
-        let mut record = Record::new(offset.into(), UNIX_EPOCH + Duration::from_secs(at), "");
-        let producer = ProducerId::new(producer).expect("name");
-        record.origin = Some(crate::Origin { producer, sequence });
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    /// As of a day since 1970.
+    fn day(day: u32) -> SystemTime {
+        UNIX_EPOCH + DAY * day
+    }
+
+    fn record(numbering: &str, sequence: u64, offset: u64, appended: SystemTime) -> Record {
+        let mut record = Record::new(offset.into(), appended, "");
+        let numbering: Numbering = numbering.parse().expect("numbering");
+        record.origin = Some(Origin::new(numbering.producer().clone(), numbering.epoch(), sequence));
         record
+    }
+
+    fn is_seen(windows: &Windows, numbering: &str, sequence: u64) -> bool {
+        let record = record(numbering, sequence, 0, day(0));
+        windows.is_seen(record.origin.as_ref().expect("origin"))
     }
 
     #[test]
     fn only_changed_windows_are_committed_and_once() {
         let mut windows = Windows::default();
-        windows.mark(&record("a", 1, 0, 0));
-        windows.mark(&record("b", 1, 1, 0));
+        windows.mark(&record("a", 1, 0, day(0)), day(0));
+        windows.mark(&record("b", 1, 1, day(0)), day(0));
         assert_eq!(windows.take_changes().0.len(), 2);
-        assert!(windows.is_seen(&record("a", 1, 2, 0)));
-        assert!(!windows.is_seen(&record("b", 2, 3, 0)));
-        windows.mark(&record("b", 2, 3, 0));
+        assert!(is_seen(&windows, "a", 1));
+        assert!(!is_seen(&windows, "b", 2));
+        windows.mark(&record("b", 2, 3, day(0)), day(0));
         let (changed, forgotten) = windows.take_changes();
         assert_eq!(changed.len(), 1);
-        assert_eq!(changed[0].0.as_str(), "b");
+        assert_eq!(changed[0].0.to_string(), "b");
         assert!(forgotten.is_empty());
     }
 
     #[test]
-    fn a_producer_is_forgotten_only_when_clock_and_log_agree() {
-        let day = Duration::from_secs(86_400);
-        let bounds = |earliest: u64| Bounds {
-            earliest: earliest.into(),
-            end: 1_000.into(),
-        };
-        let now = UNIX_EPOCH + day * 10;
-        for (last_day, earliest, forgotten) in [(1, 6, true), (1, 5, false), (9, 6, false)] {
+    fn a_numbering_anew_in_another_epoch_is_not_taken_for_the_old_one() {
+        let mut windows = Windows::default();
+        windows.mark(&record("a#7", 1, 0, day(0)), day(0));
+        assert!(is_seen(&windows, "a#7", 1));
+        assert!(!is_seen(&windows, "a#8", 1) && !is_seen(&windows, "a", 1));
+    }
+
+    #[test]
+    fn a_producer_is_forgotten_only_when_both_clocks_and_the_log_agree() {
+        // When it was appended, read, and by whom; what the log holds from; as of day 10.
+        for (numbering, appended, read, newest, earliest, forgotten) in [
+            ("a#1", 1, 1, 10, 6u64, true),
+            ("a#1", 1, 1, 10, 5, false),  // the log holds its record
+            ("a#1", 9, 1, 10, 6, false),  // the reader was down
+            ("a#1", 1, 9, 10, 6, false),  // an appender's clock goes before: it was read yesterday
+            ("a#1", 1, 9, 999, 6, false), // the newest record's appender is years ahead
+            ("a#1", 1, 1, 2, 6, false),   // the newest record's appender is behind, or the reader's clock is ahead
+            ("a", 1, 1, 10, 6, false),    // a stable numbering
+        ] {
             let mut windows = Windows::default();
-            windows.mark(&record("a", 1, 5, last_day * 86_400));
+            windows.mark(&record(numbering, 1, 5, day(appended)), day(read));
             windows.take_changes();
-            windows.forget_unseen(day * 7, now, bounds(earliest));
+            windows.forget_silent(&Silence::new(DAY * 7, day(10), day(newest), earliest.into()));
             assert_eq!(
                 windows.take_changes().1.len(),
                 usize::from(forgotten),
-                "{last_day} {earliest}"
+                "{numbering} appended {appended} read {read} newest {newest} earliest {earliest}"
             );
         }
     }
@@ -368,23 +432,41 @@ mod tests {
     #[test]
     fn a_forgotten_producer_that_comes_back_is_written_not_deleted() {
         let mut windows = Windows::default();
-        windows.mark(&record("a", 1, 5, 0));
+        windows.mark(&record("a#1", 1, 5, day(0)), day(0));
         windows.take_changes();
-        let bounds = Bounds {
-            earliest: 9.into(),
-            end: 9.into(),
-        };
-        windows.forget_unseen(Duration::ZERO, SystemTime::now(), bounds);
-        windows.mark(&record("a", 2, 9, 0));
+        windows.forget_silent(&Silence::new(DAY, day(9), day(9), 9.into()));
+        assert!(windows.is_empty());
+        windows.mark(&record("a#1", 2, 9, day(9)), day(9));
         let (changed, forgotten) = windows.take_changes();
         assert_eq!((changed.len(), forgotten.len()), (1, 0));
     }
 
     #[test]
-    fn foreign_bytes_are_no_window() {
+    fn windows_of_the_version_before_are_read() {
+        let window = accept_all([3, 4, 9]);
+        let mut old = window.encode().to_vec();
+        old[0] = 1;
+        // `read_at` is the number behind the two of the offset and the append time.
+        old.drain(1 + 8 * 4..1 + 8 * 5);
+        assert_eq!(Window::decode(&old).expect("decodes"), window);
+    }
+
+    fn accept_all(sequences: impl IntoIterator<Item = u64>) -> Window {
+        let mut window = Window::new(0);
+        for sequence in sequences {
+            window.mark(sequence);
+        }
+        window
+    }
+
+    #[test]
+    fn foreign_bytes_are_refused_with_their_version() {
         assert!(Window::decode(&[]).is_err());
         let mut bytes = Window::new(3).encode();
-        bytes[0] = 2;
-        assert!(Window::decode(&bytes).is_err());
+        for version in [0, 1, 3] {
+            bytes[0] = version;
+            let error = Window::decode(&bytes).expect_err("another version").to_string();
+            assert!(error.contains(&format!("version Some({version})")), "{error}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     any::Any,
     future::{Future, poll_fn},
+    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     task::Poll,
@@ -11,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 
 use super::session::{Done, FailedRecord, Failure, Session};
-use crate::{Handler, HandlerError, Offset, OffsetStore, Record, Transaction, handler::HandlerErrorKind};
+use crate::{Error, Handler, HandlerError, Offset, OffsetStore, Record, Transaction, handler::HandlerErrorKind};
 
 /// How a consumer orders handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and [`AtMostOnce`].
 #[async_trait]
@@ -69,7 +70,11 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
         let Some(mut tx) = session.begin_unless_stopped().await? else {
             return Ok(());
         };
-        let (done, next, failed) = handle_each(session, handler, batch, &mut tx).await;
+        let (done, passed, mut failed) = handle_each(session, handler, batch, &mut tx).await;
+        if failed.is_none() && done.handled > 0 {
+            let flushed = flush(handler, &mut tx).await;
+            failed = flushed.err().map(|error| batch_failure(passed, error));
+        }
         if let Some(failed) = failed {
             if let Err(error) = tx.rollback().await {
                 tracing::warn!(%error, "rollback failed; the backend discards the transaction by itself");
@@ -77,11 +82,21 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
             session.check_current().await?;
             return Err(failed);
         }
-        if let Some(next) = next {
-            session.commit(tx, next).await?;
-            session.count(done, batch);
+        let Some(last) = passed.last() else {
+            return Ok(());
+        };
+        match session.commit(tx, last).await {
+            Ok(()) => {
+                session.count(done, batch);
+                Ok(())
+            }
+            // A deferred constraint, a statement that was only queued: the handler's doing, which only the commit reports.
+            Err(error) if done.handled > 0 && matches!(error, Error::Failed { .. } | Error::TooLarge { .. }) => {
+                session.check_current().await?;
+                Err(batch_failure(passed, HandlerError::retry(error)))
+            }
+            Err(error) => Err(error.into()),
         }
-        Ok(())
     }
 }
 
@@ -97,11 +112,17 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         handler: &mut H,
         batch: &[Record],
     ) -> Result<(), Failure> {
-        let (done, next, failed) = handle_each(session, handler, batch, &mut ()).await;
+        let (done, passed, failed) = handle_each(session, handler, batch, &mut ()).await;
+        if done.handled > 0
+            && let Err(error) = flush(handler, &mut ()).await
+        {
+            session.check_current().await?;
+            return Err(batch_failure(passed, error));
+        }
         session.count(done, batch);
-        if let Some(next) = next {
+        if let Some(last) = passed.last() {
             let tx = session.begin().await?;
-            session.commit(tx, next).await?;
+            session.commit(tx, last).await?;
         } else if failed.is_some() {
             session.check_current().await?;
         }
@@ -117,61 +138,102 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
     }
 }
 
-/// Handles the batch up to a failure or a stop. Returns what was done, the offset behind it, and the failure.
-async fn handle_each<S, Tx, H>(
+/// Handles the batch up to a failure or a stop. Returns what was done, the records that were passed, and the failure.
+async fn handle_each<'b, S, Tx, H>(
     session: &mut Session<'_, S>,
     handler: &mut H,
-    batch: &[Record],
+    batch: &'b [Record],
     tx: &mut Tx,
-) -> (Done, Option<Offset>, Option<Failure>)
+) -> (Done, &'b [Record], Option<Failure>)
 where
     S: OffsetStore,
     Tx: Send,
     H: Handler<Tx>,
 {
     let mut done = Done::default();
-    let mut next = None;
-    for record in batch {
-        if next.is_some() && session.stop.is_cancelled() {
-            break;
+    for (index, record) in batch.iter().enumerate() {
+        if index > 0 && session.stop.is_cancelled() {
+            return (done, &batch[..index], None);
         }
-        if session.windows.is_seen(record) {
+        if is_duplicate(session, record) {
             session.drop_duplicate(record);
             done.duplicates += 1;
-        } else {
-            match handle(handler, record, tx).await {
-                Ok(()) => {
-                    session.windows.mark(record);
-                    done.handled += 1;
-                }
-                Err(error) => {
-                    let failure = FailedRecord {
-                        offset: record.offset,
-                        error,
-                        is_first: next.is_none(),
-                        fatal_outcome: NOTHING_MOVED,
-                    };
-                    return (done, next, Some(failure.classify()));
-                }
+            continue;
+        }
+        match handle(handler, record, tx).await {
+            Ok(()) => {
+                session.windows.mark(record, session.now);
+                done.handled += 1;
+            }
+            Err(error) => {
+                let failure = FailedRecord {
+                    offset: record.offset,
+                    error,
+                    is_first: index == 0,
+                    fatal_outcome: NOTHING_MOVED,
+                };
+                return (done, &batch[..index], Some(failure.classify()));
             }
         }
-        next = Some(record.offset.successor());
     }
-    (done, next, None)
+    (done, batch, None)
+}
+
+/// Whether the record was handled before. A malformed one never was, whatever its origin says: it may be the broken copy of
+/// a record that is sent again whole.
+fn is_duplicate<S>(session: &Session<'_, S>, record: &Record) -> bool {
+    let origin = record.origin.as_ref().filter(|_| record.malformed.is_none());
+    origin.is_some_and(|origin| session.windows.is_seen(origin))
+}
+
+/// The failure of these records together: of the only one, or of one that is to be found.
+fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
+    let (Some(first), Some(last)) = (passed.first(), passed.last()) else {
+        return Failure::Batch(Offset::ZERO, error);
+    };
+    let failed = FailedRecord {
+        offset: first.offset,
+        error,
+        is_first: true,
+        fatal_outcome: NOTHING_MOVED,
+    };
+    match failed.classify() {
+        Failure::Record(failed) if passed.len() > 1 && failed.error.kind != HandlerErrorKind::Fatal => {
+            Failure::Batch(last.offset, failed.error)
+        }
+        failure => failure,
+    }
 }
 
 impl FailedRecord {
-    /// A backend in trouble is not the record's fault, even if the handler was the one to notice.
+    /// A backend in trouble is not the record's fault, even if the handler was the one to notice and wrapped its error.
     fn classify(mut self) -> Failure {
         if self.error.kind == HandlerErrorKind::Retry {
-            match self.error.source.downcast::<crate::Error>() {
+            match self.error.source.downcast::<Error>() {
                 Ok(error) if error.is_transient() => return Failure::Backend(*error),
                 Ok(error) => self.error.source = error,
+                Err(source) if is_caused_by_backend(&*source) => {
+                    return Failure::Backend(Error::unavailable(
+                        format!("handle the record at {}", self.offset),
+                        source,
+                    ));
+                }
                 Err(source) => self.error.source = source,
             }
         }
         Failure::Record(self)
     }
+}
+
+fn is_caused_by_backend(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = error.source();
+    while let Some(cause) = next {
+        if cause.downcast_ref::<Error>().is_some_and(Error::is_transient) {
+            return true;
+        }
+        next = cause.source();
+    }
+    false
 }
 
 #[async_trait]
@@ -191,17 +253,20 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
         };
         let mut fresh = Vec::with_capacity(batch.len());
         for record in batch {
-            if session.windows.is_seen(record) {
+            if is_duplicate(session, record) {
                 session.drop_duplicate(record);
-            } else {
-                session.windows.mark(record);
-                fresh.push(record);
+                continue;
             }
+            // A malformed record marks nothing, so that it can be sent again whole.
+            if record.malformed.is_none() {
+                session.windows.mark(record, session.now);
+            }
+            fresh.push(record);
         }
         let Some(tx) = session.begin_unless_stopped().await? else {
             return Ok(());
         };
-        session.commit(tx, last.offset.successor()).await?;
+        session.commit(tx, last).await?;
         let mut done = Done {
             duplicates: (batch.len() - fresh.len()) as u64,
             ..Done::default()
@@ -230,6 +295,21 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
                 break;
             }
         }
+        if done.handled > 0
+            && let Err(error) = flush(handler, &mut ()).await
+        {
+            let unwritten = mem::take(&mut done.handled);
+            done.failed += unwritten;
+            tracing::warn!(unwritten, %error, "the batch was not flushed, and is passed over: at-most-once does not try again");
+            if error.kind == HandlerErrorKind::Fatal && fatal.is_none() {
+                fatal = Some(FailedRecord {
+                    offset: last.offset,
+                    error,
+                    is_first: true,
+                    fatal_outcome: "a fatal error after the batch that ends with this record; the position is past it",
+                });
+            }
+        }
         session.count(done, batch);
         fatal.map_or(Ok(()), |fatal| Err(Failure::Record(fatal)))
     }
@@ -243,6 +323,12 @@ async fn handle<Tx: Send, H: Handler<Tx>>(handler: &mut H, record: &Record, tx: 
         )));
     }
     let call = pin!(async move { handler.handle(record, tx).await });
+    catch_panic(call).await.unwrap_or_else(Err)
+}
+
+/// Calls the handler's flush; a panic in it is a failure too.
+async fn flush<Tx: Send, H: Handler<Tx>>(handler: &mut H, tx: &mut Tx) -> Result<(), HandlerError> {
+    let call = pin!(async move { handler.flush(tx).await });
     catch_panic(call).await.unwrap_or_else(Err)
 }
 

@@ -1,12 +1,19 @@
 //! The one consumer loop.
 
 mod delivery;
+mod duplicates;
 mod read_ahead;
 mod report;
+mod resume;
 mod seek;
 mod session;
 
-use std::{marker::PhantomData, pin::pin, sync::Arc, time::Duration};
+use std::{
+    marker::PhantomData,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio_util::sync::CancellationToken;
@@ -14,15 +21,19 @@ use tracing::Instrument;
 
 use self::{
     delivery::catch_panic,
+    duplicates::Duplicates,
     report::Telemetry,
-    session::{Failure, Session},
+    session::{Failure, LookForSilent, Place, Session},
 };
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce},
     report::Report,
     seek::seek,
 };
-use crate::{ConsumerId, Error, Handler, Log, Offset, OffsetStore, handler::HandlerErrorKind, rt, window::Windows};
+use crate::{
+    ConsumerId, Error, Handler, HandlerError, Log, Offset, OffsetStore, Owner, handler::HandlerErrorKind, rt,
+    window::Windows,
+};
 
 /// Where a consumer without a position begins. Committed before the first record is handled, so that it is decided once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -55,7 +66,11 @@ pub enum StartAt {
 /// [`HandlerError::reject`](crate::HandlerError::reject), the run ends with [`Error::Unhandled`] and the position points to
 /// the record. Under at-most-once it is reported as [`failed`](Report::failed) and passed over, since it must not be handled twice.
 ///
-/// A record whose [`Origin`](crate::Origin) was seen before is a duplicate, made by a sender in doubt, and is dropped.
+/// If a batch fails as a whole, in [`Handler::flush`] or when it is committed, its records are handled and committed one by
+/// one until the culprit is known, which then counts as failed.
+///
+/// A record whose [`Origin`](crate::Origin) was seen before is a duplicate, made by a sender in doubt, and is dropped, with a
+/// warning that names the producer. A malformed record is never taken for a duplicate.
 ///
 /// Dropping a run's future is as safe as a crash: the transaction in hand is rolled back.
 pub struct Consumer<S, H, D> {
@@ -212,8 +227,9 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     ///
     /// # Errors
     /// - [`Error::Unhandled`]: a record cannot be handled.
-    /// - [`Error::Truncated`], [`Error::OutOfRange`], [`Error::WrongLog`]: the position does not fit the log;
-    ///   [`seek`] can mend the first two.
+    /// - [`Error::Truncated`], [`Error::OutOfRange`], [`Error::LogChanged`], [`Error::WrongLog`]: the position does not fit
+    ///   the log; [`seek`] can mend the first three.
+    /// - [`Error::PositionLost`]: the store lost commits that this run had seen.
     /// - [`Error::Volatile`]: essentially-once was asked of a backend that forgets.
     /// - [`Error::InvalidSetting`], and [`Error::Failed`] or any other error of the backend that trying again will not mend.
     pub async fn run_until(self, stop: CancellationToken) -> Result<Report, Error> {
@@ -239,6 +255,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         let telemetry = Telemetry::new(&self.id, D::NAME);
         let mut report = Report::default();
         let mut supervisor = Supervisor::new(&self);
+        let (mut duplicates, mut seen) = (Duplicates::default(), None);
+        let owner = Owner::draw();
         let mut caught_up_at = None;
         loop {
             let commits = report.commits;
@@ -250,10 +268,15 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 stop,
                 telemetry: &telemetry,
                 report: &mut report,
+                duplicates: &mut duplicates,
+                seen: &mut seen,
+                owner,
                 alone: supervisor.culprit.as_ref().map(|culprit| culprit.offset),
-                revision: 0,
-                next: Offset::ZERO,
+                apart_until: supervisor.apart_until,
+                place: Place::default(),
                 windows: Windows::default(),
+                now: SystemTime::UNIX_EPOCH,
+                silent: LookForSilent::default(),
             };
             let target = until_caught_up.then_some(&mut caught_up_at);
             let Err(failure) = session.run::<H, D>(&mut self.handler, target).await else {
@@ -321,6 +344,8 @@ struct Supervisor {
     pauses: ExponentialBackoff,
     restarts_without_commit: u32,
     culprit: Option<Culprit>,
+    /// Records up to this one are handled one by one.
+    apart_until: Option<Offset>,
 }
 
 /// The record that failed last.
@@ -341,6 +366,7 @@ impl Supervisor {
             pauses: backoff.build(),
             restarts_without_commit: 0,
             culprit: None,
+            apart_until: None,
         }
     }
 
@@ -377,19 +403,18 @@ impl Supervisor {
                     }
                     _ => None,
                 };
-                let error = Error::Unhandled {
-                    consumer: self.id.clone(),
-                    log: self.log.id().clone(),
-                    offset: failed.offset,
-                    outcome: outcome.unwrap_or("not handled"),
-                    attempts,
-                    source: failed.error.source,
-                };
+                let error = self.unhandled(failed.offset, outcome.unwrap_or("not handled"), attempts, failed.error);
                 if outcome.is_some() {
                     return Err(error);
                 }
                 // Behind others in its batch: those are committed first, without delay, and then this one is tried alone.
                 (error, failed.is_first)
+            }
+            Failure::Batch(until, error) => {
+                self.apart_until = Some(until);
+                let outcome =
+                    "this record or one before it in its batch made the batch fail; they are tried one by one";
+                (self.unhandled(until, outcome, 1, error), false)
             }
         };
         self.restarts_without_commit += 1;
@@ -408,5 +433,16 @@ impl Supervisor {
         };
         tracing::warn!(%error, ?pause, "going back to the stored position");
         Ok(pause)
+    }
+
+    fn unhandled(&self, offset: Offset, outcome: &'static str, attempts: u32, error: HandlerError) -> Error {
+        Error::Unhandled {
+            consumer: self.id.clone(),
+            log: self.log.id().clone(),
+            offset,
+            outcome,
+            attempts,
+            cause: error.source,
+        }
     }
 }

@@ -25,6 +25,9 @@ pub struct Report {
     pub fenced: u64,
     /// How often the consumer went back to its stored position.
     pub restarts: u64,
+    /// How often log and store were found to have gone back together, as when a server that holds both fails over to a
+    /// replica that is behind. What both have lost had no lasting effect, so the consumer goes on from the stored position.
+    pub rewound: u64,
     /// The committed position: the offset at which a new run goes on. `None` if it was never known.
     pub next: Option<Offset>,
 }
@@ -36,6 +39,9 @@ impl fmt::Display for Report {
             "{} handled, {} duplicates, {} failed, {} commits, {} fenced, {} restarts",
             self.handled, self.duplicates, self.failed, self.commits, self.fenced, self.restarts
         )?;
+        if self.rewound > 0 {
+            write!(f, ", {} rewound", self.rewound)?;
+        }
         match self.next {
             Some(next) => write!(f, ", next offset {next}"),
             None => Ok(()),
@@ -51,6 +57,7 @@ pub(super) struct Telemetry {
     pub(super) commits: Counter,
     pub(super) fenced: Counter,
     pub(super) restarts: Counter,
+    pub(super) rewound: Counter,
     commit_seconds: Histogram,
     lag_seconds: Histogram,
 }
@@ -70,6 +77,7 @@ impl Telemetry {
             commits: counter("essentially_once_commits_total"),
             fenced: counter("essentially_once_fenced_total"),
             restarts: counter("essentially_once_restarts_total"),
+            rewound: counter("essentially_once_rewound_total"),
             commit_seconds: histogram("essentially_once_commit_seconds"),
             lag_seconds: histogram("essentially_once_lag_seconds"),
         }

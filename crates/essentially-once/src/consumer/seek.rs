@@ -1,10 +1,10 @@
 //! Moving a position by hand.
 
 use super::StartAt;
-use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Transaction};
+use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Transaction};
 
 /// Moves a consumer's position to another place in its log, for an operator who knows why: to handle records again, or to
-/// go on after [`Error::Truncated`] or [`Error::OutOfRange`]. Returns where it stands now.
+/// go on after [`Error::Truncated`], [`Error::OutOfRange`] or [`Error::LogChanged`]. Returns where it stands now.
 ///
 /// Going back forgets all producers, since their records must not be dropped as duplicates when they are handled again. A record
 /// that was sent twice, once before and once behind the new place, is then handled again as well.
@@ -22,17 +22,13 @@ pub async fn seek<S: OffsetStore>(
     let position = store.position(consumer).await?;
     let next = resolve(log, to).await?;
     log.read(next).await?;
-    let mut advance = Advance {
-        log: log.id().clone(),
-        next,
-        expected_revision: 0,
-        windows: Vec::new(),
-        forgotten: Vec::new(),
-    };
+    let expected = position.as_ref().map_or(Revision::NONE, |position| position.revision);
+    // A new epoch, so that nothing that is still under way applies behind it. The owner stays the running instance.
+    let mut advance = Advance::new(log.id().clone(), next, expected, expected.next_epoch());
     if let Some(position) = position {
-        advance.expected_revision = position.revision;
+        advance.owner = position.owner;
         if next < position.next {
-            advance.forgotten = position.windows.into_iter().map(|(producer, _)| producer).collect();
+            advance.forgotten = position.windows.into_iter().map(|(numbering, _)| numbering).collect();
         }
     }
     store.begin(consumer).await?.commit(advance).await?;

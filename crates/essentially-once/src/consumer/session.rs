@@ -2,15 +2,19 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, Report, Settings, read_ahead::ReadAhead, report::Telemetry, seek::resolve};
+use super::{
+    Delivery, Report, Settings, duplicates::Duplicates, read_ahead::ReadAhead, report::Telemetry, resume::resume,
+    seek::resolve,
+};
 use crate::{
-    Advance, ConsumerId, Durability, Error, Handler, HandlerError, Log, LogReader, Offset, OffsetStore, Position,
-    Record, Transaction, rt, window::Windows,
+    Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, Log, LogReader, Offset, OffsetStore, Owner,
+    Passed, Position, Record, Revision, Transaction, rt,
+    window::{Silence, Windows},
 };
 
 /// How often a running consumer looks for producers to forget.
@@ -21,6 +25,8 @@ const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
 pub enum Failure {
     Backend(Error),
     Record(FailedRecord),
+    /// Some record of a batch, up to that offset; which one is not known.
+    Batch(Offset, HandlerError),
 }
 
 /// A record that could not be handled.
@@ -49,11 +55,43 @@ pub struct Session<'a, S> {
     pub(super) stop: &'a CancellationToken,
     pub(super) telemetry: &'a Telemetry,
     pub(super) report: &'a mut Report,
+    pub(super) duplicates: &'a mut Duplicates,
+    /// The newest position that this run has seen; it outlives the session, so that a loss is noticed.
+    pub(super) seen: &'a mut Option<Seen>,
+    pub(super) owner: Owner,
     /// The record that failed last, to be handled in a batch of its own.
     pub(super) alone: Option<Offset>,
-    pub(super) revision: u64,
-    pub(super) next: Offset,
+    /// Records up to this one are handled one by one: one of them made its batch fail.
+    pub(super) apart_until: Option<Offset>,
+    pub(super) place: Place,
     pub(super) windows: Windows,
+    /// When the batch in hand was taken.
+    pub(super) now: SystemTime,
+    pub(super) silent: LookForSilent,
+}
+
+/// Where the session stands.
+#[derive(Default)]
+pub(super) struct Place {
+    pub(super) next: Offset,
+    revision: Revision,
+    /// Whether this session has committed, and thereby opened an epoch.
+    is_epoch_open: bool,
+}
+
+/// A position as a run has seen it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    revision: Revision,
+    passed: Option<Passed>,
+}
+
+/// When to look for silent producers.
+#[derive(Default)]
+pub(super) struct LookForSilent {
+    last: Option<Instant>,
+    /// What the log held then, and when by this process's clock: what was in the log is to be read first.
+    pending: Option<(Bounds, SystemTime)>,
 }
 
 impl<S: OffsetStore> Session<'_, S> {
@@ -79,22 +117,21 @@ impl<S: OffsetStore> Session<'_, S> {
             self.settings.read_ahead_bytes,
         );
         let yields = rt::has_one_thread();
-        let mut looked_for_unseen: Option<Instant> = None;
-        while until.is_none_or(|until| self.next < until) {
+        while until.is_none_or(|until| self.place.next < until) {
+            let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
+            let max = if is_apart { 1 } else { self.settings.max_batch };
             let batch = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
-                batch = ahead.take(self.settings.max_batch, self.alone) => batch?,
+                batch = ahead.take(max, self.alone) => batch?,
             };
+            self.now = SystemTime::now();
             D::deliver(&mut self, handler, &batch).await?;
             // A backend may never make the loop wait, and on a runtime of one thread other tasks want their turn.
             if yields {
                 rt::yield_now().await;
             }
-            if looked_for_unseen.is_none_or(|last| last.elapsed() > FORGET_EVERY) {
-                looked_for_unseen = Some(Instant::now());
-                self.forget_unseen(&batch).await?;
-            }
+            self.forget_silent(&batch).await?;
         }
         Ok(())
     }
@@ -119,7 +156,9 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Loads the stored position and opens a reader there.
     async fn load(&mut self) -> Result<Box<dyn LogReader>, Error> {
-        let Some(position) = self.store.position(self.id).await? else {
+        let stored = self.store.position(self.id).await?;
+        self.check_not_lost(stored.as_ref()).await?;
+        let Some(position) = stored else {
             return self.load_first().await;
         };
         if !position.log.is_same_log(self.log.id()) {
@@ -132,15 +171,50 @@ impl<S: OffsetStore> Session<'_, S> {
         let Position {
             next,
             revision,
+            passed,
             windows,
             ..
         } = position;
-        tracing::debug!(%next, revision, "loaded the position");
-        self.next = next;
-        self.revision = revision;
+        tracing::debug!(%next, %revision, "loaded the position");
+        self.place = Place {
+            next,
+            revision,
+            is_epoch_open: false,
+        };
+        *self.seen = Some(Seen { revision, passed });
         self.windows = Windows::new(windows);
         self.report.next = Some(next);
-        self.log.read(next).await
+        resume(self.log, self.id, passed, next).await
+    }
+
+    /// Fails if the store lost commits that this run has seen, unless the log lost what they were made of, too.
+    async fn check_not_lost(&mut self, stored: Option<&Position>) -> Result<(), Error> {
+        let Some(seen) = *self.seen else {
+            return Ok(());
+        };
+        let found = stored.map(|position| position.revision);
+        if found.is_some_and(|found| found >= seen.revision) {
+            return Ok(());
+        }
+        let is_log_shorter = match seen.passed {
+            Some(passed) if found.is_some() => self.log.bounds().await?.end <= passed.offset(),
+            _ => false,
+        };
+        if !is_log_shorter {
+            return Err(Error::PositionLost {
+                consumer: self.id.clone(),
+                seen: seen.revision,
+                found,
+            });
+        }
+        tracing::warn!(
+            seen = %seen.revision,
+            found = ?found,
+            "position and log went back together, as in a fail-over; going on from the stored position"
+        );
+        self.report.rewound += 1;
+        self.telemetry.rewound.increment(1);
+        Ok(())
     }
 
     /// Opens a reader where the settings say, and then commits that place as the first position.
@@ -148,17 +222,23 @@ impl<S: OffsetStore> Session<'_, S> {
         let next = resolve(self.log, self.settings.start_at).await?;
         let reader = self.log.read(next).await?;
         let tx = self.begin().await?;
-        self.commit(tx, next).await?;
+        self.commit_at(tx, next, None).await?;
         Ok(reader)
     }
 
-    async fn forget_unseen(&mut self, batch: &[Record]) -> Result<(), Error> {
-        if let Some(last) = batch.last()
-            && !self.windows.is_empty()
+    /// Looks for silent producers now and then, once everything is read that the log held when it began to look.
+    async fn forget_silent(&mut self, batch: &[Record]) -> Result<(), Error> {
+        if self.silent.last.is_none_or(|last| last.elapsed() > FORGET_EVERY) && !self.windows.is_empty() {
+            self.silent.last = Some(Instant::now());
+            self.silent.pending = Some((self.log.bounds().await?, self.now));
+        }
+        if let (Some((bounds, now)), Some(newest)) = (self.silent.pending, batch.last())
+            && self.place.next >= bounds.end
         {
-            let bounds = self.log.bounds().await?;
-            self.windows
-                .forget_unseen(self.settings.forget_producers_after, last.appended_at, bounds);
+            self.silent.pending = None;
+            let limit = self.settings.forget_producers_after;
+            let silence = Silence::new(limit, now, newest.appended_at, bounds.earliest);
+            self.windows.forget_silent(&silence);
         }
         Ok(())
     }
@@ -180,46 +260,52 @@ impl<S: OffsetStore> Session<'_, S> {
     /// nothing: it may have judged by the other's effects.
     pub(super) async fn check_current(&self) -> Result<(), Error> {
         let stored = self.store.position(self.id).await?;
-        match stored.map_or(0, |position| position.revision) {
-            revision if revision == self.revision => Ok(()),
+        match stored.map_or(Revision::NONE, |position| position.revision) {
+            revision if revision == self.place.revision => Ok(()),
             _ => Err(Error::Fenced {
                 consumer: self.id.clone(),
-                expected: self.revision,
+                expected: self.place.revision,
             }),
         }
     }
 
-    /// Drops a record that was seen before; says so, and aloud where it is not certain.
+    /// Drops a record that was seen before, with a warning now and then.
     pub(super) fn drop_duplicate(&mut self, record: &Record) {
-        if self.windows.is_below(record) {
-            tracing::warn!(
-                offset = %record.offset,
-                origin = ?record.origin,
-                "dropped as a duplicate: more than a window below the highest sequence; a producer that numbers anew needs a new id"
-            );
-        } else {
-            tracing::debug!(offset = %record.offset, origin = ?record.origin, "dropped a duplicate");
+        if let Some(origin) = &record.origin {
+            tracing::debug!(offset = %record.offset, %origin, "dropped a duplicate");
+            self.duplicates.note(origin, self.windows.is_below(origin));
         }
-        self.windows.mark(record);
+        self.windows.mark(record, self.now);
     }
 
-    pub(super) async fn commit(&mut self, tx: S::Tx, next: Offset) -> Result<(), Error> {
-        let (windows, forgotten) = self.windows.take_changes();
-        let advance = Advance {
-            log: self.log.id().clone(),
-            next,
-            expected_revision: self.revision,
-            windows,
-            forgotten,
+    /// Commits the transaction with the position behind that record.
+    pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record) -> Result<(), Error> {
+        self.commit_at(tx, last.offset.successor(), Some(Passed::new(last)))
+            .await
+    }
+
+    async fn commit_at(&mut self, tx: S::Tx, next: Offset, passed: Option<Passed>) -> Result<(), Error> {
+        let expected = self.place.revision;
+        let revision = match self.place.is_epoch_open {
+            true => expected.next_count(),
+            false => expected.next_epoch(),
         };
+        let mut advance = Advance::new(self.log.id().clone(), next, expected, revision);
+        advance.owner = Some(self.owner);
+        advance.passed = passed;
+        (advance.windows, advance.forgotten) = self.windows.take_changes();
         let started = Instant::now();
         tx.commit(advance).await?;
-        self.revision += 1;
-        self.next = next;
+        self.place = Place {
+            next,
+            revision,
+            is_epoch_open: true,
+        };
+        *self.seen = Some(Seen { revision, passed });
         self.report.next = Some(next);
         self.report.commits += 1;
         self.telemetry.committed(started.elapsed());
-        tracing::trace!(%next, revision = self.revision, "committed");
+        tracing::trace!(%next, %revision, "committed");
         Ok(())
     }
 

@@ -1,0 +1,84 @@
+//! Warnings about dropped duplicates: few, however many are dropped.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use crate::{Numbering, Origin};
+
+/// At most one warning in this time.
+const EVERY: Duration = Duration::from_secs(10);
+
+/// How many producers one warning names.
+const NAMED: usize = 5;
+
+/// What was dropped since the last warning. Dropping it warns of the rest.
+#[derive(Default)]
+pub(super) struct Duplicates {
+    warned: Option<Instant>,
+    dropped: BTreeMap<Numbering, Dropped>,
+}
+
+#[derive(Default)]
+struct Dropped {
+    count: u64,
+    /// So old that nobody knows whether they were handled.
+    below_window: u64,
+    last: u64,
+}
+
+impl Duplicates {
+    /// Counts a duplicate, and warns unless it did so a moment ago.
+    pub(super) fn note(&mut self, origin: &Origin, is_below_window: bool) {
+        let dropped = self.dropped.entry(origin.numbering.clone()).or_default();
+        dropped.count += 1;
+        dropped.below_window += u64::from(is_below_window);
+        dropped.last = origin.sequence;
+        if self.warned.is_none_or(|warned| warned.elapsed() >= EVERY) {
+            self.warn();
+            self.warned = Some(Instant::now());
+        }
+    }
+
+    fn warn(&mut self) {
+        let dropped = std::mem::take(&mut self.dropped);
+        for (numbering, dropped) in dropped.iter().take(NAMED) {
+            let Dropped {
+                count,
+                below_window,
+                last,
+            } = dropped;
+            tracing::warn!(
+                producer = %numbering,
+                count,
+                last_sequence = last,
+                "dropped records that were sent twice"
+            );
+            if *below_window > 0 {
+                tracing::warn!(
+                    producer = %numbering,
+                    count = below_window,
+                    "some of them are more than a window below the highest sequence, so it is not known that they were \
+                     handled; a producer that numbers from the beginning again needs a new epoch (`Epoch::fresh`)"
+                );
+            }
+        }
+        if let Some(more) = dropped.len().checked_sub(NAMED).filter(|more| *more > 0) {
+            let count: u64 = dropped.values().skip(NAMED).map(|dropped| dropped.count).sum();
+            tracing::warn!(
+                producers = more,
+                count,
+                "dropped records of more producers that were sent twice"
+            );
+        }
+    }
+}
+
+impl Drop for Duplicates {
+    fn drop(&mut self) {
+        if !self.dropped.is_empty() {
+            self.warn();
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! What fences: the revision of a position, and who owns it.
+
+use std::{fmt, str::FromStr};
+
+use crate::Error;
+
+/// How far a position has come: an epoch, and a count of commits within it. Revisions are ordered, and every commit raises
+/// the revision.
+///
+/// The core chooses both the expected and the next revision of a commit. A session's first commit, and every change by hand,
+/// opens a new epoch; the session's other commits count up. A plain counter would not do: a commit that is still under way
+/// when its session gives up expects a number that another session may reach by itself, and would then apply to a state that
+/// its handler never saw.
+///
+/// Shown and parsed as `count` in epoch 0, which positions written before version 0.2 are in, and as `epoch.count` otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Revision {
+    // The order of the fields is the order of revisions.
+    epoch: u64,
+    count: u64,
+}
+
+impl Revision {
+    /// The revision where there is no position yet.
+    pub const NONE: Self = Self::new(0, 0);
+
+    /// The revision of those two numbers.
+    pub const fn new(epoch: u64, count: u64) -> Self {
+        Self { epoch, count }
+    }
+
+    /// The number of the session, or change by hand, that made it.
+    pub const fn epoch(self) -> u64 {
+        self.epoch
+    }
+
+    /// The number of the commit within its epoch.
+    pub const fn count(self) -> u64 {
+        self.count
+    }
+
+    /// The next commit of the same session.
+    #[must_use]
+    pub const fn next_count(self) -> Self {
+        Self::new(self.epoch, self.count + 1)
+    }
+
+    /// The first commit of another session, or a change by hand.
+    #[must_use]
+    pub const fn next_epoch(self) -> Self {
+        Self::new(self.epoch + 1, 1)
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.epoch {
+            0 => write!(f, "{}", self.count),
+            epoch => write!(f, "{epoch}.{}", self.count),
+        }
+    }
+}
+
+impl fmt::Debug for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Revision({self})")
+    }
+}
+
+impl FromStr for Revision {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let number = |digits: &str| {
+            digits.parse::<u64>().map_err(|error| Error::InvalidSetting {
+                setting: "revision",
+                reason: format!("{text:?} is not `count` or `epoch.count`: {error}"),
+            })
+        };
+        match text.split_once('.') {
+            Some((epoch, count)) => Ok(Self::new(number(epoch)?, number(count)?)),
+            None => Ok(Self::new(0, number(text)?)),
+        }
+    }
+}
+
+/// A random token that one run of a consumer draws and writes with each commit, so that it knows its own position again.
+///
+/// It decides nothing: the [`Revision`] fences. A consumer that is fenced and finds its own token was overtaken by a change
+/// made by hand, not by another instance.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner(u128);
+
+impl Owner {
+    /// Draws a token.
+    pub fn draw() -> Self {
+        Self(fastrand::u128(1..))
+    }
+
+    /// The token of that number.
+    pub const fn new(number: u128) -> Self {
+        Self(number)
+    }
+
+    /// The token as a number.
+    pub const fn get(self) -> u128 {
+        self.0
+    }
+}
+
+/// 32 hexadecimal digits.
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Owner({self})")
+    }
+}
+
+impl FromStr for Owner {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let parsed = (text.len() == 32)
+            .then(|| u128::from_str_radix(text, 16).ok())
+            .flatten();
+        parsed.map(Self).ok_or_else(|| Error::InvalidSetting {
+            setting: "owner",
+            reason: format!("{text:?} is not 32 hexadecimal digits"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn revisions_rise_with_every_commit_and_round_trip_as_text() {
+        let first = Revision::NONE.next_epoch();
+        let revisions = [
+            Revision::NONE,
+            Revision::new(0, 70_000),
+            first,
+            first.next_count(),
+            first.next_count().next_epoch(),
+            Revision::new(u64::MAX, u64::MAX),
+        ];
+        assert!(revisions.is_sorted());
+        for revision in revisions {
+            assert_eq!(revision.to_string().parse::<Revision>().expect("round trip"), revision);
+        }
+        assert_eq!("17".parse::<Revision>().expect("an old one"), Revision::new(0, 17));
+        for bad in ["", ".", "1.", ".1", "1.2.3", "-1", "x"] {
+            assert!(bad.parse::<Revision>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn owners_round_trip_as_text() {
+        for owner in [Owner::draw(), Owner::new(1), Owner::new(u128::MAX)] {
+            assert_eq!(owner.to_string().parse::<Owner>().expect("round trip"), owner);
+        }
+        for bad in [
+            "",
+            "1",
+            "+0000000000000000000000000000001",
+            "é000000000000000000000000000000",
+        ] {
+            assert!(bad.parse::<Owner>().is_err(), "{bad:?}");
+        }
+        assert_ne!(Owner::draw(), Owner::draw());
+    }
+}
