@@ -189,7 +189,7 @@ fn damaged(reason: impl Into<essentially_once::Source>) -> Error {
 mod tests {
     use std::time::UNIX_EPOCH;
 
-    use essentially_once::{Advance, LogId, Offset, memory::Memory};
+    use essentially_once::{Advance, LogId, Offset, Revision, memory::Memory};
 
     use super::*;
 
@@ -210,15 +210,11 @@ mod tests {
         }
         let open = tx.get(OPEN_BLOCK).await.unwrap().unwrap();
         assert!(open.len() < 2 * BLOCK_BYTES, "blocks are bounded: {}", open.len());
-        tx.commit(Advance {
-            log: LogId::new("orders").unwrap(),
-            next: Offset::ZERO,
-            expected_revision: 0,
-            windows: Vec::new(),
-            forgotten: Vec::new(),
-        })
-        .await
-        .unwrap();
+        let first = Revision::NONE.next_epoch();
+        let log = LogId::new("orders").unwrap();
+        tx.commit(Advance::new(log, Offset::ZERO, Revision::NONE, first))
+            .await
+            .unwrap();
         let expected: Vec<Applied> = records.iter().map(Applied::from).collect();
         assert!(read_ledger(&store, &consumer).await.unwrap() == expected);
     }

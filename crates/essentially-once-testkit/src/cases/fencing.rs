@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use essentially_once::{Advance, Error, KeyValue, OffsetStore, Transaction, Window};
+use essentially_once::{Error, KeyValue, OffsetStore, Revision, Transaction, Window};
 use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{
     advance, consumer, counter, soon,
-    store::{commit, position, producer, value},
+    store::{commit, numbering, position, value},
 };
 use crate::{
     Backend, Harness,
@@ -21,20 +21,23 @@ pub(super) async fn s2_a_stale_revision_is_fenced<H: Harness>(_: &H, backend: &H
     for next in 1..=3 {
         commit(&store, &shipping, &*log, &[], next).await?;
     }
+    let stored = position(&store, &shipping).await?.revision;
+    let (epoch, count) = (stored.epoch(), stored.count());
     for (store, revision) in [
-        (&store, 2),
-        (&backend.store().await?, 1),
-        (&store, 4),
-        (&store, u64::MAX),
+        (&store, Revision::new(epoch, count - 1)),
+        (&backend.store().await?, Revision::new(epoch, 1)),
+        (&store, Revision::new(epoch, count + 1)),
+        (&store, Revision::new(epoch + 1, count)),
+        (&store, Revision::new(0, count)),
+        (&store, Revision::new(u64::MAX, u64::MAX)),
     ] {
-        let late = Advance {
-            expected_revision: revision,
-            ..advance(None, &*log, 9)
-        };
+        let mut late = advance(None, &*log, 9);
+        late.expected = revision;
+        late.revision = stored.next_epoch();
         let result = store.begin(&shipping).await?.commit(late).await;
         ensure!(
             matches!(&result, Err(Error::Fenced { expected, .. }) if *expected == revision),
-            "a commit based on revision {revision}, where 3 is stored: {result:?}"
+            "a commit based on revision {revision}, where {stored} is stored: {result:?}"
         );
     }
     Ok(())
@@ -58,11 +61,9 @@ pub(super) async fn s2_a_fenced_commit_applies_nothing<H: Harness>(_: &H, backen
     tx.put(b"changed", b"2").await?;
     tx.put(b"new", b"2").await?;
     tx.delete(b"kept").await?;
-    let late = Advance {
-        next: 9.into(),
-        windows: vec![(producer("a"), Window::new(1))],
-        ..stale
-    };
+    let mut late = stale;
+    late.next = 9.into();
+    late.windows = vec![(numbering("a"), Window::new(1))];
     let result = tx.commit(late).await;
     ensure!(matches!(result, Err(Error::Fenced { .. })), "a late commit: {result:?}");
     let after = position(&store, &shipping).await?;
@@ -92,14 +93,9 @@ pub(super) async fn s2_a_first_commit_is_fenced_if_there_is_a_position<H: Harnes
     let shipping = consumer("shipping");
     let first = advance(None, &*log, 5);
     one.begin(&shipping).await?.commit(first.clone()).await?;
-    let result = two
-        .begin(&shipping)
-        .await?
-        .commit(Advance {
-            next: 0.into(),
-            ..first
-        })
-        .await;
+    let mut second = first;
+    second.next = 0.into();
+    let result = two.begin(&shipping).await?.commit(second).await;
     ensure!(
         matches!(result, Err(Error::Fenced { .. })),
         "a second first commit: {result:?}"

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, task::Poll, time::UNIX_EPOCH};
 
 use bytes::Bytes;
-use essentially_once::{Error, NewRecord, ProducerId};
+use essentially_once::{Epoch, Error, NewRecord, Origin, ProducerId};
 use tokio::task::JoinSet;
 
 use super::{payloads, read, read_all, records, soon};
@@ -185,8 +185,9 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
             .header("a", binary.clone())
             .header("b", "")
             .header("naïve ☃", "a name may be any text"),
-        NewRecord::new("origin").origin(producer.clone(), 0),
-        NewRecord::new("the highest sequence").origin(producer, u64::MAX),
+        NewRecord::new("origin").origin(Origin::new(producer.clone(), Epoch::STABLE, 0)),
+        NewRecord::new("another epoch").origin(Origin::new(producer.clone(), Epoch::new(7), 0)),
+        NewRecord::new("the highest numbers").origin(Origin::new(producer, Epoch::new(u64::MAX), u64::MAX)),
     ];
     let last = log.append(&new).await?;
     let all = read_all(&*log, new.len()).await?;

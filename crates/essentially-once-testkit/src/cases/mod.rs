@@ -11,7 +11,7 @@ mod store;
 
 use std::{future::Future, time::Duration};
 
-use essentially_once::{Advance, ConsumerId, Error, Log, NewRecord, Offset, Position, Record};
+use essentially_once::{Advance, ConsumerId, Error, Log, NewRecord, Offset, Position, Record, Revision};
 
 use crate::{
     Harness, Support,
@@ -61,6 +61,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(store::s1_a_commit_applies_state_and_position, needs store),
         case!(store::s1_windows_are_kept_whole_with_the_position, needs store),
         case!(store::s1_forgotten_windows_are_removed, needs store),
+        case!(store::s1_the_whole_position_is_kept, needs store),
         case!(restart::s1_a_restart_never_parts_state_from_position, needs store, restart),
         case!(fencing::s2_a_stale_revision_is_fenced, needs store),
         case!(fencing::s2_a_fenced_commit_applies_nothing, needs store),
@@ -78,7 +79,9 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(state::s7_consumers_do_not_see_each_others_state, needs store),
         case!(state::s7_a_thousand_consumers_keep_their_positions, needs store),
         case!(store::s8_a_position_remembers_its_log, needs store),
+        case!(store::s8_a_known_incarnation_is_kept, needs store),
         case!(store::s8_a_commit_for_another_log_is_refused, needs store),
+        case!(store::s8_a_stale_commit_for_another_log_is_fenced, needs store),
     ]
 }
 
@@ -166,13 +169,11 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T, Viola
 
 /// The advance from a position (or none) to `next`, of a log that needs no backend.
 fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) -> Advance {
-    Advance {
-        log: log.id().clone(),
-        next: next.into(),
-        expected_revision: position.map_or(0, |position| position.revision),
-        windows: Vec::new(),
-        forgotten: Vec::new(),
-    }
+    let (expected, revision) = match position {
+        Some(position) => (position.revision, position.revision.next_count()),
+        None => (Revision::NONE, Revision::NONE.next_epoch()),
+    };
+    Advance::new(log.id().clone(), next.into(), expected, revision)
 }
 
 /// The number that a case keeps as a value; 0 if it is not there.

@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{Error, KeyValue, Log, OffsetStore, Position, ProducerId, Transaction, Window};
+use essentially_once::{Error, KeyValue, Log, OffsetStore, Position, Revision, Transaction, Window};
 
-use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon};
+use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon, store::numbering};
 use crate::{
     Backend, Harness,
     suite::{CaseResult, Violation, ensure},
@@ -192,8 +192,7 @@ pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H:
         let mut tx = store.begin(&consumer("shipping")).await?;
         tx.put(b"n", &(n + 1).to_be_bytes()).await?;
         let mut advance = advance(position.as_ref(), &*log, n + 1);
-        let producer = ProducerId::new("web-1").expect("a valid name");
-        advance.windows.push((producer, Window::new(round)));
+        advance.windows.push((numbering("web-1"), Window::new(round)));
         tx.commit(advance).await?;
         let before = settled(backend, &mut store).await?;
         backend.restart().await?;
@@ -215,18 +214,22 @@ pub(super) async fn s5_position_resolves_an_unknown_outcome<H: Harness>(_: &H, b
     let log = backend.log("orders").await?;
     while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
         let mut store = up(|| backend.store()).await?;
-        let mut revision = 0;
+        let mut revision = Revision::NONE;
         while !stop.load(Ordering::SeqCst) {
             let result = count_one(&store, &*log).await;
             if result.is_err() {
                 store = up(|| backend.store()).await?;
             }
             let (position, _) = settled(backend, &mut store).await?;
-            let found = position.map_or(0, |position| position.revision);
+            let found = position.map_or(Revision::NONE, |position| position.revision);
+            let next = match revision {
+                Revision::NONE => Revision::NONE.next_epoch(),
+                revision => revision.next_count(),
+            };
             let fits = match &result {
-                Ok(()) => found == revision + 1,
+                Ok(()) => found == next,
                 Err(error) if is_certain(error) => found == revision,
-                Err(_) => found == revision || found == revision + 1,
+                Err(_) => found == revision || found == next,
             };
             ensure!(
                 fits,

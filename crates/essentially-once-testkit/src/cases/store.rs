@@ -1,9 +1,10 @@
 //! Cases for what a commit does and leaves, [S1, S4, S5 and S8](essentially_once::OffsetStore#contract).
 
-use std::task::Poll;
+use std::{task::Poll, time::UNIX_EPOCH};
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, Position, ProducerId, Transaction, Window,
+    Advance, ConsumerId, Error, KeyValue, Log, LogId, Numbering, Offset, OffsetStore, Owner, Passed, Position, Record,
+    Revision, Transaction, Window,
 };
 
 use super::{QUIET, advance, consumer, counter};
@@ -70,7 +71,7 @@ pub(super) async fn s1_a_commit_applies_state_and_position<H: Harness>(_: &H, ba
     let other = backend.store().await?;
     let found = position(&other, &shipping).await?;
     ensure!(
-        (found.next, found.revision) == (7.into(), 2),
+        (found.next, found.revision) == (7.into(), Revision::new(1, 2)),
         "after two commits: {found:?}"
     );
     for (key, expected) in [("a", Some("2")), ("b", None), ("absent", None)] {
@@ -102,21 +103,21 @@ fn window(highest: u64, count: u64) -> Window {
     }
     // Only a consumer sets them, so they are written where the encoding has them: behind version and highest sequence.
     let mut encoded = window.encode();
-    encoded[9..33].fill(7);
+    encoded[9..41].fill(7);
     Window::decode(&encoded).expect("its own encoding")
 }
 
 async fn stored_windows<S: OffsetStore>(
     store: &S,
     consumer: &ConsumerId,
-) -> Result<Vec<(ProducerId, Window)>, Violation> {
+) -> Result<Vec<(Numbering, Window)>, Violation> {
     let mut windows = position(store, consumer).await?.windows;
     windows.sort_by(|(a, _), (b, _)| a.cmp(b));
     Ok(windows)
 }
 
-pub(super) fn producer(name: &str) -> ProducerId {
-    ProducerId::new(name).expect("a valid name")
+pub(super) fn numbering(text: &str) -> Numbering {
+    text.parse().expect("a valid numbering")
 }
 
 /// [S1](essentially_once::OffsetStore#contract): every bit of every window; what an advance does not name stays.
@@ -124,9 +125,11 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
     let mut expected = vec![
-        (producer("a"), window(5_000, Window::SIZE)),
-        (producer("b"), Window::new(0)),
-        (producer("c"), window(u64::MAX, Window::SIZE)),
+        (numbering("a"), window(5_000, Window::SIZE)),
+        (numbering("a#7"), window(3_000, 900)),
+        (numbering("a#18446744073709551615"), Window::new(4)),
+        (numbering("b"), Window::new(0)),
+        (numbering("c"), window(u64::MAX, Window::SIZE)),
     ];
     let mut advance = advance(None, &*log, 1);
     advance.windows.clone_from(&expected);
@@ -139,10 +142,8 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     );
 
     expected[1].1 = window(2_000, 500);
-    let advance = Advance {
-        windows: vec![expected[1].clone()],
-        ..super::advance(Some(&position(&store, &shipping).await?), &*log, 2)
-    };
+    let mut advance = super::advance(Some(&position(&store, &shipping).await?), &*log, 2);
+    advance.windows = vec![expected[1].clone()];
     store.begin(&shipping).await?.commit(advance).await?;
     let found = stored_windows(&backend.store().await?, &shipping).await?;
     ensure!(
@@ -152,19 +153,67 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     Ok(())
 }
 
+/// [S1](essentially_once::OffsetStore#contract): revision, owner and passed record are kept as the advance says, to the bit;
+/// what the next advance leaves out is gone.
+pub(super) async fn s1_the_whole_position_is_kept<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    let record = |n: u64| {
+        let mut record = Record::new(Offset::new(n, u64::MAX - n), UNIX_EPOCH, n.to_string());
+        record.key = Some("key".into());
+        Passed::new(&record)
+    };
+    let mut expected = Revision::NONE;
+    for (revision, owner, passed) in [
+        (Revision::new(1, 1), None, None),
+        (Revision::new(1, 2), Some(Owner::new(1)), Some(record(1))),
+        (
+            Revision::new(1, 70_000),
+            Some(Owner::new(u128::MAX)),
+            Some(record(u64::MAX)),
+        ),
+        (Revision::new(2, 1), Some(Owner::new(1 << 64)), None),
+        (Revision::new(1 << 62, 1 << 62), None, Some(record(0))),
+    ] {
+        let mut advance = Advance::new(log.id().clone(), 1.into(), expected, revision);
+        (advance.owner, advance.passed) = (owner, passed);
+        store.begin(&shipping).await?.commit(advance).await?;
+        for store in [&store, &backend.store().await?] {
+            let found = position(store, &shipping).await?;
+            ensure!(
+                found.revision == revision,
+                "committed revision {revision}, found {}",
+                found.revision
+            );
+            ensure!(
+                found.owner == owner,
+                "committed owner {owner:?}, found {:?}",
+                found.owner
+            );
+            ensure!(
+                found.passed == passed,
+                "committed the passed record {passed:?}, found {:?}",
+                found.passed
+            );
+        }
+        expected = revision;
+    }
+    Ok(())
+}
+
 /// [S1](essentially_once::OffsetStore#contract): a forgotten producer's window goes, and no other.
 pub(super) async fn s1_forgotten_windows_are_removed<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
     let mut first = advance(None, &*log, 1);
-    first.windows = vec![(producer("a"), Window::new(1)), (producer("b"), Window::new(2))];
+    first.windows = vec![(numbering("a"), Window::new(1)), (numbering("a#2"), Window::new(2))];
     store.begin(&shipping).await?.commit(first).await?;
     let mut second = advance(Some(&position(&store, &shipping).await?), &*log, 2);
-    second.forgotten = vec![producer("a"), producer("never-seen")];
+    second.forgotten = vec![numbering("a"), numbering("never-seen")];
     store.begin(&shipping).await?.commit(second).await?;
     let found = stored_windows(&store, &shipping).await?;
     ensure!(
-        found == [(producer("b"), Window::new(2))],
+        found == [(numbering("a#2"), Window::new(2))],
         "after forgetting a: {found:?}"
     );
     Ok(())
@@ -193,7 +242,7 @@ pub(super) async fn s4_a_dropped_transaction_leaves_no_trace<H: Harness>(_: &H, 
 async fn untouched<S: OffsetStore<Tx: KeyValue>>(store: &S, consumer: &ConsumerId, how: &str) -> CaseResult {
     let found = position(store, consumer).await?;
     ensure!(
-        (found.next, found.revision) == (1.into(), 1),
+        (found.next, found.revision) == (1.into(), Revision::new(1, 1)),
         "a {how} transaction moved the position: {found:?}"
     );
     let (new, kept) = (
@@ -231,7 +280,7 @@ pub(super) async fn s5_a_cancelled_commit_is_all_or_nothing_and_for_good<H: Harn
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
     commit(&store, &shipping, &*log, &[(b"n", Some(&0u64.to_be_bytes()))], 0).await?;
-    let mut highest = 0;
+    let mut highest = Revision::NONE;
     for round in 0..40 {
         let (found, n) = position_and_counter(&store, &shipping).await?;
         ensure!(
@@ -298,6 +347,59 @@ pub(super) async fn s8_a_position_remembers_its_log<H: Harness>(_: &H, backend: 
         "committed for {}, found {}",
         log.id(),
         found.log
+    );
+    Ok(())
+}
+
+/// [S8](essentially_once::OffsetStore#contract): a handle that cannot tell incarnations commits, and wipes nothing out.
+pub(super) async fn s8_a_known_incarnation_is_kept<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let store = backend.store().await?;
+    let shipping = consumer("shipping");
+    let unknown = LogId::new("orders")?;
+    let known = unknown.clone().with_incarnation("a1")?;
+    let mut expected = Revision::NONE;
+    for (given, kept) in [
+        (&unknown, &unknown),
+        (&known, &known),
+        (&unknown, &known),
+        (&known, &known),
+    ] {
+        let revision = expected.next_epoch();
+        let advance = Advance::new(given.clone(), 1.into(), expected, revision);
+        store.begin(&shipping).await?.commit(advance).await?;
+        let found = position(&backend.store().await?, &shipping).await?.log;
+        ensure!(
+            found == *kept,
+            "after a commit for {given} the position is of {found}, not {kept}"
+        );
+        expected = revision;
+    }
+    let other = unknown.with_incarnation("b2")?;
+    let advance = Advance::new(other, 1.into(), expected, expected.next_epoch());
+    let result = store.begin(&shipping).await?.commit(advance).await;
+    ensure!(
+        matches!(result, Err(Error::WrongLog { .. })),
+        "a commit for another incarnation: {result:?}"
+    );
+    Ok(())
+}
+
+/// [S8](essentially_once::OffsetStore#contract): the position may have changed its log since, so `Fenced` wins.
+pub(super) async fn s8_a_stale_commit_for_another_log_is_fenced<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let store = backend.store().await?;
+    let (orders, invoices) = (backend.log("orders").await?, backend.log("invoices").await?);
+    let shipping = consumer("shipping");
+    commit(&store, &shipping, &*orders, &[], 1).await?;
+    let stale = position(&store, &shipping).await?;
+    commit(&store, &shipping, &*orders, &[], 2).await?;
+    let result = store
+        .begin(&shipping)
+        .await?
+        .commit(advance(Some(&stale), &*invoices, 3))
+        .await;
+    ensure!(
+        matches!(result, Err(Error::Fenced { .. })),
+        "a stale commit for another log: {result:?}"
     );
     Ok(())
 }

@@ -1,6 +1,6 @@
 use std::time::UNIX_EPOCH;
 
-use essentially_once::{LogId, NewRecord, ProducerId, memory::Memory};
+use essentially_once::{Epoch, LogId, NewRecord, ProducerId, Revision, memory::Memory};
 
 use super::*;
 
@@ -12,10 +12,7 @@ fn log(records: &[(&'static str, u64)]) -> Vec<Record> {
         .map(|(offset, (key, sequence))| {
             let mut record = Record::new(offset.into(), UNIX_EPOCH, "");
             record.key = Some(Bytes::from_static(key.as_bytes()));
-            record.origin = (*sequence > 0).then(|| Origin {
-                producer: producer.clone(),
-                sequence: *sequence,
-            });
+            record.origin = (*sequence > 0).then(|| Origin::new(producer.clone(), Epoch::STABLE, *sequence));
             record
         })
         .collect()
@@ -26,12 +23,8 @@ fn applied(records: &[Record], offsets: &[usize]) -> Vec<Applied> {
 }
 
 fn position(next: u64) -> Position {
-    Position {
-        log: LogId::new("orders").unwrap(),
-        next: next.into(),
-        revision: 1,
-        windows: Vec::new(),
-    }
+    let log = LogId::new("orders").unwrap();
+    Position::new(log, next.into(), Revision::NONE.next_epoch())
 }
 
 fn offsets<const N: usize>(offsets: [u64; N]) -> Vec<Offset> {

@@ -3,7 +3,8 @@
 use std::{future::Future, time::Duration};
 
 use essentially_once::{
-    Consumer, ConsumerId, Delivery, Durability, Error, Handler, Log, NewRecord, OffsetStore, ProducerId, Record,
+    Consumer, ConsumerId, Delivery, Durability, Epoch, Error, Handler, Log, NewRecord, OffsetStore, Origin, ProducerId,
+    Record,
 };
 use tokio::{
     task::yield_now,
@@ -144,11 +145,11 @@ impl<B: Backend> Scene<'_, B> {
 
 /// Two keys, one message that was sent twice, and one behind it that may not be reordered.
 fn messages() -> Result<Vec<NewRecord>, Error> {
-    let producer = ProducerId::new("sender")?;
+    let origin = Origin::new(ProducerId::new("sender")?, Epoch::fresh(), 1);
     Ok(vec![
-        NewRecord::new("0").key("a").origin(producer.clone(), 1),
+        NewRecord::new("0").key("a").origin(origin.clone()),
         NewRecord::new("1").key("b"),
-        NewRecord::new("0").key("a").origin(producer, 1),
+        NewRecord::new("0").key("a").origin(origin),
         NewRecord::new("3").key("a"),
     ])
 }

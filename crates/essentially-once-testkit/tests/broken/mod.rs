@@ -7,7 +7,7 @@ use std::{
 
 use essentially_once::{
     Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Offset, OffsetStore,
-    Position, Source, Transaction, async_trait,
+    Position, Revision, Source, Transaction, async_trait,
     memory::{Memory, MemoryStore, MemoryTx},
 };
 use essentially_once_testkit::{Backend, Capabilities, Harness};
@@ -126,7 +126,7 @@ impl Transaction for BrokenTx {
         match self.flaw {
             Flaw::AnyRevision => {
                 let position = self.store.position(&self.consumer).await?;
-                advance.expected_revision = position.map_or(0, |position| position.revision);
+                advance.expected = position.map_or(Revision::NONE, |position| position.revision);
             }
             Flaw::ForgottenWindows => advance.windows.clear(),
             Flaw::Leaky | Flaw::Skipping => {}

@@ -59,6 +59,8 @@ defects! {
     PayloadPadded,
     /// The origin does not come back.
     OriginLost,
+    /// The epoch of an origin does not come back.
+    EpochLost,
     /// A sequence above half of the range comes back smaller.
     SequenceReadAsSigned,
     /// A record without a payload is taken for a damaged one.
@@ -183,6 +185,18 @@ defects! {
     PositionNotCommitted,
     /// Only the first commit is counted.
     RevisionNotCounted,
+    /// The store counts revisions by itself.
+    RevisionCountedByTheStore,
+    /// Of a revision only the count is kept.
+    EpochOfRevisionNotKept,
+    /// The owner is not kept.
+    OwnerNotKept,
+    /// The first owner stays.
+    OwnerKeptForever,
+    /// The passed record is not kept.
+    PassedNotKept,
+    /// An advance without a passed record leaves the old one.
+    PassedStays,
     /// State is kept in the handle, for no other to see.
     StateKeptInTheHandle,
     /// Deletes are not committed.
@@ -203,6 +217,8 @@ defects! {
     WindowsReplacedAsAWhole,
     /// A window that is there is not written again.
     WindowsWrittenOnce,
+    /// A producer has one window, whatever the epoch.
+    WindowsByProducerOnly,
     /// Forgotten windows stay.
     ForgottenWindowsStay,
     /// Forgetting one window removes all.
@@ -311,6 +327,10 @@ defects! {
     RevisionsCountedForAll,
     /// A position remembers its log's name only.
     IncarnationNotKept,
+    /// A commit without an incarnation wipes out the known one.
+    IncarnationWiped,
+    /// The log is compared before the revision.
+    WrongLogBeforeFenced,
     /// A commit may change to another log.
     OtherLogAccepted,
     /// A commit for another log is refused, but moves the offset.

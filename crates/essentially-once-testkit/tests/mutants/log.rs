@@ -6,7 +6,7 @@ use std::{
 };
 
 use essentially_once::{
-    Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Origin, ProducerId, Record, async_trait,
+    Bounds, Durability, Epoch, Error, Log, LogId, LogReader, NewRecord, Offset, Origin, ProducerId, Record, async_trait,
 };
 
 use crate::{
@@ -20,7 +20,7 @@ const FLUSH_EVERY: usize = 32;
 
 pub(crate) fn origin(producer: &str, sequence: u64) -> Result<Origin, Error> {
     let producer = ProducerId::new(producer)?;
-    Ok(Origin { producer, sequence })
+    Ok(Origin::new(producer, Epoch::STABLE, sequence))
 }
 
 /// What the backend holds of one log.

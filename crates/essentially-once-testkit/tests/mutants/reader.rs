@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Error, LogId, LogReader, Offset, Record, async_trait};
+use essentially_once::{Epoch, Error, LogId, LogReader, Offset, Origin, Record, async_trait};
 use tokio::{sync::watch, task::yield_now};
 
 use crate::{defect::Defect, log::ModelLog, model::Shared};
@@ -236,6 +236,12 @@ fn distort(defect: Defect, record: &mut Record) {
             record.payload = padded.into();
         }
         Defect::OriginLost => record.origin = None,
+        Defect::EpochLost => {
+            if let Some(origin) = &mut record.origin {
+                let producer = origin.numbering.producer().clone();
+                *origin = Origin::new(producer, Epoch::STABLE, origin.sequence);
+            }
+        }
         Defect::SequenceReadAsSigned => {
             if let Some(origin) = &mut record.origin {
                 origin.sequence = origin.sequence.min(i64::MAX as u64);

@@ -7,7 +7,8 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, LogId, Offset, OffsetStore, Position, ProducerId, Window, async_trait,
+    Advance, ConsumerId, Durability, Epoch, Error, LogId, Numbering, Offset, OffsetStore, Position, Revision, Window,
+    async_trait,
 };
 
 use crate::{
@@ -25,12 +26,14 @@ const SMALL_WINDOW: u64 = 64;
 #[derive(Clone, Default)]
 pub(crate) struct Stored {
     pub(crate) position: Option<Position>,
-    pub(crate) windows: BTreeMap<ProducerId, Window>,
+    pub(crate) windows: BTreeMap<Numbering, Window>,
 }
 
 impl Stored {
-    pub(crate) fn revision(&self) -> u64 {
-        self.position.as_ref().map_or(0, |position| position.revision)
+    pub(crate) fn revision(&self) -> Revision {
+        self.position
+            .as_ref()
+            .map_or(Revision::NONE, |position| position.revision)
     }
 }
 
@@ -86,17 +89,22 @@ impl StoreState {
         advance: &Advance,
     ) -> Result<(), Error> {
         let stored = self.live.consumers.get(&position_key(shared.defect, consumer));
-        let revision = stored.map_or(0, Stored::revision);
+        let revision = stored.map_or(Revision::NONE, Stored::revision);
         let log = stored
             .and_then(|stored| stored.position.as_ref())
             .map(|position| position.log.clone());
-        let expected = advance.expected_revision;
+        let expected = advance.expected;
         let is_current = match shared.defect {
             Defect::NoRevisionCheck => true,
-            Defect::FirstCommitNotChecked if expected == 0 => true,
+            Defect::FirstCommitNotChecked if expected == Revision::NONE => true,
             Defect::LaterRevisionAccepted => expected >= revision,
             _ => expected == revision,
         };
+        if let Some(log) = log.as_ref().filter(|log| !log.is_same_log(&advance.log))
+            && shared.is(Defect::WrongLogBeforeFenced)
+        {
+            return self.refuse_log(shared, consumer, staged, advance, log.clone());
+        }
         if !is_current {
             let mut left = advance.clone();
             match shared.defect {
@@ -180,35 +188,50 @@ impl StoreState {
         }
         let stored = self.live.consumers.entry(position_key(defect, consumer)).or_default();
         let before = stored.position.take();
-        let revision = before.as_ref().map_or(0, |position| position.revision);
-        stored.position = Some(Position {
-            log: match defect {
-                Defect::IncarnationNotKept => LogId::new(advance.log.name()).unwrap_or(advance.log),
-                _ => advance.log,
-            },
-            next: match (defect, before) {
-                (Defect::HighPartOfOffsetNotKept, _) => advance.next.lo().into(),
-                (Defect::PositionNeverGoesBack, Some(before)) => advance.next.max(before.next),
-                (Defect::PositionNotCommitted, Some(before)) => before.next,
-                _ => advance.next,
-            },
-            revision: match defect {
-                Defect::RevisionNotCounted => revision.max(1),
-                Defect::RevisionsCountedForAll => self.commits,
-                _ => revision + 1,
-            },
-            windows: Vec::new(),
-        });
+        let log = match (defect, &before) {
+            (Defect::IncarnationNotKept, _) => LogId::new(advance.log.name()).unwrap_or(advance.log),
+            (Defect::IncarnationWiped, _) | (_, None) => advance.log,
+            (_, Some(before)) if advance.log.incarnation().is_none() => before.log.clone(),
+            _ => advance.log,
+        };
+        let next = match (defect, &before) {
+            (Defect::HighPartOfOffsetNotKept, _) => advance.next.lo().into(),
+            (Defect::PositionNeverGoesBack, Some(before)) => advance.next.max(before.next),
+            (Defect::PositionNotCommitted, Some(before)) => before.next,
+            _ => advance.next,
+        };
+        let revision = match (defect, &before) {
+            (Defect::RevisionNotCounted, Some(before)) => before.revision,
+            (Defect::RevisionsCountedForAll, _) => Revision::new(advance.revision.epoch(), self.commits),
+            (Defect::RevisionCountedByTheStore, Some(before)) => before.revision.next_count(),
+            (Defect::EpochOfRevisionNotKept, _) => Revision::new(1, advance.revision.count()),
+            _ => advance.revision,
+        };
+        let mut position = Position::new(log, next, revision);
+        position.owner = match (defect, &before) {
+            (Defect::OwnerNotKept, _) => None,
+            (Defect::OwnerKeptForever, Some(before)) => before.owner.or(advance.owner),
+            _ => advance.owner,
+        };
+        position.passed = match (defect, &before) {
+            (Defect::PassedNotKept, _) => None,
+            (Defect::PassedStays, Some(before)) => advance.passed.or(before.passed),
+            _ => advance.passed,
+        };
+        stored.position = Some(position);
         match defect {
             Defect::WindowsNotPersisted => return,
             Defect::WindowsReplacedAsAWhole if !advance.windows.is_empty() => stored.windows.clear(),
             _ => {}
         }
-        for (producer, window) in advance.windows {
-            if defect == Defect::WindowsWrittenOnce && stored.windows.contains_key(&producer) {
+        for (mut numbering, window) in advance.windows {
+            if defect == Defect::WindowsWrittenOnce && stored.windows.contains_key(&numbering) {
                 continue;
             }
-            stored.windows.insert(producer, kept_window(defect, &window));
+            if defect == Defect::WindowsByProducerOnly {
+                numbering = Numbering::new(numbering.producer().clone(), Epoch::STABLE);
+            }
+            stored.windows.insert(numbering, kept_window(defect, &window));
         }
         for producer in &advance.forgotten {
             match defect {
@@ -318,12 +341,11 @@ impl OffsetStore for ModelStore {
             Some(position)
         });
         match found {
-            None if self.shared.is(Defect::FreshStoreHasAPosition) => Ok(Some(Position {
-                log: LogId::new("unknown")?,
-                next: Offset::ZERO,
-                revision: 0,
-                windows: Vec::new(),
-            })),
+            None if self.shared.is(Defect::FreshStoreHasAPosition) => Ok(Some(Position::new(
+                LogId::new("unknown")?,
+                Offset::ZERO,
+                Revision::NONE,
+            ))),
             found => Ok(found),
         }
     }

@@ -55,6 +55,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         HeaderNamesReadAsAscii => "appended NewRecord",
         PayloadReadAsText => "appended NewRecord",
         OriginLost => "appended NewRecord",
+        EpochLost => "appended NewRecord",
         SequenceReadAsSigned => "appended NewRecord",
         EmptyPayloadCalledMalformed => "is called malformed",
         AppendTimeLost => "has no append time",
@@ -165,18 +166,27 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         WindowReadAsSigned => "windows changed",
         WindowsReplacedAsAWhole => "after one window changed",
         WindowsWrittenOnce => "after one window changed",
+        WindowsByProducerOnly => "windows changed",
     }
     s1_forgotten_windows_are_removed {
         ForgottenWindowsStay => "after forgetting a",
         ForgettingTakesAllWindows => "after forgetting a",
     }
+    s1_the_whole_position_is_kept {
+        RevisionCountedByTheStore => "committed revision 1.70000",
+        EpochOfRevisionNotKept => "committed revision 2.1",
+        OwnerNotKept => "committed owner Some",
+        OwnerKeptForever => "committed owner Some",
+        PassedNotKept => "committed the passed record Some",
+        PassedStays => "committed the passed record None",
+    }
     s1_a_restart_never_parts_state_from_position {
         OffsetCommittedApart => "the state",
     }
     s2_a_stale_revision_is_fenced {
-        NoRevisionCheck => "a commit based on revision 2",
-        LaterRevisionAccepted => "a commit based on revision 4",
-        FencedTellsWrongRevision => "a commit based on revision 2",
+        NoRevisionCheck => "a commit based on revision 1.2",
+        LaterRevisionAccepted => "a commit based on revision 1.4",
+        FencedTellsWrongRevision => "a commit based on revision 1.2",
     }
     s2_a_fenced_commit_applies_nothing {
         NoRevisionCheck => "a late commit",
@@ -259,6 +269,13 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     s8_a_position_remembers_its_log {
         IncarnationNotKept => "committed for",
+    }
+    s8_a_known_incarnation_is_kept {
+        IncarnationNotKept => "after a commit for orders#a1",
+        IncarnationWiped => "after a commit for orders the position is of orders, not",
+    }
+    s8_a_stale_commit_for_another_log_is_fenced {
+        WrongLogBeforeFenced => "a stale commit for another log",
     }
     s8_a_commit_for_another_log_is_refused {
         OtherLogAccepted => "a commit for another log:",

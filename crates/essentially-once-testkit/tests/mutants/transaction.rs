@@ -48,7 +48,7 @@ impl ModelTx {
             let mut state = shared.connected(generation)?;
             let stored = state.store.live.consumers.get_mut(consumer.as_str());
             if let Some(position) = stored.and_then(|stored| stored.position.as_mut()) {
-                position.revision += 1;
+                position.revision = position.revision.next_count();
             }
         }
         Ok(Self {
@@ -244,7 +244,7 @@ impl Drop for CancelWatch {
             tokio::spawn(async move {
                 sleep(LATE).await;
                 let mut state = shared.state();
-                let revision = advance.expected_revision + 1;
+                let revision = advance.revision;
                 state.store.write_state(&shared, &consumer, &staged);
                 state.store.write_position(&shared, &consumer, advance);
                 let stored = state.store.live.consumers.get_mut(consumer.as_str());

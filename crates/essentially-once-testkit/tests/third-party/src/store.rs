@@ -5,7 +5,7 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, OffsetStore, Position, ProducerId, Transaction, Window,
+    Advance, ConsumerId, Durability, Error, KeyValue, Numbering, OffsetStore, Position, Revision, Transaction, Window,
     async_trait,
 };
 
@@ -14,7 +14,7 @@ use crate::{lock, volatile};
 #[derive(Default)]
 struct Stored {
     position: Option<Position>,
-    windows: HashMap<ProducerId, Window>,
+    windows: HashMap<Numbering, Window>,
     state: HashMap<Vec<u8>, Bytes>,
 }
 
@@ -70,21 +70,25 @@ impl Transaction for MineTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         let mut consumers = lock(&self.store.consumers);
         let stored = consumers.entry(self.consumer.clone()).or_default();
-        let revision = stored.position.as_ref().map_or(0, |position| position.revision);
-        if self.store.fences && revision != advance.expected_revision {
+        let revision = stored.position.as_ref().map_or(Revision::NONE, |position| position.revision);
+        if self.store.fences && revision != advance.expected {
             return Err(Error::Fenced {
                 consumer: self.consumer,
-                expected: advance.expected_revision,
+                expected: advance.expected,
             });
         }
-        if let Some(position) = &stored.position
-            && !position.log.is_same_log(&advance.log)
-        {
-            return Err(Error::WrongLog {
-                consumer: self.consumer,
-                stored: position.log.clone(),
-                given: advance.log,
-            });
+        let mut log = advance.log;
+        if let Some(position) = &stored.position {
+            if !position.log.is_same_log(&log) {
+                return Err(Error::WrongLog {
+                    consumer: self.consumer,
+                    stored: position.log.clone(),
+                    given: log,
+                });
+            }
+            if log.incarnation().is_none() {
+                log = position.log.clone();
+            }
         }
         for (key, value) in self.staged {
             match value {
@@ -95,13 +99,11 @@ impl Transaction for MineTx {
         stored.windows.extend(advance.windows);
         stored
             .windows
-            .retain(|producer, _| !advance.forgotten.contains(producer));
-        stored.position = Some(Position {
-            log: advance.log,
-            next: advance.next,
-            revision: revision + 1,
-            windows: Vec::new(),
-        });
+            .retain(|numbering, _| !advance.forgotten.contains(numbering));
+        let mut position = Position::new(log, advance.next, advance.revision);
+        position.owner = advance.owner;
+        position.passed = advance.passed;
+        stored.position = Some(position);
         Ok(())
     }
 
