@@ -125,9 +125,8 @@ impl FromStr for Owner {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let parsed = (text.len() == 32)
-            .then(|| u128::from_str_radix(text, 16).ok())
-            .flatten();
+        let is_hex = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let parsed = u128::from_str_radix(text, 16).ok().filter(|_| is_hex);
         parsed.map(Self).ok_or_else(|| Error::InvalidSetting {
             setting: "owner",
             reason: format!("{text:?} is not 32 hexadecimal digits"),

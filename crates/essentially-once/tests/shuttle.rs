@@ -10,8 +10,8 @@ use std::{future::poll_fn, panic, pin::pin, task::Poll};
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore,
-    Position, ProducerId, Record, Transaction, async_trait,
+    Advance, Consumer, ConsumerId, Durability, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord,
+    OffsetStore, Origin, Position, ProducerId, Record, Revision, Transaction, async_trait,
     memory::{Memory, MemoryStore, MemoryTx},
 };
 use shuttle::{
@@ -73,7 +73,7 @@ impl Transaction for Tx {
         switch().await;
         if !self.store.fenced {
             let position = self.store.inner.position(&self.consumer).await?;
-            advance.expected_revision = position.map_or(0, |position| position.revision);
+            advance.expected = position.map_or(Revision::NONE, |position| position.revision);
         }
         let result = self.inner.commit(advance).await;
         switch().await;
@@ -156,7 +156,9 @@ fn race(fenced: bool) {
         let web = ProducerId::new("web").unwrap();
         // The third is the second, sent twice.
         let records = [("a", 0), ("b", 1), ("b", 1), ("c", 2)];
-        let records = records.map(|(payload, sequence)| NewRecord::new(payload).origin(web.clone(), sequence));
+        let records = records.map(|(payload, sequence)| {
+            NewRecord::new(payload).origin(Origin::new(web.clone(), Epoch::STABLE, sequence))
+        });
         memory.log("orders").unwrap().append(&records).await.unwrap();
         let other = future::spawn(run_with_a_crash(memory.clone(), fenced));
         run_with_a_crash(memory.clone(), fenced).await;

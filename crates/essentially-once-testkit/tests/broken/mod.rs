@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use essentially_once::{
@@ -59,7 +62,7 @@ impl Backend for BrokenMemory {
     async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
         let log = self.memory.log(name)?;
         match self.flaw {
-            Flaw::Skipping => Ok(Arc::new(SkippingLog(log))),
+            Flaw::Skipping => Ok(Arc::new(SkippingLog(log, AtomicBool::new(false)))),
             _ => Ok(Arc::new(log)),
         }
     }
@@ -161,7 +164,8 @@ impl KeyValue for BrokenTx {
     }
 }
 
-struct SkippingLog<L>(L);
+/// A log whose readers skip a record, but for the first one of each handle.
+struct SkippingLog<L>(L, AtomicBool);
 
 #[async_trait]
 impl<L: Log> Log for SkippingLog<L> {
@@ -174,9 +178,12 @@ impl<L: Log> Log for SkippingLog<L> {
     }
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
-        let bounds = self.0.bounds().await?;
-        let is_inside = bounds.earliest < from && from < bounds.end;
-        self.0.read(if is_inside { from.successor() } else { from }).await
+        if !self.1.swap(true, Ordering::SeqCst) {
+            return self.0.read(from).await;
+        }
+        // Past the record that a consumer compares, so that it is one behind it that is missing.
+        let skipped = from.successor().successor();
+        self.0.read(skipped.min(self.0.bounds().await?.end)).await
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {

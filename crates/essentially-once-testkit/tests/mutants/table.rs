@@ -231,7 +231,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     s5_position_resolves_an_unknown_outcome {
         CommitAppliedAfterReply => "ended with Ok",
         LostCommitReplyToldAsFailure => "ended with Err(Unavailable",
-        CommitRetriedAfterLostReply => "ended with Err(Indeterminate",
+        CommitRetriedAfterLostReply => "ended with Err(Fenced",
     }
     s6_a_transaction_reads_its_own_writes {
         GetSeesOnlyOwnWrites => "a stored key reads as",

@@ -178,7 +178,8 @@ impl Transaction for ModelTx {
             (Err(error), Defect::LostCommitReplyToldAsFailure) => Err(error),
             (Err(error), Defect::CommitRetriedAfterLostReply) => {
                 let mut state = self.shared.state();
-                state.store.write_position(&self.shared, &self.consumer, advance);
+                // The second try is checked as any commit is, and so fenced by the first.
+                state.store.check(&self.shared, &self.consumer, &staged, &advance)?;
                 Err(in_doubt(error))
             }
             (Err(error), _) => Err(in_doubt(error)),

@@ -126,12 +126,12 @@ impl<S: OffsetStore> Session<'_, S> {
                 batch = ahead.take(max, self.alone) => batch?,
             };
             self.now = SystemTime::now();
+            self.look_for_silent().await?;
             D::deliver(&mut self, handler, &batch).await?;
             // A backend may never make the loop wait, and on a runtime of one thread other tasks want their turn.
             if yields {
                 rt::yield_now().await;
             }
-            self.forget_silent(&batch).await?;
         }
         Ok(())
     }
@@ -226,21 +226,27 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(reader)
     }
 
-    /// Looks for silent producers now and then, once everything is read that the log held when it began to look.
-    async fn forget_silent(&mut self, batch: &[Record]) -> Result<(), Error> {
+    /// Begins to look for silent producers now and then.
+    async fn look_for_silent(&mut self) -> Result<(), Error> {
         if self.silent.last.is_none_or(|last| last.elapsed() > FORGET_EVERY) && !self.windows.is_empty() {
             self.silent.last = Some(Instant::now());
             self.silent.pending = Some((self.log.bounds().await?, self.now));
         }
-        if let (Some((bounds, now)), Some(newest)) = (self.silent.pending, batch.last())
-            && self.place.next >= bounds.end
-        {
-            self.silent.pending = None;
-            let limit = self.settings.forget_producers_after;
-            let silence = Silence::new(limit, now, newest.appended_at, bounds.earliest);
-            self.windows.forget_silent(&silence);
-        }
         Ok(())
+    }
+
+    /// Forgets silent producers, if with `last` everything is read that the log held when this began to look.
+    fn forget_silent(&mut self, last: &Record) {
+        let Some((bounds, now)) = self
+            .silent
+            .pending
+            .take_if(|(bounds, _)| last.offset.successor() >= bounds.end)
+        else {
+            return;
+        };
+        let limit = self.settings.forget_producers_after;
+        let silence = Silence::new(limit, now, last.appended_at, bounds.earliest);
+        self.windows.forget_silent(&silence);
     }
 
     pub(super) async fn begin(&self) -> Result<S::Tx, Error> {
@@ -280,6 +286,7 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Commits the transaction with the position behind that record.
     pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record) -> Result<(), Error> {
+        self.forget_silent(last);
         self.commit_at(tx, last.offset.successor(), Some(Passed::new(last)))
             .await
     }

@@ -1,12 +1,15 @@
 //! Records that were sent twice.
 
+use essentially_once::{Bounds, Durability, Epoch, LogId, LogReader, Origin, async_trait};
+
 use super::*;
 
 /// A log in which every record was sent twice, and one out of order.
 async fn sent_twice(memory: &Memory) -> essentially_once::memory::MemoryLog {
     let log = memory.log("orders").unwrap();
     let producer = ProducerId::new("web-1").unwrap();
-    let records = [0u64, 1, 3, 2, 1, 3, 0, 2, 4].map(|n| NewRecord::new(n.to_string()).origin(producer.clone(), n));
+    let records = [0u64, 1, 3, 2, 1, 3, 0, 2, 4]
+        .map(|n| NewRecord::new(n.to_string()).origin(Origin::new(producer.clone(), Epoch::STABLE, n)));
     log.append(&records).await.unwrap();
     log
 }
@@ -82,7 +85,7 @@ async fn catch_up(log: &essentially_once::memory::MemoryLog, memory: &Memory, fo
 async fn a_producer_is_not_silent_while_its_records_are_unread_or_dropped() {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
-    let resent = NewRecord::new("0").origin(ProducerId::new("web").unwrap(), 1);
+    let resent = NewRecord::new("0").origin(Origin::new(ProducerId::new("web").unwrap(), Epoch::new(7), 1));
     log.append(&[resent.clone(), NewRecord::new("1")]).await.unwrap();
     let after = Duration::from_millis(100);
     assert_eq!(catch_up(&log, &memory, after).await, (2, 0));
@@ -99,7 +102,7 @@ async fn a_producer_is_not_silent_while_its_records_are_unread_or_dropped() {
 async fn a_silent_producer_is_forgotten_once_the_log_went_on_without_it() {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
-    let resent = NewRecord::new("0").origin(ProducerId::new("web").unwrap(), 1);
+    let resent = NewRecord::new("0").origin(Origin::new(ProducerId::new("web").unwrap(), Epoch::new(7), 1));
     log.append(std::slice::from_ref(&resent)).await.unwrap();
     assert_eq!(catch_up(&log, &memory, Duration::ZERO).await, (1, 0));
     log.truncate(1.into());
@@ -108,4 +111,133 @@ async fn a_silent_producer_is_forgotten_once_the_log_went_on_without_it() {
     assert_eq!(catch_up(&log, &memory, Duration::ZERO).await, (2, 0));
     let windows = memory.store().position(&shipping()).await.unwrap().unwrap().windows;
     assert!(windows.is_empty(), "{windows:?}");
+}
+
+#[tokio::test]
+async fn a_process_that_numbers_anew_in_a_fresh_epoch_loses_nothing() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    let producer = ProducerId::new("web").unwrap();
+    for run in 0..2 {
+        let epoch = Epoch::fresh();
+        let records: Vec<NewRecord> = (0..400)
+            .map(|n| NewRecord::new(format!("{run}-{n}")).origin(Origin::new(producer.clone(), epoch, n)))
+            .collect();
+        log.append(&records).await.unwrap();
+        assert_eq!(catch_up(&log, &memory, Duration::MAX).await, (400, 0), "run {run}");
+    }
+}
+
+/// The bug report that this answers: a process whose clock is eight days ahead made consumers forget all other producers.
+#[tokio::test]
+async fn one_wrong_clock_forgets_nobody_elses_window() {
+    let week = Duration::from_secs(7 * 86_400);
+    for ahead in [true, false] {
+        let memory = Memory::new();
+        let log = memory.log("orders").unwrap();
+        let of = |producer: &str, n: u64| {
+            NewRecord::new(n.to_string()).origin(Origin::new(ProducerId::new(producer).unwrap(), Epoch::new(7), n))
+        };
+        let records: Vec<NewRecord> = (0..10).map(|n| of("a", n)).collect();
+        log.append(&records).await.unwrap();
+        assert_eq!(catch_up(&log, &memory, week).await, (10, 0));
+        log.append(&[of("b", 0), of("b", 1), of("b", 2)]).await.unwrap();
+        log.truncate(10.into());
+        let clock = OffClock {
+            log: log.clone(),
+            from: 10.into(),
+            ahead,
+        };
+        let run = |clock: OffClock| {
+            Consumer::essentially_once(shipping(), clock, memory.store(), support::Counter::default())
+                .accept_volatile()
+                .forget_producers_after(week)
+                .run_until_caught_up()
+        };
+        assert_eq!(run(clock.clone()).await.unwrap().handled, 3);
+        log.append(&[of("a", 9)]).await.unwrap();
+        let report = run(clock).await.unwrap();
+        assert_eq!((report.handled, report.duplicates), (0, 1), "ahead {ahead}: {report}");
+    }
+}
+
+/// A log whose records from an offset on were appended by a process with a wrong clock.
+#[derive(Clone)]
+struct OffClock {
+    log: essentially_once::memory::MemoryLog,
+    from: Offset,
+    ahead: bool,
+}
+
+struct OffReader(Box<dyn LogReader>, OffClock);
+
+#[async_trait]
+impl LogReader for OffReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        let mut records = self.0.next(max).await?;
+        let off = Duration::from_secs(8 * 86_400);
+        for record in records.iter_mut().filter(|record| record.offset >= self.1.from) {
+            record.appended_at = match self.1.ahead {
+                true => record.appended_at + off,
+                false => record.appended_at - off,
+            };
+        }
+        Ok(records)
+    }
+}
+
+#[async_trait]
+impl Log for OffClock {
+    fn id(&self) -> &LogId {
+        self.log.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.log.append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        Ok(Box::new(OffReader(self.log.read(from).await?, self.clone())))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        self.log.bounds().await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        self.log.durability().await
+    }
+}
+
+/// A broken copy of a record must neither count as its record nor vanish as its duplicate.
+#[tokio::test]
+async fn a_malformed_record_marks_nothing_and_is_no_duplicate() {
+    let whole = NewRecord::new("0").origin(Origin::new(ProducerId::new("web").unwrap(), Epoch::STABLE, 1));
+    let mut backend = Backend::of(Memory::new(), Script::default());
+    backend.malformed = Some(Offset::ZERO);
+    backend.memory_log().append(&[whole.clone(), whole]).await.unwrap();
+    let handler = backend.counter();
+    let handled = Arc::clone(&handler.in_memory);
+    let report = Consumer::at_most_once(shipping(), backend.log(), backend.store(), InMemory(handler))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.failed, report.duplicates), (1, 1, 0));
+    assert_eq!(handled.lock().unwrap().len(), 1);
+
+    // The other way round, under every delivery that stops at it: seen before, and then malformed.
+    backend.malformed = Some(1.into());
+    let error = Consumer::at_least_once(
+        ConsumerId::new("other").unwrap(),
+        backend.log(),
+        backend.store(),
+        InMemory(backend.counter()),
+    )
+    .run_until_caught_up()
+    .await
+    .unwrap_err();
+    assert!(
+        matches!(error, Error::Unhandled { offset, .. } if offset == 1.into()),
+        "{error}"
+    );
 }

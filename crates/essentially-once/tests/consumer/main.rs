@@ -10,6 +10,7 @@
 
 mod duplicates;
 mod faults;
+mod lost;
 mod records;
 mod running;
 #[path = "../support/mod.rs"]
@@ -22,7 +23,7 @@ use std::{
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore,
-    ProducerId, Record, StartAt, handler_fn,
+    ProducerId, Record, Revision, StartAt, handler_fn,
     memory::{Memory, MemoryTx},
     seek,
 };

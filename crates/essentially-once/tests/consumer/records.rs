@@ -145,3 +145,109 @@ async fn at_most_once_counts_the_rest_of_a_fatal_batch_as_failed() {
         .unwrap_err();
     assert!(error.to_string().contains("position is past this record"), "{error}");
 }
+
+/// Gathers, and writes at each flush; a store may refuse what it wrote, at the flush or at the commit.
+struct Gathers {
+    gathered: Vec<Record>,
+    /// The payload that makes a flush fail, and the one that makes the commit fail.
+    refused: (&'static str, &'static str),
+    flushes: Arc<std::sync::atomic::AtomicU64>,
+}
+
+#[essentially_once::async_trait]
+impl Handler<ScriptedTx> for Gathers {
+    async fn handle(&mut self, record: &Record, _: &mut ScriptedTx) -> Result<(), HandlerError> {
+        self.gathered.push(record.clone());
+        Ok(())
+    }
+
+    async fn flush(&mut self, tx: &mut ScriptedTx) -> Result<(), HandlerError> {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
+        for record in self.gathered.drain(..) {
+            support::count_one(tx, &record.payload).await?;
+            if record.payload == self.refused.0 {
+                return Err(HandlerError::reject("refused at the flush"));
+            }
+            tx.refuse_commit |= record.payload == self.refused.1;
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self) {
+        self.gathered.clear();
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_fails_as_a_whole_is_taken_apart_until_the_culprit_is_known() {
+    for refused in [("7", "none"), ("none", "7")] {
+        let backend = Backend::new(RECORDS, Script::default()).await;
+        let handler = Gathers {
+            gathered: Vec::new(),
+            refused,
+            flushes: Arc::default(),
+        };
+        let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+            .retries(1)
+            .backoff(Duration::ZERO, Duration::ZERO)
+            .run_until_caught_up()
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, Error::Unhandled { offset, .. } if offset == 7.into()),
+            "{refused:?}: {error}"
+        );
+        assert!(error.to_string().contains("refused at the"), "{error}");
+        let counts = backend.counts(&shipping(), RECORDS).await;
+        assert_eq!(counts, [[1; 7].as_slice(), &[0; 5]].concat(), "{refused:?}");
+        assert_eq!(backend.position(&shipping()).await.unwrap().next, 7.into());
+    }
+}
+
+#[tokio::test]
+async fn what_was_gathered_is_flushed_once_for_each_commit() {
+    let backend = Backend::new(RECORDS, Script::default().fail(Step::Commit, 2, Fault::Before)).await;
+    let flushes = Arc::default();
+    let handler = Gathers {
+        gathered: Vec::new(),
+        refused: ("none", "none"),
+        flushes: Arc::clone(&flushes),
+    };
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .max_batch(5)
+        .backoff(Duration::ZERO, Duration::ZERO)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(backend.counts(&shipping(), RECORDS).await, [1; RECORDS as usize]);
+    // The first commit is that of the position; one was tried twice.
+    assert_eq!(flushes.load(Ordering::SeqCst), report.commits, "{report}");
+}
+
+#[tokio::test]
+async fn a_wrapped_error_of_the_backend_is_not_the_records_fault() {
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot ship")]
+    struct Wrapped(#[source] Error);
+
+    let backend = Backend::new(1, Script::default()).await;
+    let mut failures = 3;
+    let handler = handler_fn(move |_: &Record, _: &mut ScriptedTx| {
+        let failing = failures > 0;
+        failures -= i32::from(failing);
+        Box::pin(async move {
+            match failing {
+                true => Err(Wrapped(Error::unavailable("get a key", "scripted")).into()),
+                false => Ok(()),
+            }
+        })
+    });
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .retries(0)
+        .backoff(Duration::ZERO, Duration::ZERO)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.restarts), (1, 3));
+}

@@ -19,7 +19,10 @@ async fn start_at_is_committed_before_the_first_record_is_handled() {
             .await;
         assert_eq!(first.is_err(), handled > 0);
         let position = backend.position(&shipping()).await.unwrap();
-        assert_eq!((position.next, position.revision), ((RECORDS - handled).into(), 1));
+        assert_eq!(
+            (position.next, position.revision),
+            ((RECORDS - handled).into(), Revision::new(1, 1))
+        );
         // Once decided, it stays: more records do not move `Latest`.
         backend.memory_log().append(&[NewRecord::new("0")]).await.unwrap();
         let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
@@ -315,13 +318,8 @@ impl Handler<ScriptedTx> for RejectsWhatIsThere {
             let position = store.position(&shipping()).await?.unwrap();
             let mut other = store.begin(&shipping()).await?;
             other.put(&record.payload, b"shipped").await?;
-            let advance = Advance {
-                log: log.id().clone(),
-                next: record.offset.successor(),
-                expected_revision: position.revision,
-                windows: Vec::new(),
-                forgotten: Vec::new(),
-            };
+            let (next, expected) = (record.offset.successor(), position.revision);
+            let advance = Advance::new(log.id().clone(), next, expected, expected.next_epoch());
             other.commit(advance).await?;
         }
         if tx.get(&record.payload).await?.is_some() {

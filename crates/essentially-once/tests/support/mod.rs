@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
-    Offset, OffsetStore, Position, Record, Transaction,
+    Offset, OffsetStore, Position, Record, Revision, Transaction,
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
 };
 
@@ -44,6 +44,10 @@ pub enum Fault {
     Panic,
     /// It never ends.
     Hang,
+    /// There is no position any more.
+    Gone,
+    /// The position is an earlier one.
+    WentBack,
 }
 
 /// Faults by step and by how often the step was taken before; shared by log, store and handler.
@@ -96,7 +100,7 @@ fn error(fault: Fault, step: Step) -> Error {
         Fault::OutOfRange => Error::OutOfRange { log, requested, end },
         Fault::Permanent => Error::failed(format!("{step:?}"), "scripted"),
         Fault::Panic => panic!("scripted panic"),
-        Fault::Overtaken | Fault::Hang => unreachable!("not an error"),
+        Fault::Overtaken | Fault::Hang | Fault::Gone | Fault::WentBack => unreachable!("not an error"),
     }
 }
 
@@ -241,6 +245,8 @@ impl OffsetStore for ScriptedStore {
 
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         match self.script.take(Step::Position) {
+            Some(Fault::Gone) => Ok(None),
+            Some(Fault::WentBack) => Ok(Some(Position::new(log_id(), Offset::ZERO, Revision::NONE.next_epoch()))),
             Some(fault) => Err(error(fault, Step::Position)),
             None => self.inner.position(consumer).await,
         }
@@ -255,6 +261,7 @@ impl OffsetStore for ScriptedStore {
                 consumer: consumer.clone(),
                 store: self.inner.clone(),
                 script: self.script.clone(),
+                refuse_commit: false,
             }),
         }
     }
@@ -269,11 +276,16 @@ pub struct ScriptedTx {
     consumer: ConsumerId,
     store: MemoryStore,
     script: Script,
+    /// As after a statement that only the commit checks.
+    pub refuse_commit: bool,
 }
 
 #[async_trait]
 impl Transaction for ScriptedTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
+        if self.refuse_commit {
+            return Err(Error::failed("commit", "refused at the commit"));
+        }
         match self.script.take(Step::Commit) {
             None => self.inner.commit(advance).await,
             Some(Fault::After) => {
@@ -284,10 +296,10 @@ impl Transaction for ScriptedTx {
                 // The other instance is just as right: it handled the same record, here the first one of the batch.
                 let mut other = self.store.begin(&self.consumer).await?;
                 let next = advance_by_one(&self.store, &self.consumer, &mut other).await;
-                let overtaking = Advance {
-                    next,
-                    ..advance.clone()
-                };
+                let mut overtaking = advance.clone();
+                overtaking.next = next;
+                overtaking.passed = None;
+                overtaking.revision = advance.expected.next_epoch();
                 other.commit(overtaking).await?;
                 self.inner.commit(advance).await
             }
@@ -330,6 +342,12 @@ impl KeyValue for ScriptedTx {
 async fn count<Tx: KeyValue>(tx: &mut Tx, key: &[u8]) -> Result<u64, Error> {
     let value = tx.get(key).await?;
     Ok(value.map_or(0, |value| u64::from_be_bytes(value[..].try_into().unwrap())))
+}
+
+/// Adds one to the count under that key.
+pub async fn count_one<Tx: KeyValue>(tx: &mut Tx, key: &[u8]) -> Result<(), Error> {
+    let before = count(tx, key).await?;
+    tx.put(key, &(before + 1).to_be_bytes()).await
 }
 
 /// Counts each record under its payload, in the state (essentially-once) or in memory (the other deliveries).
