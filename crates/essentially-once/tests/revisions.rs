@@ -1,0 +1,259 @@
+//! Revisions under a model checker: two sessions and an operator, commits that overlap, arrive late, in any order or never.
+//!
+//! What must hold is that a commit applies only to the state that its handler saw. The model uses the very [`Revision`] that
+//! the consumer uses, and each mutant breaks one rule of how revisions are chosen.
+
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+use essentially_once::Revision;
+use stateright::{Checker, HasDiscoveries, Model, Property};
+
+const HOLDS: &str = "a commit applies only to the state that its handler saw";
+
+/// How revisions are chosen.
+#[derive(Clone, Copy)]
+struct Rules {
+    /// Of a session's first commit.
+    first: fn(Revision) -> Revision,
+    /// Of a change made by hand.
+    by_hand: fn(Revision) -> Revision,
+    /// Whether a session may send its second commit before its first was answered.
+    overlaps_early: bool,
+}
+
+impl Rules {
+    const SOUND: Self = Self {
+        first: Revision::next_epoch,
+        by_hand: Revision::next_epoch,
+        overlaps_early: false,
+    };
+}
+
+/// Names a state by the commit that made it; 0 is the one at first.
+type State = u8;
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Commit {
+    session: usize,
+    /// What its handler saw: the state that was loaded, or that of the commit before it.
+    saw: State,
+    makes: State,
+    expected: Revision,
+    revision: Revision,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+struct World {
+    state: State,
+    revision: Revision,
+    sessions: [Option<Session>; 2],
+    under_way: Vec<Commit>,
+    commits: u8,
+    /// A commit applied to a state that its handler did not see.
+    broken: bool,
+    applied: u8,
+}
+
+/// What a session believes.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Session {
+    state: State,
+    revision: Revision,
+    /// Its commits that were not answered.
+    waits_for: Vec<State>,
+    has_sent: bool,
+    has_answer: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Action {
+    /// A new session begins, or an old one gives up and begins again.
+    Load(usize),
+    Send(usize),
+    /// A commit arrives, and its answer too.
+    Arrive(usize),
+    /// A commit arrives, and its answer is lost.
+    ArriveUnanswered(usize),
+    Vanish(usize),
+    ByHand,
+}
+
+/// At most so many commits; at most two overlap.
+const COMMITS: u8 = 5;
+
+impl Model for Rules {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World::default()]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        for (index, session) in world.sessions.iter().enumerate() {
+            actions.push(Action::Load(index));
+            let Some(session) = session else { continue };
+            let may_overlap = self.overlaps_early || session.has_answer;
+            let most = if may_overlap { 2 } else { 1 };
+            if world.commits < COMMITS && session.waits_for.len() < most {
+                actions.push(Action::Send(index));
+            }
+        }
+        for index in 0..world.under_way.len() {
+            actions.extend([
+                Action::Arrive(index),
+                Action::ArriveUnanswered(index),
+                Action::Vanish(index),
+            ]);
+        }
+        if world.commits < COMMITS {
+            actions.push(Action::ByHand);
+        }
+    }
+
+    fn next_state(&self, world: &World, action: Action) -> Option<World> {
+        let mut world = world.clone();
+        match action {
+            Action::Load(index) => {
+                let fresh = Session {
+                    state: world.state,
+                    revision: world.revision,
+                    waits_for: Vec::new(),
+                    has_sent: false,
+                    has_answer: false,
+                };
+                if world.sessions[index].as_ref() == Some(&fresh) {
+                    return None;
+                }
+                world.sessions[index] = Some(fresh);
+            }
+            Action::Send(index) => {
+                world.commits += 1;
+                let makes = world.commits;
+                let session = world.sessions[index].as_mut()?;
+                let expected = session.revision;
+                let revision = match session.has_sent {
+                    false => (self.first)(expected),
+                    true => expected.next_count(),
+                };
+                world.under_way.push(Commit {
+                    session: index,
+                    saw: session.state,
+                    makes,
+                    expected,
+                    revision,
+                });
+                (session.state, session.revision) = (makes, revision);
+                session.waits_for.push(makes);
+                session.has_sent = true;
+            }
+            Action::Arrive(index) => {
+                let commit = world.under_way.remove(index);
+                let applied = apply(&mut world, &commit);
+                // An answer is for the session that sent it, if that still waits. A fenced session begins again.
+                let waiting = world.sessions[commit.session].as_mut();
+                if let Some(session) = waiting.filter(|session| session.waits_for.contains(&commit.makes)) {
+                    session.waits_for.retain(|state| *state != commit.makes);
+                    session.has_answer = true;
+                    if !applied {
+                        world.sessions[commit.session] = None;
+                    }
+                }
+            }
+            Action::ArriveUnanswered(index) => {
+                let commit = world.under_way.remove(index);
+                apply(&mut world, &commit);
+            }
+            Action::Vanish(index) => drop(world.under_way.remove(index)),
+            Action::ByHand => {
+                world.commits += 1;
+                let (saw, makes, expected) = (world.state, world.commits, world.revision);
+                let by_hand = Commit {
+                    session: 0,
+                    saw,
+                    makes,
+                    expected,
+                    revision: (self.by_hand)(expected),
+                };
+                apply(&mut world, &by_hand);
+            }
+        }
+        Some(world)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::<Self>::always(HOLDS, |_, world| !world.broken),
+            Property::<Self>::sometimes("four commits apply", |_, world| world.applied == 4),
+        ]
+    }
+
+    fn within_boundary(&self, world: &World) -> bool {
+        world.under_way.len() <= 3
+    }
+}
+
+/// What every store does (S2). Returns whether the commit applied.
+fn apply(world: &mut World, commit: &Commit) -> bool {
+    let applies = commit.expected == world.revision;
+    if applies {
+        world.broken |= commit.saw != world.state;
+        world.applied += 1;
+        (world.state, world.revision) = (commit.makes, commit.revision);
+    }
+    applies
+}
+
+#[test]
+fn a_commit_applies_only_to_the_state_that_its_handler_saw() {
+    let checker = Rules::SOUND.checker().threads(2).spawn_bfs().join();
+    checker.assert_properties();
+    assert!(
+        checker.unique_state_count() > 10_000,
+        "{} states",
+        checker.unique_state_count()
+    );
+}
+
+fn found(rules: Rules) {
+    let checker = rules
+        .checker()
+        .threads(2)
+        .finish_when(HasDiscoveries::AllOf([HOLDS].into()))
+        .spawn_bfs()
+        .join();
+    assert!(checker.discovery(HOLDS).is_some(), "the checker did not notice");
+}
+
+#[test]
+fn mutant_a_plain_counter() {
+    found(Rules {
+        first: Revision::next_count,
+        by_hand: Revision::next_count,
+        ..Rules::SOUND
+    });
+}
+
+#[test]
+fn mutant_a_session_goes_on_counting_in_the_epoch_of_another() {
+    found(Rules {
+        first: Revision::next_count,
+        ..Rules::SOUND
+    });
+}
+
+#[test]
+fn mutant_a_change_by_hand_opens_no_epoch() {
+    found(Rules {
+        by_hand: Revision::next_count,
+        ..Rules::SOUND
+    });
+}
+
+#[test]
+fn mutant_a_session_overlaps_before_its_first_commit_was_answered() {
+    found(Rules {
+        overlaps_early: true,
+        ..Rules::SOUND
+    });
+}
