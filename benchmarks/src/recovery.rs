@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use essentially_once::{Advance, ConsumerId, KeyValue as _, LogId, OffsetStore as _, Transaction as _};
+use essentially_once::{Advance, ConsumerId, KeyValue as _, LogId, OffsetStore as _, Revision, Transaction as _};
 use essentially_once_rabbitmq::{Rabbit, RabbitStore};
 use test_servers::RabbitNode;
 
@@ -44,7 +44,7 @@ async fn recoveries(url: &str, keys: u64, commits: u64, rounds: u32) -> Result<V
     let consumer = ConsumerId::new(format!("keys-{keys}-{commits}"))?;
     // None but the one that is asked for below.
     let store = Rabbit::connect(url).await?.store().snapshot_after(u64::MAX);
-    let mut revision = 0;
+    let mut revision = Revision::NONE;
     for first in (0..keys).step_by(CHUNK as usize) {
         let last = (first + CHUNK).min(keys);
         revision = put(&store, &consumer, first..last, revision).await?;
@@ -67,20 +67,20 @@ async fn recoveries(url: &str, keys: u64, commits: u64, rounds: u32) -> Result<V
     Ok(times)
 }
 
-async fn put(store: &RabbitStore, consumer: &ConsumerId, keys: std::ops::Range<u64>, revision: u64) -> Result<u64> {
+async fn put(
+    store: &RabbitStore,
+    consumer: &ConsumerId,
+    keys: std::ops::Range<u64>,
+    revision: Revision,
+) -> Result<Revision> {
     let mut tx = store.begin(consumer).await?;
     for number in keys {
         tx.put(&key(number), &PAYLOAD).await?;
     }
-    let advance = Advance {
-        log: LogId::new("orders")?,
-        next: (revision + 1).into(),
-        expected_revision: revision,
-        windows: vec![],
-        forgotten: vec![],
-    };
-    tx.commit(advance).await?;
-    Ok(revision + 1)
+    let next = revision.next_count();
+    tx.commit(Advance::new(LogId::new("orders")?, next.count().into(), revision, next))
+        .await?;
+    Ok(next)
 }
 
 fn key(number: u64) -> Vec<u8> {

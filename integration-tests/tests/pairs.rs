@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{ConsumerId, Error, Log, NewRecord, Offset, ProducerId, Source};
+use essentially_once::{ConsumerId, Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Place, Store,
@@ -86,7 +86,7 @@ impl Pair {
         let record = |n: u64| {
             NewRecord::new(n.to_string())
                 .key((n % 7).to_string())
-                .origin(producer.clone(), n)
+                .origin(Origin::new(producer.clone(), Epoch::STABLE, n))
         };
         let mut next = 0;
         while next < RECORDS || !self.disturbed.load(Ordering::Acquire) {

@@ -15,7 +15,7 @@ use rusqlite::ErrorCode;
 /// # }
 /// ```
 pub fn sqlite_error(error: &Error) -> Option<&rusqlite::Error> {
-    let mut next = error::Error::source(error);
+    let mut next = error.cause().map(|cause| cause as &(dyn error::Error + 'static));
     while let Some(cause) = next {
         if let Some(sqlite) = cause.downcast_ref() {
             return Some(sqlite);

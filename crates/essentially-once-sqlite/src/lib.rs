@@ -10,7 +10,7 @@
 //! rest of the file, and `user_version`, is yours.
 //!
 //! ```
-//! use essentially_once::{Advance, ConsumerId, Log, NewRecord, Offset, OffsetStore, Transaction};
+//! use essentially_once::{Advance, ConsumerId, Log, NewRecord, Offset, OffsetStore, Revision, Transaction};
 //! use essentially_once_sqlite::Sqlite;
 //!
 //! # #[tokio::main(flavor = "current_thread")]
@@ -32,14 +32,9 @@
 //!     let price: f64 = std::str::from_utf8(&record.payload)?.parse()?;
 //!     tx.execute("INSERT INTO freight VALUES (?1, ?2)", (record.offset.lo() as i64, price))?;
 //! }
-//! tx.commit(Advance {
-//!     log: essentially_once::Log::id(&orders).clone(),
-//!     next: records[records.len() - 1].offset.successor(),
-//!     expected_revision: 0,
-//!     windows: vec![],
-//!     forgotten: vec![],
-//! })
-//! .await?;
+//! let next = records[records.len() - 1].offset.successor();
+//! let (expected, revision) = (Revision::NONE, Revision::NONE.next_epoch());
+//! tx.commit(Advance::new(orders.id().clone(), next, expected, revision)).await?;
 //!
 //! let sum: Option<f64> = store
 //!     .begin(&shipping)

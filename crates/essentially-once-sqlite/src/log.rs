@@ -28,6 +28,8 @@ const TRIM_CHUNK: u64 = 10_000;
 ///
 /// A record is a row of the table `essentially_once_log_<id>`, with the id from `essentially_once_logs`. Rows may be read with
 /// any tool. What was inserted by hand is read too, and what of it cannot be decoded is yielded as malformed.
+/// The column `producer` holds the producer's name, followed by `#` and the epoch where that is not the stable one:
+/// `web#17`. A version before 0.2 yields such a record as malformed rather than mix up epochs.
 ///
 /// An append is one transaction: a failed one left nothing behind. Within a handler's transaction on the same file, an append
 /// waits for the handler's own lock and ends as [`Error::Unavailable`].
@@ -296,7 +298,7 @@ impl Inner {
                     record.key.as_deref(),
                     encode_headers(&record.headers),
                     &record.payload[..],
-                    origin.map(|origin| origin.producer.as_str()),
+                    origin.map(|origin| origin.numbering.to_string()),
                     origin.map(|origin| origin.sequence as i64),
                 ))?;
                 end += 1;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, LogReader, ProducerId, Record};
+use essentially_once::{Error, LogReader, Record};
 use rusqlite::Connection;
 use tokio::{
     sync::watch,
@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     error::{classify, is_busy},
     log::{Inner, Standing},
-    row::{Columns, Decoder},
+    row::{Columns, Decoder, Seen},
     shared::retry_busy,
 };
 
@@ -48,7 +48,7 @@ struct Cursor {
     connection: Connection,
     /// The file's `data_version` before it was found that there is nothing to read.
     version: i64,
-    producer: Option<ProducerId>,
+    numbering: Option<Seen>,
     /// What the last fetch needed, as a guess at what the next one will.
     fetched_bytes: usize,
     fetched_records: usize,
@@ -93,7 +93,7 @@ impl Cursor {
         let mut statement = self.connection.prepare_cached(&self.log.sql.fetch)?;
         let limit = i64::try_from(max).unwrap_or(i64::MAX);
         let mut rows = statement.query((next as i64, limit, self.log.incarnation()))?;
-        let mut decoder = Decoder::new(self.fetched_bytes, &mut self.producer);
+        let mut decoder = Decoder::new(self.fetched_bytes, &mut self.numbering);
         let mut records = Vec::with_capacity(max.min(self.fetched_records));
         let mut bytes = 0;
         let mut expected = None;
@@ -127,7 +127,7 @@ impl SqliteReader {
                 log: Arc::clone(&log),
                 connection,
                 version: 0,
-                producer: None,
+                numbering: None,
                 fetched_bytes: 0,
                 fetched_records: 0,
             })),

@@ -3,13 +3,16 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
-use essentially_once::{Origin, ProducerId, Record};
+use essentially_once::{Numbering, Origin, Record};
 use rusqlite::{Row, types::ValueRef};
 
 use crate::codec::decode_headers;
 
 /// The columns in the order that [`Decoder`] reads them.
 pub(crate) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";
+
+/// A column `producer` and its meaning.
+pub(crate) type Seen = (Box<str>, Numbering);
 
 /// Above this a value gets an allocation of its own, so that one small record kept does not keep large neighbours alive.
 const OWN_ALLOCATION: usize = 64 * 1024;
@@ -55,16 +58,16 @@ impl<'r> Columns<'r> {
 pub(crate) struct Decoder<'a> {
     buffer: BytesMut,
     buffered: usize,
-    /// The last producer seen: records of one producer come in runs, and a name is validated and allocated.
-    producer: &'a mut Option<ProducerId>,
+    /// The last column `producer` seen, and what it means: records of one producer come in runs.
+    numbering: &'a mut Option<Seen>,
 }
 
 impl<'a> Decoder<'a> {
-    pub(crate) fn new(capacity: usize, producer: &'a mut Option<ProducerId>) -> Self {
+    pub(crate) fn new(capacity: usize, numbering: &'a mut Option<Seen>) -> Self {
         Self {
             buffer: BytesMut::with_capacity(capacity),
             buffered: 0,
-            producer,
+            numbering,
         }
     }
 
@@ -143,15 +146,17 @@ impl<'a> Decoder<'a> {
             (ValueRef::Text(name), ValueRef::Integer(sequence)) => (name, sequence as u64),
             _ => return Err("producer and sequence are not TEXT and INTEGER"),
         };
-        let producer = match self.producer {
-            Some(last) if last.as_str().as_bytes() == name => last.clone(),
-            _ => {
-                let name = str::from_utf8(name).map_err(|_| "producer is not UTF-8")?;
-                let producer = ProducerId::new(name).map_err(|_| "producer is no valid name")?;
-                self.producer.insert(producer).clone()
-            }
+        let name = str::from_utf8(name).map_err(|_| "producer is not UTF-8")?;
+        let is_last = self.numbering.as_ref().is_some_and(|(last, _)| **last == *name);
+        if !is_last {
+            let numbering = name.parse().map_err(|_| "producer is no valid name")?;
+            *self.numbering = Some((name.into(), numbering));
+        }
+        let Some((_, numbering)) = &self.numbering else {
+            return Ok(None);
         };
-        Ok(Some(Origin { producer, sequence }))
+        let (producer, epoch) = (numbering.producer().clone(), numbering.epoch());
+        Ok(Some(Origin::new(producer, epoch, sequence)))
     }
 }
 
@@ -217,6 +222,7 @@ mod tests {
             ("1, NULL, NULL, x'ff00', 'p', 'x'", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', x'ff', 4", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', 'a b', 4", "no valid name"),
+            ("1, NULL, NULL, x'ff00', 'a#0', 4", "no valid name"),
             ("1, NULL, NULL, x'ff00', CAST(x'ff' AS TEXT), 4", "not UTF-8"),
         ] {
             let record = record(values);

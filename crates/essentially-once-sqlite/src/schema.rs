@@ -42,6 +42,21 @@ const MIGRATIONS: &[&str] = &[
          value BLOB NOT NULL,
          PRIMARY KEY (consumer, key)
      ) WITHOUT ROWID;",
+    // A new table, so that a process of the version before, which compares counts without epochs, fails instead of committing.
+    "CREATE TABLE main.essentially_once_consumers (
+         consumer TEXT NOT NULL PRIMARY KEY,
+         log TEXT NOT NULL,
+         incarnation TEXT,
+         next_hi INTEGER NOT NULL,
+         next_lo INTEGER NOT NULL,
+         epoch INTEGER NOT NULL,
+         count INTEGER NOT NULL,
+         owner TEXT,
+         passed BLOB
+     );
+     INSERT INTO main.essentially_once_consumers (consumer, log, incarnation, next_hi, next_lo, epoch, count)
+         SELECT consumer, log, incarnation, next_hi, next_lo, 0, revision FROM main.essentially_once_positions;
+     DROP TABLE main.essentially_once_positions;",
 ];
 
 /// Refuses a file that a newer version of this crate made; reads only.
@@ -153,7 +168,7 @@ mod tests {
         ] {
             let error = result.expect_err("newer").to_string();
             assert!(
-                error.contains("999") && error.contains("up to 1") && error.contains("x.db"),
+                error.contains("999") && error.contains("up to 2") && error.contains("x.db"),
                 "{error}"
             );
         }

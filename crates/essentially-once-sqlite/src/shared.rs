@@ -280,7 +280,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_disk_fails_and_leaves_nothing_behind() {
-        use essentially_once::{Advance, ConsumerId, KeyValue, Log, NewRecord, Offset, OffsetStore, Transaction};
+        use essentially_once::{
+            Advance, ConsumerId, KeyValue, Log, NewRecord, Offset, OffsetStore, Revision, Transaction,
+        };
 
         let folder = tempfile::tempdir().expect("folder");
         let sqlite = crate::Sqlite {
@@ -312,13 +314,7 @@ mod tests {
         assert_eq!(log.bounds().await.expect("bounds").end, Offset::ZERO);
 
         let consumer = ConsumerId::new("c").expect("name");
-        let advance = Advance {
-            log: log.id().clone(),
-            next: 1.into(),
-            expected_revision: 0,
-            windows: vec![],
-            forgotten: vec![],
-        };
+        let advance = Advance::new(log.id().clone(), 1.into(), Revision::NONE, Revision::new(1, 1));
         let mut tx = store.begin(&consumer).await.expect("begin");
         tx.put(b"small", b"1").await.expect("fits");
         assert!(matches!(tx.put(b"big", &big).await, Err(Error::Failed { .. })));

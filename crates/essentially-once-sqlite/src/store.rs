@@ -5,8 +5,8 @@ use std::{fmt, sync::Arc};
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, LogId, Offset, OffsetStore, Position, ProducerId, Transaction,
-    Window,
+    Advance, ConsumerId, Durability, Error, KeyValue, LogId, Offset, OffsetStore, Passed, Position, Revision,
+    Transaction, Window,
 };
 use rusqlite::{Connection, OptionalExtension, Params, Row, Statement};
 
@@ -49,17 +49,15 @@ impl OffsetStore for SqliteStore {
         let Some((row, windows)) = stored else {
             return Ok(None);
         };
-        let windows = windows
-            .into_iter()
-            .map(|(producer, window)| Ok((ProducerId::new(producer)?, Window::decode(&window)?)))
-            .collect::<Result<_, Error>>()
-            .map_err(|error| Error::failed(self.shared.on(action()), error))?;
-        Ok(Some(Position {
-            log: row.log()?,
-            next: Offset::new(row.next_hi as u64, row.next_lo as u64),
-            revision: row.revision as u64,
-            windows,
-        }))
+        let decoded = row.position().and_then(|mut position| {
+            for (numbering, window) in windows {
+                position.windows.push((numbering.parse()?, Window::decode(&window)?));
+            }
+            Ok(position)
+        });
+        decoded
+            .map(Some)
+            .map_err(|error| Error::failed(self.shared.on(action()), error))
     }
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<SqliteTx, Error> {
@@ -202,33 +200,55 @@ impl SqliteTx {
     fn advance(&mut self, advance: &Advance) -> Result<(), Error> {
         let (log, incarnation) = (advance.log.name(), advance.log.incarnation());
         let (hi, lo) = (advance.next.hi() as i64, advance.next.lo() as i64);
-        let revision = advance.expected_revision as i64;
-        let sql = if advance.expected_revision == 0 {
-            "INSERT INTO main.essentially_once_positions (consumer, log, incarnation, next_hi, next_lo, revision) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6 + 1) ON CONFLICT (consumer) DO NOTHING"
+        let (epoch, count) = (advance.revision.epoch() as i64, advance.revision.count() as i64);
+        let owner = advance.owner.map(|owner| owner.to_string());
+        let passed = advance.passed.map(|passed| passed.encode());
+        let passed = passed.as_ref().map(<[u8; _]>::as_slice);
+        let expected = advance.expected;
+        let moved = if expected == Revision::NONE {
+            let sql = "INSERT INTO main.essentially_once_consumers \
+                     (consumer, log, incarnation, next_hi, next_lo, epoch, count, owner, passed) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (consumer) DO NOTHING";
+            self.internal(sql, "commit", |statement, consumer| {
+                statement.execute((consumer, log, incarnation, hi, lo, epoch, count, owner, passed))
+            })?
         } else {
-            "UPDATE main.essentially_once_positions \
-                 SET incarnation = coalesce(?3, incarnation), next_hi = ?4, next_lo = ?5, revision = revision + 1 \
-                 WHERE consumer = ?1 AND revision = ?6 AND log = ?2 \
-                     AND (incarnation = ?3 OR incarnation IS NULL OR ?3 IS NULL)"
+            let sql = "UPDATE main.essentially_once_consumers \
+                 SET incarnation = coalesce(?3, incarnation), next_hi = ?4, next_lo = ?5, epoch = ?6, count = ?7, \
+                     owner = ?8, passed = ?9 \
+                 WHERE consumer = ?1 AND epoch = ?10 AND count = ?11 AND log = ?2 \
+                     AND (incarnation = ?3 OR incarnation IS NULL OR ?3 IS NULL)";
+            let based_on = (expected.epoch() as i64, expected.count() as i64);
+            self.internal(sql, "commit", |statement, consumer| {
+                statement.execute((
+                    consumer,
+                    log,
+                    incarnation,
+                    hi,
+                    lo,
+                    epoch,
+                    count,
+                    owner,
+                    passed,
+                    based_on.0,
+                    based_on.1,
+                ))
+            })?
         };
-        if self.internal(sql, "commit", |statement, consumer| {
-            statement.execute((consumer, log, incarnation, hi, lo, revision))
-        })? == 0
-        {
+        if moved == 0 {
             return Err(self.refusal(advance)?);
         }
-        for (producer, window) in &advance.windows {
+        for (numbering, window) in &advance.windows {
             let sql = "INSERT INTO main.essentially_once_windows (consumer, producer, \"window\") VALUES (?1, ?2, ?3) \
                  ON CONFLICT (consumer, producer) DO UPDATE SET \"window\" = excluded.\"window\"";
             self.internal(sql, "commit", |statement, consumer| {
-                statement.execute((consumer, producer.as_str(), &window.encode()[..]))
+                statement.execute((consumer, numbering.to_string(), &window.encode()[..]))
             })?;
         }
-        for producer in &advance.forgotten {
+        for numbering in &advance.forgotten {
             let sql = "DELETE FROM main.essentially_once_windows WHERE consumer = ?1 AND producer = ?2";
             self.internal(sql, "commit", |statement, consumer| {
-                statement.execute((consumer, producer.as_str()))
+                statement.execute((consumer, numbering.to_string()))
             })?;
         }
         Ok(())
@@ -239,7 +259,7 @@ impl SqliteTx {
         let stored = position_row(self.tx.connection(), &self.consumer)
             .map_err(|error| classify(self.action("commit"), error))?;
         if let Some(row) = stored
-            && row.revision as u64 == advance.expected_revision
+            && row.revision == advance.expected
         {
             return Ok(Error::WrongLog {
                 consumer: self.consumer.clone(),
@@ -249,7 +269,7 @@ impl SqliteTx {
         }
         Ok(Error::Fenced {
             consumer: self.consumer.clone(),
-            expected: advance.expected_revision,
+            expected: advance.expected,
         })
     }
 }
@@ -316,12 +336,21 @@ impl KeyValue for SqliteTx {
 struct PositionRow {
     log: String,
     incarnation: Option<String>,
-    next_hi: i64,
-    next_lo: i64,
-    revision: i64,
+    next: Offset,
+    revision: Revision,
+    owner: Option<String>,
+    passed: Option<Vec<u8>>,
 }
 
 impl PositionRow {
+    /// The position, without its windows.
+    fn position(&self) -> Result<Position, Error> {
+        let mut position = Position::new(self.log()?, self.next, self.revision);
+        position.owner = self.owner.as_deref().map(str::parse).transpose()?;
+        position.passed = self.passed.as_deref().and_then(Passed::decode);
+        Ok(position)
+    }
+
     fn log(&self) -> Result<LogId, Error> {
         let id = LogId::new(&self.log)?;
         match &self.incarnation {
@@ -333,17 +362,26 @@ impl PositionRow {
 
 fn position_row(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<PositionRow>> {
     connection
-        .prepare_cached("SELECT log, incarnation, next_hi, next_lo, revision FROM main.essentially_once_positions WHERE consumer = ?1")?
+        .prepare_cached(
+            "SELECT log, incarnation, next_hi, next_lo, epoch, count, owner, passed \
+             FROM main.essentially_once_consumers WHERE consumer = ?1",
+        )?
         .query_row([consumer.as_str()], |row| {
             Ok(PositionRow {
                 log: row.get(0)?,
                 incarnation: row.get(1)?,
-                next_hi: row.get(2)?,
-                next_lo: row.get(3)?,
-                revision: row.get(4)?,
+                next: Offset::new(unsigned(row, 2)?, unsigned(row, 3)?),
+                revision: Revision::new(unsigned(row, 4)?, unsigned(row, 5)?),
+                owner: row.get(6)?,
+                passed: row.get(7)?,
             })
         })
         .optional()
+}
+
+/// A u64 is kept as the i64 of the same bits.
+fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
+    row.get::<_, i64>(column).map(|number| number as u64)
 }
 
 type StoredPosition = (PositionRow, Vec<(String, Vec<u8>)>);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use essentially_once::{Durability, Error, Log, LogReader, NewRecord, Offset, ProducerId, Record};
+use essentially_once::{Durability, Epoch, Error, Log, LogReader, NewRecord, Offset, Origin, ProducerId, Record};
 use essentially_once_sqlite::{Retention, Sqlite, SqliteLog, SqliteOptions, rusqlite::Connection};
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -77,8 +77,10 @@ async fn every_field_round_trips() {
             .key(binary.clone())
             .header("h", binary.clone())
             .header("h", ""),
-        NewRecord::new("").key("").origin(producer.clone(), u64::MAX),
-        NewRecord::new("").origin(producer, 0),
+        NewRecord::new("")
+            .key("")
+            .origin(Origin::new(producer.clone(), Epoch::new(u64::MAX), u64::MAX)),
+        NewRecord::new("").origin(Origin::new(producer, Epoch::STABLE, 0)),
     ];
     log.append(&new).await.expect("append");
     for (read, new) in read_to_end(&log, 0, 10).await.iter().zip(new) {

@@ -12,8 +12,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, CancellationToken, Consumer, ConsumerId, Error, Handler, Log, NewRecord, Offset, OffsetStore, ProducerId,
-    Record, Transaction, handler_fn,
+    Advance, CancellationToken, Consumer, ConsumerId, Epoch, Error, Handler, Log, NewRecord, Offset, OffsetStore,
+    Origin, ProducerId, Record, Revision, Transaction, handler_fn,
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
 use essentially_once_testkit::{Check, Expectation, Ledger, read_ledger, read_log};
@@ -121,7 +121,7 @@ fn keyed(count: u64) -> Vec<NewRecord> {
     let record = |n: u64| {
         NewRecord::new(n.to_string())
             .key((n % 7).to_string())
-            .origin(producer.clone(), n)
+            .origin(Origin::new(producer.clone(), Epoch::STABLE, n))
     };
     (0..count)
         .flat_map(|n| {
@@ -206,7 +206,7 @@ async fn child_commits_for_ever() {
     let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
     loop {
         let position = store.position(&counting()).await.expect("position");
-        let (next, revision) = position.map_or((Offset::ZERO, 0), |p| (p.next, p.revision));
+        let (next, revision) = position.map_or((Offset::ZERO, Revision::NONE), |p| (p.next, p.revision));
         let mut reader = log.read(next).await.expect("read");
         let records = reader.next(5).await.expect("next");
         let mut tx = store.begin(&counting()).await.expect("begin");
@@ -217,13 +217,7 @@ async fn child_commits_for_ever() {
             Ledger.handle(record, &mut tx).await.expect("ledger");
             next = record.offset.successor();
         }
-        let advance = Advance {
-            log: log.id().clone(),
-            next,
-            expected_revision: revision,
-            windows: vec![],
-            forgotten: vec![],
-        };
+        let advance = Advance::new(log.id().clone(), next, revision, revision.next_count());
         tx.commit(advance).await.expect("commit");
     }
 }

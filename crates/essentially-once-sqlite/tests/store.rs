@@ -7,8 +7,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Offset, OffsetStore, ProducerId, Record,
-    Transaction, Window,
+    Advance, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Numbering, Offset, OffsetStore, Record,
+    Revision, Transaction, Window,
 };
 use essentially_once_sqlite::{
     Sqlite, SqliteOptions, SqliteStore, SqliteTx,
@@ -32,14 +32,21 @@ fn orders() -> LogId {
     LogId::new("orders").expect("name")
 }
 
-fn advance(next: u64, expected_revision: u64) -> Advance {
-    Advance {
-        log: orders(),
-        next: next.into(),
-        expected_revision,
-        windows: vec![],
-        forgotten: vec![],
+/// The revision after that many commits of one session.
+fn revision(commits: u64) -> Revision {
+    match commits {
+        0 => Revision::NONE,
+        count => Revision::new(1, count),
     }
+}
+
+fn advance(next: u64, commits: u64) -> Advance {
+    let expected = revision(commits);
+    Advance::new(orders(), next.into(), expected, revision(commits.saturating_add(1)))
+}
+
+fn numbering(text: &str) -> Numbering {
+    text.parse().expect("numbering")
 }
 
 async fn state(store: &SqliteStore, consumer: &ConsumerId, key: &str) -> Option<String> {
@@ -62,7 +69,7 @@ async fn state_and_position_are_committed_together() {
     let reopened = Sqlite::open(sqlite.path()).await.expect("open").store();
     for store in [&store, &reopened] {
         let position = store.position(&shipping()).await.expect("position").expect("some");
-        assert_eq!((position.next, position.revision), (7.into(), 1));
+        assert_eq!((position.next, position.revision), (7.into(), revision(1)));
         assert_eq!(position.log, orders());
         assert_eq!(state(store, &shipping(), "k").await.as_deref(), Some("1"));
     }
@@ -83,18 +90,18 @@ async fn late_writer_is_fenced() {
         .commit(advance(2, 1))
         .await
         .expect("commit");
-    for revision in [0, 1, 3, u64::MAX] {
+    for commits in [0, 1, 3, u64::MAX] {
         for store in [&store, &other] {
-            let fenced = staged(store, "late").await.commit(advance(9, revision)).await;
+            let fenced = staged(store, "late").await.commit(advance(9, commits)).await;
             assert!(
-                matches!(&fenced, Err(Error::Fenced { expected, .. }) if *expected == revision),
+                matches!(&fenced, Err(Error::Fenced { expected, .. }) if *expected == revision(commits)),
                 "{fenced:?}"
             );
         }
     }
     assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("second"));
     let position = store.position(&shipping()).await.expect("position").expect("some");
-    assert_eq!((position.next, position.revision), (2.into(), 2));
+    assert_eq!((position.next, position.revision), (2.into(), revision(2)));
     // A position that nobody ever stored cannot be advanced from.
     let nobody = ConsumerId::new("nobody").expect("name");
     let tx = store.begin(&nobody).await.expect("begin");
@@ -108,16 +115,16 @@ async fn of_two_handles_that_race_each_revision_has_one_winner() {
     let race = |store: SqliteStore| async move {
         let mut wins = 0;
         for _ in 0..100 {
-            let revision = store
+            let commits = store
                 .position(&shipping())
                 .await
                 .expect("position")
-                .map_or(0, |p| p.revision);
+                .map_or(0, |p| p.revision.count());
             tokio::task::yield_now().await;
             let mut tx = store.begin(&shipping()).await.expect("begin");
             let count = tx.get(b"count").await.expect("get").map_or(0, |count| count[0]);
             tx.put(b"count", &[count + 1]).await.expect("put");
-            match tx.commit(advance(revision, revision)).await {
+            match tx.commit(advance(commits, commits)).await {
                 Ok(()) => wins += 1,
                 Err(Error::Fenced { .. }) => {}
                 Err(error) => panic!("{error}"),
@@ -130,21 +137,20 @@ async fn of_two_handles_that_race_each_revision_has_one_winner() {
     let mut tx = store.begin(&shipping()).await.expect("begin");
     assert_eq!(u64::from(tx.get(b"count").await.expect("get").expect("some")[0]), wins);
     let position = store.position(&shipping()).await.expect("position").expect("some");
-    assert_eq!(position.revision, wins);
+    assert_eq!(position.revision, revision(wins));
 }
 
 #[tokio::test]
 async fn a_position_remembers_its_log() {
     let (_folder, _, store) = open().await;
-    let with = |incarnation: Option<&str>, revision| {
+    let with = |incarnation: Option<&str>, commits| {
         let log = match incarnation {
             Some(incarnation) => orders().with_incarnation(incarnation).expect("name"),
             None => orders(),
         };
-        Advance {
-            log,
-            ..advance(revision, revision)
-        }
+        let mut advance = advance(commits, commits);
+        advance.log = log;
+        advance
     };
     let commit = async |advance| staged(&store, "x").await.commit(advance).await;
     commit(with(None, 0)).await.expect("first");
@@ -156,10 +162,8 @@ async fn a_position_remembers_its_log() {
         matches!(&wrong, Err(Error::WrongLog { stored, .. }) if stored.incarnation() == Some("a1")),
         "{wrong:?}"
     );
-    let other = Advance {
-        log: LogId::new("payments").expect("name"),
-        ..advance(5, 2)
-    };
+    let mut other = advance(5, 2);
+    other.log = LogId::new("payments").expect("name");
     assert!(matches!(commit(other).await, Err(Error::WrongLog { .. })));
     assert!(
         matches!(commit(with(Some("b2"), 1)).await, Err(Error::Fenced { .. })),
@@ -173,7 +177,7 @@ async fn a_position_remembers_its_log() {
             .expect("position")
             .expect("some")
             .revision,
-        3
+        revision(3)
     );
 }
 
@@ -252,27 +256,25 @@ async fn keys_and_values_over_the_limit_are_refused() {
     tx.commit(advance(1, 0)).await.expect("goes on");
 }
 
-/// A window as the core makes it: version, highest, hi, lo, last seen, and 17 blocks.
+/// A window as the core makes it: version, highest, hi, lo, two times, and 17 blocks.
 fn window(highest: u8) -> Window {
     let mut bytes = [0; Window::ENCODED_LEN];
-    (bytes[0], bytes[8]) = (1, highest);
+    (bytes[0], bytes[8]) = (2, highest);
     Window::decode(&bytes).expect("window")
 }
 
 #[tokio::test]
 async fn windows_and_large_numbers_round_trip() {
     let (_folder, _, store) = open().await;
-    let producer = |name: &str| ProducerId::new(name).expect("name");
     let mut first = advance(0, 0);
     first.next = Offset::new(u64::MAX, u64::MAX - 1);
-    first.windows = vec![(producer("a"), window(1)), (producer("b"), window(2))];
+    first.windows = vec![(numbering("a"), window(1)), (numbering("a#7"), window(2))];
     staged(&store, "x").await.commit(first.clone()).await.expect("commit");
     let mut second = advance(0, 1);
     second.next = first.next;
-    second.windows = vec![(producer("c"), window(3)), (producer("b"), window(9))];
-    second.forgotten = vec![producer("a"), producer("never-there")];
+    second.windows = vec![(numbering("c"), window(3)), (numbering("a#7"), window(9))];
+    second.forgotten = vec![numbering("a"), numbering("never-there")];
     staged(&store, "x").await.commit(second.clone()).await.expect("commit");
-    second.expected_revision = 0;
     assert!(
         staged(&store, "x").await.commit(first).await.is_err(),
         "fenced: windows stay"
@@ -281,14 +283,14 @@ async fn windows_and_large_numbers_round_trip() {
     assert_eq!(position.next, Offset::new(u64::MAX, u64::MAX - 1));
     let mut windows = position.windows;
     windows.sort_by(|a, b| a.0.cmp(&b.0));
-    assert_eq!(windows, [(producer("b"), window(9)), (producer("c"), window(3))]);
+    assert_eq!(windows, [(numbering("a#7"), window(9)), (numbering("c"), window(3))]);
 }
 
 #[tokio::test]
 async fn a_position_that_was_tampered_with_is_an_error_that_names_the_file() {
     let (_folder, sqlite, store) = open().await;
     let mut first = advance(1, 0);
-    first.windows = vec![(ProducerId::new("a").expect("name"), window(1))];
+    first.windows = vec![(numbering("a"), window(1))];
     staged(&store, "x").await.commit(first).await.expect("commit");
     let shell = Connection::open(sqlite.path()).expect("open");
     shell
@@ -386,7 +388,7 @@ async fn a_handler_cannot_end_its_transaction() {
         assert!(error.to_string().contains("savepoints are allowed"), "{sql}: {error}");
         assert!(tx.query(sql, [], |_| Ok(())).is_err(), "{sql}");
     }
-    let steal = "UPDATE essentially_once_positions SET revision = 0";
+    let steal = "UPDATE essentially_once_consumers SET count = 0";
     assert!(tx.execute(steal, []).is_err());
     assert!(
         tx.execute("INSERT INTO essentially_once_state VALUES ('other', 'k', 'x')", [])
@@ -402,7 +404,7 @@ async fn a_handler_cannot_end_its_transaction() {
     }
     let shell = Connection::open(sqlite.path()).expect("open");
     let revision: i64 = shell
-        .query_row("SELECT revision FROM essentially_once_positions", [], |row| row.get(0))
+        .query_row("SELECT count FROM essentially_once_consumers", [], |row| row.get(0))
         .expect("revision");
     assert_eq!(revision, 1, "nothing was committed early");
     tx.commit(advance(2, 1)).await.expect("commit");

@@ -42,13 +42,17 @@ impl Revision {
     /// The next commit of the same session.
     #[must_use]
     pub const fn next_count(self) -> Self {
-        Self::new(self.epoch, self.count + 1)
+        match self.count.checked_add(1) {
+            Some(count) => Self::new(self.epoch, count),
+            None => self.next_epoch(),
+        }
     }
 
     /// The first commit of another session, or a change by hand.
     #[must_use]
     pub const fn next_epoch(self) -> Self {
-        Self::new(self.epoch + 1, 1)
+        // No store gets there by counting; one that was tampered with must not make anyone panic.
+        Self::new(self.epoch.saturating_add(1), 1)
     }
 }
 
