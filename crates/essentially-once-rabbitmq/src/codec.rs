@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Header, NewRecord, Offset, Origin, ProducerId, Record};
+use essentially_once::{Header, NewRecord, Numbering, Offset, Origin, Record};
 use lapin::{
     BasicProperties,
     types::{AMQPValue, DecimalValue, FieldTable, ShortString},
@@ -84,7 +84,7 @@ fn headers(record: &NewRecord, now: SystemTime) -> Option<FieldTable> {
         table.insert(KEY.into(), text(key));
     }
     if let Some(origin) = &record.origin {
-        table.insert(PRODUCER.into(), text(origin.producer.as_str().as_bytes()));
+        table.insert(PRODUCER.into(), text(origin.numbering.to_string().as_bytes()));
         table.insert(SEQUENCE.into(), text(origin.sequence.to_string().as_bytes()));
     }
     table.insert(TIME.into(), text(millis(now).to_string().as_bytes()));
@@ -148,7 +148,10 @@ fn read_headers(record: &mut Record, properties: &BasicProperties) -> Result<(),
         }
     }
     record.origin = match (producer, sequence) {
-        (Some(producer), Some(sequence)) => Some(Origin { producer, sequence }),
+        (Some(numbering), Some(sequence)) => {
+            let numbering: Numbering = numbering;
+            Some(Origin::new(numbering.producer().clone(), numbering.epoch(), sequence))
+        }
         (None, None) => None,
         _ => return Err(format!("of the headers {PRODUCER} and {SEQUENCE} only one is there")),
     };
@@ -161,9 +164,9 @@ fn read_headers(record: &mut Record, properties: &BasicProperties) -> Result<(),
     Ok(())
 }
 
-fn name_of(bytes: &[u8]) -> Result<ProducerId, String> {
+fn name_of(bytes: &[u8]) -> Result<Numbering, String> {
     let name = std::str::from_utf8(bytes).map_err(|error| format!("header {PRODUCER}: {error}"))?;
-    ProducerId::new(name).map_err(|error| error.to_string())
+    name.parse().map_err(|error: essentially_once::Error| error.to_string())
 }
 
 fn digits(bytes: &[u8]) -> Option<u64> {
@@ -235,6 +238,7 @@ fn shown_properties(properties: &BasicProperties) -> impl Iterator<Item = Header
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use essentially_once::{Epoch, ProducerId};
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
@@ -244,14 +248,14 @@ pub(crate) mod tests {
             key in option::of(vec(any::<u8>(), 0..20)),
             headers in vec(("[a-c]{0,2}|essentially-once-key|CC|naïve", vec(any::<u8>(), 0..10)), 0..5),
             payload in vec(any::<u8>(), 0..50),
-            origin in option::of(("[a-z]{1,3}", any::<u64>())),
+            origin in option::of(("[a-z]{1,3}", prop_oneof![Just(0), any::<u64>()], any::<u64>())),
         ) -> NewRecord {
             let mut record = NewRecord::new(payload);
             record.key = key.map(Into::into);
             record.headers = headers.into_iter().map(|(name, value)| (name, value.into())).collect();
-            record.origin = origin.map(|(producer, sequence)| Origin {
-                producer: ProducerId::new(producer).expect("a valid name"),
-                sequence,
+            record.origin = origin.map(|(producer, epoch, sequence)| {
+                let producer = ProducerId::new(producer).expect("a valid name");
+                Origin::new(producer, Epoch::new(epoch), sequence)
             });
             record
         }

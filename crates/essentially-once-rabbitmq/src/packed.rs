@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use bytes::{Buf, BufMut, Bytes};
-use essentially_once::{Header, NewRecord, Offset, Origin, ProducerId, Record};
+use essentially_once::{Header, NewRecord, Numbering, Offset, Origin, Record};
 
 use crate::codec::{millis, time};
 
@@ -61,7 +61,7 @@ fn put_record(body: &mut Vec<u8>, record: &NewRecord) {
         put_bytes(body, key);
     }
     if let Some(origin) = &record.origin {
-        put_bytes(body, origin.producer.as_str().as_bytes());
+        put_bytes(body, origin.numbering.to_string().as_bytes());
         put_varint(body, origin.sequence);
     }
     if !record.headers.is_empty() {
@@ -122,9 +122,9 @@ pub(crate) fn decode(offset: u64, body: &Bytes) -> Result<Vec<Record>, String> {
         ));
     }
     let mut records = Vec::with_capacity(count);
-    let mut last_producer = None;
+    let mut last = None;
     for index in 0..count {
-        let read = input.record(Offset::new(offset, index as u64), appended_at, &mut last_producer);
+        let read = input.record(Offset::new(offset, index as u64), appended_at, &mut last);
         records.push(read.ok_or_else(|| format!("packed record {index} of {count} cannot be decoded"))?);
     }
     match input.0.is_empty() {
@@ -147,7 +147,7 @@ fn expand(compressed: &[u8], length: usize) -> Result<Bytes, String> {
 struct Input(Bytes);
 
 impl Input {
-    fn record(&mut self, offset: Offset, at: SystemTime, last_producer: &mut Option<ProducerId>) -> Option<Record> {
+    fn record(&mut self, offset: Offset, at: SystemTime, last: &mut Option<(Bytes, Numbering)>) -> Option<Record> {
         let flags = self.byte()?;
         if flags & !(KEY | ORIGIN | HEADERS) != 0 {
             return None;
@@ -157,7 +157,7 @@ impl Input {
             record.key = Some(self.bytes()?);
         }
         if flags & ORIGIN != 0 {
-            record.origin = Some(self.origin(last_producer)?);
+            record.origin = Some(self.origin(last)?);
         }
         if flags & HEADERS != 0 {
             let count = self.varint()?;
@@ -170,15 +170,15 @@ impl Input {
     }
 
     /// Records of one message mostly have one producer, whose name is then shared.
-    fn origin(&mut self, last: &mut Option<ProducerId>) -> Option<Origin> {
+    fn origin(&mut self, last: &mut Option<(Bytes, Numbering)>) -> Option<Origin> {
         let name = self.bytes()?;
-        let producer = match last {
-            Some(last) if last.as_str().as_bytes() == &name[..] => last.clone(),
-            _ => ProducerId::new(std::str::from_utf8(&name).ok()?).ok()?,
-        };
-        let sequence = self.varint()?;
-        *last = Some(producer.clone());
-        Some(Origin { producer, sequence })
+        if last.as_ref().is_none_or(|(last, _)| *last != name) {
+            let numbering = std::str::from_utf8(&name).ok()?.parse().ok()?;
+            *last = Some((name, numbering));
+        }
+        let (_, numbering) = last.as_ref()?;
+        let (producer, epoch) = (numbering.producer().clone(), numbering.epoch());
+        Some(Origin::new(producer, epoch, self.varint()?))
     }
 
     fn header(&mut self) -> Option<Header> {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use essentially_once::{Error, Log, NewRecord, Offset, ProducerId, Record};
+use essentially_once::{Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, Record};
 use essentially_once_rabbitmq::{
     LogOptions, Rabbit, RabbitOptions,
     lapin::{
@@ -124,7 +124,7 @@ async fn others(node: Arc<RabbitNode>) -> Outcome {
     assert_eq!(first.payload, "a,b");
     assert_eq!(first.key.as_deref(), Some(&b"k"[..]));
     let origin = first.origin.as_ref().ok_or("no origin")?;
-    assert_eq!((origin.producer.as_str(), origin.sequence), ("python", 41));
+    assert_eq!((origin.numbering.to_string().as_str(), origin.sequence), ("python", 41));
     assert_eq!(first.appended_at, UNIX_EPOCH + Duration::from_secs(1_700_000_000));
     let shown = [
         "text",
@@ -152,7 +152,7 @@ async fn readable(node: Arc<RabbitNode>) -> Outcome {
     log.append(&[NewRecord::new("hello")
         .key("k")
         .header("source", "web")
-        .origin(producer, 7)])
+        .origin(Origin::new(producer, Epoch::STABLE, 7))])
         .await?;
     let (_connection, channel) = plain_client(&node).await?;
     channel.basic_qos(10, BasicQosOptions::default()).await?;

@@ -14,7 +14,7 @@ use crate::{Offset, Record};
 /// The digest is 128 bits of XXH3 (<https://github.com/Cyan4973/xxHash>, specification 0.2) over the offset, the append time
 /// in milliseconds, the origin, the key, the headers and the payload, each length-prefixed. It detects accidents, not
 /// forgery.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Passed {
     offset: Offset,
     digest: u128,

@@ -5,7 +5,7 @@ use std::{
     time::SystemTime,
 };
 
-use essentially_once::{Advance, ConsumerId, Error, LogId, NewRecord, Offset, Position};
+use essentially_once::{Advance, ConsumerId, Error, LogId, NewRecord, Offset, Position, Revision};
 use tokio::sync::Mutex;
 
 use super::{
@@ -85,20 +85,19 @@ impl Changelog {
         let mut slot = self.replica.lock().await;
         self.refresh(&mut slot).await?;
         let fold = self.fold();
-        Ok(fold.place.clone().map(|(log, next)| Position {
-            log,
-            next,
-            revision: fold.revision,
-            windows: fold
-                .state
-                .windows()
-                .map(|(producer, window)| (producer.clone(), window.clone()))
-                .collect(),
+        Ok(fold.place.clone().map(|(log, next)| {
+            let mut position = Position::new(log, next, fold.revision);
+            (position.owner, position.passed) = (fold.owner, fold.passed);
+            let windows = fold.state.windows();
+            position.windows = windows
+                .map(|(numbering, window)| (numbering.clone(), window.clone()))
+                .collect();
+            position
         }))
     }
 
     /// The revision that a transaction builds on.
-    pub(super) async fn begin(&self) -> Result<u64, Error> {
+    pub(super) async fn begin(&self) -> Result<Revision, Error> {
         let mut slot = self.replica.lock().await;
         let replica = self.loaded(&mut slot).await?;
         if !std::mem::take(&mut replica.fresh) {
@@ -120,6 +119,8 @@ impl Changelog {
             revision: fold.revision,
             token: fold.token,
             place: fold.place.clone(),
+            owner: fold.owner,
+            passed: fold.passed,
             state: Nothing,
         };
         Ok((base, fold.state.sent_end))
@@ -128,7 +129,7 @@ impl Changelog {
     /// Publishes an entry, and reads on until it comes back: then it is known whether it came first.
     pub(super) async fn commit(
         &self,
-        based_on: u64,
+        based_on: Revision,
         writes: Writes,
         sent: Vec<NewRecord>,
         advance: Advance,
@@ -136,7 +137,7 @@ impl Changelog {
         let mut slot = self.replica.lock().await;
         let replica = self.loaded(&mut slot).await?;
         replica.fresh = false;
-        let expected = advance.expected_revision;
+        let expected = advance.expected;
         if based_on != expected {
             return Err(self.fenced(expected));
         }
@@ -165,17 +166,16 @@ impl Changelog {
     /// The entry, unless it is known beforehand that it will not do.
     fn prepare(&self, writes: Writes, sent: Vec<NewRecord>, advance: Advance) -> Result<(Token, Vec<u8>), Error> {
         let fold = self.fold();
-        if fold.revision != advance.expected_revision {
-            return Err(self.fenced(advance.expected_revision));
+        if fold.revision != advance.expected {
+            return Err(self.fenced(advance.expected));
         }
         if !fold.is_same_log(&advance.log) {
             drop(fold);
             return Err(self.wrong_log(advance.log));
         }
-        let Advance { windows, forgotten, .. } = advance;
         let change = StateChange {
-            windows,
-            forgotten,
+            windows: advance.windows,
+            forgotten: advance.forgotten,
             writes: writes.into_iter().collect(),
             sent: (!sent.is_empty()).then(|| Sent {
                 before: fold.state.sent_end,
@@ -186,9 +186,12 @@ impl Changelog {
         let commit = Commit {
             token: draw_token(),
             parent: fold.token,
-            revision: fold.revision + 1,
+            expected: advance.expected,
+            revision: advance.revision,
             log: advance.log,
             next: advance.next,
+            owner: advance.owner,
+            passed: advance.passed,
             change,
         };
         drop(fold);
@@ -219,7 +222,7 @@ impl Changelog {
         }
     }
 
-    fn fenced(&self, expected: u64) -> Error {
+    fn fenced(&self, expected: Revision) -> Error {
         Error::Fenced {
             consumer: self.consumer.clone(),
             expected,
@@ -384,7 +387,7 @@ fn draw_token() -> Token {
 /// What is in doubt here changes neither state nor position.
 pub(super) fn nothing_done(error: Error) -> Error {
     match error {
-        Error::Indeterminate { action, source } => Error::Unavailable { action, source },
+        Error::Indeterminate { action, cause } => Error::Unavailable { action, cause },
         error => error,
     }
 }

@@ -1,17 +1,21 @@
 //! Entries of a changelog as bytes.
 
 use bytes::{BufMut as _, Bytes};
+use essentially_once::{Owner, Passed, Revision};
 
 use super::{
     fold::{Commit, Token},
     state::{Sent, StateChange},
-    wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_window},
+    wire::{Decoded, Reader, put_bytes, put_log, put_numbering, put_offset, put_revision, put_window},
 };
 use crate::packed;
 
 /// What every entry begins with, in this version and all that may come.
 const MAGIC: &[u8] = b"eo-entry";
-const VERSION: u8 = 1;
+/// Of commits. A version before 0.2 stops at the first one of version 2, and says which it is.
+const VERSION: u8 = 2;
+/// Of marks, which every version reads; and of commits written before 0.2, which had neither epochs nor owners.
+const FIRST_VERSION: u8 = 1;
 
 const COMMIT: u8 = 1;
 const MARK: u8 = 2;
@@ -35,23 +39,26 @@ pub(super) enum Parsed {
 }
 
 pub(super) fn encode_mark(token: Token) -> Vec<u8> {
-    header(MARK, token)
+    header(FIRST_VERSION, MARK, token)
 }
 
 pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
-    let mut out = header(COMMIT, commit.token);
+    let mut out = header(VERSION, COMMIT, commit.token);
     out.put_u128(commit.parent);
-    out.put_u64(commit.revision);
+    put_revision(&mut out, commit.expected);
+    put_revision(&mut out, commit.revision);
     put_log(&mut out, &commit.log);
     put_offset(&mut out, commit.next);
+    put_owner(&mut out, commit.owner);
+    put_passed(&mut out, commit.passed);
     let change = &commit.change;
     out.put_u32(change.windows.len() as u32);
     for (producer, window) in &change.windows {
         put_window(&mut out, producer, window);
     }
     out.put_u32(change.forgotten.len() as u32);
-    for producer in &change.forgotten {
-        put_bytes(&mut out, producer.as_str().as_bytes());
+    for numbering in &change.forgotten {
+        put_numbering(&mut out, numbering);
     }
     out.put_u32(change.writes.len() as u32);
     for (key, value) in &change.writes {
@@ -69,9 +76,30 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
     out
 }
 
-fn header(kind: u8, token: Token) -> Vec<u8> {
+/// 0 for none: nobody draws it.
+pub(super) fn put_owner(out: &mut Vec<u8>, owner: Option<Owner>) {
+    out.put_u128(owner.map_or(0, Owner::get));
+}
+
+/// No bytes for none.
+pub(super) fn put_passed(out: &mut Vec<u8>, passed: Option<Passed>) {
+    let encoded = passed.map(|passed| passed.encode());
+    put_bytes(out, encoded.as_ref().map_or(&[], |bytes| &bytes[..]));
+}
+
+pub(super) fn read_owner(reader: &mut Reader) -> Decoded<Option<Owner>> {
+    let number = reader.u128()?;
+    Ok((number != 0).then(|| Owner::new(number)))
+}
+
+pub(super) fn read_passed(reader: &mut Reader) -> Decoded<Option<Passed>> {
+    let bytes = reader.bytes()?;
+    Ok(if bytes.is_empty() { None } else { Passed::decode(&bytes) })
+}
+
+fn header(version: u8, kind: u8, token: Token) -> Vec<u8> {
     let mut out = MAGIC.to_vec();
-    out.put_u8(VERSION);
+    out.put_u8(version);
     out.put_u8(kind);
     out.put_u128(token);
     out
@@ -86,12 +114,13 @@ pub(super) fn parse(bytes: Bytes) -> Parsed {
 
 fn decode(bytes: Bytes) -> Decoded<Entry> {
     let mut reader = Reader::new(bytes);
-    if reader.u8()? != VERSION {
+    let version = reader.u8()?;
+    if !(FIRST_VERSION..=VERSION).contains(&version) {
         return Err("it was written by another version of this crate; use that one or a later one");
     }
     let (kind, token) = (reader.u8()?, reader.u128()?);
     let entry = match kind {
-        COMMIT => Entry::Commit(decode_commit(&mut reader, token)?),
+        COMMIT => Entry::Commit(decode_commit(&mut reader, version, token)?),
         MARK => Entry::Mark(token),
         _ => return Err("it is of an unknown kind"),
     };
@@ -99,16 +128,33 @@ fn decode(bytes: Bytes) -> Decoded<Entry> {
     Ok(entry)
 }
 
-fn decode_commit(reader: &mut Reader, token: Token) -> Decoded<Commit<StateChange>> {
+fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Commit<StateChange>> {
+    let parent = reader.u128()?;
+    let (expected, revision) = match version {
+        FIRST_VERSION => {
+            let revision = reader.revision(version)?;
+            let before = revision.count().checked_sub(1).ok_or("it makes revision 0")?;
+            (Revision::new(0, before), revision)
+        }
+        _ => (reader.revision(version)?, reader.revision(version)?),
+    };
+    let (log, next) = (reader.log()?, reader.offset()?);
+    let (owner, passed) = match version {
+        FIRST_VERSION => (None, None),
+        _ => (read_owner(reader)?, read_passed(reader)?),
+    };
     Ok(Commit {
         token,
-        parent: reader.u128()?,
-        revision: reader.u64()?,
-        log: reader.log()?,
-        next: reader.offset()?,
+        parent,
+        expected,
+        revision,
+        log,
+        next,
+        owner,
+        passed,
         change: StateChange {
-            windows: reader.list(Reader::window)?,
-            forgotten: reader.list(Reader::producer)?,
+            windows: reader.list(|reader| reader.window(version))?,
+            forgotten: reader.list(Reader::numbering)?,
             writes: reader.list(|reader| {
                 let key = reader.bytes()?;
                 match reader.u8()? {
@@ -141,13 +187,29 @@ fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
 pub(super) mod tests {
     use std::time::SystemTime;
 
-    use essentially_once::{LogId, NewRecord, Offset, ProducerId, Window};
+    use essentially_once::{Epoch, LogId, NewRecord, Numbering, Offset, ProducerId, Record, Window};
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
 
-    fn producer() -> impl Strategy<Value = ProducerId> {
-        "[a-z][a-z0-9]{0,8}".prop_map(|name| ProducerId::new(name).expect("name"))
+    fn numbering() -> impl Strategy<Value = Numbering> {
+        ("[a-z][a-z0-9]{0,8}", any::<u64>())
+            .prop_map(|(name, epoch)| Numbering::new(ProducerId::new(name).expect("name"), Epoch::new(epoch)))
+    }
+
+    pub(in super::super) fn revision() -> impl Strategy<Value = Revision> {
+        any::<(u64, u64)>().prop_map(|(epoch, count)| Revision::new(epoch, count))
+    }
+
+    pub(in super::super) fn owner() -> impl Strategy<Value = Option<Owner>> {
+        option::of((1..=u128::MAX).prop_map(Owner::new))
+    }
+
+    pub(in super::super) fn passed() -> impl Strategy<Value = Option<Passed>> {
+        option::of(
+            any::<(u64, u64)>()
+                .prop_map(|(hi, lo)| Passed::new(&Record::new(Offset::new(hi, lo), SystemTime::UNIX_EPOCH, "payload"))),
+        )
     }
 
     fn bytes() -> impl Strategy<Value = Bytes> {
@@ -155,7 +217,7 @@ pub(super) mod tests {
     }
 
     pub(in super::super) fn change() -> impl Strategy<Value = StateChange> {
-        let windows = vec((producer(), any::<u64>().prop_map(Window::new)), 0..4);
+        let windows = vec((numbering(), any::<u64>().prop_map(Window::new)), 0..4);
         let writes = vec((bytes(), option::of(bytes())), 0..6);
         let sent = option::of((any::<(u64, u64)>(), vec(bytes(), 1..4))).prop_map(|sent| {
             let ((hi, lo), payloads) = sent?;
@@ -165,7 +227,7 @@ pub(super) mod tests {
                 packed: packed::encode(&records, SystemTime::UNIX_EPOCH, false),
             })
         });
-        (windows, vec(producer(), 0..3), writes, sent).prop_map(|(windows, forgotten, writes, sent)| StateChange {
+        (windows, vec(numbering(), 0..3), writes, sent).prop_map(|(windows, forgotten, writes, sent)| StateChange {
             windows,
             forgotten,
             writes,
@@ -187,12 +249,14 @@ pub(super) mod tests {
         fn commit()(
             token in any::<u128>(),
             parent in any::<u128>(),
-            revision in any::<u64>(),
+            (expected, revision) in (revision(), revision()),
             log in log(),
             next in any::<(u64, u64)>(),
+            (owner, passed) in (owner(), passed()),
             change in change(),
         ) -> Commit<StateChange> {
-            Commit { token, parent, revision, log, next: Offset::new(next.0, next.1), change }
+            let next = Offset::new(next.0, next.1);
+            Commit { token, parent, expected, revision, log, next, owner, passed, change }
         }
     }
 
@@ -214,8 +278,10 @@ pub(super) mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = parse(bytes.clone().into());
-            for kind in [COMMIT, MARK] {
-                let _ = parse([header(kind, 1), bytes.clone()].concat().into());
+            for version in [FIRST_VERSION, VERSION] {
+                for kind in [COMMIT, MARK] {
+                    let _ = parse([header(version, kind, 1), bytes.clone()].concat().into());
+                }
             }
         }
 
@@ -234,7 +300,7 @@ pub(super) mod tests {
             assert_eq!(parse(foreign.into()), Parsed::Foreign, "{foreign:?}");
         }
         let mut newer = encode_mark(1);
-        newer[MAGIC.len()] = 2;
+        newer[MAGIC.len()] = VERSION + 1;
         assert!(matches!(parse(newer.into()), Parsed::Unreadable(why) if why.contains("version")));
     }
 }

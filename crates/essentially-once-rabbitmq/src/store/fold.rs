@@ -3,7 +3,7 @@
 //! Every reader sees the entries in the same order, and decides on each by what came before it and by nothing else. So all of them
 //! decide alike, whether they read from the first entry or from a snapshot on, and whoever came first in the stream has won.
 
-use essentially_once::{LogId, Offset};
+use essentially_once::{LogId, Offset, Owner, Passed, Revision};
 
 /// What a writer draws for each of its entries, to know it again.
 pub(super) type Token = u128;
@@ -14,10 +14,14 @@ pub(super) struct Commit<C> {
     pub(super) token: Token,
     /// The token of the entry that it builds on; 0 for the first.
     pub(super) parent: Token,
+    /// The revision that it builds on.
+    pub(super) expected: Revision,
     /// The revision that it makes.
-    pub(super) revision: u64,
+    pub(super) revision: Revision,
     pub(super) log: LogId,
     pub(super) next: Offset,
+    pub(super) owner: Option<Owner>,
+    pub(super) passed: Option<Passed>,
     pub(super) change: C,
 }
 
@@ -27,9 +31,12 @@ impl<C> Commit<C> {
         let commit = Commit {
             token: self.token,
             parent: self.parent,
+            expected: self.expected,
             revision: self.revision,
             log: self.log,
             next: self.next,
+            owner: self.owner,
+            passed: self.passed,
             change,
         };
         (commit, self.change)
@@ -61,8 +68,8 @@ pub(super) enum Verdict {
     "an entry makes revision {found} and the one before it, which it builds on, is missing; here the position has revision {current}"
 )]
 pub(super) struct Missing {
-    current: u64,
-    found: u64,
+    current: Revision,
+    found: Revision,
 }
 
 /// All entries up to one offset, folded.
@@ -70,12 +77,14 @@ pub(super) struct Missing {
 pub(super) struct Fold<S> {
     /// The changelog's offset to go on at.
     pub(super) offset: u64,
-    /// How many commits applied.
-    pub(super) revision: u64,
+    /// The revision of the last commit that applied.
+    pub(super) revision: Revision,
     /// The token of the last that did.
     pub(super) token: Token,
     /// The position; none before the first commit.
     pub(super) place: Option<(LogId, Offset)>,
+    pub(super) owner: Option<Owner>,
+    pub(super) passed: Option<Passed>,
     pub(super) state: S,
 }
 
@@ -88,6 +97,7 @@ impl<S> Fold<S> {
             self.revision = commit.revision;
             self.token = commit.token;
             self.place = Some((self.known_log(commit.log), commit.next));
+            (self.owner, self.passed) = (commit.owner, commit.passed);
             commit.change.apply(offset, &mut self.state);
         }
         Ok(verdict)
@@ -99,11 +109,11 @@ impl<S> Fold<S> {
     }
 
     fn judge<C>(&self, commit: &Commit<C>) -> Result<Verdict, Missing> {
-        if commit.revision <= self.revision {
+        if commit.expected < self.revision || commit.revision <= self.revision {
             return Ok(Verdict::Late);
         }
         // Its writer had read the entry before it.
-        if commit.revision - 1 > self.revision || commit.parent != self.token {
+        if commit.expected > self.revision || commit.parent != self.token {
             return Err(Missing {
                 current: self.revision,
                 found: commit.revision,
@@ -151,14 +161,17 @@ mod tests {
         }
     }
 
-    fn entry(token: Token, parent: Token, revision: u64, log: LogId) -> Commit<Push> {
+    fn entry(token: Token, parent: Token, count: u64, log: LogId) -> Commit<Push> {
         let change = Push(token as u8);
         Commit {
             token,
             parent,
-            revision,
+            expected: Revision::new(0, count - 1),
+            revision: Revision::new(0, count),
             log,
             next: Offset::ZERO,
+            owner: Some(Owner::new(token)),
+            passed: None,
             change,
         }
     }
@@ -178,7 +191,27 @@ mod tests {
             );
             assert_eq!(fold.offset, offset + 1);
         }
-        assert_eq!((fold.state, fold.revision, fold.token), (vec![1, 3], 2, 3));
+        assert_eq!(
+            (fold.state, fold.revision, fold.token),
+            (vec![1, 3], Revision::new(0, 2), 3)
+        );
+        assert_eq!(fold.owner, Some(Owner::new(3)));
+    }
+
+    #[test]
+    fn an_entry_of_an_epoch_that_is_over_is_late() {
+        let mut fold = Fold::default();
+        let first = Revision::NONE.next_epoch();
+        for (token, parent, expected, revision, verdict) in [
+            (1, 0, Revision::NONE, first, Verdict::Applied),
+            (2, 1, first, first.next_epoch(), Verdict::Applied),
+            (3, 1, first, first.next_count(), Verdict::Late),
+            (4, 0, Revision::NONE, Revision::new(0, 1), Verdict::Late),
+        ] {
+            let mut commit = entry(token, parent, 1, log(None));
+            (commit.expected, commit.revision) = (expected, revision);
+            assert_eq!(fold.apply(token as u64, commit), Ok(verdict), "entry {token}");
+        }
     }
 
     #[test]

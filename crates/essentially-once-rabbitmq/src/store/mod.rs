@@ -27,7 +27,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, NewRecord, OffsetStore, Position, Transaction,
+    Advance, ConsumerId, Durability, Error, KeyValue, NewRecord, OffsetStore, Position, Revision, Transaction,
 };
 
 pub use self::sent::RabbitSent;
@@ -204,7 +204,7 @@ impl OffsetStore for RabbitStore {
 pub struct RabbitTx {
     changelog: Arc<Changelog>,
     /// The revision that it reads.
-    based_on: u64,
+    based_on: Revision,
     writes: Writes,
     /// By how much they make the state grow.
     growth: isize,

@@ -5,7 +5,9 @@
 
 mod mutants;
 
-use essentially_once::{LogId, Offset};
+use std::collections::HashSet;
+
+use essentially_once::{LogId, Offset, Revision};
 use stateright::{Checker, Model, Property};
 
 use super::fold::{Change, Commit, Fold, Missing, Token, Verdict};
@@ -84,6 +86,8 @@ struct Writer {
     fold: Option<Fold<Applied>>,
     /// Its entry that it waits for.
     own: Option<Token>,
+    /// Whether a commit of its session was acknowledged.
+    has_committed: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -113,6 +117,17 @@ impl World {
             apply(&mut fold, offset, entry.clone()).ok()?;
         }
         Some(fold)
+    }
+
+    /// The revisions of the entries that apply, as their writers chose them.
+    fn applied(&self, apply: Apply) -> Vec<Revision> {
+        let mut fold = Fold::default();
+        let entries = (0..).zip(&self.entries);
+        let verdicts = entries.map(|(offset, entry)| (entry.revision, apply(&mut fold, offset, entry.clone())));
+        verdicts
+            .filter(|(_, verdict)| *verdict == Ok(Verdict::Applied))
+            .map(|(revision, _)| revision)
+            .collect()
     }
 
     /// What one knows who saw everything.
@@ -147,7 +162,7 @@ impl Model for System {
             if world.crashes < self.crashes {
                 actions.push(Action::Crash(index));
             }
-            if world.snapshots < self.snapshots && fold.revision > 0 {
+            if world.snapshots < self.snapshots && fold.revision > Revision::NONE {
                 actions.push(Action::BeginSnapshot(index));
             }
         }
@@ -183,18 +198,29 @@ impl Model for System {
                 let token = Token::from(world.published);
                 let writer = &mut world.writers[index];
                 let fold = writer.fold.as_ref()?;
+                // As the core chooses them: whoever has begun anew opens an epoch.
+                let revision = match writer.has_committed {
+                    false => fold.revision.next_epoch(),
+                    true => fold.revision.next_count(),
+                };
                 world.under_way.push(Commit {
                     token,
                     parent: fold.token,
-                    revision: fold.revision + 1,
+                    expected: fold.revision,
+                    revision,
                     log: LogId::new("orders").ok()?,
                     next: Offset::ZERO,
+                    owner: None,
+                    passed: None,
                     change: Push(world.published),
                 });
                 writer.own = Some(token);
             }
             Action::Read(index) => self.read(&mut world, index),
-            Action::GiveUp(index) => world.writers[index].own = None,
+            Action::GiveUp(index) => {
+                let writer = &mut world.writers[index];
+                (writer.own, writer.has_committed) = (None, false);
+            }
             Action::Crash(index) => {
                 world.crashes += 1;
                 world.writers[index] = Writer::default();
@@ -211,7 +237,7 @@ impl Model for System {
                 if self.trusts_confirms {
                     let waits = |writer: &&mut Writer| writer.own == Some(entry.token);
                     if let Some(writer) = world.writers.iter_mut().find(waits) {
-                        writer.own = None;
+                        (writer.own, writer.has_committed) = (None, true);
                         world.acknowledged.push(entry.change.0);
                     }
                 }
@@ -233,9 +259,8 @@ impl Model for System {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::<Self>::always("at most one entry of a revision applies", |system, world| {
-                world
-                    .truth(system.apply)
-                    .is_none_or(|fold| fold.state.len() as u64 == fold.revision)
+                let revisions = world.applied(system.apply);
+                revisions.iter().collect::<HashSet<_>>().len() == revisions.len()
             }),
             Property::<Self>::always(
                 "a reader from the newest snapshot agrees with one from the first entry",
@@ -263,7 +288,10 @@ impl Model for System {
             Property::<Self>::sometimes("two commits are acknowledged", |_, world| world.acknowledged.len() == 2),
             Property::<Self>::sometimes("a commit of one who gave up applies", |system, world| {
                 let idle = world.writers.iter().all(|writer| writer.own.is_none()) && world.under_way.is_empty();
-                idle && world.acknowledged.is_empty() && world.truth(system.apply).is_some_and(|fold| fold.revision > 0)
+                idle && world.acknowledged.is_empty()
+                    && world
+                        .truth(system.apply)
+                        .is_some_and(|fold| fold.revision > Revision::NONE)
             }),
             Property::<Self>::sometimes("a writer goes on after retention", |_, world| {
                 world.first > 0
@@ -271,7 +299,7 @@ impl Model for System {
                         .writers
                         .iter()
                         .flat_map(|writer| &writer.fold)
-                        .any(|fold| fold.revision > 1)
+                        .any(|fold| fold.state.len() > 1)
             }),
         ]
     }
@@ -297,7 +325,8 @@ impl System {
         match (self.apply)(fold, offset as u64, entry) {
             Ok(verdict) if writer.own == Some(token) => {
                 writer.own = None;
-                if verdict == Verdict::Applied {
+                writer.has_committed = verdict == Verdict::Applied;
+                if writer.has_committed {
                     world.acknowledged.push(pushed);
                 }
             }

@@ -275,9 +275,12 @@ mod tests {
                     Commit {
                         token: entries.len() as Token + 1,
                         parent: fold.token,
-                        revision: fold.revision + 1,
+                        expected: fold.revision,
+                        revision: fold.revision.next_count(),
                         log: LogId::new("orders").expect("name"),
                         next: Offset::ZERO,
+                        owner: None,
+                        passed: None,
                         change: Nothing,
                     }
                 }

@@ -9,13 +9,16 @@ use std::collections::HashMap;
 use bytes::{BufMut as _, Bytes};
 
 use super::{
+    entry::{put_owner, put_passed, read_owner, read_passed},
     fold::Fold,
     state::State,
-    wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_window},
+    wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_revision, put_window},
 };
 
 const MAGIC: &[u8] = b"eo-chunk";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Written before 0.2, without epochs and owners.
+const FIRST_VERSION: u8 = 1;
 
 /// Bytes of state in a chunk.
 pub(super) const CHUNK: usize = 1024 * 1024;
@@ -66,6 +69,7 @@ impl Image {
 
 /// One message of a snapshot.
 pub(super) struct Chunk {
+    version: u8,
     id: u128,
     pub(super) offset: u64,
     index: u32,
@@ -80,7 +84,8 @@ impl Chunk {
             return Err("it is no part of a snapshot");
         }
         let mut reader = Reader::new(bytes.slice(MAGIC.len()..));
-        if reader.u8()? != VERSION {
+        let version = reader.u8()?;
+        if !(FIRST_VERSION..=VERSION).contains(&version) {
             return Err("it was written by another version of this crate");
         }
         let (id, offset) = (reader.u128()?, reader.u64()?);
@@ -91,6 +96,7 @@ impl Chunk {
             return Err("it is damaged");
         }
         Ok(Self {
+            version,
             id,
             offset,
             index,
@@ -109,7 +115,7 @@ pub(super) struct Assembly {
 impl Assembly {
     /// Takes the next chunk, and returns the fold that it completes.
     pub(super) fn add(&mut self, chunk: Chunk) -> Option<Decoded<Fold<State>>> {
-        let (id, count, offset) = (chunk.id, chunk.count, chunk.offset);
+        let (version, id, count, offset) = (chunk.version, chunk.id, chunk.count, chunk.offset);
         let parts = self.open.entry(id).or_default();
         // One writer's chunks keep their order.
         if chunk.index as usize != parts.len() {
@@ -123,7 +129,7 @@ impl Assembly {
         let parts = self.open.remove(&id)?;
         let body = parts.iter().map(|chunk| &chunk.part[..]).collect::<Vec<_>>().concat();
         drop(parts);
-        Some(read_fold(body.into()).and_then(|fold| {
+        Some(read_fold(version, body.into()).and_then(|fold| {
             if fold.offset == offset {
                 Ok(fold)
             } else {
@@ -135,17 +141,19 @@ impl Assembly {
 
 fn put_fold(out: &mut Vec<u8>, fold: &Fold<State>) {
     out.put_u64(fold.offset);
-    out.put_u64(fold.revision);
+    put_revision(out, fold.revision);
     out.put_u128(fold.token);
     out.put_u8(fold.place.is_some().into());
     if let Some((log, next)) = &fold.place {
         put_log(out, log);
         put_offset(out, *next);
     }
+    put_owner(out, fold.owner);
+    put_passed(out, fold.passed);
     put_offset(out, fold.state.sent_end);
     out.put_u32(fold.state.windows().len() as u32);
-    for (producer, window) in fold.state.windows() {
-        put_window(out, producer, window);
+    for (numbering, window) in fold.state.windows() {
+        put_window(out, numbering, window);
     }
     out.put_u32(fold.state.values().len() as u32);
     for (key, value) in fold.state.values() {
@@ -154,19 +162,23 @@ fn put_fold(out: &mut Vec<u8>, fold: &Fold<State>) {
     }
 }
 
-fn read_fold(bytes: Bytes) -> Decoded<Fold<State>> {
+fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
     let mut reader = Reader::new(bytes);
-    let (offset, revision, token) = (reader.u64()?, reader.u64()?, reader.u128()?);
+    let (offset, revision, token) = (reader.u64()?, reader.revision(version)?, reader.u128()?);
     let place = match reader.u8()? {
         0 => None,
         1 => Some((reader.log()?, reader.offset()?)),
         _ => return Err("its position is neither there nor absent"),
     };
+    let (owner, passed) = match version {
+        FIRST_VERSION => (None, None),
+        _ => (read_owner(&mut reader)?, read_passed(&mut reader)?),
+    };
     let mut state = State::default();
     state.sent_end = reader.offset()?;
     for _ in 0..reader.u32()? {
-        let (producer, window) = reader.window()?;
-        state.set_window(producer, window);
+        let (numbering, window) = reader.window(version)?;
+        state.set_window(numbering, window);
     }
     for _ in 0..reader.u32()? {
         let (key, value) = (reader.bytes()?, reader.bytes()?);
@@ -178,6 +190,8 @@ fn read_fold(bytes: Bytes) -> Decoded<Fold<State>> {
         revision,
         token,
         place,
+        owner,
+        passed,
         state,
     })
 }
@@ -189,7 +203,7 @@ mod tests {
 
     use super::{
         super::{
-            entry::tests::{change, log},
+            entry::tests::{change, log, owner, passed, revision},
             fold::Change as _,
         },
         *,
@@ -197,8 +211,10 @@ mod tests {
 
     prop_compose! {
         fn fold()(
-            numbers in any::<(u64, u64, u128)>(),
+            numbers in any::<(u64, u128)>(),
             place in option::of((log(), any::<(u64, u64)>())),
+            revision in revision(),
+            (owner, passed) in (owner(), passed()),
             changes in vec(change(), 0..4),
         ) -> Fold<State> {
             let mut state = State::default();
@@ -206,7 +222,7 @@ mod tests {
                 change.apply(numbers.0, &mut state);
             }
             let place = place.map(|(log, (hi, lo))| (log, Offset::new(hi, lo)));
-            Fold { offset: numbers.0, revision: numbers.1, token: numbers.2, place, state }
+            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, passed, state }
         }
     }
 
@@ -245,7 +261,8 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = Chunk::decode(bytes.clone().into());
             let _ = Chunk::decode([MAGIC, &[VERSION], &bytes].concat().into());
-            let _ = read_fold(bytes.into());
+            let _ = read_fold(FIRST_VERSION, bytes.clone().into());
+            let _ = read_fold(VERSION, bytes.into());
         }
     }
 

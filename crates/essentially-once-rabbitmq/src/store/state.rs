@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
-use essentially_once::{Offset, ProducerId, Window};
+use essentially_once::{Numbering, Offset, Window};
 
 use super::fold::Change;
 use crate::packed;
@@ -17,7 +17,7 @@ pub(super) type Writes = BTreeMap<Bytes, Option<Bytes>>;
 /// Windows and values.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct State {
-    windows: HashMap<ProducerId, Window>,
+    windows: HashMap<Numbering, Window>,
     values: HashMap<Box<[u8]>, Bytes>,
     /// Where what commits have sent ends: one past the last record.
     pub(super) sent_end: Offset,
@@ -26,7 +26,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn windows(&self) -> impl ExactSizeIterator<Item = (&ProducerId, &Window)> {
+    pub(super) fn windows(&self) -> impl ExactSizeIterator<Item = (&Numbering, &Window)> {
         self.windows.iter()
     }
 
@@ -45,11 +45,11 @@ impl State {
     /// What it takes up after the change.
     pub(super) fn size_after(&self, change: &StateChange) -> usize {
         let mut size = self.size;
-        for (producer, _) in &change.windows {
-            size += if self.windows.contains_key(producer) {
+        for (numbering, _) in &change.windows {
+            size += if self.windows.contains_key(numbering) {
                 0
             } else {
-                window_size(producer)
+                window_size(numbering)
             };
         }
         for (key, value) in &change.writes {
@@ -59,16 +59,16 @@ impl State {
         size
     }
 
-    pub(super) fn set_window(&mut self, producer: ProducerId, window: Window) {
-        let added = window_size(&producer);
-        if self.windows.insert(producer, window).is_none() {
+    pub(super) fn set_window(&mut self, numbering: Numbering, window: Window) {
+        let added = window_size(&numbering);
+        if self.windows.insert(numbering, window).is_none() {
             self.size += added;
         }
     }
 
-    fn forget(&mut self, producer: &ProducerId) {
-        if self.windows.remove(producer).is_some() {
-            self.size -= window_size(producer);
+    fn forget(&mut self, numbering: &Numbering) {
+        if self.windows.remove(numbering).is_some() {
+            self.size -= window_size(numbering);
         }
     }
 
@@ -92,15 +92,15 @@ pub(super) fn value_size(key: &[u8], value: &[u8]) -> usize {
     key.len() + value.len() + OVERHEAD
 }
 
-fn window_size(producer: &ProducerId) -> usize {
-    producer.as_str().len() + Window::ENCODED_LEN + OVERHEAD
+fn window_size(numbering: &Numbering) -> usize {
+    numbering.to_string().len() + Window::ENCODED_LEN + OVERHEAD
 }
 
 /// What one commit changes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct StateChange {
-    pub(super) windows: Vec<(ProducerId, Window)>,
-    pub(super) forgotten: Vec<ProducerId>,
+    pub(super) windows: Vec<(Numbering, Window)>,
+    pub(super) forgotten: Vec<Numbering>,
     /// Keys are unique.
     pub(super) writes: Vec<(Bytes, Option<Bytes>)>,
     pub(super) sent: Option<Sent>,
@@ -122,11 +122,11 @@ impl Change for StateChange {
         if let Some(sent) = self.sent {
             state.sent_end = Offset::new(offset, packed::count(&sent.packed));
         }
-        for (producer, window) in self.windows {
-            state.set_window(producer, window);
+        for (numbering, window) in self.windows {
+            state.set_window(numbering, window);
         }
-        for producer in &self.forgotten {
-            state.forget(producer);
+        for numbering in &self.forgotten {
+            state.forget(numbering);
         }
         for (key, value) in self.writes {
             match value {
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn the_size_follows_every_change() {
-        let (a, b) = (ProducerId::new("a").expect("name"), ProducerId::new("b").expect("name"));
+        let (a, b): (Numbering, Numbering) = ("a#7".parse().expect("numbering"), "b".parse().expect("numbering"));
         let write = |key: &'static str, value: Option<&'static str>| (Bytes::from(key), value.map(Bytes::from));
         let mut state = State::default();
         for (windows, forgotten, writes) in [
@@ -161,7 +161,7 @@ mod tests {
         ] {
             let windows = windows
                 .into_iter()
-                .map(|producer| (producer.clone(), Window::new(7)))
+                .map(|numbering| (numbering.clone(), Window::new(7)))
                 .collect();
             let change = StateChange {
                 windows,
@@ -180,7 +180,7 @@ mod tests {
         let actual: usize = state.values().map(|(key, value)| value_size(key, value)).sum::<usize>()
             + state
                 .windows()
-                .map(|(producer, _)| window_size(producer))
+                .map(|(numbering, _)| window_size(numbering))
                 .sum::<usize>();
         assert_eq!(state.size(), actual);
         assert_eq!(state.get(b"l").map(|value| &value[..]), Some(&b"22"[..]));

@@ -1,7 +1,7 @@
 //! How numbers, byte strings and names stand in entries and snapshots: big-endian, byte strings after their length as a u32.
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::{LogId, Offset, ProducerId, Window};
+use essentially_once::{LogId, Numbering, Offset, Revision, Window};
 
 /// What was read, or why it cannot be.
 pub(super) type Decoded<T> = Result<T, &'static str>;
@@ -25,10 +25,22 @@ pub(super) fn put_offset(out: &mut Vec<u8>, offset: Offset) {
     out.put_u64(offset.lo());
 }
 
-pub(super) fn put_window(out: &mut Vec<u8>, producer: &ProducerId, window: &Window) {
-    put_bytes(out, producer.as_str().as_bytes());
-    out.put_slice(&window.encode());
+pub(super) fn put_revision(out: &mut Vec<u8>, revision: Revision) {
+    out.put_u64(revision.epoch());
+    out.put_u64(revision.count());
 }
+
+pub(super) fn put_numbering(out: &mut Vec<u8>, numbering: &Numbering) {
+    put_bytes(out, numbering.to_string().as_bytes());
+}
+
+pub(super) fn put_window(out: &mut Vec<u8>, numbering: &Numbering, window: &Window) {
+    put_numbering(out, numbering);
+    put_bytes(out, &window.encode());
+}
+
+/// Bytes of a window in version 1, where they had no length before them.
+const WINDOW_1: usize = 169;
 
 /// Reads from the front of what is left. Byte strings share the memory of the whole.
 pub(super) struct Reader {
@@ -75,10 +87,16 @@ impl Reader {
         self.take(length as usize)
     }
 
-    pub(super) fn producer(&mut self) -> Decoded<ProducerId> {
+    pub(super) fn numbering(&mut self) -> Decoded<Numbering> {
         let name = self.bytes()?;
         let name = str::from_utf8(&name).map_err(|_| "a producer's name is not UTF-8")?;
-        ProducerId::new(name).map_err(|_| "a producer's name breaks the rule for names")
+        name.parse().map_err(|_| "a producer's name breaks the rule for names")
+    }
+
+    /// A revision; version 1 had no epochs.
+    pub(super) fn revision(&mut self, version: u8) -> Decoded<Revision> {
+        let epoch = if version == 1 { 0 } else { self.u64()? };
+        Ok(Revision::new(epoch, self.u64()?))
     }
 
     pub(super) fn log(&mut self) -> Decoded<LogId> {
@@ -96,10 +114,15 @@ impl Reader {
         Ok(Offset::new(self.u64()?, self.u64()?))
     }
 
-    pub(super) fn window(&mut self) -> Decoded<(ProducerId, Window)> {
-        let producer = self.producer()?;
-        let window = Window::decode(&self.take(Window::ENCODED_LEN)?).map_err(|_| "a window of an unknown version")?;
-        Ok((producer, window))
+    pub(super) fn window(&mut self, version: u8) -> Decoded<(Numbering, Window)> {
+        let numbering = self.numbering()?;
+        let bytes = if version == 1 {
+            self.take(WINDOW_1)?
+        } else {
+            self.bytes()?
+        };
+        let window = Window::decode(&bytes).map_err(|_| "a window of an unknown version")?;
+        Ok((numbering, window))
     }
 
     /// A count, then so many items. Nothing is reserved for them beforehand: the count may be wrong.

@@ -13,8 +13,8 @@ use std::{
 };
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, OffsetStore as _,
-    ProducerId, Record, Report, Source, async_trait,
+    CancellationToken, Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, Log, NewRecord, OffsetStore as _,
+    Origin, ProducerId, Record, Report, Source, async_trait,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitOptions, RabbitStore};
 use essentially_once_testkit::{Check, Expectation, Ledger, Suite, read_ledger, read_log};
@@ -92,7 +92,7 @@ pub(crate) fn message(number: u64) -> NewRecord {
     let producer = ProducerId::new("web").expect("a name");
     NewRecord::new(format!("message {number};"))
         .key((number % 3).to_string())
-        .origin(producer, number)
+        .origin(Origin::new(producer, Epoch::STABLE, number))
 }
 
 /// Repeats until it is done or fails for good; returns also what failed on the way.

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use essentially_once::{
-    Consumer, ConsumerId, Error, Log, NewRecord, Offset, OffsetStore as _, ProducerId, Source, StartAt, seek,
+    Consumer, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, Source, StartAt,
+    seek,
 };
 use essentially_once_rabbitmq::{
     LogOptions,
@@ -154,7 +155,8 @@ fn behind(message: u64) -> Offset {
 /// Records of a kilobyte.
 async fn append(log: &dyn Log, numbers: Range<u64>) -> Result<(), Error> {
     let producer = ProducerId::new("web")?;
-    let record = |number| NewRecord::new(vec![b'x'; 1_000]).origin(producer.clone(), number);
+    let record =
+        |number| NewRecord::new(vec![b'x'; 1_000]).origin(Origin::new(producer.clone(), Epoch::STABLE, number));
     let records: Vec<NewRecord> = numbers.map(record).collect();
     log.append(&records).await?;
     Ok(())

@@ -2,7 +2,9 @@
 
 use std::{future::poll_fn, pin::Pin, sync::OnceLock, time::Duration};
 
-use essentially_once::{Advance, ConsumerId, Error, KeyValue as _, LogId, OffsetStore as _, Transaction as _};
+use essentially_once::{
+    Advance, ConsumerId, Error, KeyValue as _, LogId, OffsetStore as _, Revision, Transaction as _,
+};
 use essentially_once_rabbitmq::{
     Rabbit, RabbitOptions, RabbitStore,
     lapin::{
@@ -30,14 +32,10 @@ pub(crate) fn log(name: &str) -> LogId {
     LogId::new(name).expect("name")
 }
 
-pub(crate) fn advance(next: u64, expected_revision: u64) -> Advance {
-    Advance {
-        log: log("orders"),
-        next: next.into(),
-        expected_revision,
-        windows: vec![],
-        forgotten: vec![],
-    }
+/// The advance of the next commit after so many of one session.
+pub(crate) fn advance(next: u64, commits: u64) -> Advance {
+    let of = |count| Revision::new(0, count);
+    Advance::new(log("orders"), next.into(), of(commits), of(commits + 1))
 }
 
 /// A namespace of its own.
@@ -199,5 +197,5 @@ pub(crate) async fn revision(store: &RabbitStore) -> Result<u64, Error> {
     Ok(store
         .position(&shipping())
         .await?
-        .map_or(0, |position| position.revision))
+        .map_or(0, |position| position.revision.count()))
 }

@@ -5,8 +5,8 @@
 use std::{collections::BTreeSet, future::Future, pin::Pin, process::ExitCode, time::Duration};
 
 use essentially_once::{
-    CancellationToken, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, ProducerId,
-    Record, Source, async_trait,
+    CancellationToken, ConsumerId, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Origin,
+    ProducerId, Record, Source, async_trait,
 };
 use essentially_once_testkit::{Check, Expectation, Suite, read_ledger, read_log};
 use tokio::sync::watch;
@@ -52,7 +52,7 @@ pub(crate) fn message(number: u64) -> NewRecord {
     let producer = ProducerId::new("web").expect("a name");
     NewRecord::new(format!("message {number};"))
         .key((number % 3).to_string())
-        .origin(producer, number)
+        .origin(Origin::new(producer, Epoch::STABLE, number))
 }
 
 /// Repeats until it is done or fails for good; returns also what failed on the way.

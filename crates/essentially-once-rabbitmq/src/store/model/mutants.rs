@@ -1,5 +1,6 @@
 //! Each breaks one thing, and the checker must find it.
 
+use essentially_once::Revision;
 use stateright::{Checker, Model};
 
 use super::{
@@ -26,13 +27,13 @@ fn apply_if(
     fold: &mut Fold<Applied>,
     offset: u64,
     mut entry: Entry,
-    is_next: fn(u64, u64) -> bool,
+    is_next: fn(Revision, Revision) -> bool,
 ) -> Result<Verdict, Missing> {
     if is_next(entry.revision, fold.revision) {
-        entry.revision = fold.revision + 1;
+        (entry.expected, entry.revision) = (fold.revision, fold.revision.next_count());
         entry.parent = fold.token;
     } else {
-        entry.revision = 0;
+        (entry.expected, entry.revision) = (Revision::NONE, Revision::NONE);
     }
     fold.apply(offset, entry)
 }
