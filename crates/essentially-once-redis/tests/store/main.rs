@@ -3,6 +3,7 @@
 mod committing;
 mod native;
 mod partial;
+mod reads;
 mod setup;
 mod support;
 mod trouble;
@@ -56,6 +57,10 @@ fn main() -> ExitCode {
         partial::keys_of_stores_are_refused,
         partial::subcommands_are_known,
         partial::queries_read_now,
+        reads::a_careless_handler_counts_every_record,
+        reads::after_a_read_without_an_answer_nothing_is_committed,
+        reads::after_a_refused_read_nothing_is_committed,
+        reads::after_a_refused_command_the_rest_is_committed,
         trouble::a_full_server_applies_nothing,
         trouble::a_request_that_is_lost_did_nothing,
         trouble::a_reply_that_is_lost_is_found_out,
