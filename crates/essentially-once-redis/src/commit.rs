@@ -11,10 +11,11 @@ use redis::{Arg, Cmd, RedisResult, Script, Value, aio::MultiplexedConnection};
 
 use crate::{
     error::{refused, write_failed},
+    names::Keys,
     native::{Staged, Use, printable},
     options::MinReplicas,
     server::Link,
-    store::{Keys, partially_applied},
+    store::partially_applied,
 };
 
 const SOURCE: &str = include_str!("commit.lua");

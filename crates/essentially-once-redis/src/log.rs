@@ -14,6 +14,7 @@ use crate::{
     codec::{arguments, encode, parse_id},
     durability::durability,
     error::{read_failed, write_failed},
+    names::RetentionKeys,
     reader::RedisReader,
     retention::trim_arguments,
     server::{Link, Server},
@@ -162,8 +163,7 @@ pub(crate) struct Inner {
     pub(crate) id: LogId,
     pub(crate) options: LogOptions,
     pub(crate) stream: Vec<u8>,
-    /// The hash in which our retention says what it removed.
-    pub(crate) kept: Vec<u8>,
+    pub(crate) kept: RetentionKeys,
     trimmed: Mutex<Option<Instant>>,
 }
 
@@ -172,7 +172,7 @@ impl RedisLog {
         let id = LogId::new(name)?;
         options.retention.check()?;
         let stream = options.stream.clone().unwrap_or_else(|| name.into());
-        let kept = retention_key(&server.options.prefix, &stream)?;
+        let kept = RetentionKeys::new(&server.options.prefix, &stream)?;
         let mut inner = Inner {
             link: Link::new(server, stream.clone()),
             id,
@@ -334,7 +334,8 @@ impl Inner {
         let mut total = 0;
         loop {
             let mut trim = redis::cmd("EVAL");
-            trim.arg(TRIM).arg(2).arg(&self.stream).arg(&self.kept).arg(incarnation);
+            trim.arg(TRIM).arg(2).arg(&self.stream).arg(&self.kept.now);
+            trim.arg(incarnation);
             trim.arg(&trim_arguments(&self.options.retention));
             let answer = self
                 .ask(&trim)
@@ -391,27 +392,6 @@ impl Inner {
 }
 
 const NOT_UNDERSTOOD: &str = "the server's reply is not understood: is it Redis 7.0 or later, or Valkey?";
-
-/// A key in the same cluster slot as the stream.
-fn retention_key(prefix: &str, stream: &[u8]) -> Result<Vec<u8>, Error> {
-    let invalid = |reason: &str| Error::InvalidSetting {
-        setting: "stream",
-        reason: format!("{:?} {reason}", String::from_utf8_lossy(stream)),
-    };
-    let (before, after): (&[u8], &[u8]) = match stream.contains(&b'{') || stream.contains(&b'}') {
-        false => (b"{", b"}"),
-        true => (b"", b""),
-    };
-    let open = stream.iter().position(|byte| *byte == b'{');
-    let close = stream.iter().position(|byte| *byte == b'}');
-    match (open, close) {
-        _ if stream.is_empty() => return Err(invalid("is empty")),
-        (None, None) => {}
-        (Some(open), Some(close)) if open + 1 < close => {}
-        _ => return Err(invalid("has braces that are no hash tag, such as {shop}")),
-    }
-    Ok([prefix.as_bytes(), b":retention:", before, stream, after].concat())
-}
 
 /// What a record adds to a chunk.
 fn weight(record: &NewRecord) -> usize {
@@ -496,17 +476,6 @@ impl fmt::Debug for RedisLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_retention_key_is_in_the_slot_of_the_stream() {
-        let key = |stream: &str| retention_key("p", stream.as_bytes()).map(|key| String::from_utf8(key).expect("text"));
-        assert_eq!(key("orders").expect("valid"), "p:retention:{orders}");
-        assert_eq!(key("{shop}:orders").expect("valid"), "p:retention:{shop}:orders");
-        assert_eq!(key("a{b}c{d}").expect("valid"), "p:retention:a{b}c{d}");
-        for odd in ["", "{", "}", "{}", "a{}b", "a}b", "}{", "a}b{c}"] {
-            assert!(key(odd).is_err(), "{odd:?}");
-        }
-    }
 
     #[test]
     fn chunks_are_bounded_by_records_and_bytes() {

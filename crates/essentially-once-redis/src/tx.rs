@@ -14,9 +14,9 @@ use redis::{Cmd, FromRedisValue, RedisResult, Value};
 use crate::{
     commit::{Commit, State},
     error::read_failed,
+    names::{Keys, Ours},
     native::{Catalog, Command, Staged, arguments, increment, printable, refused},
     server::Link,
-    store::Keys,
 };
 
 /// Redis closes a connection that sends more than a gibibyte at once (`client-query-buffer-limit`).
@@ -100,7 +100,8 @@ impl RedisTx {
     /// can only be rolled back.
     ///
     /// - [`Error::Failed`] for a command that does not exist, has too many or too few arguments, does not write, may block, is not allowed in a
-    ///   script, writes to no key in particular (`FLUSHALL`), or touches the keys of a store;
+    ///   script, writes to no key in particular (`FLUSHALL`), or touches the keys of a store or log
+    ///   of this [prefix](crate::RedisOptions::prefix);
     /// - [`Error::TooLarge`] if the transaction grew over 768 MiB;
     /// - [`Error::Unavailable`] if the server could not be asked about it.
     pub async fn command(&mut self, command: Cmd) -> Result<(), Error> {
@@ -126,13 +127,12 @@ impl RedisTx {
         }
         for key in &keys {
             self.check_key(known.name(), key)?;
-            if Keys::is_ours(&link.server.options.prefix, key) {
-                let why = format!(
-                    "{:?} belongs to a store: change state with `put` and `delete`",
-                    printable(key)
-                );
-                return Err(refused(link, known.name(), why));
-            }
+            let why = match Ours::parse(&link.server.options.prefix, key) {
+                Some(Ours::Consumer(..)) => "belongs to a store: change state with `put` and `delete`",
+                Some(Ours::Retention(_)) => "says what retention removed from a log, and only a log changes it",
+                None => continue,
+            };
+            return Err(refused(link, known.name(), format!("{:?} {why}", printable(key))));
         }
         let size = arguments.iter().map(|argument| argument.len()).sum();
         self.check_room(size)?;

@@ -62,6 +62,8 @@ fn main() -> ExitCode {
         retention::an_emptied_stream,
         retention::a_deleted_middle_is_passed_over,
         retention::a_trim_by_others_before_ours_is_forgotten,
+        retention::a_stream_and_one_of_the_same_name_in_braces_are_apart,
+        retention::the_retention_hash_of_an_earlier_version_is_used,
     };
     suite.run()
 }

@@ -75,6 +75,7 @@ fn main() -> ExitCode {
         setup::large_transactions_are_taken,
         setup::resp3_is_spoken,
         setup::passwords_are_never_shown,
+        setup::prefixes_with_which_names_could_meet_are_refused,
     ];
     let missing = redis_server().err();
     let mut suite = Suite::new();
