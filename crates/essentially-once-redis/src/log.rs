@@ -152,7 +152,8 @@ impl Default for LogOptions {
 /// # Rights
 /// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREAD`, `MULTI`, `EXEC`, `HMGET`; opening for the first time: `EVAL`, `XGROUP`; appending: `EVAL`, `XADD`,
 /// `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`. Keys: the stream, and
-/// `<prefix>:retention:*`. [`durability`](Log::durability) asks `CONFIG GET`.
+/// `<prefix>:retention:*`. [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the
+/// largest value.
 #[derive(Clone)]
 pub struct RedisLog {
     pub(crate) inner: Arc<Inner>,

@@ -29,7 +29,7 @@ const READ: &str = "return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL'
 /// [`KeyValue`](essentially_once::KeyValue) state). Clones share a connection for each consumer.
 ///
 /// A user with restricted rights needs these keys and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`; `+config|get` to tell
-/// whether the server is durable; `+wait` and `+info` with [`min_replicas`](crate::RedisOptions::min_replicas); for
+/// whether the server is durable and how large a value may be; `+wait` and `+info` with [`min_replicas`](crate::RedisOptions::min_replicas); for
 /// [native commands](RedisTx::command) the commands and their keys, `+command|info +command|getkeys`, and, for what is to be checked
 /// beforehand, `+mget +hlen +llen +scard +zcard +strlen +xlen`.
 #[derive(Clone)]
