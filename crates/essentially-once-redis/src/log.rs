@@ -121,6 +121,10 @@ impl Default for LogOptions {
 /// Up to 1,000 records and about a megabyte are appended in one step, all or none, before the next are sent. After
 /// [`Error::Indeterminate`] any number of these steps may have been made. A record may have 3,000 headers.
 ///
+/// A value over the server's `proto-max-bulk-len` is [`Error::TooLarge`] before anything is sent, if the user may ask for that
+/// (`+config|get`). Otherwise the first such append fails in the middle and closes the connection under other calls, and the handle
+/// refuses values of that size from then on.
+///
 /// # What was removed
 /// A stream says how many entries were removed, not which. After our own [`Retention`] it is known exactly. After `XTRIM`,
 /// `XADD … MAXLEN` or `XDEL` by someone else, [`Error::Truncated`] may be a false alarm, if the last record that a stopped consumer has
@@ -277,12 +281,14 @@ impl Inner {
                 return Err(write_failed(action(), error));
             }
         };
+        let largest = || records.iter().map(largest_value).max().unwrap_or(0);
         let last = match replies.next() {
             Some(Value::BulkString(id)) => parse_id(&id),
             Some(Value::Nil) => return Err(self.gone("append to")),
             Some(Value::ServerError(error)) => {
                 let error = RedisError::from(error);
                 self.link.check(&error).await;
+                self.link.learn(&error, largest());
                 return Err(match error.code() {
                     Some("PARTIAL") => Error::indeterminate(action(), error),
                     _ => write_failed(action(), error),
@@ -399,6 +405,15 @@ fn weight(record: &NewRecord) -> usize {
     record.size() + ARGUMENT_BYTES * arguments(record)
 }
 
+/// The size of the largest value in the entry of a record.
+fn largest_value(record: &NewRecord) -> usize {
+    let headers = record.headers.iter();
+    // A header's field is its name with a mark of two bytes.
+    let headers = headers.flat_map(|(name, value)| [name.len() + 2, value.len()]);
+    let key = record.key.as_ref().map_or(0, |key| key.len());
+    headers.fold(key.max(record.payload.len()), usize::max)
+}
+
 /// How many of the records make the next chunk: at least one.
 fn chunk(records: &[NewRecord]) -> usize {
     let mut bytes = 0;
@@ -417,8 +432,11 @@ impl Log for RedisLog {
 
     async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
         let inner = &self.inner;
+        // A new connection asks how large a value may be, and the check needs the answer.
+        inner.link.connection().await?;
         for record in records {
             record.check_size(inner.link.server.options.record_limit)?;
+            inner.link.check_value(largest_value(record))?;
             if record.headers.len() > MAX_HEADERS {
                 let why = format!(
                     "a record has {} headers, and {MAX_HEADERS} are possible",

@@ -53,6 +53,8 @@ pub struct RedisTx {
     last: Option<Arc<Command>>,
     /// Of `state`; that of commands is in `staged`.
     bytes: usize,
+    /// The size of the largest key, value or argument.
+    largest: usize,
     /// Set through `&self`, because `query` changes nothing else.
     failure: OnceLock<Failure>,
 }
@@ -75,6 +77,7 @@ impl RedisTx {
             staged: Staged::default(),
             last: None,
             bytes: 0,
+            largest: 0,
             failure: OnceLock::new(),
         }
     }
@@ -136,9 +139,12 @@ impl RedisTx {
         }
         let size = arguments.iter().map(|argument| argument.len()).sum();
         self.check_room(size)?;
+        let largest = arguments.iter().map(|argument| argument.len()).max().unwrap_or(0);
+        link.check_value(largest)?;
         if self.staged.note(&known, &keys, &arguments, increment) {
             self.staged.commands.push((command, increment));
         }
+        self.largest = self.largest.max(largest);
         self.last = Some(known);
         Ok(())
     }
@@ -247,6 +253,9 @@ impl RedisTx {
         self.check_size("value", value.unwrap_or_default())?;
         let size = |value: Option<&[u8]>| key.len() + value.map_or(0, <[u8]>::len);
         self.check_room(size(value))?;
+        let largest = key.len().max(value.map_or(0, <[u8]>::len));
+        self.link.check_value(largest)?;
+        self.largest = self.largest.max(largest);
         let old = match self.state.get_mut(key) {
             Some(staged) => Some(std::mem::replace(staged, value.map(Bytes::copy_from_slice))),
             None => self.state.insert(key.to_vec(), value.map(Bytes::copy_from_slice)),
@@ -300,6 +309,7 @@ impl Transaction for RedisTx {
             keys,
             state,
             staged,
+            largest,
             ..
         } = self;
         Commit {
@@ -308,6 +318,7 @@ impl Transaction for RedisTx {
             keys,
             state,
             staged,
+            largest,
             advance,
         }
         .run()
