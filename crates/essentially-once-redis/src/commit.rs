@@ -11,10 +11,11 @@ use redis::{Arg, Cmd, RedisResult, Script, Value, aio::MultiplexedConnection};
 
 use crate::{
     error::{refused, write_failed},
+    names::Keys,
     native::{Staged, Use, printable},
     options::MinReplicas,
     server::Link,
-    store::{Keys, partially_applied},
+    store::partially_applied,
 };
 
 const SOURCE: &str = include_str!("commit.lua");
@@ -35,12 +36,16 @@ pub(crate) struct Commit {
     pub(crate) keys: Arc<Keys>,
     pub(crate) state: State,
     pub(crate) staged: Staged,
+    /// The size of the largest key, value or argument.
+    pub(crate) largest: usize,
     pub(crate) advance: Advance,
 }
 
 impl Commit {
     pub(crate) async fn run(self) -> Result<(), Error> {
         let mut connection = self.link.connection().await?;
+        // Staged before the connection was made, it was not checked yet.
+        self.link.check_value(self.largest)?;
         let mut reply = self.send(&mut connection, "EVALSHA", SCRIPT.get_hash()).await;
         if matches!(&reply, Err(error) if error.code() == Some("NOSCRIPT")) {
             // A server that does not know the script ran nothing.
@@ -53,6 +58,7 @@ impl Commit {
             }
             Err(error) => {
                 self.link.check(&error).await;
+                self.link.learn(&error, self.largest);
                 Err(write_failed(self.action(), error))
             }
         }

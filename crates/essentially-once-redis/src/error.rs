@@ -90,12 +90,19 @@ pub(crate) fn refused(action: String, told: &str) -> Error {
 /// Whether the connection cannot be trusted with another request: it is gone, silent, or leads to the wrong server.
 pub(crate) fn spoils_connection(error: &RedisError) -> bool {
     match error.code() {
+        _ if is_protocol_error(error) => true,
         Some(code) => matches!(
             code,
             "READONLY" | "MOVED" | "ASK" | "CLUSTERDOWN" | "MASTERDOWN" | "NOAUTH"
         ),
         None => true,
     }
+}
+
+/// Whether the server could not take the request, such as one with a value over `proto-max-bulk-len`. It
+/// closes the connection after this answer.
+pub(crate) fn is_protocol_error(error: &RedisError) -> bool {
+    error.code() == Some("ERR") && error.detail().is_some_and(|detail| detail.contains("Protocol error"))
 }
 
 struct Answer {

@@ -42,6 +42,7 @@ mod commit;
 mod durability;
 mod error;
 mod log;
+mod names;
 mod native;
 mod options;
 mod reader;

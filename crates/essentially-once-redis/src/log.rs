@@ -14,6 +14,7 @@ use crate::{
     codec::{arguments, encode, parse_id},
     durability::durability,
     error::{read_failed, write_failed},
+    names::RetentionKeys,
     reader::RedisReader,
     retention::trim_arguments,
     server::{Link, Server},
@@ -120,6 +121,10 @@ impl Default for LogOptions {
 /// Up to 1,000 records and about a megabyte are appended in one step, all or none, before the next are sent. After
 /// [`Error::Indeterminate`] any number of these steps may have been made. A record may have 3,000 headers.
 ///
+/// A value over the server's `proto-max-bulk-len` is [`Error::TooLarge`] before anything is sent, if the user may ask for that
+/// (`+config|get`). Otherwise the first such append fails in the middle and closes the connection under other calls, and the handle
+/// refuses values of that size from then on.
+///
 /// # What was removed
 /// A stream says how many entries were removed, not which. After our own [`Retention`] it is known exactly. After `XTRIM`,
 /// `XADD … MAXLEN` or `XDEL` by someone else, [`Error::Truncated`] may be a false alarm, if the last record that a stopped consumer has
@@ -151,7 +156,8 @@ impl Default for LogOptions {
 /// # Rights
 /// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREAD`, `MULTI`, `EXEC`, `HMGET`; opening for the first time: `EVAL`, `XGROUP`; appending: `EVAL`, `XADD`,
 /// `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`. Keys: the stream, and
-/// `<prefix>:retention:*`. [`durability`](Log::durability) asks `CONFIG GET`.
+/// `<prefix>:retention:*`. [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the
+/// largest value.
 #[derive(Clone)]
 pub struct RedisLog {
     pub(crate) inner: Arc<Inner>,
@@ -162,8 +168,7 @@ pub(crate) struct Inner {
     pub(crate) id: LogId,
     pub(crate) options: LogOptions,
     pub(crate) stream: Vec<u8>,
-    /// The hash in which our retention says what it removed.
-    pub(crate) kept: Vec<u8>,
+    pub(crate) kept: RetentionKeys,
     trimmed: Mutex<Option<Instant>>,
 }
 
@@ -172,7 +177,7 @@ impl RedisLog {
         let id = LogId::new(name)?;
         options.retention.check()?;
         let stream = options.stream.clone().unwrap_or_else(|| name.into());
-        let kept = retention_key(&server.options.prefix, &stream)?;
+        let kept = RetentionKeys::new(&server.options.prefix, &stream)?;
         let mut inner = Inner {
             link: Link::new(server, stream.clone()),
             id,
@@ -276,12 +281,14 @@ impl Inner {
                 return Err(write_failed(action(), error));
             }
         };
+        let largest = || records.iter().map(largest_value).max().unwrap_or(0);
         let last = match replies.next() {
             Some(Value::BulkString(id)) => parse_id(&id),
             Some(Value::Nil) => return Err(self.gone("append to")),
             Some(Value::ServerError(error)) => {
                 let error = RedisError::from(error);
                 self.link.check(&error).await;
+                self.link.learn(&error, largest());
                 return Err(match error.code() {
                     Some("PARTIAL") => Error::indeterminate(action(), error),
                     _ => write_failed(action(), error),
@@ -334,7 +341,8 @@ impl Inner {
         let mut total = 0;
         loop {
             let mut trim = redis::cmd("EVAL");
-            trim.arg(TRIM).arg(2).arg(&self.stream).arg(&self.kept).arg(incarnation);
+            trim.arg(TRIM).arg(2).arg(&self.stream).arg(&self.kept.now);
+            trim.arg(incarnation);
             trim.arg(&trim_arguments(&self.options.retention));
             let answer = self
                 .ask(&trim)
@@ -392,30 +400,18 @@ impl Inner {
 
 const NOT_UNDERSTOOD: &str = "the server's reply is not understood: is it Redis 7.0 or later, or Valkey?";
 
-/// A key in the same cluster slot as the stream.
-fn retention_key(prefix: &str, stream: &[u8]) -> Result<Vec<u8>, Error> {
-    let invalid = |reason: &str| Error::InvalidSetting {
-        setting: "stream",
-        reason: format!("{:?} {reason}", String::from_utf8_lossy(stream)),
-    };
-    let (before, after): (&[u8], &[u8]) = match stream.contains(&b'{') || stream.contains(&b'}') {
-        false => (b"{", b"}"),
-        true => (b"", b""),
-    };
-    let open = stream.iter().position(|byte| *byte == b'{');
-    let close = stream.iter().position(|byte| *byte == b'}');
-    match (open, close) {
-        _ if stream.is_empty() => return Err(invalid("is empty")),
-        (None, None) => {}
-        (Some(open), Some(close)) if open + 1 < close => {}
-        _ => return Err(invalid("has braces that are no hash tag, such as {shop}")),
-    }
-    Ok([prefix.as_bytes(), b":retention:", before, stream, after].concat())
-}
-
 /// What a record adds to a chunk.
 fn weight(record: &NewRecord) -> usize {
     record.size() + ARGUMENT_BYTES * arguments(record)
+}
+
+/// The size of the largest value in the entry of a record.
+fn largest_value(record: &NewRecord) -> usize {
+    let headers = record.headers.iter();
+    // A header's field is its name with a mark of two bytes.
+    let headers = headers.flat_map(|(name, value)| [name.len() + 2, value.len()]);
+    let key = record.key.as_ref().map_or(0, |key| key.len());
+    headers.fold(key.max(record.payload.len()), usize::max)
 }
 
 /// How many of the records make the next chunk: at least one.
@@ -436,8 +432,11 @@ impl Log for RedisLog {
 
     async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
         let inner = &self.inner;
+        // A new connection asks how large a value may be, and the check needs the answer.
+        inner.link.connection().await?;
         for record in records {
             record.check_size(inner.link.server.options.record_limit)?;
+            inner.link.check_value(largest_value(record))?;
             if record.headers.len() > MAX_HEADERS {
                 let why = format!(
                     "a record has {} headers, and {MAX_HEADERS} are possible",
@@ -496,17 +495,6 @@ impl fmt::Debug for RedisLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_retention_key_is_in_the_slot_of_the_stream() {
-        let key = |stream: &str| retention_key("p", stream.as_bytes()).map(|key| String::from_utf8(key).expect("text"));
-        assert_eq!(key("orders").expect("valid"), "p:retention:{orders}");
-        assert_eq!(key("{shop}:orders").expect("valid"), "p:retention:{shop}:orders");
-        assert_eq!(key("a{b}c{d}").expect("valid"), "p:retention:a{b}c{d}");
-        for odd in ["", "{", "}", "{}", "a{}b", "a}b", "}{", "a}b{c}"] {
-            assert!(key(odd).is_err(), "{odd:?}");
-        }
-    }
 
     #[test]
     fn chunks_are_bounded_by_records_and_bytes() {

@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use essentially_once::Error;
 
-use crate::{Redis, server::Server};
+use crate::{Redis, names::check_prefix, server::Server};
 
 /// How to connect to Redis; see [`Redis::connect`].
 ///
@@ -79,6 +79,9 @@ impl RedisOptions {
 
     /// What the names of this crate's own keys begin with: `<prefix>:{<consumer>}:position` and so on. Two services that share
     /// a server and have consumers of the same name need different ones.
+    ///
+    /// Braces are refused, because they mark what cluster slots are computed from, and so is a segment `retention` after the first
+    /// (`shop:retention`): keys of two prefixes could be equal.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
@@ -140,15 +143,7 @@ impl RedisOptions {
     /// [`Error::InvalidSetting`]; [`Error::Failed`] for a certificate that is not trusted, a refused user or password, or a server older than Redis 7.0;
     /// [`Error::Unavailable`] if the server cannot be reached. No message holds the URL's user or password.
     pub async fn connect(self, url: &str) -> Result<Redis, Error> {
-        if self.prefix.is_empty() || self.prefix.contains(['{', '}']) {
-            return Err(Error::InvalidSetting {
-                setting: "prefix",
-                reason: format!(
-                    "{:?} is empty or holds braces, which mark what cluster slots are computed of",
-                    self.prefix
-                ),
-            });
-        }
+        check_prefix(&self.prefix)?;
         #[cfg(feature = "tls")]
         self.check_certificates()?;
         Server::connect(self, url).await.map(Redis::new)

@@ -1,6 +1,16 @@
 //! Finding the server that holds a key, and connecting to it.
 
-use std::{fmt, net::Ipv6Addr, str::FromStr as _, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt,
+    net::Ipv6Addr,
+    str::FromStr as _,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use essentially_once::Error;
 use redis::{
@@ -9,7 +19,7 @@ use redis::{
 use tokio::sync::Mutex;
 
 use crate::{
-    error::{connect_failed, read_failed, spoils_connection},
+    error::{connect_failed, is_protocol_error, read_failed, spoils_connection},
     options::RedisOptions,
 };
 
@@ -248,7 +258,12 @@ pub(crate) struct Link {
     pub(crate) server: Arc<Server>,
     key: Vec<u8>,
     connection: Mutex<Option<MultiplexedConnection>>,
+    /// The largest value that the server takes; `usize::MAX` while unknown.
+    value_limit: AtomicUsize,
 }
+
+/// What the server needs in its buffer beside a value.
+const BUFFER_MARGIN: usize = 64 * 1024;
 
 impl Link {
     pub(crate) fn new(server: Arc<Server>, key: impl Into<Vec<u8>>) -> Self {
@@ -256,6 +271,7 @@ impl Link {
             server,
             key: key.into(),
             connection: Mutex::new(None),
+            value_limit: AtomicUsize::new(usize::MAX),
         }
     }
 
@@ -266,8 +282,33 @@ impl Link {
             return Ok(connection.clone());
         }
         let connection = self.server.open(&self.key).await?;
+        if let Some(limit) = ask_value_limit(connection.clone()).await {
+            self.value_limit.store(limit, Ordering::Relaxed);
+        }
         *slot = Some(connection.clone());
         Ok(connection)
+    }
+
+    /// Refuses a value that the server does not take. Sent, it would close the connection under every
+    /// other call on it.
+    pub(crate) fn check_value(&self, size: usize) -> Result<(), Error> {
+        let limit = self.value_limit.load(Ordering::Relaxed);
+        match size > limit {
+            true => Err(Error::TooLarge {
+                what: "value (server settings `proto-max-bulk-len`, `client-query-buffer-limit`)",
+                size,
+                limit,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Learns from a refusal of a request whose largest value had this size. A server that tells its
+    /// settings refuses none.
+    pub(crate) fn learn(&self, error: &redis::RedisError, largest: usize) {
+        if is_protocol_error(error) {
+            self.value_limit.fetch_min(largest.saturating_sub(1), Ordering::Relaxed);
+        }
     }
 
     /// Forgets the connection if the error says that it is of no more use. What was asked is never asked again from here.
@@ -276,6 +317,19 @@ impl Link {
             self.connection.lock().await.take();
         }
     }
+}
+
+/// Asks how large a value may be; `None` if the user may not ask.
+async fn ask_value_limit(mut connection: MultiplexedConnection) -> Option<usize> {
+    let mut command = redis::cmd("CONFIG");
+    command
+        .arg("GET")
+        .arg(&["proto-max-bulk-len", "client-query-buffer-limit"]);
+    let settings: HashMap<String, usize> = command.query_async(&mut connection).await.ok()?;
+    let bulk = settings.get("proto-max-bulk-len");
+    let buffer = settings.get("client-query-buffer-limit");
+    let buffer = buffer.map(|bytes| bytes.saturating_sub(BUFFER_MARGIN));
+    bulk.copied().into_iter().chain(buffer).min()
 }
 
 impl fmt::Debug for Link {

@@ -3,14 +3,15 @@
 use essentially_once::{Bounds, Error, LogId, Offset};
 use redis::{Cmd, Value};
 
-use crate::codec::parse_id;
+use crate::{codec::parse_id, names::RetentionKeys};
 
 const STATE: &str = concat!(include_str!("incarnation.lua"), include_str!("state.lua"));
 
 /// Asks for a [`Snapshot`].
-pub(crate) fn ask(stream: &[u8], retention: &[u8]) -> Cmd {
+pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     let mut ask = redis::cmd("EVAL_RO");
-    ask.arg(STATE).arg(2).arg(stream).arg(retention);
+    ask.arg(STATE).arg(2 + usize::from(retention.before.is_some()));
+    ask.arg(stream).arg(&retention.now).arg(&retention.before);
     ask
 }
 

@@ -14,6 +14,7 @@ use crate::{
     commit::stored_log,
     durability::durability,
     error::{read_failed, write_failed},
+    names::Keys,
     native::{Catalog, printable},
     server::{Link, Server},
     tx::RedisTx,
@@ -28,7 +29,7 @@ const READ: &str = "return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL'
 /// [`KeyValue`](essentially_once::KeyValue) state). Clones share a connection for each consumer.
 ///
 /// A user with restricted rights needs these keys and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`; `+config|get` to tell
-/// whether the server is durable; `+wait` and `+info` with [`min_replicas`](crate::RedisOptions::min_replicas); for
+/// whether the server is durable and how large a value may be; `+wait` and `+info` with [`min_replicas`](crate::RedisOptions::min_replicas); for
 /// [native commands](RedisTx::command) the commands and their keys, `+command|info +command|getkeys`, and, for what is to be checked
 /// beforehand, `+mget +hlen +llen +scard +zcard +strlen +xlen`.
 #[derive(Clone)]
@@ -49,36 +50,6 @@ struct Shared {
 struct Consumer {
     link: Arc<Link>,
     keys: Arc<Keys>,
-}
-
-/// The names of a consumer's keys.
-pub(crate) struct Keys {
-    pub(crate) position: String,
-    pub(crate) windows: String,
-    pub(crate) state: String,
-}
-
-impl Keys {
-    fn new(prefix: &str, consumer: &ConsumerId) -> Self {
-        let key = |kind: &str| format!("{prefix}:{{{consumer}}}:{kind}");
-        Self {
-            position: key("position"),
-            windows: key("windows"),
-            state: key("state"),
-        }
-    }
-
-    /// Whether a key belongs to the store of some consumer.
-    pub(crate) fn is_ours(prefix: &str, key: &[u8]) -> bool {
-        let rest = key
-            .strip_prefix(prefix.as_bytes())
-            .and_then(|rest| rest.strip_prefix(b":{"));
-        rest.is_some_and(|rest| {
-            [&b"}:position"[..], b"}:windows", b"}:state"]
-                .iter()
-                .any(|end| rest.ends_with(end))
-        })
-    }
 }
 
 impl RedisStore {

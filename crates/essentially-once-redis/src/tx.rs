@@ -1,6 +1,10 @@
 //! A transaction: staged in memory, and sent when it commits.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -10,9 +14,9 @@ use redis::{Cmd, FromRedisValue, RedisResult, Value};
 use crate::{
     commit::{Commit, State},
     error::read_failed,
+    names::{Keys, Ours},
     native::{Catalog, Command, Staged, arguments, increment, printable, refused},
     server::Link,
-    store::Keys,
 };
 
 /// Redis closes a connection that sends more than a gibibyte at once (`client-query-buffer-limit`).
@@ -31,6 +35,11 @@ const MAX_BYTES: usize = 768 * 1024 * 1024;
 /// the commit returns [`Error::PartiallyApplied`], the position does not move, and the consumer is blocked, also after a restart,
 /// until [`RedisStore::resolve_partial`](crate::RedisStore::resolve_partial) is called. Commands that can fail for what the data
 /// holds go first, or are checked with [`query`](Self::query).
+///
+/// # When a read fails
+/// The transaction can only be rolled back after an error of [`get`](KeyValue::get) or
+/// [`query`](Self::query), or an [`Error::Unavailable`] of [`command`](Self::command). It remembers the
+/// first of them, and the commit fails with it and applies nothing, even if the handler ignored it.
 pub struct RedisTx {
     consumer: ConsumerId,
     link: Arc<Link>,
@@ -44,6 +53,16 @@ pub struct RedisTx {
     last: Option<Arc<Command>>,
     /// Of `state`; that of commands is in `staged`.
     bytes: usize,
+    /// The size of the largest key, value or argument.
+    largest: usize,
+    /// Set through `&self`, because `query` changes nothing else.
+    failure: OnceLock<Failure>,
+}
+
+/// The first read that failed.
+struct Failure {
+    transient: bool,
+    error: String,
 }
 
 impl RedisTx {
@@ -58,6 +77,8 @@ impl RedisTx {
             staged: Staged::default(),
             last: None,
             bytes: 0,
+            largest: 0,
+            failure: OnceLock::new(),
         }
     }
 
@@ -78,10 +99,23 @@ impl RedisTx {
     /// keys can stand anywhere (`SORT`, `ZUNIONSTORE`), which `COMMAND GETKEYS` finds. Dropping the future stages nothing.
     ///
     /// # Errors
-    /// The command is not staged, and the transaction can go on: [`Error::Failed`] for one that does not exist, has too many or too few arguments, does
-    /// not write, may block, is not allowed in a script, writes to no key in particular (`FLUSHALL`), or touches the keys of a store;
-    /// [`Error::TooLarge`] if the transaction grew over 768 MiB; [`Error::Unavailable`].
+    /// The command is not staged. After [`Error::Failed`] and [`Error::TooLarge`] the transaction can go on; after [`Error::Unavailable`] it
+    /// can only be rolled back.
+    ///
+    /// - [`Error::Failed`] for a command that does not exist, has too many or too few arguments, does not write, may block, is not allowed in a
+    ///   script, writes to no key in particular (`FLUSHALL`), or touches the keys of a store or log
+    ///   of this [prefix](crate::RedisOptions::prefix);
+    /// - [`Error::TooLarge`] if the transaction grew over 768 MiB;
+    /// - [`Error::Unavailable`] if the server could not be asked about it.
     pub async fn command(&mut self, command: Cmd) -> Result<(), Error> {
+        match self.stage_command(command).await {
+            // A refused command is not staged and harms nothing. Only a lost answer is transient.
+            Err(error) if error.is_transient() => Err(self.remember(error)),
+            done => done,
+        }
+    }
+
+    async fn stage_command(&mut self, command: Cmd) -> Result<(), Error> {
         let link = &self.link;
         let arguments = arguments(&command);
         let known = match &self.last {
@@ -96,19 +130,21 @@ impl RedisTx {
         }
         for key in &keys {
             self.check_key(known.name(), key)?;
-            if Keys::is_ours(&link.server.options.prefix, key) {
-                let why = format!(
-                    "{:?} belongs to a store: change state with `put` and `delete`",
-                    printable(key)
-                );
-                return Err(refused(link, known.name(), why));
-            }
+            let why = match Ours::parse(&link.server.options.prefix, key) {
+                Some(Ours::Consumer(..)) => "belongs to a store: change state with `put` and `delete`",
+                Some(Ours::Retention(_)) => "says what retention removed from a log, and only a log changes it",
+                None => continue,
+            };
+            return Err(refused(link, known.name(), format!("{:?} {why}", printable(key))));
         }
         let size = arguments.iter().map(|argument| argument.len()).sum();
         self.check_room(size)?;
+        let largest = arguments.iter().map(|argument| argument.len()).max().unwrap_or(0);
+        link.check_value(largest)?;
         if self.staged.note(&known, &keys, &arguments, increment) {
             self.staged.commands.push((command, increment));
         }
+        self.largest = self.largest.max(largest);
         self.last = Some(known);
         Ok(())
     }
@@ -128,8 +164,14 @@ impl RedisTx {
     /// Dropping the future has no effect.
     ///
     /// # Errors
-    /// [`Error::Failed`] for a command that does not only read, that may block, or whose answer is no `T`; [`Error::Unavailable`].
+    /// [`Error::Failed`] for a command that does not only read, that may block, or whose answer is no `T`; [`Error::Unavailable`]. After
+    /// any of them the transaction can only be rolled back.
     pub async fn query<T: FromRedisValue>(&self, command: Cmd) -> Result<T, Error> {
+        let answer = self.run_query(command).await;
+        answer.map_err(|error| self.remember(error))
+    }
+
+    async fn run_query<T: FromRedisValue>(&self, command: Cmd) -> Result<T, Error> {
         let arguments = arguments(&command);
         let known = self.catalog.find(&self.link, &arguments).await?;
         known.check_read(&self.link, &arguments)?;
@@ -152,6 +194,15 @@ impl RedisTx {
     /// the position.
     pub fn hash_tag(&self) -> String {
         format!("{{{}}}", self.consumer)
+    }
+
+    /// Keeps the transaction from committing; the first error is the one that the commit reports.
+    fn remember(&self, error: Error) -> Error {
+        self.failure.get_or_init(|| Failure {
+            transient: error.is_transient(),
+            error: error.to_string(),
+        });
+        error
     }
 
     /// Runs a reading command.
@@ -202,6 +253,9 @@ impl RedisTx {
         self.check_size("value", value.unwrap_or_default())?;
         let size = |value: Option<&[u8]>| key.len() + value.map_or(0, <[u8]>::len);
         self.check_room(size(value))?;
+        let largest = key.len().max(value.map_or(0, <[u8]>::len));
+        self.link.check_value(largest)?;
+        self.largest = self.largest.max(largest);
         let old = match self.state.get_mut(key) {
             Some(staged) => Some(std::mem::replace(staged, value.map(Bytes::copy_from_slice))),
             None => self.state.insert(key.to_vec(), value.map(Bytes::copy_from_slice)),
@@ -211,6 +265,13 @@ impl RedisTx {
             self.bytes -= size(old.as_deref());
         }
         Ok(())
+    }
+
+    fn commit_action(&self) -> String {
+        let consumer = &self.consumer;
+        self.link
+            .server
+            .on(format!("commit a transaction of consumer {consumer}"))
     }
 
     fn action(&self, verb: &str) -> String {
@@ -235,12 +296,20 @@ impl fmt::Debug for RedisTx {
 #[async_trait]
 impl Transaction for RedisTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
+        if let Some(Failure { transient, error }) = self.failure.get() {
+            let why = format!("nothing was applied, because a read in it failed: {error}");
+            return Err(match transient {
+                true => Error::unavailable(self.commit_action(), why),
+                false => Error::failed(self.commit_action(), why),
+            });
+        }
         let Self {
             consumer,
             link,
             keys,
             state,
             staged,
+            largest,
             ..
         } = self;
         Commit {
@@ -249,6 +318,7 @@ impl Transaction for RedisTx {
             keys,
             state,
             staged,
+            largest,
             advance,
         }
         .run()
@@ -269,9 +339,10 @@ impl KeyValue for RedisTx {
         let mut command = redis::cmd("HGET");
         command.arg(&self.keys.state).arg(key);
         let action = || self.action(&format!("get a key of {}", self.keys.state));
-        let value: Option<Vec<u8>> = redis::from_redis_value(self.ask(&command, action).await?)
-            .map_err(|error| Error::failed(action(), error))?;
-        let value = value.map(Bytes::from);
+        let answer = self.ask(&command, action).await;
+        let value: Result<Option<Vec<u8>>, Error> =
+            answer.and_then(|answer| redis::from_redis_value(answer).map_err(|error| Error::failed(action(), error)));
+        let value = value.map_err(|error| self.remember(error))?.map(Bytes::from);
         self.read.insert(key.to_vec(), value.clone());
         Ok(value)
     }

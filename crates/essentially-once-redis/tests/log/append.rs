@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use essentially_once::{Error, Log, NewRecord, Offset};
-use essentially_once_redis::{LogOptions, Redis, RedisOptions};
-use test_servers::{Cut, Proxy};
+use essentially_once_redis::{LogOptions, Redis, RedisLog, RedisOptions};
+use test_servers::{Cut, Proxy, RedisServer, Reply};
 use tokio::sync::watch;
 
 use crate::support::{admin, numbered, orders, payloads, read, server, texts};
@@ -183,4 +183,89 @@ pub(crate) async fn a_thousand_headers_are_taken_and_too_many_refused() {
     let error = log.append(&[with(0), with(3_001)]).await.expect_err("too many");
     assert!(matches!(error, Error::Failed { .. }), "{error}");
     assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(1));
+}
+
+/// A server that takes values of a mebibyte, and a user of it with these rights.
+async fn with_small_values(rights: &[&str]) -> (RedisServer, RedisLog) {
+    let small = RedisServer::durable().with(&[("proto-max-bulk-len", "1mb")]);
+    let server = small.start().expect("a server");
+    let user = ["ACL", "SETUSER", "app", "reset", "on", ">pw", "~*", "&*"];
+    admin(&server, &[&user, rights].concat());
+    let url = format!("redis://app:pw@127.0.0.1:{}", server.port());
+    let redis = Redis::connect(&url).await.expect("connect");
+    let log = redis.log("orders").await.expect("log");
+    (server, log)
+}
+
+const OVER: usize = 1024 * 1024 + 1;
+
+pub(crate) async fn a_value_over_the_servers_limit_is_refused_before_anything_is_sent() {
+    let (server, log) = with_small_values(&["+@all"]).await;
+    let large = [
+        NewRecord::new(vec![0; OVER]),
+        NewRecord::new("x").key(vec![0; OVER]),
+        NewRecord::new("x").header("name", vec![0; OVER]),
+        NewRecord::new("x").header("n".repeat(OVER - 2), ""),
+    ];
+    for large in large {
+        let error = log.append(&[NewRecord::new("small"), large]).await;
+        let error = error.expect_err("too large");
+        assert!(
+            matches!(error, Error::TooLarge { size: OVER, limit, .. } if limit == OVER - 1),
+            "{error}"
+        );
+        assert!(error.to_string().contains("`proto-max-bulk-len`"), "{error}");
+    }
+    assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(0));
+    log.append(&[NewRecord::new(vec![0; OVER - 1])])
+        .await
+        .expect("as large as allowed");
+}
+
+pub(crate) async fn an_append_that_is_too_large_harms_no_other() {
+    let (server, log) = with_small_values(&["+@all"]).await;
+    for _ in 0..20 {
+        let (small, large) = ([NewRecord::new("small")], [NewRecord::new(vec![0; 3 * OVER])]);
+        let (small, large) = tokio::join!(log.append(&small), log.append(&large));
+        small.expect("append");
+        assert!(matches!(large, Err(Error::TooLarge { .. })), "{large:?}");
+    }
+    assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(20));
+}
+
+pub(crate) async fn where_the_limit_is_hidden_no_append_is_misreported() {
+    let (server, log) = with_small_values(&["+@all", "-config"]).await;
+    let mut stored = 0;
+    for round in 0..20 {
+        let (first, second) = ([NewRecord::new("first")], [NewRecord::new("second")]);
+        // Smaller than what the handle has learned to refuse.
+        let large = [NewRecord::new(vec![0; 3 * OVER - round])];
+        let (first, large, second) = tokio::join!(log.append(&first), log.append(&large), log.append(&second));
+        assert!(
+            matches!(large, Err(Error::Failed { .. } | Error::Indeterminate { .. })),
+            "{large:?}"
+        );
+        let (mut sure, mut unsure) = (0, 0);
+        for small in [first, second] {
+            match small {
+                Ok(_) => sure += 1,
+                Err(Error::Indeterminate { .. }) => unsure += 1,
+                Err(error) => panic!("round {round}: {error}"),
+            }
+        }
+        let Reply::Int(length) = admin(&server, &["XLEN", "orders"]) else {
+            panic!("no length")
+        };
+        let new = length - stored;
+        assert!(
+            (sure..=sure + unsure).contains(&new),
+            "round {round}: {new} new, {sure} sure"
+        );
+        stored = length;
+    }
+    let error = log
+        .append(&[NewRecord::new("small"), NewRecord::new(vec![0; 3 * OVER])])
+        .await;
+    assert!(matches!(error, Err(Error::TooLarge { .. })), "{error:?}");
+    assert_eq!(admin(&server, &["XLEN", "orders"]), Reply::Int(stored));
 }

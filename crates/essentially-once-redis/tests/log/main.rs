@@ -38,6 +38,9 @@ fn main() -> ExitCode {
         append::a_cut_connection_leaves_the_outcome_unknown,
         append::missing_replicas_leave_the_outcome_unknown,
         append::a_thousand_headers_are_taken_and_too_many_refused,
+        append::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
+        append::an_append_that_is_too_large_harms_no_other,
+        append::where_the_limit_is_hidden_no_append_is_misreported,
         identity::a_stream_made_anew_is_another_log,
         identity::handles_of_one_stream_agree,
         identity::a_lost_tail_is_out_of_range,
@@ -62,6 +65,8 @@ fn main() -> ExitCode {
         retention::an_emptied_stream,
         retention::a_deleted_middle_is_passed_over,
         retention::a_trim_by_others_before_ours_is_forgotten,
+        retention::a_stream_and_one_of_the_same_name_in_braces_are_apart,
+        retention::the_retention_hash_of_an_earlier_version_is_used,
     };
     suite.run()
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use essentially_once::{Error, Log, Offset, Record};
-use essentially_once_redis::{LogOptions, Retention};
-use test_servers::Reply;
+use essentially_once_redis::{LogOptions, Redis, RedisLog, Retention};
+use test_servers::{RedisServer, Reply};
 
 use crate::support::{
     add_spread, admin, assert_waits, keeping, numbered, orders, payloads, read, read_error, server, soon, take, texts,
@@ -258,4 +258,49 @@ pub(crate) async fn a_trim_by_others_before_ours_is_forgotten() {
         Error::Truncated { .. }
     ));
     assert_eq!(read(&log, all[60].offset, 40).await, all[60..]);
+}
+
+/// A log of the stream with 10 records of which retention keeps 4, and the place behind those removed.
+async fn trimmed(server: &RedisServer, redis: &Redis, name: &str, stream: &str) -> (RedisLog, Offset) {
+    let retention = Retention {
+        records: Some(4),
+        age: None,
+    };
+    let options = LogOptions::new().stream(stream).retention(retention);
+    let log = redis.log_with(name, options).await.expect("log");
+    for n in 0..10 {
+        admin(server, &["XADD", stream, &format!("{}-0", 2 * n + 1), "payload", "x"]);
+    }
+    assert_eq!(log.trim().await.expect("trim"), 6);
+    // Nothing before it is left, so only the retention hash says that nothing after it is gone.
+    (log, Offset::new(11, 1))
+}
+
+pub(crate) async fn a_stream_and_one_of_the_same_name_in_braces_are_apart() {
+    let (server, redis) = server().await;
+    let (plain, from) = trimmed(&server, &redis, "plain", "s").await;
+    let (braces, _) = trimmed(&server, &redis, "braces", "{s}").await;
+    for log in [&plain, &braces] {
+        assert_eq!(read(log, from, 4).await.len(), 4, "{}", log.id());
+    }
+}
+
+pub(crate) async fn the_retention_hash_of_an_earlier_version_is_used() {
+    let (server, redis) = server().await;
+    let (log, from) = trimmed(&server, &redis, "braces", "{s}").await;
+    let (now, before) = ("essentially-once:retention:}{s}", "essentially-once:retention:{s}");
+    admin(&server, &["RENAME", now, before]);
+    assert_eq!(read(&log, from, 4).await.len(), 4);
+    // An instance of the earlier version goes on trimming while this one has trimmed before.
+    admin(&server, &["COPY", before, now]);
+    admin(&server, &["XTRIM", "{s}", "MAXLEN", "3"]);
+    admin(&server, &["HSET", before, "mark", "13-0", "gone", "7"]);
+    assert_eq!(read(&log, Offset::new(13, 1), 3).await.len(), 3);
+    let error = read_error(&log, Offset::new(13, 0)).await;
+    assert!(matches!(error, Error::Truncated { .. }), "{error}");
+    // A hash of the stream `s` says nothing about `{s}`.
+    admin(&server, &["DEL", now]);
+    admin(&server, &["HSET", before, "incarnation", "another"]);
+    let error = read_error(&log, Offset::new(13, 1)).await;
+    assert!(matches!(error, Error::Truncated { .. }), "{error}");
 }

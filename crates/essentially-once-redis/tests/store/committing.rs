@@ -268,7 +268,12 @@ pub(crate) async fn consumers_and_prefixes_are_apart() -> Outcome {
     let mut tx = stage.begin().await?;
     tx.put(b"a", b"1").await?;
     tx.commit(advance(0, 1)).await?;
-    for (store, consumer) in [(&stage.store, "d"), (&stage.store, "c:d"), (&other_prefix, "c")] {
+    for (store, consumer) in [
+        (&stage.store, "d"),
+        (&stage.store, "C"),
+        (&stage.store, "c:d"),
+        (&other_prefix, "c"),
+    ] {
         let consumer = ConsumerId::new(consumer)?;
         assert_eq!(store.position(&consumer).await?, None);
         assert_eq!(store.begin(&consumer).await?.get(b"a").await?, None);

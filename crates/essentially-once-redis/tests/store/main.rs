@@ -3,6 +3,7 @@
 mod committing;
 mod native;
 mod partial;
+mod reads;
 mod setup;
 mod support;
 mod trouble;
@@ -56,12 +57,17 @@ fn main() -> ExitCode {
         partial::keys_of_stores_are_refused,
         partial::subcommands_are_known,
         partial::queries_read_now,
+        reads::a_careless_handler_counts_every_record,
+        reads::after_a_read_without_an_answer_nothing_is_committed,
+        reads::after_a_refused_read_nothing_is_committed,
+        reads::after_a_refused_command_the_rest_is_committed,
         trouble::a_full_server_applies_nothing,
         trouble::a_request_that_is_lost_did_nothing,
         trouble::a_reply_that_is_lost_is_found_out,
         trouble::a_late_commit_is_fenced,
         trouble::what_was_acknowledged_survives_kills,
         trouble::a_forgotten_script_is_sent_again,
+        trouble::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
         setup::settings_that_lose_data_are_named,
         setup::a_server_that_hides_its_settings_is_unknown,
         setup::missing_permissions_are_named,
@@ -70,6 +76,7 @@ fn main() -> ExitCode {
         setup::large_transactions_are_taken,
         setup::resp3_is_spoken,
         setup::passwords_are_never_shown,
+        setup::prefixes_with_which_names_could_meet_are_refused,
     ];
     let missing = redis_server().err();
     let mut suite = Suite::new();

@@ -163,6 +163,14 @@ pub(crate) async fn keys_of_stores_are_refused() -> Outcome {
             }
         }
     }
+    for stream in ["{orders}", "{shop}:orders", "}{shop}"] {
+        assert_error!(
+            tx.command(command(&format!("DEL essentially-once:retention:{stream}")))
+                .await,
+            Error::Failed { .. },
+            "only a log changes it"
+        );
+    }
     tx.command(command("SET essentially-once:{c}:mine 1")).await?;
     Ok(())
 }

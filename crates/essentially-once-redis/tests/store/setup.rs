@@ -286,3 +286,16 @@ pub(crate) async fn passwords_are_never_shown() -> Outcome {
     }
     Ok(())
 }
+
+pub(crate) async fn prefixes_with_which_names_could_meet_are_refused() -> Outcome {
+    let stage = Stage::start().await?;
+    for prefix in ["", "{shop}", "shop:retention"] {
+        let connected = RedisOptions::new().prefix(prefix).connect(&stage.server.url()).await;
+        assert_error!(
+            connected.map(drop),
+            Error::InvalidSetting { setting: "prefix", .. },
+            prefix
+        );
+    }
+    Ok(())
+}

@@ -152,3 +152,32 @@ pub(crate) async fn a_forgotten_script_is_sent_again() -> Outcome {
     assert_eq!(stage.ask("GET count")?, "4");
     Ok(())
 }
+
+pub(crate) async fn a_value_over_the_servers_limit_is_refused_before_anything_is_sent() -> Outcome {
+    const OVER: usize = 1024 * 1024 + 1;
+    let stage = Stage::start().await?;
+    stage.ask("CONFIG SET proto-max-bulk-len 1mb")?;
+    // Staged before there is a connection, it is refused by the commit.
+    let mut tx = stage.begin().await?;
+    tx.put(b"small", b"1").await?;
+    tx.put(b"large", &vec![0; OVER]).await?;
+    assert_error!(
+        tx.commit(advance(0, 1)).await,
+        Error::TooLarge { size: OVER, .. },
+        "proto-max-bulk-len"
+    );
+    assert_eq!(stage.ask("DBSIZE")?, "0");
+    let mut tx = stage.begin().await?;
+    assert_error!(
+        tx.put(b"large", &vec![0; OVER]).await,
+        Error::TooLarge { size: OVER, .. },
+    );
+    assert_error!(tx.put(&vec![0; OVER], b"").await, Error::TooLarge { size: OVER, .. },);
+    let mut set = command("SET x");
+    set.arg(vec![0_u8; OVER]);
+    assert_error!(tx.command(set).await, Error::TooLarge { size: OVER, .. },);
+    tx.put(b"fits", &vec![0; OVER - 1]).await?;
+    tx.commit(advance(0, 1)).await?;
+    assert_eq!(stage.revision().await?, 1);
+    Ok(())
+}

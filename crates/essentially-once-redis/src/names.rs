@@ -1,0 +1,328 @@
+//! The names of our keys, and what a key of ours is for.
+//!
+//! Every name is of one prefix, one kind and one owner, and can be parsed back:
+//!
+//! | key | what it is |
+//! |---|---|
+//! | `<prefix>:{<consumer>}:position`, `:windows`, `:state` | a consumer's hashes |
+//! | `<prefix>:retention:{<stream>}` | retention of a stream whose key has no braces |
+//! | `<prefix>:retention:<stream>` | retention of a stream whose key has braces |
+//! | `<prefix>:retention:}{<tag>}` | retention of the stream `{<tag>}`, whose key is all hash tag |
+//!
+//! A prefix has no braces, so the text before the first brace ends the prefix of a consumer's key, and
+//! `{<consumer>}` is what cluster slots are computed from. A prefix has no segment `retention` after its
+//! first, so the first `:retention:` ends the prefix of a retention key. No stream key begins with `}`.
+
+use std::fmt;
+
+use essentially_once::{ConsumerId, Error};
+
+const RETENTION: &str = "retention";
+
+/// Refuses a prefix with which two keys could have one name.
+pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
+    let invalid = |reason: String| {
+        Err(Error::InvalidSetting {
+            setting: "prefix",
+            reason: format!("{prefix:?} {reason}"),
+        })
+    };
+    if prefix.is_empty() {
+        return invalid("is empty".into());
+    }
+    if prefix.contains(['{', '}']) {
+        return invalid("holds braces, which mark what cluster slots are computed from".into());
+    }
+    if prefix.split(':').skip(1).any(|segment| segment == RETENTION) {
+        return invalid(format!(
+            "has a segment `{RETENTION}`, so that its keys could be those of another prefix: choose another, and \
+             rename the keys that exist ({prefix}:{{<consumer>}}:position, :windows and :state)"
+        ));
+    }
+    Ok(())
+}
+
+/// The names of a consumer's keys.
+pub(crate) struct Keys {
+    pub(crate) position: String,
+    pub(crate) windows: String,
+    pub(crate) state: String,
+}
+
+impl Keys {
+    pub(crate) fn new(prefix: &str, consumer: &ConsumerId) -> Self {
+        let key = |kind: Kind| format!("{prefix}:{{{consumer}}}:{kind}");
+        Self {
+            position: key(Kind::Position),
+            windows: key(Kind::Windows),
+            state: key(Kind::State),
+        }
+    }
+}
+
+/// The hashes in which our retention says what it removed from a stream.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct RetentionKeys {
+    pub(crate) now: Vec<u8>,
+    /// The name that earlier versions used, where it is another. They shared it between the streams `s`
+    /// and `{s}`; the incarnation in it says whose it is.
+    pub(crate) before: Option<Vec<u8>>,
+}
+
+impl RetentionKeys {
+    /// Keys in the same cluster slot as the stream.
+    pub(crate) fn new(prefix: &str, stream: &[u8]) -> Result<Self, Error> {
+        let invalid = |reason: &str| Error::InvalidSetting {
+            setting: "stream",
+            reason: format!("{:?} {reason}", String::from_utf8_lossy(stream)),
+        };
+        let open = stream.iter().position(|byte| *byte == b'{');
+        let close = stream.iter().position(|byte| *byte == b'}');
+        let has_tag = match (open, close) {
+            _ if stream.is_empty() => return Err(invalid("is empty")),
+            (None, None) => false,
+            (Some(open), Some(close)) if open + 1 < close => true,
+            _ => return Err(invalid("has braces that are no hash tag, such as {shop}")),
+        };
+        let key = |before: &[u8], after: &[u8]| [prefix.as_bytes(), b":retention:", before, stream, after].concat();
+        Ok(match has_tag {
+            false => Self {
+                now: key(b"{", b"}"),
+                before: None,
+            },
+            true if tag_of(stream).is_some() => Self {
+                now: key(b"}", b""),
+                before: Some(key(b"", b"")),
+            },
+            true => Self {
+                now: key(b"", b""),
+                before: None,
+            },
+        })
+    }
+}
+
+/// A key of this prefix.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Ours {
+    Consumer(ConsumerId, Kind),
+    /// With the key of the stream.
+    Retention(Vec<u8>),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Kind {
+    Position,
+    Windows,
+    State,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Position, Self::Windows, Self::State];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Position => "position",
+            Self::Windows => "windows",
+            Self::State => "state",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Ours {
+    /// What a key is for; `None` for a key that is not of this prefix.
+    pub(crate) fn parse(prefix: &str, key: &[u8]) -> Option<Self> {
+        let rest = key.strip_prefix(prefix.as_bytes())?.strip_prefix(b":")?;
+        match rest.strip_prefix(b"retention:") {
+            Some(rest) => stream_of(rest).map(|stream| Self::Retention(stream.to_vec())),
+            None => Self::parse_consumer(str::from_utf8(rest).ok()?),
+        }
+    }
+
+    fn parse_consumer(rest: &str) -> Option<Self> {
+        let (consumer, kind) = rest.strip_prefix('{')?.split_once("}:")?;
+        let kind = Kind::ALL.into_iter().find(|known| known.name() == kind)?;
+        Some(Self::Consumer(ConsumerId::new(consumer).ok()?, kind))
+    }
+}
+
+/// The stream of a retention key, given what follows `retention:`.
+fn stream_of(rest: &[u8]) -> Option<&[u8]> {
+    match rest {
+        [] => None,
+        [b'}', stream @ ..] => tag_of(stream).map(|_| stream),
+        _ => Some(tag_of(rest).unwrap_or(rest)),
+    }
+}
+
+/// `s` of `{s}`.
+fn tag_of(stream: &[u8]) -> Option<&[u8]> {
+    let tag = stream.strip_prefix(b"{")?.strip_suffix(b"}")?;
+    let plain = !tag.is_empty() && !tag.contains(&b'{') && !tag.contains(&b'}');
+    plain.then_some(tag)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::{collection::vec, prelude::*, sample::select};
+
+    use super::*;
+
+    #[test]
+    fn names_of_ordinary_settings_are_those_of_the_first_version() {
+        let keys = Keys::new("essentially-once", &ConsumerId::new("billing").expect("a name"));
+        assert_eq!(keys.position, "essentially-once:{billing}:position");
+        assert_eq!(keys.windows, "essentially-once:{billing}:windows");
+        assert_eq!(keys.state, "essentially-once:{billing}:state");
+        for (stream, now, before) in [
+            ("orders", "p:retention:{orders}", None),
+            ("{shop}:orders", "p:retention:{shop}:orders", None),
+            ("a{b}c{d}", "p:retention:a{b}c{d}", None),
+            ("{a}{b}", "p:retention:{a}{b}", None),
+            ("{shop}", "p:retention:}{shop}", Some("p:retention:{shop}")),
+        ] {
+            let keys = RetentionKeys::new("p", stream.as_bytes()).expect("valid");
+            assert_eq!(keys.now, now.as_bytes(), "{stream}");
+            assert_eq!(keys.before.as_deref(), before.map(str::as_bytes), "{stream}");
+        }
+    }
+
+    #[test]
+    fn streams_whose_braces_are_no_hash_tag_are_refused() {
+        for odd in ["", "{", "}", "{}", "a{}b", "a}b", "}{", "a}b{c}", "}{c}"] {
+            assert!(RetentionKeys::new("p", odd.as_bytes()).is_err(), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn prefixes_with_which_names_could_meet_are_refused() {
+        for (prefix, reason) in [
+            ("", "empty"),
+            ("{shop}", "braces"),
+            ("shop}", "braces"),
+            (
+                "shop:retention",
+                "rename the keys that exist (shop:retention:{<consumer>}:position",
+            ),
+            ("shop:retention:eu", "segment `retention`"),
+        ] {
+            let error = check_prefix(prefix).expect_err(prefix).to_string();
+            assert!(error.contains(reason), "{prefix:?}: {error}");
+        }
+        for prefix in ["shop", "retention", "shop:retention-2", "shop:eu", "shop:", "Läden"] {
+            check_prefix(prefix).expect(prefix);
+        }
+    }
+
+    fn text(pieces: &'static [&'static str], most: usize) -> impl Strategy<Value = String> {
+        vec(select(pieces), 1..=most).prop_map(|pieces| pieces.concat())
+    }
+
+    fn prefix() -> impl Strategy<Value = String> {
+        let pieces = &["a", "A", ":", "retention", ":retention"];
+        text(pieces, 3).prop_filter("refused", |prefix| check_prefix(prefix).is_ok())
+    }
+
+    fn consumer() -> impl Strategy<Value = ConsumerId> {
+        let pieces = &["a", "A", ":position", ":retention:"];
+        text(pieces, 2).prop_filter_map("refused", |name| ConsumerId::new(name).ok())
+    }
+
+    fn stream() -> impl Strategy<Value = Vec<u8>> {
+        let pieces = &[
+            "a",
+            "b",
+            "{",
+            "}",
+            "{a}",
+            ":",
+            ":position",
+            "}:state",
+            "retention:",
+            "\u{fc}",
+        ];
+        let streams = (text(pieces, 5), any::<bool>()).prop_map(|(text, is_text)| match is_text {
+            true => text.into_bytes(),
+            false => [text.as_bytes(), &[0xff]].concat(),
+        });
+        streams.prop_filter("refused", |stream| RetentionKeys::new("p", stream).is_ok())
+    }
+
+    fn named(prefix: &str, consumers: &[ConsumerId], streams: &[Vec<u8>]) -> Vec<(Vec<u8>, Ours)> {
+        let hashes = consumers.iter().flat_map(|consumer| {
+            let keys = Keys::new(prefix, consumer);
+            let of = |kind| Ours::Consumer(consumer.clone(), kind);
+            [
+                (keys.position.into_bytes(), of(Kind::Position)),
+                (keys.windows.into_bytes(), of(Kind::Windows)),
+                (keys.state.into_bytes(), of(Kind::State)),
+            ]
+        });
+        let retention = streams.iter().map(|stream| {
+            let keys = RetentionKeys::new(prefix, stream).expect("a stream");
+            (keys.now, Ours::Retention(stream.clone()))
+        });
+        hashes.chain(retention).collect()
+    }
+
+    /// As Redis Cluster computes it.
+    fn hash_tag(key: &[u8]) -> &[u8] {
+        let Some(open) = key.iter().position(|byte| *byte == b'{') else {
+            return key;
+        };
+        let rest = &key[open + 1..];
+        match rest.iter().position(|byte| *byte == b'}') {
+            None | Some(0) => key,
+            Some(close) => &rest[..close],
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_key_has_one_meaning(
+            prefixes in vec(prefix(), 1..20),
+            consumers in vec(consumer(), 1..20),
+            streams in vec(stream(), 1..40),
+        ) {
+            let mut meaning = HashMap::new();
+            for prefix in &prefixes {
+                for (key, ours) in named(prefix, &consumers, &streams) {
+                    let shown = String::from_utf8_lossy(&key).into_owned();
+                    prop_assert_eq!(Ours::parse(prefix, &key), Some(ours.clone()), "{}", shown);
+                    let tag = match &ours {
+                        Ours::Consumer(consumer, _) => consumer.as_str().as_bytes(),
+                        Ours::Retention(stream) => hash_tag(stream),
+                    };
+                    prop_assert_eq!(hash_tag(&key), tag, "{}", shown);
+                    let this = (prefix.clone(), ours);
+                    let first = meaning.entry(key).or_insert_with(|| this.clone());
+                    prop_assert_eq!(&*first, &this, "{}", shown);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_keys_are_not_ours() {
+        for key in [
+            "p:{c}:mine",
+            "p:{}:state",
+            "p:{c}:state:x",
+            "q:{c}:state",
+            "p:x:{c}:state",
+            "p:retention",
+            "p:retention:",
+            "{c}:state",
+        ] {
+            assert_eq!(Ours::parse("p", key.as_bytes()), None, "{key}");
+        }
+    }
+}
