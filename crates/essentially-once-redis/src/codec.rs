@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{NewRecord, Offset, Origin, ProducerId, Record};
+use essentially_once::{Error, NewRecord, Numbering, Offset, Origin, Record};
 use redis::Value;
 
 const MARK: &[u8] = b"essentially-once";
@@ -40,7 +40,7 @@ pub(crate) fn encode(record: &NewRecord, mut put: impl FnMut(&[u8])) {
     }
     if let Some(origin) = &record.origin {
         put(PRODUCER);
-        put(origin.producer.as_str().as_bytes());
+        put(origin.numbering.to_string().as_bytes());
         put(SEQUENCE);
         put(origin.sequence.to_string().as_bytes());
     }
@@ -57,8 +57,8 @@ pub(crate) struct Decoder {
     /// Where other people's entries have their payload and key.
     payload_field: Vec<u8>,
     key_field: Vec<u8>,
-    /// The last producer seen: many records in a row are of one.
-    producer: Option<ProducerId>,
+    /// The last producer seen, and what it means: many records in a row are of one.
+    producer: Option<(Box<[u8]>, Numbering)>,
 }
 
 impl Decoder {
@@ -151,21 +151,17 @@ impl Decoder {
             .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
             .and_then(|digits| digits.parse().ok())
             .ok_or_else(|| format!("sequence {} is not a number of 64 bits", shown(sequence)))?;
-        if let Some(last) = &self.producer
-            && last.as_str().as_bytes() == producer
-        {
-            return Ok(Origin {
-                producer: last.clone(),
-                sequence: number,
-            });
-        }
-        let name = str::from_utf8(producer).map_err(|_| format!("producer {} is not UTF-8", shown(producer)))?;
-        let producer = ProducerId::new(name).map_err(|error| error.to_string())?;
-        self.producer = Some(producer.clone());
-        Ok(Origin {
-            producer,
-            sequence: number,
-        })
+        let numbering = match &self.producer {
+            Some((last, numbering)) if **last == *producer => numbering.clone(),
+            _ => {
+                let name =
+                    str::from_utf8(producer).map_err(|_| format!("producer {} is not UTF-8", shown(producer)))?;
+                let numbering: Numbering = name.parse().map_err(|error: Error| error.to_string())?;
+                self.producer = Some((producer.into(), numbering.clone()));
+                numbering
+            }
+        };
+        Ok(Origin::new(numbering.producer().clone(), numbering.epoch(), number))
     }
 
     fn foreign(&self, offset: Offset, time: SystemTime, fields: &mut [Value]) -> Result<Record, String> {
@@ -235,6 +231,7 @@ fn shown(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use essentially_once::{Epoch, ProducerId};
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
@@ -260,7 +257,8 @@ mod tests {
 
     fn any_record() -> impl Strategy<Value = NewRecord> {
         let bytes = || vec(any::<u8>(), 0..20);
-        let producer = option::of(("[a-z0-9][a-zA-Z0-9._:/@+=-]{0,20}", any::<u64>()));
+        let epoch = prop_oneof![Just(0), any::<u64>()];
+        let producer = option::of(("[a-z0-9][a-zA-Z0-9._:/@+=-]{0,20}", epoch, any::<u64>()));
         (
             option::of(bytes()),
             vec((any::<String>(), bytes()), 0..4),
@@ -271,9 +269,9 @@ mod tests {
                 let mut record = NewRecord::new(payload);
                 record.key = key.map(Bytes::from);
                 record.headers = headers.into_iter().map(|(name, value)| (name, value.into())).collect();
-                record.origin = origin.map(|(producer, sequence)| Origin {
-                    producer: ProducerId::new(producer).expect("a valid name"),
-                    sequence,
+                record.origin = origin.map(|(producer, epoch, sequence)| {
+                    let producer = ProducerId::new(producer).expect("a valid name");
+                    Origin::new(producer, Epoch::new(epoch), sequence)
                 });
                 record
             })

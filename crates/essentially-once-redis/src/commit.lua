@@ -3,7 +3,8 @@
 --
 -- KEYS  position, windows, state, and each key that a native command names
 -- ARGV  1 expected revision  2 next revision  3 log  4 incarnation or ''  5 offset
---       6..12 the last index of each list; the lists follow from 13 on:
+--       6 owner or ''  7 passed record or ''  8 the revision after a commit that was applied in part
+--       9..15 the last index of each list; the lists follow from 16 on:
 --         puts (key, value)  deletes (key)  windows (producer, window)  forgotten (producer)
 --         types (command that works on this type only, key)
 --         numbers (length, command that reads them, its arguments)
@@ -12,8 +13,8 @@
 
 local call, type, unpack, tonumber = redis.pcall, type, unpack, tonumber
 local ARGV, POSITION, WINDOWS, STATE = ARGV, KEYS[1], KEYS[2], KEYS[3]
-local puts, deletes, windows, forgotten = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local types, numbers, permissions = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local puts, deletes, windows, forgotten = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local types, numbers, permissions = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
 
 -- Checks -------------------------------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ local function failed(command, key, why)
   local text = done .. ' commands were applied, then ' .. what .. ' failed (' .. why:sub(1, 300) .. ')'
   call('HSET', POSITION, 'partial', text)
   if revision then
-    call('HSET', POSITION, 'revision', ARGV[2])
+    call('HSET', POSITION, 'revision', ARGV[8])
   end
   return {'partial', text}
 end
@@ -112,7 +113,7 @@ while at <= #ARGV do
   end
 end
 
-if forgotten > 12 then
+if forgotten > 15 then
   -- In pieces, since Lua passes 8,000 arguments at most.
   local function write(command, key, first, last)
     for from = first, last, 6000 do
@@ -124,7 +125,7 @@ if forgotten > 12 then
     end
   end
 
-  local failure = write('HSET', STATE, 13, puts)
+  local failure = write('HSET', STATE, 16, puts)
     or write('HDEL', STATE, puts + 1, deletes)
     or write('HSET', WINDOWS, deletes + 1, windows)
     or write('HDEL', WINDOWS, windows + 1, forgotten)
@@ -135,11 +136,13 @@ end
 
 local reply
 if log and (incarnation or ARGV[4] == '') then
-  reply = call('HSET', POSITION, 'next', ARGV[5], 'revision', ARGV[2])
+  reply = call('HSET', POSITION, 'next', ARGV[5], 'revision', ARGV[2], 'owner', ARGV[6], 'passed', ARGV[7])
 elseif ARGV[4] == '' then
-  reply = call('HSET', POSITION, 'next', ARGV[5], 'revision', ARGV[2], 'log', ARGV[3])
+  reply = call('HSET', POSITION, 'next', ARGV[5], 'revision', ARGV[2], 'owner', ARGV[6], 'passed', ARGV[7],
+    'log', ARGV[3])
 else
-  reply = call('HSET', POSITION, 'next', ARGV[5], 'revision', ARGV[2], 'log', ARGV[3], 'incarnation', ARGV[4])
+  reply = call('HSET', POSITION, 'next', ARGV[5], 'revision', ARGV[2], 'owner', ARGV[6], 'passed', ARGV[7],
+    'log', ARGV[3], 'incarnation', ARGV[4])
 end
 if type(reply) == 'table' then
   return failed('HSET', POSITION, reply.err)

@@ -22,7 +22,7 @@ const SOURCE: &str = include_str!("commit.lua");
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(SOURCE));
 
 /// Fixed arguments before the lists.
-const HEADER: usize = 12;
+const HEADER: usize = 15;
 /// How many counters one command reads.
 const COUNTERS: usize = 1_000;
 
@@ -136,12 +136,17 @@ impl Commit {
             command.arg(&key[..]);
         }
         command
-            .arg(advance.expected_revision)
-            .arg(advance.expected_revision.wrapping_add(1));
+            .arg(advance.expected.to_string())
+            .arg(advance.revision.to_string());
         command
             .arg(advance.log.name())
             .arg(advance.log.incarnation().unwrap_or(""));
         command.arg(advance.next.to_string());
+        command.arg(advance.owner.map_or_else(String::new, |owner| owner.to_string()));
+        let passed = advance.passed.map(|passed| passed.encode());
+        command.arg(passed.as_ref().map_or(&[][..], |bytes| &bytes[..]));
+        // A new epoch, so that nothing that is still under way applies behind a commit that was applied in part.
+        command.arg(advance.revision.next_epoch().to_string());
         for end in ends {
             command.arg(end);
         }
@@ -153,11 +158,11 @@ impl Commit {
         for (key, _) in state.iter().filter(|(_, value)| value.is_none()) {
             command.arg(&key[..]);
         }
-        for (producer, window) in windows {
-            command.arg(producer.as_str()).arg(&window.encode()[..]);
+        for (numbering, window) in windows {
+            command.arg(numbering.to_string()).arg(&window.encode()[..]);
         }
-        for producer in forgotten {
-            command.arg(producer.as_str());
+        for numbering in forgotten {
+            command.arg(numbering.to_string());
         }
         for (probe, key) in types {
             command.arg(probe).arg(key);
@@ -231,7 +236,7 @@ impl Commit {
         Err(match text(0).as_str() {
             "fenced" => Error::Fenced {
                 consumer: self.consumer.clone(),
-                expected: self.advance.expected_revision,
+                expected: self.advance.expected,
             },
             "log" => Error::WrongLog {
                 consumer: self.consumer.clone(),

@@ -140,7 +140,7 @@ impl Default for LogOptions {
 /// |---|---|
 /// | `essentially-once` | `1`, the version of this format; must be the first field |
 /// | `key` | what the record is about; optional |
-/// | `producer`, `sequence` | the record's [`Origin`](essentially_once::Origin): a name, and a decimal number below 2^64; both or neither |
+/// | `producer`, `sequence` | the record's [`Origin`](essentially_once::Origin): a name, with `#` and the epoch behind it unless that is the stable one (`web#17`), and a decimal number below 2^64; both or neither |
 /// | `h:<name>` | a header; any number, in this order; the name is UTF-8 |
 /// | `payload` | the message; required |
 ///

@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{ConsumerId, Durability, Error, OffsetStore, Position, ProducerId, Window};
+use essentially_once::{ConsumerId, Durability, Error, OffsetStore, Passed, Position, Window};
 use redis::RedisResult;
 
 use crate::{
@@ -178,18 +178,17 @@ fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once:
     };
     let needed =
         |name: &str| field(name)?.ok_or_else(|| essentially_once::Source::from(format!("field {name:?} is missing")));
-    let windows = windows.iter().map(|(producer, window)| {
-        Ok((
-            ProducerId::new(std::str::from_utf8(producer)?)?,
-            Window::decode(window)?,
-        ))
-    });
-    Ok(Position {
-        log: stored_log(needed("log")?, field("incarnation")?.unwrap_or_default())?,
-        next: needed("next")?.parse()?,
-        revision: needed("revision")?.parse()?,
-        windows: windows.collect::<Result<_, essentially_once::Source>>()?,
-    })
+    let log = stored_log(needed("log")?, field("incarnation")?.unwrap_or_default())?;
+    let mut decoded = Position::new(log, needed("next")?.parse()?, needed("revision")?.parse()?);
+    let owner = field("owner")?.filter(|owner| !owner.is_empty());
+    decoded.owner = owner.map(str::parse).transpose()?;
+    let passed = position.get(&b"passed"[..]).filter(|passed| !passed.is_empty());
+    decoded.passed = passed.and_then(|passed| Passed::decode(passed));
+    for (numbering, window) in windows {
+        let numbering = std::str::from_utf8(numbering)?.parse()?;
+        decoded.windows.push((numbering, Window::decode(window)?));
+    }
+    Ok(decoded)
 }
 
 /// The error that blocks a consumer until someone has repaired the data.

@@ -6,7 +6,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use essentially_once::{
     Advance, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log, Offset, OffsetStore as _, Record,
-    Report, Source, Transaction as _, async_trait,
+    Report, Revision, Source, Transaction as _, async_trait,
 };
 use essentially_once_redis::{Redis, RedisLog, RedisOptions, RedisStore, RedisTx};
 use essentially_once_testkit::{Ledger, read_log};
@@ -70,7 +70,12 @@ impl Stage {
     }
 
     /// Runs a consumer through the proxy, judges what it did, and returns its report and revision.
-    async fn consume(&self, log: RedisLog, consumer: &ConsumerId, max_batch: usize) -> Result<(Report, u64), Source> {
+    async fn consume(
+        &self,
+        log: RedisLog,
+        consumer: &ConsumerId,
+        max_batch: usize,
+    ) -> Result<(Report, Revision), Source> {
         let store = self.through.store();
         let (reading, _) = insist(|| self.through.log(log.id().name())).await?;
         let report = Consumer::essentially_once(consumer.clone(), reading, store, Ledger)
@@ -81,7 +86,7 @@ impl Stage {
         let store = self.around.store();
         judge(&log, &store, consumer, MESSAGES).await?;
         let position = store.position(consumer).await?;
-        Ok((report, position.map_or(0, |position| position.revision)))
+        Ok((report, position.ok_or("there is no position")?.revision))
     }
 }
 
@@ -104,22 +109,25 @@ async fn commits_whose_reply_is_lost_in_batches_of_5() -> Outcome {
 /// One run for each commit, until a run has fewer commits.
 async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
     let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
-    for revision in 0.. {
-        let name = format!("{revision}-{max_batch}");
+    for nth in 0.. {
+        let name = format!("{nth}-{max_batch}");
         let log = stage.log(&name).await?;
-        stage.proxy.cut_at(&commit_request(revision, &name), cut);
+        stage.proxy.cut_at(&commit_request(nth, &name), cut);
         let consumed = stage.consume(log, &ConsumerId::new(&name)?, max_batch).await;
-        let (report, commits) = consumed.map_err(|error| format!("{cut:?}, commit {revision}: {error}"))?;
-        if commits <= revision {
-            ensure!(
-                revision > MESSAGES / max_batch as u64,
-                "there were {revision} commits only"
-            );
+        let (report, last) = consumed.map_err(|error| format!("{cut:?}, commit {nth}: {error}"))?;
+        // The session after the cut opened an epoch, unless nothing was committed before, or nothing was left to commit.
+        let commits = match (last.epoch(), cut) {
+            (1, _) => last.count(),
+            (_, Cut::BeforeRequest) => nth + last.count(),
+            (_, Cut::BeforeReply) => nth + 1 + last.count(),
+        };
+        if commits <= nth {
+            ensure!(nth > MESSAGES / max_batch as u64, "there were {nth} commits only");
             return Ok(());
         }
         ensure!(
-            stage.proxy.wait_fired(revision as usize + 1, LIMIT),
-            "commit {revision} of {commits} was not cut"
+            stage.proxy.wait_fired(nth as usize + 1, LIMIT),
+            "commit {nth} of {commits} was not cut"
         );
         // A commit whose reply was lost counts in the store alone. One that an adapter sent again would be fenced by the first.
         let known = match cut {
@@ -128,15 +136,23 @@ async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
         };
         ensure!(
             (report.commits, report.restarts, report.fenced) == (known, 1, 0),
-            "{cut:?}, commit {revision} of {commits}: {report}"
+            "{cut:?}, commit {nth} of {commits}: {report}"
         );
     }
     Ok(())
 }
 
 /// What only the commit upon that revision sends: expected and next revision, and the log.
-fn commit_request(revision: u64, log: &str) -> Vec<u8> {
-    let arguments = [revision.to_string(), (revision + 1).to_string(), log.to_owned()];
+fn commit_request(nth: u64, log: &str) -> Vec<u8> {
+    let expected = match nth {
+        0 => Revision::NONE,
+        count => Revision::new(1, count),
+    };
+    let arguments = [
+        expected.to_string(),
+        Revision::new(1, nth + 1).to_string(),
+        log.to_owned(),
+    ];
     arguments.iter().flat_map(|argument| bulk(argument)).collect()
 }
 
@@ -223,15 +239,8 @@ async fn a_commit_held_back_is_in_doubt_and_fences_when_it_arrives() -> Outcome 
         let mut tx = store.begin(&id).await?;
         tx.put(b"key", value).await?;
         let (log, next) = (log.id().clone(), Offset::from(1));
-        let (windows, forgotten) = Default::default();
-        tx.commit(Advance {
-            log,
-            next,
-            expected_revision: 0,
-            windows,
-            forgotten,
-        })
-        .await
+        let first = Revision::NONE.next_epoch();
+        tx.commit(Advance::new(log, next, Revision::NONE, first)).await
     };
     let store = stage.through.store();
     insist(|| store.position(&id)).await?;

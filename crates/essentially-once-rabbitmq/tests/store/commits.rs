@@ -1,6 +1,8 @@
 //! Commits where nothing fails, and who wins.
 
-use essentially_once::{Advance, Error, KeyValue as _, OffsetStore as _, ProducerId, Transaction as _, Window};
+use essentially_once::{
+    Advance, Error, KeyValue as _, Numbering, OffsetStore as _, Revision, Transaction as _, Window,
+};
 use essentially_once_testkit::Violation;
 
 use crate::{
@@ -22,7 +24,7 @@ async fn round_trip() -> Result<(), Violation> {
     let place = Place::new();
     let store = place.store().await?;
     assert_eq!(store.position(&shipping()).await?, None);
-    let (a, b) = (ProducerId::new("a")?, ProducerId::new("b")?);
+    let (a, b): (Numbering, Numbering) = ("a".parse()?, "a#7".parse()?);
     let mut tx = store.begin(&shipping()).await?;
     for (key, value) in [
         (&b"k"[..], &b"1"[..]),
@@ -34,26 +36,21 @@ async fn round_trip() -> Result<(), Violation> {
         assert_eq!(tx.get(key).await?.as_deref(), Some(value));
     }
     let windows = vec![(a.clone(), Window::new(7)), (b.clone(), Window::new(8))];
-    tx.commit(Advance {
-        windows,
-        ..advance(7, 0)
-    })
-    .await?;
+    let mut first = advance(7, 0);
+    first.windows = windows;
+    tx.commit(first).await?;
     let mut tx = store.begin(&shipping()).await?;
     tx.delete(b"gone").await?;
     assert_eq!(tx.get(b"gone").await?, None);
     let changed = (b, Window::new(9));
-    tx.commit(Advance {
-        windows: vec![changed.clone()],
-        forgotten: vec![a],
-        ..advance(9, 1)
-    })
-    .await?;
+    let mut second = advance(9, 1);
+    (second.windows, second.forgotten) = (vec![changed.clone()], vec![a]);
+    tx.commit(second).await?;
     for store in [store, place.store().await?] {
         let position = store.position(&shipping()).await?.expect("some");
         assert_eq!(
             (position.next, position.revision, position.log),
-            (9.into(), 2, log("orders"))
+            (9.into(), Revision::new(0, 2), log("orders"))
         );
         assert_eq!(position.windows, std::slice::from_ref(&changed));
         let mut tx = store.begin(&shipping()).await?;
@@ -104,23 +101,16 @@ async fn wrong_log() -> Result<(), Violation> {
     let place = Place::new();
     let store = place.store().await?;
     let first = log("orders").with_incarnation("a")?;
-    store
-        .begin(&shipping())
-        .await?
-        .commit(Advance {
-            log: first.clone(),
-            ..advance(1, 0)
-        })
-        .await?;
+    let mut advanced = advance(1, 0);
+    advanced.log = first.clone();
+    store.begin(&shipping()).await?.commit(advanced).await?;
     for (name, incarnation) in [("invoices", None), ("orders", Some("b"))] {
         let mut given = log(name);
         if let Some(incarnation) = incarnation {
             given = given.with_incarnation(incarnation)?;
         }
-        let other = Advance {
-            log: given,
-            ..advance(2, 1)
-        };
+        let mut other = advance(2, 1);
+        other.log = given;
         for store in [&store, &place.store().await?] {
             let mut tx = store.begin(&shipping()).await?;
             tx.put(b"k", b"v").await?;

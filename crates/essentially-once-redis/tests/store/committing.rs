@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use essentially_once::{Advance, ConsumerId, Error, KeyValue, Offset, OffsetStore, Transaction, Window};
+use essentially_once::{ConsumerId, Error, KeyValue, Offset, OffsetStore, Transaction, Window};
 use essentially_once_redis::{Redis, RedisOptions};
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, log, producer, told};
+use crate::support::{Outcome, Stage, advance, assert_error, changed, command, log, numbering, revision, told};
 
 pub(crate) async fn what_is_committed_is_there() -> Outcome {
     let stage = Stage::start().await?;
@@ -14,17 +14,16 @@ pub(crate) async fn what_is_committed_is_there() -> Outcome {
     tx.put(b"a", b"1").await?;
     tx.put(b"b", b"\0\xff\r\n").await?;
     tx.put(b"", b"").await?;
-    tx.commit(Advance {
-        windows: vec![(producer("p"), Window::new(5))],
-        ..advance(0, 3)
-    })
+    tx.commit(changed(advance(0, 3), |advance| {
+        advance.windows = vec![(numbering("p"), Window::new(5))];
+    }))
     .await?;
     let again = Redis::connect(&stage.server.url()).await?.store();
     let position = again.position(&stage.consumer).await?.expect("a position");
     assert_eq!(position.log, log("orders#a1"));
     assert_eq!(position.next, Offset::new(3, 7));
-    assert_eq!(position.revision, 1);
-    assert_eq!(position.windows, [(producer("p"), Window::new(5))]);
+    assert_eq!(position.revision, revision(1));
+    assert_eq!(position.windows, [(numbering("p"), Window::new(5))]);
     let mut tx = again.begin(&stage.consumer).await?;
     assert_eq!(tx.get(b"a").await?.as_deref(), Some(&b"1"[..]));
     assert_eq!(tx.get(b"b").await?.as_deref(), Some(&b"\0\xff\r\n"[..]));
@@ -36,7 +35,7 @@ pub(crate) async fn what_is_committed_is_there() -> Outcome {
     let position = again.position(&stage.consumer).await?.expect("a position");
     assert_eq!(
         (position.next, position.revision),
-        (Offset::new(2, 7), 2),
+        (Offset::new(2, 7), revision(2)),
         "a seek goes back"
     );
     Ok(())
@@ -45,21 +44,19 @@ pub(crate) async fn what_is_committed_is_there() -> Outcome {
 pub(crate) async fn windows_are_replaced_and_forgotten() -> Outcome {
     let stage = Stage::start().await?;
     let many = (0..5_000)
-        .map(|number| (producer(&format!("p{number}")), Window::new(number)))
+        .map(|number| (numbering(&format!("p{number}")), Window::new(number)))
         .collect();
     stage
         .begin()
         .await?
-        .commit(Advance {
-            windows: many,
-            ..advance(0, 1)
-        })
+        .commit(changed(advance(0, 1), |advance| {
+            advance.windows = many;
+        }))
         .await?;
-    let change = Advance {
-        windows: vec![(producer("p1"), Window::new(9)), (producer("new"), Window::new(8))],
-        forgotten: (10..5_000).map(|number| producer(&format!("p{number}"))).collect(),
-        ..advance(1, 2)
-    };
+    let change = changed(advance(1, 2), |advance| {
+        advance.windows = vec![(numbering("p1"), Window::new(9)), (numbering("new"), Window::new(8))];
+        advance.forgotten = (10..5_000).map(|number| numbering(&format!("p{number}"))).collect();
+    });
     stage.begin().await?.commit(change).await?;
     let windows = stage
         .store
@@ -69,7 +66,7 @@ pub(crate) async fn windows_are_replaced_and_forgotten() -> Outcome {
         .windows;
     assert_eq!(windows.len(), 11);
     for (name, window) in [("p0", 0), ("p1", 9), ("p9", 9), ("new", 8)] {
-        assert!(windows.contains(&(producer(name), Window::new(window))), "{name}");
+        assert!(windows.contains(&(numbering(name), Window::new(window))), "{name}");
     }
     Ok(())
 }
@@ -78,21 +75,20 @@ pub(crate) async fn large_numbers_round_trip() -> Outcome {
     let stage = Stage::start().await?;
     stage.commit(0, []).await?;
     // Lua's numbers would lose the last digits.
-    let revision = (1_u64 << 53) + 1;
-    stage.ask(&format!("HSET essentially-once:{{c}}:position revision {revision}"))?;
-    let largest = Advance {
-        next: Offset::new(u64::MAX, u64::MAX),
-        ..advance(revision, 0)
-    };
+    let commits = (1_u64 << 53) + 1;
+    stage.ask(&format!("HSET essentially-once:{{c}}:position revision {commits}"))?;
+    let largest = changed(advance(commits, 0), |advance| {
+        advance.next = Offset::new(u64::MAX, u64::MAX);
+    });
     assert_error!(
-        stage.begin().await?.commit(advance(revision - 1, 0)).await,
+        stage.begin().await?.commit(advance(commits - 1, 0)).await,
         Error::Fenced { .. },
     );
     stage.begin().await?.commit(largest).await?;
     let position = stage.store.position(&stage.consumer).await?.expect("a position");
     assert_eq!(
         (position.next, position.revision),
-        (Offset::new(u64::MAX, u64::MAX), revision + 1)
+        (Offset::new(u64::MAX, u64::MAX), revision(commits + 1))
     );
     Ok(())
 }
@@ -104,22 +100,21 @@ pub(crate) async fn a_stale_revision_is_fenced() -> Outcome {
     for stale in [0, 1, 3, u64::MAX] {
         let mut tx = stage.begin().await?;
         tx.put(b"a", b"1").await?;
-        let windows = vec![(producer("p"), Window::new(5))];
+        let windows = vec![(numbering("p"), Window::new(5))];
         let result = tx
-            .commit(Advance {
-                windows,
-                ..advance(stale, 9)
-            })
+            .commit(changed(advance(stale, 9), |advance| {
+                advance.windows = windows;
+            }))
             .await;
         assert!(
-            matches!(&result, Err(Error::Fenced { expected, .. }) if *expected == stale),
+            matches!(&result, Err(Error::Fenced { expected, .. }) if *expected == revision(stale)),
             "{result:?}"
         );
     }
     let position = stage.store.position(&stage.consumer).await?.expect("a position");
     assert_eq!(
         (position.revision, position.windows.len(), position.next),
-        (2, 0, Offset::new(2, 7))
+        (revision(2), 0, Offset::new(2, 7))
     );
     assert_eq!(stage.value("a").await?, None);
     Ok(())
@@ -173,10 +168,9 @@ pub(crate) async fn another_log_is_refused() -> Outcome {
         let mut tx = stage.begin().await?;
         tx.put(b"a", b"1").await?;
         match tx
-            .commit(Advance {
-                log: log(other),
-                ..advance(1, 9)
-            })
+            .commit(changed(advance(1, 9), |advance| {
+                advance.log = log(other);
+            }))
             .await
         {
             Err(Error::WrongLog { stored, given, .. }) => assert_eq!((stored, given), (log("orders#a1"), log(other))),
@@ -188,10 +182,9 @@ pub(crate) async fn another_log_is_refused() -> Outcome {
     stage
         .begin()
         .await?
-        .commit(Advance {
-            log: log("orders"),
-            ..advance(1, 9)
-        })
+        .commit(changed(advance(1, 9), |advance| {
+            advance.log = log("orders");
+        }))
         .await?;
     let position = stage.store.position(&stage.consumer).await?.expect("a position");
     assert_eq!(position.log, log("orders#a1"), "what is known stays");
@@ -203,10 +196,9 @@ pub(crate) async fn an_incarnation_is_filled_in() -> Outcome {
     stage
         .begin()
         .await?
-        .commit(Advance {
-            log: log("orders"),
-            ..advance(0, 1)
-        })
+        .commit(changed(advance(0, 1), |advance| {
+            advance.log = log("orders");
+        }))
         .await?;
     assert_eq!(
         stage.store.position(&stage.consumer).await?.expect("a position").log,
@@ -289,12 +281,11 @@ pub(crate) async fn keys_of_another_type_are_refused() -> Outcome {
         let mut tx = stage.begin().await?;
         tx.command(command("SET x 1")).await?;
         tx.put(b"a", b"1").await?;
-        let windows = vec![(producer("p"), Window::new(5))];
+        let windows = vec![(numbering("p"), Window::new(5))];
         let result = tx
-            .commit(Advance {
-                windows,
-                ..advance(0, 1)
-            })
+            .commit(changed(advance(0, 1), |advance| {
+                advance.windows = windows;
+            }))
             .await;
         assert_error!(result, Error::Failed { .. }, &key, "WRONGTYPE", "another type");
         assert_eq!(stage.ask("DBSIZE")?, "1", "{kind}: nothing was applied");

@@ -1,12 +1,12 @@
 //! Native commands that fail, are refused, or only read.
 
-use essentially_once::{Error, KeyValue, Offset, OffsetStore, Transaction};
+use essentially_once::{Advance, Error, KeyValue, Offset, OffsetStore, Revision, Transaction};
 use essentially_once_redis::{
     Redis,
     redis::{Cmd, cmd},
 };
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, told};
+use crate::support::{Outcome, Stage, advance, assert_error, command, log, revision, told};
 
 pub(crate) async fn a_first_command_that_fails_applies_nothing() -> Outcome {
     let stage = Stage::start().await?;
@@ -23,17 +23,14 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
     stage.ask("RPUSH list a")?;
     stage.ask("XADD stream 5-1 a b")?;
     stage.commit(0, []).await?;
-    for (round, failing) in ["LSET list 5 secret", "XADD stream 1-1 a secret"]
-        .into_iter()
-        .enumerate()
-    {
-        let revision = 1 + round as u64;
+    let mut stored = revision(1);
+    for failing in ["LSET list 5 secret", "XADD stream 1-1 a secret"] {
         let mut tx = stage.begin().await?;
         tx.put(b"state", b"1").await?;
         for text in ["SET a 1", "INCR count", failing, "SET b 1"] {
             tx.command(command(text)).await?;
         }
-        let text = told(tx.commit(advance(revision, 9)).await);
+        let text = told(tx.commit(after(stored)).await);
         for part in [
             "PartiallyApplied",
             "2 commands were applied",
@@ -49,8 +46,9 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         stage.server.restart()?;
         stage.revision().await.expect_err("the connection is gone");
         let other = Redis::connect(&stage.server.url()).await?.store();
-        for expected in [revision, revision + 1] {
-            let result = other.begin(&stage.consumer).await?.commit(advance(expected, 9)).await;
+        // Neither what was stored before, nor what the commit would have made, nor what it left.
+        for expected in [stored, stored.next_count(), stored.next_count().next_epoch()] {
+            let result = other.begin(&stage.consumer).await?.commit(after(expected)).await;
             assert_error!(result, Error::PartiallyApplied { .. }, "2 commands were applied");
         }
         assert_error!(
@@ -67,9 +65,10 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         let position = other.position(&stage.consumer).await?.expect("a position");
         assert_eq!(
             (position.revision, position.next),
-            (revision + 1, Offset::new(1, 7)),
-            "it did not move"
+            (stored.next_count().next_epoch(), Offset::new(1, 7)),
+            "it did not move, and opened an epoch"
         );
+        stored = position.revision;
         let state = other.begin(&stage.consumer).await?.get(b"state").await?;
         assert_eq!(state, None);
     }
@@ -225,4 +224,9 @@ pub(crate) async fn queries_read_now() -> Outcome {
     );
     assert_eq!((tx.hash_tag().as_str(), tx.consumer()), ("{c}", &stage.consumer));
     Ok(())
+}
+
+/// The advance of a commit that builds on this revision.
+fn after(expected: Revision) -> Advance {
+    Advance::new(log("orders#a1"), Offset::new(9, 7), expected, expected.next_count())
 }

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use essentially_once::{Advance, Durability, Error, KeyValue, OffsetStore, Source, Transaction, Window};
+use essentially_once::{Durability, Error, KeyValue, OffsetStore, Source, Transaction, Window};
 use essentially_once_redis::{Redis, RedisOptions, RedisStore, redis::cmd};
 use test_servers::RedisServer;
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, producer, told};
+use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told};
 
 pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
     let stage = Stage::start().await?;
@@ -119,7 +119,7 @@ pub(crate) async fn missing_permissions_are_named() -> Outcome {
     tx.commit(advance(0, 1)).await?;
     assert_eq!(
         store.position(&stage.consumer).await?.map(|position| position.revision),
-        Some(1)
+        Some(revision(1))
     );
     let mut tx = store.begin(&stage.consumer).await?;
     assert_eq!(tx.get(b"a").await?.as_deref(), Some(&b"1"[..]));
@@ -228,11 +228,10 @@ pub(crate) async fn resp3_is_spoken() -> Outcome {
     let mut tx = store.begin(&stage.consumer).await?;
     tx.put(b"a", b"1").await?;
     tx.command(command("INCR count")).await?;
-    let windows = vec![(producer("p"), Window::new(5))];
-    tx.commit(Advance {
-        windows,
-        ..advance(0, 1)
-    })
+    let windows = vec![(numbering("p"), Window::new(5))];
+    tx.commit(changed(advance(0, 1), |advance| {
+        advance.windows = windows;
+    }))
     .await?;
     assert_eq!(
         store

@@ -3,7 +3,7 @@
 use std::{error::Error as _, time::Duration};
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue, LogId, Offset, OffsetStore, ProducerId, Source, Transaction,
+    Advance, ConsumerId, Error, KeyValue, LogId, Numbering, Offset, OffsetStore, Revision, Source, Transaction,
 };
 use essentially_once_redis::{RedisOptions, RedisStore, RedisTx, redis::Cmd};
 use test_servers::{Proxy, RedisServer};
@@ -45,10 +45,10 @@ impl Stage {
         tx.commit(advance(expected, expected + 1)).await
     }
 
-    /// The revision that is stored.
+    /// The count of the revision that is stored.
     pub(crate) async fn revision(&self) -> Result<u64, Error> {
         let position = self.store.position(&self.consumer).await?;
-        Ok(position.map_or(0, |position| position.revision))
+        Ok(position.map_or(0, |position| position.revision.count()))
     }
 
     pub(crate) async fn value(&self, key: &str) -> Result<Option<String>, Error> {
@@ -76,14 +76,19 @@ impl Stage {
     }
 }
 
-pub(crate) fn advance(expected_revision: u64, next: u64) -> Advance {
-    Advance {
-        log: log("orders#a1"),
-        next: Offset::new(next, 7),
-        expected_revision,
-        windows: vec![],
-        forgotten: vec![],
-    }
+/// The revision after so many commits of one session.
+pub(crate) fn revision(commits: u64) -> Revision {
+    Revision::new(0, commits)
+}
+
+pub(crate) fn advance(commits: u64, next: u64) -> Advance {
+    let (expected, made) = (revision(commits), revision(commits.saturating_add(1)));
+    Advance::new(log("orders#a1"), Offset::new(next, 7), expected, made)
+}
+
+pub(crate) fn changed(mut advance: Advance, change: impl FnOnce(&mut Advance)) -> Advance {
+    change(&mut advance);
+    advance
 }
 
 pub(crate) fn log(id: &str) -> LogId {
@@ -103,8 +108,8 @@ pub(crate) fn command(text: &str) -> Cmd {
     command
 }
 
-pub(crate) fn producer(name: &str) -> ProducerId {
-    ProducerId::new(name).expect("a producer's name")
+pub(crate) fn numbering(text: &str) -> Numbering {
+    text.parse().expect("a numbering")
 }
 
 /// The error with its causes.

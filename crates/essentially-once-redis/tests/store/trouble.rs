@@ -5,11 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{Advance, Error, KeyValue, Offset, OffsetStore, Transaction, Window};
+use essentially_once::{Error, KeyValue, Offset, OffsetStore, Transaction, Window};
 use essentially_once_redis::RedisOptions;
 use test_servers::{Cut, Proxy};
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, producer, told};
+use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told};
 
 pub(crate) async fn a_full_server_applies_nothing() -> Outcome {
     let stage = Stage::start().await?;
@@ -22,12 +22,11 @@ pub(crate) async fn a_full_server_applies_nothing() -> Outcome {
         for text in commands {
             tx.command(command(text)).await?;
         }
-        let windows = vec![(producer("p"), Window::new(5))];
+        let windows = vec![(numbering("p"), Window::new(5))];
         let result = tx
-            .commit(Advance {
-                windows,
-                ..advance(1, 2)
-            })
+            .commit(changed(advance(1, 2), |advance| {
+                advance.windows = windows;
+            }))
             .await;
         assert_error!(result, Error::Unavailable { .. }, "OOM", "maxmemory");
         assert_eq!((stage.revision().await?, stage.ask("DBSIZE")?.as_str()), (1, "2"));
@@ -49,7 +48,7 @@ pub(crate) async fn a_reply_that_is_lost_is_found_out() -> Outcome {
     cut(Cut::BeforeReply, 2).await
 }
 
-async fn cut(moment: Cut, revision: u64) -> Outcome {
+async fn cut(moment: Cut, commits: u64) -> Outcome {
     let stage = Stage::start().await?;
     let proxy = Proxy::start(stage.server.port())?;
     let store = stage.through(&proxy).await?;
@@ -65,9 +64,12 @@ async fn cut(moment: Cut, revision: u64) -> Outcome {
     );
     assert!(proxy.wait_fired(1, Duration::from_secs(10)));
     let position = store.position(&stage.consumer).await?.expect("a position");
-    assert_eq!((position.revision, position.next), (revision, Offset::new(revision, 7)));
-    assert_eq!(stage.value("a").await?.is_some(), revision == 2);
-    store.begin(&stage.consumer).await?.commit(advance(revision, 5)).await?;
+    assert_eq!(
+        (position.revision, position.next),
+        (revision(commits), Offset::new(commits, 7))
+    );
+    assert_eq!(stage.value("a").await?.is_some(), commits == 2);
+    store.begin(&stage.consumer).await?.commit(advance(commits, 5)).await?;
     Ok(())
 }
 
@@ -90,7 +92,9 @@ pub(crate) async fn a_late_commit_is_fenced() -> Outcome {
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!((stage.revision().await?, stage.ask("EXISTS late")?.as_str()), (2, "0"));
     assert_eq!(
-        slow.position(&stage.consumer).await?.map(|position| position.revision),
+        slow.position(&stage.consumer)
+            .await?
+            .map(|position| position.revision.count()),
         Some(2)
     );
     Ok(())

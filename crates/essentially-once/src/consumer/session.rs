@@ -196,11 +196,11 @@ impl<S: OffsetStore> Session<'_, S> {
         if found.is_some_and(|found| found >= seen.revision) {
             return Ok(());
         }
-        let is_log_shorter = match seen.passed {
-            Some(passed) if found.is_some() => self.log.bounds().await?.end <= passed.offset(),
+        let went_back_together = match seen.passed {
+            Some(passed) if found.is_some() => self.has_lost(passed).await?,
             _ => false,
         };
-        if !is_log_shorter {
+        if !went_back_together {
             return Err(Error::PositionLost {
                 consumer: self.id.clone(),
                 seen: seen.revision,
@@ -215,6 +215,21 @@ impl<S: OffsetStore> Session<'_, S> {
         self.report.rewound += 1;
         self.telemetry.rewound.increment(1);
         Ok(())
+    }
+
+    /// Whether the log no longer holds a record that this run has read, although retention did not remove it.
+    async fn has_lost(&self, passed: Passed) -> Result<bool, Error> {
+        let bounds = self.log.bounds().await?;
+        if bounds.end <= passed.offset() || passed.offset() < bounds.earliest {
+            return Ok(bounds.end <= passed.offset());
+        }
+        let mut reader = self.log.read(passed.offset()).await?;
+        let records = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Ok(false),
+            records = reader.next(1) => records?,
+        };
+        Ok(records.first().is_none_or(|record| !passed.is(record)))
     }
 
     /// Opens a reader where the settings say, and then commits that place as the first position.
