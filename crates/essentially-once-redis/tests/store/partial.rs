@@ -72,7 +72,9 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         let state = other.begin(&stage.consumer).await?.get(b"state").await?;
         assert_eq!(state, None);
     }
-    stage.commit(3, [command("SET a 2")]).await?;
+    let mut tx = stage.begin().await?;
+    tx.command(command("SET a 2")).await?;
+    tx.commit(after(stored)).await?;
     Ok(())
 }
 

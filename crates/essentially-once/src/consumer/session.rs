@@ -8,7 +8,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Delivery, Report, Settings, duplicates::Duplicates, read_ahead::ReadAhead, report::Telemetry, resume::resume,
+    Delivery, Report, Settings, StartAt, duplicates::Duplicates, read_ahead::ReadAhead, report::Telemetry, resume::resume,
     seek::resolve,
 };
 use crate::{
@@ -196,8 +196,10 @@ impl<S: OffsetStore> Session<'_, S> {
         if found.is_some_and(|found| found >= seen.revision) {
             return Ok(());
         }
+        // Without a position, any other start would pass over records whose effects the store has lost.
+        let can_go_on = found.is_some() || self.settings.start_at == StartAt::Earliest;
         let went_back_together = match seen.passed {
-            Some(passed) if found.is_some() => self.has_lost(passed).await?,
+            Some(passed) if can_go_on => self.has_lost(passed).await?,
             _ => false,
         };
         if !went_back_together {
