@@ -51,8 +51,9 @@ pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Err
         ErrorCode::DiskFull => "the disk (or max_page_count) is full: make room, then go on",
         ErrorCode::SystemIoFailure => "the disk or file system reported an error: check its health and free space",
         ErrorCode::AuthorizationForStatementDenied => {
-            "a handler cannot begin or end transactions, attach databases, set pragmas, or write to tables named \
-             essentially_once_*; savepoints are allowed"
+            "a handler cannot begin or end transactions, attach databases, set pragmas, write to sqlite_sequence, \
+             use names that begin with essentially_once_, or write to such tables or refer to them by foreign \
+             key; savepoints are allowed"
         }
         _ => return Error::failed(action, error),
     };

@@ -48,14 +48,17 @@ impl Prepared {
         }
     }
 
-    /// Runs a handler's statement, prepared at the first call. Its parameters are unbound afterwards.
+    /// Runs a handler's statement, prepared at the first call, and then after `before_prepare`. Its
+    /// parameters are unbound afterwards.
     pub(crate) fn run_native<T>(
         &mut self,
         sql: &str,
+        before_prepare: impl FnOnce(),
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         // SAFETY: as in `run_internal`.
-        self.native.run(unsafe { self.connection.as_ref() }, sql, run)
+        self.native
+            .run(unsafe { self.connection.as_ref() }, sql, before_prepare, run)
     }
 
     /// Runs a statement of this crate, prepared at the first call. Its parameters are unbound afterwards.
@@ -66,7 +69,7 @@ impl Prepared {
     ) -> rusqlite::Result<T> {
         // SAFETY: the pointer is valid until `drop`, which drops all statements first; no statement is seen outside with this
         // lifetime, since `run` takes one of a lifetime that it cannot name.
-        self.internal.run(unsafe { self.connection.as_ref() }, sql, run)
+        self.internal.run(unsafe { self.connection.as_ref() }, sql, || (), run)
     }
 }
 
@@ -75,9 +78,10 @@ impl Statements {
         &mut self,
         connection: &'static Connection,
         sql: &str,
+        before_prepare: impl FnOnce(),
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        self.last = self.place(connection, sql)?;
+        self.last = self.place(connection, sql, before_prepare)?;
         let statement = &mut self.statements[self.last].1;
         let result = run(statement);
         if statement.parameter_count() > 0 {
@@ -87,7 +91,12 @@ impl Statements {
     }
 
     /// Where the statement of that SQL is; prepared if it is not there yet.
-    fn place(&mut self, connection: &'static Connection, sql: &str) -> rusqlite::Result<usize> {
+    fn place(
+        &mut self,
+        connection: &'static Connection,
+        sql: &str,
+        before_prepare: impl FnOnce(),
+    ) -> rusqlite::Result<usize> {
         let next = (self.last + 1) % self.statements.len().max(1);
         for guess in [next, self.last] {
             if self.statements.get(guess).is_some_and(|(known, _)| **known == *sql) {
@@ -101,6 +110,7 @@ impl Statements {
             self.places.clear();
             self.statements.clear();
         }
+        before_prepare();
         let place = self.statements.len();
         self.statements.push((sql.into(), connection.prepare(sql)?));
         self.places.insert(sql.into(), place);
@@ -141,18 +151,18 @@ mod tests {
         let mut prepared = prepared();
         let insert = "INSERT INTO t VALUES (?1)";
         prepared
-            .run_native(insert, |statement| statement.execute([1]))
+            .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
         let mut prepared = std::thread::spawn(move || {
             prepared
-                .run_native(insert, |statement| statement.execute([2]))
+                .run_native(insert, || (), |statement| statement.execute([2]))
                 .expect("insert");
             prepared
         })
         .join()
         .expect("thread");
         prepared
-            .run_native(insert, |statement| statement.execute([3]))
+            .run_native(insert, || (), |statement| statement.execute([3]))
             .expect("insert");
         let sum: i64 = prepared
             .query_row("SELECT sum(x) FROM t", [], |row| row.get(0))
@@ -166,19 +176,25 @@ mod tests {
         prepared.execute_batch("CREATE UNIQUE INDEX i ON t (x)").expect("index");
         let insert = "INSERT INTO t VALUES (?1)";
         prepared
-            .run_native(insert, |statement| statement.execute([1]))
+            .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
-        assert!(prepared.run_native(insert, |statement| statement.execute([1])).is_err());
+        assert!(
+            prepared
+                .run_native(insert, || (), |statement| statement.execute([1]))
+                .is_err()
+        );
         prepared
             .execute_batch("DROP INDEX i; ALTER TABLE t ADD COLUMN y DEFAULT 0")
             .expect("schema");
         assert!(
-            prepared.run_native(insert, |statement| statement.execute([1])).is_err(),
+            prepared
+                .run_native(insert, || (), |statement| statement.execute([1]))
+                .is_err(),
             "one value for two columns"
         );
         let insert = "INSERT INTO t (x) VALUES (?1)";
         prepared
-            .run_native(insert, |statement| statement.execute([1]))
+            .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
     }
 
@@ -187,9 +203,11 @@ mod tests {
         let mut prepared = prepared();
         for n in 0..3 * MOST {
             prepared
-                .run_native(&format!("INSERT INTO t VALUES ({n})"), |statement| {
-                    statement.execute([])
-                })
+                .run_native(
+                    &format!("INSERT INTO t VALUES ({n})"),
+                    || (),
+                    |statement| statement.execute([]),
+                )
                 .expect("insert");
             assert!(prepared.native.statements.len() <= MOST);
         }

@@ -84,7 +84,8 @@ impl OffsetStore for SqliteStore {
 /// Besides the portable [`KeyValue`] state it takes SQL on tables of your own, which other consumers and programs see as well.
 /// Statements are prepared once and kept, so give values as parameters rather than in the text. SQL may use savepoints and
 /// change the schema. It may not begin or end transactions, attach databases, set pragmas (except `defer_foreign_keys`) or write
-/// to the tables of this crate. Should SQLite roll back by itself, as `INSERT OR ROLLBACK` makes it do, everything after that
+/// to `sqlite_sequence` and the tables of this crate. It may read those tables, but not refer to them by foreign key, and no
+/// name may begin with `essentially_once_`. Should SQLite roll back by itself, as `INSERT OR ROLLBACK` makes it do, everything after that
 /// fails, the commit included.
 pub struct SqliteTx {
     tx: WriteTx,

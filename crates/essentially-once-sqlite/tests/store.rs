@@ -11,7 +11,7 @@ use essentially_once::{
     Transaction, Window,
 };
 use essentially_once_sqlite::{
-    Sqlite, SqliteOptions, SqliteStore, SqliteTx,
+    Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, ErrorCode},
     sqlite_error,
 };
@@ -407,6 +407,38 @@ async fn a_handler_cannot_end_its_transaction() {
     assert_eq!(revision, 1, "nothing was committed early");
     tx.commit(advance(2, 1)).await.expect("commit");
     assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("after"));
+}
+
+#[tokio::test]
+async fn a_handler_cannot_keep_logs_from_being_made_or_trimmed() {
+    let (_folder, sqlite, store) = open().await;
+    let log = sqlite.log("orders").await.expect("log");
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.execute("CREATE TABLE mine (id INTEGER PRIMARY KEY AUTOINCREMENT, x)", [])
+        .expect("create");
+    for sql in [
+        "ALTER TABLE mine RENAME TO essentially_once_log_2",
+        "CREATE UNIQUE INDEX essentially_once_log_2 ON mine (x)",
+        "CREATE TABLE child (x REFERENCES essentially_once_log_1)",
+        "UPDATE sqlite_sequence SET seq = 0",
+    ] {
+        let error = tx.execute(sql, []).expect_err(sql).to_string();
+        assert!(error.contains("a handler cannot"), "{sql}: {error}");
+    }
+    tx.execute("ALTER TABLE mine RENAME TO theirs", []).expect("rename");
+    tx.execute("DROP TABLE theirs", []).expect("drop");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    sqlite.log("payments").await.expect("a second log");
+    log.append(&[NewRecord::new("a"), NewRecord::new("b")])
+        .await
+        .expect("append");
+    log.set_retention(Retention {
+        records: Some(1),
+        age: None,
+    })
+    .await
+    .expect("retention");
+    assert_eq!(log.trim().await.expect("trim"), 1);
 }
 
 #[tokio::test]
