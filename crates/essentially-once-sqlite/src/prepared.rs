@@ -82,12 +82,8 @@ impl Statements {
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         self.last = self.place(connection, sql, before_prepare)?;
-        let statement = &mut self.statements[self.last].1;
-        let result = run(statement);
-        if statement.parameter_count() > 0 {
-            statement.clear_bindings();
-        }
-        result
+        let statement = Unbound(&mut self.statements[self.last].1);
+        run(&mut *statement.0)
     }
 
     /// Where the statement of that SQL is; prepared if it is not there yet.
@@ -118,6 +114,18 @@ impl Statements {
     }
 }
 
+/// Unbinds the parameters as it goes, also where a handler's closure panics: values that stayed bound
+/// would be those of the next execution. The rows of a statement reset it as they are dropped.
+struct Unbound<'a>(&'a mut Statement<'static>);
+
+impl Drop for Unbound<'_> {
+    fn drop(&mut self) {
+        if self.0.parameter_count() > 0 {
+            self.0.clear_bindings();
+        }
+    }
+}
+
 impl Deref for Prepared {
     type Target = Connection;
 
@@ -138,6 +146,8 @@ impl Drop for Prepared {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     fn prepared() -> Prepared {
@@ -196,6 +206,37 @@ mod tests {
         prepared
             .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
+    }
+
+    #[test]
+    fn nothing_stays_bound_or_running_after_a_panic() {
+        let mut prepared = prepared();
+        prepared.execute_batch("INSERT INTO t VALUES (1), (2)").expect("rows");
+        let select = "SELECT :a, :b FROM t";
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            prepared.run_native(
+                select,
+                || (),
+                |statement| -> rusqlite::Result<()> {
+                    let mut rows = statement.query(&[(":a", "old"), (":b", "old")])?;
+                    rows.next()?;
+                    panic!("a handler's closure");
+                },
+            )
+        }));
+        assert!(panicked.is_err());
+        // A table cannot be dropped while a statement reads it.
+        prepared
+            .execute_batch("CREATE TABLE u AS SELECT * FROM t; DROP TABLE t; ALTER TABLE u RENAME TO t")
+            .expect("nothing runs");
+        let found: (String, Option<String>) = prepared
+            .run_native(
+                select,
+                || (),
+                |statement| statement.query_row(&[(":a", "new")], |row| Ok((row.get(0)?, row.get(1)?))),
+            )
+            .expect("select");
+        assert_eq!(found, ("new".into(), None));
     }
 
     #[test]
