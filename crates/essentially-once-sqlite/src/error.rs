@@ -3,7 +3,7 @@
 use std::{error, fmt, path::Path};
 
 use essentially_once::Error;
-use rusqlite::ErrorCode;
+use rusqlite::{ErrorCode, ffi};
 
 /// The SQLite error beneath an error of this crate, to tell a constraint violation from a mistake in the SQL.
 ///
@@ -51,8 +51,9 @@ pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Err
         ErrorCode::DiskFull => "the disk (or max_page_count) is full: make room, then go on",
         ErrorCode::SystemIoFailure => "the disk or file system reported an error: check its health and free space",
         ErrorCode::AuthorizationForStatementDenied => {
-            "a handler cannot begin or end transactions, attach databases, set pragmas, or write to tables named \
-             essentially_once_*; savepoints are allowed"
+            "a handler cannot begin or end transactions, attach databases, set pragmas, write to sqlite_sequence, \
+             use names that begin with essentially_once_, or write to such tables or refer to them by foreign \
+             key; savepoints are allowed"
         }
         _ => return Error::failed(action, error),
     };
@@ -80,6 +81,26 @@ pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
         error.sqlite_error_code(),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed)
     )
+}
+
+/// Whether a handler's statement failed by its own mistake: one in the SQL, the parameters or the
+/// reading of a row, a violated constraint, or a refusal by the guard. Everything else is trouble of the
+/// backend, after which nothing is known of what the statement would have read or written.
+pub(crate) fn is_handlers_mistake(error: &rusqlite::Error) -> bool {
+    let Some(failure) = error.sqlite_error() else {
+        return true;
+    };
+    match failure.code {
+        ErrorCode::ConstraintViolation
+        | ErrorCode::TooBig
+        | ErrorCode::TypeMismatch
+        | ErrorCode::ParameterOutOfRange
+        | ErrorCode::ApiMisuse
+        | ErrorCode::AuthorizationForStatementDenied => true,
+        // A mistake in the SQL has a code, and no name of its own; so has every unknown code.
+        ErrorCode::Unknown => failure.extended_code & 0xff == ffi::SQLITE_ERROR,
+        _ => false,
+    }
 }
 
 /// `orders of /var/lib/x.db`, so that every error names the file.
@@ -114,8 +135,6 @@ impl error::Error for Cause {
 
 #[cfg(test)]
 mod tests {
-    use rusqlite::ffi;
-
     use super::*;
 
     fn sqlite(code: i32) -> rusqlite::Error {
@@ -148,6 +167,42 @@ mod tests {
                 matches!(classify_commit("commit", sqlite(code)), Error::Failed { .. }),
                 "{code}"
             );
+        }
+    }
+
+    #[test]
+    fn trouble_of_the_backend_is_told_from_a_handlers_mistake() {
+        for code in [
+            ffi::SQLITE_ERROR,
+            ffi::SQLITE_ERROR_MISSING_COLLSEQ,
+            ffi::SQLITE_CONSTRAINT_UNIQUE,
+            ffi::SQLITE_TOOBIG,
+            ffi::SQLITE_MISMATCH,
+            ffi::SQLITE_RANGE,
+            ffi::SQLITE_AUTH,
+        ] {
+            assert!(is_handlers_mistake(&sqlite(code)), "{code}");
+        }
+        assert!(is_handlers_mistake(&rusqlite::Error::QueryReturnedNoRows));
+        for code in [
+            ffi::SQLITE_INTERNAL,
+            ffi::SQLITE_PERM,
+            ffi::SQLITE_ABORT,
+            ffi::SQLITE_BUSY_SNAPSHOT,
+            ffi::SQLITE_LOCKED,
+            ffi::SQLITE_NOMEM,
+            ffi::SQLITE_READONLY,
+            ffi::SQLITE_INTERRUPT,
+            ffi::SQLITE_IOERR_READ,
+            ffi::SQLITE_CORRUPT,
+            ffi::SQLITE_FULL,
+            ffi::SQLITE_CANTOPEN,
+            ffi::SQLITE_PROTOCOL,
+            ffi::SQLITE_SCHEMA,
+            ffi::SQLITE_NOTADB,
+            99,
+        ] {
+            assert!(!is_handlers_mistake(&sqlite(code)), "{code}");
         }
     }
 

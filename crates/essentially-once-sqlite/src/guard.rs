@@ -1,11 +1,14 @@
 //! Keeps a handler's SQL from ending the transaction it runs in, and from our tables.
 //!
-//! SQLite asks the authorizer when a statement is prepared, so a statement that was prepared once must not be found by other
-//! hands: a handler's statements are kept in [`Prepared`], internal ones in the cache of `rusqlite`.
+//! SQLite asks the authorizer when a statement is prepared. A prepared statement therefore belongs to
+//! whoever prepared it: a handler's are kept apart from ours in [`Prepared`].
+//!
+//! The authorizer does not see everything. It is given no new name of a renamed table and no parent
+//! of a foreign key, so the text of a new statement is searched for our prefix first.
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicU8, Ordering},
 };
 
 use rusqlite::{
@@ -15,51 +18,95 @@ use rusqlite::{
 
 use crate::{prepared::Prepared, schema::PREFIX};
 
-/// Says to the authorizer whether the SQL being prepared is a handler's.
+/// A handler's SQL runs.
+const NATIVE: u8 = 1;
+/// Its text has our prefix in it.
+const NAMES_US: u8 = 2;
+/// Its text has the word REFERENCES in it.
+const REFERENCES: u8 = 4;
+/// It drops a table, so SQLite itself deletes the table's row of `sqlite_sequence`.
+const DROPS: u8 = 8;
+/// It alters a table, so SQLite itself may rename the table's row of `sqlite_sequence`.
+const ALTERS: u8 = 16;
+
+/// Says to the authorizer whose SQL is being prepared, and what is known of it.
 #[derive(Clone, Default)]
 pub(crate) struct Guard {
-    native: Arc<AtomicBool>,
+    state: Arc<AtomicU8>,
 }
 
 impl Guard {
     /// Installs the authorizer: once, since setting it expires all prepared statements.
     pub(crate) fn install(&self, connection: &mut Connection) -> rusqlite::Result<()> {
-        let native = Arc::clone(&self.native);
+        let state = Arc::clone(&self.state);
         connection.authorizer(Some(move |context: AuthContext<'_>| {
-            if native.load(Ordering::Relaxed) && is_denied(&context.action) {
-                Authorization::Deny
-            } else {
-                Authorization::Allow
+            let known = state.load(Ordering::Relaxed);
+            if known & NATIVE == 0 {
+                return Authorization::Allow;
             }
+            if is_denied(&context.action, known) {
+                return Authorization::Deny;
+            }
+            match context.action {
+                AuthAction::DropTable { .. } | AuthAction::DropTempTable { .. } => {
+                    state.store(known | DROPS, Ordering::Relaxed);
+                }
+                AuthAction::AlterTable { .. } => state.store(known | ALTERS, Ordering::Relaxed),
+                _ => {}
+            }
+            Authorization::Allow
         }))
     }
 
-    /// Runs a handler's SQL with the authorizer on guard: also while it runs, since a change of schema prepares a statement again.
+    /// Runs a handler's SQL with the authorizer on guard: also while it runs, since a change of
+    /// schema prepares a statement again.
     pub(crate) fn run<T>(
         &self,
         connection: &mut Prepared,
         sql: &str,
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        let _on_guard = OnGuard::new(&self.native);
-        connection.run_native(sql, run)
+        let on_guard = OnGuard::new(&self.state);
+        // A statement that was prepared once passed with its text, so it is not searched again.
+        connection.run_native(sql, || on_guard.know(text_of(sql)), run)
     }
 }
 
 /// Ends the guard even if a handler's closure panics.
-struct OnGuard<'a>(&'a AtomicBool);
+struct OnGuard<'a>(&'a AtomicU8);
 
 impl<'a> OnGuard<'a> {
-    fn new(native: &'a AtomicBool) -> Self {
-        native.store(true, Ordering::Relaxed);
-        Self(native)
+    fn new(state: &'a AtomicU8) -> Self {
+        state.store(NATIVE, Ordering::Relaxed);
+        Self(state)
+    }
+
+    fn know(&self, text: u8) {
+        self.0.store(NATIVE | text, Ordering::Relaxed);
     }
 }
 
 impl Drop for OnGuard<'_> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Relaxed);
+        self.0.store(0, Ordering::Relaxed);
     }
+}
+
+/// What the text shows. A name in SQL has no escapes but doubled quotes, so it is in the text as it is.
+fn text_of(sql: &str) -> u8 {
+    let contains = |word: &str| {
+        sql.as_bytes()
+            .windows(word.len())
+            .any(|part| part.eq_ignore_ascii_case(word.as_bytes()))
+    };
+    let mut text = 0;
+    if contains(stem()) {
+        text |= NAMES_US;
+        if contains("references") {
+            text |= REFERENCES;
+        }
+    }
+    text
 }
 
 /// Pragmas that take an argument but set nothing, or nothing that outlives the transaction.
@@ -77,42 +124,121 @@ const HARMLESS_PRAGMAS: &[&str] = &[
     "table_xinfo",
 ];
 
-fn is_denied(action: &AuthAction<'_>) -> bool {
+/// Functions that bring code or settings into the connection. SQLite has them switched off.
+const DANGEROUS_FUNCTIONS: &[&str] = &["fts3_tokenizer", "load_extension"];
+
+/// Gives access to pages of the file, where SQLite was built with it.
+const PAGES: &str = "sqlite_dbpage";
+
+const SEQUENCES: &str = "sqlite_sequence";
+
+/// Goes through every action there is; one that is not known is denied.
+fn is_denied(action: &AuthAction<'_>, known: u8) -> bool {
     match *action {
+        AuthAction::Select
+        | AuthAction::Read { .. }
+        | AuthAction::Recursive
+        | AuthAction::Savepoint { .. }
+        // Both leave a table's content as it is.
+        | AuthAction::Analyze { .. }
+        | AuthAction::Reindex { .. } => false,
+
         AuthAction::Transaction { .. } | AuthAction::Attach { .. } | AuthAction::Detach { .. } => true,
+
         AuthAction::Pragma {
             pragma_name,
             pragma_value,
-        } => {
-            pragma_value.is_some()
-                && !HARMLESS_PRAGMAS
-                    .iter()
-                    .any(|name| pragma_name.eq_ignore_ascii_case(name))
+        } => is_pragma_denied(pragma_name, pragma_value),
+
+        AuthAction::Function { function_name } => is_one_of(function_name, DANGEROUS_FUNCTIONS),
+
+        AuthAction::Insert { table_name } => is_ours(table_name) || is_one_of(table_name, &[SEQUENCES, PAGES]),
+        AuthAction::Update { table_name, .. } => {
+            is_ours(table_name)
+                || is_one_of(table_name, &[PAGES])
+                || (known & ALTERS == 0 && is_one_of(table_name, &[SEQUENCES]))
         }
-        AuthAction::Insert { table_name: name }
-        | AuthAction::Update { table_name: name, .. }
-        | AuthAction::Delete { table_name: name }
-        | AuthAction::CreateTable { table_name: name }
-        | AuthAction::CreateTempTable { table_name: name }
+        AuthAction::Delete { table_name } => {
+            is_ours(table_name)
+                || is_one_of(table_name, &[PAGES])
+                || (known & DROPS == 0 && is_one_of(table_name, &[SEQUENCES]))
+        }
+
+        // The parent of a foreign key is in the text alone. It would keep us from deleting rows.
+        AuthAction::CreateTable { table_name } | AuthAction::CreateTempTable { table_name } => {
+            is_ours(table_name) || known & REFERENCES != 0
+        }
+        // So are the new name of a table and a foreign key of a new column.
+        AuthAction::AlterTable { table_name, .. } => is_ours(table_name) || known & NAMES_US != 0,
+        // Its shadow tables are named after it: `essentially_once` would have `essentially_once_data`.
+        AuthAction::CreateVtable { table_name, .. } => is_ours(table_name) || table_name.eq_ignore_ascii_case(stem()),
+
+        AuthAction::DropTable { table_name: name }
+        | AuthAction::DropTempTable { table_name: name }
+        | AuthAction::DropVtable { table_name: name, .. }
         | AuthAction::CreateView { view_name: name }
         | AuthAction::CreateTempView { view_name: name }
-        | AuthAction::CreateVtable { table_name: name, .. }
-        | AuthAction::CreateIndex { table_name: name, .. }
-        | AuthAction::CreateTempIndex { table_name: name, .. }
-        | AuthAction::CreateTrigger { table_name: name, .. }
-        | AuthAction::CreateTempTrigger { table_name: name, .. }
-        | AuthAction::AlterTable { table_name: name, .. }
-        | AuthAction::DropTable { table_name: name }
-        | AuthAction::DropIndex { table_name: name, .. } => is_ours(name),
-        _ => false,
+        | AuthAction::DropView { view_name: name }
+        | AuthAction::DropTempView { view_name: name } => is_ours(name),
+
+        // Tables and indexes share their names: an index in our place keeps a table from being made.
+        AuthAction::CreateIndex {
+            index_name: name,
+            table_name,
+        }
+        | AuthAction::CreateTempIndex {
+            index_name: name,
+            table_name,
+        }
+        | AuthAction::DropIndex {
+            index_name: name,
+            table_name,
+        }
+        | AuthAction::DropTempIndex {
+            index_name: name,
+            table_name,
+        }
+        | AuthAction::CreateTrigger {
+            trigger_name: name,
+            table_name,
+        }
+        | AuthAction::CreateTempTrigger {
+            trigger_name: name,
+            table_name,
+        }
+        | AuthAction::DropTrigger {
+            trigger_name: name,
+            table_name,
+        }
+        | AuthAction::DropTempTrigger {
+            trigger_name: name,
+            table_name,
+        } => is_ours(name) || is_ours(table_name),
+
+        AuthAction::Unknown { .. } => true,
+        // An action that a later version of rusqlite knows.
+        _ => true,
     }
 }
 
-fn is_ours(table: &str) -> bool {
-    table
-        .as_bytes()
+fn is_pragma_denied(name: &str, value: Option<&str>) -> bool {
+    // Without an argument too, a checkpoint fails within a transaction: as if the file were locked.
+    is_one_of(name, &["wal_checkpoint"]) || (value.is_some() && !is_one_of(name, HARMLESS_PRAGMAS))
+}
+
+fn is_one_of(name: &str, names: &[&str]) -> bool {
+    names.iter().any(|one| name.eq_ignore_ascii_case(one))
+}
+
+fn is_ours(name: &str) -> bool {
+    name.as_bytes()
         .get(..PREFIX.len())
         .is_some_and(|start| start.eq_ignore_ascii_case(PREFIX.as_bytes()))
+}
+
+/// Our prefix without the underscore that joins it to a name.
+fn stem() -> &'static str {
+    PREFIX.trim_end_matches('_')
 }
 
 #[cfg(test)]
@@ -122,7 +248,32 @@ mod tests {
     fn guarded() -> (Guard, Prepared) {
         let mut connection = Connection::open_in_memory().expect("open");
         connection
-            .execute_batch("CREATE TABLE t (x UNIQUE); CREATE TABLE essentially_once_state (x); BEGIN")
+            .execute_batch(
+                "CREATE TABLE t (x UNIQUE);
+                 CREATE TABLE mine (id INTEGER PRIMARY KEY AUTOINCREMENT, x);
+                 INSERT INTO mine (x) VALUES (1);
+                 CREATE TABLE essentially_once_state (x);
+                 CREATE TABLE essentially_once_logs (id INTEGER PRIMARY KEY AUTOINCREMENT, x);
+                 CREATE INDEX essentially_once_i ON essentially_once_logs (x);
+                 CREATE TRIGGER essentially_once_r AFTER INSERT ON essentially_once_logs BEGIN SELECT 1; END;
+                 CREATE VIEW essentially_once_v AS SELECT 1;
+                 CREATE VIRTUAL TABLE searched USING fts5(x);
+                 CREATE TEMP TABLE scratch (x);
+                 CREATE TABLE counts (x);
+                 CREATE TRIGGER insert_counts AFTER INSERT ON counts
+                     BEGIN INSERT INTO sqlite_sequence VALUES ('x', 1); END;
+                 CREATE TRIGGER delete_counts AFTER DELETE ON counts
+                     BEGIN UPDATE sqlite_sequence SET seq = 0; END;
+                 CREATE VIEW through AS SELECT 1;
+                 CREATE TRIGGER insert_through INSTEAD OF INSERT ON through
+                     BEGIN DELETE FROM essentially_once_state; END;
+                 CREATE TABLE cascades (x PRIMARY KEY);
+                 CREATE TABLE cascaded (x REFERENCES cascades ON DELETE CASCADE);
+                 CREATE TRIGGER delete_cascaded AFTER DELETE ON cascaded
+                     BEGIN DELETE FROM essentially_once_state; END;
+                 INSERT INTO essentially_once_logs (x) VALUES (1);
+                 BEGIN",
+            )
             .expect("schema");
         let guard = Guard::default();
         guard.install(&mut connection).expect("install");
@@ -157,13 +308,122 @@ mod tests {
             "CREATE TRIGGER r AFTER INSERT ON essentially_once_state BEGIN SELECT 1; END",
             "CREATE TEMP TRIGGER r AFTER INSERT ON essentially_once_state BEGIN SELECT 1; END",
             "CREATE TEMP TABLE essentially_once_windows (x)",
+            "PRAGMA wal_checkpoint",
+            "PRAGMA main.wal_checkpoint(TRUNCATE)",
+            "EXPLAIN COMMIT",
+            "REPLACE INTO essentially_once_state VALUES (1)",
+            "WITH one AS (SELECT 1) INSERT INTO essentially_once_state SELECT * FROM one",
+            "SELECT load_extension('other.so')",
+            "SELECT fts3_tokenizer('simple', x'00')",
+            // Names in our place.
+            "CREATE TABLE essentially_once_log_7 (x)",
+            "CREATE TABLE [Essentially_Once_Log_7] AS SELECT 1",
+            "CREATE VIEW essentially_once_log_7 AS SELECT 1",
+            "CREATE TEMP VIEW essentially_once_logs2 AS SELECT 1",
+            "CREATE UNIQUE INDEX essentially_once_log_7 ON mine (x)",
+            "CREATE INDEX temp.essentially_once_log_7 ON scratch (x)",
+            "CREATE TRIGGER essentially_once_r2 AFTER INSERT ON mine BEGIN SELECT 1; END",
+            "CREATE TEMP TRIGGER essentially_once_r2 AFTER INSERT ON mine BEGIN SELECT 1; END",
+            "CREATE VIRTUAL TABLE essentially_once_log_7 USING fts5(x)",
+            "CREATE VIRTUAL TABLE essentially_once USING fts5(x)",
+            "CREATE VIRTUAL TABLE Essentially_Once USING rtree(id, a, b)",
+            "CREATE VIRTUAL TABLE temp.essentially_once USING fts5(x)",
+            "ALTER TABLE mine RENAME TO essentially_once_log_2",
+            "ALTER TABLE mine RENAME TO 'Essentially_Once_log_2'",
+            "ALTER TABLE mine/**/RENAME/**/TO[essentially_once_log_2]",
+            "ALTER TABLE searched RENAME TO essentially_once",
+            "ALTER TABLE searched RENAME TO essentially_once_log_7",
+            // Our objects.
+            "ALTER TABLE essentially_once_state RENAME TO mine2",
+            "ALTER TABLE essentially_once_state RENAME COLUMN x TO y",
+            "ALTER TABLE essentially_once_logs DROP COLUMN x",
+            "DROP INDEX essentially_once_i",
+            "DROP TRIGGER essentially_once_r",
+            "DROP VIEW essentially_once_v",
+            // Foreign keys, which would keep us from deleting rows.
+            "CREATE TABLE child (x REFERENCES essentially_once_state (x))",
+            "CREATE TABLE child (x, FOREIGN KEY (x) references \"Essentially_Once_State\" (x))",
+            "CREATE TABLE IF NOT EXISTS child (x REFERENCES[essentially_once_log_9](\"offset\"))",
+            "CREATE TEMP TABLE child (x REFERENCES essentially_once_state (x))",
+            "ALTER TABLE mine ADD COLUMN y REFERENCES essentially_once_state (x)",
+            // What SQLite counts for AUTOINCREMENT.
+            "INSERT INTO sqlite_sequence VALUES ('essentially_once_logs', 9)",
+            "UPDATE sqlite_sequence SET seq = 0",
+            "UPDATE main.SQLite_Sequence SET seq = 0 WHERE name = 'essentially_once_logs'",
+            "DELETE FROM sqlite_sequence",
+            "DELETE FROM sqlite_sequence WHERE name = 'mine'",
+            "DROP TABLE mine; DELETE FROM sqlite_sequence",
+            "DROP TABLE sqlite_sequence",
+            "ALTER TABLE sqlite_sequence RENAME TO mine2",
+            "CREATE INDEX i ON sqlite_sequence (seq)",
+            "CREATE TRIGGER r AFTER UPDATE ON sqlite_sequence BEGIN SELECT 1; END",
+            "INSERT INTO counts VALUES (1)",
+            "DELETE FROM counts",
+            "INSERT INTO through DEFAULT VALUES",
+            "DELETE FROM cascades",
+            // The schema itself.
+            "UPDATE sqlite_master SET sql = 'x'",
+            "DELETE FROM sqlite_schema",
+            "INSERT INTO sqlite_temp_master VALUES (1, 2, 3, 4, 5)",
         ] {
-            let result = guard.run(&mut connection, sql, |statement| {
-                statement.query([])?.next().map(|_| ())
-            });
-            assert!(result.is_err(), "{sql}");
-            assert!(!connection.is_autocommit(), "{sql}");
+            // Twice: a statement that was denied must not be found prepared.
+            for _ in 0..2 {
+                let result = guard.run(&mut connection, sql, |statement| {
+                    statement.query([])?.next().map(|_| ())
+                });
+                assert!(result.is_err(), "{sql}");
+                assert!(!connection.is_autocommit(), "{sql}");
+            }
         }
+        let schema: i64 = connection
+            .query_row(
+                "SELECT count(*) FROM (SELECT name FROM sqlite_master UNION ALL SELECT name FROM sqlite_temp_master)
+                 WHERE name LIKE 'essentially_once%'",
+                [],
+                |row| row.get(0),
+            )
+            .expect("count");
+        assert_eq!(schema, 5, "what was there before");
+    }
+
+    #[test]
+    fn what_passed_once_passes_again_after_a_change_of_schema() {
+        let (guard, mut connection) = guarded();
+        let add = "CREATE TABLE IF NOT EXISTS copy AS SELECT x FROM essentially_once_state";
+        let alter = "ALTER TABLE t RENAME TO t";
+        let insert = "INSERT INTO mine (x) VALUES (2)";
+        for round in 0..3 {
+            for sql in [add, insert] {
+                guard
+                    .run(&mut connection, sql, |statement| statement.execute([]))
+                    .expect(sql);
+            }
+            let error = guard
+                .run(&mut connection, alter, |statement| statement.execute([]))
+                .expect_err("its own name")
+                .to_string();
+            assert!(!error.contains("not authorized"), "{error}");
+            connection
+                .execute_batch(&format!("CREATE TABLE other_{round} (x)"))
+                .expect("schema");
+        }
+    }
+
+    /// A trigger that somebody else made fires within a handler's statement.
+    #[test]
+    fn a_prepared_statement_is_denied_once_a_trigger_takes_it_to_our_tables() {
+        let (guard, mut connection) = guarded();
+        let insert = "INSERT INTO mine (x) VALUES (2)";
+        let run = |connection: &mut Prepared| guard.run(connection, insert, |statement| statement.execute([]));
+        run(&mut connection).expect("no trigger yet");
+        connection
+            .execute_batch("CREATE TRIGGER r AFTER INSERT ON mine BEGIN DELETE FROM essentially_once_state; END")
+            .expect("trigger");
+        for _ in 0..2 {
+            assert!(run(&mut connection).is_err());
+        }
+        connection.execute_batch("DROP TRIGGER r").expect("drop");
+        run(&mut connection).expect("free again");
     }
 
     #[test]
@@ -199,9 +459,78 @@ mod tests {
             "PRAGMA defer_foreign_keys = ON",
             "SELECT * FROM essentially_once_state",
             "DROP TABLE IF EXISTS u",
+            // AUTOINCREMENT: SQLite writes sqlite_sequence by itself.
+            "CREATE TABLE a (id INTEGER PRIMARY KEY AUTOINCREMENT, x UNIQUE, y REFERENCES t (x))",
+            "INSERT INTO a (x) VALUES (1), (2)",
+            "SELECT seq FROM sqlite_sequence WHERE name = 'a'",
+            "ALTER TABLE a RENAME TO b",
+            "ALTER TABLE b RENAME COLUMN x TO z",
+            "ALTER TABLE b ADD COLUMN w DEFAULT 0",
+            "ALTER TABLE b DROP COLUMN w",
+            "INSERT INTO b (z) VALUES (1) ON CONFLICT (z) DO UPDATE SET z = 5",
+            "REPLACE INTO b (z) VALUES (5)",
+            "UPDATE b SET z = z + 1 RETURNING z",
+            "CREATE TRIGGER r AFTER INSERT ON b BEGIN UPDATE t SET x = new.z; DELETE FROM t; END",
+            "INSERT INTO b (z) VALUES (9)",
+            "DROP TRIGGER r",
+            "CREATE UNIQUE INDEX bi ON b (z) WHERE z > 1",
+            "REINDEX b",
+            "DROP INDEX bi",
+            "DELETE FROM b",
+            "DROP TABLE b",
+            "SELECT seq FROM sqlite_sequence",
+            "ALTER TABLE mine RENAME TO yours",
+            "DROP TABLE yours",
+            // Reading our tables, in any way.
+            "CREATE VIEW v AS SELECT x FROM essentially_once_state",
+            "SELECT * FROM v",
+            "CREATE TABLE copied AS SELECT * FROM essentially_once_state",
+            "INSERT INTO t SELECT x FROM essentially_once_state",
+            "CREATE TRIGGER r AFTER INSERT ON t BEGIN SELECT count(*) FROM essentially_once_state; END",
+            "INSERT INTO t VALUES ('essentially_once_state references')",
+            "CREATE TABLE \"references\" (x)",
+            "DROP VIEW v",
+            "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 5) SELECT sum(x) FROM n",
+            "WITH n AS (SELECT 7) INSERT INTO t SELECT * FROM n",
+            "SELECT json_extract('{\"a\":1}', '$.a'), max(x) OVER () FROM t",
+            "SELECT name FROM pragma_table_info('t')",
+            "SELECT name FROM sqlite_schema",
+            "PRAGMA foreign_key_check",
+            "EXPLAIN QUERY PLAN SELECT * FROM t",
+            "ANALYZE",
+            "ANALYZE t",
+            "SELECT * FROM sqlite_stat1",
+            // Temporary objects.
+            "CREATE TEMP TABLE heap (id INTEGER PRIMARY KEY AUTOINCREMENT, x)",
+            "INSERT INTO heap (x) VALUES (1)",
+            "CREATE INDEX temp.heap_i ON heap (x)",
+            "CREATE TEMP VIEW w AS SELECT * FROM heap",
+            "CREATE TEMP TRIGGER s AFTER INSERT ON t BEGIN INSERT INTO heap (x) VALUES (2); END",
+            "INSERT INTO t VALUES (77)",
+            "DROP TRIGGER s",
+            "DROP VIEW w",
+            "DROP INDEX heap_i",
+            "ALTER TABLE heap RENAME TO heaped",
+            "DROP TABLE heaped",
+            // Virtual tables.
+            "CREATE VIRTUAL TABLE texts USING fts5(body)",
+            "INSERT INTO texts VALUES ('what we sell')",
+            "SELECT * FROM texts WHERE texts MATCH 'sell'",
+            "INSERT INTO texts (texts) VALUES ('optimize')",
+            "ALTER TABLE texts RENAME TO words",
+            "DELETE FROM words",
+            "DROP TABLE words",
+            "CREATE VIRTUAL TABLE essentially USING fts4(body)",
+            "DROP TABLE essentially",
+            "CREATE VIRTUAL TABLE places USING rtree(id, low, high)",
+            "INSERT INTO places VALUES (1, 0.5, 1.5)",
+            "SELECT id FROM places WHERE low < 1",
+            "DROP TABLE places",
         ] {
             let result = guard.run(&mut connection, sql, |statement| {
-                statement.query([])?.next().map(|_| ())
+                let mut rows = statement.query([])?;
+                while rows.next()?.is_some() {}
+                Ok(())
             });
             assert!(result.is_ok(), "{sql}: {result:?}");
         }

@@ -48,14 +48,17 @@ impl Prepared {
         }
     }
 
-    /// Runs a handler's statement, prepared at the first call. Its parameters are unbound afterwards.
+    /// Runs a handler's statement, prepared at the first call, and then after `before_prepare`. Its
+    /// parameters are unbound afterwards.
     pub(crate) fn run_native<T>(
         &mut self,
         sql: &str,
+        before_prepare: impl FnOnce(),
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         // SAFETY: as in `run_internal`.
-        self.native.run(unsafe { self.connection.as_ref() }, sql, run)
+        self.native
+            .run(unsafe { self.connection.as_ref() }, sql, before_prepare, run)
     }
 
     /// Runs a statement of this crate, prepared at the first call. Its parameters are unbound afterwards.
@@ -66,7 +69,7 @@ impl Prepared {
     ) -> rusqlite::Result<T> {
         // SAFETY: the pointer is valid until `drop`, which drops all statements first; no statement is seen outside with this
         // lifetime, since `run` takes one of a lifetime that it cannot name.
-        self.internal.run(unsafe { self.connection.as_ref() }, sql, run)
+        self.internal.run(unsafe { self.connection.as_ref() }, sql, || (), run)
     }
 }
 
@@ -75,19 +78,21 @@ impl Statements {
         &mut self,
         connection: &'static Connection,
         sql: &str,
+        before_prepare: impl FnOnce(),
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        self.last = self.place(connection, sql)?;
-        let statement = &mut self.statements[self.last].1;
-        let result = run(statement);
-        if statement.parameter_count() > 0 {
-            statement.clear_bindings();
-        }
-        result
+        self.last = self.place(connection, sql, before_prepare)?;
+        let statement = Unbound(&mut self.statements[self.last].1);
+        run(&mut *statement.0)
     }
 
     /// Where the statement of that SQL is; prepared if it is not there yet.
-    fn place(&mut self, connection: &'static Connection, sql: &str) -> rusqlite::Result<usize> {
+    fn place(
+        &mut self,
+        connection: &'static Connection,
+        sql: &str,
+        before_prepare: impl FnOnce(),
+    ) -> rusqlite::Result<usize> {
         let next = (self.last + 1) % self.statements.len().max(1);
         for guess in [next, self.last] {
             if self.statements.get(guess).is_some_and(|(known, _)| **known == *sql) {
@@ -101,10 +106,23 @@ impl Statements {
             self.places.clear();
             self.statements.clear();
         }
+        before_prepare();
         let place = self.statements.len();
         self.statements.push((sql.into(), connection.prepare(sql)?));
         self.places.insert(sql.into(), place);
         Ok(place)
+    }
+}
+
+/// Unbinds the parameters as it goes, also where a handler's closure panics: values that stayed bound
+/// would be those of the next execution. The rows of a statement reset it as they are dropped.
+struct Unbound<'a>(&'a mut Statement<'static>);
+
+impl Drop for Unbound<'_> {
+    fn drop(&mut self) {
+        if self.0.parameter_count() > 0 {
+            self.0.clear_bindings();
+        }
     }
 }
 
@@ -128,6 +146,8 @@ impl Drop for Prepared {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     fn prepared() -> Prepared {
@@ -141,18 +161,18 @@ mod tests {
         let mut prepared = prepared();
         let insert = "INSERT INTO t VALUES (?1)";
         prepared
-            .run_native(insert, |statement| statement.execute([1]))
+            .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
         let mut prepared = std::thread::spawn(move || {
             prepared
-                .run_native(insert, |statement| statement.execute([2]))
+                .run_native(insert, || (), |statement| statement.execute([2]))
                 .expect("insert");
             prepared
         })
         .join()
         .expect("thread");
         prepared
-            .run_native(insert, |statement| statement.execute([3]))
+            .run_native(insert, || (), |statement| statement.execute([3]))
             .expect("insert");
         let sum: i64 = prepared
             .query_row("SELECT sum(x) FROM t", [], |row| row.get(0))
@@ -166,20 +186,57 @@ mod tests {
         prepared.execute_batch("CREATE UNIQUE INDEX i ON t (x)").expect("index");
         let insert = "INSERT INTO t VALUES (?1)";
         prepared
-            .run_native(insert, |statement| statement.execute([1]))
+            .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
-        assert!(prepared.run_native(insert, |statement| statement.execute([1])).is_err());
+        assert!(
+            prepared
+                .run_native(insert, || (), |statement| statement.execute([1]))
+                .is_err()
+        );
         prepared
             .execute_batch("DROP INDEX i; ALTER TABLE t ADD COLUMN y DEFAULT 0")
             .expect("schema");
         assert!(
-            prepared.run_native(insert, |statement| statement.execute([1])).is_err(),
+            prepared
+                .run_native(insert, || (), |statement| statement.execute([1]))
+                .is_err(),
             "one value for two columns"
         );
         let insert = "INSERT INTO t (x) VALUES (?1)";
         prepared
-            .run_native(insert, |statement| statement.execute([1]))
+            .run_native(insert, || (), |statement| statement.execute([1]))
             .expect("insert");
+    }
+
+    #[test]
+    fn nothing_stays_bound_or_running_after_a_panic() {
+        let mut prepared = prepared();
+        prepared.execute_batch("INSERT INTO t VALUES (1), (2)").expect("rows");
+        let select = "SELECT :a, :b FROM t";
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            prepared.run_native(
+                select,
+                || (),
+                |statement| -> rusqlite::Result<()> {
+                    let mut rows = statement.query(&[(":a", "old"), (":b", "old")])?;
+                    rows.next()?;
+                    panic!("a handler's closure");
+                },
+            )
+        }));
+        assert!(panicked.is_err());
+        // A table cannot be dropped while a statement reads it.
+        prepared
+            .execute_batch("CREATE TABLE u AS SELECT * FROM t; DROP TABLE t; ALTER TABLE u RENAME TO t")
+            .expect("nothing runs");
+        let found: (String, Option<String>) = prepared
+            .run_native(
+                select,
+                || (),
+                |statement| statement.query_row(&[(":a", "new")], |row| Ok((row.get(0)?, row.get(1)?))),
+            )
+            .expect("select");
+        assert_eq!(found, ("new".into(), None));
     }
 
     #[test]
@@ -187,9 +244,11 @@ mod tests {
         let mut prepared = prepared();
         for n in 0..3 * MOST {
             prepared
-                .run_native(&format!("INSERT INTO t VALUES ({n})"), |statement| {
-                    statement.execute([])
-                })
+                .run_native(
+                    &format!("INSERT INTO t VALUES ({n})"),
+                    || (),
+                    |statement| statement.execute([]),
+                )
                 .expect("insert");
             assert!(prepared.native.statements.len() <= MOST);
         }

@@ -11,6 +11,9 @@ use crate::error::{classify, on};
 pub(crate) const PREFIX: &str = "essentially_once_";
 
 /// Each entry brings a file from the version of its index to the next one.
+///
+/// A user's view may read our tables, and SQLite refuses to rename a table or column while a view
+/// anywhere in the file cannot be resolved: an entry creates tables and adds columns, no more.
 const MIGRATIONS: &[&str] = &[
     // A u64 is kept as the i64 of the same bits; `next` is one past the last record ever appended. An id is never used twice,
     // so that what is left of a deleted log's table is never read as another log's.

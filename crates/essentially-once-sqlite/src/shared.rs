@@ -100,6 +100,24 @@ impl Shared {
         Arc::clone(lock(&self.wakes).entry(log).or_default())
     }
 
+    /// Opens another connection to write on, which SQLite interrupts while the flag is set.
+    #[cfg(test)]
+    pub(crate) async fn interruptible(&self) -> Arc<std::sync::atomic::AtomicBool> {
+        let interrupted = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let guard = Guard::default();
+        let mut connection = connect::writer(&self.path, &guard, self.options.busy_timeout).expect("writer");
+        let flag = Arc::clone(&interrupted);
+        connection
+            .progress_handler(1, Some(move || flag.load(std::sync::atomic::Ordering::Relaxed)))
+            .expect("handler");
+        *self.writer.lock().await = Writer {
+            connection: Prepared::new(connection),
+            guard,
+            broken: false,
+        };
+        interrupted
+    }
+
     async fn reopen(&self, mut writer: OwnedMutexGuard<Writer>) -> Result<OwnedMutexGuard<Writer>, Error> {
         tracing::warn!(path = %self.path.display(), "a rollback failed: opening the connection anew");
         let (path, timeout) = (self.path.clone(), self.options.busy_timeout);

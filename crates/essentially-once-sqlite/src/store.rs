@@ -12,7 +12,7 @@ use rusqlite::{Connection, OptionalExtension, Params, Row, Statement};
 
 use crate::{
     connect,
-    error::classify,
+    error::{classify, is_handlers_mistake},
     shared::{Shared, WriteTx},
 };
 
@@ -69,6 +69,7 @@ impl OffsetStore for SqliteStore {
             tx,
             shared: Arc::clone(&self.shared),
             consumer: consumer.clone(),
+            failed: None,
         })
     }
 
@@ -82,12 +83,25 @@ impl OffsetStore for SqliteStore {
 /// Besides the portable [`KeyValue`] state it takes SQL on tables of your own, which other consumers and programs see as well.
 /// Statements are prepared once and kept, so give values as parameters rather than in the text. SQL may use savepoints and
 /// change the schema. It may not begin or end transactions, attach databases, set pragmas (except `defer_foreign_keys`) or write
-/// to the tables of this crate. Should SQLite roll back by itself, as `INSERT OR ROLLBACK` makes it do, everything after that
-/// fails, the commit included.
+/// to `sqlite_sequence` and the tables of this crate. It may read those tables, but not refer to them by foreign key, and no
+/// name may begin with `essentially_once_`.
+///
+/// After an error of SQLite itself (disk, memory, a lock, a damaged file) everything that follows fails
+/// with the same kind of error, the commit included, even if the handler ignored the error. So it does
+/// once SQLite rolled back by itself, as `INSERT OR ROLLBACK` makes it do. A mistake in the SQL or a
+/// violated constraint only fails its own statement.
 pub struct SqliteTx {
     tx: WriteTx,
     shared: Arc<Shared>,
     consumer: ConsumerId,
+    /// The first operation that failed by trouble of the backend. Its handler may have ignored it, so
+    /// from there on the transaction can only be rolled back.
+    failed: Option<Failure>,
+}
+
+struct Failure {
+    is_transient: bool,
+    text: String,
 }
 
 impl SqliteTx {
@@ -104,8 +118,8 @@ impl SqliteTx {
     ///
     /// # Errors
     /// [`Error::Failed`] for a mistake in the SQL, a violated constraint, or more than one statement; [`Error::Unavailable`].
-    /// [`sqlite_error`](crate::sqlite_error) tells them apart. The transaction can go on, unless
-    /// SQLite rolled it back; what a statement did that returned rows, and failed for that, stays in it.
+    /// [`sqlite_error`](crate::sqlite_error) tells them apart. The transaction can go on after a mistake
+    /// or a violated constraint, unless SQLite rolled it back; what a statement did that returned rows, and failed for that, stays in it.
     pub fn execute(&mut self, sql: &str, params: impl Params) -> Result<usize, Error> {
         self.native(sql, |statement| statement.execute(params))
     }
@@ -155,9 +169,12 @@ impl SqliteTx {
         sql: &str,
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Error> {
-        self.check_open()?;
+        self.check_usable("run SQL")?;
         let result = self.tx.run_native(sql, run);
-        result.map_err(|error| classify(self.action("run SQL"), error))
+        result.map_err(|error| match is_handlers_mistake(&error) {
+            true => classify(self.action("run SQL"), error),
+            false => self.fail("run SQL", error),
+        })
     }
 
     /// Runs a statement of ours, given the consumer's name.
@@ -169,16 +186,37 @@ impl SqliteTx {
     ) -> Result<T, Error> {
         let Self { tx, consumer, .. } = self;
         let result = tx.run_internal(sql, |statement| run(statement, consumer.as_str()));
-        result.map_err(|error| classify(self.action(verb), error))
+        result.map_err(|error| self.fail(verb, error))
     }
 
-    /// Without an open transaction, whatever runs next would be committed on the spot.
-    fn check_open(&self) -> Result<(), Error> {
+    /// The error of an operation after which the transaction can only be rolled back.
+    fn fail(&mut self, verb: &str, error: rusqlite::Error) -> Error {
+        let error = classify(self.action(verb), error);
+        self.failed.get_or_insert_with(|| Failure {
+            is_transient: matches!(error, Error::Unavailable { .. }),
+            text: error.to_string(),
+        });
+        error
+    }
+
+    /// Refuses to go on after a failure, and without an open transaction: whatever ran then would be
+    /// committed on the spot.
+    fn check_usable(&self, verb: &str) -> Result<(), Error> {
+        if let Some(failure) = &self.failed {
+            let cause = format!(
+                "the transaction can only be rolled back, because an operation in it failed before: {}",
+                failure.text
+            );
+            return Err(match failure.is_transient {
+                true => Error::unavailable(self.action(verb), cause),
+                false => Error::failed(self.action(verb), cause),
+            });
+        }
         if self.tx.is_open() {
             return Ok(());
         }
         Err(Error::failed(
-            self.action("go on"),
+            self.action(verb),
             "SQLite rolled the transaction back after an earlier error (OR ROLLBACK, RAISE(ROLLBACK), a full disk); nothing \
              of it is applied",
         ))
@@ -286,7 +324,7 @@ impl fmt::Debug for SqliteTx {
 #[async_trait]
 impl Transaction for SqliteTx {
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
-        self.check_open()?;
+        self.check_usable("commit")?;
         self.advance(&advance)?;
         let (shared, consumer) = (self.shared, self.consumer);
         self.tx
@@ -303,7 +341,7 @@ impl Transaction for SqliteTx {
 #[async_trait]
 impl KeyValue for SqliteTx {
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
-        self.check_open()?;
+        self.check_usable("get a key")?;
         let sql = "SELECT value FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";
         self.internal(sql, "get a key", |statement, consumer| {
             let value = |row: &Row<'_>| Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_bytes()?));
@@ -312,7 +350,7 @@ impl KeyValue for SqliteTx {
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        self.check_open()?;
+        self.check_usable("put a key")?;
         self.check_size("key", key)?;
         self.check_size("value", value)?;
         let sql = "INSERT INTO main.essentially_once_state (consumer, key, value) VALUES (?1, ?2, ?3) \
@@ -324,7 +362,7 @@ impl KeyValue for SqliteTx {
     }
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
-        self.check_open()?;
+        self.check_usable("delete a key")?;
         let sql = "DELETE FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";
         self.internal(sql, "delete a key", |statement, consumer| {
             statement.execute((consumer, key))
@@ -397,4 +435,102 @@ fn read_position(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Re
         .query_map([consumer.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;
     Ok(Some((row, windows)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use essentially_once::Log;
+
+    use super::*;
+    use crate::Sqlite;
+
+    const TABLE: &str = "CREATE TABLE t (x)";
+
+    async fn open() -> (tempfile::TempDir, Sqlite, Arc<AtomicBool>) {
+        let folder = tempfile::tempdir().expect("folder");
+        let sqlite = Sqlite::open(folder.path().join("a.db")).await.expect("open");
+        let interrupt = sqlite.shared.interruptible().await;
+        (folder, sqlite, interrupt)
+    }
+
+    /// Commits a first position; then gives a transaction with a write staged, and how to advance it.
+    async fn staged(sqlite: &Sqlite) -> (SqliteTx, Advance) {
+        let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
+        let consumer = ConsumerId::new("c").expect("name");
+        let mut advance = Advance {
+            log: log.id().clone(),
+            next: 1.into(),
+            expected_revision: 0,
+            windows: vec![],
+            forgotten: vec![],
+        };
+        let mut tx = store.begin(&consumer).await.expect("begin");
+        tx.execute(TABLE, []).expect("create");
+        tx.put(b"k", b"1").await.expect("put");
+        tx.commit(advance.clone()).await.expect("commit");
+        let mut tx = store.begin(&consumer).await.expect("begin");
+        tx.put(b"k", b"2").await.expect("put");
+        advance.expected_revision = 1;
+        (tx, advance)
+    }
+
+    #[tokio::test]
+    async fn a_read_that_failed_and_was_ignored_keeps_the_transaction_from_committing() {
+        let (_folder, sqlite, interrupt) = open().await;
+        let (mut tx, advance) = staged(&sqlite).await;
+        interrupt.store(true, Ordering::Relaxed);
+        let ignored = tx.get(b"k").await.ok().flatten();
+        interrupt.store(false, Ordering::Relaxed);
+        assert_eq!(ignored, None);
+        let error = tx.put(b"count", b"1").await.expect_err("only rolled back");
+        assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+        let error = tx.commit(advance.clone()).await.expect_err("refused");
+        assert!(matches!(error, Error::Unavailable { .. }), "transient: {error:?}");
+        let text = error.to_string();
+        assert!(text.contains("get a key") && text.contains("interrupted"), "{text}");
+        let store = sqlite.store();
+        let mut tx = store
+            .begin(&ConsumerId::new("c").expect("name"))
+            .await
+            .expect("begin again");
+        assert_eq!(tx.get(b"k").await.expect("get").as_deref(), Some(&b"1"[..]));
+        tx.commit(advance).await.expect("the next one commits");
+    }
+
+    #[tokio::test]
+    async fn sql_that_was_interrupted_keeps_the_transaction_from_committing() {
+        for sql in ["SELECT count(*) FROM t", "INSERT INTO t VALUES (1)"] {
+            let (_folder, sqlite, interrupt) = open().await;
+            let (mut tx, advance) = staged(&sqlite).await;
+            interrupt.store(true, Ordering::Relaxed);
+            let ignored = tx.query(sql, [], |_| Ok(())).ok();
+            interrupt.store(false, Ordering::Relaxed);
+            assert_eq!(ignored, None);
+            let error = tx.query("SELECT 1", [], |_| Ok(())).expect_err("only rolled back");
+            assert!(matches!(error, Error::Unavailable { .. }), "{sql}: {error:?}");
+            let error = tx.commit(advance).await.expect_err("refused");
+            assert!(
+                matches!(error, Error::Unavailable { .. }) && error.to_string().contains("run SQL"),
+                "{sql}: {error:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn put_and_delete_that_failed_keep_the_transaction_from_committing() {
+        for put in [true, false] {
+            let (_folder, sqlite, interrupt) = open().await;
+            let (mut tx, advance) = staged(&sqlite).await;
+            interrupt.store(true, Ordering::Relaxed);
+            let ignored = match put {
+                true => tx.put(b"k", b"3").await,
+                false => tx.delete(b"k").await,
+            };
+            interrupt.store(false, Ordering::Relaxed);
+            assert!(ignored.is_err());
+            assert!(matches!(tx.commit(advance).await, Err(Error::Unavailable { .. })));
+        }
+    }
 }

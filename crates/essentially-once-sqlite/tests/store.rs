@@ -1,6 +1,8 @@
 //! The contract of the store, in short form, and SQL in its transaction.
 
 use std::{
+    fs,
+    io::{Seek, SeekFrom, Write},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -11,7 +13,7 @@ use essentially_once::{
     Revision, Transaction, Window,
 };
 use essentially_once_sqlite::{
-    Sqlite, SqliteOptions, SqliteStore, SqliteTx,
+    Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, ErrorCode},
     sqlite_error,
 };
@@ -368,6 +370,54 @@ async fn mistakes_in_sql_fail_and_the_transaction_goes_on() {
     );
 }
 
+/// Overwrites the root page of a table, as a bad disk does.
+fn damage(sqlite: &Sqlite, table: &str) {
+    let shell = Connection::open(sqlite.path()).expect("open");
+    let (root, size): (u64, u64) = shell
+        .query_row(
+            "SELECT rootpage, (SELECT page_size FROM pragma_page_size) FROM sqlite_master WHERE name = ?1",
+            [table],
+            |row| Ok((row.get::<_, i64>(0)? as u64, row.get::<_, i64>(1)? as u64)),
+        )
+        .expect("root page");
+    let checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)";
+    shell.query_row(checkpoint, [], |_| Ok(())).expect("checkpoint");
+    drop(shell);
+    let mut file = fs::OpenOptions::new().write(true).open(sqlite.path()).expect("open");
+    file.seek(SeekFrom::Start((root - 1) * size)).expect("seek");
+    file.write_all(&vec![0xa5; size as usize]).expect("write");
+}
+
+#[tokio::test]
+async fn a_damaged_page_whose_error_is_ignored_keeps_the_transaction_from_committing() {
+    for table in ["essentially_once_state", "t"] {
+        let (folder, sqlite, store) = open().await;
+        let mut tx = staged(&store, "before").await;
+        tx.execute("CREATE TABLE t (x)", []).expect("create");
+        tx.execute("CREATE TABLE whole (x)", []).expect("create");
+        tx.commit(advance(1, 0)).await.expect("commit");
+        let path = sqlite.path().to_owned();
+        drop((sqlite, store));
+        damage(&Sqlite::open(&path).await.expect("open"), table);
+
+        let store = Sqlite::open(&path).await.expect("open").store();
+        let mut tx = store.begin(&shipping()).await.expect("begin");
+        tx.execute("INSERT INTO whole VALUES (1)", []).expect("another page");
+        let ignored = match table {
+            "t" => tx.query("SELECT x FROM t", [], |_| Ok(())).is_ok(),
+            _ => tx.get(b"k").await.is_ok(),
+        };
+        assert!(!ignored, "{table}");
+        let error = tx.commit(advance(2, 1)).await.expect_err(table);
+        assert!(matches!(error, Error::Failed { .. }), "{table}: {error:?}");
+        let text = error.to_string();
+        assert!(text.contains("only be rolled back"), "{table}: {text}");
+        let position = store.position(&shipping()).await.expect("position").expect("some");
+        assert_eq!(position.next, 1.into(), "{table}");
+        drop(folder);
+    }
+}
+
 #[tokio::test]
 async fn a_handler_cannot_end_its_transaction() {
     let (_folder, sqlite, store) = open().await;
@@ -409,6 +459,38 @@ async fn a_handler_cannot_end_its_transaction() {
     assert_eq!(revision, 1, "nothing was committed early");
     tx.commit(advance(2, 1)).await.expect("commit");
     assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("after"));
+}
+
+#[tokio::test]
+async fn a_handler_cannot_keep_logs_from_being_made_or_trimmed() {
+    let (_folder, sqlite, store) = open().await;
+    let log = sqlite.log("orders").await.expect("log");
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.execute("CREATE TABLE mine (id INTEGER PRIMARY KEY AUTOINCREMENT, x)", [])
+        .expect("create");
+    for sql in [
+        "ALTER TABLE mine RENAME TO essentially_once_log_2",
+        "CREATE UNIQUE INDEX essentially_once_log_2 ON mine (x)",
+        "CREATE TABLE child (x REFERENCES essentially_once_log_1)",
+        "UPDATE sqlite_sequence SET seq = 0",
+    ] {
+        let error = tx.execute(sql, []).expect_err(sql).to_string();
+        assert!(error.contains("a handler cannot"), "{sql}: {error}");
+    }
+    tx.execute("ALTER TABLE mine RENAME TO theirs", []).expect("rename");
+    tx.execute("DROP TABLE theirs", []).expect("drop");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    sqlite.log("payments").await.expect("a second log");
+    log.append(&[NewRecord::new("a"), NewRecord::new("b")])
+        .await
+        .expect("append");
+    log.set_retention(Retention {
+        records: Some(1),
+        age: None,
+    })
+    .await
+    .expect("retention");
+    assert_eq!(log.trim().await.expect("trim"), 1);
 }
 
 #[tokio::test]
