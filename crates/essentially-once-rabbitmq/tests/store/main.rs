@@ -9,6 +9,7 @@ mod doubt;
 mod recovery;
 mod sent;
 mod support;
+mod version_1;
 
 /// How long a test may take; only what is stuck takes so long.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     doubt::add(&mut suite);
     recovery::add(&mut suite);
     sent::add(&mut suite);
+    version_1::add(&mut suite);
     suite.suite.run()
 }
 
