@@ -82,7 +82,8 @@ impl LogOptions {
     /// Writes up to so many records and bytes of one append into one message: many times faster, and no longer readable by clients that do not
     /// know [the format](crate#packed-messages). Readers of this crate read both, also mixed.
     ///
-    /// Records of one message are confirmed together, and removed together.
+    /// Records of one message are confirmed together, and removed together. A message must not be larger than the broker's
+    /// `max_message_size`.
     #[must_use]
     pub fn packed(mut self, records: usize, bytes: usize) -> Self {
         self.packed = Some((records.clamp(1, u32::MAX as usize), bytes));

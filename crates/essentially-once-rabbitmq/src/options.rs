@@ -58,6 +58,9 @@ impl RabbitOptions {
 
     /// Largest record (key, headers and payload together), state key or state value, in bytes. RabbitMQ itself takes
     /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`); the default leaves room for what is around a record.
+    ///
+    /// A broker with a lower limit names it when it refuses the first message. From then on, this handle and its clones refuse
+    /// larger messages with [`Error::TooLarge`] before they send anything. Connect again after you raised the limit.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;

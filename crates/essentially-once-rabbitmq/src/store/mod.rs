@@ -258,7 +258,7 @@ impl KeyValue for RabbitTx {
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        let limit = self.changelog.limits.value;
+        let limit = self.changelog.value_limit();
         for (what, size) in [("key", key.len()), ("value", value.len())] {
             if size > limit {
                 return Err(Error::TooLarge { what, size, limit });

@@ -31,7 +31,7 @@ impl RabbitTx {
     /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit). All that a commit sends and changes must
     /// also fit one message, see [`RabbitStore`]; if it does not, the commit fails.
     pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
-        record.check_size(self.changelog.limits.value)?;
+        record.check_size(self.changelog.value_limit())?;
         self.sent.push(record);
         Ok(())
     }
