@@ -19,6 +19,16 @@ pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
     Error::indeterminate(action, error)
 }
 
+/// Whether the broker knows no queue of that name.
+pub(crate) fn is_not_found(error: &lapin::Error) -> bool {
+    match error.kind() {
+        ErrorKind::ProtocolError(told) => {
+            *told.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) && !is_down(told.get_message().as_str())
+        }
+        _ => false,
+    }
+}
+
 /// The largest message that the broker takes, if it closed the channel because of a larger one.
 pub(crate) fn message_limit(error: &lapin::Error) -> Option<usize> {
     match error.kind() {

@@ -16,6 +16,7 @@ use crate::{
     publisher::{Message, Publisher},
     reader::RabbitReader,
     server::Server,
+    store::names,
     stream::{self, Ends},
     tail::{Delivered, Tail},
 };
@@ -188,6 +189,18 @@ struct Inner {
 impl RabbitLog {
     pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
         let id = LogId::new(name)?;
+        if let Some((prefix, consumer, _)) = names::parse(name)
+            && prefix == server.options.prefix
+        {
+            return Err(Error::InvalidName {
+                kind: "log",
+                name: name.into(),
+                reason: format!(
+                    "it is a name of the store's own streams, of consumer {consumer}; choose another, or read what that consumer has \
+                     sent with `RabbitStore::sent`"
+                ),
+            });
+        }
         if !options.existing {
             options.check()?;
         }

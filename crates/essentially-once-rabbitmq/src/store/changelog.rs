@@ -13,6 +13,7 @@ use super::{
     cover::{Cover, OVERHEAD},
     entry::{Entry, Parsed, encode_commit, encode_mark, parse},
     fold::{Commit, Fold, Missing, Token, Verdict},
+    names::{self, Kind},
     sent::Nothing,
     snapshots::{Snapshots, message},
     state::{Sent, State, StateChange, Writes},
@@ -50,7 +51,7 @@ pub(super) struct Replica {
 
 impl Changelog {
     pub(super) fn new(server: &Arc<Server>, consumer: &ConsumerId, limits: Limits) -> Self {
-        let stream = format!("{}.{consumer}.changelog", server.options.prefix);
+        let stream = names::name(&server.options.prefix, consumer, Kind::Changelog);
         Self {
             server: Arc::clone(server),
             consumer: consumer.clone(),

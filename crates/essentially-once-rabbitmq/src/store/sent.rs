@@ -15,6 +15,7 @@ use super::{
     changelog::Changelog,
     entry::{Entry, Parsed, parse},
     fold::{Change, Fold, Token, Verdict},
+    names::{self, Kind},
 };
 use crate::{
     packed,
@@ -43,7 +44,7 @@ impl RabbitStore {
     /// # Errors
     /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer make no name for it.
     pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
-        let name = format!("{}.{consumer}.sent", self.server.options.prefix);
+        let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
         Ok(RabbitSent {
             changelog: self.changelog(consumer)?,
             id: LogId::new(name)?,

@@ -13,6 +13,7 @@ use lapin::{
 
 use super::{
     fold::Fold,
+    names::{self, Kind},
     snapshot::{Assembly, CHUNK, CHUNK_HEAD, Chunk, Image},
     state::State,
 };
@@ -61,7 +62,7 @@ impl Snapshots {
         let prefix = &server.options.prefix;
         Self {
             server: Arc::clone(server),
-            streams: ["a", "b"].map(|letter| format!("{prefix}.{consumer}.snapshots.{letter}")),
+            streams: [Kind::SnapshotsA, Kind::SnapshotsB].map(|kind| names::name(prefix, consumer, kind)),
         }
     }
 

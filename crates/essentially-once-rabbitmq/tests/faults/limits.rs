@@ -1,7 +1,7 @@
 //! A broker that takes smaller messages than we would send, and what its refusal says about other messages.
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Transaction as _,
+    Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Source, Transaction as _,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitStore};
 use essentially_once_testkit::read_log;
@@ -12,10 +12,8 @@ use crate::common::{Outcome, ensure, fresh, options, url};
 
 const LIMIT: usize = 200_000;
 
-fn node() -> Result<RabbitNode, Box<dyn std::error::Error + Send + Sync>> {
-    Ok(block_in_place(|| {
-        RabbitNode::start_with(&format!("max_message_size = {LIMIT}"))
-    })?)
+fn node() -> Result<RabbitNode, Source> {
+    block_in_place(|| RabbitNode::start_with(&format!("max_message_size = {LIMIT}")))
 }
 
 /// A handle that does not know the broker's limit yet.

@@ -6,6 +6,7 @@ use essentially_once_testkit::{Suite, Violation};
 
 mod commits;
 mod doubt;
+mod names;
 mod recovery;
 mod sent;
 mod support;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     };
     commits::add(&mut suite);
     doubt::add(&mut suite);
+    names::add(&mut suite);
     recovery::add(&mut suite);
     sent::add(&mut suite);
     version_1::add(&mut suite);
