@@ -11,6 +11,7 @@ mod entry;
 mod fold;
 #[cfg(test)]
 mod model;
+pub(crate) mod names;
 mod recover;
 mod sent;
 mod snapshot;
@@ -48,9 +49,6 @@ const ENTRY_MAX: usize = 32 * MIB;
 /// What an entry may take besides its largest value.
 const BESIDE_VALUE: usize = 64 * 1024;
 
-/// What the name of a stream may take.
-const NAME_MAX: usize = 255;
-
 impl Rabbit {
     /// The store. Each call gives a handle of its own, which reads what it needs for itself; clones of one share what they have read.
     pub fn store(&self) -> RabbitStore {
@@ -81,7 +79,7 @@ struct Limits {
 ///
 /// Each consumer has up to three streams, created when they are first needed, with as many replicas as the
 /// [options](crate::RabbitOptions::replicas) say: `<prefix>.<consumer>.changelog` with one message per commit, and
-/// `<prefix>.<consumer>.snapshots.a` and `.b`. Streams are heavy, and every consumer has its own: this is a store for dozens of consumers; with a
+/// `<prefix>.<consumer>.snapshots.a` and `.b`. Dots in the prefix are doubled, so that no two consumers share a stream. Streams are heavy, and every consumer has its own: this is a store for dozens of consumers; with a
 /// thousand it works, each taking 50 ms to begin. Leave their retention alone: a policy that shortens them can lose the state. Such a
 /// loss is found when the state is read, and told as [`Error::Failed`] with `state lost`.
 ///
@@ -152,14 +150,7 @@ impl RabbitStore {
     }
 
     fn changelog(&self, consumer: &ConsumerId) -> Result<Arc<Changelog>, Error> {
-        let room = NAME_MAX - ".snapshots.a".len() - ".".len();
-        let prefix = &self.server.options.prefix;
-        if prefix.len() + consumer.as_str().len() > room {
-            return Err(Error::InvalidSetting {
-                setting: "prefix",
-                reason: format!("together with the consumer's name {consumer} it has more than {room} bytes"),
-            });
-        }
+        names::check_length(&self.server.options.prefix, consumer)?;
         let mut consumers = self.consumers.lock().unwrap_or_else(PoisonError::into_inner);
         let changelog = || Arc::new(Changelog::new(&self.server, consumer, self.limits));
         Ok(Arc::clone(consumers.entry(consumer.clone()).or_insert_with(changelog)))
@@ -258,7 +249,7 @@ impl KeyValue for RabbitTx {
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        let limit = self.changelog.limits.value;
+        let limit = self.changelog.value_limit();
         for (what, size) in [("key", key.len()), ("value", value.len())] {
             if size > limit {
                 return Err(Error::TooLarge { what, size, limit });
