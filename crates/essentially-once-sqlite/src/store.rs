@@ -459,21 +459,15 @@ mod tests {
     async fn staged(sqlite: &Sqlite) -> (SqliteTx, Advance) {
         let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
         let consumer = ConsumerId::new("c").expect("name");
-        let mut advance = Advance {
-            log: log.id().clone(),
-            next: 1.into(),
-            expected_revision: 0,
-            windows: vec![],
-            forgotten: vec![],
-        };
+        let first = Revision::NONE.next_epoch();
+        let advance = Advance::new(log.id().clone(), 1.into(), Revision::NONE, first);
         let mut tx = store.begin(&consumer).await.expect("begin");
         tx.execute(TABLE, []).expect("create");
         tx.put(b"k", b"1").await.expect("put");
-        tx.commit(advance.clone()).await.expect("commit");
+        tx.commit(advance).await.expect("commit");
         let mut tx = store.begin(&consumer).await.expect("begin");
         tx.put(b"k", b"2").await.expect("put");
-        advance.expected_revision = 1;
-        (tx, advance)
+        (tx, Advance::new(log.id().clone(), 1.into(), first, first.next_count()))
     }
 
     #[tokio::test]

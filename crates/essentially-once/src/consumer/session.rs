@@ -8,8 +8,8 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Delivery, Report, Settings, StartAt, duplicates::Duplicates, read_ahead::ReadAhead, report::Telemetry, resume::resume,
-    seek::resolve,
+    Delivery, Report, Settings, StartAt, duplicates::Duplicates, read_ahead::ReadAhead, report::Telemetry,
+    resume::resume, seek::resolve,
 };
 use crate::{
     Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, Log, LogReader, Offset, OffsetStore, Owner,
