@@ -1,7 +1,8 @@
 //! A broker that takes smaller messages than we would send, and what its refusal says about other messages.
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Source, Transaction as _,
+    Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Revision, Source,
+    Transaction as _,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitStore};
 use essentially_once_testkit::read_log;
@@ -78,14 +79,10 @@ pub(crate) async fn an_append_with_a_record_too_large_for_the_broker_is_in_doubt
     Ok(())
 }
 
-fn advance() -> Advance {
-    Advance {
-        log: LogId::new("orders").expect("a name"),
-        next: 1.into(),
-        expected_revision: 0,
-        windows: vec![],
-        forgotten: vec![],
-    }
+/// The advance of the next commit after so many of one session.
+fn advance(commits: u64) -> Advance {
+    let (log, of) = (LogId::new("orders").expect("a name"), |count| Revision::new(0, count));
+    Advance::new(log, 1.into(), of(commits), of(commits + 1))
 }
 
 /// Commits these values to a consumer that has no position.
@@ -94,7 +91,7 @@ async fn commit(store: &RabbitStore, consumer: &ConsumerId, values: &[usize]) ->
     for (key, size) in values.iter().enumerate() {
         tx.put(&[key as u8], &vec![b'x'; *size]).await?;
     }
-    tx.commit(advance()).await
+    tx.commit(advance(0)).await
 }
 
 pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_setting() -> Outcome {
@@ -138,11 +135,7 @@ pub(crate) async fn a_snapshot_is_cut_to_what_the_broker_takes() -> Outcome {
     for revision in 0..4u8 {
         let mut tx = store.begin(&consumer).await?;
         tx.put(&[revision], &[revision; 150_000]).await?;
-        tx.commit(Advance {
-            expected_revision: revision.into(),
-            ..advance()
-        })
-        .await?;
+        tx.commit(advance(revision.into())).await?;
     }
     store.snapshot(&consumer).await?;
     let mut tx = rabbit(&node).await?.store().begin(&consumer).await?;

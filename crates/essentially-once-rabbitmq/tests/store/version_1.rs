@@ -1,8 +1,8 @@
 //! Streams that version 1 of the formats was written to are read as they were meant. See `tests/fixtures`.
 
 use essentially_once::{
-    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log, NewRecord, OffsetStore as _, ProducerId, Record,
-    Window, async_trait,
+    Consumer, ConsumerId, Epoch, Handler, HandlerError, KeyValue as _, Log, NewRecord, OffsetStore as _, Origin,
+    ProducerId, Record, Revision, Window, async_trait,
 };
 use essentially_once_rabbitmq::{
     RabbitTx,
@@ -86,7 +86,11 @@ fn order(number: u64) -> NewRecord {
     match number {
         4 => record,
         _ => record
-            .origin(ProducerId::new(producer).expect("name"), number / 2)
+            .origin(Origin::new(
+                ProducerId::new(producer).expect("name"),
+                Epoch::STABLE,
+                number / 2,
+            ))
             .header("b", format!("{number}"))
             .header("a", "first by name, second in order"),
     }
@@ -122,14 +126,14 @@ async fn assert_is_shipping(place: &Place) -> Result<(), Violation> {
     let position = store.position(&shipping()).await?.expect("some");
     assert_eq!(
         (position.log, position.next.to_string(), position.revision),
-        (log("orders"), "15-1".into(), 7)
+        (log("orders"), "15-1".into(), Revision::new(0, 7))
     );
     let mut windows = position.windows;
     windows.sort_by(|(one, _), (other, _)| one.cmp(other));
     let [(app, app_window), (web, web_window)] = &windows[..] else {
         panic!("{windows:?}");
     };
-    assert_eq!((app.as_str(), web.as_str()), ("app", "web"));
+    assert_eq!((app.to_string().as_str(), web.to_string().as_str()), ("app", "web"));
     for sequence in 0..10 {
         // Of `app` all was forgotten but 6 and 7, which came later. Order 4, which would be 2 of `web`, has no origin.
         assert_eq!(app_window.is_seen(sequence), [6, 7].contains(&sequence), "{sequence}");
@@ -212,8 +216,8 @@ async fn late() -> Result<(), Violation> {
     let store = place.store().await?;
     let position = store.position(&billing).await?.expect("some");
     assert_eq!(position.log, log("invoices").with_incarnation("a1")?);
-    assert_eq!((position.next, position.revision), (3.into(), 1));
-    assert_eq!(position.windows, [(ProducerId::new("web")?, Window::new(7))]);
+    assert_eq!((position.next, position.revision), (3.into(), Revision::new(0, 1)));
+    assert_eq!(position.windows, [("web".parse()?, Window::new(7))]);
     let winner = store.begin(&billing).await?.get(b"winner").await?;
     assert_eq!(winner.as_deref(), Some(&b"one"[..]));
     Ok(())
