@@ -45,7 +45,8 @@ const MIGRATIONS: &[&str] = &[
          value BLOB NOT NULL,
          PRIMARY KEY (consumer, key)
      ) WITHOUT ROWID;",
-    // A new table, so that a process of the version before, which compares counts without epochs, fails instead of committing.
+    // A process of the version before compares counts without epochs, so it must not commit any more: the triggers say so. The
+    // old table stays as it is, since views and foreign keys of the user may refer to it.
     "CREATE TABLE main.essentially_once_consumers (
          consumer TEXT NOT NULL PRIMARY KEY,
          log TEXT NOT NULL,
@@ -59,7 +60,10 @@ const MIGRATIONS: &[&str] = &[
      );
      INSERT INTO main.essentially_once_consumers (consumer, log, incarnation, next_hi, next_lo, epoch, count)
          SELECT consumer, log, incarnation, next_hi, next_lo, 0, revision FROM main.essentially_once_positions;
-     DROP TABLE main.essentially_once_positions;",
+     CREATE TRIGGER main.essentially_once_positions_insert BEFORE INSERT ON essentially_once_positions
+         BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;
+     CREATE TRIGGER main.essentially_once_positions_update BEFORE UPDATE ON essentially_once_positions
+         BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;",
 ];
 
 /// Refuses a file that a newer version of this crate made; reads only.

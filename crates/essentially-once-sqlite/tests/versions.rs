@@ -3,8 +3,8 @@
 use std::{fs, path::PathBuf};
 
 use essentially_once::{
-    Consumer, ConsumerId, Handler, HandlerError, Log as _, LogId, NewRecord, Numbering, Offset, OffsetStore as _,
-    Origin, Record, Revision, async_trait,
+    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, LogId, NewRecord, Numbering, Offset,
+    OffsetStore as _, Origin, Record, Revision, async_trait,
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx};
 use rusqlite::Connection;
@@ -96,9 +96,77 @@ async fn a_consumer_of_schema_1_goes_on_where_it_was_and_knows_its_duplicates() 
 async fn a_process_of_schema_1_that_still_runs_fails_at_its_next_commit() {
     let (_folder, path) = schema_1();
     let old = Connection::open(&path).expect("open");
-    let commit = "UPDATE main.essentially_once_positions SET revision = revision + 1 WHERE consumer = 'shipping'";
-    let mut prepared = old.prepare(commit).expect("schema 1");
+    let commits = [
+        "UPDATE main.essentially_once_positions SET revision = revision + 1 WHERE consumer = 'shipping'",
+        "INSERT INTO main.essentially_once_positions (consumer, log, incarnation, next_hi, next_lo, revision)
+             VALUES ('new', 'orders', NULL, 0, 0, 1) ON CONFLICT (consumer) DO NOTHING",
+    ];
+    let mut prepared = commits.map(|commit| old.prepare(commit).expect("schema 1"));
     drop(Sqlite::open(&path).await.expect("open"));
-    let error = prepared.execute([]).expect_err("the table is gone").to_string();
-    assert!(error.contains("no such table"), "{error}");
+    for commit in &mut prepared {
+        let error = commit.execute([]).expect_err("refused").to_string();
+        assert!(error.contains("upgrade this program"), "{error}");
+    }
+}
+
+/// A user may have referred to any table of ours: with a cascade, a table that is dropped would take the user's rows along.
+#[tokio::test]
+async fn views_and_foreign_keys_of_the_user_outlive_the_migration() {
+    let (_folder, path) = schema_1();
+    let user = Connection::open(&path).expect("open");
+    user.execute_batch(
+        "CREATE TABLE notes (
+             consumer TEXT REFERENCES essentially_once_positions (consumer) ON DELETE CASCADE, note TEXT);
+         INSERT INTO notes VALUES ('shipping', 'mine');
+         CREATE VIEW standing AS SELECT consumer, next_lo FROM essentially_once_positions",
+    )
+    .expect("the user's own");
+    drop(Sqlite::open(&path).await.expect("open"));
+    let count = |sql: &str| user.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("count");
+    assert_eq!(count("SELECT count(*) FROM notes"), 1);
+    assert_eq!(count("SELECT count(*) FROM standing"), 3);
+    user.execute_batch("ALTER TABLE notes RENAME TO remarks")
+        .expect("nothing is left unresolved");
+}
+
+#[tokio::test]
+async fn records_state_and_the_users_tables_of_schema_1_are_as_they_were() {
+    let (_folder, path) = schema_1();
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let orders = sqlite.log("orders").await.expect("log");
+    let records = orders
+        .read(Offset::ZERO)
+        .await
+        .expect("read")
+        .next(300)
+        .await
+        .expect("next");
+    assert_eq!(records.len(), 300);
+    for (n, record) in records.iter().enumerate() {
+        assert_eq!(record.payload, format!("order {n}"));
+        assert_eq!(record.key.is_some(), n % 3 != 2, "{n}");
+        let origin = record.origin.as_ref().map(|origin| origin.to_string());
+        let expected = match n % 4 {
+            0 | 1 => Some(format!("web:{}", n / 4 * 2 + n % 4)),
+            2 => Some(format!("till:{}", 1_000 + n / 4 * 3)),
+            _ => None,
+        };
+        assert_eq!(origin, expected, "{n}");
+        assert_eq!(record.malformed, None, "{n}");
+    }
+    let payments = sqlite
+        .log("payments")
+        .await
+        .expect("log")
+        .bounds()
+        .await
+        .expect("bounds");
+    assert_eq!((payments.earliest, payments.end), (70.into(), 120.into()));
+    let mut tx = sqlite.store().begin(&consumer("shipping")).await.expect("begin");
+    let state = tx.get(b"count").await.expect("get");
+    assert_eq!(state.as_deref(), Some(&250u64.to_be_bytes()[..]));
+    let users = |tx: &mut SqliteTx, sql: &str| tx.query_one(sql, [], |row| row.get::<_, i64>(0)).expect("query");
+    assert_eq!(users(&mut tx, "SELECT count(*) FROM freight"), Some(5));
+    assert_eq!(users(&mut tx, "SELECT count(*) FROM customers"), Some(2));
+    assert_eq!(users(&mut tx, "PRAGMA user_version"), Some(42));
 }
