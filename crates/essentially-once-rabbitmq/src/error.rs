@@ -19,12 +19,31 @@ pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
     Error::indeterminate(action, error)
 }
 
-/// Whether the broker closed the channel because a message is over its limit.
-pub(crate) fn is_too_large(error: &lapin::Error) -> bool {
+/// Whether the broker knows no queue of that name.
+pub(crate) fn is_not_found(error: &lapin::Error) -> bool {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => told.get_message().as_str().contains("configured max size"),
+        ErrorKind::ProtocolError(told) => {
+            *told.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) && !is_down(told.get_message().as_str())
+        }
         _ => false,
     }
+}
+
+/// The largest message that the broker takes, if it closed the channel because of a larger one.
+pub(crate) fn message_limit(error: &lapin::Error) -> Option<usize> {
+    match error.kind() {
+        ErrorKind::ProtocolError(told) => limit_in(told.get_message().as_str()),
+        _ => None,
+    }
+}
+
+/// Reads "message size 300000 is larger than configured max size 200000"; the broker leaves out "configured" where the
+/// limit is the largest that it knows.
+fn limit_in(message: &str) -> Option<usize> {
+    let (_, behind) = message.split_once("is larger than ")?;
+    let (_, limit) = behind.split_once("max size ")?;
+    let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
+    limit[..digits].parse().ok()
 }
 
 /// What a user can do about it, if it will not go away by itself.
@@ -108,5 +127,31 @@ fn explained(error: &lapin::Error, advice: &str) -> String {
     match error.kind() {
         ErrorKind::ProtocolError(told) => format!("{}; {advice}", told.get_message()),
         _ => format!("{error}; {advice}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_broker_names_its_limit() {
+        for (message, limit) in [
+            (
+                "PRECONDITION_FAILED - message size 300000 is larger than configured max size 200000",
+                Some(200_000),
+            ),
+            (
+                "PRECONDITION_FAILED - message size 600000000 is larger than max size 536870912",
+                Some(536_870_912),
+            ),
+            (
+                "PRECONDITION_FAILED - inequivalent arg 'x-max-age' for queue 'max size 7'",
+                None,
+            ),
+            ("is larger than max size ", None),
+        ] {
+            assert_eq!(limit_in(message), limit, "{message}");
+        }
     }
 }

@@ -78,7 +78,7 @@ impl Rabbit {
     /// Opens the stream of that name as a log.
     ///
     /// # Errors
-    /// [`Error::InvalidName`]; [`Error::Failed`] if a queue of that name exists that is no stream or has other settings,
+    /// [`Error::InvalidName`], also for the name of one of the store's own streams; [`Error::Failed`] if a queue of that name exists that is no stream or has other settings,
     /// and if the user may not declare or see it; [`Error::Unavailable`].
     pub async fn log_with(&self, name: &str, options: LogOptions) -> Result<RabbitLog, Error> {
         RabbitLog::open(Arc::clone(&self.server), name, options).await

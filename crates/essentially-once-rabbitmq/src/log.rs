@@ -16,6 +16,7 @@ use crate::{
     publisher::{Message, Publisher},
     reader::RabbitReader,
     server::Server,
+    store::names,
     stream::{self, Ends},
     tail::{Delivered, Tail},
 };
@@ -82,7 +83,8 @@ impl LogOptions {
     /// Writes up to so many records and bytes of one append into one message: many times faster, and no longer readable by clients that do not
     /// know [the format](crate#packed-messages). Readers of this crate read both, also mixed.
     ///
-    /// Records of one message are confirmed together, and removed together.
+    /// Records of one message are confirmed together, and removed together. A message must not be larger than the broker's
+    /// `max_message_size`.
     #[must_use]
     pub fn packed(mut self, records: usize, bytes: usize) -> Self {
         self.packed = Some((records.clamp(1, u32::MAX as usize), bytes));
@@ -187,6 +189,18 @@ struct Inner {
 impl RabbitLog {
     pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
         let id = LogId::new(name)?;
+        if let Some((prefix, consumer, _)) = names::parse(name)
+            && prefix == server.options.prefix
+        {
+            return Err(Error::InvalidName {
+                kind: "log",
+                name: name.into(),
+                reason: format!(
+                    "it is a name of the store's own streams, of consumer {consumer}; choose another, or read what that consumer has \
+                     sent with `RabbitStore::sent`"
+                ),
+            });
+        }
         if !options.existing {
             options.check()?;
         }

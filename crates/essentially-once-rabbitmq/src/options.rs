@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use essentially_once::Error;
 
-use crate::{Rabbit, server::Server};
+use crate::{Rabbit, server::Server, store::names};
 
 /// How to connect to RabbitMQ; see [`Rabbit::connect`].
 ///
@@ -58,6 +58,9 @@ impl RabbitOptions {
 
     /// Largest record (key, headers and payload together), state key or state value, in bytes. RabbitMQ itself takes
     /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`); the default leaves room for what is around a record.
+    ///
+    /// A broker with a lower limit names it when it refuses the first message. From then on, this handle and its clones refuse
+    /// larger messages with [`Error::TooLarge`] before they send anything. Connect again after you raised the limit.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;
@@ -65,7 +68,8 @@ impl RabbitOptions {
     }
 
     /// What the names of this crate's own streams, those of the store, begin with. Two services that share a virtual host and
-    /// have consumers of the same name need different ones.
+    /// have consumers of the same name need different ones. 1 to 200 bytes: ASCII letters, digits and `. _ - : / @ + =`, beginning
+    /// with a letter or digit. The names of streams double its dots.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
@@ -106,14 +110,12 @@ impl RabbitOptions {
     /// [`Error::InvalidSetting`] for a URL that is none; [`Error::Failed`] for a refused user, password or virtual host;
     /// [`Error::Unavailable`] if the broker cannot be reached. No message holds the URL's user or password.
     pub async fn connect(self, url: &str) -> Result<Rabbit, Error> {
-        for (setting, wrong, reason) in [
-            ("prefix", self.prefix.is_empty(), "it is empty"),
-            ("replicas", self.replicas == Some(0), "a stream needs at least one"),
-        ] {
-            if wrong {
-                let reason = reason.into();
-                return Err(Error::InvalidSetting { setting, reason });
-            }
+        names::check_prefix(&self.prefix)?;
+        if self.replicas == Some(0) {
+            return Err(Error::InvalidSetting {
+                setting: "replicas",
+                reason: "a stream needs at least one".into(),
+            });
         }
         Server::connect(self, url).await.map(Rabbit::new)
     }

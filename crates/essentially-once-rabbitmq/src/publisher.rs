@@ -23,10 +23,7 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-use crate::{
-    error::{in_doubt, is_too_large},
-    server::Server,
-};
+use crate::{error::in_doubt, server::Server};
 
 /// How much may be published and not confirmed.
 const IN_FLIGHT_MESSAGES: usize = 4_096;
@@ -94,11 +91,33 @@ impl Publisher {
     /// Nothing is ever published again from here. Dropping the future leaves the outcome unknown.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] and [`Error::Failed`] when nothing was published, [`Error::Indeterminate`] when a part of it may be.
+    /// [`Error::Unavailable`], [`Error::Failed`] and [`Error::TooLarge`] when nothing was published, [`Error::Indeterminate`] when a
+    /// part of it may be.
     pub(crate) async fn publish(&self, messages: Vec<Message>) -> Result<(), Error> {
-        if messages.is_empty() {
+        let sizes = || messages.iter().map(|message| message.body.len());
+        let (Some(smallest), Some(largest)) = (sizes().min(), sizes().max()) else {
             return Ok(());
+        };
+        // The messages before one that is too large would be stored, and the next try would store them again.
+        self.check_size(largest)?;
+        // A channel that the broker closes because of one message says nothing certain about the others on it.
+        let published = self.publish_all(messages).await;
+        published.map_err(|error| self.check_size(smallest).err().unwrap_or(error))
+    }
+
+    /// Refuses a size that the broker is known to refuse.
+    fn check_size(&self, size: usize) -> Result<(), Error> {
+        match self.server.message_limit() {
+            limit if size > limit => Err(Error::TooLarge {
+                what: "message for RabbitMQ (`max_message_size`)",
+                size,
+                limit,
+            }),
+            _ => Ok(()),
         }
+    }
+
+    async fn publish_all(&self, messages: Vec<Message>) -> Result<(), Error> {
         let mut slot = self.link.lock().await;
         let link = self.link(&mut slot).await?;
         let mut call = Call {
@@ -163,7 +182,6 @@ struct Batch<'a> {
     /// Not known to be confirmed, with their sizes.
     in_flight: VecDeque<(Publishing, usize)>,
     in_flight_bytes: usize,
-    published: usize,
     stored: usize,
     returned: usize,
 }
@@ -176,7 +194,6 @@ impl<'a> Batch<'a> {
             stream: publisher.stream.as_str().into(),
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
-            published: 0,
             stored: 0,
             returned: 0,
         }
@@ -193,7 +210,6 @@ impl<'a> Batch<'a> {
         // The first poll puts the message behind those before it. To wait until it is on the wire, as `basic_publish` does, would take two
         // switches of threads and a system call for each message.
         let published = publishing.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-        self.published += 1;
         match published {
             Poll::Pending => {
                 self.in_flight.push_back((publishing, size));
@@ -242,12 +258,10 @@ impl<'a> Batch<'a> {
     fn known<T>(&self, result: Result<lapin::Result<T>, Elapsed>) -> Result<T, Error> {
         match result {
             Ok(Ok(result)) => Ok(result),
-            // Of several, those before it may be stored.
-            Ok(Err(error)) if self.published == 1 && is_too_large(&error) => Err(Error::failed(
-                self.publisher.server.on(self.publisher.action()),
-                format!("{error}; lower `record_limit`, or raise `max_message_size` of the broker"),
-            )),
-            Ok(Err(error)) => Err(in_doubt(self.publisher.server.on(self.publisher.action()), error)),
+            Ok(Err(error)) => {
+                self.publisher.server.learn_message_limit(&error);
+                Err(in_doubt(self.publisher.server.on(self.publisher.action()), error))
+            }
             Err(_) => {
                 let limit = self.publisher.server.options.timeout;
                 let why = match self.link.connection.status().blocked() {

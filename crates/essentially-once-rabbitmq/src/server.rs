@@ -1,11 +1,24 @@
 //! Where the broker is, and how to connect to it.
 
-use std::{fmt, future::Future, net::Ipv6Addr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    net::Ipv6Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use essentially_once::Error;
 use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
 
-use crate::{error::not_done, options::RabbitOptions, shared::Shared};
+use crate::{
+    error::{message_limit, not_done},
+    options::RabbitOptions,
+    shared::Shared,
+};
 
 /// Seconds between heartbeats, where the URL does not say: a peer that is silent for twice as long is gone.
 const HEARTBEAT: u16 = 10;
@@ -19,6 +32,8 @@ pub(crate) struct Server {
     /// For the stores: what publishes and what reads is kept apart, since the broker may stop reading from the first.
     pub(crate) publishing: Shared,
     pub(crate) reading: Shared,
+    /// See [`message_limit`](Self::message_limit).
+    message_limit: AtomicUsize,
 }
 
 impl Server {
@@ -37,6 +52,7 @@ impl Server {
             asking: Shared::default(),
             publishing: Shared::default(),
             reading: Shared::default(),
+            message_limit: AtomicUsize::new(usize::MAX),
         }
     }
 
@@ -69,6 +85,19 @@ impl Server {
                 self.on(action()),
                 format!("no answer within {limit:?}"),
             )),
+        }
+    }
+
+    /// The largest body of a message that the broker takes (`max_message_size`), once it has refused a larger one. AMQP has no
+    /// request for it.
+    pub(crate) fn message_limit(&self) -> usize {
+        self.message_limit.load(Ordering::Relaxed)
+    }
+
+    /// Remembers the limit if this error names it. The nodes of a cluster may have different ones: the smallest counts.
+    pub(crate) fn learn_message_limit(&self, error: &lapin::Error) {
+        if let Some(limit) = message_limit(error) {
+            self.message_limit.fetch_min(limit, Ordering::Relaxed);
         }
     }
 

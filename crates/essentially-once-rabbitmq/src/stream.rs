@@ -12,6 +12,7 @@ use lapin::{
 use tokio::time::timeout;
 
 use crate::{
+    error::is_not_found,
     server::Server,
     tail::{Delivered, Deliveries},
 };
@@ -55,6 +56,19 @@ pub(crate) async fn declare(
 pub(crate) async fn require(server: &Server, connection: &Connection, name: &str) -> Result<(), Error> {
     let options = QueueDeclareOptions::default().passive();
     ask_for(server, connection, name, options, FieldTable::default()).await
+}
+
+/// Whether there is a queue of that name.
+pub(crate) async fn exists(server: &Server, connection: &Connection, name: &str) -> Result<bool, Error> {
+    let asking = async {
+        let channel = connection.create_channel().await?;
+        let options = QueueDeclareOptions::default().passive();
+        match channel.queue_declare(name.into(), options, FieldTable::default()).await {
+            Err(error) if is_not_found(&error) => Ok(false),
+            declared => declared.map(|_| true),
+        }
+    };
+    server.reply(|| format!("look for stream {name}"), asking).await
 }
 
 async fn ask_for(

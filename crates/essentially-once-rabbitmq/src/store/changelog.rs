@@ -13,6 +13,7 @@ use super::{
     cover::{Cover, OVERHEAD},
     entry::{Entry, Parsed, encode_commit, encode_mark, parse},
     fold::{Commit, Fold, Missing, Token, Verdict},
+    names::{self, Kind},
     sent::Nothing,
     snapshots::{Snapshots, message},
     state::{Sent, State, StateChange, Writes},
@@ -50,7 +51,7 @@ pub(super) struct Replica {
 
 impl Changelog {
     pub(super) fn new(server: &Arc<Server>, consumer: &ConsumerId, limits: Limits) -> Self {
-        let stream = format!("{}.{consumer}.changelog", server.options.prefix);
+        let stream = names::name(&server.options.prefix, consumer, Kind::Changelog);
         Self {
             server: Arc::clone(server),
             consumer: consumer.clone(),
@@ -143,7 +144,11 @@ impl Changelog {
         let given = advance.log.clone();
         let (token, entry) = self.prepare(writes, sent, advance)?;
         self.make_room(replica, entry.len()).await?;
-        self.publisher.publish(vec![message(entry)]).await?;
+        let size = entry.len();
+        match self.publisher.publish(vec![message(entry)]).await {
+            Err(Error::TooLarge { limit, .. }) => return Err(self.entry_too_large(size, limit)),
+            published => published?,
+        }
         let verdict = match self.read_until(replica, token).await {
             Ok(verdict) => verdict,
             Err(error) => {
@@ -193,16 +198,29 @@ impl Changelog {
         };
         drop(fold);
         let entry = encode_commit(&commit);
-        match (entry.len(), self.limits.entry) {
-            (size, limit) if size > limit => Err(Error::failed(
-                self.on("commit of"),
-                format!(
-                    "all that it changes and sends takes {size} bytes, and one commit can hold {limit}: handle fewer records at a time (the \
-                     consumer's `max_batch`), or raise `record_limit` if the broker takes larger messages; nothing was published"
-                ),
-            )),
+        match (entry.len(), self.limits.entry.min(self.server.message_limit())) {
+            (size, limit) if size > limit => Err(self.entry_too_large(size, limit)),
             _ => Ok((commit.token, entry)),
         }
+    }
+
+    fn entry_too_large(&self, size: usize, limit: usize) -> Error {
+        let raise = match limit < self.limits.entry {
+            true => "raise `max_message_size` of the broker",
+            false => "raise `record_limit` if the broker takes larger messages",
+        };
+        Error::failed(
+            self.on("commit of"),
+            format!(
+                "all that it changes and sends takes {size} bytes, and one commit can hold {limit}: handle fewer records at a time (the \
+                 consumer's `max_batch`), or {raise}; nothing was published"
+            ),
+        )
+    }
+
+    /// The largest key, value or record that a commit can hold.
+    pub(super) fn value_limit(&self) -> usize {
+        self.limits.value.min(self.server.message_limit())
     }
 
     /// Refuses to let the state grow beyond its limit.

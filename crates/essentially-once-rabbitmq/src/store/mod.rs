@@ -11,6 +11,7 @@ mod entry;
 mod fold;
 #[cfg(test)]
 mod model;
+pub(crate) mod names;
 mod recover;
 mod sent;
 mod snapshot;
@@ -48,9 +49,6 @@ const ENTRY_MAX: usize = 32 * MIB;
 /// What an entry may take besides its largest value.
 const BESIDE_VALUE: usize = 64 * 1024;
 
-/// What the name of a stream may take.
-const NAME_MAX: usize = 255;
-
 impl Rabbit {
     /// The store. Each call gives a handle of its own, which reads what it needs for itself; clones of one share what they have read.
     pub fn store(&self) -> RabbitStore {
@@ -81,7 +79,7 @@ struct Limits {
 ///
 /// Each consumer has up to three streams, created when they are first needed, with as many replicas as the
 /// [options](crate::RabbitOptions::replicas) say: `<prefix>.<consumer>.changelog` with one message per commit, and
-/// `<prefix>.<consumer>.snapshots.a` and `.b`. Streams are heavy, and every consumer has its own: this is a store for dozens of consumers; with a
+/// `<prefix>.<consumer>.snapshots.a` and `.b`. Dots in the prefix are doubled, so that no two consumers share a stream. Streams are heavy, and every consumer has its own: this is a store for dozens of consumers; with a
 /// thousand it works, each taking 50 ms to begin. Leave their retention alone: a policy that shortens them can lose the state. Such a
 /// loss is found when the state is read, and told as [`Error::Failed`] with `state lost`.
 ///
@@ -152,14 +150,7 @@ impl RabbitStore {
     }
 
     fn changelog(&self, consumer: &ConsumerId) -> Result<Arc<Changelog>, Error> {
-        let room = NAME_MAX - ".snapshots.a".len() - ".".len();
-        let prefix = &self.server.options.prefix;
-        if prefix.len() + consumer.as_str().len() > room {
-            return Err(Error::InvalidSetting {
-                setting: "prefix",
-                reason: format!("together with the consumer's name {consumer} it has more than {room} bytes"),
-            });
-        }
+        names::check_length(&self.server.options.prefix, consumer)?;
         let mut consumers = self.consumers.lock().unwrap_or_else(PoisonError::into_inner);
         let changelog = || Arc::new(Changelog::new(&self.server, consumer, self.limits));
         Ok(Arc::clone(consumers.entry(consumer.clone()).or_insert_with(changelog)))
@@ -192,6 +183,7 @@ impl OffsetStore for RabbitStore {
             writes: Writes::new(),
             growth: 0,
             sent: Vec::new(),
+            failure: None,
         })
     }
 
@@ -201,6 +193,9 @@ impl OffsetStore for RabbitStore {
 }
 
 /// What a handler stages; nothing of it leaves this process before the commit, and nothing is locked.
+///
+/// After an error other than [`Error::TooLarge`], the transaction can only be rolled back: the commit names that error and applies
+/// nothing, even if the handler ignored it.
 pub struct RabbitTx {
     changelog: Arc<Changelog>,
     /// The revision that it reads.
@@ -209,6 +204,8 @@ pub struct RabbitTx {
     /// By how much they make the state grow.
     growth: isize,
     sent: Vec<NewRecord>,
+    /// The first operation that failed.
+    failure: Option<String>,
 }
 
 impl RabbitTx {
@@ -222,6 +219,34 @@ impl RabbitTx {
             Some(staged) => staged.clone(),
             None => self.changelog.fold().state.get(key).cloned(),
         }
+    }
+
+    fn stage_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        let limit = self.changelog.value_limit();
+        for (what, size) in [("key", key.len()), ("value", value.len())] {
+            if size > limit {
+                return Err(Error::TooLarge { what, size, limit });
+            }
+        }
+        let stored = self.changelog.fold().state.size();
+        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
+        let (before, after) = (
+            stored.saturating_add_signed(self.growth),
+            stored.saturating_add_signed(growth),
+        );
+        self.changelog.check_state_size(before, after)?;
+        self.growth = growth;
+        self.writes
+            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
+        Ok(())
+    }
+
+    /// Keeps the transaction from committing without what failed; a handler may have ignored the error.
+    fn remember(&mut self, error: Error) -> Error {
+        if !matches!(error, Error::TooLarge { .. }) {
+            self.failure.get_or_insert_with(|| error.to_string());
+        }
+        error
     }
 
     fn size_of(&self, key: &[u8]) -> isize {
@@ -243,6 +268,12 @@ impl Transaction for RabbitTx {
         let Self {
             changelog, based_on, ..
         } = self;
+        if let Some(failure) = self.failure {
+            return Err(Error::failed(
+                changelog.on("commit of"),
+                format!("nothing was applied, because an operation in the transaction failed: {failure}"),
+            ));
+        }
         changelog.commit(based_on, self.writes, self.sent, advance).await
     }
 
@@ -258,23 +289,7 @@ impl KeyValue for RabbitTx {
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        let limit = self.changelog.limits.value;
-        for (what, size) in [("key", key.len()), ("value", value.len())] {
-            if size > limit {
-                return Err(Error::TooLarge { what, size, limit });
-            }
-        }
-        let stored = self.changelog.fold().state.size();
-        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
-        let (before, after) = (
-            stored.saturating_add_signed(self.growth),
-            stored.saturating_add_signed(growth),
-        );
-        self.changelog.check_state_size(before, after)?;
-        self.growth = growth;
-        self.writes
-            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
-        Ok(())
+        self.stage_put(key, value).map_err(|error| self.remember(error))
     }
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use essentially_once::Error;
+use lapin::Connection;
 use tokio::{
     sync::Mutex,
     time::{Instant, sleep},
@@ -12,6 +13,7 @@ use super::{
     changelog::{Changelog, Replica},
     cover::{LENGTH, OVERHEAD, SEGMENT},
     fold::Fold,
+    names,
     snapshots::retention,
     state::State,
 };
@@ -25,6 +27,7 @@ impl Changelog {
     pub(super) async fn load(&self) -> Result<Replica, Error> {
         // One that is not used again: that there are no snapshots is an error on it.
         let connection = Arc::new(self.server.open_connection().await?);
+        self.refuse_old_name(&connection).await?;
         let arguments = retention(LENGTH as i64, SEGMENT as i64);
         stream::declare(&self.server, &connection, &self.stream, arguments).await?;
         let deadline = Instant::now() + self.server.options.timeout;
@@ -66,6 +69,30 @@ impl Changelog {
         }
         *self.fold_mut() = fold;
         Ok(replica)
+    }
+
+    /// A stream under the name that version 0.1 would have used may hold this consumer's position, or belong to another one.
+    async fn refuse_old_name(&self, connection: &Connection) -> Result<(), Error> {
+        let (prefix, consumer) = (&self.server.options.prefix, &self.consumer);
+        let Some(old) = names::old_changelog(prefix, consumer) else {
+            return Ok(());
+        };
+        if !stream::exists(&self.server, connection, &old).await? {
+            return Ok(());
+        }
+        let open = match names::parse(&old) {
+            Some((prefix, consumer, _)) => {
+                format!("open it as consumer {consumer} with prefix {prefix}, which is the same stream")
+            }
+            None => "read it with version 0.1".into(),
+        };
+        Err(Error::failed(
+            self.on("read"),
+            format!(
+                "stream {old} exists: version 0.1 kept consumer {consumer} with prefix {prefix} under that name; {open}, or delete it if \
+                 nobody needs it, or choose another prefix if another consumer uses it"
+            ),
+        ))
     }
 
     fn check_reach(&self, fold: &Fold<State>, range: Range) -> Result<(), Error> {

@@ -15,6 +15,7 @@ use super::{
     changelog::Changelog,
     entry::{Entry, Parsed, parse},
     fold::{Change, Fold, Token, Verdict},
+    names::{self, Kind},
 };
 use crate::{
     packed,
@@ -31,7 +32,7 @@ impl RabbitTx {
     /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit). All that a commit sends and changes must
     /// also fit one message, see [`RabbitStore`]; if it does not, the commit fails.
     pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
-        record.check_size(self.changelog.limits.value)?;
+        record.check_size(self.changelog.value_limit())?;
         self.sent.push(record);
         Ok(())
     }
@@ -43,7 +44,7 @@ impl RabbitStore {
     /// # Errors
     /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer make no name for it.
     pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
-        let name = format!("{}.{consumer}.sent", self.server.options.prefix);
+        let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
         Ok(RabbitSent {
             changelog: self.changelog(consumer)?,
             id: LogId::new(name)?,

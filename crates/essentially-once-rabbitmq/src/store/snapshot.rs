@@ -17,8 +17,11 @@ use super::{
 const MAGIC: &[u8] = b"eo-chunk";
 const VERSION: u8 = 1;
 
-/// Bytes of state in a chunk.
+/// Bytes of state in a chunk, unless the broker takes only smaller messages.
 pub(super) const CHUNK: usize = 1024 * 1024;
+
+/// Bytes of a chunk before its state.
+pub(super) const CHUNK_HEAD: usize = MAGIC.len() + 1 + 16 + 8 + 3 * 4;
 
 /// A snapshot that is ready to be written.
 pub(super) struct Image {
@@ -44,13 +47,13 @@ impl Image {
         self.body.len()
     }
 
-    /// Its messages, in order.
-    pub(super) fn chunks(&self) -> impl Iterator<Item = Vec<u8>> {
+    /// Its messages, in order, each with so many bytes of state.
+    pub(super) fn chunks(&self, size: usize) -> impl Iterator<Item = Vec<u8>> {
         // A fold is never without bytes, so there is a chunk.
-        let chunks = self.body.chunks(CHUNK);
+        let chunks = self.body.chunks(size);
         let count = chunks.len() as u32;
         (0..).zip(chunks).map(move |(index, part): (u32, _)| {
-            let mut message = Vec::with_capacity(MAGIC.len() + 64 + part.len());
+            let mut message = Vec::with_capacity(CHUNK_HEAD + part.len());
             message.put_slice(MAGIC);
             message.put_u8(VERSION);
             message.put_u128(self.id);
@@ -212,7 +215,7 @@ mod tests {
 
     fn chunks(image: &Image) -> Vec<Chunk> {
         image
-            .chunks()
+            .chunks(CHUNK)
             .map(|chunk| Chunk::decode(chunk.into()).expect("decodes"))
             .collect()
     }
@@ -230,7 +233,7 @@ mod tests {
         #[test]
         fn damage_is_seen(fold in fold(), at in any::<prop::sample::Index>(), flip in 1u8..) {
             let image = Image::new(&fold);
-            let mut message = image.chunks().next().expect("a chunk");
+            let mut message = image.chunks(CHUNK).next().expect("a chunk");
             let at = at.index(message.len());
             message[at] ^= flip;
             // Of its header, a wrong id or offset is not damage that a chunk shows; the offset stands in the body again.

@@ -13,7 +13,8 @@ use lapin::{
 
 use super::{
     fold::Fold,
-    snapshot::{Assembly, CHUNK, Chunk, Image},
+    names::{self, Kind},
+    snapshot::{Assembly, CHUNK, CHUNK_HEAD, Chunk, Image},
     state::State,
 };
 use crate::{
@@ -26,6 +27,9 @@ use crate::{
 /// Room for a few snapshots of the largest state there may be, since several processes may write at the same time.
 const LENGTH: i64 = 1024 * 1024 * 1024;
 const SEGMENT: i64 = 64 * 1024 * 1024;
+
+/// With smaller ones a snapshot would be mostly heads.
+const LEAST_CHUNK: usize = 1024;
 
 /// Chunks that are sent before the first is confirmed.
 const BATCH: usize = 8;
@@ -58,7 +62,7 @@ impl Snapshots {
         let prefix = &server.options.prefix;
         Self {
             server: Arc::clone(server),
-            streams: ["a", "b"].map(|letter| format!("{prefix}.{consumer}.snapshots.{letter}")),
+            streams: [Kind::SnapshotsA, Kind::SnapshotsB].map(|kind| names::name(prefix, consumer, kind)),
         }
     }
 
@@ -175,14 +179,30 @@ impl Snapshots {
         stream::declare(&self.server, &connection, name, retention(LENGTH, SEGMENT)).await?;
         // Not on a connection that others share: commits would wait behind megabytes.
         let publisher = Publisher::new(Arc::clone(&self.server), name.clone());
-        let mut chunks = image.chunks().map(message);
         loop {
-            let batch: Vec<_> = chunks.by_ref().take(BATCH).collect();
-            if batch.is_empty() {
-                return Ok(());
+            let size = self.chunk_size();
+            match publish_chunks(&publisher, image, size).await {
+                // The broker has refused the first one and named its limit.
+                Err(_) if self.chunk_size() < size => {}
+                done => return done,
             }
-            publisher.publish(batch).await?;
         }
+    }
+
+    fn chunk_size(&self) -> usize {
+        let room = self.server.message_limit().saturating_sub(CHUNK_HEAD);
+        room.clamp(LEAST_CHUNK, CHUNK)
+    }
+}
+
+async fn publish_chunks(publisher: &Publisher, image: &Image, size: usize) -> Result<(), Error> {
+    let mut chunks = image.chunks(size).map(message);
+    loop {
+        let batch: Vec<_> = chunks.by_ref().take(BATCH).collect();
+        if batch.is_empty() {
+            return Ok(());
+        }
+        publisher.publish(batch).await?;
     }
 }
 

@@ -6,9 +6,11 @@ use essentially_once_testkit::{Suite, Violation};
 
 mod commits;
 mod doubt;
+mod names;
 mod recovery;
 mod sent;
 mod support;
+mod version_1;
 
 /// How long a test may take; only what is stuck takes so long.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -20,8 +22,10 @@ fn main() -> ExitCode {
     };
     commits::add(&mut suite);
     doubt::add(&mut suite);
+    names::add(&mut suite);
     recovery::add(&mut suite);
     sent::add(&mut suite);
+    version_1::add(&mut suite);
     suite.suite.run()
 }
 

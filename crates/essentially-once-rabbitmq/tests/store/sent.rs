@@ -182,7 +182,8 @@ async fn missed() -> Result<(), Violation> {
     ];
     tokio::task::block_in_place(|| node().ctl(&policy)).map_err(|error| Violation::new(error.to_string()))?;
     // Nothing tells when the broker is done.
-    let changelog = place.rabbit().await?;
+    // With another prefix it is a stream as any other.
+    let changelog = place.options().prefix("another").connect(&place.url).await?;
     let changelog = changelog
         .log_with(&place.changelog(), LogOptions::new().existing())
         .await?;

@@ -121,12 +121,39 @@ pub(crate) struct Stranger {
 
 impl Stranger {
     pub(crate) async fn publish(&self, stream: &str, body: &[u8]) {
-        let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
+        self.publish_with(stream, body, BasicProperties::default()).await;
+    }
+
+    pub(crate) async fn publish_with(&self, stream: &str, body: &[u8], properties: BasicProperties) {
+        let options = BasicPublishOptions::default();
         let confirm = self
             .channel
             .basic_publish("".into(), stream.into(), options, body, properties)
             .await;
         confirm.expect("published").await.expect("confirmed");
+    }
+
+    /// Declares a stream as the store declares changelogs.
+    pub(crate) async fn declare_changelog(&self, stream: &str) {
+        self.declare(stream, 512 << 20, 16 << 20).await;
+    }
+
+    /// Declares a stream as the store declares those of snapshots.
+    pub(crate) async fn declare_snapshots(&self, stream: &str) {
+        self.declare(stream, 1 << 30, 64 << 20).await;
+    }
+
+    async fn declare(&self, stream: &str, length: i64, segment: i64) {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+        arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(length));
+        arguments.insert(
+            "x-stream-max-segment-size-bytes".into(),
+            AMQPValue::LongLongInt(segment),
+        );
+        let options = QueueDeclareOptions::durable();
+        let declared = self.channel.queue_declare(stream.into(), options, arguments).await;
+        declared.expect("declared");
     }
 
     /// Whether there is such a stream.

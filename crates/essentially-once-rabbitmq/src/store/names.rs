@@ -1,0 +1,168 @@
+//! What the streams of the store are called: `<prefix>.<consumer>.<kind>`, with every dot of the prefix doubled.
+//!
+//! So the first odd run of dots ends with the one behind the prefix: a consumer's name begins with a letter or digit.
+//! Without the doubling, prefix `shop` with consumer `eu.billing` would share streams with prefix `shop.eu` and consumer
+//! `billing`, and did up to version 0.1.
+
+use essentially_once::{ConsumerId, Error, LogId};
+
+/// What the name of a queue may take.
+const NAME_MAX: usize = 255;
+
+/// What a name is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Changelog,
+    SnapshotsA,
+    SnapshotsB,
+    /// Not a stream: how positions in a log of records sent name it.
+    Sent,
+}
+
+impl Kind {
+    const ALL: [Self; 4] = [Self::Changelog, Self::SnapshotsA, Self::SnapshotsB, Self::Sent];
+
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Changelog => ".changelog",
+            Self::SnapshotsA => ".snapshots.a",
+            Self::SnapshotsB => ".snapshots.b",
+            Self::Sent => ".sent",
+        }
+    }
+}
+
+/// Checks a prefix by the rule for names.
+pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
+    match LogId::new(prefix) {
+        Err(Error::InvalidName { reason, .. }) => Err(Error::InvalidSetting {
+            setting: "prefix",
+            reason,
+        }),
+        checked => checked.map(drop),
+    }
+}
+
+/// Checks that the names of the consumer's streams are not too long.
+pub(super) fn check_length(prefix: &str, consumer: &ConsumerId) -> Result<(), Error> {
+    let length = name(prefix, consumer, Kind::SnapshotsA).len();
+    if length <= NAME_MAX {
+        return Ok(());
+    }
+    Err(Error::InvalidSetting {
+        setting: "prefix",
+        reason: format!(
+            "together with the consumer's name {consumer} it makes stream names of {length} bytes (a dot in the prefix counts twice), \
+             and RabbitMQ takes {NAME_MAX}"
+        ),
+    })
+}
+
+pub(super) fn name(prefix: &str, consumer: &ConsumerId, kind: Kind) -> String {
+    format!("{}.{consumer}{}", prefix.replace('.', ".."), kind.suffix())
+}
+
+/// What version 0.1 called the changelog, if that was another name.
+pub(super) fn old_changelog(prefix: &str, consumer: &ConsumerId) -> Option<String> {
+    let old = || format!("{prefix}.{consumer}{}", Kind::Changelog.suffix());
+    prefix.contains('.').then(old)
+}
+
+/// The prefix, the consumer and the kind of a name, if it is one of ours.
+pub(crate) fn parse(name: &str) -> Option<(String, ConsumerId, Kind)> {
+    let kind = Kind::ALL.into_iter().find(|kind| name.ends_with(kind.suffix()))?;
+    let name = &name[..name.len() - kind.suffix().len()];
+    let mut at = 0;
+    loop {
+        at += name[at..].find('.')?;
+        let dots = name[at..].bytes().take_while(|byte| *byte == b'.').count();
+        at += dots;
+        if dots % 2 == 1 {
+            let prefix = name[..at - 1].replace("..", ".");
+            return Some((prefix, ConsumerId::new(&name[at..]).ok()?, kind));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Names of few letters, so that many pairs meet; some look like the suffixes.
+    fn text() -> impl Strategy<Value = String> {
+        "[ab](\\.{1,3}|[ab]|\\.changelog|\\.snapshots|\\.sent){0,5}"
+    }
+
+    fn kind() -> impl Strategy<Value = Kind> {
+        prop::sample::select(&Kind::ALL[..])
+    }
+
+    fn consumer(text: &str) -> ConsumerId {
+        ConsumerId::new(text).expect("a valid name")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4_096, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn names_parse_back(prefix in text(), id in text(), kind in kind()) {
+            prop_assert!(check_prefix(&prefix).is_ok());
+            let joined = name(&prefix, &consumer(&id), kind);
+            prop_assert_eq!(parse(&joined), Some((prefix, consumer(&id), kind)));
+        }
+
+        /// All ways to cut the same text in two.
+        #[test]
+        fn distinct_inputs_have_distinct_names(whole in text(), kinds in (kind(), kind())) {
+            let cuts: Vec<_> = whole
+                .match_indices('.')
+                .filter_map(|(at, _)| Some((whole[..at].to_owned(), ConsumerId::new(&whole[at + 1..]).ok()?)))
+                .collect();
+            for one in &cuts {
+                for other in &cuts {
+                    let names = (name(&one.0, &one.1, kinds.0), name(&other.0, &other.1, kinds.1));
+                    prop_assert_eq!(names.0 == names.1, one == other && kinds.0 == kinds.1, "{:?}", names);
+                }
+            }
+        }
+
+        #[test]
+        fn arbitrary_text_never_panics(text in ".{0,30}(\\.changelog|\\.sent)?") {
+            let _ = parse(&text);
+        }
+    }
+
+    #[test]
+    fn a_prefix_without_dots_keeps_its_names() {
+        assert_eq!(
+            name("shop", &consumer("eu.billing"), Kind::Changelog),
+            "shop.eu.billing.changelog"
+        );
+        assert_eq!(
+            name("shop.eu", &consumer("billing"), Kind::SnapshotsB),
+            "shop..eu.billing.snapshots.b"
+        );
+        assert_eq!(old_changelog("shop", &consumer("billing")), None);
+        assert_eq!(
+            old_changelog("shop.eu", &consumer("billing")).as_deref(),
+            Some("shop.eu.billing.changelog")
+        );
+    }
+
+    #[test]
+    fn a_prefix_obeys_the_rule_for_names() {
+        for bad in ["", "a b", ".a", "naïve", "a\n"] {
+            let error = check_prefix(bad).expect_err(bad);
+            assert!(
+                matches!(error, Error::InvalidSetting { setting: "prefix", .. }),
+                "{error:?}"
+            );
+        }
+        let (long, id) = ("a.".repeat(80), consumer("a"));
+        assert!(check_prefix(&long).is_ok() && check_length(&long, &id).is_ok());
+        let id = consumer(&"a".repeat(10));
+        assert!(check_length(&long, &id).is_err(), "the dots of the prefix count twice");
+    }
+}

@@ -1,0 +1,200 @@
+//! A broker that takes smaller messages than we would send, and what its refusal says about other messages.
+
+use essentially_once::{
+    Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Source, Transaction as _,
+};
+use essentially_once_rabbitmq::{
+    Rabbit, RabbitStore,
+    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
+};
+use essentially_once_testkit::read_log;
+use test_servers::RabbitNode;
+use tokio::task::{JoinSet, block_in_place};
+
+use crate::common::{Outcome, ensure, fresh, options, url};
+
+const LIMIT: usize = 200_000;
+
+fn node() -> Result<RabbitNode, Source> {
+    block_in_place(|| RabbitNode::start_with(&format!("max_message_size = {LIMIT}")))
+}
+
+/// A handle that does not know the broker's limit yet.
+async fn rabbit(node: &RabbitNode) -> Result<Rabbit, Error> {
+    options().connect(&url(node.port())).await
+}
+
+fn large() -> NewRecord {
+    NewRecord::new(vec![b'x'; 300_000])
+}
+
+fn is_too_large(result: &Result<Option<essentially_once::Offset>, Error>) -> bool {
+    matches!(
+        result,
+        Err(Error::TooLarge {
+            size: 300_000,
+            limit: LIMIT,
+            ..
+        })
+    )
+}
+
+pub(crate) async fn a_record_too_large_for_the_broker_says_nothing_about_others() -> Outcome {
+    let (node, name) = (node()?, fresh("orders"));
+    let mut refused = Vec::new();
+    for round in 0..20 {
+        let log = rabbit(&node).await?.log(&name).await?;
+        // The two share the channel.
+        log.append(&[NewRecord::new("first")]).await?;
+        let small = format!("small {round}");
+        let (small_record, large_record) = ([NewRecord::new(small.clone())], [large()]);
+        let (small_result, large_result) = tokio::join!(log.append(&small_record), log.append(&large_record));
+        ensure!(is_too_large(&large_result), "round {round}: {large_result:?}");
+        match small_result {
+            Ok(_) | Err(Error::Indeterminate { .. }) => {}
+            Err(_) => refused.push(small),
+        }
+        log.append(&[NewRecord::new("next")]).await?;
+    }
+    let log = rabbit(&node).await?.log(&name).await?;
+    let stored = read_log(&log).await?;
+    let lies: Vec<_> = refused
+        .iter()
+        .filter(|small| stored.iter().any(|record| record.payload == small.as_bytes()))
+        .collect();
+    ensure!(lies.is_empty(), "said not to be appended, and in the log: {lies:?}");
+    Ok(())
+}
+
+pub(crate) async fn an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once() -> Outcome {
+    let (node, name) = (node()?, fresh("orders"));
+    let log = rabbit(&node).await?.log(&name).await?;
+    let records = [NewRecord::new("small"), large()];
+    let first = log.append(&records).await;
+    ensure!(matches!(first, Err(Error::Indeterminate { .. })), "{first:?}");
+    for _ in 0..3 {
+        let again = log.append(&records).await;
+        ensure!(is_too_large(&again), "{again:?}");
+    }
+    let stored = read_log(&log).await?.len();
+    ensure!(stored <= 1, "{stored} records are stored");
+    Ok(())
+}
+
+fn advance() -> Advance {
+    Advance {
+        log: LogId::new("orders").expect("a name"),
+        next: 1.into(),
+        expected_revision: 0,
+        windows: vec![],
+        forgotten: vec![],
+    }
+}
+
+/// Commits these values to a consumer that has no position.
+async fn commit(store: &RabbitStore, consumer: &ConsumerId, values: &[usize]) -> Result<(), Error> {
+    let mut tx = store.begin(consumer).await?;
+    for (key, size) in values.iter().enumerate() {
+        tx.put(&[key as u8], &vec![b'x'; *size]).await?;
+    }
+    tx.commit(advance()).await
+}
+
+pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_setting() -> Outcome {
+    let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
+    let store = rabbit(&node).await?.store();
+    // The second time it is known beforehand.
+    for values in [[150_000, 150_000], [150_000, 150_000]] {
+        let result = commit(&store, &consumer, &values).await;
+        let refused = matches!(&result, Err(Error::Failed { .. }));
+        let words = result.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(
+            refused && words.contains("max_batch") && words.contains("max_message_size"),
+            "{words}"
+        );
+    }
+    let mut tx = store.begin(&consumer).await?;
+    let value = tx.put(b"k", &[b'x'; 300_000]).await;
+    ensure!(
+        matches!(
+            value,
+            Err(Error::TooLarge {
+                what: "value",
+                limit: LIMIT,
+                ..
+            })
+        ),
+        "{value:?}"
+    );
+    let sent = tx.send(large());
+    ensure!(matches!(sent, Err(Error::TooLarge { limit: LIMIT, .. })), "{sent:?}");
+    drop(tx);
+    let position = rabbit(&node).await?.store().position(&consumer).await?;
+    ensure!(position.is_none(), "{position:?}");
+    commit(&store, &consumer, &[150_000]).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_snapshot_is_cut_to_what_the_broker_takes() -> Outcome {
+    let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
+    let store = rabbit(&node).await?.store();
+    for revision in 0..4u8 {
+        let mut tx = store.begin(&consumer).await?;
+        tx.put(&[revision], &[revision; 150_000]).await?;
+        tx.commit(Advance {
+            expected_revision: revision.into(),
+            ..advance()
+        })
+        .await?;
+    }
+    store.snapshot(&consumer).await?;
+    let mut tx = rabbit(&node).await?.store().begin(&consumer).await?;
+    for revision in 0..4u8 {
+        let value = tx.get(&[revision]).await?;
+        ensure!(
+            value.is_some_and(|value| value[..] == [revision; 150_000]),
+            "{revision}"
+        );
+    }
+    Ok(())
+}
+
+/// The broker returns what it has no stream for, and confirms it, maybe together with messages that it stored meanwhile.
+pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_truth() -> Outcome {
+    let node = crate::common::shared_node()?;
+    let connection = Connection::connect(&url(node.port()), ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    let mut returned = 0;
+    for round in 0..20 {
+        let name = fresh("late");
+        let log = options().connect(&url(node.port())).await?.log(&name).await?;
+        // As on a broker that was just started, the stream is not there when the log is first appended to.
+        channel
+            .queue_delete(name.as_str().into(), QueueDeleteOptions::default())
+            .await?;
+        let appending: JoinSet<_> = (0..200)
+            .map(|number| {
+                let log = log.clone();
+                async move { (number, log.append(&[NewRecord::new(format!("{number}"))]).await) }
+            })
+            .collect();
+        let log = options().connect(&url(node.port())).await?.log(&name).await?;
+        let results = appending.join_all().await;
+        let stored: Vec<_> = read_log(&log).await?.into_iter().map(|record| record.payload).collect();
+        for (number, result) in results {
+            let is_stored = stored.iter().any(|payload| *payload == number.to_string().as_bytes());
+            returned += u32::from(!is_stored);
+            let is_true = match &result {
+                Ok(_) => is_stored,
+                Err(Error::Indeterminate { .. }) => true,
+                Err(_) => !is_stored,
+            };
+            ensure!(
+                is_true,
+                "round {round}, record {number}: stored: {is_stored}, {result:?}"
+            );
+        }
+    }
+    ensure!(returned > 0, "the broker returned nothing");
+    Ok(())
+}
