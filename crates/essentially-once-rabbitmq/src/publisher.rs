@@ -52,10 +52,6 @@ struct Link {
     /// A call failed or was dropped on it, so nobody knows what is under way: it is not used again. Where it was, the client library was seen to
     /// confirm messages that the broker had lost.
     spoilt: AtomicBool,
-    /// A call was stored on it, so the stream exists. Before that the calls take turns: the client library may take a message
-    /// that the broker returned for another one that was confirmed with it, and a broker that was just started returns
-    /// messages until its streams are up.
-    proven: AtomicBool,
 }
 
 /// Spoils the link unless the call comes to its good end.
@@ -132,16 +128,9 @@ impl Publisher {
         for message in messages {
             batch.send(message).await?;
         }
-        let turn = match call.link.proven.load(Ordering::Relaxed) {
-            // From here on others may send: their messages come behind these.
-            true => {
-                drop(slot);
-                None
-            }
-            false => Some(slot),
-        };
-        batch.finish(turn.is_some()).await?;
-        call.link.proven.store(true, Ordering::Relaxed);
+        // From here on others may send: their messages come behind these.
+        drop(slot);
+        batch.finish().await?;
         call.is_done = true;
         Ok(())
     }
@@ -173,7 +162,6 @@ impl Publisher {
             connection,
             channel,
             spoilt: AtomicBool::new(false),
-            proven: AtomicBool::new(false),
         });
         Ok(Arc::clone(slot.insert(link)))
     }
@@ -251,14 +239,14 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    async fn finish(mut self, is_alone: bool) -> Result<(), Error> {
+    async fn finish(mut self) -> Result<(), Error> {
         while !self.in_flight.is_empty() {
             self.confirm_one().await?;
         }
         match (self.stored, self.returned) {
             (_, 0) => Ok(()),
             // A broker that was just started takes messages before its streams are there.
-            (0, _) if is_alone => Err(Error::unavailable(
+            (0, _) => Err(Error::unavailable(
                 self.publisher.server.on(self.publisher.action()),
                 "the stream does not exist, yet or any more: if the broker is not just starting, open it again to declare it",
             )),

@@ -183,6 +183,7 @@ impl OffsetStore for RabbitStore {
             writes: Writes::new(),
             growth: 0,
             sent: Vec::new(),
+            failure: None,
         })
     }
 
@@ -192,6 +193,9 @@ impl OffsetStore for RabbitStore {
 }
 
 /// What a handler stages; nothing of it leaves this process before the commit, and nothing is locked.
+///
+/// After an error other than [`Error::TooLarge`], the transaction can only be rolled back: the commit names that error and applies
+/// nothing, even if the handler ignored it.
 pub struct RabbitTx {
     changelog: Arc<Changelog>,
     /// The revision that it reads.
@@ -200,6 +204,8 @@ pub struct RabbitTx {
     /// By how much they make the state grow.
     growth: isize,
     sent: Vec<NewRecord>,
+    /// The first operation that failed.
+    failure: Option<String>,
 }
 
 impl RabbitTx {
@@ -213,6 +219,34 @@ impl RabbitTx {
             Some(staged) => staged.clone(),
             None => self.changelog.fold().state.get(key).cloned(),
         }
+    }
+
+    fn stage_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        let limit = self.changelog.value_limit();
+        for (what, size) in [("key", key.len()), ("value", value.len())] {
+            if size > limit {
+                return Err(Error::TooLarge { what, size, limit });
+            }
+        }
+        let stored = self.changelog.fold().state.size();
+        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
+        let (before, after) = (
+            stored.saturating_add_signed(self.growth),
+            stored.saturating_add_signed(growth),
+        );
+        self.changelog.check_state_size(before, after)?;
+        self.growth = growth;
+        self.writes
+            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
+        Ok(())
+    }
+
+    /// Keeps the transaction from committing without what failed; a handler may have ignored the error.
+    fn remember(&mut self, error: Error) -> Error {
+        if !matches!(error, Error::TooLarge { .. }) {
+            self.failure.get_or_insert_with(|| error.to_string());
+        }
+        error
     }
 
     fn size_of(&self, key: &[u8]) -> isize {
@@ -234,6 +268,12 @@ impl Transaction for RabbitTx {
         let Self {
             changelog, based_on, ..
         } = self;
+        if let Some(failure) = self.failure {
+            return Err(Error::failed(
+                changelog.on("commit of"),
+                format!("nothing was applied, because an operation in the transaction failed: {failure}"),
+            ));
+        }
         changelog.commit(based_on, self.writes, self.sent, advance).await
     }
 
@@ -249,23 +289,7 @@ impl KeyValue for RabbitTx {
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        let limit = self.changelog.value_limit();
-        for (what, size) in [("key", key.len()), ("value", value.len())] {
-            if size > limit {
-                return Err(Error::TooLarge { what, size, limit });
-            }
-        }
-        let stored = self.changelog.fold().state.size();
-        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
-        let (before, after) = (
-            stored.saturating_add_signed(self.growth),
-            stored.saturating_add_signed(growth),
-        );
-        self.changelog.check_state_size(before, after)?;
-        self.growth = growth;
-        self.writes
-            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
-        Ok(())
+        self.stage_put(key, value).map_err(|error| self.remember(error))
     }
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {

@@ -4,10 +4,13 @@ use essentially_once::{
     Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Revision, Source,
     Transaction as _,
 };
-use essentially_once_rabbitmq::{Rabbit, RabbitStore};
+use essentially_once_rabbitmq::{
+    Rabbit, RabbitStore,
+    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
+};
 use essentially_once_testkit::read_log;
 use test_servers::RabbitNode;
-use tokio::task::block_in_place;
+use tokio::task::{JoinSet, block_in_place};
 
 use crate::common::{Outcome, ensure, fresh, options, url};
 
@@ -146,5 +149,45 @@ pub(crate) async fn a_snapshot_is_cut_to_what_the_broker_takes() -> Outcome {
             "{revision}"
         );
     }
+    Ok(())
+}
+
+/// The broker returns what it has no stream for, and confirms it, maybe together with messages that it stored meanwhile.
+pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_truth() -> Outcome {
+    let node = crate::common::shared_node()?;
+    let connection = Connection::connect(&url(node.port()), ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    let mut returned = 0;
+    for round in 0..20 {
+        let name = fresh("late");
+        let log = options().connect(&url(node.port())).await?.log(&name).await?;
+        // As on a broker that was just started, the stream is not there when the log is first appended to.
+        channel
+            .queue_delete(name.as_str().into(), QueueDeleteOptions::default())
+            .await?;
+        let appending: JoinSet<_> = (0..200)
+            .map(|number| {
+                let log = log.clone();
+                async move { (number, log.append(&[NewRecord::new(format!("{number}"))]).await) }
+            })
+            .collect();
+        let log = options().connect(&url(node.port())).await?.log(&name).await?;
+        let results = appending.join_all().await;
+        let stored: Vec<_> = read_log(&log).await?.into_iter().map(|record| record.payload).collect();
+        for (number, result) in results {
+            let is_stored = stored.iter().any(|payload| *payload == number.to_string().as_bytes());
+            returned += u32::from(!is_stored);
+            let is_true = match &result {
+                Ok(_) => is_stored,
+                Err(Error::Indeterminate { .. }) => true,
+                Err(_) => !is_stored,
+            };
+            ensure!(
+                is_true,
+                "round {round}, record {number}: stored: {is_stored}, {result:?}"
+            );
+        }
+    }
+    ensure!(returned > 0, "the broker returned nothing");
     Ok(())
 }

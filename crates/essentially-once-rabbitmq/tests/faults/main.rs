@@ -20,6 +20,7 @@ use self::{
     limits::{
         a_commit_too_large_for_the_broker_is_refused_with_the_setting,
         a_record_too_large_for_the_broker_says_nothing_about_others, a_snapshot_is_cut_to_what_the_broker_takes,
+        an_append_beside_one_that_the_broker_returned_tells_the_truth,
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
     },
     streams::{
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
         a_commit_too_large_for_the_broker_is_refused_with_the_setting,
         a_snapshot_is_cut_to_what_the_broker_takes,
+        an_append_beside_one_that_the_broker_returned_tells_the_truth,
         a_reader_of_a_deleted_stream_is_told,
         a_stream_deleted_and_created_anew_is_noticed,
         retention_overtaking_a_slow_consumer_is_told,

@@ -15,6 +15,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("commits::another_log_is_refused", wrong_log);
     tests.add("commits::a_transaction_on_what_was_overtaken_is_fenced", overtaken);
     tests.add("commits::state_has_a_limit", state_limit);
+    tests.add("commits::a_transaction_whose_put_failed_refuses_to_commit", failed_put);
     tests.add("commits::an_entry_has_a_limit", entry_limit);
 }
 
@@ -152,6 +153,7 @@ async fn state_limit() -> Result<(), Violation> {
         "{error}"
     );
     assert_eq!(tx.get(b"b").await?, None, "it is not staged");
+    let mut tx = store.begin(&shipping()).await?;
     tx.put(b"a", &[0; 7_000]).await?;
     tx.delete(b"a").await?;
     tx.put(b"b", &[0; 9_000]).await?;
@@ -160,8 +162,30 @@ async fn state_limit() -> Result<(), Violation> {
     let store = place.rabbit().await?.store().state_limit(5_000);
     let mut tx = store.begin(&shipping()).await?;
     assert!(tx.put(b"c", b"").await.is_err());
+    let mut tx = store.begin(&shipping()).await?;
     tx.put(b"b", &[0; 8_000]).await?;
     tx.commit(advance(2, 1)).await?;
+    Ok(())
+}
+
+/// Although the handler ignored the error.
+async fn failed_put() -> Result<(), Violation> {
+    let store = Place::new().rabbit().await?.store().state_limit(10_000);
+    let mut tx = store.begin(&shipping()).await?;
+    assert!(matches!(tx.put(b"a", &[0; 11_000]).await, Err(Error::Failed { .. })));
+    tx.put(b"b", b"").await?;
+    let error = tx.commit(advance(1, 0)).await.expect_err("a put is missing");
+    assert!(
+        matches!(error, Error::Failed { .. }) && error.to_string().contains("limit of 10000"),
+        "{error}"
+    );
+    assert_eq!((revision(&store).await?, get(&store, "b").await?), (0, None));
+    // What is too large is not staged, and harms nothing.
+    let mut tx = store.begin(&shipping()).await?;
+    let large = tx.put(b"a", &vec![0; 16 * 1024 * 1024]).await;
+    assert!(matches!(large, Err(Error::TooLarge { .. })), "{large:?}");
+    tx.put(b"b", b"").await?;
+    tx.commit(advance(1, 0)).await?;
     Ok(())
 }
 
