@@ -11,7 +11,10 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 mod servers;
+mod summary;
 mod tidy;
+
+use summary::Summary;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about, disable_help_subcommand = true)]
@@ -72,33 +75,38 @@ fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
     })
 }
 
+/// Runs all tests, whatever fails on the way, and ends with a summary.
 fn test(servers: &Variables) -> Done {
-    cargo(&["test", "--workspace", "--all-targets", "--all-features"], servers)?;
+    let mut summary = Summary::new();
+    let mut variables = servers.to_vec();
+    variables.extend(summary.variables());
+    let workspace = ["test", "--workspace", "--all-features", "--no-fail-fast"];
+    summary.run(&[&workspace[..], &["--all-targets"]].concat(), &variables);
     // `--all-targets` covers everything but documentation tests.
-    cargo(&["test", "--workspace", "--doc", "--all-features"], servers)?;
-    model_check()
+    summary.run(&[&workspace[..], &["--doc"]].concat(), &variables);
+    model_check(&mut summary)?;
+    summary.finish()
 }
 
 /// The consumer loop under shuttle: another build of the core, in a target folder of its own so that neither build undoes the other.
-fn model_check() -> Done {
+fn model_check(summary: &mut Summary) -> Done {
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let target = target.join("shuttle");
     let Some(target) = target.to_str() else {
         eprintln!("xtask: the target folder {} is not UTF-8; move it", target.display());
         return Err(1);
     };
-    cargo(
-        &[
-            "test",
-            "--package",
-            "essentially-once",
-            "--test",
-            "shuttle",
-            "--target-dir",
-            target,
-        ],
-        &[("RUSTFLAGS", "--cfg shuttle".into())],
-    )
+    let package = [
+        "test",
+        "--package",
+        "essentially-once",
+        "--test",
+        "shuttle",
+        "--target-dir",
+        target,
+    ];
+    summary.run(&package, &[("RUSTFLAGS", "--cfg shuttle".into())]);
+    Ok(())
 }
 
 fn ci(servers: &Variables) -> Done {
@@ -134,17 +142,7 @@ fn tidy() -> Done {
 
 fn cargo(arguments: &[&str], variables: &Variables) -> Done {
     let shown = format!("cargo {}", arguments.join(" "));
-    let values = variables.iter();
-    let values = values.map(|(name, value)| format!("{name}='{}' ", value.display()));
-    say(&format!("{}{shown}", values.collect::<String>()));
-    // Cargo names itself to what it runs, so that the same toolchain goes on.
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    let status = command
-        .args(arguments)
-        .envs(variables.iter().cloned())
-        .current_dir(root())
-        .status();
-    match status {
+    match command(arguments, variables).status() {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => {
             eprintln!("xtask: `{shown}` failed: {status}");
@@ -156,6 +154,20 @@ fn cargo(arguments: &[&str], variables: &Variables) -> Done {
             Err(1)
         }
     }
+}
+
+/// A call of cargo, which is shown.
+fn command(arguments: &[&str], variables: &Variables) -> Command {
+    let values = variables.iter();
+    let values = values.map(|(name, value)| format!("{name}='{}' ", value.display()));
+    say(&format!("{}cargo {}", values.collect::<String>(), arguments.join(" ")));
+    // Cargo names itself to what it runs, so that the same toolchain goes on.
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .args(arguments)
+        .envs(variables.iter().cloned())
+        .current_dir(root());
+    command
 }
 
 /// Shows a command before it runs; on stderr, where cargo writes too, so that the order is kept.

@@ -3,7 +3,7 @@
 use std::{
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Source, async_trait};
@@ -20,6 +20,9 @@ use test_servers::RabbitNode;
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
+
+/// How long the streams of a node that was restarted may take.
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// These kill the broker, and so get one of their own.
 const RESTARTING: [&str; 5] = [
@@ -179,18 +182,25 @@ impl Streams {
         Ok((connection, channel))
     }
 
-    /// A node answers before its streams are up.
+    /// A node answers before its streams are up, and even before it knows of its queues.
     async fn wait_up(&self) -> Result<(), Source> {
-        let rabbit = RabbitOptions::new().connect(&self.node.url()).await?;
+        let deadline = Instant::now() + START_LIMIT;
         for stream in self.ctl(&["list_queues", "--silent", "name"]).await?.lines() {
-            let log = rabbit.log_with(stream, LogOptions::new().existing()).await?;
-            while let Err(error) = log.bounds().await {
-                if !error.is_transient() {
-                    return Err(error.into());
+            // On a connection of its own each time: an answer that the stream is down closes the channel.
+            while let Err(error) = self.is_up(stream).await {
+                if !error.is_transient() || Instant::now() > deadline {
+                    return Err(format!("stream {stream} is not up again: {error}").into());
                 }
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
         Ok(())
+    }
+
+    async fn is_up(&self, stream: &str) -> Result<(), Error> {
+        let rabbit = RabbitOptions::new().connect(&self.node.url()).await?;
+        let log = rabbit.log_with(stream, LogOptions::new().existing()).await?;
+        log.bounds().await.map(drop)
     }
 
     async fn ctl(&self, arguments: &[&str]) -> Result<String, Source> {

@@ -1,6 +1,15 @@
 //! Cases as named tests, under `cargo test` and nextest.
 
-use std::{fmt, future::Future, pin::Pin, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    fs::OpenOptions,
+    future::Future,
+    io::Write as _,
+    pin::Pin,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use essentially_once::{Error, Source};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -151,7 +160,9 @@ impl Suite {
             let harness = Arc::clone(&harness);
             let full_name = format!("{name}::{}", case.name);
             self.trials.push(match case.support(&capabilities) {
-                Support::Yes => Trial::test(full_name, move || case.run(&harness).map_err(Failed::from)),
+                Support::Yes => Trial::test(full_name.clone(), move || {
+                    timed(&full_name, || case.run(&harness)).map_err(Failed::from)
+                }),
                 Support::No(why) => ignored(full_name, why),
             });
         }
@@ -159,7 +170,7 @@ impl Suite {
             let harness = Arc::clone(&harness);
             let full_name = format!("{name}::{case}");
             self.trials.push(Trial::test(full_name.clone(), move || {
-                sampled(&*harness, delivery, &full_name).map_err(Failed::from)
+                timed(&full_name, || sampled(&*harness, delivery, &full_name)).map_err(Failed::from)
             }));
         }
         self
@@ -179,8 +190,9 @@ impl Suite {
     /// Adds a test of your own.
     #[must_use]
     pub fn test(mut self, name: &str, test: impl FnOnce() -> Result<(), Violation> + Send + 'static) -> Self {
+        let full_name = name.to_owned();
         self.trials
-            .push(Trial::test(name, move || test().map_err(Failed::from)));
+            .push(Trial::test(name, move || timed(&full_name, test).map_err(Failed::from)));
         self
     }
 
@@ -211,6 +223,19 @@ impl Suite {
     pub fn run(self) -> ExitCode {
         libtest_mimic::run(&Arguments::from_args(), self.trials).exit_code()
     }
+}
+
+/// Runs a test, and adds its seconds and name to the file that `ESSENTIALLY_ONCE_TEST_TIMES` names, if it is set.
+fn timed<T>(name: &str, test: impl FnOnce() -> T) -> T {
+    let started = Instant::now();
+    let result = test();
+    if let Some(path) = std::env::var_os("ESSENTIALLY_ONCE_TEST_TIMES") {
+        let line = format!("{:.3} {name}\n", started.elapsed().as_secs_f64());
+        // Only a summary is the worse for a line that cannot be written.
+        let file = OpenOptions::new().append(true).create(true).open(path);
+        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+    result
 }
 
 /// The reason is shown as the test's kind: `test [why] name ... ignored`.

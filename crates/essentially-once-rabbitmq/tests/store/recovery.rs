@@ -153,7 +153,7 @@ async fn unreadable() -> Result<(), Violation> {
     put(&store, "k", "v", 0).await?;
     let stranger = place.stranger().await;
     stranger
-        .publish(&place.changelog(), b"eo-entry\x02 of a later version")
+        .publish(&place.changelog(), b"eo-entry\x09 of a later version")
         .await;
     for store in [&store, &place.store().await?] {
         for _ in 0..2 {

@@ -1,0 +1,153 @@
+//! What the tests came to: counted while they run, shown when all have run.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{BufRead, BufReader, Write},
+    path::PathBuf,
+    process::Stdio,
+};
+
+use crate::{Done, Variables, command};
+
+/// Names the file to which each case of a `Suite` adds its seconds and its name.
+const TIMES: &str = "ESSENTIALLY_ONCE_TEST_TIMES";
+
+/// How many of the slowest cases are shown.
+const SLOWEST: usize = 20;
+
+/// Counts what test binaries report.
+pub(crate) struct Summary {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+    /// Names of failed tests, and commands that failed.
+    failures: Vec<String>,
+    times: PathBuf,
+}
+
+impl Summary {
+    pub(crate) fn new() -> Self {
+        let times = std::env::temp_dir().join(format!("essentially-once-test-times-{}", std::process::id()));
+        Self {
+            passed: 0,
+            failed: 0,
+            skipped: 0,
+            failures: Vec::new(),
+            times,
+        }
+    }
+
+    /// What the tests need to add their times.
+    pub(crate) fn variables(&self) -> Vec<(&'static str, OsString)> {
+        vec![(TIMES, self.times.clone().into())]
+    }
+
+    /// Runs cargo, shows what it writes, and counts its tests.
+    pub(crate) fn run(&mut self, arguments: &[&str], variables: &Variables) {
+        let status = command(arguments, variables)
+            .stdout(Stdio::piped())
+            .spawn()
+            .and_then(|mut child| {
+                if let Some(output) = child.stdout.take() {
+                    self.read(BufReader::new(output), std::io::stdout());
+                }
+                child.wait()
+            });
+        let shown = format!("cargo {}", arguments.join(" "));
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(status) => self.failures.push(format!("`{shown}` ended with {status}")),
+            Err(error) => self.failures.push(format!("`{shown}` cannot be started: {error}")),
+        }
+    }
+
+    /// Counts what is written to `output`, and passes it on.
+    fn read(&mut self, mut output: impl BufRead, mut shown: impl Write) {
+        let mut line = Vec::new();
+        while output.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+            // A closed output is no reason to stop.
+            let _ = shown.write_all(&line);
+            self.take(&String::from_utf8_lossy(&line));
+            line.clear();
+        }
+    }
+
+    /// Counts a line such as `test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out`, and notes one
+    /// such as `test store::late_writer_is_fenced ... FAILED`.
+    fn take(&mut self, line: &str) {
+        if let Some(result) = line.strip_prefix("test result: ") {
+            let counts = result.split_once(". ").map_or("", |(_, counts)| counts);
+            for count in counts.split("; ") {
+                match count.trim().split_once(' ') {
+                    Some((number, "passed")) => self.passed += number.parse::<u64>().unwrap_or(0),
+                    Some((number, "failed")) => self.failed += number.parse::<u64>().unwrap_or(0),
+                    Some((number, "ignored")) => self.skipped += number.parse::<u64>().unwrap_or(0),
+                    _ => {}
+                }
+            }
+        } else if let Some(test) = line.strip_prefix("test ")
+            && let Some(name) = test.trim_end().strip_suffix("... FAILED")
+        {
+            self.failures.push(name.trim().to_owned());
+        }
+    }
+
+    /// Shows the slowest cases, what failed, and the counts.
+    pub(crate) fn finish(self) -> Done {
+        let mut times: Vec<(f64, String)> = fs::read_to_string(&self.times)
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| {
+                let (seconds, name) = line.split_once(' ')?;
+                Some((seconds.parse().ok()?, name.to_owned()))
+            })
+            .collect();
+        // Left behind, it would only take up room.
+        let _ = fs::remove_file(&self.times);
+        times.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+        let mut out = std::io::stdout().lock();
+        let mut show = |line: String| drop(writeln!(out, "{line}"));
+        show(format!(
+            "\nThe {} slowest cases of test suites, in seconds:",
+            times.len().min(SLOWEST)
+        ));
+        for (seconds, name) in times.iter().take(SLOWEST) {
+            show(format!("{seconds:8.1}  {name}"));
+        }
+        if !self.failures.is_empty() {
+            show("\nFailed:".into());
+        }
+        for failure in &self.failures {
+            show(format!("  {failure}"));
+        }
+        let Self {
+            passed,
+            failed,
+            skipped,
+            ..
+        } = self;
+        show(format!("\n{passed} passed, {failed} failed, {skipped} skipped"));
+        if self.failures.is_empty() { Ok(()) } else { Err(1) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted_and_failures_named() {
+        let mut summary = Summary::new();
+        let output = "running 3 tests\n\
+             test a::works ... ok\n\
+             test [why it is slow] b::fails   ... FAILED\n\
+             test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
+             test result: ok. 6 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        let mut shown = Vec::new();
+        summary.read(output.as_bytes(), &mut shown);
+        assert_eq!(shown, output.as_bytes());
+        assert_eq!((summary.passed, summary.failed, summary.skipped), (10, 1, 2));
+        assert_eq!(summary.failures, ["[why it is slow] b::fails"]);
+    }
+}
