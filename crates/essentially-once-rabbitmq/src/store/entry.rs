@@ -22,7 +22,10 @@ const MARK: u8 = 2;
 
 /// What a changelog holds.
 #[derive(Clone, PartialEq, Eq, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one at a time, taken apart as soon as it is parsed")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, taken apart as soon as it is parsed"
+)]
 pub(super) enum Entry {
     Commit(Commit<StateChange>),
     /// Changes nothing: whoever wrote it and reads it back has read everything that was there before.
@@ -31,7 +34,10 @@ pub(super) enum Entry {
 
 /// What the bytes of a message are.
 #[derive(Clone, PartialEq, Eq, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one at a time, taken apart as soon as it is parsed")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, taken apart as soon as it is parsed"
+)]
 pub(super) enum Parsed {
     Entry(Entry),
     /// Does not begin as an entry does: someone else's. Every version of this crate says so of it, so every reader passes over it.
