@@ -7,6 +7,7 @@ mod reads;
 mod setup;
 mod support;
 mod trouble;
+mod versions;
 
 use std::{future::Future, pin::Pin, process::ExitCode, time::Duration};
 
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         trouble::what_was_acknowledged_survives_kills,
         trouble::a_forgotten_script_is_sent_again,
         trouble::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
+        versions::data_of_version_1_goes_on,
         setup::settings_that_lose_data_are_named,
         setup::a_server_that_hides_its_settings_is_unknown,
         setup::missing_permissions_are_named,
