@@ -72,6 +72,7 @@ impl Harness for RabbitHarness {
         let mut capabilities = Capabilities::minimal();
         capabilities.store = self.store;
         capabilities.restart = Support::Yes;
+        capabilities.restart_amid_transaction = Support::No("a transaction reads memory, which does not fail");
         capabilities.truncate = Support::Yes;
         capabilities.recreate = Support::Yes;
         capabilities.malformed = Support::Yes;

@@ -45,6 +45,7 @@ impl Harness for RedisHarness {
     fn capabilities(&self) -> Capabilities {
         let mut capabilities = Capabilities::minimal();
         capabilities.restart = Support::Yes;
+        capabilities.restart_amid_transaction = Support::Yes;
         capabilities.truncate = Support::Yes;
         capabilities.recreate = Support::Yes;
         capabilities.malformed = Support::Yes;

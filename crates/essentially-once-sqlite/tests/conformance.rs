@@ -25,6 +25,8 @@ impl Harness for SqliteHarness {
     fn capabilities(&self) -> Capabilities {
         let mut capabilities = Capabilities::minimal();
         capabilities.restart = Support::Yes;
+        capabilities.restart_amid_transaction =
+            Support::No("a transaction holds the lock that the next process waits for; unit tests interrupt its reads");
         capabilities.truncate = Support::Yes;
         capabilities.recreate = Support::Yes;
         capabilities.malformed = Support::Yes;

@@ -108,6 +108,8 @@ pub struct Capabilities {
     pub store: Support,
     /// [`Backend::restart`] works.
     pub restart: Support,
+    /// [`Backend::restart`] works while a transaction is open, and reads of that transaction then fail at first.
+    pub restart_amid_transaction: Support,
     /// [`Backend::truncate`] works.
     pub truncate: Support,
     /// [`Backend::recreate`] works.
@@ -132,6 +134,7 @@ impl Capabilities {
             log: Support::Yes,
             store: Support::Yes,
             restart: no,
+            restart_amid_transaction: no,
             truncate: no,
             recreate: no,
             malformed: no,

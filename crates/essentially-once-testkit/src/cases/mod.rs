@@ -73,6 +73,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(store::s4_a_rolled_back_transaction_leaves_no_trace, needs store),
         case!(store::s5_a_cancelled_commit_is_all_or_nothing_and_for_good, needs store),
         case!(restart::s5_position_resolves_an_unknown_outcome, needs store, restart),
+        case!(restart::s6_a_transaction_whose_read_failed_does_not_commit, needs store, restart_amid_transaction),
         case!(state::s6_a_transaction_reads_its_own_writes, needs store),
         case!(state::s6_keys_and_values_are_kept_to_the_byte, needs store),
         case!(state::s6_a_value_over_the_limit_is_refused_and_stages_nothing, needs store, value_limit),
@@ -103,7 +104,16 @@ mod needs {
             })+
         };
     }
-    need!(log, store, restart, truncate, recreate, malformed, foreign);
+    need!(
+        log,
+        store,
+        restart,
+        restart_amid_transaction,
+        truncate,
+        recreate,
+        malformed,
+        foreign
+    );
 
     pub(super) fn record_limit(capabilities: &Capabilities) -> Support {
         match capabilities.record_limit {

@@ -183,6 +183,35 @@ async fn settled<B: Backend>(backend: &B, store: &mut B::Store) -> Result<(Optio
     }
 }
 
+/// [S6](essentially_once::OffsetStore#contract): a handler that ignores the error of a read must not commit what it computed
+/// without the value.
+pub(super) async fn s6_a_transaction_whose_read_failed_does_not_commit<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let (log, shipping) = (backend.log("orders").await?, consumer("shipping"));
+    let mut store = up(|| backend.store()).await?;
+    count_one(&store, &*log).await?;
+    let before = settled(backend, &mut store).await?;
+    let mut tx = store.begin(&shipping).await?;
+    backend.restart().await?;
+    let mut failed = false;
+    // Another key each time, so that no answer is known already. A backend may connect again between two of them.
+    for key in [&b"a"[..], b"b", b"c"] {
+        failed |= tx.get(key).await.is_err();
+    }
+    let staged = tx.put(b"n", &9u64.to_be_bytes()).await;
+    let result = tx.commit(advance(before.0.as_ref(), &*log, 9u64)).await;
+    if failed || staged.is_err() {
+        let after = settled(backend, &mut store).await?;
+        ensure!(
+            result.is_err() && after == before,
+            "a read failed and was ignored, the commit ended with {result:?}, and {before:?} became {after:?}"
+        );
+    }
+    Ok(())
+}
+
 /// [S3](essentially_once::OffsetStore#contract): position, windows and state of an acknowledged commit.
 pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;

@@ -327,6 +327,8 @@ defects! {
     RevisionsCountedForAll,
     /// A position remembers its log's name only.
     IncarnationNotKept,
+    /// After a read that failed the transaction connects again, and commits.
+    FailedReadForgotten,
     /// A commit without an incarnation wipes out the known one.
     IncarnationWiped,
     /// The log is compared before the revision.

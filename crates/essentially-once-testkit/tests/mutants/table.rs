@@ -233,6 +233,9 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         LostCommitReplyToldAsFailure => "ended with Err(Unavailable",
         CommitRetriedAfterLostReply => "ended with Err(Fenced",
     }
+    s6_a_transaction_whose_read_failed_does_not_commit {
+        FailedReadForgotten => "a read failed and was ignored",
+    }
     s6_a_transaction_reads_its_own_writes {
         GetSeesOnlyOwnWrites => "a stored key reads as",
         GetDoesNotSeePut => "after a put of a new key",

@@ -261,6 +261,10 @@ impl Drop for CancelWatch {
 impl KeyValue for ModelTx {
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
         let defect = self.shared.defect;
+        if defect == Defect::FailedReadForgotten && self.connected().is_err() {
+            self.generation = self.shared.state().generation;
+            return Err(Error::unavailable("get", "the connection was lost"));
+        }
         let state = self.connected()?;
         let place = state_key(defect, &self.consumer, key);
         let stored = state.store.live.state.get(&place).cloned();
