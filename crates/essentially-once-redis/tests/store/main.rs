@@ -1,6 +1,7 @@
 //! The store against private servers: what it commits, refuses, and says when the server fails.
 
 mod committing;
+mod lost;
 mod native;
 mod partial;
 mod reads;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         trouble::a_forgotten_script_is_sent_again,
         trouble::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
         versions::data_of_version_1_goes_on,
+        lost::a_position_that_is_deleted_stops_a_running_consumer,
         setup::settings_that_lose_data_are_named,
         setup::a_server_that_hides_its_settings_is_unknown,
         setup::missing_permissions_are_named,
