@@ -2,8 +2,8 @@
 
 use std::{fs, path::Path, sync::Barrier, thread, time::Duration};
 
-use essentially_once::{Error, Log, NewRecord, Offset};
-use essentially_once_sqlite::{Sqlite, SqliteOptions, rusqlite::Connection};
+use essentially_once::{Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, Record};
+use essentially_once_sqlite::{Sqlite, SqliteOptions, SqliteTx, rusqlite::Connection};
 
 async fn refusal(path: impl AsRef<Path>) -> String {
     let path = path.as_ref();
@@ -190,4 +190,61 @@ fn many_may_open_a_fresh_file_at_once() {
             assert_eq!(reader.next(100).await.expect("next").len(), 6);
         });
     }
+}
+
+struct Nothing;
+
+#[essentially_once::async_trait]
+impl Handler<SqliteTx> for Nothing {
+    async fn handle(&mut self, _: &Record, _: &mut SqliteTx) -> Result<(), HandlerError> {
+        Ok(())
+    }
+}
+
+/// The log's file alone is restored, and grows past the consumer before that reads again.
+#[tokio::test]
+async fn a_log_restored_from_an_older_copy_is_noticed_by_a_store_in_another_file() {
+    let folder = tempfile::tempdir().expect("folder");
+    let at = |name: &str| folder.path().join(name);
+    let records = |range: std::ops::Range<u64>| range.map(|n| NewRecord::new(n.to_string())).collect::<Vec<_>>();
+    let append = async |range| {
+        let log = Sqlite::open(at("log.db"))
+            .await
+            .expect("open")
+            .log("orders")
+            .await
+            .expect("log");
+        log.append(&records(range)).await.expect("append");
+    };
+    let consume = async || {
+        let log = Sqlite::open(at("log.db"))
+            .await
+            .expect("open")
+            .log("orders")
+            .await
+            .expect("log");
+        let store = Sqlite::open(at("state.db")).await.expect("open").store();
+        let consumer = ConsumerId::new("shipping").expect("name");
+        Consumer::essentially_once(consumer, log, store, Nothing)
+            .run_until_caught_up()
+            .await
+    };
+    append(0..50).await;
+    // A copy that SQLite makes itself is whole, whatever the WAL still holds.
+    let source = Connection::open(at("log.db")).expect("open");
+    let copy = format!("VACUUM INTO '{}'", at("copy.db").display());
+    source.execute_batch(&copy).expect("copy");
+    drop(source);
+    append(50..100).await;
+    assert_eq!(consume().await.expect("run").handled, 100);
+    for ending in ["", "-wal", "-shm"] {
+        let _ = std::fs::remove_file(at(&format!("log.db{ending}")));
+    }
+    std::fs::copy(at("copy.db"), at("log.db")).expect("restore");
+    append(1_000..1_080).await;
+    let error = consume().await.expect_err("30 records would never be handled");
+    assert!(
+        matches!(error, Error::LogChanged { offset, .. } if offset == 99.into()),
+        "{error}"
+    );
 }
