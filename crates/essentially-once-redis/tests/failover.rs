@@ -2,7 +2,10 @@
 
 mod common;
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use essentially_once::{
     Advance, Bounds, CancellationToken, Consumer, ConsumerId, Error, Log as _, OffsetStore, Report, Revision, Source,
@@ -186,6 +189,13 @@ async fn position_and_state_on_the_same_server_go_back_together() -> Outcome {
     let redis = connect(&sentinels).await?;
     let (mut running, _) = lose_the_tail(&stage, &redis, redis.store()).await?;
     stage.master.kill()?;
+    // Only while the log is shorter than what was read can the consumer tell that both went back.
+    let new_master = Redis::connect(&stage.replica.url()).await?.store();
+    let deadline = Instant::now() + LIMIT;
+    while new_master.position(&stage.consumer).await?.is_none() {
+        ensure!(Instant::now() < deadline, "the consumer does not go on");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     // The sender, who knows of nothing, goes on.
     send(&redis.log("orders").await?, 10..20).await?;
     until(&mut running.seen, |seen| seen.handled == 20).await?;

@@ -72,6 +72,7 @@ fn main() -> ExitCode {
         trouble::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
         versions::data_of_version_1_goes_on,
         lost::a_position_that_is_deleted_stops_a_running_consumer,
+        lost::a_deleted_record_does_not_excuse_a_lost_position,
         setup::settings_that_lose_data_are_named,
         setup::a_server_that_hides_its_settings_is_unknown,
         setup::missing_permissions_are_named,
