@@ -2,13 +2,36 @@
 
 use std::time::Duration;
 
-use essentially_once::ConsumerId;
+use essentially_once::{ConsumerId, Log as _, Offset};
+use essentially_once_rabbitmq::LogOptions;
 use test_servers::RabbitNode;
 use tokio::{task::block_in_place, time::sleep};
 
-use crate::common::{Outcome, Running, Sending, ensure, judge, options, url};
+use crate::common::{Outcome, Running, Sending, ensure, judge, message, options, url};
 
 const KILLS: u64 = 3;
+
+/// Streams of which none answers at the moment when a restarted node does.
+const STREAMS: usize = 40;
+
+/// Tests after a restart need not ask again, if nothing but the restart is in their way.
+pub(crate) async fn a_restarted_node_answers_for_all_its_streams_at_once() -> Outcome {
+    let node = block_in_place(RabbitNode::start)?;
+    let names: Vec<_> = (0..STREAMS).map(|number| format!("orders.{number}")).collect();
+    let rabbit = options().connect(&url(node.port())).await?;
+    for name in &names {
+        rabbit.log(name).await?.append(&[message(0)]).await?;
+    }
+    block_in_place(|| node.restart())?;
+    let rabbit = options().connect(&url(node.port())).await?;
+    for name in names.iter().rev() {
+        let log = rabbit.log_with(name, LogOptions::new().existing()).await?;
+        let end = log.bounds().await?.end;
+        ensure!(end == Offset::new(0, 1), "{name} ends at {end}");
+        log.append(&[message(1)]).await?;
+    }
+    Ok(())
+}
 
 pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
     let node = block_in_place(RabbitNode::start)?;

@@ -12,7 +12,8 @@ use std::process::ExitCode;
 
 use self::{
     broker::{
-        a_broker_killed_and_restarted_under_a_consumer_loses_nothing, an_alarm_holds_up_commits_and_nothing_is_lost,
+        a_broker_killed_and_restarted_under_a_consumer_loses_nothing,
+        a_restarted_node_answers_for_all_its_streams_at_once, an_alarm_holds_up_commits_and_nothing_is_lost,
     },
     closed::channels_closed_by_the_broker_are_replaced,
     common::{cases, run},
@@ -43,5 +44,6 @@ fn main() -> ExitCode {
         retention_overtaking_a_slow_consumer_is_told,
         an_alarm_holds_up_commits_and_nothing_is_lost,
         a_broker_killed_and_restarted_under_a_consumer_loses_nothing,
+        a_restarted_node_answers_for_all_its_streams_at_once,
     ])
 }

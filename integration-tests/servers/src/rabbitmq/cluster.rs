@@ -20,11 +20,11 @@ impl RabbitCluster {
     /// As for [`RabbitNode::start`], or they do not find each other within two minutes.
     pub fn start(nodes: usize) -> Result<Self, Error> {
         let epmd = Arc::new(Epmd::start()?);
-        let nodes = (0..nodes)
+        let mut nodes = (0..nodes)
             .map(|_| RabbitNode::new(&epmd))
             .collect::<Result<Vec<_>, _>>()?;
         let names: Vec<String> = nodes.iter().map(|node| node.name().to_owned()).collect();
-        for node in &nodes {
+        for node in &mut nodes {
             node.configure(&names, "")?;
         }
         thread::scope(|scope| {

@@ -25,6 +25,28 @@ use crate::{
 /// A node that was killed in a cluster may have to wait for the others.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
+/// Erlang: waits up to a minute for the replicas of all streams, and returns the names of the
+/// streams that are down. It waits on the node, since each `rabbitmqctl` takes a second to begin.
+const STREAMS_DOWN: &str = "
+    Streams = [Queue || Vhost <- rabbit_vhost:list_names(),
+        Queue <- rabbit_amqqueue:list(Vhost) ++ rabbit_amqqueue:list_down(Vhost),
+        amqqueue:get_type(Queue) =:= rabbit_stream_queue],
+    IsUp = fun(Queue) ->
+        #{name := Id} = amqqueue:get_type_state(Queue),
+        case {rabbit_amqqueue:lookup(amqqueue:get_name(Queue)), rabbit_stream_coordinator:local_pid(Id)} of
+            {{ok, _}, {ok, Replica}} -> is_process_alive(Replica);
+            _ -> false
+        end
+    end,
+    Wait = fun Again(Left) ->
+        case [amqqueue:get_name(Queue) || Queue <- Streams, not IsUp(Queue)] of
+            Down when Down =:= []; Left =:= 0 -> Down;
+            _ -> timer:sleep(50), Again(Left - 1)
+        end
+    end,
+    Wait(1200).
+";
+
 /// A private node, with its data, cookie and log in a temporary folder. It can be killed and started again while other
 /// threads use it; when it is dropped, the node, its `epmd` and its folder are gone.
 pub struct RabbitNode {
@@ -37,6 +59,8 @@ pub struct RabbitNode {
     program: PathBuf,
     name: String,
     epmd: Arc<Epmd>,
+    /// Part of a cluster, whose other nodes may be down: then its streams are too.
+    has_peers: bool,
 }
 
 impl RabbitNode {
@@ -134,11 +158,13 @@ impl RabbitNode {
             program,
             name,
             epmd: Arc::clone(epmd),
+            has_peers: false,
         })
     }
 
     /// Writes the files that a node reads when it starts; `peers` are the names of all nodes of its cluster.
-    pub(super) fn configure(&self, peers: &[String], settings: &str) -> Result<(), Error> {
+    pub(super) fn configure(&mut self, peers: &[String], settings: &str) -> Result<(), Error> {
+        self.has_peers = !peers.is_empty();
         let mut config = format!("loopback_users = none\ndisk_free_limit.absolute = 1MB\n{settings}\n");
         if !peers.is_empty() {
             config += "cluster_formation.peer_discovery_backend = classic_config\n";
@@ -218,10 +244,13 @@ impl RabbitNode {
         self.process().take().map_or(Ok(()), |process| process.end(signal))
     }
 
-    /// Starts it again on the same folder and ports, and returns when it answers. If it runs, it is [killed](Self::kill).
+    /// Starts it again on the same folder and ports, and returns when it answers, as do all its
+    /// streams. If it runs, it is [killed](Self::kill).
+    ///
+    /// In a cluster it does not wait for the streams: they need more than half of the nodes.
     ///
     /// # Errors
-    /// As for [`start`](Self::start).
+    /// As for [`start`](Self::start), or a stream did not answer within two minutes.
     pub fn restart(&self) -> Result<(), Error> {
         self.wait_registered()?;
         let mut running = self.process();
@@ -232,15 +261,32 @@ impl RabbitNode {
         let what = format!("{} on port {}", self.program.display(), self.port());
         process.wait_ready(&what, LIMIT, || greets(self.port()))?;
         *running = Some(process);
-        Ok(())
+        drop(running);
+        self.wait_streams()
+    }
+
+    /// A node answers before its streams do, and only the node knows which ones it has.
+    fn wait_streams(&self) -> Result<(), Error> {
+        if self.has_peers || !self.has_streams() {
+            return Ok(());
+        }
+        let what = format!("all streams of {} answer", self.name);
+        wait_until(&what, LIMIT, || match self.ctl(&["eval", STREAMS_DOWN])?.trim() {
+            "[]" => Ok(true),
+            down => Err(format!("these are down: {down}").into()),
+        })
+    }
+
+    fn has_streams(&self) -> bool {
+        let streams = self.folder().join("data").join(&self.name).join("stream");
+        fs::read_dir(streams).is_ok_and(|mut streams| streams.next().is_some())
     }
 
     fn wait_registered(&self) -> Result<(), Error> {
         const COORDINATOR: &[u8] = b"rabbit_stream_coordinator";
         let data = self.folder().join("data").join(&self.name);
-        let has_streams = fs::read_dir(data.join("stream")).is_ok_and(|mut streams| streams.next().is_some());
         let register = data.join("coordination").join(&self.name).join("names.dets");
-        if !has_streams || self.pid().is_none() {
+        if !self.has_streams() || self.pid().is_none() {
             return Ok(());
         }
         wait_until("the register names who coordinates streams", START_LIMIT, || {
