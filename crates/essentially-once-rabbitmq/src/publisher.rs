@@ -99,32 +99,21 @@ impl Publisher {
             return Ok(());
         };
         // The messages before one that is too large would be stored, and the next try would store them again.
-        self.check_size(largest)?;
-        // A channel that the broker closes because of one message says nothing certain about the others on it.
-        let published = self.publish_all(messages).await;
-        published.map_err(|error| self.check_size(smallest).err().unwrap_or(error))
-    }
-
-    /// Refuses a size that the broker is known to refuse.
-    fn check_size(&self, size: usize) -> Result<(), Error> {
-        match self.server.message_limit() {
-            limit if size > limit => Err(Error::TooLarge {
-                what: "message for RabbitMQ (`max_message_size`)",
-                size,
-                limit,
-            }),
-            _ => Ok(()),
+        let limit = self.server.message_limit();
+        if largest > limit {
+            return Err(too_large(largest, limit));
         }
+        self.publish_all(messages, smallest).await
     }
 
-    async fn publish_all(&self, messages: Vec<Message>) -> Result<(), Error> {
+    async fn publish_all(&self, messages: Vec<Message>, smallest: usize) -> Result<(), Error> {
         let mut slot = self.link.lock().await;
         let link = self.link(&mut slot).await?;
         let mut call = Call {
             link: Arc::clone(&link),
             is_done: false,
         };
-        let mut batch = Batch::new(self, link);
+        let mut batch = Batch::new(self, link, smallest);
         for message in messages {
             batch.send(message).await?;
         }
@@ -179,6 +168,8 @@ struct Batch<'a> {
     publisher: &'a Publisher,
     link: Arc<Link>,
     stream: ShortString,
+    /// Bytes of the smallest message.
+    smallest: usize,
     /// Not known to be confirmed, with their sizes.
     in_flight: VecDeque<(Publishing, usize)>,
     in_flight_bytes: usize,
@@ -187,10 +178,11 @@ struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    fn new(publisher: &'a Publisher, link: Arc<Link>) -> Self {
+    fn new(publisher: &'a Publisher, link: Arc<Link>, smallest: usize) -> Self {
         Self {
             publisher,
             link,
+            smallest,
             stream: publisher.stream.as_str().into(),
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
@@ -259,7 +251,12 @@ impl<'a> Batch<'a> {
         match result {
             Ok(Ok(result)) => Ok(result),
             Ok(Err(error)) => {
-                self.publisher.server.learn_message_limit(&error);
+                // A channel that the broker closes because of one message says nothing certain about the others on
+                // it. Only this node's own limit counts: another call may have learned that of another node.
+                let limit = self.publisher.server.learn_message_limit(&error);
+                if let Some(limit) = limit.filter(|limit| self.smallest > *limit) {
+                    return Err(too_large(self.smallest, limit));
+                }
                 Err(in_doubt(self.publisher.server.on(self.publisher.action()), error))
             }
             Err(_) => {
@@ -275,6 +272,14 @@ impl<'a> Batch<'a> {
 
     fn in_doubt(&self, why: String) -> Error {
         Error::indeterminate(self.publisher.server.on(self.publisher.action()), why)
+    }
+}
+
+fn too_large(size: usize, limit: usize) -> Error {
+    Error::TooLarge {
+        what: "message for RabbitMQ (`max_message_size`)",
+        size,
+        limit,
     }
 }
 

@@ -94,11 +94,12 @@ impl Server {
         self.message_limit.load(Ordering::Relaxed)
     }
 
-    /// Remembers the limit if this error names it. The nodes of a cluster may have different ones: the smallest counts.
-    pub(crate) fn learn_message_limit(&self, error: &lapin::Error) {
-        if let Some(limit) = message_limit(error) {
-            self.message_limit.fetch_min(limit, Ordering::Relaxed);
-        }
+    /// The limit that this error names, if it does; it is remembered. The nodes of a cluster may have different ones: the
+    /// smallest is what [`message_limit`](Self::message_limit) says.
+    pub(crate) fn learn_message_limit(&self, error: &lapin::Error) -> Option<usize> {
+        let limit = message_limit(error)?;
+        self.message_limit.fetch_min(limit, Ordering::Relaxed);
+        Some(limit)
     }
 
     /// What was attempted, and on which broker.
