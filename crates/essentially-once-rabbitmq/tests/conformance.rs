@@ -3,7 +3,7 @@
 use std::{
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Source, async_trait};
@@ -20,9 +20,6 @@ use test_servers::RabbitNode;
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
-
-/// How long the streams of a node that was restarted may take.
-const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// These kill the broker, and so get one of their own.
 const RESTARTING: [&str; 5] = [
@@ -183,27 +180,6 @@ impl Streams {
         Ok((connection, channel))
     }
 
-    /// A node answers before its streams are up, and even before it knows of its queues.
-    async fn wait_up(&self) -> Result<(), Source> {
-        let deadline = Instant::now() + START_LIMIT;
-        for stream in self.ctl(&["list_queues", "--silent", "name"]).await?.lines() {
-            // On a connection of its own each time: an answer that the stream is down closes the channel.
-            while let Err(error) = self.is_up(stream).await {
-                if !error.is_transient() || Instant::now() > deadline {
-                    return Err(format!("stream {stream} is not up again: {error}").into());
-                }
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
-        Ok(())
-    }
-
-    async fn is_up(&self, stream: &str) -> Result<(), Error> {
-        let rabbit = RabbitOptions::new().connect(&self.node.url()).await?;
-        let log = rabbit.log_with(stream, LogOptions::new().existing()).await?;
-        log.bounds().await.map(drop)
-    }
-
     async fn ctl(&self, arguments: &[&str]) -> Result<String, Source> {
         let node = Arc::clone(&self.node);
         let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
@@ -229,8 +205,7 @@ impl Backend for Streams {
 
     async fn restart(&self) -> Result<(), Source> {
         let node = Arc::clone(&self.node);
-        tokio::task::spawn_blocking(move || node.restart()).await??;
-        self.wait_up().await
+        tokio::task::spawn_blocking(move || node.restart()).await?
     }
 
     /// Makes the stream keep as many bytes as its segments from `before` on have.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::{error::Error as _, process::ExitCode};
+use std::process::ExitCode;
 
 use essentially_once::{ConsumerId, Error, Source};
 use essentially_once_rabbitmq::RabbitOptions;
@@ -64,7 +64,7 @@ async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
     match timeout(LIMIT, insist(|| options.clone().connect(&url))).await {
         Ok(Err(error @ Error::Failed { .. })) => {
             let mut said = format!("{error} {error:?} {options:?}");
-            let mut cause = error.source();
+            let mut cause = error.cause().map(|cause| cause as &dyn std::error::Error);
             while let Some(error) = cause {
                 said += &format!("{error} {error:?}");
                 cause = error.source();
