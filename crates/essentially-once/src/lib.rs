@@ -69,6 +69,6 @@ pub use crate::{
     record::{Header, NewRecord, Offset, Origin, Record},
     retention::Retention,
     revision::{Owner, Revision},
-    store::{Advance, KeyValue, OffsetStore, Position, Transaction},
+    store::{Advance, KeyValue, OffsetStore, Position, Pulse, ReadState, Snapshot, Transaction},
     window::Window,
 };

@@ -71,6 +71,17 @@ pub trait Log: Send + Sync {
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn bounds(&self) -> Result<Bounds, Error>;
 
+    /// One past the last record that can still be read: [`Bounds::end`], unless the log's last records were deleted one by
+    /// one. `run_until_caught_up` asks it, so as not to wait for a record that is gone.
+    ///
+    /// Unless implemented it is the end, which is right where records are only ever removed from the front.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        Ok(self.bounds().await?.end)
+    }
+
     /// Whether appended records survive a crash, as the backend is set up now.
     ///
     /// # Errors
@@ -112,6 +123,10 @@ impl<L: Log + ?Sized> Log for Arc<L> {
 
     async fn bounds(&self) -> Result<Bounds, Error> {
         (**self).bounds().await
+    }
+
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        (**self).readable_end().await
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

@@ -5,16 +5,16 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::{
     Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Numbering, Offset,
-    OffsetStore, Position, Record, Revision, Transaction, Window,
+    OffsetStore, Owner, Position, Pulse, ReadState, Record, Revision, Snapshot, Transaction, Window,
 };
 
 /// Largest record, key or value that the backend takes, in bytes.
@@ -33,6 +33,8 @@ pub struct Memory {
 struct Shared {
     logs: Mutex<HashMap<String, MemoryLog>>,
     consumers: Mutex<HashMap<ConsumerId, Stored>>,
+    /// Wakes those who watch any consumer.
+    changed: Notify,
 }
 
 #[derive(Default)]
@@ -40,6 +42,20 @@ struct Stored {
     position: Option<Position>,
     windows: HashMap<Numbering, Window>,
     state: BTreeMap<Bytes, Bytes>,
+    beats: u64,
+}
+
+impl Stored {
+    fn position(&self) -> Option<Position> {
+        let mut position = self.position.clone()?;
+        position.windows = self.windows.clone().into_iter().collect();
+        Some(position)
+    }
+
+    /// The position, if it has that owner.
+    fn owned_by(&mut self, owner: Owner) -> Option<&mut Position> {
+        self.position.as_mut().filter(|position| position.owner == Some(owner))
+    }
 }
 
 impl Memory {
@@ -260,11 +276,7 @@ impl OffsetStore for MemoryStore {
 
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         let consumers = lock(&self.shared.consumers);
-        Ok(consumers.get(consumer).and_then(|stored| {
-            let mut position = stored.position.clone()?;
-            position.windows = stored.windows.clone().into_iter().collect();
-            Some(position)
-        }))
+        Ok(consumers.get(consumer).and_then(Stored::position))
     }
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<MemoryTx, Error> {
@@ -277,6 +289,57 @@ impl OffsetStore for MemoryStore {
 
     async fn durability(&self) -> Result<Durability, Error> {
         Ok(volatile())
+    }
+
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        let consumers = lock(&self.shared.consumers);
+        Ok(consumers.get(consumer).map_or_else(Pulse::default, |stored| {
+            Pulse::new(stored.position.as_ref(), stored.beats)
+        }))
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, _: Duration) -> Result<Pulse, Error> {
+        loop {
+            let changed = self.shared.changed.notified();
+            let pulse = self.pulse(consumer).await?;
+            if pulse != *seen {
+                return Ok(pulse);
+            }
+            changed.await;
+        }
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let mut consumers = lock(&self.shared.consumers);
+        if let Some(stored) = consumers.get_mut(consumer)
+            && stored.owned_by(owner).is_some()
+        {
+            stored.beats += 1;
+            self.shared.changed.notify_waiters();
+        }
+        Ok(())
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let mut consumers = lock(&self.shared.consumers);
+        if let Some(position) = consumers.get_mut(consumer).and_then(|stored| stored.owned_by(owner)) {
+            position.owner = None;
+            self.shared.changed.notify_waiters();
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl ReadState for MemoryStore {
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        let consumers = lock(&self.shared.consumers);
+        let stored = consumers.get(consumer);
+        let values = keys
+            .iter()
+            .map(|key| stored.and_then(|stored| stored.state.get(*key).cloned()))
+            .collect();
+        Ok(Snapshot::new(stored.and_then(Stored::position), values))
     }
 }
 
@@ -339,6 +402,7 @@ impl Transaction for MemoryTx {
         position.owner = advance.owner;
         position.passed = advance.passed;
         stored.position = Some(position);
+        self.shared.changed.notify_waiters();
         Ok(())
     }
 

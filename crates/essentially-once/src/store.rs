@@ -1,11 +1,11 @@
 //! The store that keeps positions, and state in the same transaction.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::{ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window};
+use crate::{ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window, rt};
 
 /// Where a consumer stands.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,6 +36,33 @@ impl Position {
             passed: None,
             windows: Vec::new(),
         }
+    }
+}
+
+/// What shows that the owner of a position lives: it differs from an earlier pulse whenever the owner has committed or
+/// [beaten](OffsetStore::beat) since.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub struct Pulse {
+    /// The offset to go on at.
+    pub next: Offset,
+    /// The revision of the position; [`Revision::NONE`] where there is none.
+    pub revision: Revision,
+    /// The run of a consumer that committed last; `None` where it gave the position up, or where there is none.
+    pub owner: Option<Owner>,
+    /// A number that changes with every beat. It may start over at any commit.
+    pub beats: u64,
+}
+
+impl Pulse {
+    /// The pulse of a position, where that many beats have been counted.
+    pub fn new(position: Option<&Position>, beats: u64) -> Self {
+        position.map_or_else(Self::default, |position| Self {
+            next: position.next,
+            revision: position.revision,
+            owner: position.owner,
+            beats,
+        })
     }
 }
 
@@ -128,6 +155,93 @@ pub trait OffsetStore: Send + Sync {
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn durability(&self) -> Result<Durability, Error>;
+
+    /// What shows whether the owner of the position lives. A standby asks about ten times a second.
+    ///
+    /// It waits for no writer and writes nothing. It may lag behind the newest commit for a moment, but it reports every
+    /// commit and beat in the end. Unless implemented it is made of [`position`](Self::position), without beats. Dropping
+    /// the future has no effect.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        Ok(Pulse::new(self.position(consumer).await?.as_ref(), 0))
+    }
+
+    /// Waits until the pulse differs from `seen`, and returns it. It may also return early, with the same pulse.
+    ///
+    /// A store that learns of changes by itself returns at once; one that has to look does so every `interval`. Unless
+    /// implemented it looks once, after `interval`. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        let _ = seen;
+        rt::sleep(interval).await;
+        self.pulse(consumer).await
+    }
+
+    /// Shows that `owner` lives, in times when it does not commit: it handles a record for long, or pauses before it tries
+    /// one again. Standbys then leave it the position.
+    ///
+    /// A beat is only a hint. It has no effect where the position has another owner or does not exist, it changes nothing
+    /// but [`Pulse::beats`], and it fences nobody. It need not survive a crash. Unless implemented it does nothing, and a
+    /// standby takes over from an owner that does not commit for `standby_after`.
+    /// Dropping the future has no effect, or that of a beat.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let _ = (consumer, owner);
+        Ok(())
+    }
+
+    /// Gives the position up: the stored owner becomes `None` if it is `owner`, so that a standby takes over at once.
+    ///
+    /// Like a beat it is only a hint, changes nothing else, and fences nobody. Unless implemented it does nothing, and a
+    /// standby takes over after `standby_after`. Dropping the future leaves open whether
+    /// it happened.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`], [`Error::Indeterminate`].
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let _ = (consumer, owner);
+        Ok(())
+    }
+}
+
+/// Reads the state of consumers outside a transaction, for services that show what a consumer has made of its log.
+///
+/// # Isolation
+/// One call sees one commit: the position and all values are as that commit left them, never parts of two. It is the newest
+/// commit or one that was under way during the call, and never older than a commit acknowledged before the call. Two calls
+/// may see two commits; compare the revisions of their positions to tell.
+#[async_trait]
+pub trait ReadState: OffsetStore {
+    /// The consumer's position and the values of `keys`, in the order of the keys.
+    ///
+    /// It waits for no open transaction, and makes none wait. Dropping the future has no effect.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error>;
+}
+
+/// A consumer's position and some of its state, as one commit left them; see [`ReadState`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Where the consumer stood; `None` if it never committed.
+    pub position: Option<Position>,
+    /// The values of the keys that were asked for, in that order.
+    pub values: Vec<Option<Bytes>>,
+}
+
+impl Snapshot {
+    /// A snapshot of those.
+    pub const fn new(position: Option<Position>, values: Vec<Option<Bytes>>) -> Self {
+        Self { position, values }
+    }
 }
 
 /// State changes that are not applied yet. Committing takes the new position, so neither is ever applied without the other.
@@ -194,5 +308,28 @@ impl<S: OffsetStore + ?Sized> OffsetStore for Arc<S> {
 
     async fn durability(&self) -> Result<Durability, Error> {
         (**self).durability().await
+    }
+
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        (**self).pulse(consumer).await
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        (**self).watch(consumer, seen, interval).await
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        (**self).beat(consumer, owner).await
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        (**self).release(consumer, owner).await
+    }
+}
+
+#[async_trait]
+impl<S: ReadState + ?Sized> ReadState for Arc<S> {
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        (**self).read_state(consumer, keys).await
     }
 }
