@@ -106,10 +106,14 @@ pub struct HandlerError {
 }
 
 /// What follows from a [`HandlerError`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum HandlerErrorKind {
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum HandlerErrorKind {
+    /// The record is tried again after a pause.
     Retry,
+    /// The record can never be handled.
     Reject,
+    /// The consumer stops.
     Fatal,
 }
 
@@ -124,9 +128,14 @@ impl HandlerError {
         Self::new(HandlerErrorKind::Reject, source)
     }
 
-    /// Nothing can be handled any more: the consumer stops at once.
+    /// Nothing can be handled any more: the consumer stops at once, even if another instance has handled the record first.
     pub fn fatal(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Fatal, source)
+    }
+
+    /// What follows from it.
+    pub const fn kind(&self) -> HandlerErrorKind {
+        self.kind
     }
 
     fn new(kind: HandlerErrorKind, source: impl Into<Source>) -> Self {

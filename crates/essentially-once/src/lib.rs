@@ -60,9 +60,9 @@ pub use async_trait::async_trait;
 pub use tokio_util::sync::CancellationToken;
 
 pub use crate::{
-    consumer::{AtLeastOnce, AtMostOnce, Consumer, Delivery, EssentiallyOnce, Report, StartAt, seek},
+    consumer::{AtLeastOnce, AtMostOnce, Consumer, Delivery, EssentiallyOnce, Report, StartAt, seek, skip},
     error::{Error, Source},
-    handler::{Handler, HandlerError, HandlerFn, HandlerFuture, handler_fn},
+    handler::{Handler, HandlerError, HandlerErrorKind, HandlerFn, HandlerFuture, handler_fn},
     log::{Bounds, Durability, Log, LogReader},
     name::{ConsumerId, Epoch, LogId, Numbering, ProducerId},
     passed::Passed,

@@ -82,6 +82,16 @@ pub trait Log: Send + Sync {
         Ok(self.bounds().await?.end)
     }
 
+    /// About how many records lie at or after `from`, where that costs little; `None` unless implemented. A metric of the
+    /// consumer shows it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
+        let _ = from;
+        Ok(None)
+    }
+
     /// Whether appended records survive a crash, as the backend is set up now.
     ///
     /// # Errors
@@ -127,6 +137,10 @@ impl<L: Log + ?Sized> Log for Arc<L> {
 
     async fn readable_end(&self) -> Result<Offset, Error> {
         (**self).readable_end().await
+    }
+
+    async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
+        (**self).count_from(from).await
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

@@ -230,6 +230,11 @@ impl Log for MemoryLog {
         })
     }
 
+    async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
+        let records = lock(&self.records);
+        Ok(Some(records.end().saturating_sub(from.lo().max(records.earliest))))
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         Ok(volatile())
     }

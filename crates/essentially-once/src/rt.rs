@@ -3,7 +3,10 @@
 use std::{future::Future, time::Duration};
 
 #[cfg(not(shuttle))]
-pub(crate) use tokio::task::JoinHandle;
+pub(crate) use tokio::{task::JoinHandle, time::Instant};
+
+#[cfg(shuttle)]
+pub(crate) use std::time::Instant;
 
 #[cfg(shuttle)]
 pub(crate) use shuttle::future::JoinHandle;
@@ -33,6 +36,18 @@ pub(crate) async fn sleep(duration: Duration) {
 #[cfg(shuttle)]
 pub(crate) async fn sleep(_: Duration) {
     shuttle::future::yield_now().await;
+}
+
+/// The future's result, or `None` if it takes longer than `limit`; without a limit it may take any time.
+pub(crate) async fn within<T>(limit: Option<Duration>, future: impl Future<Output = T>) -> Option<T> {
+    let Some(limit) = limit else {
+        return Some(future.await);
+    };
+    tokio::select! {
+        biased;
+        result = future => Some(result),
+        () = sleep(limit) => None,
+    }
 }
 
 /// Whether no other thread takes over the tasks of a thread that is busy.

@@ -134,7 +134,7 @@ impl Advance {
 /// programs' native data is the backend's own isolation, and its documentation says which that is. An open transaction may
 /// hold locks that keep others from writing (SQLite: the whole file), so a handler should not wait for anything slow.
 #[async_trait]
-pub trait OffsetStore: Send + Sync {
+pub trait OffsetStore: Send + Sync + 'static {
     /// The transaction that a handler writes in. It owns what it needs.
     type Tx: Transaction + 'static;
 

@@ -6,7 +6,7 @@
 #![cfg(shuttle)]
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
-use std::{future::poll_fn, panic, pin::pin, task::Poll};
+use std::{future::poll_fn, panic, pin::pin, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use essentially_once::{
@@ -128,6 +128,10 @@ async fn run_with_a_crash(memory: Memory, fenced: bool) {
             .max_batch(2)
             // Smaller than the log, so that a wake-up lost between reading and taking shows as a deadlock.
             .read_ahead(2, 1_000)
+            // Time does not pass here, so that no standby would ever take over.
+            .standby_after(Duration::ZERO)
+            // The clock of the machine must not decide anything.
+            .batch_time_limit(Duration::MAX)
             .run_until_caught_up()
     };
     let mut polls_left = shuttle::rand::thread_rng().gen_range(0..80u32);

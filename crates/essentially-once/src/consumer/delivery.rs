@@ -7,12 +7,17 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     task::Poll,
+    time::Duration,
 };
 
 use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
 
 use super::session::{Done, FailedRecord, Failure, Session};
-use crate::{Error, Handler, HandlerError, Offset, OffsetStore, Record, Transaction, handler::HandlerErrorKind};
+use crate::{
+    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction,
+    rt::{self, Instant},
+};
 
 /// How a consumer orders handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and [`AtMostOnce`].
 #[async_trait]
@@ -26,12 +31,13 @@ pub trait Delivery<S: OffsetStore>: sealed::Sealed + 'static {
     #[doc(hidden)]
     const NEEDS_DURABILITY: bool;
 
+    /// Returns how many of the records were passed: fewer than all if the batch's time was up.
     #[doc(hidden)]
     async fn deliver<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
         handler: &mut H,
         batch: &[Record],
-    ) -> Result<(), Failure>;
+    ) -> Result<usize, Failure>;
 }
 
 mod sealed {
@@ -53,7 +59,16 @@ pub enum AtLeastOnce {}
 #[derive(Debug)]
 pub enum AtMostOnce {}
 
-const NOTHING_MOVED: &str = "a fatal error; the position points to this record or one before it";
+const NOTHING_MOVED: &str = "a fatal error; nothing of its batch was committed";
+
+/// What a handler that is still running when the run is stopped may be cut off from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// Its future is dropped after the grace period: its transaction is rolled back, as in a crash.
+    AfterGrace,
+    /// It is finished: nobody would undo what it has done.
+    Never,
+}
 
 #[async_trait]
 impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
@@ -66,33 +81,43 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
         session: &mut Session<'_, S>,
         handler: &mut H,
         batch: &[Record],
-    ) -> Result<(), Failure> {
-        let Some(mut tx) = session.begin_unless_stopped().await? else {
-            return Ok(());
-        };
-        let (done, passed, mut failed) = handle_each(session, handler, batch, &mut tx).await;
+    ) -> Result<usize, Failure> {
+        let mut tx = session.begin().await?;
+        let (done, passed, mut failed) = handle_each(session, handler, batch, &mut tx, Cut::AfterGrace).await;
         if failed.is_none() && done.handled > 0 {
-            let flushed = flush(handler, &mut tx).await;
-            failed = flushed.err().map(|error| batch_failure(passed, error));
+            failed = match flush(session, handler, &mut tx, Cut::AfterGrace).await {
+                Ok(()) => None,
+                Err(Interrupted::Failed(error)) => Some(batch_failure(passed, error)),
+                Err(Interrupted::Stopped) => Some(Failure::Stopped),
+            };
         }
-        if let Some(failed) = failed {
-            if let Err(error) = tx.rollback().await {
-                tracing::warn!(%error, "rollback failed; the backend discards the transaction by itself");
+        match failed {
+            None => {}
+            // Dropping the transaction rolls it back.
+            Some(Failure::Stopped) => return Err(Failure::Stopped),
+            Some(failed) => {
+                if let Err(error) = session.unless_stopped(tx.rollback()).await? {
+                    tracing::warn!(%error, "rollback failed; the backend discards the transaction by itself");
+                }
+                // A fatal error is about the handler, whoever has handled the record.
+                if !failed.is_fatal() {
+                    session.check_current().await?;
+                }
+                return Err(failed);
             }
-            session.check_current().await?;
-            return Err(failed);
         }
         let Some(last) = passed.last() else {
-            return Ok(());
+            return Ok(0);
         };
-        match session.commit(tx, last).await {
+        match session.commit(tx, last, done).await {
             Ok(()) => {
-                session.count(done, batch);
-                Ok(())
+                session.count(done, passed);
+                Ok(passed.len())
             }
             // A deferred constraint, a statement that was only queued: the handler's doing, which only the commit reports.
             Err(error) if done.handled > 0 && matches!(error, Error::Failed { .. } | Error::TooLarge { .. }) => {
                 session.check_current().await?;
+                session.count_failed_try();
                 Err(batch_failure(passed, HandlerError::retry(error)))
             }
             Err(error) => Err(error.into()),
@@ -111,39 +136,48 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         session: &mut Session<'_, S>,
         handler: &mut H,
         batch: &[Record],
-    ) -> Result<(), Failure> {
-        let (done, passed, failed) = handle_each(session, handler, batch, &mut ()).await;
+    ) -> Result<usize, Failure> {
+        let (done, passed, failed) = handle_each(session, handler, batch, &mut (), Cut::Never).await;
         if done.handled > 0
-            && let Err(error) = flush(handler, &mut ()).await
+            && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
         {
             session.check_current().await?;
             return Err(batch_failure(passed, error));
         }
-        session.count(done, batch);
+        session.count(done, passed);
         if let Some(last) = passed.last() {
-            let tx = session.begin().await?;
-            session.commit(tx, last).await?;
-        } else if failed.is_some() {
+            // What was handled would be handled again, so a stop leaves time to commit it.
+            let tx = tokio::select! {
+                biased;
+                tx = session.store.begin(session.id) => tx?,
+                () = grace_is_over(session.stop, session.settings.stop_grace) => return Err(Failure::Stopped),
+            };
+            session.commit(tx, last, Done::default()).await?;
+        } else if let Some(failed) = &failed
+            && !failed.is_fatal()
+        {
             session.check_current().await?;
         }
         match failed {
             // What came before it is committed, so that it is not done twice for this one's sake.
             Some(Failure::Record(failed)) => Err(Failure::Record(FailedRecord {
-                is_first: true,
+                is_next: true,
                 ..failed
             })),
             Some(failed) => Err(failed),
-            None => Ok(()),
+            None => Ok(passed.len()),
         }
     }
 }
 
-/// Handles the batch up to a failure or a stop. Returns what was done, the records that were passed, and the failure.
+/// Handles the batch up to a failure, a stop, or the end of its time. Returns what was done, the records that were passed,
+/// and the failure.
 async fn handle_each<'b, S, Tx, H>(
     session: &mut Session<'_, S>,
     handler: &mut H,
     batch: &'b [Record],
     tx: &mut Tx,
+    cut: Cut,
 ) -> (Done, &'b [Record], Option<Failure>)
 where
     S: OffsetStore,
@@ -151,8 +185,9 @@ where
     H: Handler<Tx>,
 {
     let mut done = Done::default();
+    let started = Instant::now();
     for (index, record) in batch.iter().enumerate() {
-        if index > 0 && session.stop.is_cancelled() {
+        if index > 0 && (session.stop.is_cancelled() || started.elapsed() >= session.settings.batch_time_limit) {
             return (done, &batch[..index], None);
         }
         if is_duplicate(session, record) {
@@ -160,16 +195,18 @@ where
             done.duplicates += 1;
             continue;
         }
-        match handle(handler, record, tx).await {
+        match handle(session, handler, record, tx, cut).await {
             Ok(()) => {
                 session.windows.mark(record, session.now);
                 done.handled += 1;
             }
-            Err(error) => {
+            Err(Interrupted::Stopped) => return (done, &batch[..index], Some(Failure::Stopped)),
+            Err(Interrupted::Failed(error)) => {
                 let failure = FailedRecord {
                     offset: record.offset,
                     error,
                     is_first: index == 0,
+                    is_next: index == 0,
                     fatal_outcome: NOTHING_MOVED,
                 };
                 return (done, &batch[..index], Some(failure.classify()));
@@ -195,6 +232,7 @@ fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
         offset: first.offset,
         error,
         is_first: true,
+        is_next: true,
         fatal_outcome: NOTHING_MOVED,
     };
     match failed.classify() {
@@ -202,6 +240,12 @@ fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
             Failure::Batch(last.offset, failed.error)
         }
         failure => failure,
+    }
+}
+
+impl Failure {
+    fn is_fatal(&self) -> bool {
+        matches!(self, Self::Record(failed) if failed.error.kind == HandlerErrorKind::Fatal)
     }
 }
 
@@ -247,9 +291,9 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
         session: &mut Session<'_, S>,
         handler: &mut H,
         batch: &[Record],
-    ) -> Result<(), Failure> {
+    ) -> Result<usize, Failure> {
         let Some(last) = batch.last() else {
-            return Ok(());
+            return Ok(0);
         };
         let mut fresh = Vec::with_capacity(batch.len());
         for record in batch {
@@ -263,73 +307,150 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
             }
             fresh.push(record);
         }
-        let Some(tx) = session.begin_unless_stopped().await? else {
-            return Ok(());
+        let tx = session.begin().await?;
+        let duplicates = (batch.len() - fresh.len()) as u64;
+        let in_doubt = Done {
+            handled: 0,
+            duplicates,
+            failed: fresh.len() as u64,
         };
-        session.commit(tx, last).await?;
-        let mut done = Done {
-            duplicates: (batch.len() - fresh.len()) as u64,
-            ..Done::default()
-        };
-        let mut fatal = None;
-        for (index, record) in fresh.iter().enumerate() {
-            let Err(error) = handle(handler, record, &mut ()).await else {
+        session.commit(tx, last, in_doubt).await?;
+        let (done, fatal) = handle_committed(session, handler, &fresh).await;
+        session.count(Done { duplicates, ..done }, batch);
+        fatal.map_or(Ok(batch.len()), |fatal| Err(Failure::Record(fatal)))
+    }
+}
+
+/// Handles records that the position is past. Returns what was done, and the fatal failure.
+async fn handle_committed<S: OffsetStore, H: Handler<()>>(
+    session: &mut Session<'_, S>,
+    handler: &mut H,
+    records: &[&Record],
+) -> (Done, Option<FailedRecord>) {
+    let mut done = Done::default();
+    let fatal_failure = |record: &Record, error, fatal_outcome| FailedRecord {
+        offset: record.offset,
+        error,
+        is_first: true,
+        is_next: false,
+        fatal_outcome,
+    };
+    let mut fatal = None;
+    let mut stopped: Option<Instant> = None;
+    for (index, record) in records.iter().enumerate() {
+        let unhandled = (records.len() - index) as u64;
+        if session.stop.is_cancelled()
+            && stopped.get_or_insert_with(Instant::now).elapsed() >= session.settings.stop_grace
+        {
+            tracing::warn!(
+                unhandled,
+                "the run was stopped, and its time of grace is over: records are passed over, since their offset is committed"
+            );
+            done.failed += unhandled;
+            break;
+        }
+        let error = match handle(session, handler, record, &mut (), Cut::Never).await {
+            Err(Interrupted::Failed(error)) => error,
+            _ => {
                 done.handled += 1;
                 continue;
-            };
-            done.failed += 1;
-            tracing::warn!(offset = %record.offset, %error, "not handled, and passed over: at-most-once does not try again");
-            if error.kind == HandlerErrorKind::Fatal {
-                let unhandled = (fresh.len() - index - 1) as u64;
-                done.failed += unhandled;
-                tracing::warn!(
-                    unhandled,
-                    "records behind a fatal error are passed over too: their offset is committed"
-                );
-                fatal = Some(FailedRecord {
-                    offset: record.offset,
-                    error,
-                    is_first: true,
-                    fatal_outcome: "a fatal error; the position is past this record and the rest of its batch, which were not handled",
-                });
-                break;
             }
+        };
+        tracing::warn!(offset = %record.offset, %error, "not handled, and passed over: at-most-once does not try again");
+        if error.kind == HandlerErrorKind::Fatal {
+            tracing::warn!(
+                unhandled = unhandled - 1,
+                "records behind a fatal error are passed over too: their offset is committed"
+            );
+            done.failed += unhandled;
+            let outcome =
+                "a fatal error; the position is past this record and the rest of its batch, which were not handled";
+            fatal = Some(fatal_failure(record, error, outcome));
+            break;
         }
-        if done.handled > 0
-            && let Err(error) = flush(handler, &mut ()).await
-        {
-            let unwritten = mem::take(&mut done.handled);
-            done.failed += unwritten;
-            tracing::warn!(unwritten, %error, "the batch was not flushed, and is passed over: at-most-once does not try again");
-            if error.kind == HandlerErrorKind::Fatal && fatal.is_none() {
-                fatal = Some(FailedRecord {
-                    offset: last.offset,
-                    error,
-                    is_first: true,
-                    fatal_outcome: "a fatal error after the batch that ends with this record; the position is past it",
-                });
-            }
-        }
-        session.count(done, batch);
-        fatal.map_or(Ok(()), |fatal| Err(Failure::Record(fatal)))
+        done.failed += 1;
     }
+    if done.handled > 0
+        && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
+    {
+        let unwritten = mem::take(&mut done.handled);
+        done.failed += unwritten;
+        tracing::warn!(unwritten, %error, "the batch was not flushed, and is passed over: at-most-once does not try again");
+        if let (HandlerErrorKind::Fatal, None, Some(last)) = (error.kind, &fatal, records.last()) {
+            let outcome = "a fatal error after the batch that ends with this record; the position is past it";
+            fatal = Some(fatal_failure(last, error, outcome));
+        }
+    }
+    (done, fatal)
+}
+
+/// Why a call of the handler's came to nothing.
+enum Interrupted {
+    Failed(HandlerError),
+    /// The run was stopped, and the handler did not end in time.
+    Stopped,
 }
 
 /// Calls the handler; a panic in it is a failure like any other, and a malformed record never gets there.
-async fn handle<Tx: Send, H: Handler<Tx>>(handler: &mut H, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+async fn handle<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
+    session: &mut Session<'_, S>,
+    handler: &mut H,
+    record: &Record,
+    tx: &mut Tx,
+    cut: Cut,
+) -> Result<(), Interrupted> {
     if let Some(reason) = &record.malformed {
-        return Err(HandlerError::reject(format!(
+        session.count_failed_try();
+        return Err(Interrupted::Failed(HandlerError::reject(format!(
             "the entry could not be decoded: {reason}"
-        )));
+        ))));
     }
-    let call = pin!(async move { handler.handle(record, tx).await });
-    catch_panic(call).await.unwrap_or_else(Err)
+    let limit = session.settings.record_time_limit;
+    call(session, limit, cut, async move { handler.handle(record, tx).await }).await
 }
 
 /// Calls the handler's flush; a panic in it is a failure too.
-async fn flush<Tx: Send, H: Handler<Tx>>(handler: &mut H, tx: &mut Tx) -> Result<(), HandlerError> {
-    let call = pin!(async move { handler.flush(tx).await });
-    catch_panic(call).await.unwrap_or_else(Err)
+async fn flush<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
+    session: &mut Session<'_, S>,
+    handler: &mut H,
+    tx: &mut Tx,
+    cut: Cut,
+) -> Result<(), Interrupted> {
+    call(session, None, cut, async move { handler.flush(tx).await }).await
+}
+
+async fn call<S: OffsetStore>(
+    session: &mut Session<'_, S>,
+    limit: Option<Duration>,
+    cut: Cut,
+    call: impl Future<Output = Result<(), HandlerError>> + Send,
+) -> Result<(), Interrupted> {
+    let call = pin!(call);
+    let limited = rt::within(limit, catch_panic(call));
+    let (stop, grace) = (session.stop, session.settings.stop_grace);
+    let result = tokio::select! {
+        biased;
+        result = limited => result,
+        () = grace_is_over(stop, grace), if cut == Cut::AfterGrace => {
+            tracing::warn!(?grace, "the run was stopped and the handler did not end in time; its transaction is rolled back");
+            return Err(Interrupted::Stopped);
+        }
+    };
+    let error = match result {
+        Some(Ok(Ok(()))) => return Ok(()),
+        Some(Ok(Err(error)) | Err(error)) => error,
+        None => HandlerError::retry(format!(
+            "the handler did not end within its time limit of {:?}",
+            limit.unwrap_or_default()
+        )),
+    };
+    session.count_failed_try();
+    Err(Interrupted::Failed(error))
+}
+
+async fn grace_is_over(stop: &CancellationToken, grace: Duration) {
+    stop.cancelled().await;
+    rt::sleep(grace).await;
 }
 
 /// Polls a future, with a panic in it as an error. The future makes its calls within, so that a panic before the first await

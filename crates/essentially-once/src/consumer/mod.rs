@@ -2,11 +2,15 @@
 
 mod delivery;
 mod duplicates;
+mod heart;
 mod read_ahead;
 mod report;
 mod resume;
 mod seek;
 mod session;
+mod skip;
+mod standby;
+mod supervisor;
 
 use std::{
     marker::PhantomData,
@@ -15,25 +19,26 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use self::{
     delivery::catch_panic,
-    duplicates::Duplicates,
+    heart::Heart,
     report::Telemetry,
-    session::{Failure, LookForSilent, Place, Session},
+    session::{LookForSilent, Place, Run, Session},
+    supervisor::Supervisor,
 };
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce},
     report::Report,
     seek::seek,
+    skip::skip,
 };
-use crate::{
-    ConsumerId, Error, Handler, HandlerError, Log, Offset, OffsetStore, Owner, handler::HandlerErrorKind, rt,
-    window::Windows,
-};
+use crate::{ConsumerId, Error, Handler, Log, Offset, OffsetStore, Owner, rt, window::Windows};
+
+/// How long the end of a run waits for the store to take note of it.
+const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 
 /// Where a consumer without a position begins. Committed before the first record is handled, so that it is decided once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -76,7 +81,7 @@ pub enum StartAt {
 pub struct Consumer<S, H, D> {
     id: ConsumerId,
     log: Arc<dyn Log>,
-    store: S,
+    store: Arc<S>,
     handler: H,
     settings: Settings,
     delivery: PhantomData<fn() -> D>,
@@ -93,6 +98,10 @@ struct Settings {
     min_pause: Duration,
     max_pause: Duration,
     forget_producers_after: Duration,
+    batch_time_limit: Duration,
+    record_time_limit: Option<Duration>,
+    stop_grace: Duration,
+    standby_after: Duration,
 }
 
 impl Default for Settings {
@@ -108,6 +117,10 @@ impl Default for Settings {
             min_pause: Duration::from_millis(10),
             max_pause: Duration::from_secs(10),
             forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
+            batch_time_limit: Duration::from_millis(100),
+            record_time_limit: None,
+            stop_grace: Duration::from_secs(10),
+            standby_after: Duration::from_secs(1),
         }
     }
 }
@@ -138,7 +151,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         Self {
             id,
             log: Arc::new(log),
-            store,
+            store: Arc::new(store),
             handler,
             settings: Settings::default(),
             delivery: PhantomData,
@@ -207,6 +220,46 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
+    /// How long records are added to a batch after its transaction began; 100 ms unless set. When the time is up, what is
+    /// done is committed, and the rest goes into the next batch. An open transaction may keep others from writing, and a
+    /// commit is what a standby knows a live instance by. At-most-once, which commits first, has no use for it.
+    #[must_use]
+    pub fn batch_time_limit(mut self, limit: Duration) -> Self {
+        self.settings.batch_time_limit = limit;
+        self
+    }
+
+    /// How long the handler may take for one record; any time unless set. When the time is up its future is dropped, and the
+    /// record counts as failed. A handler that blocks its thread cannot be interrupted.
+    #[must_use]
+    pub fn record_time_limit(mut self, limit: Duration) -> Self {
+        self.settings.record_time_limit = Some(limit);
+        self
+    }
+
+    /// How long a handler that is running when the run is stopped may go on; 10 s unless set. Under essentially-once its
+    /// future is then dropped, and its transaction rolled back. Under at-least-once and at-most-once the record in hand is
+    /// finished, since nobody would undo what was done of it; at-most-once passes over the rest of its batch. A handler that
+    /// blocks its thread cannot be interrupted.
+    #[must_use]
+    pub fn stop_grace(mut self, grace: Duration) -> Self {
+        self.settings.stop_grace = grace;
+        self
+    }
+
+    /// How long the active instance of this consumer may show no life, while records wait, before this one takes over; 1 s
+    /// unless set. With zero this instance never stands by: it takes over at once, and an active instance is fenced.
+    ///
+    /// A commit is a sign of life. An instance that handles a record for long, or pauses before it tries one again, gives
+    /// one four times in that time, if its [store](OffsetStore::beat) keeps them and its runtime has a thread for it: a
+    /// handler that blocks the only thread shows no life. A standby becomes more patient with an instance that was silent for
+    /// long and yet alive. Which instance is active never decides what is committed: the revision of the position does.
+    #[must_use]
+    pub fn standby_after(mut self, silence: Duration) -> Self {
+        self.settings.standby_after = silence;
+        self
+    }
+
     /// Runs until an error ends it; see [`run_until`](Self::run_until).
     ///
     /// # Errors
@@ -215,7 +268,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self.supervise(CancellationToken::new(), false).await
     }
 
-    /// Runs until everything is handled that the log held when the run began.
+    /// Runs until everything is handled that the log held when the run began, by this instance or by another one that is
+    /// active. Records that are deleted meanwhile are not waited for.
     ///
     /// # Errors
     /// As for [`run_until`](Self::run_until).
@@ -223,7 +277,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self.supervise(CancellationToken::new(), true).await
     }
 
-    /// Runs until `stop` is cancelled: the record in hand is finished, and what was handled is committed.
+    /// Runs until `stop` is cancelled: the record in hand is finished, within [`stop_grace`](Self::stop_grace), and what was
+    /// handled is committed. Whatever else the consumer does or waits for is broken off at once.
     ///
     /// # Errors
     /// - [`Error::Unhandled`]: a record cannot be handled.
@@ -252,54 +307,82 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
 
     async fn restart_until_done(mut self, stop: &CancellationToken, until_caught_up: bool) -> Result<Report, Error> {
         self.check_settings()?;
-        let telemetry = Telemetry::new(&self.id, D::NAME);
-        let mut report = Report::default();
-        let mut supervisor = Supervisor::new(&self);
-        let (mut duplicates, mut seen) = (Duplicates::default(), None);
         let owner = Owner::draw();
+        let heart = Heart::spawn(&self.store, &self.id, owner, self.settings.standby_after);
+        let mut run = Run::default();
+        let result = self.run_sessions(&mut run, owner, &heart, stop, until_caught_up).await;
+        heart.end().await;
+        if run.is_owner() {
+            release(&*self.store, &self.id, owner).await;
+        }
+        result.map(|()| run.report)
+    }
+
+    /// Restarts until the run is stopped, caught up, or ended by an error.
+    async fn run_sessions(
+        &mut self,
+        run: &mut Run,
+        owner: Owner,
+        heart: &Heart,
+        stop: &CancellationToken,
+        until_caught_up: bool,
+    ) -> Result<(), Error> {
+        let telemetry = Telemetry::new(&self.id, D::NAME);
+        let mut supervisor = Supervisor::new(&self.id, &self.log, &self.settings);
         let mut caught_up_at = None;
         loop {
-            let commits = report.commits;
+            let revision = run.revision();
             let session = Session {
                 id: &self.id,
                 log: &self.log,
-                store: &self.store,
+                store: &*self.store,
                 settings: &self.settings,
                 stop,
                 telemetry: &telemetry,
-                report: &mut report,
-                duplicates: &mut duplicates,
-                seen: &mut seen,
+                heart,
+                run,
                 owner,
-                alone: supervisor.culprit.as_ref().map(|culprit| culprit.offset),
+                alone: supervisor.culprit(),
                 apart_until: supervisor.apart_until,
                 place: Place::default(),
                 windows: Windows::default(),
                 now: SystemTime::UNIX_EPOCH,
                 silent: LookForSilent::default(),
+                counted: None,
             };
             let target = until_caught_up.then_some(&mut caught_up_at);
             let Err(failure) = session.run::<H, D>(&mut self.handler, target).await else {
-                return Ok(report);
+                return Ok(());
             };
-            if report.commits > commits {
+            // Also what the reloaded position says: the commit whose reply was lost may have been applied.
+            if run.revision() > revision {
                 supervisor.made_progress();
             }
-            let pause = supervisor.judge(failure, &telemetry, &mut report)?;
-            self.reset_handler().await;
+            let Some(pause) = supervisor.judge(failure, &telemetry, &mut run.report)? else {
+                return Ok(());
+            };
+            self.reset_handler(stop).await;
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Ok(report),
+                () = stop.cancelled() => return Ok(()),
                 () = rt::sleep(pause) => {}
             }
         }
     }
 
     /// A panic here is as good as a reset that did nothing: the handler's next error counts as usual.
-    async fn reset_handler(&mut self) {
+    async fn reset_handler(&mut self, stop: &CancellationToken) {
         let handler = &mut self.handler;
-        if let Err(error) = catch_panic(pin!(async move { handler.reset().await })).await {
-            tracing::error!(%error, "the handler could not be reset");
+        let call = pin!(async move { handler.reset().await });
+        let reset = catch_panic(call);
+        tokio::select! {
+            biased;
+            reset = reset => {
+                if let Err(error) = reset {
+                    tracing::error!(%error, "the handler could not be reset");
+                }
+            }
+            () = stop.cancelled() => {}
         }
     }
 
@@ -324,125 +407,13 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 }
 
-impl Settings {
-    fn backoff(&self) -> ExponentialBuilder {
-        ExponentialBuilder::default()
-            .with_min_delay(self.min_pause)
-            .with_max_delay(self.max_pause)
-            .with_jitter()
-            .without_max_times()
-    }
-}
-
-/// Decides after each failure between another try and the end.
-struct Supervisor {
-    id: ConsumerId,
-    log: Arc<dyn Log>,
-    retries: u32,
-    restart_limit: Option<u32>,
-    backoff: ExponentialBuilder,
-    pauses: ExponentialBackoff,
-    restarts_without_commit: u32,
-    culprit: Option<Culprit>,
-    /// Records up to this one are handled one by one.
-    apart_until: Option<Offset>,
-}
-
-/// The record that failed last.
-struct Culprit {
-    offset: Offset,
-    attempts: u32,
-}
-
-impl Supervisor {
-    fn new<S, H, D>(consumer: &Consumer<S, H, D>) -> Self {
-        let backoff = consumer.settings.backoff();
-        Self {
-            id: consumer.id.clone(),
-            log: Arc::clone(&consumer.log),
-            retries: consumer.settings.retries,
-            restart_limit: consumer.settings.restart_limit,
-            backoff,
-            pauses: backoff.build(),
-            restarts_without_commit: 0,
-            culprit: None,
-            apart_until: None,
+/// Lets a standby take over at once. It would do so anyway, a little later.
+async fn release<S: OffsetStore>(store: &S, id: &ConsumerId, owner: Owner) {
+    match rt::within(Some(RELEASE_LIMIT), store.release(id, owner)).await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            tracing::debug!(%error, "the position was not given up; a standby takes over a little later");
         }
-    }
-
-    fn made_progress(&mut self) {
-        self.pauses = self.backoff.build();
-        self.restarts_without_commit = 0;
-    }
-
-    /// How long to pause before the next try, or the error that ends the run.
-    fn judge(&mut self, failure: Failure, telemetry: &Telemetry, report: &mut Report) -> Result<Duration, Error> {
-        let (error, pauses) = match failure {
-            Failure::Backend(error) if error.is_transient() => {
-                if matches!(error, Error::Fenced { .. }) {
-                    report.fenced += 1;
-                    telemetry.fenced.increment(1);
-                }
-                (error, true)
-            }
-            Failure::Backend(error) => return Err(error),
-            Failure::Record(failed) => {
-                let attempts = match &self.culprit {
-                    Some(culprit) if culprit.offset == failed.offset => culprit.attempts + 1,
-                    _ => 1,
-                };
-                self.culprit = Some(Culprit {
-                    offset: failed.offset,
-                    attempts,
-                });
-                let outcome = match failed.error.kind {
-                    HandlerErrorKind::Fatal => Some(failed.fatal_outcome),
-                    HandlerErrorKind::Reject if failed.is_first => Some("rejected; the position points to this record"),
-                    HandlerErrorKind::Retry if failed.is_first && attempts > self.retries => {
-                        Some("not handled, no retry is left; the position points to this record")
-                    }
-                    _ => None,
-                };
-                let error = self.unhandled(failed.offset, outcome.unwrap_or("not handled"), attempts, failed.error);
-                if outcome.is_some() {
-                    return Err(error);
-                }
-                // Behind others in its batch: those are committed first, without delay, and then this one is tried alone.
-                (error, failed.is_first)
-            }
-            Failure::Batch(until, error) => {
-                self.apart_until = Some(until);
-                let outcome =
-                    "this record or one before it in its batch made the batch fail; they are tried one by one";
-                (self.unhandled(until, outcome, 1, error), false)
-            }
-        };
-        self.restarts_without_commit += 1;
-        if self
-            .restart_limit
-            .is_some_and(|limit| self.restarts_without_commit > limit)
-        {
-            return Err(error);
-        }
-        report.restarts += 1;
-        telemetry.restarts.increment(1);
-        let pause = if pauses {
-            self.pauses.next().unwrap_or_default()
-        } else {
-            Duration::ZERO
-        };
-        tracing::warn!(%error, ?pause, "going back to the stored position");
-        Ok(pause)
-    }
-
-    fn unhandled(&self, offset: Offset, outcome: &'static str, attempts: u32, error: HandlerError) -> Error {
-        Error::Unhandled {
-            consumer: self.id.clone(),
-            log: self.log.id().clone(),
-            offset,
-            outcome,
-            attempts,
-            cause: error.source,
-        }
+        None => tracing::debug!("the position was not given up in time; a standby takes over a little later"),
     }
 }

@@ -71,6 +71,14 @@ impl ReadAhead {
     }
 }
 
+impl ReadAhead {
+    /// Ends the reading, and waits until the reader is dropped.
+    pub(super) async fn end(mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+    }
+}
+
 impl Drop for ReadAhead {
     fn drop(&mut self) {
         self.task.abort();

@@ -2,10 +2,10 @@
 
 use std::{
     fmt,
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use metrics::{Counter, Histogram};
+use metrics::{Counter, Gauge, Histogram, Unit};
 
 use crate::{ConsumerId, Offset, Record};
 
@@ -19,9 +19,11 @@ pub struct Report {
     pub duplicates: u64,
     /// Records given up under at-most-once: their handler failed, or they could not be decoded.
     pub failed: u64,
+    /// Calls of the handler that failed, and records that could not be decoded, each time that they were tried.
+    pub failed_tries: u64,
     /// Commits of the position.
     pub commits: u64,
-    /// Commits refused because another instance was first.
+    /// How often another instance, or a change of the position by hand, was first.
     pub fenced: u64,
     /// How often the consumer went back to its stored position.
     pub restarts: u64,
@@ -39,6 +41,9 @@ impl fmt::Display for Report {
             "{} handled, {} duplicates, {} failed, {} commits, {} fenced, {} restarts",
             self.handled, self.duplicates, self.failed, self.commits, self.fenced, self.restarts
         )?;
+        if self.failed_tries > 0 {
+            write!(f, ", {} failed tries", self.failed_tries)?;
+        }
         if self.rewound > 0 {
             write!(f, ", {} rewound", self.rewound)?;
         }
@@ -54,43 +59,154 @@ pub(super) struct Telemetry {
     pub(super) handled: Counter,
     pub(super) duplicates: Counter,
     pub(super) failed: Counter,
+    pub(super) failed_tries: Counter,
     pub(super) commits: Counter,
     pub(super) fenced: Counter,
     pub(super) restarts: Counter,
     pub(super) rewound: Counter,
     commit_seconds: Histogram,
     lag_seconds: Histogram,
+    running: Gauge,
+    standby: Gauge,
+    last_commit: Gauge,
+    oldest_waiting: Gauge,
+    records_behind: Gauge,
 }
 
 impl Telemetry {
+    /// The metrics of a run that begins. They say that it has ended when this is dropped.
     pub(super) fn new(consumer: &ConsumerId, delivery: &'static str) -> Self {
         let labels = [
             ("consumer", consumer.as_str().to_owned()),
             ("delivery", delivery.to_owned()),
         ];
-        let counter = |name: &'static str| metrics::counter!(name, &labels);
-        let histogram = |name: &'static str| metrics::histogram!(name, &labels);
-        Self {
-            handled: counter("essentially_once_handled_total"),
-            duplicates: counter("essentially_once_duplicates_total"),
-            failed: counter("essentially_once_failed_total"),
-            commits: counter("essentially_once_commits_total"),
-            fenced: counter("essentially_once_fenced_total"),
-            restarts: counter("essentially_once_restarts_total"),
-            rewound: counter("essentially_once_rewound_total"),
-            commit_seconds: histogram("essentially_once_commit_seconds"),
-            lag_seconds: histogram("essentially_once_lag_seconds"),
-        }
+        let counter = |name: &'static str, description: &'static str| {
+            metrics::describe_counter!(name, Unit::Count, description);
+            metrics::counter!(name, &labels)
+        };
+        let histogram = |name: &'static str, description: &'static str| {
+            metrics::describe_histogram!(name, Unit::Seconds, description);
+            metrics::histogram!(name, &labels)
+        };
+        let gauge = |name: &'static str, unit, description: &'static str| {
+            metrics::describe_gauge!(name, unit, description);
+            metrics::gauge!(name, &labels)
+        };
+        let telemetry = Self {
+            handled: counter("essentially_once_handled_total", "Records handled"),
+            duplicates: counter(
+                "essentially_once_duplicates_total",
+                "Records dropped because their origin was seen before",
+            ),
+            failed: counter("essentially_once_failed_total", "Records given up under at-most-once"),
+            failed_tries: counter(
+                "essentially_once_failed_tries_total",
+                "Calls of the handler that failed, and records that could not be decoded",
+            ),
+            commits: counter("essentially_once_commits_total", "Commits of the position"),
+            fenced: counter(
+                "essentially_once_fenced_total",
+                "Times that another instance, or a change by hand, was first",
+            ),
+            restarts: counter(
+                "essentially_once_restarts_total",
+                "Times that the consumer went back to its stored position",
+            ),
+            rewound: counter(
+                "essentially_once_rewound_total",
+                "Times that log and store had gone back together",
+            ),
+            commit_seconds: histogram("essentially_once_commit_seconds", "How long commits took"),
+            lag_seconds: histogram(
+                "essentially_once_lag_seconds",
+                "Time from the append of a batch's oldest record to its commit",
+            ),
+            running: gauge(
+                "essentially_once_running",
+                Unit::Count,
+                "1 while the consumer runs, as the active instance or standing by; 0 when it has ended",
+            ),
+            standby: gauge(
+                "essentially_once_standby",
+                Unit::Count,
+                "1 while another instance is active and this one stands by",
+            ),
+            last_commit: gauge(
+                "essentially_once_last_commit_timestamp_seconds",
+                Unit::Seconds,
+                "Unix time of the last commit",
+            ),
+            oldest_waiting: gauge(
+                "essentially_once_oldest_waiting_timestamp_seconds",
+                Unit::Seconds,
+                "Unix time at which the oldest record that is not handled yet was appended, or read if its append time is \
+                 unknown; 0 when none waits",
+            ),
+            records_behind: gauge(
+                "essentially_once_records_behind",
+                Unit::Count,
+                "Records behind the position, where the log can tell; measured every ten seconds",
+            ),
+        };
+        telemetry.running.set(1.0);
+        telemetry.standby.set(0.0);
+        telemetry
+    }
+
+    /// Says that the instance stands by, until the result is dropped.
+    pub(super) fn stand_by(&self) -> StandingBy<'_> {
+        self.standby.set(1.0);
+        self.oldest_waiting.set(0.0);
+        StandingBy(self)
     }
 
     pub(super) fn committed(&self, took: Duration) {
         self.commits.increment(1);
         self.commit_seconds.record(took);
+        self.last_commit.set(unix_seconds(SystemTime::now()));
+    }
+
+    /// The oldest record that is not handled yet, taken at `now`; `None` if all are.
+    pub(super) fn waits(&self, oldest: Option<&Record>, now: SystemTime) {
+        let since = oldest.map(|oldest| appended_at(oldest).unwrap_or(now));
+        self.oldest_waiting.set(since.map_or(0.0, unix_seconds));
+        if oldest.is_none() {
+            self.records_behind.set(0.0);
+        }
+    }
+
+    pub(super) fn behind(&self, records: u64) {
+        self.records_behind.set(records as f64);
     }
 
     /// How long the batch's oldest record has been in the log.
     pub(super) fn lag(&self, oldest: &Record) {
-        let age = SystemTime::now().duration_since(oldest.appended_at);
-        self.lag_seconds.record(age.unwrap_or_default());
+        if let Some(appended_at) = appended_at(oldest) {
+            let age = SystemTime::now().duration_since(appended_at);
+            self.lag_seconds.record(age.unwrap_or_default());
+        }
     }
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        self.running.set(0.0);
+    }
+}
+
+pub(super) struct StandingBy<'a>(&'a Telemetry);
+
+impl Drop for StandingBy<'_> {
+    fn drop(&mut self) {
+        self.0.standby.set(0.0);
+    }
+}
+
+/// When the record was appended, if its log knows.
+fn appended_at(record: &Record) -> Option<SystemTime> {
+    Some(record.appended_at).filter(|time| *time > UNIX_EPOCH)
+}
+
+fn unix_seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }

@@ -1,28 +1,52 @@
 //! One session: from loading the stored position to the first failure.
 
 use std::{
+    future::{Future, ready},
+    mem,
+    pin::pin,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Delivery, Report, Settings, StartAt, duplicates::Duplicates, read_ahead::ReadAhead, report::Telemetry,
-    resume::resume, seek::resolve,
+    Delivery, Report, Settings, StartAt,
+    duplicates::Duplicates,
+    heart::Heart,
+    read_ahead::ReadAhead,
+    report::Telemetry,
+    resume::resume,
+    seek::resolve,
+    standby::{Silences, Watched},
 };
 use crate::{
     Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, Log, LogReader, Offset, OffsetStore, Owner,
-    Passed, Position, Record, Revision, Transaction, rt,
+    Passed, Position, Pulse, Record, Revision, Transaction,
+    rt::{self, Instant},
     window::{Silence, Windows},
 };
 
 /// How often a running consumer looks for producers to forget.
 const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
 
+/// How often a consumer that waits for records looks whether its position was moved by hand.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a consumer that waits for the last records of its run looks whether they are still there.
+const LOOK_FOR_END_EVERY: Duration = Duration::from_millis(100);
+
+/// How often the records behind the position are counted.
+const COUNT_EVERY: Duration = Duration::from_secs(10);
+
+/// How often a new consumer begins again at the earliest record before retention has overtaken it for good.
+const MAX_STARTS: usize = 10;
+
 /// Why a session ended early.
 #[derive(Debug)]
 pub enum Failure {
+    /// The run is to stop.
+    Stopped,
     Backend(Error),
     Record(FailedRecord),
     /// Some record of a batch, up to that offset; which one is not known.
@@ -34,8 +58,10 @@ pub enum Failure {
 pub struct FailedRecord {
     pub(super) offset: Offset,
     pub(super) error: HandlerError,
-    /// Whether everything before it is committed.
+    /// Whether it was the first of its batch, so that no record before it can have had a part in the failure.
     pub(super) is_first: bool,
+    /// Whether the position points to it.
+    pub(super) is_next: bool,
     /// What to say of it if the error is fatal.
     pub(super) fatal_outcome: &'static str,
 }
@@ -54,10 +80,8 @@ pub struct Session<'a, S> {
     pub(super) settings: &'a Settings,
     pub(super) stop: &'a CancellationToken,
     pub(super) telemetry: &'a Telemetry,
-    pub(super) report: &'a mut Report,
-    pub(super) duplicates: &'a mut Duplicates,
-    /// The newest position that this run has seen; it outlives the session, so that a loss is noticed.
-    pub(super) seen: &'a mut Option<Seen>,
+    pub(super) heart: &'a Heart,
+    pub(super) run: &'a mut Run,
     pub(super) owner: Owner,
     /// The record that failed last, to be handled in a batch of its own.
     pub(super) alone: Option<Offset>,
@@ -68,6 +92,35 @@ pub struct Session<'a, S> {
     /// When the batch in hand was taken.
     pub(super) now: SystemTime,
     pub(super) silent: LookForSilent,
+    pub(super) counted: Option<Instant>,
+}
+
+/// What outlives the sessions of a run. None of it decides what is handled; the stored position alone does.
+#[derive(Default)]
+pub(super) struct Run {
+    pub(super) report: Report,
+    pub(super) duplicates: Duplicates,
+    pub(super) silences: Silences,
+    /// The newest position that this run has seen, so that a loss is noticed.
+    seen: Option<Seen>,
+    /// The commit whose reply was lost.
+    unanswered: Option<Unanswered>,
+    /// The first position of a new consumer, until it has passed a record.
+    started_at: Option<Offset>,
+    /// When this instance last committed, or began to work on a batch.
+    last_sign: Option<Instant>,
+    /// Whether the stored position belongs to this run, as far as it knows.
+    is_owner: bool,
+}
+
+impl Run {
+    pub(super) fn revision(&self) -> Option<Revision> {
+        self.seen.map(|seen| seen.revision)
+    }
+
+    pub(super) fn is_owner(&self) -> bool {
+        self.is_owner
+    }
 }
 
 /// Where the session stands.
@@ -81,9 +134,15 @@ pub(super) struct Place {
 
 /// A position as a run has seen it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Seen {
+struct Seen {
     revision: Revision,
     passed: Option<Passed>,
+}
+
+/// A commit that may have been applied, and what is to be counted if it was.
+struct Unanswered {
+    revision: Revision,
+    done: Done,
 }
 
 /// When to look for silent producers.
@@ -101,73 +160,195 @@ impl<S: OffsetStore> Session<'_, S> {
         handler: &mut H,
         until: Option<&mut Option<Offset>>,
     ) -> Result<(), Failure> {
+        self.heart.work();
         if D::NEEDS_DURABILITY && !self.settings.accept_volatile {
             self.check_durability().await?;
         }
-        let until = match until {
+        let mut until = match until {
             Some(Some(until)) => Some(*until),
-            Some(unset) => Some(*unset.insert(self.log.bounds().await?.end)),
+            Some(unset) => Some(*unset.insert(self.or_stop(self.log.readable_end()).await?)),
             None => None,
         };
+        let Some(reader) = self.load(until).await? else {
+            return Ok(());
+        };
         let mut ahead = ReadAhead::spawn(
-            self.load().await?,
+            reader,
             self.settings
                 .read_ahead_records
                 .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
             self.settings.read_ahead_bytes,
         );
+        let result = self.consume::<H, D>(handler, &mut ahead, &mut until).await;
+        ahead.end().await;
+        result
+    }
+
+    async fn consume<H: Handler<D::Tx>, D: Delivery<S>>(
+        &mut self,
+        handler: &mut H,
+        ahead: &mut ReadAhead,
+        until: &mut Option<Offset>,
+    ) -> Result<(), Failure> {
         let yields = rt::has_one_thread();
+        // Taken, but not handled within the time limit of the batch before.
+        let mut left = Vec::new();
         while until.is_none_or(|until| self.place.next < until) {
-            let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
-            let max = if is_apart { 1 } else { self.settings.max_batch };
-            let batch = tokio::select! {
-                biased;
-                () = self.stop.cancelled() => break,
-                batch = ahead.take(max, self.alone) => batch?,
+            let mut batch = match left.is_empty() {
+                true => match self.next_batch(ahead, until).await {
+                    Ok(Some(batch)) => batch,
+                    Ok(None) => break,
+                    Err(failure) => return Err(self.explain_start(failure)),
+                },
+                false => mem::take(&mut left),
             };
+            if self.stop.is_cancelled() {
+                return Err(Failure::Stopped);
+            }
             self.now = SystemTime::now();
             self.look_for_silent().await?;
-            D::deliver(&mut self, handler, &batch).await?;
+            self.count_behind().await?;
+            self.telemetry.waits(batch.first(), self.now);
+            let passed = D::deliver(self, handler, &batch).await?;
+            left = batch.split_off(passed);
             // A backend may never make the loop wait, and on a runtime of one thread other tasks want their turn.
             if yields {
                 rt::yield_now().await;
             }
         }
+        self.telemetry.waits(None, self.now);
         Ok(())
     }
 
-    async fn check_durability(&self) -> Result<(), Error> {
+    /// Waits for records. `None` if none is left before `until`.
+    async fn next_batch(
+        &mut self,
+        ahead: &mut ReadAhead,
+        until: &mut Option<Offset>,
+    ) -> Result<Option<Vec<Record>>, Failure> {
+        let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
+        let max = if is_apart { 1 } else { self.settings.max_batch };
+        let mut taking = pin!(ahead.take(max, self.alone));
+        // Records that are there already cost no timer and no look at the position.
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(Failure::Stopped),
+            batch = &mut taking => return Ok(Some(batch?)),
+            () = ready(()) => {}
+        }
+        self.heart.rest();
+        self.telemetry.waits(None, self.now);
+        let mut pulse = Pulse {
+            next: self.place.next,
+            revision: self.place.revision,
+            owner: Some(self.owner),
+            beats: 0,
+        };
+        let batch = loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Failure::Stopped),
+                batch = &mut taking => break batch?,
+                seen = watch(self.store, self.id, &pulse), if until.is_none() => {
+                    pulse = seen;
+                    // An older one may only be late.
+                    if pulse.revision > self.place.revision {
+                        return Err(self.fenced().into());
+                    }
+                }
+                () = rt::sleep(LOOK_FOR_END_EVERY), if until.is_some() => {
+                    let end = self.or_stop(self.log.readable_end()).await?;
+                    if self.place.next >= *until.insert(until.map_or(end, |until| until.min(end))) {
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        self.heart.work();
+        self.run.last_sign = Some(Instant::now());
+        Ok(Some(batch))
+    }
+
+    /// The action's result, unless the run is stopped while it lasts; the action is then dropped.
+    pub(super) async fn unless_stopped<T>(&self, action: impl Future<Output = T>) -> Result<T, Failure> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(Failure::Stopped),
+            result = action => Ok(result),
+        }
+    }
+
+    /// The same for what may fail.
+    pub(super) async fn or_stop<T>(&self, action: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
+        Ok(self.unless_stopped(action).await??)
+    }
+
+    async fn check_durability(&self) -> Result<(), Failure> {
         let parts = [
-            (format!("log {}", self.log.id()), self.log.durability().await?),
+            (
+                format!("log {}", self.log.id()),
+                self.or_stop(self.log.durability()).await?,
+            ),
             (
                 format!("the store of consumer {}", self.id),
-                self.store.durability().await?,
+                self.or_stop(self.store.durability()).await?,
             ),
         ];
         for (what, durability) in parts {
             match durability {
                 Durability::Durable => {}
-                Durability::Volatile(why) => return Err(Error::Volatile { what, why }),
+                Durability::Volatile(why) => return Err(Error::Volatile { what, why }.into()),
                 Durability::Unknown(why) => tracing::warn!(%what, %why, "durability is unknown"),
             }
         }
         Ok(())
     }
 
-    /// Loads the stored position and opens a reader there.
-    async fn load(&mut self) -> Result<Box<dyn LogReader>, Error> {
-        let stored = self.store.position(self.id).await?;
-        self.check_not_lost(stored.as_ref()).await?;
-        let Some(position) = stored else {
-            return self.load_first().await;
-        };
-        if !position.log.is_same_log(self.log.id()) {
-            return Err(Error::WrongLog {
-                consumer: self.id.clone(),
-                stored: position.log,
-                given: self.log.id().clone(),
-            });
+    /// Loads the stored position and opens a reader there. `None` if another instance has brought the position to `until`.
+    async fn load(&mut self, until: Option<Offset>) -> Result<Option<Box<dyn LogReader>>, Failure> {
+        let mut has_stood_by = false;
+        let mut silent_since = None;
+        loop {
+            let stored = self.or_stop(self.store.position(self.id)).await?;
+            self.check_not_lost(stored.as_ref()).await?;
+            let Some(position) = stored else {
+                return Ok(Some(self.start(None).await?));
+            };
+            if !position.log.is_same_log(self.log.id()) {
+                return Err(Failure::Backend(Error::WrongLog {
+                    consumer: self.id.clone(),
+                    stored: position.log,
+                    given: self.log.id().clone(),
+                }));
+            }
+            self.count_unanswered(&position);
+            self.run.is_owner = position.owner == Some(self.owner);
+            let has_other_owner = position.owner.is_some_and(|owner| owner != self.owner);
+            if has_other_owner
+                && !self.settings.standby_after.is_zero()
+                && silent_since.take() != Some(position.revision)
+            {
+                if let Some(last_sign) = self.run.last_sign.take() {
+                    // Displaced, though alive: this instance was silent for longer than a standby bears.
+                    let silence = last_sign.elapsed();
+                    self.run.silences.remember(silence, self.settings.standby_after);
+                }
+                has_stood_by = true;
+                match self.stand_by(&position, until).await? {
+                    Watched::CaughtUp => return Ok(None),
+                    Watched::Silent(revision) => silent_since = Some(revision),
+                    Watched::Released => {}
+                }
+                self.heart.work();
+                continue;
+            }
+            return self.go_on(position, has_stood_by).await.map(Some);
         }
+    }
+
+    /// Opens a reader at that position. An instance that stood by makes the position its own first, so that neither the
+    /// former owner nor another standby handles the same records in vain.
+    async fn go_on(&mut self, position: Position, has_stood_by: bool) -> Result<Box<dyn LogReader>, Failure> {
         let Position {
             next,
             revision,
@@ -181,15 +362,25 @@ impl<S: OffsetStore> Session<'_, S> {
             revision,
             is_epoch_open: false,
         };
-        *self.seen = Some(Seen { revision, passed });
+        self.run.seen = Some(Seen { revision, passed });
+        self.run.report.next = Some(next);
         self.windows = Windows::new(windows);
-        self.report.next = Some(next);
-        resume(self.log, self.id, passed, next).await
+        let reader = match self.or_stop(resume(self.log, self.id, passed, next)).await {
+            Err(Failure::Backend(Error::Truncated { .. })) if self.run.started_at == Some(next) => {
+                return self.start(Some(revision)).await;
+            }
+            reader => reader?,
+        };
+        if has_stood_by {
+            let tx = self.begin().await?;
+            self.commit_at(tx, next, passed, Done::default()).await?;
+        }
+        Ok(reader)
     }
 
     /// Fails if the store lost commits that this run has seen, unless the log lost what they were made of, too.
-    async fn check_not_lost(&mut self, stored: Option<&Position>) -> Result<(), Error> {
-        let Some(seen) = *self.seen else {
+    async fn check_not_lost(&mut self, stored: Option<&Position>) -> Result<(), Failure> {
+        let Some(seen) = self.run.seen else {
             return Ok(());
         };
         let found = stored.map(|position| position.revision);
@@ -203,42 +394,108 @@ impl<S: OffsetStore> Session<'_, S> {
             _ => false,
         };
         if !went_back_together {
-            return Err(Error::PositionLost {
+            return Err(Failure::Backend(Error::PositionLost {
                 consumer: self.id.clone(),
                 seen: seen.revision,
                 found,
-            });
+            }));
         }
         tracing::warn!(
             seen = %seen.revision,
             found = ?found,
             "position and log went back together, as in a fail-over; going on from the stored position"
         );
-        self.report.rewound += 1;
+        self.run.report.rewound += 1;
         self.telemetry.rewound.increment(1);
         Ok(())
     }
 
     /// Whether the log ends before a record that this run has read. Once it has grown past that place, a missing record may
     /// as well have been deleted, which says nothing about what was lost.
-    async fn has_lost(&self, passed: Passed) -> Result<bool, Error> {
-        Ok(self.log.bounds().await?.end <= passed.offset())
+    async fn has_lost(&self, passed: Passed) -> Result<bool, Failure> {
+        Ok(self.or_stop(self.log.bounds()).await?.end <= passed.offset())
     }
 
-    /// Opens a reader where the settings say, and then commits that place as the first position.
-    async fn load_first(&mut self) -> Result<Box<dyn LogReader>, Error> {
-        let next = resolve(self.log, self.settings.start_at).await?;
-        let reader = self.log.read(next).await?;
+    /// Opens a reader where the settings say, and then commits that place as the first position, or as the first one that
+    /// retention has left.
+    async fn start(&mut self, revision: Option<Revision>) -> Result<Box<dyn LogReader>, Failure> {
+        let mut starts = 1;
+        let (next, reader) = loop {
+            let next = self.or_stop(resolve(self.log, self.settings.start_at)).await?;
+            match self.or_stop(self.log.read(next)).await {
+                Err(Failure::Backend(error @ Error::Truncated { .. }))
+                    if self.settings.start_at == StartAt::Earliest =>
+                {
+                    if starts == MAX_STARTS {
+                        return Err(Failure::Backend(Error::unavailable(
+                            "begin at the earliest record",
+                            error,
+                        )));
+                    }
+                    starts += 1;
+                }
+                reader => break (next, reader?),
+            }
+        };
+        if let Some(revision) = revision {
+            self.place.revision = revision;
+        }
         let tx = self.begin().await?;
-        self.commit_at(tx, next, None).await?;
+        self.commit_at(tx, next, None, Done::default()).await?;
+        if self.settings.start_at == StartAt::Earliest {
+            self.run.started_at = Some(next);
+        }
         Ok(reader)
     }
 
+    /// A new consumer that retention overtakes before its first record begins again: it asked for the earliest one.
+    fn explain_start(&self, failure: Failure) -> Failure {
+        match failure {
+            Failure::Backend(error @ Error::Truncated { .. }) if self.run.started_at == Some(self.place.next) => {
+                Failure::Backend(Error::unavailable("begin at the earliest record", error))
+            }
+            failure => failure,
+        }
+    }
+
+    /// Counts the commit whose reply was lost, if the stored position is the one that it made.
+    fn count_unanswered(&mut self, position: &Position) {
+        let unanswered = self.run.unanswered.take();
+        let is_ours =
+            |unanswered: &Unanswered| (position.revision, position.owner) == (unanswered.revision, Some(self.owner));
+        if let Some(Unanswered { revision, done }) = unanswered.filter(is_ours) {
+            tracing::debug!(%revision, "a commit whose reply was lost has been applied");
+            if done.failed > 0 {
+                let unhandled = done.failed;
+                tracing::warn!(
+                    unhandled,
+                    "records are passed over: their offset is committed, and they were not handled"
+                );
+            }
+            self.run.report.commits += 1;
+            self.telemetry.commits.increment(1);
+            self.count(done, &[]);
+        }
+    }
+
     /// Begins to look for silent producers now and then.
-    async fn look_for_silent(&mut self) -> Result<(), Error> {
+    async fn look_for_silent(&mut self) -> Result<(), Failure> {
         if self.silent.last.is_none_or(|last| last.elapsed() > FORGET_EVERY) && !self.windows.is_empty() {
             self.silent.last = Some(Instant::now());
-            self.silent.pending = Some((self.log.bounds().await?, self.now));
+            self.silent.pending = Some((self.or_stop(self.log.bounds()).await?, self.now));
+        }
+        Ok(())
+    }
+
+    /// Counts the records behind the position now and then, where the log can tell.
+    async fn count_behind(&mut self) -> Result<(), Failure> {
+        if self.counted.is_none_or(|counted| counted.elapsed() > COUNT_EVERY) {
+            self.counted = Some(Instant::now());
+            match self.unless_stopped(self.log.count_from(self.place.next)).await? {
+                Ok(Some(records)) => self.telemetry.behind(records),
+                Ok(None) => {}
+                Err(error) => tracing::debug!(%error, "the records behind the position could not be counted"),
+            }
         }
         Ok(())
     }
@@ -257,29 +514,24 @@ impl<S: OffsetStore> Session<'_, S> {
         self.windows.forget_silent(&silence);
     }
 
-    pub(super) async fn begin(&self) -> Result<S::Tx, Error> {
-        self.store.begin(self.id).await
+    pub(super) async fn begin(&self) -> Result<S::Tx, Failure> {
+        self.or_stop(self.store.begin(self.id)).await
     }
 
-    /// Begins a transaction, unless the consumer is stopped while it waits for one.
-    pub(super) async fn begin_unless_stopped(&self) -> Result<Option<S::Tx>, Error> {
-        tokio::select! {
-            biased;
-            () = self.stop.cancelled() => Ok(None),
-            tx = self.begin() => tx.map(Some),
+    fn fenced(&self) -> Error {
+        Error::Fenced {
+            consumer: self.id.clone(),
+            expected: self.place.revision,
         }
     }
 
     /// Fails if another instance committed since the position was loaded. What a handler said of a record then counts for
     /// nothing: it may have judged by the other's effects.
-    pub(super) async fn check_current(&self) -> Result<(), Error> {
-        let stored = self.store.position(self.id).await?;
+    pub(super) async fn check_current(&self) -> Result<(), Failure> {
+        let stored = self.or_stop(self.store.position(self.id)).await?;
         match stored.map_or(Revision::NONE, |position| position.revision) {
             revision if revision == self.place.revision => Ok(()),
-            _ => Err(Error::Fenced {
-                consumer: self.id.clone(),
-                expected: self.place.revision,
-            }),
+            _ => Err(self.fenced().into()),
         }
     }
 
@@ -287,19 +539,20 @@ impl<S: OffsetStore> Session<'_, S> {
     pub(super) fn drop_duplicate(&mut self, record: &Record) {
         if let Some(origin) = &record.origin {
             tracing::debug!(offset = %record.offset, %origin, "dropped a duplicate");
-            self.duplicates.note(origin, self.windows.is_below(origin));
+            self.run.duplicates.note(origin, self.windows.is_below(origin));
         }
         self.windows.mark(record, self.now);
     }
 
-    /// Commits the transaction with the position behind that record.
-    pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record) -> Result<(), Error> {
+    /// Commits the transaction with the position behind that record. If the reply is lost, `done` is counted once the
+    /// position shows that the commit was applied.
+    pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record, done: Done) -> Result<(), Error> {
         self.forget_silent(last);
-        self.commit_at(tx, last.offset.successor(), Some(Passed::new(last)))
+        self.commit_at(tx, last.offset.successor(), Some(Passed::new(last)), done)
             .await
     }
 
-    async fn commit_at(&mut self, tx: S::Tx, next: Offset, passed: Option<Passed>) -> Result<(), Error> {
+    async fn commit_at(&mut self, tx: S::Tx, next: Offset, passed: Option<Passed>, done: Done) -> Result<(), Error> {
         let expected = self.place.revision;
         let revision = match self.place.is_epoch_open {
             true => expected.next_count(),
@@ -310,25 +563,35 @@ impl<S: OffsetStore> Session<'_, S> {
         advance.passed = passed;
         (advance.windows, advance.forgotten) = self.windows.take_changes();
         let started = Instant::now();
-        tx.commit(advance).await?;
+        if let Err(error) = tx.commit(advance).await {
+            if matches!(error, Error::Indeterminate { .. }) {
+                self.run.unanswered = Some(Unanswered { revision, done });
+            }
+            return Err(error);
+        }
+        let now = Instant::now();
         self.place = Place {
             next,
             revision,
             is_epoch_open: true,
         };
-        *self.seen = Some(Seen { revision, passed });
-        self.report.next = Some(next);
-        self.report.commits += 1;
-        self.telemetry.committed(started.elapsed());
+        self.run.seen = Some(Seen { revision, passed });
+        self.run.is_owner = true;
+        self.run.last_sign = Some(now);
+        self.run.report.next = Some(next);
+        self.run.report.commits += 1;
+        self.heart.committed();
+        self.telemetry.committed(now - started);
         tracing::trace!(%next, %revision, "committed");
         Ok(())
     }
 
     /// Counts what a batch came to.
     pub(super) fn count(&mut self, done: Done, batch: &[Record]) {
-        self.report.handled += done.handled;
-        self.report.duplicates += done.duplicates;
-        self.report.failed += done.failed;
+        let report = &mut self.run.report;
+        report.handled += done.handled;
+        report.duplicates += done.duplicates;
+        report.failed += done.failed;
         self.telemetry.handled.increment(done.handled);
         self.telemetry.duplicates.increment(done.duplicates);
         self.telemetry.failed.increment(done.failed);
@@ -336,10 +599,28 @@ impl<S: OffsetStore> Session<'_, S> {
             self.telemetry.lag(oldest);
         }
     }
+
+    /// Counts a try that failed.
+    pub(super) fn count_failed_try(&mut self) {
+        self.run.report.failed_tries += 1;
+        self.telemetry.failed_tries.increment(1);
+    }
+}
+
+/// Waits for a change of the position. A store in trouble is not the concern of a consumer that only waits.
+async fn watch<S: OffsetStore>(store: &S, id: &ConsumerId, seen: &Pulse) -> Pulse {
+    match store.watch(id, seen, WATCH_EVERY).await {
+        Ok(pulse) => pulse,
+        Err(error) => {
+            tracing::debug!(%error, "could not look at the position");
+            rt::sleep(WATCH_EVERY).await;
+            *seen
+        }
+    }
 }
 
 /// What a batch came to.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Done {
     pub(super) handled: u64,
     pub(super) duplicates: u64,

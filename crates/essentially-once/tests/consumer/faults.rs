@@ -91,6 +91,7 @@ async fn a_lost_log_ends_the_run_with_its_own_error() {
     ] {
         let backend = Backend::new(RECORDS, Script::default().fail(step, 0, fault)).await;
         let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+            .start_at(StartAt::Offset(Offset::ZERO))
             .run_until_caught_up()
             .await
             .unwrap_err();
@@ -218,7 +219,7 @@ async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
         (Step::Handle, 3, Fault::Permanent, 1),
         (Step::Handle, 3, Fault::Panic, 1),
         (Step::Commit, 2, Fault::Before, 0),
-        (Step::Commit, 2, Fault::After, 0),
+        (Step::Commit, 2, Fault::After, 5),
     ] {
         let backend = Backend::new(RECORDS, Script::default().fail(step, nth, fault)).await;
         let handler = backend.counter();
@@ -232,10 +233,10 @@ async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
         backend.script.assert_all_struck();
         let mut handled = handled.lock().unwrap().clone();
         let all = handled.len() as u64;
+        handled.sort();
         handled.dedup();
         assert_eq!(handled.len() as u64, all, "doubled");
-        let lost = if fault == Fault::After { 5 } else { failed };
-        assert_eq!(RECORDS - all, lost, "{step:?} {fault:?}");
+        assert_eq!(RECORDS - all, failed, "{step:?} {fault:?}");
         assert_eq!((report.handled, report.failed), (all, failed), "{step:?} {fault:?}");
     }
 }

@@ -13,6 +13,9 @@ mod faults;
 mod lost;
 mod records;
 mod running;
+mod skip;
+mod standby;
+mod stopping;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -25,7 +28,7 @@ use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore,
     ProducerId, Record, Revision, StartAt, handler_fn,
     memory::{Memory, MemoryTx},
-    seek,
+    seek, skip,
 };
 use support::{Backend, Fault, InMemory, Script, ScriptedTx, Step};
 

@@ -6,13 +6,14 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
-    Offset, OffsetStore, Position, Record, Revision, Transaction,
+    Offset, OffsetStore, Owner, Position, Pulse, Record, Revision, Transaction,
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
 };
 
@@ -109,6 +110,8 @@ pub struct Backend {
     pub script: Script,
     /// The record that cannot be decoded.
     pub malformed: Option<Offset>,
+    /// How many of the last records were deleted one by one.
+    pub deleted: u64,
 }
 
 impl Backend {
@@ -125,6 +128,7 @@ impl Backend {
             memory,
             script,
             malformed: None,
+            deleted: 0,
         }
     }
 
@@ -137,6 +141,7 @@ impl Backend {
             inner: self.memory_log(),
             script: self.script.clone(),
             malformed: self.malformed,
+            deleted: self.deleted,
         }
     }
 
@@ -174,12 +179,15 @@ pub struct ScriptedLog {
     inner: MemoryLog,
     script: Script,
     malformed: Option<Offset>,
+    deleted: u64,
 }
 
 struct ScriptedReader {
     inner: Box<dyn LogReader>,
     script: Script,
     malformed: Option<Offset>,
+    /// Behind it there is nothing to read, ever.
+    readable_end: Option<Offset>,
 }
 
 #[async_trait]
@@ -194,20 +202,31 @@ impl Log for ScriptedLog {
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
         match self.script.take(Step::Read) {
+            Some(Fault::Hang) => std::future::pending().await,
             Some(fault) => Err(error(fault, Step::Read)),
             None => Ok(Box::new(ScriptedReader {
                 inner: self.inner.read(from).await?,
                 script: self.script.clone(),
                 malformed: self.malformed,
+                readable_end: match self.deleted {
+                    0 => None,
+                    _ => Some(self.readable_end().await?),
+                },
             })),
         }
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
         match self.script.take(Step::Bounds) {
+            Some(Fault::Hang) => std::future::pending().await,
             Some(fault) => Err(error(fault, Step::Bounds)),
             None => self.inner.bounds().await,
         }
+    }
+
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        let end = self.inner.bounds().await?.end;
+        Ok(end.lo().saturating_sub(self.deleted).into())
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
@@ -219,9 +238,16 @@ impl Log for ScriptedLog {
 impl LogReader for ScriptedReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         match self.script.take(Step::Next) {
+            Some(Fault::Hang) => std::future::pending().await,
             Some(fault) => Err(error(fault, Step::Next)),
             None => {
                 let mut records = self.inner.next(max).await?;
+                if let Some(end) = self.readable_end {
+                    records.retain(|record| record.offset < end);
+                    if records.is_empty() {
+                        std::future::pending::<()>().await;
+                    }
+                }
                 for record in records
                     .iter_mut()
                     .filter(|record| Some(record.offset) == self.malformed)
@@ -245,6 +271,7 @@ impl OffsetStore for ScriptedStore {
 
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         match self.script.take(Step::Position) {
+            Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Gone) => Ok(None),
             Some(Fault::WentBack) => Ok(Some(Position::new(log_id(), Offset::ZERO, Revision::NONE.next_epoch()))),
             Some(fault) => Err(error(fault, Step::Position)),
@@ -268,6 +295,22 @@ impl OffsetStore for ScriptedStore {
 
     async fn durability(&self) -> Result<Durability, Error> {
         Ok(Durability::Durable)
+    }
+
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        self.inner.pulse(consumer).await
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        self.inner.watch(consumer, seen, interval).await
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        self.inner.beat(consumer, owner).await
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        self.inner.release(consumer, owner).await
     }
 }
 
@@ -401,5 +444,48 @@ impl Handler<()> for InMemory {
         let payload = String::from_utf8(record.payload.to_vec())?;
         self.0.in_memory.lock().unwrap().push(payload);
         Ok(())
+    }
+}
+
+/// A log of one record, as it is.
+pub struct OneRecord(pub Record);
+
+struct OneRecordReader(Option<Record>);
+
+#[async_trait]
+impl Log for OneRecord {
+    fn id(&self) -> &LogId {
+        static ID: std::sync::OnceLock<LogId> = std::sync::OnceLock::new();
+        ID.get_or_init(log_id)
+    }
+
+    async fn append(&self, _: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        Err(Error::failed("append", "it holds one record for good"))
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let record = Some(self.0.clone()).filter(|record| record.offset >= from);
+        Ok(Box::new(OneRecordReader(record)))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        Ok(Bounds {
+            earliest: self.0.offset,
+            end: self.0.offset.successor(),
+        })
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+#[async_trait]
+impl LogReader for OneRecordReader {
+    async fn next(&mut self, _: usize) -> Result<Vec<Record>, Error> {
+        match self.0.take() {
+            Some(record) => Ok(vec![record]),
+            None => std::future::pending().await,
+        }
     }
 }

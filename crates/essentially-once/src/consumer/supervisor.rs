@@ -1,0 +1,140 @@
+//! What follows from a failure: another try, or the end of the run.
+
+use std::{sync::Arc, time::Duration};
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+
+use super::{Report, Settings, report::Telemetry, session::Failure};
+use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset};
+
+/// Decides after each failure between another try and the end.
+pub(super) struct Supervisor {
+    id: ConsumerId,
+    log: Arc<dyn Log>,
+    retries: u32,
+    restart_limit: Option<u32>,
+    backoff: ExponentialBuilder,
+    pauses: ExponentialBackoff,
+    restarts_without_commit: u32,
+    culprit: Option<Culprit>,
+    /// Records up to this one are handled one by one.
+    pub(super) apart_until: Option<Offset>,
+}
+
+/// The record that failed last.
+struct Culprit {
+    offset: Offset,
+    attempts: u32,
+}
+
+impl Supervisor {
+    pub(super) fn new(id: &ConsumerId, log: &Arc<dyn Log>, settings: &Settings) -> Self {
+        let backoff = ExponentialBuilder::default()
+            .with_min_delay(settings.min_pause)
+            .with_max_delay(settings.max_pause)
+            .with_jitter()
+            .without_max_times();
+        Self {
+            id: id.clone(),
+            log: Arc::clone(log),
+            retries: settings.retries,
+            restart_limit: settings.restart_limit,
+            backoff,
+            pauses: backoff.build(),
+            restarts_without_commit: 0,
+            culprit: None,
+            apart_until: None,
+        }
+    }
+
+    /// The record that failed last, to be handled alone.
+    pub(super) fn culprit(&self) -> Option<Offset> {
+        self.culprit.as_ref().map(|culprit| culprit.offset)
+    }
+
+    pub(super) fn made_progress(&mut self) {
+        self.pauses = self.backoff.build();
+        self.restarts_without_commit = 0;
+    }
+
+    /// How long to pause before the next try; `None` if the run was stopped; or the error that ends the run.
+    pub(super) fn judge(
+        &mut self,
+        failure: Failure,
+        telemetry: &Telemetry,
+        report: &mut Report,
+    ) -> Result<Option<Duration>, Error> {
+        let (error, pauses) = match failure {
+            Failure::Stopped => return Ok(None),
+            Failure::Backend(error) if error.is_transient() => {
+                if matches!(error, Error::Fenced { .. }) {
+                    report.fenced += 1;
+                    telemetry.fenced.increment(1);
+                }
+                (error, true)
+            }
+            Failure::Backend(error) => return Err(error),
+            Failure::Record(failed) => {
+                let attempts = match &self.culprit {
+                    Some(culprit) if culprit.offset == failed.offset => culprit.attempts + 1,
+                    _ => 1,
+                };
+                self.culprit = Some(Culprit {
+                    offset: failed.offset,
+                    attempts,
+                });
+                let outcome = match failed.error.kind {
+                    HandlerErrorKind::Fatal => Some(failed.fatal_outcome),
+                    HandlerErrorKind::Reject if failed.is_next => {
+                        Some("rejected; the consumer stands before this record: mend the handler, or `skip` the record")
+                    }
+                    // Behind others it may have failed because of them, so it is always tried alone.
+                    HandlerErrorKind::Retry if failed.is_first && attempts > self.retries => Some(
+                        "not handled, no retry is left; the consumer stands before this record: mend the handler, or \
+                         `skip` the record",
+                    ),
+                    _ => None,
+                };
+                let error = self.unhandled(failed.offset, outcome.unwrap_or("not handled"), attempts, failed.error);
+                if outcome.is_some() {
+                    return Err(error);
+                }
+                // Behind others that are not committed yet, those are, without delay, and then this one is tried alone.
+                (error, failed.is_next)
+            }
+            Failure::Batch(until, error) => {
+                self.apart_until = Some(until);
+                let outcome =
+                    "this record or one before it in its batch made the batch fail; they are tried one by one";
+                (self.unhandled(until, outcome, 1, error), false)
+            }
+        };
+        self.restarts_without_commit += 1;
+        if self
+            .restart_limit
+            .is_some_and(|limit| self.restarts_without_commit > limit)
+        {
+            return Err(error);
+        }
+        report.restarts += 1;
+        telemetry.restarts.increment(1);
+        let pause = if pauses {
+            self.pauses.next().unwrap_or_default()
+        } else {
+            Duration::ZERO
+        };
+        tracing::warn!(%error, ?pause, "going back to the stored position");
+        Ok(Some(pause))
+    }
+
+    fn unhandled(&self, offset: Offset, outcome: &'static str, attempts: u32, error: HandlerError) -> Error {
+        Error::Unhandled {
+            consumer: self.id.clone(),
+            log: self.log.id().clone(),
+            offset,
+            outcome,
+            attempts,
+            cause: error.source,
+        }
+    }
+}

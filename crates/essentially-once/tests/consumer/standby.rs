@@ -1,0 +1,287 @@
+//! Several instances of one consumer: one is active, the others stand by. All times are simulated.
+
+use std::sync::{Mutex, atomic::AtomicU64};
+
+use essentially_once::{
+    Report,
+    memory::{MemoryLog, MemoryStore},
+};
+use tokio::{task::JoinHandle, time::Instant};
+
+use super::*;
+
+/// What the instances of one consumer have done together.
+#[derive(Clone, Default)]
+struct Shared {
+    memory: Memory,
+    calls: Arc<AtomicU64>,
+    /// Which instance handled each record.
+    by: Arc<Mutex<Vec<usize>>>,
+}
+
+struct Slow {
+    shared: Shared,
+    instance: usize,
+    takes: Duration,
+    /// The record that can never be handled.
+    poison: Option<Offset>,
+}
+
+#[async_trait::async_trait]
+impl Handler<MemoryTx> for Slow {
+    async fn handle(&mut self, record: &Record, tx: &mut MemoryTx) -> Result<(), HandlerError> {
+        self.shared.calls.fetch_add(1, Ordering::SeqCst);
+        tokio::time::sleep(self.takes).await;
+        if self.poison == Some(record.offset) {
+            return Err(HandlerError::retry("poison"));
+        }
+        self.shared.by.lock().unwrap().push(self.instance);
+        support::count_one(tx, &record.payload).await?;
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn log(&self) -> MemoryLog {
+        self.memory.log("orders").unwrap()
+    }
+
+    fn store(&self) -> MemoryStore {
+        self.memory.store()
+    }
+
+    async fn append(&self, records: std::ops::Range<u64>) {
+        let records: Vec<_> = records.map(|n| NewRecord::new(n.to_string())).collect();
+        self.log().append(&records).await.unwrap();
+    }
+
+    fn consumer(
+        &self,
+        instance: usize,
+        takes: Duration,
+    ) -> Consumer<MemoryStore, Slow, essentially_once::EssentiallyOnce> {
+        let handler = Slow {
+            shared: self.clone(),
+            instance,
+            takes,
+            poison: None,
+        };
+        Consumer::essentially_once(shipping(), self.log(), self.store(), handler).accept_volatile()
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls.load(Ordering::SeqCst)
+    }
+
+    async fn next(&self) -> Offset {
+        let position = self.store().position(&shipping()).await.unwrap();
+        position.map_or(Offset::ZERO, |position| position.next)
+    }
+
+    /// Waits until the position has reached `next`.
+    async fn reached(&self, next: u64) {
+        while self.next().await < next.into() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    async fn assert_each_once(self, records: u64) {
+        let backend = Backend::of(self.memory, Script::default());
+        assert_eq!(backend.counts(&shipping(), records).await, vec![1; records as usize]);
+    }
+}
+
+async fn end(runs: Vec<JoinHandle<Result<Report, Error>>>) -> Vec<Report> {
+    let mut reports = Vec::new();
+    for run in runs {
+        reports.push(run.await.unwrap().unwrap());
+    }
+    reports
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_instances_are_about_as_fast_as_one_and_call_the_handler_about_as_often() {
+    for (records, takes) in [(500, Duration::from_millis(5)), (20, Duration::from_secs(5))] {
+        let mut alone = None;
+        for instances in 1..=3 {
+            let shared = Shared::default();
+            shared.append(0..records).await;
+            let started = Instant::now();
+            let runs = (0..instances)
+                .map(|instance| tokio::spawn(shared.consumer(instance, takes).run_until_caught_up()))
+                .collect();
+            end(runs).await;
+            let (took, calls) = (started.elapsed(), shared.calls());
+            let (time_alone, calls_alone) = *alone.get_or_insert((took, calls));
+            assert!(
+                took <= time_alone.mul_f64(1.3) && calls * 10 <= calls_alone * 12,
+                "{instances} instances, {takes:?}: {took:?} and {calls} calls; one takes {time_alone:?} and {calls_alone}"
+            );
+            shared.assert_each_once(records).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_takes_over_from_an_instance_that_is_gone() {
+    for limit in [
+        Duration::from_millis(200),
+        Duration::from_secs(1),
+        Duration::from_secs(8),
+    ] {
+        let shared = Shared::default();
+        shared.append(0..1_000).await;
+        let takes = Duration::from_millis(20);
+        let active = tokio::spawn(shared.consumer(0, takes).standby_after(limit).run());
+        shared.reached(5).await;
+        let standby = tokio::spawn(shared.consumer(1, takes).standby_after(limit).run());
+        shared.reached(200).await;
+        active.abort();
+        let gone = Instant::now();
+        let next = shared.next().await.lo();
+        shared.reached(next + 1).await;
+        // The first batch of the new one is committed within its own time limit.
+        let batch = Duration::from_millis(120);
+        let took = gone.elapsed();
+        assert!(took > limit && took < limit + limit / 5 + batch, "{limit:?}: {took:?}");
+        standby.abort();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_takes_over_at_once_from_an_instance_that_is_stopped() {
+    let shared = Shared::default();
+    shared.append(0..1_000).await;
+    let takes = Duration::from_millis(20);
+    let stop = CancellationToken::new();
+    let mut active = tokio::spawn(shared.consumer(0, takes).run_until(stop.clone()));
+    shared.reached(5).await;
+    // A rolling restart of three: each is replaced by a new one.
+    let mut standbys: Vec<_> = (1..3).map(|n| tokio::spawn(shared.consumer(n, takes).run())).collect();
+    shared.reached(100).await;
+    stop.cancel();
+    (&mut active).await.unwrap().unwrap();
+    let stopped = Instant::now();
+    let next = shared.next().await.lo();
+    shared.reached(next + 1).await;
+    assert!(
+        stopped.elapsed() < Duration::from_millis(200),
+        "{:?}",
+        stopped.elapsed()
+    );
+    standbys.drain(..).for_each(|run| run.abort());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_that_retries_a_poison_record_stays_the_active_one() {
+    let shared = Shared::default();
+    shared.append(0..10).await;
+    let consumer = |instance| {
+        let handler = Slow {
+            shared: shared.clone(),
+            instance,
+            takes: Duration::from_secs(2),
+            poison: Some(3.into()),
+        };
+        Consumer::essentially_once(shipping(), shared.log(), shared.store(), handler)
+            .accept_volatile()
+            .retries(12)
+    };
+    let active = tokio::spawn(consumer(0).run());
+    shared.reached(1).await;
+    let standby = tokio::spawn(consumer(1).run());
+    let error = active.await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Unhandled { attempts: 13, .. }), "{error}");
+    assert!(!shared.by.lock().unwrap().contains(&1), "the standby took over");
+    // Now it does, and comes to the same end.
+    let error = standby.await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Unhandled { attempts: 13, .. }), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_hour_is_not_silence() {
+    let shared = Shared::default();
+    let takes = Duration::from_millis(5);
+    let active = tokio::spawn(shared.consumer(0, takes).run());
+    shared.append(0..1).await;
+    shared.reached(1).await;
+    let standby = tokio::spawn(shared.consumer(1, takes).run());
+    for n in 1..10 {
+        tokio::time::sleep(Duration::from_secs(60 * 60)).await;
+        let appended = Instant::now();
+        shared.append(n..n + 1).await;
+        shared.reached(n + 1).await;
+        assert!(
+            appended.elapsed() < Duration::from_millis(50),
+            "{:?}",
+            appended.elapsed()
+        );
+    }
+    assert_eq!(*shared.by.lock().unwrap(), [0; 10]);
+    // Nor does the hour make the standby patient.
+    active.abort();
+    let gone = Instant::now();
+    shared.append(10..11).await;
+    shared.reached(11).await;
+    assert!(gone.elapsed() < Duration::from_millis(1_300), "{:?}", gone.elapsed());
+    standby.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lone_instance_whose_position_is_moved_by_hand_goes_on_from_there_at_once() {
+    let shared = Shared::default();
+    shared.append(0..10).await;
+    let run = tokio::spawn(shared.consumer(0, Duration::from_millis(5)).run());
+    shared.reached(10).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let moved = Instant::now();
+    seek(&shared.log(), &shared.store(), &shipping(), StartAt::Offset(4.into()))
+        .await
+        .unwrap();
+    shared.reached(10).await;
+    assert!(moved.elapsed() < Duration::from_millis(100), "{:?}", moved.elapsed());
+    // In the middle of a batch, too.
+    shared.append(10..100).await;
+    shared.reached(30).await;
+    let moved = Instant::now();
+    let to = StartAt::Offset(90.into());
+    while let Err(error) = seek(&shared.log(), &shared.store(), &shipping(), to).await {
+        assert!(matches!(error, Error::Fenced { .. }), "{error}");
+    }
+    shared.reached(100).await;
+    assert!(moved.elapsed() < Duration::from_millis(300), "{:?}", moved.elapsed());
+    run.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_patience_an_instance_takes_over_at_once() {
+    let shared = Shared::default();
+    shared.append(0..10).await;
+    let active = tokio::spawn(shared.consumer(0, Duration::from_secs(5)).run());
+    shared.reached(1).await;
+    let started = Instant::now();
+    let report = shared
+        .consumer(1, Duration::ZERO)
+        .standby_after(Duration::ZERO)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, started.elapsed()), (9, Duration::ZERO));
+    active.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_that_is_stopped_ends_at_once() {
+    let shared = Shared::default();
+    shared.append(0..10).await;
+    let active = tokio::spawn(shared.consumer(0, Duration::from_secs(5)).run());
+    shared.reached(1).await;
+    let stop = CancellationToken::new();
+    let standby = tokio::spawn(shared.consumer(1, Duration::ZERO).run_until(stop.clone()));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let stopped = Instant::now();
+    stop.cancel();
+    let report = standby.await.unwrap().unwrap();
+    assert_eq!((report.handled, stopped.elapsed()), (0, Duration::ZERO));
+    active.abort();
+}
