@@ -47,7 +47,9 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
         let handler = Worker { work, handled: 0 };
         let consumer = Consumer::essentially_once(consumer, log, self.0, handler)
             .max_batch(max_batch)
-            .backoff(Duration::from_millis(5), Duration::from_millis(200));
+            .backoff(Duration::from_millis(5), Duration::from_millis(200))
+            // Killed and frozen workers are to be fenced at their commits, not waited for.
+            .standby_after(Duration::ZERO);
         consumer.run_until(CancellationToken::new()).await?;
         Ok(())
     }

@@ -275,7 +275,10 @@ async fn child_consumes() {
             Ok(())
         })
     });
-    let consumer = Consumer::essentially_once(counting(), log, sqlite.store(), handler).max_batch(32);
+    let consumer = Consumer::essentially_once(counting(), log, sqlite.store(), handler)
+        .max_batch(32)
+        // The worker before this one is dead.
+        .standby_after(Duration::ZERO);
     consumer.run_until_caught_up().await.expect("run");
 }
 

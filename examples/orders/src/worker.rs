@@ -6,6 +6,7 @@ use std::{
     process,
     sync::mpsc,
     thread,
+    time::Duration,
 };
 
 use essentially_once::{Consumer, ConsumerId, OffsetStore};
@@ -86,6 +87,8 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
 ) -> Result<(), Failure> {
     /// Rather fail than go round for ever when the database is not to be had.
     const RESTARTS: u32 = 20;
+    /// The worker before this one is dead: its parent has seen it end.
+    const NO_STANDBY: Duration = Duration::ZERO;
     let log = backend.open_log().await?;
     let id = args.consumer.clone();
     let format = Format {
@@ -98,6 +101,7 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
             Consumer::essentially_once(id, log, store, Shipping { desk, format, leash })
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)
+                .standby_after(NO_STANDBY)
                 .run_until_caught_up()
                 .await?;
         }
@@ -106,6 +110,7 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
             Consumer::at_least_once(id, log, store, Shipping { desk, format, leash })
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)
+                .standby_after(NO_STANDBY)
                 .run_until_caught_up()
                 .await?;
         }
@@ -114,6 +119,7 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
             Consumer::at_most_once(id, log, store, Shipping { desk, format, leash })
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)
+                .standby_after(NO_STANDBY)
                 .run_until_caught_up()
                 .await?;
         }

@@ -113,6 +113,7 @@ async fn one_run(server: &RedisServer, steps: &Steps, max_batch: usize) -> Outco
         .max_batch(max_batch)
         .backoff(Duration::from_millis(1), Duration::from_millis(50))
         .restart_limit(100)
+        .standby_after(Duration::ZERO)
         .run_until_caught_up()
         .await?;
     steps.revive()?;

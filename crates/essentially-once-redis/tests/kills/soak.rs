@@ -75,5 +75,6 @@ async fn build(
     let log = redis.log("orders").await?;
     Ok(Consumer::essentially_once(consumer.clone(), log, redis.store(), Ledger)
         .max_batch(5)
-        .backoff(Duration::from_millis(1), Duration::from_millis(20)))
+        .backoff(Duration::from_millis(1), Duration::from_millis(20))
+        .standby_after(Duration::ZERO))
 }

@@ -112,7 +112,9 @@ impl<B: Backend> Scene<'_, B> {
             .max_batch(self.max_batch)
             // As little as can be, so that reading and handling alternate and more faults fall between them.
             .read_ahead(self.max_batch, 1024 * 1024)
-            .backoff(first, longest);
+            .backoff(first, longest)
+            // Zombies are to be fenced at their commits, not waited for.
+            .standby_after(Duration::ZERO);
         if stage.accept_volatile {
             consumer = consumer.accept_volatile();
         }
