@@ -123,19 +123,18 @@ pub enum Address {
 }
 
 impl Address {
-    /// Opens the log, which all tests call the same.
+    /// Opens the log of that name.
     ///
     /// # Errors
     /// The backend's.
-    pub async fn log(&self) -> Result<Arc<dyn Log>, Error> {
-        const NAME: &str = "orders";
+    pub async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
         Ok(match self {
-            Self::Sqlite(path) => Arc::new(Sqlite::open(path).await?.log(NAME).await?),
-            Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(NAME).await?),
-            Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(NAME).await?),
+            Self::Sqlite(path) => Arc::new(Sqlite::open(path).await?.log(name).await?),
+            Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(name).await?),
+            Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(name).await?),
             Self::RabbitmqPacked(url) => {
                 let options = LogOptions::new().packed(16, 64 * 1024);
-                Arc::new(Rabbit::connect(url).await?.log_with(NAME, options).await?)
+                Arc::new(Rabbit::connect(url).await?.log_with(name, options).await?)
             }
         })
     }

@@ -1,6 +1,11 @@
 //! Any store, for tests that do not care which.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    fs::{File, OpenOptions},
+    io::Write as _,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use essentially_once::{
@@ -43,13 +48,26 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
     }
 
     async fn consume(self: Box<Self>, consumer: ConsumerId, log: Arc<dyn Log>, work: Work) -> Result<(), Error> {
-        let max_batch = work.max_batch;
-        let handler = Worker { work, handled: 0 };
+        let (max_batch, standby_after) = (work.max_batch, work.standby_after);
+        let calls = match &work.calls {
+            Some(path) => Some(
+                OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .open(path)
+                    .map_err(|error| Error::failed(format!("open {}", path.display()), error))?,
+            ),
+            None => None,
+        };
+        let handler = Worker {
+            work,
+            handled: 0,
+            calls,
+        };
         let consumer = Consumer::essentially_once(consumer, log, self.0, handler)
             .max_batch(max_batch)
             .backoff(Duration::from_millis(5), Duration::from_millis(200))
-            // Killed and frozen workers are to be fenced at their commits, not waited for.
-            .standby_after(Duration::ZERO);
+            .standby_after(standby_after);
         consumer.run_until(CancellationToken::new()).await?;
         Ok(())
     }
@@ -59,12 +77,16 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
 struct Worker {
     work: Work,
     handled: u64,
+    calls: Option<File>,
 }
 
 #[async_trait]
 impl<Tx: KeyValue + Counter> Handler<Tx> for Worker {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
         self.handled += 1;
+        if let Some(calls) = &mut self.calls {
+            calls.write_all(b".")?;
+        }
         tx.increment().await?;
         let pause = match self.work.long_every {
             Some(every) if self.handled.is_multiple_of(every) => self.work.long_pause,

@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    path::PathBuf,
     process::{Child, Command, ExitCode, Stdio},
     time::Duration,
 };
@@ -19,6 +20,8 @@ const VARIABLE: &str = "ESSENTIALLY_ONCE_TEST_WORKER";
 pub struct Work {
     /// Where the log is.
     pub log: Address,
+    /// The log's name.
+    pub log_name: String,
     /// Where the store is.
     pub store: Address,
     /// The consumer's name.
@@ -31,6 +34,28 @@ pub struct Work {
     pub long_every: Option<u64>,
     /// How long that one takes.
     pub long_pause: Duration,
+    /// How long a standby waits. Zero, unless set: a killed or frozen worker is then fenced at its commits, not waited for.
+    pub standby_after: Duration,
+    /// A file that grows by a byte for each call of the handler.
+    pub calls: Option<PathBuf>,
+}
+
+impl Work {
+    /// What takes no time, in batches of 100.
+    pub fn new(log: Address, store: Address, log_name: &str, consumer: &str) -> Self {
+        Self {
+            log,
+            log_name: log_name.to_owned(),
+            store,
+            consumer: consumer.to_owned(),
+            max_batch: 100,
+            pause: Duration::ZERO,
+            long_every: None,
+            long_pause: Duration::ZERO,
+            standby_after: Duration::ZERO,
+            calls: None,
+        }
+    }
 }
 
 /// Becomes a worker if this process was started as one, and then does not return before it ends.
@@ -55,7 +80,7 @@ fn run(work: Work) -> Result<(), Source> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let consumer = ConsumerId::new(&work.consumer)?;
-        let log = patiently(|| work.log.log()).await?;
+        let log = patiently(|| work.log.log(&work.log_name)).await?;
         let store = patiently(|| work.store.store()).await?;
         Ok(store.consume(consumer, log, work).await?)
     })

@@ -17,6 +17,9 @@ use integration_tests::{
 /// At least; more if the servers take long to come back, since there must be something to handle meanwhile.
 const RECORDS: u64 = 5_000;
 const KILLS: u32 = 3;
+/// The log's name.
+const LOG: &str = "orders";
+
 /// How long all of it may take.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -40,16 +43,14 @@ fn main() -> ExitCode {
 async fn run(log: Backend, store: Backend) -> Result<(), Source> {
     let (log, store) = (log.start()?, store.start()?);
     let work = Work {
-        log: log.address(),
-        store: store.address(),
-        consumer: "shipping".into(),
         max_batch: 20,
         pause: Duration::from_micros(500),
         long_every: None,
         long_pause: Duration::ZERO,
+        ..Work::new(log.address(), store.address(), LOG, "shipping")
     };
     let pair = Pair {
-        log: log.address().log().await?,
+        log: log.address().log(LOG).await?,
         store: store.address().store().await?,
         places: [log, store],
         consumer: ConsumerId::new("shipping")?,

@@ -24,6 +24,9 @@ const PROBES: [(&str, u64, Disturbance); 4] = [
     ("d_processes_are_killed_20_times", 2_000, Disturbance::Kills),
 ];
 
+/// The log's name.
+const LOG: &str = "orders";
+
 /// How long a probe may take.
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -54,13 +57,10 @@ fn main() -> ExitCode {
 
 async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result<(), Source> {
     let place = backend.start()?;
-    let (log, store) = (place.address().log().await?, place.address().store().await?);
+    let (log, store) = (place.address().log(LOG).await?, place.address().store().await?);
     let keyed = |n: u64| NewRecord::new(n.to_string()).key((n % 7).to_string());
     log.append(&(0..records).map(keyed).collect::<Vec<_>>()).await?;
     let work = Work {
-        log: place.address(),
-        store: place.address(),
-        consumer: "zombie".into(),
         max_batch: match disturbance {
             Disturbance::LongRecords | Disturbance::SlowRecords => 10,
             Disturbance::Freezes | Disturbance::Kills => 20,
@@ -74,6 +74,7 @@ async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result
         },
         long_every: (disturbance == Disturbance::LongRecords).then_some(50),
         long_pause: Duration::from_millis(1_500),
+        ..Work::new(place.address(), place.address(), LOG, "zombie")
     };
     let mut workers = [Worker::start(&work)?, Worker::start(&work)?];
     let probe = Probe {
