@@ -178,3 +178,29 @@ impl Waiting {
         self.have_arrived = !error.is_transient();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn patience_grows_with_the_silences_of_the_living_and_fades_with_them() {
+        let mut silences = Silences::default();
+        assert_eq!(silences.limit(SECOND), SECOND);
+        silences.remember(5 * SECOND, SECOND);
+        assert_eq!(silences.limit(SECOND), 15 * SECOND);
+        for _ in 0..REMEMBERED {
+            silences.remember(SECOND / 10, SECOND);
+        }
+        assert_eq!(silences.limit(SECOND), SECOND);
+    }
+
+    #[test]
+    fn an_hour_of_suspension_does_not_make_a_standby_wait_for_hours() {
+        let mut silences = Silences::default();
+        silences.remember(3_600 * SECOND, SECOND);
+        assert_eq!(silences.limit(SECOND), MARGIN * LONGEST * SECOND);
+    }
+}

@@ -122,6 +122,104 @@ async fn several_instances_are_about_as_fast_as_one_and_call_the_handler_about_a
     }
 }
 
+/// A store that keeps no beats, as one that implements no more than it must.
+struct Mute(MemoryStore);
+
+#[async_trait::async_trait]
+impl OffsetStore for Mute {
+    type Tx = MemoryTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::Position>, Error> {
+        self.0.position(consumer).await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<MemoryTx, Error> {
+        self.0.begin(consumer).await
+    }
+
+    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+        self.0.durability().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn instances_that_show_no_life_learn_patience_instead_of_displacing_each_other_forever() {
+    let shared = Shared::default();
+    shared.append(0..40).await;
+    let takes = Duration::from_secs(5);
+    let runs = (0..3)
+        .map(|instance| tokio::spawn(shared.mute(instance, takes).run_until_caught_up()))
+        .collect();
+    end(runs).await;
+    eprintln!("{} calls", shared.calls());
+    assert!(shared.calls() <= 50, "{} calls for 40 records", shared.calls());
+    shared.assert_each_once(40).await;
+}
+
+impl Shared {
+    /// An instance on a store without beats.
+    fn mute(&self, instance: usize, takes: Duration) -> Consumer<Mute, Slow, essentially_once::EssentiallyOnce> {
+        let handler = Slow {
+            shared: self.clone(),
+            instance,
+            takes,
+            poison: None,
+        };
+        Consumer::essentially_once(shipping(), self.log(), Mute(self.store()), handler).accept_volatile()
+    }
+}
+
+/// Does not poll the future while the gate is closed, as if its process were suspended.
+async fn suspended<T>(future: impl Future<Output = T>, closed: tokio::sync::watch::Receiver<bool>) -> T {
+    let mut future = std::pin::pin!(future);
+    loop {
+        let mut open = closed.clone();
+        let _ = open.wait_for(|closed| !closed).await;
+        let mut closing = closed.clone();
+        tokio::select! {
+            biased;
+            _ = closing.wait_for(|closed| *closed) => {}
+            result = &mut future => return result,
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_that_was_suspended_has_not_seen_silence() {
+    let shared = Shared::default();
+    shared.append(0..3).await;
+    let takes = Duration::from_millis(900);
+    let active = tokio::spawn(shared.mute(0, takes).run_until_caught_up());
+    shared.reached(1).await;
+    let (gate, closed) = tokio::sync::watch::channel(false);
+    let standby = tokio::spawn(suspended(shared.mute(1, takes).run_until_caught_up(), closed));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // It sleeps from 0.3 s into the second record to 0.8 s into the third.
+    gate.send_replace(true);
+    tokio::time::sleep(Duration::from_millis(1_400)).await;
+    gate.send_replace(false);
+    end(vec![active, standby]).await;
+    assert_eq!(*shared.by.lock().unwrap(), [0, 0, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_standbys_one_takes_over() {
+    let shared = Shared::default();
+    shared.append(0..10).await;
+    let takes = Duration::from_secs(5);
+    let active = tokio::spawn(shared.consumer(0, takes).run());
+    shared.reached(1).await;
+    let standbys = (1..4)
+        .map(|n| tokio::spawn(shared.consumer(n, takes).run_until_caught_up()))
+        .collect();
+    shared.reached(4).await;
+    active.abort();
+    end(standbys).await;
+    // One more for the record that the first had in hand.
+    assert!(shared.calls() <= 11, "{} calls for 10 records", shared.calls());
+    shared.assert_each_once(10).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_standby_takes_over_from_an_instance_that_is_gone() {
     for limit in [

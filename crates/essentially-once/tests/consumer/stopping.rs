@@ -173,12 +173,27 @@ async fn a_handler_that_exceeds_its_time_limit_has_failed() {
 #[tokio::test(start_paused = true)]
 async fn records_that_were_deleted_one_by_one_are_not_waited_for() {
     for deleted in [1, 5, RECORDS] {
-        let mut backend = Backend::new(RECORDS, Script::default()).await;
-        backend.deleted = deleted;
+        let backend = Backend::new(RECORDS, Script::default()).await;
+        backend.deleted.store(deleted, Ordering::SeqCst);
         let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter());
         let report = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
         assert_eq!(report.await.expect("it waits").unwrap().handled, RECORDS - deleted);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_that_are_deleted_during_the_run_are_not_waited_for_either() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let deleted = Arc::clone(&backend.deleted);
+    let handler = handler_fn(move |_: &Record, _: &mut ScriptedTx| {
+        deleted.store(3, Ordering::SeqCst);
+        Box::pin(async { Ok(()) })
+    });
+    let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .max_batch(1)
+        .read_ahead(2, 1_000);
+    let report = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
+    assert_eq!(report.await.expect("it waits").unwrap().handled, RECORDS - 3);
 }
 
 #[tokio::test]

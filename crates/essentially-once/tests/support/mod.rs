@@ -111,7 +111,7 @@ pub struct Backend {
     /// The record that cannot be decoded.
     pub malformed: Option<Offset>,
     /// How many of the last records were deleted one by one.
-    pub deleted: u64,
+    pub deleted: Arc<AtomicU64>,
 }
 
 impl Backend {
@@ -128,7 +128,7 @@ impl Backend {
             memory,
             script,
             malformed: None,
-            deleted: 0,
+            deleted: Arc::default(),
         }
     }
 
@@ -141,7 +141,7 @@ impl Backend {
             inner: self.memory_log(),
             script: self.script.clone(),
             malformed: self.malformed,
-            deleted: self.deleted,
+            deleted: Arc::clone(&self.deleted),
         }
     }
 
@@ -179,15 +179,25 @@ pub struct ScriptedLog {
     inner: MemoryLog,
     script: Script,
     malformed: Option<Offset>,
-    deleted: u64,
+    deleted: Arc<AtomicU64>,
+}
+
+impl ScriptedLog {
+    fn clone_log(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            script: self.script.clone(),
+            malformed: self.malformed,
+            deleted: Arc::clone(&self.deleted),
+        }
+    }
 }
 
 struct ScriptedReader {
     inner: Box<dyn LogReader>,
     script: Script,
     malformed: Option<Offset>,
-    /// Behind it there is nothing to read, ever.
-    readable_end: Option<Offset>,
+    log: ScriptedLog,
 }
 
 #[async_trait]
@@ -208,10 +218,7 @@ impl Log for ScriptedLog {
                 inner: self.inner.read(from).await?,
                 script: self.script.clone(),
                 malformed: self.malformed,
-                readable_end: match self.deleted {
-                    0 => None,
-                    _ => Some(self.readable_end().await?),
-                },
+                log: self.clone_log(),
             })),
         }
     }
@@ -226,7 +233,7 @@ impl Log for ScriptedLog {
 
     async fn readable_end(&self) -> Result<Offset, Error> {
         let end = self.inner.bounds().await?.end;
-        Ok(end.lo().saturating_sub(self.deleted).into())
+        Ok(end.lo().saturating_sub(self.deleted.load(Ordering::SeqCst)).into())
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
@@ -242,11 +249,10 @@ impl LogReader for ScriptedReader {
             Some(fault) => Err(error(fault, Step::Next)),
             None => {
                 let mut records = self.inner.next(max).await?;
-                if let Some(end) = self.readable_end {
-                    records.retain(|record| record.offset < end);
-                    if records.is_empty() {
-                        std::future::pending::<()>().await;
-                    }
+                let end = self.log.readable_end().await?;
+                records.retain(|record| record.offset < end);
+                if records.is_empty() {
+                    std::future::pending::<()>().await;
                 }
                 for record in records
                     .iter_mut()
