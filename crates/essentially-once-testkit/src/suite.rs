@@ -90,7 +90,7 @@ impl<H: Harness> Case<H> {
     /// Runs the case on a backend of its own, in a tokio runtime of its own with two workers.
     ///
     /// # Errors
-    /// What was found to be wrong, or that it took more than two minutes.
+    /// What was found to be wrong, or that it took more than four minutes.
     pub fn run(&self, harness: &H) -> Result<(), Violation> {
         self.run_within(harness, TIME_LIMIT)
     }

@@ -28,7 +28,7 @@ use crate::{
 /// How long a mutant that gets stuck may be stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
 /// How long any other mutant may take to be found.
-const FOUND_WITHIN: Duration = Duration::from_secs(20);
+const FOUND_WITHIN: Duration = Duration::from_secs(50);
 /// As much of a violation as tells what was found.
 const SHOWN_CHARS: usize = 160;
 
