@@ -21,7 +21,7 @@ mod transaction;
 
 use crate::{
     defect::Defect,
-    model::ModelHarness,
+    model::{ModelHarness, SlowModelHarness},
     table::{MUTANTS, Mutant, STUCK},
 };
 
@@ -43,6 +43,10 @@ fn main() -> ExitCode {
     for case in conformance_cases() {
         let name = format!("correct_model::{}", case.name());
         suite = suite.test(&name, move || case.run(&ModelHarness(Defect::None)));
+    }
+    for case in conformance_cases() {
+        let name = format!("slow_model::{}", case.name());
+        suite = suite.test(&name, move || case.run(&SlowModelHarness));
     }
     for mutant in MUTANTS {
         let name = format!("mutant::{}_fails_{}", snake_case(mutant.defect), mutant.case);
