@@ -51,6 +51,7 @@ mod connect;
 mod error;
 mod guard;
 mod log;
+mod place;
 mod prepared;
 mod reader;
 mod retention;
@@ -58,17 +59,27 @@ mod row;
 mod schema;
 mod shared;
 mod store;
+mod turnstile;
+mod wal;
 
-use std::{fmt, path::Path, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use essentially_once::Error;
 pub use essentially_once::Retention;
 pub use rusqlite;
 
-use crate::shared::Shared;
+use crate::shared::{Shared, on_a_thread};
 pub use crate::{
     error::sqlite_error,
-    log::SqliteLog,
+    log::{LogOptions, SqliteLog},
     store::{SqliteStore, SqliteTx},
 };
 
@@ -96,14 +107,42 @@ impl Sqlite {
     /// The log of that name, created empty if it is missing.
     ///
     /// # Errors
-    /// [`Error::InvalidName`], [`Error::Unavailable`], [`Error::Failed`].
+    /// As [`log_with`](Self::log_with).
     pub async fn log(&self, name: &str) -> Result<SqliteLog, Error> {
-        SqliteLog::open(Arc::clone(&self.shared), name).await
+        self.log_with(name, LogOptions::new()).await
+    }
+
+    /// As [`log`](Self::log), with options: [`LogOptions::existing`] creates nothing.
+    ///
+    /// Dropping the future may leave the log created, and has no other effect.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`], [`Error::Unavailable`]; [`Error::Failed`], also for a log that must exist and does not. It then names
+    /// the logs of the file.
+    pub async fn log_with(&self, name: &str, options: LogOptions) -> Result<SqliteLog, Error> {
+        SqliteLog::open(Arc::clone(&self.shared), name, options).await
     }
 
     /// The store of positions and state.
     pub fn store(&self) -> SqliteStore {
         SqliteStore::new(Arc::clone(&self.shared))
+    }
+
+    /// Closes the file: it waits for the transaction that is open, closes every connection of this handle and its clones, and
+    /// copies what is in the WAL into the file. After that, if no other handle or process has the file open, it alone holds
+    /// everything, and may be copied or moved.
+    ///
+    /// Clones of the handle, and its logs, readers and stores, fail with [`Error::Failed`] from then on. Closing twice does
+    /// nothing. Dropping a handle without closing it loses nothing either: the last connection that closes does the same,
+    /// which may be a moment later, when a fetch that is under way has ended.
+    ///
+    /// Dropping the future may leave the file open or closed.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if a transaction stays open for the whole `busy_timeout`: nothing was closed then. The same if
+    /// other handles or processes read and write the file for so long: then it is closed, and a part stays in the WAL.
+    pub async fn close(&self) -> Result<(), Error> {
+        self.shared.close().await
     }
 
     /// The file's absolute path.
@@ -138,14 +177,16 @@ impl fmt::Debug for Sqlite {
 pub struct SqliteOptions {
     pub(crate) busy_timeout: Duration,
     pub(crate) record_limit: usize,
+    pub(crate) wal_limit: u64,
 }
 
 impl SqliteOptions {
-    /// The defaults: 10 seconds, 16 MiB.
+    /// The defaults: 10 seconds, records of 16 MiB, a WAL of 64 MiB.
     pub fn new() -> Self {
         Self {
             busy_timeout: Duration::from_secs(10),
             record_limit: 16 * 1024 * 1024,
+            wal_limit: 64 * 1024 * 1024,
         }
     }
 
@@ -164,7 +205,20 @@ impl SqliteOptions {
         self
     }
 
+    /// How large the WAL (`-wal`, beside the file) may grow, in bytes. SQLite usually copies it into the file after every 4 MiB,
+    /// or after this much if it is less.
+    ///
+    /// It grows over the limit where a single transaction is larger, and while a read transaction on the file stays open:
+    /// SQLite cannot remove what someone may still read. A warning says so. Once that has ended, a commit cuts it back.
+    #[must_use]
+    pub fn wal_limit(mut self, bytes: u64) -> Self {
+        self.wal_limit = bytes;
+        self
+    }
+
     /// Opens the file, and creates it if it is missing. Its folder must exist.
+    ///
+    /// Dropping the future may leave the file created, and keeps nothing open.
     ///
     /// # Errors
     /// [`Error::Failed`] for a path that cannot be a database (`:memory:` is none), a file that is something else, cannot be
@@ -182,13 +236,23 @@ impl SqliteOptions {
         }
         let path = connect::check_path(path.as_ref())?;
         let action = error::on("open SQLite file", &path);
-        let opened = tokio::task::spawn_blocking(move || Shared::open(path, self));
-        match opened.await {
+        let given_up = GivenUp(Arc::default());
+        let flag = Arc::clone(&given_up.0);
+        match on_a_thread(move || Shared::open(path, self, &flag)).await {
             Ok(shared) => Ok(Sqlite {
                 shared: Arc::new(shared?),
             }),
             Err(error) => Err(Error::unavailable(action, error)),
         }
+    }
+}
+
+/// Says to a thread that nobody waits for it any more.
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

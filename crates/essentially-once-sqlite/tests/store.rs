@@ -551,10 +551,39 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     let log = sqlite.log("orders").await.expect("log");
     let tx = staged(&sqlite.store(), "x").await;
     let error = log.append(&[NewRecord::new("y")]).await.expect_err("waits for itself");
-    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
     assert!(error.to_string().contains("waits for itself"), "{error}");
+    // Another handle on the same file waits for the same lock.
+    let other = options.open(folder.path().join(".").join("a.db")).await.expect("open");
+    let error = other.store().begin(&shipping()).await.expect_err("waits for itself");
+    assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
+    // Another task may be served once the handler is done.
+    let (store, waiting) = (other.store(), shipping());
+    let elsewhere = tokio::spawn(async move { store.begin(&waiting).await.map(drop) });
+    let error = elsewhere.await.expect("no panic").expect_err("locked");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
     tx.commit(advance(1, 0)).await.expect("commit");
     log.append(&[NewRecord::new("y")]).await.expect("free again");
+}
+
+/// The lock changed hands within the task, so nobody waited for himself.
+#[tokio::test]
+async fn a_task_that_does_two_things_at_once_does_not_wait_for_itself() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(300));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    let tx = staged(&sqlite.store(), "x").await;
+    let record = [NewRecord::new("y")];
+    let (committed, appended) = tokio::join!(
+        async {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            tx.commit(advance(1, 0)).await
+        },
+        log.append(&record)
+    );
+    committed.expect("commit");
+    appended.expect("append");
 }
 
 /// Holds the file's write lock from another connection until told to let go.
