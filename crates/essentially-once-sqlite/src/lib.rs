@@ -53,6 +53,7 @@ mod guard;
 mod log;
 mod place;
 mod prepared;
+mod pulse;
 mod reader;
 mod retention;
 mod row;

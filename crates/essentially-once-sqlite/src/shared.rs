@@ -22,6 +22,7 @@ use crate::{
     guard::Guard,
     place::{Holder, Place},
     prepared::Prepared,
+    pulse::Observer,
     reader::Cursor,
     wal::Wal,
 };
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     writer: Arc<sync::Mutex<Option<Writer>>>,
     /// In WAL mode reading never waits for the writer. `None` once it is closed.
     reader: Mutex<Option<Connection>>,
+    /// Opened when a standby first looks.
+    observer: Mutex<Option<Observer>>,
     /// The readers of logs, each with a connection. `None` once the handle is closed.
     cursors: Mutex<Option<Vec<Weak<Mutex<Cursor>>>>>,
 }
@@ -61,6 +64,7 @@ impl Shared {
             options,
             writer: Arc::new(sync::Mutex::new(Some(writer))),
             reader: Mutex::new(Some(reader)),
+            observer: Mutex::default(),
             cursors: Mutex::new(Some(Vec::new())),
         })
     }
@@ -85,11 +89,7 @@ impl Shared {
             writer.reopen(self).await?;
         }
         match self.lock_file(&mut writer, deadline).await {
-            Ok(()) => Ok(WriteTx {
-                holder: self.place.began(),
-                place: Arc::clone(&self.place),
-                writer,
-            }),
+            Ok(()) => Ok(self.write_tx(writer)),
             Err(error) if is_busy(&error) => Err(self.kept_waiting(action(), held, Some(error))),
             Err(error) => Err(classify(self.on(action()), error)),
         }
@@ -165,6 +165,57 @@ impl Shared {
         }
     }
 
+    /// Opens a write transaction if nobody holds the lock; it waits for nobody, and for no turn.
+    pub(crate) fn try_begin(&self, action: impl Fn() -> String) -> Result<Option<WriteTx>, Error> {
+        let Ok(writer) = Arc::clone(&self.writer).try_lock_owned() else {
+            return Ok(None);
+        };
+        let Ok(mut writer) = OwnedMutexGuard::try_map(writer, Option::as_mut) else {
+            return Err(self.closed(action()));
+        };
+        if writer.broken || self.place.holder().is_some() {
+            return Ok(None);
+        }
+        match writer.begin() {
+            Ok(()) => Ok(Some(self.write_tx(writer))),
+            Err(error) if is_busy(&error) => Ok(None),
+            Err(error) => Err(classify(self.on(action()), error)),
+        }
+    }
+
+    fn write_tx(&self, writer: OwnedMappedMutexGuard<Option<Writer>, Writer>) -> WriteTx {
+        WriteTx {
+            holder: self.place.began(),
+            place: Arc::clone(&self.place),
+            writer,
+        }
+    }
+
+    /// Runs a short query on the connection that looks at positions, which is opened at the first.
+    pub(crate) async fn observe<T>(
+        &self,
+        action: impl Fn() -> String,
+        mut query: impl FnMut(&mut Observer) -> rusqlite::Result<T>,
+    ) -> Result<T, Error> {
+        if lock(&self.observer).is_none() {
+            let opened = Observer::new(connect::observer(&self.path, &self.options).await?);
+            let mut observer = lock(&self.observer);
+            if lock(&self.reader).is_none() {
+                return Err(self.closed(action()));
+            }
+            observer.get_or_insert(opened);
+        }
+        let deadline = Instant::now() + self.options.busy_timeout;
+        let observed = retry_busy(deadline, LONGEST_PAUSE, || {
+            lock(&self.observer).as_mut().map(&mut query).transpose()
+        });
+        match observed.await {
+            Ok(Some(observed)) => Ok(observed),
+            Ok(None) => Err(self.closed(action())),
+            Err(error) => Err(classify(self.on(action()), error)),
+        }
+    }
+
     /// Opens a connection for a reader, which [`close`](Self::close) closes as well.
     pub(crate) async fn cursor(
         &self,
@@ -195,10 +246,12 @@ impl Shared {
         let Some(writer) = writer.take() else {
             return Ok(());
         };
+        // The reader's first: without it no observer is opened again.
         let reader = lock(&self.reader).take();
+        let observer = lock(&self.observer).take();
         let cursors = lock(&self.cursors).take().unwrap_or_default();
         let emptied = on_a_thread(move || {
-            drop(reader);
+            drop((reader, observer));
             for cursor in cursors.iter().filter_map(Weak::upgrade) {
                 // A fetch that is under way ends first.
                 lock(&cursor).close();
