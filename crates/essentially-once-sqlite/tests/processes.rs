@@ -36,6 +36,20 @@ impl Process {
         Self(child)
     }
 
+    /// Starts one that may have only so many files open.
+    #[cfg(unix)]
+    fn start_with_few_descriptors(role: &str, path: &Path, limit: u32) -> Self {
+        let child = Command::new("sh")
+            .args(["-c", &format!("ulimit -n {limit} && exec \"$@\""), "sh"])
+            .arg(env::current_exe().expect("this program"))
+            .args([role, "--exact", "--ignored", "--test-threads=1"])
+            .env(FILE, path)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("start");
+        Self(child)
+    }
+
     /// Stops it, or lets it go on.
     #[cfg(unix)]
     fn signal(&self, signal: &str) {
@@ -577,4 +591,49 @@ async fn a_waiter_that_is_frozen_is_passed_by() {
     waiter.signal("-CONT");
     waiter.succeeds().await;
     assert_eq!(log.bounds().await.expect("bounds").end, 103.into());
+}
+
+#[tokio::test]
+#[ignore = "a child process of running_out_of_descriptors_passes"]
+async fn child_runs_out_of_descriptors() {
+    let Some(path) = given_file() else { return };
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    log.append(&[NewRecord::new("x")]).await.expect("append");
+    let mut taken = Vec::new();
+    while let Ok(file) = fs::File::open("/dev/null") {
+        taken.push(file);
+    }
+    let other = path.with_extension("other");
+    for error in [
+        log.read(Offset::ZERO).await.map(drop).expect_err("no descriptor"),
+        Sqlite::open(&path).await.map(drop).expect_err("no descriptor"),
+        Sqlite::open(&other).await.map(drop).expect_err("no descriptor"),
+        sqlite
+            .store()
+            .pulse(&counting())
+            .await
+            .map(drop)
+            .expect_err("no descriptor"),
+    ] {
+        assert!(error.is_transient(), "{error:?}");
+        assert!(error.to_string().contains("ulimit -n"), "{error}");
+    }
+    log.append(&[NewRecord::new("y")])
+        .await
+        .expect("the connection is open");
+    drop(taken);
+    let mut reader = log.read(Offset::ZERO).await.expect("it has passed");
+    assert_eq!(reader.next(9).await.expect("next").len(), 2);
+    Sqlite::open(&other).await.expect("it has passed");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn running_out_of_descriptors_passes() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("a.db");
+    Process::start_with_few_descriptors("child_runs_out_of_descriptors", &path, 48)
+        .succeeds()
+        .await;
 }

@@ -234,6 +234,32 @@ async fn consumers_never_see_each_other() {
 }
 
 #[tokio::test]
+async fn consumers_whose_names_differ_in_case_or_late_are_apart() {
+    let (_folder, _, store) = open().await;
+    let long = "x".repeat(100);
+    let names = [
+        "Shipping".into(),
+        "shipping".into(),
+        format!("{long}a"),
+        format!("{long}b"),
+    ];
+    for (n, name) in names.iter().enumerate() {
+        let consumer = ConsumerId::new(name).expect("name");
+        let mut tx = store.begin(&consumer).await.expect("begin");
+        tx.put(b"k", name.as_bytes()).await.expect("put");
+        tx.commit(advance(n as u64 + 1, 0))
+            .await
+            .expect("the first of its name");
+    }
+    for (n, name) in names.iter().enumerate() {
+        let consumer = ConsumerId::new(name).expect("name");
+        let position = store.position(&consumer).await.expect("position").expect("some");
+        assert_eq!(position.next, (n as u64 + 1).into(), "{name}");
+        assert_eq!(state(&store, &consumer, "k").await.as_ref(), Some(name));
+    }
+}
+
+#[tokio::test]
 async fn keys_and_values_over_the_limit_are_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let sqlite = SqliteOptions::new()
