@@ -34,9 +34,12 @@ pub(crate) struct Wal {
 }
 
 impl Wal {
-    pub(crate) fn new(database: &Path, limit: u64) -> Self {
+    /// That of a database, which exists.
+    pub(crate) fn of(database: &Path, limit: u64) -> Self {
+        // SQLite follows links, and puts it beside the file itself.
+        let database = fs::canonicalize(database).unwrap_or_else(|_| database.to_owned());
         Self {
-            path: beside(database, "-wal"),
+            path: beside(&database, "-wal"),
             limit,
             commits: 0,
             bytes: 0,

@@ -9,8 +9,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Numbering, Offset, OffsetStore, Record,
-    Revision, Transaction, Window,
+    Advance, Consumer, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Numbering, Offset, OffsetStore,
+    Record, Revision, Transaction, Window, handler_fn,
 };
 use essentially_once_sqlite::{
     Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
@@ -590,6 +590,30 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
     tx.commit(advance(1, 0)).await.expect("commit");
     log.append(&[NewRecord::new("y")]).await.expect("free again");
+}
+
+#[tokio::test]
+async fn a_consumer_whose_handler_appends_to_its_own_file_ends_and_says_why() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(50));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    log.append(&[NewRecord::new("x")]).await.expect("append");
+    let results = sqlite.log("results").await.expect("log");
+    let handler = handler_fn(move |_: &Record, _: &mut SqliteTx| {
+        let results = results.clone();
+        Box::pin(async move {
+            results.append(&[NewRecord::new("y")]).await?;
+            Ok(())
+        })
+    });
+    let consumer = Consumer::essentially_once(shipping(), log, sqlite.store(), handler)
+        .backoff(Duration::from_millis(1), Duration::from_millis(1));
+    let ended = tokio::time::timeout(Duration::from_secs(20), consumer.run()).await;
+    let error = ended
+        .expect("it is not tried again without end")
+        .expect_err("it never works");
+    assert!(error.to_string().contains("waits for itself"), "{error}");
 }
 
 /// The lock changed hands within the task, so nobody waited for himself.
