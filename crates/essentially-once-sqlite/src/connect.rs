@@ -56,7 +56,8 @@ pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// Opens the file to write, created if missing, and brings it to our schema. It blocks, waiting for locks too, until `given_up`.
+/// Opens the file to write, created if missing, and brings it to our schema. It blocks, waiting for
+/// locks too, until `given_up`.
 pub(crate) fn create(
     path: &Path,
     guard: &Guard,
@@ -78,7 +79,8 @@ pub(crate) fn create(
     }
 }
 
-/// Another connection that writes, to a file that [`create`] has seen. Waits for locks without blocking the thread.
+/// Another connection that writes, to a file that [`create`] has seen. Waits for locks without
+/// blocking the thread.
 pub(crate) async fn writer(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || {
         let mut connection = existing(path, options)?;
@@ -90,8 +92,8 @@ pub(crate) async fn writer(path: &Path, guard: &Guard, options: &SqliteOptions) 
 
 /// A connection that only reads. Waits for locks without blocking the thread.
 ///
-/// It is opened on the caller's thread: that takes a fraction of a millisecond, and leaves nothing half-made where nobody
-/// would close it if the caller gives up.
+/// It is opened on the caller's thread: that takes a fraction of a millisecond, and leaves nothing
+/// half-made where nobody would close it if the caller gives up.
 pub(crate) async fn reader(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || read_only(path, options)).await
 }
@@ -105,7 +107,8 @@ pub(crate) fn read_only(path: &Path, options: &SqliteOptions) -> Result<Connecti
     Ok(connection)
 }
 
-/// A connection that can ask for the write lock, and never writes. Waits for locks without blocking the thread.
+/// A connection that can ask for the write lock, and never writes. Waits for locks without blocking
+/// the thread.
 pub(crate) async fn observer(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || existing(path, options)).await
 }
@@ -250,8 +253,10 @@ mod tests {
         other
             .execute_batch("BEGIN EXCLUSIVE; CREATE TABLE t (x)")
             .expect("lock");
-        let options = SqliteOptions::new().busy_timeout(Duration::from_secs(600));
+        let options = SqliteOptions::new().busy_timeout(Duration::from_secs(60));
+        let started = Instant::now();
         let error = create(&path, &Guard::default(), &options, &AtomicBool::new(true)).expect_err("locked");
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     }
 }

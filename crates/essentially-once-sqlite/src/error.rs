@@ -38,8 +38,8 @@ pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Err
     }
 }
 
-/// An error from opening again a file that is there and was open before. If SQLite cannot open that, the process or the system
-/// may have run out of descriptors, and have some again by now.
+/// An error from opening again a file that is there and was open before. If SQLite cannot open
+/// that, the process or the system may have run out of descriptors, and have some again by now.
 pub(crate) fn classify_reopening(action: impl Into<String>, error: rusqlite::Error) -> Error {
     match error.sqlite_extended_error_code() {
         Some(ffi::SQLITE_CANTOPEN) => Error::unavailable(action, Cause::new(error, OUT_OF_DESCRIPTORS)),
@@ -109,7 +109,8 @@ const FULL: &str = "the disk (or max_page_count) is full: make room, then go on"
 
 /// Whether no file can be opened now. SQLite reports that as it reports a folder that is missing.
 fn is_out_of_descriptors() -> bool {
-    // Unix takes a descriptor before it looks at the path, and never the database: closing that would drop our locks on it.
+    // Unix takes a descriptor before it looks at the path, and never the database: closing that
+    // would drop our locks on it.
     let opened = File::open("/");
     match opened.map_err(|error| error.raw_os_error()) {
         // ENFILE and EMFILE; ERROR_TOO_MANY_OPEN_FILES.

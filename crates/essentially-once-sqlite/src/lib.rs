@@ -5,9 +5,9 @@
 //! - [`SqliteStore`] keeps positions and state. A handler's [`SqliteTx`] is portable
 //!   [`KeyValue`](essentially_once::KeyValue) state and also takes SQL on tables of your own.
 //!
-//! The file is put into WAL mode and every connection of this crate syncs at each commit (`synchronous=FULL`), so what was
-//! acknowledged survives a crash. Tables of this crate are named `essentially_once_*`; the rest of the file, and `user_version`,
-//! is yours.
+//! The file is put into WAL mode and every connection of this crate syncs at each commit
+//! (`synchronous=FULL`), so what was acknowledged survives a crash. Tables of this crate are named
+//! `essentially_once_*`; the rest of the file, and `user_version`, is yours.
 //!
 //! ```
 //! use essentially_once::{Advance, ConsumerId, Log, NewRecord, Offset, OffsetStore, Revision, Transaction};
@@ -48,45 +48,52 @@
 
 //! # Several processes
 //!
-//! Several processes may use one file, on one machine and a local disk. Only one transaction writes at a time, and a handler's
-//! transaction is open while the handler runs. Those who wait get the write lock in the order of asking, so with a batch time
-//! limit of 100 ms an append waits about 100 ms at most for each busy consumer. The order is kept by locks on an empty file
-//! beside the database, `shop.db-turn`. It may be deleted while no process uses the database. Where it cannot be made, and
-//! beside programs that do not know it, everything works, but a busy consumer may keep others waiting up to their
-//! [`busy_timeout`](SqliteOptions::busy_timeout).
+//! Several processes may use one file, on one machine and a local disk. Only one transaction writes
+//! at a time, and a handler's transaction is open while the handler runs. Those who wait get the
+//! write lock in the order of asking, so with a batch time limit of 100 ms an append waits about
+//! 100 ms at most for each busy consumer. The order is kept by locks on an empty file beside the
+//! database, `shop.db-turn`. It may be deleted while no process uses the database. Where it cannot
+//! be made, and beside programs that do not know it, everything works, but a busy consumer may keep
+//! others waiting up to their [`busy_timeout`](SqliteOptions::busy_timeout).
 //!
-//! A handler cannot append to a log in its own file: the append would wait for the handler's own lock. It fails after the
-//! `busy_timeout`, and says so. Insert into a table of yours instead, or use a log in another file.
+//! A handler cannot append to a log in its own file: the append would wait for the handler's own
+//! lock. It fails after the `busy_timeout`, and says so. Insert into a table of yours instead, or
+//! use a log in another file.
 //!
 //! # Backing up and restoring
 //!
-//! A file in use is the database together with its WAL, so a plain copy of `shop.db` misses what was committed last. There are
-//! two ways to make a copy:
+//! A file in use is the database together with its WAL, so a plain copy of `shop.db` misses what
+//! was committed last. There are two ways to make a copy:
 //!
 //! - While processes work: run `VACUUM INTO 'copy.db'` in any SQLite shell or library, such as
-//!   `sqlite3 shop.db "VACUUM INTO 'copy.db'"`. The copy is whole and of one moment, and nobody is kept from writing. Until it
-//!   is done the WAL cannot be cut back, and [a warning](SqliteOptions::wal_limit) may say so.
-//! - Without a shell: stop all other processes, [`close`](Sqlite::close) the file, and copy `shop.db`.
+//!   `sqlite3 shop.db "VACUUM INTO 'copy.db'"`. The copy is whole and of one moment, and nobody is
+//!   kept from writing. Until it is done the WAL cannot be cut back, and [a
+//!   warning](SqliteOptions::wal_limit) may say so.
+//! - Without a shell: stop all other processes, [`close`](Sqlite::close) the file, and copy
+//!   `shop.db`.
 //!
 //! To restore a copy:
 //!
 //! 1. Stop every process that uses the file. SQLite goes on writing to a file that was replaced.
-//! 2. Delete `shop.db-wal` and `shop.db-shm`: they belong to the old file, and would damage the new one.
+//! 2. Delete `shop.db-wal` and `shop.db-shm`: they belong to the old file, and would damage the new
+//!    one.
 //! 3. Move the copy to `shop.db`, and start the processes again.
 //!
 //! What a consumer does then depends on what else was restored:
 //!
-//! - Log, position and state are in this file: they went back together, and the consumer goes on from the copy's position.
-//!   Records appended since the copy are lost, and what handlers did outside the file since then happens again.
-//! - Only the log went back, and the store is elsewhere: the position is past records that do not exist any more, or are other
-//!   ones by now. The run ends with [`Error::OutOfRange`], or with [`Error::LogChanged`] once the log has grown past the
-//!   position. Find out which records are new, and [`seek`](essentially_once::seek) to the first of them.
-//! - Only the store went back, and the log is elsewhere: the consumer handles the records since the copy again, which is
-//!   right for the state in this file.
+//! - Log, position and state are in this file: they went back together, and the consumer goes on
+//!   from the copy's position. Records appended since the copy are lost, and what handlers did
+//!   outside the file since then happens again.
+//! - Only the log went back, and the store is elsewhere: the position is past records that do not
+//!   exist any more, or are other ones by now. The run ends with [`Error::OutOfRange`], or with
+//!   [`Error::LogChanged`] once the log has grown past the position. Find out which records are
+//!   new, and [`seek`](essentially_once::seek) to the first of them.
+//! - Only the store went back, and the log is elsewhere: the consumer handles the records since the
+//!   copy again, which is right for the state in this file.
 //!
-//! SQLite can also restore into the open file (`.restore` in its shell), under processes that go on. A run that finds its
-//! position gone back ends with [`Error::PositionLost`], unless the log went back with it and has not grown since. Start it
-//! again.
+//! SQLite can also restore into the open file (`.restore` in its shell), under processes that go
+//! on. A run that finds its position gone back ends with [`Error::PositionLost`], unless the log
+//! went back with it and has not grown since. Start it again.
 
 mod codec;
 mod connect;
@@ -128,10 +135,11 @@ pub use crate::{
 
 /// An open SQLite file. Clones share its connections.
 ///
-/// All writing of a handle and its clones goes through one connection, one transaction at a time. Whoever waits for it, in this
-/// handle, another one or another process, gets it in the order of asking. Waiting never blocks the runtime's thread.
-/// Committing does, for as long as the disk takes to sync. Nothing waits for the runtime's blocking pool: appends of more than
-/// 256 records, and trimming, use threads of their own.
+/// All writing of a handle and its clones goes through one connection, one transaction at a time.
+/// Whoever waits for it, in this handle, another one or another process, gets it in the order of
+/// asking. Waiting never blocks the runtime's thread. Committing does, for as long as the disk
+/// takes to sync. Nothing waits for the runtime's blocking pool: appends of more than 256 records,
+/// and trimming, use threads of their own.
 ///
 /// Any call may be dropped: it then holds nothing open, and no lock.
 ///
@@ -174,13 +182,14 @@ impl Sqlite {
         SqliteStore::new(Arc::clone(&self.shared))
     }
 
-    /// Closes the file: it waits for the transaction that is open, closes every connection of this handle and its clones, and
-    /// copies what is in the WAL into the file. After that, if no other handle or process has the file open, it alone holds
-    /// everything, and may be copied or moved.
+    /// Closes the file: it waits for the transaction that is open, closes every connection of this
+    /// handle and its clones, and copies what is in the WAL into the file. After that, if no other
+    /// handle or process has the file open, it alone holds everything, and may be copied or moved.
     ///
-    /// Clones of the handle, and its logs, readers and stores, fail with [`Error::Failed`] from then on. Closing twice does
-    /// nothing. Dropping a handle without closing it loses nothing either: the last connection that closes does the same,
-    /// which may be a moment later, when a fetch that is under way has ended.
+    /// Clones of the handle, and its logs, readers and stores, fail with [`Error::Failed`] from
+    /// then on. Closing twice does nothing. Dropping a handle without closing it loses nothing
+    /// either: the last connection that closes does the same, which may be a moment later, when a
+    /// fetch that is under way has ended.
     ///
     /// Dropping the future may leave the file open or closed.
     ///
@@ -251,11 +260,12 @@ impl SqliteOptions {
         self
     }
 
-    /// How large the WAL (`-wal`, beside the file) may grow, in bytes. SQLite usually copies it into the file after every 4 MiB,
-    /// or after this much if it is less.
+    /// How large the WAL (`-wal`, beside the file) may grow, in bytes. SQLite usually copies it
+    /// into the file after every 4 MiB, or after this much if it is less.
     ///
-    /// It grows over the limit where a single transaction is larger, and while a read transaction on the file stays open:
-    /// SQLite cannot remove what someone may still read. A warning says so. Once that has ended, a commit cuts it back.
+    /// It grows over the limit where a single transaction is larger, and while a read transaction
+    /// on the file stays open: SQLite cannot remove what someone may still read. A warning says so.
+    /// Once that has ended, a commit cuts it back.
     #[must_use]
     pub fn wal_limit(mut self, bytes: u64) -> Self {
         self.wal_limit = bytes;

@@ -36,8 +36,8 @@ impl LogOptions {
         Self::default()
     }
 
-    /// Creates nothing, and fails if there is no log of that name: a consumer whose log's name is mistyped would otherwise wait
-    /// at an empty log.
+    /// Creates nothing, and fails if there is no log of that name: a consumer whose log's name is
+    /// mistyped would otherwise wait at an empty log.
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
@@ -52,8 +52,9 @@ impl LogOptions {
 /// The column `producer` holds the producer's name, followed by `#` and the epoch where that is not the stable one:
 /// `web#17`. A version before 0.2 yields such a record as malformed rather than mix up epochs.
 ///
-/// An append is one transaction: a failed one left nothing behind. Within a handler's transaction on the same file, an append
-/// waits for the handler's own lock. It ends as [`Error::Failed`] after the `busy_timeout`, and says what to do instead.
+/// An append is one transaction: a failed one left nothing behind. Within a handler's transaction
+/// on the same file, an append waits for the handler's own lock. It ends as [`Error::Failed`] after
+/// the `busy_timeout`, and says what to do instead.
 #[derive(Clone)]
 pub struct SqliteLog {
     pub(crate) inner: Arc<Inner>,

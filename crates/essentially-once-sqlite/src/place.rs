@@ -51,7 +51,8 @@ impl Runner {
 impl Place {
     /// The place of the file at `path`, which exists.
     pub(crate) fn of(path: &Path) -> Arc<Self> {
-        // Another name of the same file leads to the same place. Where the name cannot be resolved, the cost is fairness alone.
+        // Another name of the same file leads to the same place. Where the name cannot be resolved,
+        // the cost is fairness alone.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let mut places = lock(&PLACES);
         let places = places.get_or_insert_default();

@@ -1,4 +1,5 @@
-//! Looking at positions from outside, for standbys: whether the owner lives, without waiting for it.
+//! Looking at positions from outside, for standbys: whether the owner lives, without waiting for
+//! it.
 
 use std::{
     collections::HashMap,
@@ -13,7 +14,8 @@ use crate::{error::is_busy, row::unsigned};
 /// A lock that is held still counts as a beat no more often than this, however often someone looks.
 const BEAT: Duration = Duration::from_millis(20);
 
-/// Beats in place of an owner that handles for long: it holds the write lock, and so cannot write that it lives.
+/// Beats in place of an owner that handles for long: it holds the write lock, and so cannot write
+/// that it lives.
 pub(crate) const BEAT_SQL: &str =
     "UPDATE main.essentially_once_consumers SET beats = beats + 1 WHERE consumer = ?1 AND owner = ?2";
 
@@ -54,7 +56,8 @@ impl Observer {
             .query_row([], |row| row.get(0))
     }
 
-    /// What shows life of the consumer's owner. `is_held` says that a transaction of this process holds the lock.
+    /// What shows life of the consumer's owner. `is_held` says that a transaction of this process
+    /// holds the lock.
     pub(crate) fn look(&mut self, consumer: &ConsumerId, is_held: bool) -> rusqlite::Result<Option<Seen>> {
         let version = self.data_version()?;
         let seen = self
@@ -107,7 +110,8 @@ impl Seen {
     }
 }
 
-/// Whether someone holds the write lock. To know it one must take it, for a moment in which nothing is written.
+/// Whether someone holds the write lock. To know it one must take it, for a moment in which nothing
+/// is written.
 fn is_locked(connection: &Connection) -> rusqlite::Result<bool> {
     match connection.execute_batch("BEGIN IMMEDIATE") {
         Ok(()) => connection.execute_batch("ROLLBACK").map(|()| false),

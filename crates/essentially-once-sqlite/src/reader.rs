@@ -25,8 +25,8 @@ use crate::{
     shared::{LONGEST_PAUSE, retry_busy},
 };
 
-/// About how many bytes of records one `next` returns at most. Each counts with what it takes in memory, so that a million empty
-/// records are not one fetch.
+/// About how many bytes of records one `next` returns at most. Each counts with what it takes in
+/// memory, so that a million empty records are not one fetch.
 const FETCH_BYTES: usize = 1024 * 1024;
 
 /// How long to wait for a thread of the blocking pool before fetching on the spot.
@@ -175,7 +175,8 @@ impl SqliteReader {
         found.map_err(|error| self.failed(error))
     }
 
-    /// What a thread of the blocking pool finds; `None` if none is free, or the file is locked for a moment.
+    /// What a thread of the blocking pool finds; `None` if none is free, or the file is locked for
+    /// a moment.
     async fn look_in_pool(&self, max: usize) -> Result<Option<Found>, Error> {
         let next = self.next;
         // What waits in the pool keeps no connection open, and does nothing once it was given up.

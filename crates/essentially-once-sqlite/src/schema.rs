@@ -64,7 +64,8 @@ const MIGRATIONS: &[&str] = &[
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;
      CREATE TRIGGER main.essentially_once_positions_update BEFORE UPDATE ON essentially_once_positions
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;",
-    // A process of the version before names its columns, so it goes on beside newer ones. It beats for nobody.
+    // A process of the version before names its columns, so it goes on beside newer ones. It beats
+    // for nobody.
     "ALTER TABLE main.essentially_once_consumers ADD COLUMN beats INTEGER NOT NULL DEFAULT 0;",
 ];
 

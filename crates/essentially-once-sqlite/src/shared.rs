@@ -1,4 +1,5 @@
-//! What the clones of one handle share: the writer connection, a connection for short reads, and the readers' connections.
+//! What the clones of one handle share: the writer connection, a connection for short reads, and
+//! the readers' connections.
 
 use std::{
     fmt,
@@ -32,8 +33,9 @@ pub(crate) const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 /// The one whose turn it is asks often: he alone does, and while he pauses nobody writes.
 const LONGEST_PAUSE_IN_TURN: Duration = Duration::from_millis(2);
 
-/// Whoever has passed the turnstile may write again without passing it for this long. It spares system calls where commits take
-/// microseconds, and costs those who wait no more than this for each one in front of them.
+/// Whoever has passed the turnstile may write again without passing it for this long. It spares
+/// system calls where commits take microseconds, and costs those who wait no more than this for
+/// each one in front of them.
 const TENURE: Duration = Duration::from_millis(2);
 
 /// How long to wait for one's turn before looking whether whoever is in the turnstile still moves.
@@ -112,7 +114,8 @@ impl Shared {
         };
         let mut patience = PATIENCE;
         while !turn.comes_within(patience.min(deadline - Instant::now())).await {
-            // Whoever is in the turnstile takes the lock as soon as it is free. One who lets it lie twice is frozen.
+            // Whoever is in the turnstile takes the lock as soon as it is free. One who lets it lie
+            // twice is frozen.
             match writer.begin() {
                 Ok(()) if patience == SECOND_LOOK => return Ok(()),
                 Ok(()) => {
@@ -129,7 +132,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The error of one who did not get the write lock in time. `held` is whose it was when he began to wait.
+    /// The error of one who did not get the write lock in time. `held` is whose it was when he
+    /// began to wait.
     fn kept_waiting(&self, action: String, held: Option<Holder>, error: Option<rusqlite::Error>) -> Error {
         let (action, timeout) = (self.on(action), self.options.busy_timeout);
         match (self.place.holder().filter(|holder| held == Some(*holder)), error) {
@@ -245,7 +249,8 @@ impl Shared {
         Ok(cursor)
     }
 
-    /// Closes every connection of the handle, after the transaction that is open, and empties the WAL into the file.
+    /// Closes every connection of the handle, after the transaction that is open, and empties the
+    /// WAL into the file.
     pub(crate) async fn close(&self) -> Result<(), Error> {
         let action = || self.on("close SQLite file");
         let deadline = Instant::now() + self.options.busy_timeout;
@@ -312,8 +317,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs what takes long on a thread of its own. The runtime's blocking pool may be full, and what holds the file's write lock
-/// must not wait for a place in it.
+/// Runs what takes long on a thread of its own. The runtime's blocking pool may be full, and what
+/// holds the file's write lock must not wait for a place in it.
 ///
 /// Dropping the future leaves the work running.
 pub(crate) async fn on_a_thread<T: Send + 'static>(

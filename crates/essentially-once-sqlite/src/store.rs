@@ -93,7 +93,8 @@ impl OffsetStore for SqliteStore {
         self.shared.read(|| "read durability".into(), connect::durability).await
     }
 
-    /// A write lock that is held by one transaction counts as a beat: whoever handles for long holds it, and cannot write.
+    /// A write lock that is held by one transaction counts as a beat: whoever handles for long
+    /// holds it, and cannot write.
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
         let action = || format!("read pulse of consumer {consumer}");
         let is_held = self.shared.place.holder().is_some();
@@ -111,7 +112,8 @@ impl OffsetStore for SqliteStore {
         let until = Instant::now() + interval.min(NEVER);
         let mut commits = self.shared.place.commits.subscribe();
         loop {
-            // In this order: what is committed after this pulse was taken changes the version after it was.
+            // In this order: what is committed after this pulse was taken changes the version after
+            // it was.
             let version = self.shared.observe(action, |observer| observer.data_version()).await?;
             let pulse = self.pulse(consumer).await?;
             if pulse != *seen || Instant::now() >= until {
@@ -134,7 +136,8 @@ impl OffsetStore for SqliteStore {
         }
     }
 
-    /// Writes only if the write lock is free at this moment. Where it is not, it shows life by itself.
+    /// Writes only if the write lock is free at this moment. Where it is not, it shows life by
+    /// itself.
     async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
         let action = || format!("beat for consumer {consumer}");
         let Some(mut tx) = self.shared.try_begin(action)? else {

@@ -1,11 +1,13 @@
 //! The order in which those who wait for a file's write lock get it, across tasks and processes.
 //!
-//! SQLite keeps no queue: its lock goes to whoever asks first after it was given back, and that is the process which has just
-//! given it back. A busy consumer would so keep everyone else out. Therefore each one passes a turnstile first, which the
-//! kernel keeps as a lock on a file beside the database. Whoever is in it is the next to write, and leaves it once he has the
-//! write lock. Who has just committed must pass again, and finds those who waited in front of him.
+//! SQLite keeps no queue: its lock goes to whoever asks first after it was given back, and that is
+//! the process which has just given it back. A busy consumer would so keep everyone else out.
+//! Therefore each one passes a turnstile first, which the kernel keeps as a lock on a file beside
+//! the database. Whoever is in it is the next to write, and leaves it once he has the write lock.
+//! Who has just committed must pass again, and finds those who waited in front of him.
 //!
-//! The turnstile decides about the order alone: without it, or beside programs that do not know it, everything stays correct.
+//! The turnstile decides about the order alone: without it, or beside programs that do not know it,
+//! everything stays correct.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -32,7 +34,8 @@ pub(crate) struct Turnstile {
 
 #[derive(Default)]
 struct State {
-    /// A thread waits in the kernel's queue. It stays there if its task goes, and the next task takes the place over.
+    /// A thread waits in the kernel's queue. It stays there if its task goes, and the next task
+    /// takes the place over.
     queued: bool,
     /// A task wants to have what that thread waits for.
     wanted: bool,
@@ -79,7 +82,8 @@ impl Turnstile {
         turn
     }
 
-    /// Enters at once if nobody is in the way; otherwise a thread waits, since the kernel lets only a thread wait.
+    /// Enters at once if nobody is in the way; otherwise a thread waits, since the kernel lets only
+    /// a thread wait.
     fn enter(self: &Arc<Self>) {
         let Some(file) = &self.file else {
             return;
@@ -144,7 +148,8 @@ impl Turnstile {
 }
 
 impl Turn {
-    /// Whether it is this one's turn, after waiting `patience` for it at most. It also is where the kernel keeps no queue.
+    /// Whether it is this one's turn, after waiting `patience` for it at most. It also is where the
+    /// kernel keeps no queue.
     pub(crate) async fn comes_within(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         loop {

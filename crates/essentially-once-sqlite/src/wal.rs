@@ -21,9 +21,10 @@ const BETWEEN_WARNINGS: Duration = Duration::from_secs(60);
 
 /// What a connection that writes knows of the WAL.
 ///
-/// SQLite copies the WAL into the database after commits, and then writes it again from its beginning: but only if a commit
-/// finds all of it copied, and nobody reading it. With writers in several processes there is always one that has just added
-/// something, so a writer whose turn it is makes it begin again where it has grown over the limit.
+/// SQLite copies the WAL into the database after commits, and then writes it again from its
+/// beginning: but only if a commit finds all of it copied, and nobody reading it. With writers in
+/// several processes there is always one that has just added something, so a writer whose turn it
+/// is makes it begin again where it has grown over the limit.
 pub(crate) struct Wal {
     path: PathBuf,
     limit: u64,
@@ -62,7 +63,8 @@ impl Wal {
         is_due.then_some(PATIENCE)
     }
 
-    /// Lets it begin again, and returns whether that was possible: not while anyone writes, or reads what is in it.
+    /// Lets it begin again, and returns whether that was possible: not while anyone writes, or
+    /// reads what is in it.
     pub(crate) fn restart(&mut self, connection: &Connection) -> bool {
         // An error shows at the next statement as well, whose caller can be told.
         let done = checkpoint(connection, "RESTART").unwrap_or(true);
@@ -87,7 +89,8 @@ impl Wal {
         );
     }
 
-    /// Copies all of it into the database and empties it; `false` while anyone writes, or reads what is in it.
+    /// Copies all of it into the database and empties it; `false` while anyone writes, or reads
+    /// what is in it.
     pub(crate) fn empty(&self, connection: &Connection) -> rusqlite::Result<bool> {
         checkpoint(connection, "TRUNCATE")
     }

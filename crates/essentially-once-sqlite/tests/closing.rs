@@ -208,7 +208,8 @@ async fn a_wal_over_its_limit_is_warned_about_while_someone_reads_and_cut_back_a
     assert!(wal() <= 2 * LIMIT, "{} bytes afterwards", wal());
 }
 
-/// The steps of the guide in the crate's documentation: copying while a consumer works, and putting the copy back.
+/// The steps of the guide in the crate's documentation: copying while a consumer works, and putting
+/// the copy back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_of_a_file_in_use_is_whole_and_can_be_put_back() {
     let folder: TempDir = tempfile::tempdir().expect("folder");

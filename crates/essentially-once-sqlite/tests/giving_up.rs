@@ -21,7 +21,8 @@ fn shipping() -> ConsumerId {
     ConsumerId::new("shipping").expect("name")
 }
 
-/// What takes long has threads of its own, so a service that keeps the pool busy keeps no lock held.
+/// What takes long has threads of its own, so a service that keeps the pool busy keeps no lock
+/// held.
 #[test]
 fn everything_works_while_the_blocking_pool_is_full() {
     let runtime = Builder::new_current_thread()
@@ -72,8 +73,8 @@ fn descriptors(path: &Path) -> usize {
         .count()
 }
 
-/// While someone holds a lock on a file, SQLite keeps what is closed meanwhile to reuse it, since closing it would drop that
-/// lock: as many as were open at the same time, however often that was.
+/// While someone holds a lock on a file, SQLite keeps what is closed meanwhile to reuse it, since
+/// closing it would drop that lock: as many as were open at the same time, however often that was.
 #[cfg(target_os = "linux")]
 const KEPT: usize = 12;
 
@@ -111,7 +112,9 @@ async fn opening_that_was_given_up_leaves_no_descriptor() {
         .execute_batch("BEGIN EXCLUSIVE; CREATE TABLE t (x)")
         .expect("lock");
     let before = descriptors(&path);
-    give_up(async || Sqlite::open(&path).await.map(drop)).await;
+    // Far longer than the test waits for it.
+    let options = SqliteOptions::new().busy_timeout(10 * SOON);
+    give_up(async || options.open(&path).await.map(drop)).await;
     at_most(before + KEPT, &path).await;
     shell.execute_batch("COMMIT").expect("unlock");
     drop(shell);

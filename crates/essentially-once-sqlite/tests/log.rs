@@ -472,7 +472,8 @@ async fn a_log_made_anew_is_another_log() {
     assert_eq!(read_to_end(&anew, 0, 10).await.len(), 9);
 }
 
-/// What an old handle appends must not come back as rows that nobody finds, or in the log that has its place.
+/// What an old handle appends must not come back as rows that nobody finds, or in the log that has
+/// its place.
 #[tokio::test]
 async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
     let (_folder, sqlite, log) = orders().await;

@@ -384,7 +384,8 @@ async fn two_consumers_of_one_name_count_each_record_once() {
     assert_eq!(counts(&shell), (RECORDS as i64, RECORDS as i64, 1));
 }
 
-/// Where an appender writes of each append how long it took, in microseconds, and how many commits of others came before its own.
+/// Where an appender writes of each append how long it took, in microseconds, and how many commits
+/// of others came before its own.
 fn waits_file(path: &Path, process: u32) -> PathBuf {
     path.with_extension(format!("waits-{process}"))
 }
@@ -434,7 +435,8 @@ async fn child_appends_and_notes_how_long_it_waits() {
     }
 }
 
-/// What appends went through: how long each took, and how many commits of others came before its own. Both in order.
+/// What appends went through: how long each took, and how many commits of others came before its
+/// own. Both in order.
 struct Waits {
     took: Vec<Duration>,
     overtaken: Vec<u64>,
@@ -448,7 +450,8 @@ impl Waits {
     }
 }
 
-/// Has that many consumers with a backlog and appenders work on one file, each in a process of its own.
+/// Has that many consumers with a backlog and appenders work on one file, each in a process of its
+/// own.
 async fn contend(consumers: usize, appenders: usize, time: Duration) -> Waits {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
@@ -519,7 +522,8 @@ async fn contend(consumers: usize, appenders: usize, time: Duration) -> Waits {
 async fn an_appender_gets_its_turn_beside_busy_consumers() {
     let waits = contend(2, 2, Duration::from_secs(4)).await;
     assert!(waits.took.len() >= 12, "only {} appends", waits.took.len());
-    // Two batches and another append are in front of it; one more is under way when it begins to wait.
+    // Two batches and another append are in front of it; one more is under way when it begins to
+    // wait.
     let overtaken = Waits::percentile(&waits.overtaken, 75).expect("some");
     assert!(overtaken <= 4, "{:?}", waits.overtaken);
 }
