@@ -2,17 +2,20 @@
 
 use std::{
     ffi::OsStr,
-    fs,
+    fs, io,
     path::{self, Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use essentially_once::{Durability, Error};
 use rusqlite::{Connection, OpenFlags};
+use tokio::time;
 
 use crate::{
-    error::{classify, is_busy, on},
+    SqliteOptions,
+    error::{classify, classify_reopening, is_busy, on},
     guard::Guard,
     schema,
 };
@@ -20,8 +23,14 @@ use crate::{
 /// Statements kept prepared per connection: ours, and those of a handler with a rich schema.
 const STATEMENT_CACHE: usize = 256;
 
-/// How long to pause before asking again for a lock while opening, on a thread that may block.
+/// How long to pause before asking again for a lock while opening.
 const OPEN_PAUSE: Duration = Duration::from_millis(5);
+
+/// What a full WAL is cut back to costs this many bytes per page of SQLite's default size.
+const PAGE: u64 = 4096;
+
+/// SQLite's own default: it copies the WAL into the file whenever this many pages are in it.
+const CHECKPOINT_PAGES: u64 = 1000;
 
 /// Checks what can be told without opening the file, and makes the path independent of the current folder.
 pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
@@ -47,44 +56,61 @@ pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
     Ok(path)
 }
 
-/// Opens the file to write, created if missing, and brings it to our schema; waits for locks, so it may block.
-pub(crate) fn create(path: &Path, guard: &Guard, busy_timeout: Duration) -> Result<Connection, Error> {
-    wait_for_locks(busy_timeout, || {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut connection = open(path, flags)?;
-        if connection.is_readonly("main").unwrap_or(false) {
-            return Err(Error::failed(
-                on("open SQLite file", path),
-                "it can be read only; make the file and its folder writable for this user",
-            ));
+/// Opens the file to write, created if missing, and brings it to our schema. It blocks, waiting for
+/// locks too, until `given_up`.
+pub(crate) fn create(
+    path: &Path,
+    guard: &Guard,
+    options: &SqliteOptions,
+    given_up: &AtomicBool,
+) -> Result<Connection, Error> {
+    let started = Instant::now();
+    loop {
+        match create_once(path, guard, options) {
+            Err(error)
+                if may_pass_soon(&error)
+                    && started.elapsed() < options.busy_timeout
+                    && !given_up.load(Ordering::Relaxed) =>
+            {
+                thread::sleep(OPEN_PAUSE);
+            }
+            result => return result,
         }
-        // Before anything is changed in it: the file may be something else, or of a newer version.
-        schema::check(&connection, path)?;
-        configure(&connection, path)?;
-        schema::migrate(&connection, path)?;
+    }
+}
+
+/// Another connection that writes, to a file that [`create`] has seen. Waits for locks without
+/// blocking the thread.
+pub(crate) async fn writer(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
+    wait_for_locks(options, || {
+        let mut connection = existing(path, options)?;
         install(guard, &mut connection, path)?;
         Ok(connection)
     })
+    .await
 }
 
-/// Another connection that writes, to a file that [`create`] has seen; waits for locks, so it may block.
-pub(crate) fn writer(path: &Path, guard: &Guard, busy_timeout: Duration) -> Result<Connection, Error> {
-    wait_for_locks(busy_timeout, || {
-        let mut connection = existing(path)?;
-        install(guard, &mut connection, path)?;
-        Ok(connection)
-    })
+/// A connection that only reads. Waits for locks without blocking the thread.
+///
+/// It is opened on the caller's thread: that takes a fraction of a millisecond, and leaves nothing
+/// half-made where nobody would close it if the caller gives up.
+pub(crate) async fn reader(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
+    wait_for_locks(options, || read_only(path, options)).await
 }
 
-/// A connection that only reads; waits for locks, so it may block.
-pub(crate) fn reader(path: &Path, busy_timeout: Duration) -> Result<Connection, Error> {
-    wait_for_locks(busy_timeout, || {
-        let connection = existing(path)?;
-        connection
-            .pragma_update(None, "query_only", true)
-            .map_err(|error| classify(on("open SQLite file", path), error))?;
-        Ok(connection)
-    })
+/// As [`reader`], at once.
+pub(crate) fn read_only(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
+    let connection = existing(path, options)?;
+    connection
+        .pragma_update(None, "query_only", true)
+        .map_err(|error| classify(on("open SQLite file", path), error))?;
+    Ok(connection)
+}
+
+/// A connection that can ask for the write lock, and never writes. Waits for locks without blocking
+/// the thread.
+pub(crate) async fn observer(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
+    wait_for_locks(options, || existing(path, options)).await
 }
 
 /// Whether commits through connections such as this one survive a crash, by SQLite's own word.
@@ -106,26 +132,48 @@ fn install(guard: &Guard, connection: &mut Connection, path: &Path) -> Result<()
         .map_err(|error| classify(on("open SQLite file", path), error))
 }
 
-/// Never creates the file: one that was deleted since must not come back empty.
-fn existing(path: &Path) -> Result<Connection, Error> {
-    let connection = open(
-        path,
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-    )?;
-    configure(&connection, path)?;
+fn create_once(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection = connect(path, flags).map_err(|error| classify(on("open SQLite file", path), error))?;
+    if connection.is_readonly("main").unwrap_or(false) {
+        return Err(Error::failed(
+            on("open SQLite file", path),
+            "it can be read only; make the file and its folder writable for this user",
+        ));
+    }
+    // Before anything is changed in it: the file may be something else, or of a newer version.
+    schema::check(&connection, path)?;
+    configure(&connection, path, options)?;
+    schema::migrate(&connection, path)?;
+    install(guard, &mut connection, path)?;
     Ok(connection)
 }
 
-fn open(path: &Path, flags: OpenFlags) -> Result<Connection, Error> {
-    let failed = |error| classify(on("open SQLite file", path), error);
-    let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
+/// Never creates the file: one that was deleted since must not come back empty.
+fn existing(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let action = || on("open SQLite file", path);
+    let connection = connect(path, flags).map_err(|error| match fs::metadata(path) {
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Error::failed(
+            action(),
+            "the file was moved or deleted while it was open; put it back, or open its new place",
+        ),
+        Err(_) => classify(action(), error),
+        Ok(_) => classify_reopening(action(), error),
+    })?;
+    configure(&connection, path, options)?;
+    Ok(connection)
+}
+
+fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, flags)?;
     // SQLite would wait by blocking the thread; locks are waited for elsewhere.
-    connection.busy_timeout(Duration::ZERO).map_err(failed)?;
+    connection.busy_timeout(Duration::ZERO)?;
     connection.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
     Ok(connection)
 }
 
-fn configure(connection: &Connection, path: &Path) -> Result<(), Error> {
+fn configure(connection: &Connection, path: &Path, options: &SqliteOptions) -> Result<(), Error> {
     let failed = |error| classify(on("set up SQLite file", path), error);
     let journal: String = connection
         .query_row("PRAGMA main.journal_mode = WAL", [], |row| row.get(0))
@@ -142,17 +190,27 @@ fn configure(connection: &Connection, path: &Path) -> Result<(), Error> {
     connection.pragma_update(None, "fullfsync", true).map_err(failed)?;
     connection
         .pragma_update(Some("main"), "synchronous", "FULL")
-        .map_err(failed)
+        .map_err(failed)?;
+    let limit = i64::try_from(options.wal_limit).unwrap_or(i64::MAX);
+    let pages = (options.wal_limit / PAGE).clamp(1, CHECKPOINT_PAGES) as i64;
+    for (pragma, value) in [("main.journal_size_limit", limit), ("wal_autocheckpoint", pages)] {
+        connection
+            .query_row(&format!("PRAGMA {pragma} = {value}"), [], |_| Ok(()))
+            .map_err(failed)?;
+    }
+    Ok(())
 }
 
-fn wait_for_locks<T>(busy_timeout: Duration, mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
-    let started = Instant::now();
+fn may_pass_soon(error: &Error) -> bool {
+    crate::error::sqlite_error(error).is_some_and(is_busy)
+}
+
+async fn wait_for_locks<T>(options: &SqliteOptions, mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    let started = time::Instant::now();
     loop {
         match attempt() {
-            Err(error)
-                if started.elapsed() < busy_timeout && crate::error::sqlite_error(&error).is_some_and(is_busy) =>
-            {
-                thread::sleep(OPEN_PAUSE);
+            Err(error) if may_pass_soon(&error) && started.elapsed() < options.busy_timeout => {
+                time::sleep(OPEN_PAUSE).await;
             }
             result => return result,
         }
@@ -163,14 +221,13 @@ fn wait_for_locks<T>(busy_timeout: Duration, mut attempt: impl FnMut() -> Result
 mod tests {
     use super::*;
 
-    const TIMEOUT: Duration = Duration::from_secs(5);
-
     #[test]
     fn read_only_connections_are_durable_by_sqlites_word() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
-        create(&path, &Guard::default(), TIMEOUT).expect("create");
-        let connection = reader(&path, TIMEOUT).expect("reader");
+        let options = SqliteOptions::new();
+        create(&path, &Guard::default(), &options, &AtomicBool::new(false)).expect("create");
+        let connection = read_only(&path, &options).expect("reader");
         assert_eq!(durability(&connection).expect("pragmas"), Durability::Durable);
         assert!(connection.execute_batch("CREATE TABLE t (x)").is_err());
         connection.execute_batch("PRAGMA synchronous = NORMAL").expect("pragma");
@@ -181,8 +238,25 @@ mod tests {
     fn a_deleted_file_does_not_come_back_empty() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
-        let error = reader(&path, TIMEOUT).expect_err("missing").to_string();
-        assert!(error.contains("a.db"), "{error}");
+        let error = read_only(&path, &SqliteOptions::new())
+            .expect_err("missing")
+            .to_string();
+        assert!(error.contains("a.db") && error.contains("deleted"), "{error}");
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn who_gave_up_waits_for_no_lock() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("a.db");
+        let other = Connection::open(&path).expect("open");
+        other
+            .execute_batch("BEGIN EXCLUSIVE; CREATE TABLE t (x)")
+            .expect("lock");
+        let options = SqliteOptions::new().busy_timeout(Duration::from_secs(60));
+        let started = Instant::now();
+        let error = create(&path, &Guard::default(), &options, &AtomicBool::new(true)).expect_err("locked");
+        assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     }
 }

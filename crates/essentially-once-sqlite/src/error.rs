@@ -1,6 +1,6 @@
 //! What SQLite's result codes mean to a caller: try again, change something, or look at the position.
 
-use std::{error, fmt, path::Path};
+use std::{error, fmt, fs::File, path::Path};
 
 use essentially_once::Error;
 use rusqlite::{ErrorCode, ffi};
@@ -27,37 +27,96 @@ pub fn sqlite_error(error: &Error) -> Option<&rusqlite::Error> {
 
 /// An error from anywhere but a COMMIT: nothing was applied.
 pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Error {
-    let Some(code) = error.sqlite_error_code() else {
+    let Some(failure) = error.sqlite_error() else {
         return Error::failed(action, error);
     };
-    let hint = match code {
-        ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed => {
-            return Error::unavailable(
-                action,
-                Cause::new(
-                    error,
-                    "another process or connection holds the lock; a longer busy_timeout waits longer",
-                ),
-            );
+    match judge(failure.extended_code, is_out_of_descriptors) {
+        Verdict::Passes("") => Error::unavailable(action, error),
+        Verdict::Passes(hint) => Error::unavailable(action, Cause::new(error, hint)),
+        Verdict::Stays("") => Error::failed(action, error),
+        Verdict::Stays(hint) => Error::failed(action, Cause::new(error, hint)),
+    }
+}
+
+/// An error from opening again a file that is there and was open before. If SQLite cannot open
+/// that, the process or the system may have run out of descriptors, and have some again by now.
+pub(crate) fn classify_reopening(action: impl Into<String>, error: rusqlite::Error) -> Error {
+    match error.sqlite_extended_error_code() {
+        Some(ffi::SQLITE_CANTOPEN) => Error::unavailable(action, Cause::new(error, OUT_OF_DESCRIPTORS)),
+        _ => classify(action, error),
+    }
+}
+
+/// Whether what SQLite reports can pass by itself, and what to do about it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Verdict {
+    Passes(&'static str),
+    Stays(&'static str),
+}
+
+const OUT_OF_DESCRIPTORS: &str =
+    "the process or the system may be out of file descriptors: raise the limit (`ulimit -n`), or open fewer files";
+
+fn judge(extended: i32, is_out_of_descriptors: fn() -> bool) -> Verdict {
+    use Verdict::{Passes, Stays};
+
+    // What the primary code alone would get wrong.
+    match extended {
+        ffi::SQLITE_CANTOPEN | ffi::SQLITE_IOERR_SHMOPEN | ffi::SQLITE_IOERR_GETTEMPPATH if is_out_of_descriptors() => {
+            return Passes(OUT_OF_DESCRIPTORS);
         }
-        ErrorCode::OperationInterrupted | ErrorCode::OutOfMemory | ErrorCode::SchemaChanged => {
-            return Error::unavailable(action, error);
+        ffi::SQLITE_IOERR_NOMEM | ffi::SQLITE_IOERR_SHMMAP | ffi::SQLITE_IOERR_MMAP => {
+            return Passes("the system is short of memory");
         }
-        ErrorCode::ReadOnly => "make the file and its folder writable for this user",
-        ErrorCode::PermissionDenied => "give this user the right to read and write the file and its folder",
-        ErrorCode::CannotOpen => "check that the folder exists and that this user may create files in it",
-        ErrorCode::NotADatabase => "the file is no SQLite database (or an encrypted one): choose another path",
-        ErrorCode::DatabaseCorrupt => "the file is damaged: stop all writers and restore it from a backup",
-        ErrorCode::DiskFull => "the disk (or max_page_count) is full: make room, then go on",
-        ErrorCode::SystemIoFailure => "the disk or file system reported an error: check its health and free space",
-        ErrorCode::AuthorizationForStatementDenied => {
+        ffi::SQLITE_IOERR_LOCK
+        | ffi::SQLITE_IOERR_RDLOCK
+        | ffi::SQLITE_IOERR_UNLOCK
+        | ffi::SQLITE_IOERR_CHECKRESERVEDLOCK
+        | ffi::SQLITE_IOERR_SHMLOCK
+        | ffi::SQLITE_IOERR_BLOCKED => return Passes("the system could not lock the file: it may be out of locks"),
+        // The transaction is gone; the next one may get through.
+        ffi::SQLITE_ABORT_ROLLBACK | ffi::SQLITE_ERROR_RETRY | ffi::SQLITE_ERROR_SNAPSHOT => return Passes(""),
+        ffi::SQLITE_LOCKED_SHAREDCACHE => return Passes(HELD),
+        ffi::SQLITE_READONLY_DBMOVED => {
+            return Stays("the file was moved or deleted while it was open: put it back and open it again");
+        }
+        ffi::SQLITE_IOERR_SHMSIZE => return Stays(FULL),
+        _ => {}
+    }
+    match extended & 0xff {
+        ffi::SQLITE_BUSY | ffi::SQLITE_PROTOCOL => Passes(HELD),
+        ffi::SQLITE_INTERRUPT | ffi::SQLITE_NOMEM | ffi::SQLITE_SCHEMA => Passes(""),
+        // No statement of ours outlives its call, so it is one of the same transaction.
+        ffi::SQLITE_LOCKED => Stays("a statement of this transaction still uses the table that this one changes"),
+        ffi::SQLITE_READONLY => Stays("make the file and its folder writable for this user"),
+        ffi::SQLITE_PERM => Stays("give this user the right to read and write the file and its folder"),
+        ffi::SQLITE_CANTOPEN => Stays("check that the folder exists and that this user may create files in it"),
+        ffi::SQLITE_NOTADB => Stays("the file is no SQLite database (or an encrypted one): choose another path"),
+        ffi::SQLITE_CORRUPT => Stays("the file is damaged: stop all writers and restore it from a backup"),
+        ffi::SQLITE_FULL => Stays(FULL),
+        ffi::SQLITE_IOERR => Stays("the disk or file system reported an error: check its health and free space"),
+        ffi::SQLITE_AUTH => Stays(
             "a handler cannot begin or end transactions, attach databases, set pragmas, write to sqlite_sequence, \
              use names that begin with essentially_once_, or write to such tables or refer to them by foreign \
-             key; savepoints are allowed"
-        }
-        _ => return Error::failed(action, error),
-    };
-    Error::failed(action, Cause::new(error, hint))
+             key; savepoints are allowed",
+        ),
+        _ => Stays(""),
+    }
+}
+
+const HELD: &str = "another process or connection holds the lock; a longer busy_timeout waits longer";
+const FULL: &str = "the disk (or max_page_count) is full: make room, then go on";
+
+/// Whether no file can be opened now. SQLite reports that as it reports a folder that is missing.
+fn is_out_of_descriptors() -> bool {
+    // Unix takes a descriptor before it looks at the path, and never the database: closing that
+    // would drop our locks on it.
+    let opened = File::open("/");
+    match opened.map_err(|error| error.raw_os_error()) {
+        // ENFILE and EMFILE; ERROR_TOO_MANY_OPEN_FILES.
+        Err(Some(code)) => code == if cfg!(windows) { 4 } else { 24 } || (cfg!(unix) && code == 23),
+        _ => false,
+    }
 }
 
 /// An error from a COMMIT: only some codes promise that nothing was applied.
@@ -77,10 +136,10 @@ pub(crate) fn classify_commit(action: impl Into<String>, error: rusqlite::Error)
 
 /// Whether waiting for a lock may help. It includes a lock that recovery holds for a moment after a crash.
 pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
-    matches!(
-        error.sqlite_error_code(),
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed)
-    )
+    error.sqlite_error().is_some_and(|failure| {
+        failure.extended_code == ffi::SQLITE_LOCKED_SHAREDCACHE
+            || matches!(failure.extended_code & 0xff, ffi::SQLITE_BUSY | ffi::SQLITE_PROTOCOL)
+    })
 }
 
 /// Whether a handler's statement failed by its own mistake: one in the SQL, the parameters or the
@@ -141,33 +200,137 @@ mod tests {
         rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)
     }
 
+    /// What a caller is to do after an error.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    enum Meaning {
+        /// It can pass by itself: try again.
+        Passes,
+        /// It cannot: someone must change something.
+        Stays,
+        /// It may have happened: look at the position.
+        Doubt,
+    }
+
+    impl Meaning {
+        fn of(error: &Error) -> Self {
+            match error {
+                Error::Unavailable { .. } => Self::Passes,
+                Error::Failed { .. } => Self::Stays,
+                Error::Indeterminate { .. } => Self::Doubt,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Can this pass by itself, outside a COMMIT and in one?
     #[test]
-    fn only_codes_that_promise_nothing_was_applied_escape_indeterminate() {
-        for code in [
-            ffi::SQLITE_IOERR_FSYNC,
-            ffi::SQLITE_CORRUPT,
-            ffi::SQLITE_NOMEM,
-            ffi::SQLITE_INTERRUPT,
+    fn each_code_means_what_it_should() {
+        use Meaning::{Doubt, Passes, Stays};
+
+        for (code, outside, in_a_commit) in [
+            (ffi::SQLITE_ERROR, Stays, Doubt),
+            (ffi::SQLITE_ERROR_MISSING_COLLSEQ, Stays, Doubt),
+            (ffi::SQLITE_ERROR_RETRY, Passes, Doubt),
+            (ffi::SQLITE_ERROR_SNAPSHOT, Passes, Doubt),
+            (ffi::SQLITE_INTERNAL, Stays, Doubt),
+            (ffi::SQLITE_PERM, Stays, Doubt),
+            (ffi::SQLITE_ABORT, Stays, Doubt),
+            (ffi::SQLITE_ABORT_ROLLBACK, Passes, Doubt),
+            (ffi::SQLITE_BUSY, Passes, Passes),
+            (ffi::SQLITE_BUSY_RECOVERY, Passes, Passes),
+            (ffi::SQLITE_BUSY_SNAPSHOT, Passes, Passes),
+            (ffi::SQLITE_BUSY_TIMEOUT, Passes, Passes),
+            (ffi::SQLITE_LOCKED, Stays, Stays),
+            (ffi::SQLITE_LOCKED_SHAREDCACHE, Passes, Passes),
+            (ffi::SQLITE_LOCKED_VTAB, Stays, Stays),
+            (ffi::SQLITE_NOMEM, Passes, Doubt),
+            (ffi::SQLITE_READONLY, Stays, Stays),
+            (ffi::SQLITE_READONLY_RECOVERY, Stays, Stays),
+            (ffi::SQLITE_READONLY_CANTLOCK, Stays, Stays),
+            (ffi::SQLITE_READONLY_ROLLBACK, Stays, Stays),
+            (ffi::SQLITE_READONLY_DBMOVED, Stays, Stays),
+            (ffi::SQLITE_READONLY_CANTINIT, Stays, Stays),
+            (ffi::SQLITE_READONLY_DIRECTORY, Stays, Stays),
+            (ffi::SQLITE_INTERRUPT, Passes, Doubt),
+            (ffi::SQLITE_IOERR, Stays, Doubt),
+            (ffi::SQLITE_IOERR_READ, Stays, Doubt),
+            (ffi::SQLITE_IOERR_SHORT_READ, Stays, Doubt),
+            (ffi::SQLITE_IOERR_WRITE, Stays, Doubt),
+            (ffi::SQLITE_IOERR_FSYNC, Stays, Doubt),
+            (ffi::SQLITE_IOERR_DIR_FSYNC, Stays, Doubt),
+            (ffi::SQLITE_IOERR_TRUNCATE, Stays, Doubt),
+            (ffi::SQLITE_IOERR_FSTAT, Stays, Doubt),
+            (ffi::SQLITE_IOERR_UNLOCK, Passes, Doubt),
+            (ffi::SQLITE_IOERR_RDLOCK, Passes, Doubt),
+            (ffi::SQLITE_IOERR_DELETE, Stays, Doubt),
+            (ffi::SQLITE_IOERR_BLOCKED, Passes, Doubt),
+            (ffi::SQLITE_IOERR_NOMEM, Passes, Doubt),
+            (ffi::SQLITE_IOERR_ACCESS, Stays, Doubt),
+            (ffi::SQLITE_IOERR_CHECKRESERVEDLOCK, Passes, Doubt),
+            (ffi::SQLITE_IOERR_LOCK, Passes, Doubt),
+            (ffi::SQLITE_IOERR_CLOSE, Stays, Doubt),
+            (ffi::SQLITE_IOERR_SHMOPEN, Stays, Doubt),
+            (ffi::SQLITE_IOERR_SHMSIZE, Stays, Doubt),
+            (ffi::SQLITE_IOERR_SHMLOCK, Passes, Doubt),
+            (ffi::SQLITE_IOERR_SHMMAP, Passes, Doubt),
+            (ffi::SQLITE_IOERR_SEEK, Stays, Doubt),
+            (ffi::SQLITE_IOERR_MMAP, Passes, Doubt),
+            (ffi::SQLITE_IOERR_GETTEMPPATH, Stays, Doubt),
+            (ffi::SQLITE_IOERR_VNODE, Stays, Doubt),
+            (ffi::SQLITE_IOERR_AUTH, Stays, Doubt),
+            (ffi::SQLITE_IOERR_DATA, Stays, Doubt),
+            (ffi::SQLITE_IOERR_CORRUPTFS, Stays, Doubt),
+            (ffi::SQLITE_IOERR_IN_PAGE, Stays, Doubt),
+            (ffi::SQLITE_CORRUPT, Stays, Doubt),
+            (ffi::SQLITE_CORRUPT_VTAB, Stays, Doubt),
+            (ffi::SQLITE_CORRUPT_SEQUENCE, Stays, Doubt),
+            (ffi::SQLITE_CORRUPT_INDEX, Stays, Doubt),
+            (ffi::SQLITE_NOTFOUND, Stays, Doubt),
+            (ffi::SQLITE_FULL, Stays, Stays),
+            (ffi::SQLITE_CANTOPEN, Stays, Doubt),
+            (ffi::SQLITE_CANTOPEN_NOTEMPDIR, Stays, Doubt),
+            (ffi::SQLITE_CANTOPEN_ISDIR, Stays, Doubt),
+            (ffi::SQLITE_CANTOPEN_FULLPATH, Stays, Doubt),
+            (ffi::SQLITE_CANTOPEN_CONVPATH, Stays, Doubt),
+            (ffi::SQLITE_CANTOPEN_SYMLINK, Stays, Doubt),
+            (ffi::SQLITE_PROTOCOL, Passes, Doubt),
+            (ffi::SQLITE_EMPTY, Stays, Doubt),
+            (ffi::SQLITE_SCHEMA, Passes, Doubt),
+            (ffi::SQLITE_TOOBIG, Stays, Doubt),
+            (ffi::SQLITE_CONSTRAINT, Stays, Stays),
+            (ffi::SQLITE_CONSTRAINT_FOREIGNKEY, Stays, Stays),
+            (ffi::SQLITE_CONSTRAINT_TRIGGER, Stays, Stays),
+            (ffi::SQLITE_MISMATCH, Stays, Doubt),
+            (ffi::SQLITE_MISUSE, Stays, Doubt),
+            (ffi::SQLITE_NOLFS, Stays, Doubt),
+            (ffi::SQLITE_AUTH, Stays, Doubt),
+            (ffi::SQLITE_RANGE, Stays, Doubt),
+            (ffi::SQLITE_NOTADB, Stays, Doubt),
+            (99, Stays, Doubt),
         ] {
-            assert!(
-                matches!(classify_commit("commit", sqlite(code)), Error::Indeterminate { .. }),
-                "{code}"
-            );
+            let found = Meaning::of(&classify("write", sqlite(code)));
+            assert_eq!(found, outside, "{code}: {}", sqlite(code));
+            let found = Meaning::of(&classify_commit("commit", sqlite(code)));
+            assert_eq!(found, in_a_commit, "{code} in a commit: {}", sqlite(code));
+            let waits = is_busy(&sqlite(code));
+            assert!(!waits || outside == Passes, "{code}: nobody waits for what stays");
         }
-        assert!(matches!(
-            classify_commit("commit", sqlite(ffi::SQLITE_BUSY)),
-            Error::Unavailable { .. }
-        ));
+    }
+
+    #[test]
+    fn running_out_of_descriptors_passes_and_a_missing_folder_does_not() {
         for code in [
-            ffi::SQLITE_FULL,
-            ffi::SQLITE_CONSTRAINT_FOREIGNKEY,
-            ffi::SQLITE_READONLY,
+            ffi::SQLITE_CANTOPEN,
+            ffi::SQLITE_IOERR_SHMOPEN,
+            ffi::SQLITE_IOERR_GETTEMPPATH,
         ] {
-            assert!(
-                matches!(classify_commit("commit", sqlite(code)), Error::Failed { .. }),
-                "{code}"
-            );
+            assert!(matches!(judge(code, || true), Verdict::Passes(_)), "{code}");
+            assert!(matches!(judge(code, || false), Verdict::Stays(_)), "{code}");
         }
+        assert!(matches!(judge(ffi::SQLITE_CANTOPEN_ISDIR, || true), Verdict::Stays(_)));
+        let reopening = |code| Meaning::of(&classify_reopening("open", sqlite(code)));
+        assert_eq!(reopening(ffi::SQLITE_CANTOPEN), Meaning::Passes);
+        assert_eq!(reopening(ffi::SQLITE_NOTADB), Meaning::Stays);
     }
 
     #[test]

@@ -5,9 +5,9 @@
 //! - [`SqliteStore`] keeps positions and state. A handler's [`SqliteTx`] is portable
 //!   [`KeyValue`](essentially_once::KeyValue) state and also takes SQL on tables of your own.
 //!
-//! The file is put into WAL mode and every connection of this crate syncs at each commit (`synchronous=FULL`), so what was
-//! acknowledged survives a crash. Several processes may use one file. Tables of this crate are named `essentially_once_*`; the
-//! rest of the file, and `user_version`, is yours.
+//! The file is put into WAL mode and every connection of this crate syncs at each commit
+//! (`synchronous=FULL`), so what was acknowledged survives a crash. Tables of this crate are named
+//! `essentially_once_*`; the rest of the file, and `user_version`, is yours.
 //!
 //! ```
 //! use essentially_once::{Advance, ConsumerId, Log, NewRecord, Offset, OffsetStore, Revision, Transaction};
@@ -46,37 +46,102 @@
 //! # }
 //! ```
 
+//! # Several processes
+//!
+//! Several processes may use one file, on one machine and a local disk. Only one transaction writes
+//! at a time, and a handler's transaction is open while the handler runs. Those who wait get the
+//! write lock in the order of asking, so with a batch time limit of 100 ms an append waits about
+//! 100 ms at most for each busy consumer. The order is kept by locks on an empty file beside the
+//! database, `shop.db-turn`. It may be deleted while no process uses the database. Where it cannot
+//! be made, and beside programs that do not know it, everything works, but a busy consumer may keep
+//! others waiting up to their [`busy_timeout`](SqliteOptions::busy_timeout).
+//!
+//! A handler cannot append to a log in its own file: the append would wait for the handler's own
+//! lock. It fails after the `busy_timeout`, and says so. Insert into a table of yours instead, or
+//! use a log in another file.
+//!
+//! # Backing up and restoring
+//!
+//! A file in use is the database together with its WAL, so a plain copy of `shop.db` misses what
+//! was committed last. There are two ways to make a copy:
+//!
+//! - While processes work: run `VACUUM INTO 'copy.db'` in any SQLite shell or library, such as
+//!   `sqlite3 shop.db "VACUUM INTO 'copy.db'"`. The copy is whole and of one moment, and nobody is
+//!   kept from writing. Until it is done the WAL cannot be cut back, and [a
+//!   warning](SqliteOptions::wal_limit) may say so.
+//! - Without a shell: stop all other processes, [`close`](Sqlite::close) the file, and copy
+//!   `shop.db`.
+//!
+//! To restore a copy:
+//!
+//! 1. Stop every process that uses the file. SQLite goes on writing to a file that was replaced.
+//! 2. Delete `shop.db-wal` and `shop.db-shm`: they belong to the old file, and would damage the new
+//!    one.
+//! 3. Move the copy to `shop.db`, and start the processes again.
+//!
+//! What a consumer does then depends on what else was restored:
+//!
+//! - Log, position and state are in this file: they went back together, and the consumer goes on
+//!   from the copy's position. Records appended since the copy are lost, and what handlers did
+//!   outside the file since then happens again.
+//! - Only the log went back, and the store is elsewhere: the position is past records that do not
+//!   exist any more, or are other ones by now. The run ends with [`Error::OutOfRange`], or with
+//!   [`Error::LogChanged`] once the log has grown past the position. Find out which records are
+//!   new, and [`seek`](essentially_once::seek) to the first of them.
+//! - Only the store went back, and the log is elsewhere: the consumer handles the records since the
+//!   copy again, which is right for the state in this file.
+//!
+//! SQLite can also restore into the open file (`.restore` in its shell), under processes that go
+//! on. A run that finds its position gone back ends with [`Error::PositionLost`], unless the log
+//! went back with it and has not grown since. Start it again.
+
 mod codec;
 mod connect;
 mod error;
 mod guard;
 mod log;
+mod place;
 mod prepared;
+mod pulse;
 mod reader;
 mod retention;
 mod row;
 mod schema;
 mod shared;
 mod store;
+mod turnstile;
+mod wal;
 
-use std::{fmt, path::Path, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use essentially_once::Error;
 pub use essentially_once::Retention;
 pub use rusqlite;
 
-use crate::shared::Shared;
+use crate::shared::{Shared, on_a_thread};
 pub use crate::{
     error::sqlite_error,
-    log::SqliteLog,
+    log::{LogOptions, SqliteLog},
     store::{SqliteStore, SqliteTx},
 };
 
 /// An open SQLite file. Clones share its connections.
 ///
-/// All writing of a handle and its clones goes through one connection, one transaction at a time and in the order of asking; a
-/// second handle on the same file, in this process or another, waits for the file's lock. Waiting never blocks the runtime's
-/// thread. Committing does, for as long as the disk takes to sync.
+/// All writing of a handle and its clones goes through one connection, one transaction at a time.
+/// Whoever waits for it, in this handle, another one or another process, gets it in the order of
+/// asking. Waiting never blocks the runtime's thread. Committing does, for as long as the disk
+/// takes to sync. Nothing waits for the runtime's blocking pool: appends of more than 256 records,
+/// and trimming, use threads of their own.
+///
+/// Any call may be dropped: it then holds nothing open, and no lock.
 ///
 /// The file must stay where it is while it is open: SQLite goes on writing to a file that was moved or deleted.
 #[derive(Clone)]
@@ -96,14 +161,43 @@ impl Sqlite {
     /// The log of that name, created empty if it is missing.
     ///
     /// # Errors
-    /// [`Error::InvalidName`], [`Error::Unavailable`], [`Error::Failed`].
+    /// As [`log_with`](Self::log_with).
     pub async fn log(&self, name: &str) -> Result<SqliteLog, Error> {
-        SqliteLog::open(Arc::clone(&self.shared), name).await
+        self.log_with(name, LogOptions::new()).await
+    }
+
+    /// As [`log`](Self::log), with options: [`LogOptions::existing`] creates nothing.
+    ///
+    /// Dropping the future may leave the log created, and has no other effect.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`], [`Error::Unavailable`]; [`Error::Failed`], also for a log that must exist and does not. It then names
+    /// the logs of the file.
+    pub async fn log_with(&self, name: &str, options: LogOptions) -> Result<SqliteLog, Error> {
+        SqliteLog::open(Arc::clone(&self.shared), name, options).await
     }
 
     /// The store of positions and state.
     pub fn store(&self) -> SqliteStore {
         SqliteStore::new(Arc::clone(&self.shared))
+    }
+
+    /// Closes the file: it waits for the transaction that is open, closes every connection of this
+    /// handle and its clones, and copies what is in the WAL into the file. After that, if no other
+    /// handle or process has the file open, it alone holds everything, and may be copied or moved.
+    ///
+    /// Clones of the handle, and its logs, readers and stores, fail with [`Error::Failed`] from
+    /// then on. Closing twice does nothing. Dropping a handle without closing it loses nothing
+    /// either: the last connection that closes does the same, which may be a moment later, when a
+    /// fetch that is under way has ended.
+    ///
+    /// Dropping the future may leave the file open or closed.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if a transaction stays open for the whole `busy_timeout`: nothing was closed then. The same if
+    /// other handles or processes read and write the file for so long: then it is closed, and a part stays in the WAL.
+    pub async fn close(&self) -> Result<(), Error> {
+        self.shared.close().await
     }
 
     /// The file's absolute path.
@@ -138,14 +232,16 @@ impl fmt::Debug for Sqlite {
 pub struct SqliteOptions {
     pub(crate) busy_timeout: Duration,
     pub(crate) record_limit: usize,
+    pub(crate) wal_limit: u64,
 }
 
 impl SqliteOptions {
-    /// The defaults: 10 seconds, 16 MiB.
+    /// The defaults: 10 seconds, records of 16 MiB, a WAL of 64 MiB.
     pub fn new() -> Self {
         Self {
             busy_timeout: Duration::from_secs(10),
             record_limit: 16 * 1024 * 1024,
+            wal_limit: 64 * 1024 * 1024,
         }
     }
 
@@ -164,7 +260,21 @@ impl SqliteOptions {
         self
     }
 
+    /// How large the WAL (`-wal`, beside the file) may grow, in bytes. SQLite usually copies it
+    /// into the file after every 4 MiB, or after this much if it is less.
+    ///
+    /// It grows over the limit where a single transaction is larger, and while a read transaction
+    /// on the file stays open: SQLite cannot remove what someone may still read. A warning says so.
+    /// Once that has ended, a commit cuts it back.
+    #[must_use]
+    pub fn wal_limit(mut self, bytes: u64) -> Self {
+        self.wal_limit = bytes;
+        self
+    }
+
     /// Opens the file, and creates it if it is missing. Its folder must exist.
+    ///
+    /// Dropping the future may leave the file created, and keeps nothing open.
     ///
     /// # Errors
     /// [`Error::Failed`] for a path that cannot be a database (`:memory:` is none), a file that is something else, cannot be
@@ -182,13 +292,23 @@ impl SqliteOptions {
         }
         let path = connect::check_path(path.as_ref())?;
         let action = error::on("open SQLite file", &path);
-        let opened = tokio::task::spawn_blocking(move || Shared::open(path, self));
-        match opened.await {
+        let given_up = GivenUp(Arc::default());
+        let flag = Arc::clone(&given_up.0);
+        match on_a_thread(move || Shared::open(path, self, &flag)).await {
             Ok(shared) => Ok(Sqlite {
                 shared: Arc::new(shared?),
             }),
             Err(error) => Err(Error::unavailable(action, error)),
         }
+    }
+}
+
+/// Says to a thread that nobody waits for it any more.
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -5,16 +5,16 @@ use std::{fmt, sync::Arc};
 use async_trait::async_trait;
 use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Retention};
 use rusqlite::{Connection, OptionalExtension};
-use tokio::{sync::watch, task};
+use tokio::sync::watch;
 
 use crate::{
     codec::encode_headers,
     connect,
     error::{classify, is_busy},
-    reader::SqliteReader,
+    reader::{Cursor, SqliteReader},
     retention::{from_columns, now_millis, to_columns, trim},
     row::COLUMNS,
-    shared::{Shared, WriteTx},
+    shared::{Shared, WriteTx, on_a_thread},
 };
 
 /// Appends up to this many records and bytes run on the caller's thread: handing them over would take longer.
@@ -24,6 +24,27 @@ const INLINE_BYTES: usize = 1024 * 1024;
 /// How many records [`SqliteLog::trim`] removes per transaction, so that nobody waits long for the lock.
 const TRIM_CHUNK: u64 = 10_000;
 
+/// How a log is opened; see [`Sqlite::log_with`](crate::Sqlite::log_with).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct LogOptions {
+    existing: bool,
+}
+
+impl LogOptions {
+    /// A log that is created if it is missing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Creates nothing, and fails if there is no log of that name: a consumer whose log's name is
+    /// mistyped would otherwise wait at an empty log.
+    #[must_use]
+    pub fn existing(mut self) -> Self {
+        self.existing = true;
+        self
+    }
+}
+
 /// A log in a SQLite file; see [`Sqlite::log`](crate::Sqlite::log). Offsets are dense, begin at 0 and are never used twice.
 ///
 /// A record is a row of the table `essentially_once_log_<id>`, with the id from `essentially_once_logs`. Rows may be read with
@@ -31,8 +52,9 @@ const TRIM_CHUNK: u64 = 10_000;
 /// The column `producer` holds the producer's name, followed by `#` and the epoch where that is not the stable one:
 /// `web#17`. A version before 0.2 yields such a record as malformed rather than mix up epochs.
 ///
-/// An append is one transaction: a failed one left nothing behind. Within a handler's transaction on the same file, an append
-/// waits for the handler's own lock and ends as [`Error::Unavailable`].
+/// An append is one transaction: a failed one left nothing behind. Within a handler's transaction
+/// on the same file, an append waits for the handler's own lock. It ends as [`Error::Failed`] after
+/// the `busy_timeout`, and says what to do instead.
 #[derive(Clone)]
 pub struct SqliteLog {
     pub(crate) inner: Arc<Inner>,
@@ -100,11 +122,15 @@ pub(crate) enum Standing {
 }
 
 impl SqliteLog {
-    pub(crate) async fn open(shared: Arc<Shared>, name: &str) -> Result<Self, Error> {
+    pub(crate) async fn open(shared: Arc<Shared>, name: &str, options: LogOptions) -> Result<Self, Error> {
         let id = LogId::new(name)?;
         let action = || format!("open log {name}");
         let found = match shared.read(action, |connection| find(connection, name)).await? {
             Some(found) => found,
+            None if options.existing => {
+                let names = shared.read(action, names).await?;
+                return Err(Error::failed(shared.on(action()), no_such_log(&names)));
+            }
             None => {
                 let tx = shared.begin(action).await?;
                 let found = create(tx.connection(), name).map_err(|error| classify(shared.on(action()), error))?;
@@ -116,7 +142,7 @@ impl SqliteLog {
             inner: Arc::new(Inner {
                 id: id.with_incarnation(&found.1)?,
                 sql: Statements::new(found.0),
-                wake: shared.wake(found.0),
+                wake: shared.place.appends(found.0),
                 shared,
             }),
         })
@@ -166,7 +192,7 @@ impl SqliteLog {
                 .begin(|| format!("trim log {}", self.inner.id))
                 .await?;
             let inner = Arc::clone(&self.inner);
-            let removed = run_blocking(self, "trim", move || inner.trim_chunk(tx)).await?;
+            let removed = run_beside(self, "trim", move || inner.trim_chunk(tx)).await?;
             total += removed;
             if removed < TRIM_CHUNK {
                 return Ok(total);
@@ -334,6 +360,30 @@ fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<(i64, St
         .optional()
 }
 
+/// How many logs an error names.
+const NAMED: usize = 20;
+
+/// The names of the logs, in order: one more than an error names at most.
+fn names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+    connection
+        .prepare_cached("SELECT name FROM main.essentially_once_logs ORDER BY name LIMIT ?1")?
+        .query_map([NAMED as i64 + 1], |row| row.get(0))?
+        .collect()
+}
+
+fn no_such_log(names: &[String]) -> String {
+    if names.is_empty() {
+        return "there is no log of that name, nor any other, in this file; check the path, or open it without `existing()` to \
+                create the log"
+            .into();
+    }
+    let rest = if names.len() > NAMED { " and others" } else { "" };
+    let names = names[..names.len().min(NAMED)].join(", ");
+    format!(
+        "there is no log of that name; the file holds {names}{rest}; check the name, or open it without `existing()` to create it"
+    )
+}
+
 fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)> {
     // Another handle may have created it while this one waited for the lock.
     if let Some(found) = find(connection, name)? {
@@ -359,13 +409,13 @@ fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)
     Ok((id, incarnation))
 }
 
-async fn run_blocking<T: Send + 'static>(
+/// Runs what takes long beside the caller. If the caller goes, it is done nevertheless.
+async fn run_beside<T: Send + 'static>(
     log: &SqliteLog,
     verb: &str,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    let joined = task::spawn_blocking(work).await;
-    joined.unwrap_or_else(|error| {
+    on_a_thread(work).await.unwrap_or_else(|error| {
         let action = log.inner.shared.on(format!("{verb} log {}", log.inner.id));
         Err(Error::indeterminate(action, error))
     })
@@ -393,7 +443,7 @@ impl Log for SqliteLog {
             inner.append(tx, records)?
         } else {
             let (inner, records) = (Arc::clone(inner), records.to_vec());
-            run_blocking(self, "append to", move || inner.append(tx, &records)).await?
+            run_beside(self, "append to", move || inner.append(tx, &records)).await?
         };
         Ok(Some(last))
     }
@@ -401,15 +451,13 @@ impl Log for SqliteLog {
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
         let status = self.inner.current_status("read").await?;
         self.inner.standing(from, Some(&status))?;
-        let (path, timeout) = (self.inner.shared.path.clone(), self.inner.shared.options.busy_timeout);
-        let opened = task::spawn_blocking(move || connect::reader(&path, timeout)).await;
-        let connection =
-            opened.unwrap_or_else(|error| Err(Error::unavailable(format!("read log {}", self.inner.id), error)))?;
-        Ok(Box::new(SqliteReader::new(
-            Arc::clone(&self.inner),
-            connection,
-            from.lo(),
-        )))
+        let (log, action) = (Arc::clone(&self.inner), || format!("read log {}", self.inner.id));
+        let cursor = self
+            .inner
+            .shared
+            .cursor(action, |connection| Cursor::new(log, connection))
+            .await?;
+        Ok(Box::new(SqliteReader::new(Arc::clone(&self.inner), cursor, from.lo())))
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
@@ -418,6 +466,13 @@ impl Log for SqliteLog {
             earliest: status.earliest.into(),
             end: status.end.into(),
         })
+    }
+
+    /// Exact, unless rows were deleted by hand.
+    async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
+        let status = self.inner.current_status("count records of").await?;
+        let from = if from.hi() == 0 { from.lo() } else { u64::MAX };
+        Ok(Some(status.end.saturating_sub(from.max(status.earliest))))
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

@@ -1,13 +1,17 @@
 //! Reading a log: in order, without holes, and awake soon after an append.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    mem,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use async_trait::async_trait;
 use essentially_once::{Error, LogReader, Record};
-use rusqlite::Connection;
+use rusqlite::{Connection, ffi};
 use tokio::{
     sync::watch,
     task,
@@ -18,11 +22,15 @@ use crate::{
     error::{classify, is_busy},
     log::{Inner, Standing},
     row::{Columns, Decoder, Seen},
-    shared::retry_busy,
+    shared::{LONGEST_PAUSE, retry_busy},
 };
 
-/// About how many bytes of records one `next` returns at most.
+/// About how many bytes of records one `next` returns at most. Each counts with what it takes in
+/// memory, so that a million empty records are not one fetch.
 const FETCH_BYTES: usize = 1024 * 1024;
+
+/// How long to wait for a thread of the blocking pool before fetching on the spot.
+const POOL_PATIENCE: Duration = Duration::from_millis(20);
 
 /// How often to ask whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
@@ -43,9 +51,10 @@ pub(crate) struct SqliteReader {
 }
 
 /// The half that asks SQLite. It has no place of its own, so a fetch whose caller is gone changes nothing.
-struct Cursor {
+pub(crate) struct Cursor {
     log: Arc<Inner>,
-    connection: Connection,
+    /// `None` once the handle is closed.
+    connection: Option<Connection>,
     /// The file's `data_version` before it was found that there is nothing to read.
     version: i64,
     numbering: Option<Seen>,
@@ -60,6 +69,28 @@ enum Found {
 }
 
 impl Cursor {
+    pub(crate) fn new(log: Arc<Inner>, connection: Connection) -> Self {
+        Self {
+            log,
+            connection: Some(connection),
+            version: 0,
+            numbering: None,
+            fetched_bytes: 0,
+            fetched_records: 0,
+        }
+    }
+
+    pub(crate) fn close(&mut self) {
+        self.connection = None;
+    }
+
+    fn connection(connection: &Option<Connection>) -> rusqlite::Result<&Connection> {
+        connection.as_ref().ok_or_else(|| {
+            let closed = "the file was closed with `Sqlite::close`; open it again";
+            rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_MISUSE), Some(closed.into()))
+        })
+    }
+
     /// The records from `next` on, or why there are none.
     fn look(&mut self, next: u64, max: usize) -> rusqlite::Result<Found> {
         let fetched = match self.fetch(next, max) {
@@ -79,7 +110,7 @@ impl Cursor {
         };
         // In this order: what is appended after the status was read changes the version after it was.
         self.version = self.data_version()?;
-        let status = self.log.status(&self.connection)?;
+        let status = self.log.status(Self::connection(&self.connection)?)?;
         let standing = self.log.standing(next.into(), status.as_ref());
         // A fetch fails where the table is gone: then the standing says so, or the fetch's error stands.
         if standing.is_ok() {
@@ -90,7 +121,7 @@ impl Cursor {
 
     /// The records from `next` on, up to the first hole.
     fn fetch(&mut self, next: u64, max: usize) -> rusqlite::Result<Vec<Record>> {
-        let mut statement = self.connection.prepare_cached(&self.log.sql.fetch)?;
+        let mut statement = Self::connection(&self.connection)?.prepare_cached(&self.log.sql.fetch)?;
         let limit = i64::try_from(max).unwrap_or(i64::MAX);
         let mut rows = statement.query((next as i64, limit, self.log.incarnation()))?;
         let mut decoder = Decoder::new(self.fetched_bytes, &mut self.numbering);
@@ -99,7 +130,7 @@ impl Cursor {
         let mut expected = None;
         while let Some(row) = rows.next()? {
             let columns = Columns::of(row)?;
-            let size = columns.size();
+            let size = columns.size() + mem::size_of::<Record>();
             let behind_a_hole = expected.is_some_and(|expected| columns.offset != expected);
             if behind_a_hole || (!records.is_empty() && bytes + size > FETCH_BYTES) {
                 break;
@@ -114,23 +145,16 @@ impl Cursor {
     }
 
     fn data_version(&self) -> rusqlite::Result<i64> {
-        self.connection
+        Self::connection(&self.connection)?
             .prepare_cached("PRAGMA main.data_version")?
             .query_row([], |row| row.get(0))
     }
 }
 
 impl SqliteReader {
-    pub(crate) fn new(log: Arc<Inner>, connection: Connection, next: u64) -> Self {
+    pub(crate) fn new(log: Arc<Inner>, cursor: Arc<Mutex<Cursor>>, next: u64) -> Self {
         Self {
-            cursor: Arc::new(Mutex::new(Cursor {
-                log: Arc::clone(&log),
-                connection,
-                version: 0,
-                numbering: None,
-                fetched_bytes: 0,
-                fetched_records: 0,
-            })),
+            cursor,
             wake: log.wake.subscribe(),
             log,
             next,
@@ -140,19 +164,39 @@ impl SqliteReader {
 
     async fn look(&mut self, max: usize) -> Result<Found, Error> {
         self.wake.borrow_and_update();
-        let (next, cursor) = (self.next, &self.cursor);
-        if self.has_backlog {
-            let cursor = Arc::clone(cursor);
-            let found = task::spawn_blocking(move || lock(&cursor).look(next, max)).await;
-            match found {
-                Ok(Err(error)) if is_busy(&error) => {}
-                Ok(found) => return found.map_err(|error| self.failed(error)),
-                Err(error) => return Err(Error::unavailable(self.action(), error)),
-            }
+        if self.has_backlog
+            && let Some(found) = self.look_in_pool(max).await?
+        {
+            return Ok(found);
         }
+        let (next, cursor) = (self.next, &self.cursor);
         let deadline = Instant::now() + self.log.shared.options.busy_timeout;
-        let found = retry_busy(deadline, || lock(cursor).look(next, max)).await;
+        let found = retry_busy(deadline, LONGEST_PAUSE, || lock(cursor).look(next, max)).await;
         found.map_err(|error| self.failed(error))
+    }
+
+    /// What a thread of the blocking pool finds; `None` if none is free, or the file is locked for
+    /// a moment.
+    async fn look_in_pool(&self, max: usize) -> Result<Option<Found>, Error> {
+        let next = self.next;
+        // What waits in the pool keeps no connection open, and does nothing once it was given up.
+        let (cursor, taken) = (Arc::downgrade(&self.cursor), Arc::new(AtomicBool::new(false)));
+        let begun = Arc::clone(&taken);
+        let mut fetch = task::spawn_blocking(move || {
+            let cursor = cursor.upgrade()?;
+            (!begun.swap(true, Ordering::Relaxed)).then(|| lock(&cursor).look(next, max))
+        });
+        let found = match time::timeout(POOL_PATIENCE, &mut fetch).await {
+            Ok(found) => found,
+            Err(_) if !taken.swap(true, Ordering::Relaxed) => return Ok(None),
+            Err(_) => fetch.await,
+        };
+        match found {
+            Ok(Some(Err(error))) if is_busy(&error) => Ok(None),
+            Ok(Some(found)) => found.map(Some).map_err(|error| self.failed(error)),
+            Ok(None) => Ok(None),
+            Err(error) => Err(Error::unavailable(self.action(), error)),
+        }
     }
 
     /// Waits for an append through this handle, or a write to the file by anyone else.

@@ -54,6 +54,11 @@ impl<'r> Columns<'r> {
     }
 }
 
+/// A u64 is kept as the i64 of the same bits.
+pub(crate) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
+    row.get::<_, i64>(column).map(|number| number as u64)
+}
+
 /// Copies the rows of one fetch into one buffer, of which the records hold slices: one allocation per fetch, not per record.
 pub(crate) struct Decoder<'a> {
     buffer: BytesMut,

@@ -64,6 +64,9 @@ const MIGRATIONS: &[&str] = &[
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;
      CREATE TRIGGER main.essentially_once_positions_update BEFORE UPDATE ON essentially_once_positions
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;",
+    // A process of the version before names its columns, so it goes on beside newer ones. It beats
+    // for nobody.
+    "ALTER TABLE main.essentially_once_consumers ADD COLUMN beats INTEGER NOT NULL DEFAULT 0;",
 ];
 
 /// Refuses a file that a newer version of this crate made; reads only.
@@ -175,7 +178,7 @@ mod tests {
         ] {
             let error = result.expect_err("newer").to_string();
             assert!(
-                error.contains("999") && error.contains("up to 2") && error.contains("x.db"),
+                error.contains("999") && error.contains("up to 3") && error.contains("x.db"),
                 "{error}"
             );
         }

@@ -1,19 +1,19 @@
-//! What the clones of one handle share: the writer connection, a connection for short reads, and the readers to wake.
+//! What the clones of one handle share: the writer connection, a connection for short reads, and
+//! the readers' connections.
 
 use std::{
-    collections::HashMap,
     fmt,
     hash::{BuildHasher, RandomState},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicBool},
+    thread,
     time::Duration,
 };
 
 use essentially_once::Error;
 use rusqlite::{Connection, Statement};
 use tokio::{
-    sync::{self, OwnedMutexGuard, watch},
-    task,
+    sync::{self, OwnedMappedMutexGuard, OwnedMutexGuard, oneshot},
     time::{self, Instant},
 };
 
@@ -21,38 +21,57 @@ use crate::{
     SqliteOptions, connect,
     error::{classify, classify_commit, is_busy, on},
     guard::Guard,
+    place::{Holder, Place},
     prepared::Prepared,
+    pulse::Observer,
+    reader::Cursor,
+    wal::Wal,
 };
 
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+pub(crate) const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+/// The one whose turn it is asks often: he alone does, and while he pauses nobody writes.
+const LONGEST_PAUSE_IN_TURN: Duration = Duration::from_millis(2);
+
+/// Whoever has passed the turnstile may write again without passing it for this long. It spares
+/// system calls where commits take microseconds, and costs those who wait no more than this for
+/// each one in front of them.
+const TENURE: Duration = Duration::from_millis(2);
+
+/// How long to wait for one's turn before looking whether whoever is in the turnstile still moves.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// Long enough for whoever is in the turnstile to ask for the write lock many times.
+const SECOND_LOOK: Duration = Duration::from_millis(30);
 
 pub(crate) struct Shared {
     pub(crate) path: PathBuf,
     pub(crate) options: SqliteOptions,
-    /// Fair among the tasks of this process.
-    writer: Arc<sync::Mutex<Writer>>,
-    /// In WAL mode reading never waits for the writer.
-    reader: Mutex<Connection>,
-    wakes: Mutex<HashMap<i64, Arc<watch::Sender<()>>>>,
+    pub(crate) place: Arc<Place>,
+    /// Fair among the tasks of this handle. `None` once it is closed.
+    writer: Arc<sync::Mutex<Option<Writer>>>,
+    /// In WAL mode reading never waits for the writer. `None` once it is closed.
+    reader: Mutex<Option<Connection>>,
+    /// Opened when a standby first looks.
+    observer: Mutex<Option<Observer>>,
+    /// The readers of logs, each with a connection. `None` once the handle is closed.
+    cursors: Mutex<Option<Vec<Weak<Mutex<Cursor>>>>>,
 }
 
 impl Shared {
-    /// Opens the file; may block.
-    pub(crate) fn open(path: PathBuf, options: SqliteOptions) -> Result<Self, Error> {
+    /// Opens the file. It blocks, waiting for locks too, until `given_up`.
+    pub(crate) fn open(path: PathBuf, options: SqliteOptions, given_up: &AtomicBool) -> Result<Self, Error> {
         let guard = Guard::default();
-        let writer = Writer {
-            connection: Prepared::new(connect::create(&path, &guard, options.busy_timeout)?),
-            guard,
-            broken: false,
-        };
-        let reader = connect::reader(&path, options.busy_timeout)?;
+        let connection = connect::create(&path, &guard, &options, given_up)?;
+        let writer = Writer::new(Prepared::new(connection), guard, Wal::of(&path, options.wal_limit));
+        let reader = connect::read_only(&path, &options)?;
         Ok(Self {
+            place: Place::of(&path),
             path,
             options,
-            writer: Arc::new(sync::Mutex::new(writer)),
-            reader: Mutex::new(reader),
-            wakes: Mutex::default(),
+            writer: Arc::new(sync::Mutex::new(Some(writer))),
+            reader: Mutex::new(Some(reader)),
+            observer: Mutex::default(),
+            cursors: Mutex::new(Some(Vec::new())),
         })
     }
 
@@ -63,24 +82,86 @@ impl Shared {
 
     /// Opens a write transaction, waiting for the lock without blocking the thread.
     pub(crate) async fn begin(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {
-        let timeout = self.options.busy_timeout;
-        let deadline = Instant::now() + timeout;
-        let Ok(mut writer) = time::timeout_at(deadline, Arc::clone(&self.writer).lock_owned()).await else {
-            return Err(Error::unavailable(
-                self.on(action()),
-                format!(
-                    "another transaction of this process has held the write lock for {timeout:?}: perhaps a handler \
-                     appends to a log of this file, or opens a second transaction, and waits for itself"
-                ),
-            ));
+        let deadline = Instant::now() + self.options.busy_timeout;
+        let held = self.place.holder();
+        let Ok(writer) = time::timeout_at(deadline, Arc::clone(&self.writer).lock_owned()).await else {
+            return Err(self.kept_waiting(action(), held, None));
+        };
+        let Ok(mut writer) = OwnedMutexGuard::try_map(writer, Option::as_mut) else {
+            return Err(self.closed(action()));
         };
         if writer.broken {
-            writer = self.reopen(writer).await?;
+            tracing::warn!(path = %self.path.display(), "a rollback failed: opening the connection again");
+            writer.reopen(self).await?;
         }
-        retry_busy(deadline, || writer.begin())
-            .await
-            .map_err(|error| classify(self.on(action()), error))?;
-        Ok(WriteTx { writer })
+        match self.lock_file(&mut writer, deadline).await {
+            Ok(()) => Ok(self.write_tx(writer)),
+            Err(error) if is_busy(&error) => Err(self.kept_waiting(action(), held, Some(error))),
+            Err(error) => Err(classify(self.on(action()), error)),
+        }
+    }
+
+    /// Takes the file's write lock when it is this one's turn.
+    async fn lock_file(&self, writer: &mut Writer, deadline: Instant) -> rusqlite::Result<()> {
+        if writer.passed.is_some_and(|passed| passed.elapsed() < TENURE) {
+            match writer.begin() {
+                Err(error) if is_busy(&error) => {}
+                result => return result,
+            }
+        }
+        let Ok(turn) = time::timeout_at(deadline, self.place.turnstile.line_up()).await else {
+            return writer.begin();
+        };
+        let mut patience = PATIENCE;
+        while !turn.comes_within(patience.min(deadline - Instant::now())).await {
+            // Whoever is in the turnstile takes the lock as soon as it is free. One who lets it lie
+            // twice is frozen.
+            match writer.begin() {
+                Ok(()) if patience == SECOND_LOOK => return Ok(()),
+                Ok(()) => {
+                    writer.run("ROLLBACK")?;
+                    patience = SECOND_LOOK;
+                }
+                Err(error) if is_busy(&error) && Instant::now() < deadline => patience = PATIENCE,
+                Err(error) => return Err(error),
+            }
+        }
+        writer.restart_wal(deadline).await;
+        retry_busy(deadline, LONGEST_PAUSE_IN_TURN, || writer.begin()).await?;
+        writer.passed = Some(Instant::now());
+        Ok(())
+    }
+
+    /// The error of one who did not get the write lock in time. `held` is whose it was when he
+    /// began to wait.
+    fn kept_waiting(&self, action: String, held: Option<Holder>, error: Option<rusqlite::Error>) -> Error {
+        let (action, timeout) = (self.on(action), self.options.busy_timeout);
+        match (self.place.holder().filter(|holder| held == Some(*holder)), error) {
+            (Some(holder), _) if holder.is_this_task() => Error::failed(
+                action,
+                format!(
+                    "this task has an open transaction on the same file, which has held the write lock for {timeout:?}, and \
+                     so waits for itself; within a handler, use the handler's own transaction (a table of yours in place of \
+                     a log, sent on by another consumer), or append to a log in another file"
+                ),
+            ),
+            (Some(_), _) | (None, None) => Error::unavailable(
+                action,
+                format!(
+                    "another transaction of this process has held the write lock for {timeout:?}: perhaps a handler \
+                     appends to a log of this file in another task, or opens a second transaction, and waits for itself"
+                ),
+            ),
+            (None, Some(error)) => classify(action, error),
+        }
+    }
+
+    /// The error of whatever is done after [`close`](Self::close).
+    fn closed(&self, action: String) -> Error {
+        Error::failed(
+            self.on(action),
+            "the file was closed with `Sqlite::close`; open it again",
+        )
     }
 
     /// Runs a short query on the read connection.
@@ -90,44 +171,144 @@ impl Shared {
         mut query: impl FnMut(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, Error> {
         let deadline = Instant::now() + self.options.busy_timeout;
-        retry_busy(deadline, || query(&lock(&self.reader)))
-            .await
-            .map_err(|error| classify(self.on(action()), error))
+        let read = retry_busy(deadline, LONGEST_PAUSE, || {
+            lock(&self.reader).as_ref().map(&mut query).transpose()
+        });
+        match read.await {
+            Ok(Some(read)) => Ok(read),
+            Ok(None) => Err(self.closed(action())),
+            Err(error) => Err(classify(self.on(action()), error)),
+        }
     }
 
-    /// Where appends to the log of that id in this process are announced.
-    pub(crate) fn wake(&self, log: i64) -> Arc<watch::Sender<()>> {
-        Arc::clone(lock(&self.wakes).entry(log).or_default())
+    /// Opens a write transaction if nobody holds the lock; it waits for nobody, and for no turn.
+    pub(crate) fn try_begin(&self, action: impl Fn() -> String) -> Result<Option<WriteTx>, Error> {
+        let Ok(writer) = Arc::clone(&self.writer).try_lock_owned() else {
+            return Ok(None);
+        };
+        let Ok(mut writer) = OwnedMutexGuard::try_map(writer, Option::as_mut) else {
+            return Err(self.closed(action()));
+        };
+        if writer.broken || self.place.holder().is_some() {
+            return Ok(None);
+        }
+        match writer.begin() {
+            Ok(()) => Ok(Some(self.write_tx(writer))),
+            Err(error) if is_busy(&error) => Ok(None),
+            Err(error) => Err(classify(self.on(action()), error)),
+        }
+    }
+
+    fn write_tx(&self, writer: OwnedMappedMutexGuard<Option<Writer>, Writer>) -> WriteTx {
+        WriteTx {
+            holder: self.place.began(),
+            place: Arc::clone(&self.place),
+            writer,
+        }
+    }
+
+    /// Runs a short query on the connection that looks at positions, which is opened at the first.
+    pub(crate) async fn observe<T>(
+        &self,
+        action: impl Fn() -> String,
+        mut query: impl FnMut(&mut Observer) -> rusqlite::Result<T>,
+    ) -> Result<T, Error> {
+        if lock(&self.observer).is_none() {
+            let opened = Observer::new(connect::observer(&self.path, &self.options).await?);
+            let mut observer = lock(&self.observer);
+            if lock(&self.reader).is_none() {
+                return Err(self.closed(action()));
+            }
+            observer.get_or_insert(opened);
+        }
+        let deadline = Instant::now() + self.options.busy_timeout;
+        let observed = retry_busy(deadline, LONGEST_PAUSE, || {
+            lock(&self.observer).as_mut().map(&mut query).transpose()
+        });
+        match observed.await {
+            Ok(Some(observed)) => Ok(observed),
+            Ok(None) => Err(self.closed(action())),
+            Err(error) => Err(classify(self.on(action()), error)),
+        }
+    }
+
+    /// Opens a connection for a reader, which [`close`](Self::close) closes as well.
+    pub(crate) async fn cursor(
+        &self,
+        action: impl Fn() -> String,
+        cursor: impl FnOnce(Connection) -> Cursor,
+    ) -> Result<Arc<Mutex<Cursor>>, Error> {
+        let connection = connect::reader(&self.path, &self.options).await?;
+        let cursor = Arc::new(Mutex::new(cursor(connection)));
+        let mut cursors = lock(&self.cursors);
+        let Some(cursors) = &mut *cursors else {
+            return Err(self.closed(action()));
+        };
+        cursors.retain(|cursor| cursor.strong_count() > 0);
+        cursors.push(Arc::downgrade(&cursor));
+        Ok(cursor)
+    }
+
+    /// Closes every connection of the handle, after the transaction that is open, and empties the
+    /// WAL into the file.
+    pub(crate) async fn close(&self) -> Result<(), Error> {
+        let action = || self.on("close SQLite file");
+        let deadline = Instant::now() + self.options.busy_timeout;
+        let Ok(mut writer) = time::timeout_at(deadline, self.writer.lock()).await else {
+            return Err(Error::unavailable(
+                action(),
+                "a transaction of this handle is still open; nothing was closed: end it, then close again",
+            ));
+        };
+        let Some(writer) = writer.take() else {
+            return Ok(());
+        };
+        // The reader's first: without it no observer is opened again.
+        let reader = lock(&self.reader).take();
+        let observer = lock(&self.observer).take();
+        let cursors = lock(&self.cursors).take().unwrap_or_default();
+        let emptied = on_a_thread(move || {
+            drop((reader, observer));
+            for cursor in cursors.iter().filter_map(Weak::upgrade) {
+                // A fetch that is under way ends first.
+                lock(&cursor).close();
+            }
+            while !writer.wal.empty(&writer.connection)? {
+                if Instant::now() >= deadline {
+                    return Ok(false);
+                }
+                thread::sleep(SHORTEST_PAUSE);
+            }
+            Ok(true)
+        });
+        match emptied.await {
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(Error::unavailable(
+                action(),
+                "it is closed, and all that was committed is safe, but a part is still in the WAL, because another handle or \
+                 process reads or writes the file; copy it with `VACUUM INTO`, or together with its -wal file once nobody \
+                 has it open",
+            )),
+            Ok(Err(error)) => Err(classify(action(), error)),
+            Err(error) => Err(Error::unavailable(action(), error)),
+        }
     }
 
     /// Opens another connection to write on, which SQLite interrupts while the flag is set.
     #[cfg(test)]
-    pub(crate) async fn interruptible(&self) -> Arc<std::sync::atomic::AtomicBool> {
-        let interrupted = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    pub(crate) async fn interruptible(&self) -> Arc<AtomicBool> {
+        let interrupted = Arc::new(AtomicBool::new(false));
         let guard = Guard::default();
-        let mut connection = connect::writer(&self.path, &guard, self.options.busy_timeout).expect("writer");
+        let mut connection = connect::writer(&self.path, &guard, &self.options)
+            .await
+            .expect("writer");
         let flag = Arc::clone(&interrupted);
         connection
             .progress_handler(1, Some(move || flag.load(std::sync::atomic::Ordering::Relaxed)))
             .expect("handler");
-        *self.writer.lock().await = Writer {
-            connection: Prepared::new(connection),
-            guard,
-            broken: false,
-        };
+        let wal = Wal::of(&self.path, self.options.wal_limit);
+        *self.writer.lock().await = Some(Writer::new(Prepared::new(connection), guard, wal));
         interrupted
-    }
-
-    async fn reopen(&self, mut writer: OwnedMutexGuard<Writer>) -> Result<OwnedMutexGuard<Writer>, Error> {
-        tracing::warn!(path = %self.path.display(), "a rollback failed: opening the connection anew");
-        let (path, timeout) = (self.path.clone(), self.options.busy_timeout);
-        let reopened = task::spawn_blocking(move || {
-            *writer = Writer::reopen(&path, timeout)?;
-            Ok(writer)
-        });
-        reopened
-            .await
-            .unwrap_or_else(|error| Err(Error::unavailable(self.on("reopen SQLite file"), error)))
     }
 }
 
@@ -136,9 +317,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Runs what takes long on a thread of its own. The runtime's blocking pool may be full, and what
+/// holds the file's write lock must not wait for a place in it.
+///
+/// Dropping the future leaves the work running.
+pub(crate) async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, essentially_once::Source> {
+    let (done, result) = oneshot::channel();
+    let thread = thread::Builder::new().name("essentially-once-sqlite".into());
+    thread.spawn(move || {
+        // Nobody waits for it any more.
+        let _ = done.send(work());
+    })?;
+    result.await.map_err(|_| "the thread that did it panicked".into())
+}
+
 /// Tries again while another connection holds the lock, after short pauses in which other tasks run.
 pub(crate) async fn retry_busy<T>(
     deadline: Instant,
+    longest_pause: Duration,
     mut attempt: impl FnMut() -> rusqlite::Result<T>,
 ) -> rusqlite::Result<T> {
     let mut pause = SHORTEST_PAUSE;
@@ -146,14 +344,14 @@ pub(crate) async fn retry_busy<T>(
         match attempt() {
             Err(error) if is_busy(&error) && Instant::now() < deadline => {
                 time::sleep(jittered(pause)).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
+                pause = (pause * 2).min(longest_pause);
             }
             result => return result,
         }
     }
 }
 
-/// Half to all of `pause`, so that two processes do not ask in step for ever.
+/// Half to all of `pause`, so that two processes do not go on asking in step.
 fn jittered(pause: Duration) -> Duration {
     let random = RandomState::new().hash_one(0u8) as u32;
     pause / 2 + (pause / 2).mul_f64(f64::from(random) / f64::from(u32::MAX))
@@ -163,27 +361,55 @@ fn jittered(pause: Duration) -> Duration {
 struct Writer {
     connection: Prepared,
     guard: Guard,
+    wal: Wal,
+    /// When this connection last got the lock in its turn.
+    passed: Option<Instant>,
     /// A rollback failed, so nothing is known of the connection's state.
     broken: bool,
 }
 
 impl Writer {
-    fn reopen(path: &Path, busy_timeout: Duration) -> Result<Self, Error> {
-        let guard = Guard::default();
-        Ok(Self {
-            connection: Prepared::new(connect::writer(path, &guard, busy_timeout)?),
+    fn new(connection: Prepared, guard: Guard, wal: Wal) -> Self {
+        Self {
+            connection,
             guard,
+            wal,
+            passed: None,
             broken: false,
-        })
+        }
+    }
+
+    async fn reopen(&mut self, shared: &Shared) -> Result<(), Error> {
+        let guard = Guard::default();
+        self.connection = Prepared::new(connect::writer(&shared.path, &guard, &shared.options).await?);
+        self.guard = guard;
+        self.broken = false;
+        Ok(())
     }
 
     /// Takes `&mut self` so that a future which calls it again and again is `Send`: a connection is not `Sync`.
     fn begin(&mut self) -> rusqlite::Result<()> {
         self.run("BEGIN IMMEDIATE")
     }
-}
 
-impl Writer {
+    /// Lets the WAL begin again if it has grown too large. Whoever calls is the next to write.
+    async fn restart_wal(&mut self, deadline: Instant) {
+        let Some(patience) = self.wal.restart_within() else {
+            return;
+        };
+        let until = deadline.min(Instant::now() + patience);
+        loop {
+            let Self { connection, wal, .. } = &mut *self;
+            if wal.restart(connection) {
+                return;
+            }
+            if Instant::now() >= until {
+                return self.wal.starves();
+            }
+            time::sleep(SHORTEST_PAUSE).await;
+        }
+    }
+
     /// Runs SQL of ours that has no parameters.
     fn run(&mut self, sql: &str) -> rusqlite::Result<()> {
         self.connection
@@ -194,7 +420,9 @@ impl Writer {
 
 /// A write transaction. Dropping it rolls back.
 pub(crate) struct WriteTx {
-    writer: OwnedMutexGuard<Writer>,
+    writer: OwnedMappedMutexGuard<Option<Writer>, Writer>,
+    place: Arc<Place>,
+    holder: Holder,
 }
 
 impl WriteTx {
@@ -231,7 +459,10 @@ impl WriteTx {
     pub(crate) fn commit(mut self, action: impl FnOnce() -> String) -> Result<(), Error> {
         self.writer
             .run("COMMIT")
-            .map_err(|error| classify_commit(action(), error))
+            .map_err(|error| classify_commit(action(), error))?;
+        self.writer.wal.committed();
+        self.place.commits.send_replace(());
+        Ok(())
     }
 
     pub(crate) fn rollback(mut self, action: impl FnOnce() -> String) -> Result<(), Error> {
@@ -253,6 +484,7 @@ impl Drop for WriteTx {
         if let Err(error) = self.try_rollback() {
             tracing::warn!(%error, "a rollback failed");
         }
+        self.place.ended(self.holder);
     }
 }
 
@@ -261,11 +493,16 @@ mod tests {
     use super::*;
 
     fn shared(folder: &tempfile::TempDir) -> Shared {
-        Shared::open(folder.path().join("a.db"), SqliteOptions::default()).expect("open")
+        Shared::open(
+            folder.path().join("a.db"),
+            SqliteOptions::default(),
+            &AtomicBool::new(false),
+        )
+        .expect("open")
     }
 
     #[tokio::test]
-    async fn a_connection_whose_rollback_failed_is_opened_anew() {
+    async fn a_connection_whose_rollback_failed_is_opened_again() {
         let folder = tempfile::tempdir().expect("folder");
         let shared = shared(&folder);
         {
@@ -309,6 +546,7 @@ mod tests {
         let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
         let set_pages = async |extra: i64| {
             let writer = sqlite.shared.writer.lock().await;
+            let writer = writer.as_ref().expect("open");
             let pages: i64 = writer
                 .connection
                 .query_row("PRAGMA page_count", [], |row| row.get(0))

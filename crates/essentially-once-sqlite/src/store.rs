@@ -1,20 +1,32 @@
 //! The store: positions, windows and state, written in the transaction that a handler's SQL runs in.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, LogId, Offset, OffsetStore, Passed, Position, Revision,
-    Transaction, Window,
+    Advance, ConsumerId, Durability, Error, KeyValue, LogId, Offset, OffsetStore, Owner, Passed, Position, Pulse,
+    ReadState, Revision, Snapshot, Transaction, Window,
 };
 use rusqlite::{Connection, OptionalExtension, Params, Row, Statement};
+use tokio::time::{self, Instant};
 
 use crate::{
     connect,
     error::{classify, is_handlers_mistake},
+    pulse::BEAT_SQL,
+    row::unsigned,
     shared::{Shared, WriteTx},
 };
+
+/// How often to ask whether another process wrote to the file.
+const POLL: Duration = Duration::from_millis(10);
+
+/// How long to leave the file alone after a commit that was another consumer's.
+const NOT_OURS: Duration = Duration::from_millis(2);
+
+/// Far enough away to be never, and near enough to compute with.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// Positions and state in a SQLite file; see [`Sqlite::store`](crate::Sqlite::store).
 #[derive(Clone)]
@@ -25,6 +37,21 @@ pub struct SqliteStore {
 impl SqliteStore {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
+    }
+
+    fn decode(&self, stored: Option<StoredPosition>, action: impl Fn() -> String) -> Result<Option<Position>, Error> {
+        let Some((row, windows)) = stored else {
+            return Ok(None);
+        };
+        let decoded = row.position().and_then(|mut position| {
+            for (numbering, window) in windows {
+                position.windows.push((numbering.parse()?, Window::decode(&window)?));
+            }
+            Ok(position)
+        });
+        decoded
+            .map(Some)
+            .map_err(|error| Error::failed(self.shared.on(action()), error))
     }
 }
 
@@ -46,18 +73,7 @@ impl OffsetStore for SqliteStore {
             .shared
             .read(action, |connection| read_position(connection, consumer))
             .await?;
-        let Some((row, windows)) = stored else {
-            return Ok(None);
-        };
-        let decoded = row.position().and_then(|mut position| {
-            for (numbering, window) in windows {
-                position.windows.push((numbering.parse()?, Window::decode(&window)?));
-            }
-            Ok(position)
-        });
-        decoded
-            .map(Some)
-            .map_err(|error| Error::failed(self.shared.on(action()), error))
+        self.decode(stored, action)
     }
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<SqliteTx, Error> {
@@ -75,6 +91,100 @@ impl OffsetStore for SqliteStore {
 
     async fn durability(&self) -> Result<Durability, Error> {
         self.shared.read(|| "read durability".into(), connect::durability).await
+    }
+
+    /// A write lock that is held by one transaction counts as a beat: whoever handles for long
+    /// holds it, and cannot write.
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        let action = || format!("read pulse of consumer {consumer}");
+        let is_held = self.shared.place.holder().is_some();
+        let seen = self
+            .shared
+            .observe(action, |observer| observer.look(consumer, is_held))
+            .await?;
+        let pulse = seen.map(|seen| seen.pulse()).transpose();
+        let pulse = pulse.map_err(|error| Error::failed(self.shared.on(action()), error))?;
+        Ok(pulse.unwrap_or_default())
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        let action = || format!("watch consumer {consumer}");
+        let until = Instant::now() + interval.min(NEVER);
+        let mut commits = self.shared.place.commits.subscribe();
+        loop {
+            // In this order: what is committed after this pulse was taken changes the version after
+            // it was.
+            let version = self.shared.observe(action, |observer| observer.data_version()).await?;
+            let pulse = self.pulse(consumer).await?;
+            if pulse != *seen || Instant::now() >= until {
+                return Ok(pulse);
+            }
+            loop {
+                let poll = until.min(Instant::now() + POLL);
+                // The place outlives this call, so an answer means that something was committed.
+                let committed = time::timeout_at(poll, commits.changed()).await.is_ok();
+                if committed
+                    || Instant::now() >= until
+                    || self.shared.observe(action, |observer| observer.data_version()).await? != version
+                {
+                    break;
+                }
+            }
+            if Instant::now() < until && self.pulse(consumer).await? == *seen {
+                time::sleep_until(until.min(Instant::now() + NOT_OURS)).await;
+            }
+        }
+    }
+
+    /// Writes only if the write lock is free at this moment. Where it is not, it shows life by
+    /// itself.
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let action = || format!("beat for consumer {consumer}");
+        let Some(mut tx) = self.shared.try_begin(action)? else {
+            return Ok(());
+        };
+        let owner = owner.to_string();
+        tx.run_internal(BEAT_SQL, |statement| statement.execute((consumer.as_str(), &owner)))
+            .map_err(|error| classify(self.shared.on(action()), error))?;
+        tx.commit(|| self.shared.on(action()))
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let action = || format!("give up the position of consumer {consumer}");
+        let owner = owner.to_string();
+        // Who has been overtaken writes nothing, and waits for nobody.
+        let stored = self
+            .shared
+            .read(action, |connection| position_row(connection, consumer))
+            .await?;
+        if stored.is_none_or(|row| row.owner.as_deref() != Some(&*owner)) {
+            return Ok(());
+        }
+        let mut tx = self.shared.begin(action).await?;
+        let sql = "UPDATE main.essentially_once_consumers SET owner = NULL WHERE consumer = ?1 AND owner = ?2";
+        tx.run_internal(sql, |statement| statement.execute((consumer.as_str(), &owner)))
+            .map_err(|error| classify(self.shared.on(action()), error))?;
+        tx.commit(|| self.shared.on(action()))
+    }
+}
+
+#[async_trait]
+impl ReadState for SqliteStore {
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        let action = || format!("read state of consumer {consumer}");
+        let read = |connection: &Connection| {
+            let snapshot = connection.unchecked_transaction()?;
+            let position = stored_position(&snapshot, consumer)?;
+            let mut value = snapshot
+                .prepare_cached("SELECT value FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2")?;
+            let values = keys.iter().map(|key| {
+                let value = value.query_row((consumer.as_str(), *key), bytes_of_first);
+                value.optional()
+            });
+            Ok((position, values.collect::<rusqlite::Result<Vec<_>>>()?))
+        };
+        let (position, values) = self.shared.read(action, read).await?;
+        Ok(Snapshot::new(self.decode(position, action)?, values))
     }
 }
 
@@ -344,8 +454,7 @@ impl KeyValue for SqliteTx {
         self.check_usable("get a key")?;
         let sql = "SELECT value FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";
         self.internal(sql, "get a key", |statement, consumer| {
-            let value = |row: &Row<'_>| Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_bytes()?));
-            statement.query_row((consumer, key), value).optional()
+            statement.query_row((consumer, key), bytes_of_first).optional()
         })
     }
 
@@ -417,20 +526,24 @@ fn position_row(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Res
         .optional()
 }
 
-/// A u64 is kept as the i64 of the same bits.
-fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
-    row.get::<_, i64>(column).map(|number| number as u64)
-}
-
 type StoredPosition = (PositionRow, Vec<(String, Vec<u8>)>);
+
+fn bytes_of_first(row: &Row<'_>) -> rusqlite::Result<Bytes> {
+    Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_bytes()?))
+}
 
 /// The position and its windows as of one moment.
 fn read_position(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<StoredPosition>> {
     let snapshot = connection.unchecked_transaction()?;
-    let Some(row) = position_row(&snapshot, consumer)? else {
+    stored_position(&snapshot, consumer)
+}
+
+/// The same, within a transaction.
+fn stored_position(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<StoredPosition>> {
+    let Some(row) = position_row(connection, consumer)? else {
         return Ok(None);
     };
-    let windows = snapshot
+    let windows = connection
         .prepare_cached("SELECT producer, \"window\" FROM main.essentially_once_windows WHERE consumer = ?1")?
         .query_map([consumer.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use essentially_once::{Durability, Epoch, Error, Log, LogReader, NewRecord, Offset, Origin, ProducerId, Record};
-use essentially_once_sqlite::{Retention, Sqlite, SqliteLog, SqliteOptions, rusqlite::Connection};
+use essentially_once_sqlite::{LogOptions, Retention, Sqlite, SqliteLog, SqliteOptions, rusqlite::Connection};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -141,6 +141,50 @@ async fn a_fetch_is_about_a_megabyte_unless_one_record_is_larger() {
         counts.push(reader.next(100).await.expect("next").len());
     }
     assert_eq!(counts, [2, 1, 1, 1]);
+}
+
+/// By what the records before them took, thousands of the large ones would be asked for at once.
+#[tokio::test]
+async fn a_fetch_stays_small_when_records_grow_suddenly() {
+    let (_folder, _, log) = orders().await;
+    log.append(&numbered(0..12_000)).await.expect("append");
+    let large = NewRecord::new(vec![1; 1024 * 1024]);
+    // The bytes of headers count as well.
+    let headed = NewRecord::new("").header("h", vec![1; 1024 * 1024]);
+    for _ in 0..4 {
+        log.append(&[large.clone(), headed.clone()]).await.expect("append");
+    }
+    for max in [usize::MAX, 12_000] {
+        let mut reader = log.read(Offset::ZERO).await.expect("read");
+        let (mut read, mut largest) = (0, 0);
+        while read < 12_008 {
+            let records = reader.next(max).await.expect("next");
+            let bytes: usize = records.iter().map(Record::size).sum();
+            assert!(
+                records.len() == 1 || bytes <= 1024 * 1024,
+                "{} records of {bytes} bytes",
+                records.len()
+            );
+            largest = largest.max(records.len());
+            read += records.len();
+        }
+        assert!(
+            (1_000..12_000).contains(&largest),
+            "{largest} small records in one fetch"
+        );
+    }
+}
+
+/// They have no bytes of their own, but each takes memory.
+#[tokio::test]
+async fn a_fetch_of_empty_records_ends_as_well() {
+    let (_folder, _, log) = orders().await;
+    let empty: Vec<_> = (0..20_000).map(|_| NewRecord::new("")).collect();
+    log.append(&empty).await.expect("append");
+    let mut reader = log.read(Offset::ZERO).await.expect("read");
+    let records = reader.next(usize::MAX).await.expect("next");
+    assert!(records.len() < 20_000, "{} at once", records.len());
+    assert_eq!(read_to_end(&log, 0, 7_000).await.len(), 20_000);
 }
 
 #[tokio::test]
@@ -428,6 +472,95 @@ async fn a_log_made_anew_is_another_log() {
         assert!(error.contains("open it again"), "{error}");
     }
     assert_eq!(read_to_end(&anew, 0, 10).await.len(), 9);
+}
+
+/// What an old handle appends must not come back as rows that nobody finds, or in the log that has
+/// its place.
+#[tokio::test]
+async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..3)).await.expect("append");
+    let shell = Connection::open(sqlite.path()).expect("open");
+    let count = |sql: &str| shell.query_row(sql, [], |row| row.get::<_, i64>(0));
+    let refused = async |records: u64| {
+        let error = log.append(&numbered(0..records)).await.expect_err("deleted");
+        assert!(
+            matches!(error, Error::Failed { .. }) && error.to_string().contains("open it again"),
+            "{error}"
+        );
+        let retention = Retention {
+            records: Some(1),
+            age: None,
+        };
+        assert!(log.set_retention(retention).await.is_err());
+        assert!(log.trim().await.is_err());
+    };
+    // Its row alone is deleted, as a careless hand would do it.
+    shell.execute("DELETE FROM essentially_once_logs", []).expect("delete");
+    for records in [1, 1_000] {
+        refused(records).await;
+        assert_eq!(count("SELECT count(*) FROM essentially_once_log_1").expect("count"), 3);
+        assert_eq!(count("SELECT count(*) FROM essentially_once_logs").expect("count"), 0);
+    }
+    shell.execute_batch("DROP TABLE essentially_once_log_1").expect("drop");
+    refused(1).await;
+    assert!(
+        count("SELECT count(*) FROM essentially_once_log_1").is_err(),
+        "no table comes back"
+    );
+
+    let again = sqlite.log("orders").await.expect("log");
+    for records in [1, 1_000] {
+        refused(records).await;
+        assert_eq!(again.bounds().await.expect("bounds").end, Offset::ZERO);
+    }
+    assert_eq!(again.append(&numbered(0..1)).await.expect("append"), Some(Offset::ZERO));
+}
+
+#[tokio::test]
+async fn names_that_differ_in_case_or_late_are_apart() {
+    let (_folder, sqlite, _) = orders().await;
+    let long = "x".repeat(100);
+    let names = ["Orders", "orders", "ORDERS", "orders1", "orders2"].map(String::from);
+    let names: Vec<_> = names
+        .into_iter()
+        .chain([format!("{long}a"), format!("{long}b")])
+        .collect();
+    for (n, name) in names.iter().enumerate() {
+        let log = sqlite.log(name).await.expect("log");
+        assert_eq!(log.id().name(), name);
+        log.append(&numbered(n as u64..n as u64 + 1)).await.expect("append");
+    }
+    for (n, name) in names.iter().enumerate() {
+        let log = sqlite.log(name).await.expect("log");
+        assert_eq!(payloads(&read_to_end(&log, 0, 9).await), [n.to_string()], "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_log_that_must_exist_is_not_created() {
+    let folder = tempfile::tempdir().expect("folder");
+    let sqlite = Sqlite::open(folder.path().join("a.db")).await.expect("open");
+    let existing = || LogOptions::new().existing();
+    let refusal = async |name: &str| {
+        let error = sqlite.log_with(name, existing()).await.expect_err("missing");
+        assert!(matches!(error, Error::Failed { .. }), "{error:?}");
+        error.to_string()
+    };
+    let text = refusal("orders").await;
+    assert!(text.contains("nor any other") && text.contains("a.db"), "{text}");
+    let log = sqlite.log("orders").await.expect("created");
+    sqlite.log_with("payments", LogOptions::new()).await.expect("created");
+    let text = refusal("ordres").await;
+    assert!(text.contains("orders, payments;"), "{text}");
+    refusal("Orders").await;
+    let opened = sqlite.log_with("orders", existing()).await.expect("it is there");
+    assert_eq!(opened.id(), log.id());
+    for n in 0..30 {
+        sqlite.log(&format!("log-{n:02}")).await.expect("created");
+    }
+    let text = refusal("ordres").await;
+    assert!(text.contains("log-19 and others") && !text.contains("log-20"), "{text}");
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Numbering, Offset, OffsetStore, Record,
-    Revision, Transaction, Window,
+    Advance, Consumer, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Numbering, Offset, OffsetStore,
+    Record, Revision, Transaction, Window, handler_fn,
 };
 use essentially_once_sqlite::{
     Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
@@ -232,6 +232,32 @@ async fn consumers_never_see_each_other() {
     tx.delete(b"k").await.expect("delete");
     tx.commit(advance(1, 0)).await.expect("commit");
     assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("mine"));
+}
+
+#[tokio::test]
+async fn consumers_whose_names_differ_in_case_or_late_are_apart() {
+    let (_folder, _, store) = open().await;
+    let long = "x".repeat(100);
+    let names = [
+        "Shipping".into(),
+        "shipping".into(),
+        format!("{long}a"),
+        format!("{long}b"),
+    ];
+    for (n, name) in names.iter().enumerate() {
+        let consumer = ConsumerId::new(name).expect("name");
+        let mut tx = store.begin(&consumer).await.expect("begin");
+        tx.put(b"k", name.as_bytes()).await.expect("put");
+        tx.commit(advance(n as u64 + 1, 0))
+            .await
+            .expect("the first of its name");
+    }
+    for (n, name) in names.iter().enumerate() {
+        let consumer = ConsumerId::new(name).expect("name");
+        let position = store.position(&consumer).await.expect("position").expect("some");
+        assert_eq!(position.next, (n as u64 + 1).into(), "{name}");
+        assert_eq!(state(&store, &consumer, "k").await.as_ref(), Some(name));
+    }
 }
 
 #[tokio::test]
@@ -552,10 +578,63 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     let log = sqlite.log("orders").await.expect("log");
     let tx = staged(&sqlite.store(), "x").await;
     let error = log.append(&[NewRecord::new("y")]).await.expect_err("waits for itself");
-    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
     assert!(error.to_string().contains("waits for itself"), "{error}");
+    // Another handle on the same file waits for the same lock.
+    let other = options.open(folder.path().join(".").join("a.db")).await.expect("open");
+    let error = other.store().begin(&shipping()).await.expect_err("waits for itself");
+    assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
+    // Another task may be served once the handler is done.
+    let (store, waiting) = (other.store(), shipping());
+    let elsewhere = tokio::spawn(async move { store.begin(&waiting).await.map(drop) });
+    let error = elsewhere.await.expect("no panic").expect_err("locked");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
     tx.commit(advance(1, 0)).await.expect("commit");
     log.append(&[NewRecord::new("y")]).await.expect("free again");
+}
+
+#[tokio::test]
+async fn a_consumer_whose_handler_appends_to_its_own_file_ends_and_says_why() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(50));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    log.append(&[NewRecord::new("x")]).await.expect("append");
+    let results = sqlite.log("results").await.expect("log");
+    let handler = handler_fn(move |_: &Record, _: &mut SqliteTx| {
+        let results = results.clone();
+        Box::pin(async move {
+            results.append(&[NewRecord::new("y")]).await?;
+            Ok(())
+        })
+    });
+    let consumer = Consumer::essentially_once(shipping(), log, sqlite.store(), handler)
+        .backoff(Duration::from_millis(1), Duration::from_millis(1));
+    let ended = tokio::time::timeout(Duration::from_secs(20), consumer.run()).await;
+    let error = ended
+        .expect("it is not tried again without end")
+        .expect_err("it never works");
+    assert!(error.to_string().contains("waits for itself"), "{error}");
+}
+
+/// The lock changed hands within the task, so nobody waited for himself.
+#[tokio::test]
+async fn a_task_that_does_two_things_at_once_does_not_wait_for_itself() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(300));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    let tx = staged(&sqlite.store(), "x").await;
+    let record = [NewRecord::new("y")];
+    let (committed, appended) = tokio::join!(
+        async {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            tx.commit(advance(1, 0)).await
+        },
+        log.append(&record)
+    );
+    committed.expect("commit");
+    appended.expect("append");
 }
 
 /// Holds the file's write lock from another connection until told to let go, and returns whether it was told.

@@ -1,6 +1,6 @@
 //! Files that earlier versions wrote: what is in them goes on, and a process that still runs the old version fails.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, LogId, NewRecord, Numbering, Offset,
@@ -12,10 +12,19 @@ use tempfile::TempDir;
 
 /// A copy of the file that schema version 1 wrote; `fixtures/README.md` says what is in it.
 fn schema_1() -> (TempDir, PathBuf) {
+    copy_of("schema-1.db")
+}
+
+/// The same of schema version 2.
+fn schema_2() -> (TempDir, PathBuf) {
+    copy_of("schema-2.db")
+}
+
+fn copy_of(fixture: &str) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("shop.db");
-    let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/schema-1.db");
-    fs::copy(fixture, &path).expect("copy");
+    let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    fs::copy(fixtures.join(fixture), &path).expect("copy");
     (folder, path)
 }
 
@@ -169,4 +178,95 @@ async fn records_state_and_the_users_tables_of_schema_1_are_as_they_were() {
     assert_eq!(users(&mut tx, "SELECT count(*) FROM freight"), Some(5));
     assert_eq!(users(&mut tx, "SELECT count(*) FROM customers"), Some(2));
     assert_eq!(users(&mut tx, "PRAGMA user_version"), Some(42));
+}
+
+#[tokio::test]
+async fn positions_of_schema_2_are_kept_and_can_beat() {
+    let (_folder, path) = schema_2();
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let store = sqlite.store();
+    let shipping = store
+        .position(&consumer("shipping"))
+        .await
+        .expect("position")
+        .expect("it is there");
+    assert_eq!((shipping.next, shipping.revision), (250.into(), Revision::new(1, 6)));
+    assert_eq!(shipping.passed.map(|passed| passed.offset()), Some(249.into()));
+    assert_eq!(shipping.windows.len(), 3);
+    let owner = shipping.owner.expect("committed by a run");
+    let before = store.pulse(&consumer("shipping")).await.expect("pulse");
+    assert_eq!((before.owner, before.beats), (Some(owner), 0));
+    store.beat(&consumer("shipping"), owner).await.expect("beat");
+    assert_eq!(store.pulse(&consumer("shipping")).await.expect("pulse").beats, 1);
+    let billing = store
+        .position(&consumer("billing"))
+        .await
+        .expect("position")
+        .expect("it is there");
+    assert_eq!((billing.next, billing.revision), (90.into(), Revision::new(1, 1)));
+    assert_eq!((billing.owner, billing.passed), (None, None));
+}
+
+#[tokio::test]
+async fn a_consumer_of_schema_2_goes_on_where_it_was_and_knows_its_duplicates() {
+    let (_folder, path) = schema_2();
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let orders = sqlite.log("orders").await.expect("log");
+    let web: Numbering = "web#17".parse().expect("numbering");
+    let again = Origin::new(web.producer().clone(), web.epoch(), 62);
+    orders
+        .append(&[NewRecord::new("again").origin(again)])
+        .await
+        .expect("append");
+    let report = Consumer::essentially_once(consumer("shipping"), orders, sqlite.store(), Count)
+        // Its owner of then cannot show life any more.
+        .standby_after(Duration::from_millis(50))
+        .run_until_caught_up()
+        .await
+        .expect("run");
+    assert_eq!((report.handled, report.duplicates), (50, 1), "{report}");
+    let mut tx = sqlite.store().begin(&consumer("shipping")).await.expect("begin");
+    assert_eq!(
+        tx.get(b"count").await.expect("get").as_deref(),
+        Some(&250u64.to_be_bytes()[..])
+    );
+    let users = |tx: &mut SqliteTx, sql: &str| tx.query_one(sql, [], |row| row.get::<_, i64>(0)).expect("query");
+    assert_eq!(users(&mut tx, "SELECT count(*) FROM freight"), Some(5));
+    assert_eq!(users(&mut tx, "SELECT count(*) FROM customers"), Some(2));
+    assert_eq!(users(&mut tx, "PRAGMA user_version"), Some(42));
+}
+
+/// What a process of schema 2 runs at each commit: it goes on, fenced as ever.
+#[tokio::test]
+async fn a_process_of_schema_2_goes_on_beside_newer_ones() {
+    let (_folder, path) = schema_2();
+    let old = Connection::open(&path).expect("open");
+    let mut update = old
+        .prepare(
+            "UPDATE main.essentially_once_consumers \
+             SET incarnation = coalesce(?3, incarnation), next_hi = ?4, next_lo = ?5, epoch = ?6, count = ?7, \
+                 owner = ?8, passed = ?9 \
+             WHERE consumer = ?1 AND epoch = ?10 AND count = ?11 AND log = ?2 \
+                 AND (incarnation = ?3 OR incarnation IS NULL OR ?3 IS NULL)",
+        )
+        .expect("schema 2");
+    let mut insert = old
+        .prepare(
+            "INSERT INTO main.essentially_once_consumers \
+                 (consumer, log, incarnation, next_hi, next_lo, epoch, count, owner, passed) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (consumer) DO NOTHING",
+        )
+        .expect("schema 2");
+    let store = Sqlite::open(&path).await.expect("open").store();
+    let none: Option<&str> = None;
+    let moved = update.execute((&"billing", &"payments", none, 0, 91, 1, 2, none, none, 1, 1));
+    assert_eq!(moved.expect("the new column is none of its business"), 1);
+    let added = insert.execute((&"new", &"orders", none, 0, 5, 1, 1, none, none));
+    assert_eq!(added.expect("insert"), 1);
+    for (name, next) in [("billing", 91), ("new", 5)] {
+        let position = store.position(&consumer(name)).await.expect("position").expect("some");
+        assert_eq!(position.next, next.into(), "{name}");
+    }
+    let pulse = store.pulse(&consumer("new")).await.expect("pulse");
+    assert_eq!((pulse.next, pulse.beats), (5.into(), 0));
 }

@@ -1,0 +1,149 @@
+//! What all handles of this process on one file have in common.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, ThreadId},
+};
+
+use tokio::{sync::watch, task};
+
+use crate::turnstile::Turnstile;
+
+/// Every file that a handle of this process has open.
+static PLACES: Mutex<Option<HashMap<PathBuf, Weak<Place>>>> = Mutex::new(None);
+
+pub(crate) struct Place {
+    pub(crate) turnstile: Arc<Turnstile>,
+    /// Sees each commit of this process.
+    pub(crate) commits: watch::Sender<()>,
+    /// Whose transaction is open. There is one at most, since it holds the file's write lock.
+    holder: Mutex<Option<Holder>>,
+    transactions: AtomicU64,
+    appends: Mutex<HashMap<i64, Arc<watch::Sender<()>>>>,
+}
+
+/// An open write transaction of this process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Holder {
+    number: u64,
+    began: Runner,
+}
+
+/// What polls a future: a task, or the thread in `block_on`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Runner {
+    Task(task::Id),
+    Thread(ThreadId),
+}
+
+impl Runner {
+    fn current() -> Self {
+        task::try_id().map_or_else(|| Self::Thread(thread::current().id()), Self::Task)
+    }
+}
+
+impl Place {
+    /// The place of the file at `path`, which exists.
+    pub(crate) fn of(path: &Path) -> Arc<Self> {
+        // Another name of the same file leads to the same place. Where the name cannot be resolved,
+        // the cost is fairness alone.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let mut places = lock(&PLACES);
+        let places = places.get_or_insert_default();
+        if let Some(place) = places.get(&path).and_then(Weak::upgrade) {
+            return place;
+        }
+        places.retain(|_, place| place.strong_count() > 0);
+        let place = Arc::new(Self {
+            turnstile: Arc::new(Turnstile::open(&path)),
+            commits: watch::Sender::default(),
+            holder: Mutex::default(),
+            transactions: AtomicU64::new(0),
+            appends: Mutex::default(),
+        });
+        places.insert(path, Arc::downgrade(&place));
+        place
+    }
+
+    /// Where appends to the log of that id in this process are announced.
+    pub(crate) fn appends(&self, log: i64) -> Arc<watch::Sender<()>> {
+        Arc::clone(lock(&self.appends).entry(log).or_default())
+    }
+
+    /// Notes that the current task has begun a transaction, until [`ended`](Self::ended).
+    pub(crate) fn began(&self) -> Holder {
+        let holder = Holder {
+            number: self.transactions.fetch_add(1, Ordering::Relaxed),
+            began: Runner::current(),
+        };
+        *lock(&self.holder) = Some(holder);
+        holder
+    }
+
+    pub(crate) fn ended(&self, ended: Holder) {
+        let mut holder = lock(&self.holder);
+        // After the lock was given back, another transaction may have begun already.
+        if *holder == Some(ended) {
+            *holder = None;
+        }
+    }
+
+    pub(crate) fn holder(&self) -> Option<Holder> {
+        *lock(&self.holder)
+    }
+}
+
+impl Holder {
+    /// Whether the task that asks is the one that began the transaction.
+    pub(crate) fn is_this_task(self) -> bool {
+        self.began == Runner::current()
+    }
+}
+
+/// A panic elsewhere leaves no half-made change behind these locks, so poisoning is of no interest.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_one_place_while_anyone_is_there() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("a.db");
+        fs::write(&path, "").expect("file");
+        let one = Place::of(&path);
+        let other_name = folder.path().join(".").join("a.db");
+        assert!(Arc::ptr_eq(&one, &Place::of(&other_name)));
+        let weak = Arc::downgrade(&one);
+        drop(one);
+        assert!(weak.upgrade().is_none(), "nothing is kept of it");
+        Place::of(&path);
+    }
+
+    #[tokio::test]
+    async fn a_transaction_knows_its_task() {
+        let folder = tempfile::tempdir().expect("folder");
+        let place = Place::of(&folder.path().join("a.db"));
+        let first = place.began();
+        assert!(first.is_this_task());
+        let elsewhere = tokio::spawn(async move { first.is_this_task() });
+        assert!(!elsewhere.await.expect("no panic"));
+        place.ended(first);
+        let second = place.began();
+        place.ended(first);
+        assert_eq!(
+            place.holder(),
+            Some(second),
+            "the end of an earlier one changes nothing"
+        );
+    }
+}

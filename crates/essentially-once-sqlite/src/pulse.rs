@@ -1,0 +1,121 @@
+//! Looking at positions from outside, for standbys: whether the owner lives, without waiting for
+//! it.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{ConsumerId, Error, Offset, Owner, Pulse, Revision};
+use rusqlite::{Connection, OptionalExtension};
+
+use crate::{error::is_busy, row::unsigned};
+
+/// A lock that is held still counts as a beat no more often than this, however often someone looks.
+const BEAT: Duration = Duration::from_millis(20);
+
+/// Beats in place of an owner that handles for long: it holds the write lock, and so cannot write
+/// that it lives.
+pub(crate) const BEAT_SQL: &str =
+    "UPDATE main.essentially_once_consumers SET beats = beats + 1 WHERE consumer = ?1 AND owner = ?2";
+
+/// A connection that asks for the write lock to see whether it is free, and never writes.
+pub(crate) struct Observer {
+    connection: Connection,
+    looks: HashMap<ConsumerId, Look>,
+}
+
+/// What was seen when someone last looked at a consumer.
+struct Look {
+    at: Instant,
+    version: i64,
+    /// How often the lock was found held, by a transaction that had begun before the look before.
+    held: u64,
+}
+
+/// A pulse, with an owner that is still to be parsed.
+pub(crate) struct Seen {
+    next: Offset,
+    revision: Revision,
+    owner: Option<String>,
+    beats: u64,
+}
+
+impl Observer {
+    pub(crate) fn new(connection: Connection) -> Self {
+        Self {
+            connection,
+            looks: HashMap::new(),
+        }
+    }
+
+    /// Changes with each commit to the file by anyone.
+    pub(crate) fn data_version(&self) -> rusqlite::Result<i64> {
+        self.connection
+            .prepare_cached("PRAGMA main.data_version")?
+            .query_row([], |row| row.get(0))
+    }
+
+    /// What shows life of the consumer's owner. `is_held` says that a transaction of this process
+    /// holds the lock.
+    pub(crate) fn look(&mut self, consumer: &ConsumerId, is_held: bool) -> rusqlite::Result<Option<Seen>> {
+        let version = self.data_version()?;
+        let seen = self
+            .connection
+            .prepare_cached(
+                "SELECT next_hi, next_lo, epoch, count, owner, beats FROM main.essentially_once_consumers \
+                 WHERE consumer = ?1",
+            )?
+            .query_row([consumer.as_str()], |row| {
+                Ok(Seen {
+                    next: Offset::new(unsigned(row, 0)?, unsigned(row, 1)?),
+                    revision: Revision::new(unsigned(row, 2)?, unsigned(row, 3)?),
+                    owner: row.get(4)?,
+                    beats: unsigned(row, 5)?,
+                })
+            })
+            .optional()?;
+        let Some(mut seen) = seen else {
+            return Ok(None);
+        };
+        let now = Instant::now();
+        let Some(last) = self.looks.get_mut(consumer) else {
+            let (at, held) = (now, 0);
+            self.looks.insert(consumer.clone(), Look { at, version, held });
+            return Ok(Some(seen));
+        };
+        if last.version != version {
+            last.version = version;
+            last.at = now;
+        } else if now - last.at >= BEAT {
+            last.at = now;
+            // One transaction, whoever's: while it lasts no other instance could commit anything.
+            if is_held || is_locked(&self.connection)? {
+                last.held = last.held.wrapping_add(1);
+            }
+        }
+        seen.beats = seen.beats.wrapping_add(last.held);
+        Ok(Some(seen))
+    }
+}
+
+impl Seen {
+    pub(crate) fn pulse(self) -> Result<Pulse, Error> {
+        let mut pulse = Pulse::default();
+        pulse.next = self.next;
+        pulse.revision = self.revision;
+        pulse.owner = self.owner.as_deref().map(str::parse::<Owner>).transpose()?;
+        pulse.beats = self.beats;
+        Ok(pulse)
+    }
+}
+
+/// Whether someone holds the write lock. To know it one must take it, for a moment in which nothing
+/// is written.
+fn is_locked(connection: &Connection) -> rusqlite::Result<bool> {
+    match connection.execute_batch("BEGIN IMMEDIATE") {
+        Ok(()) => connection.execute_batch("ROLLBACK").map(|()| false),
+        Err(error) if is_busy(&error) => Ok(true),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,286 @@
+//! The order in which those who wait for a file's write lock get it, across tasks and processes.
+//!
+//! SQLite keeps no queue: its lock goes to whoever asks first after it was given back, and that is
+//! the process which has just given it back. A busy consumer would so keep everyone else out.
+//! Therefore each one passes a turnstile first, which the kernel keeps as a lock on a file beside
+//! the database. Whoever is in it is the next to write, and leaves it once he has the write lock.
+//! Who has just committed must pass again, and finds those who waited in front of him.
+//!
+//! The turnstile decides about the order alone: without it, or beside programs that do not know it,
+//! everything stays correct.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{self, Notify, OwnedMutexGuard},
+    time::{self, Instant},
+};
+
+pub(crate) struct Turnstile {
+    /// The tasks of this process, in the order of asking.
+    queue: Arc<sync::Mutex<()>>,
+    /// `None` where there can be none.
+    file: Option<File>,
+    state: Mutex<State>,
+    granted: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    /// A thread waits in the kernel's queue. It stays there if its task goes, and the next task
+    /// takes the place over.
+    queued: bool,
+    /// A task wants to have what that thread waits for.
+    wanted: bool,
+    /// This process is in the turnstile.
+    inside: bool,
+}
+
+/// One who wants to pass. Dropping it makes way for the next.
+pub(crate) struct Turn {
+    turnstile: Arc<Turnstile>,
+    _first: OwnedMutexGuard<()>,
+}
+
+impl Turnstile {
+    /// The turnstile of the database at `path`, which exists.
+    pub(crate) fn open(path: &Path) -> Self {
+        let beside = beside(path, "-turn");
+        let file = match open_or_create(&beside, path) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                tracing::debug!(
+                    path = %beside.display(), %error,
+                    "no file to queue at for the write lock: a busy process may keep others waiting"
+                );
+                None
+            }
+        };
+        Self {
+            queue: Arc::default(),
+            file,
+            state: Mutex::default(),
+            granted: Notify::new(),
+        }
+    }
+
+    /// Waits behind the tasks of this process, and gets in line with the other processes.
+    pub(crate) async fn line_up(self: &Arc<Self>) -> Turn {
+        let first = Arc::clone(&self.queue).lock_owned().await;
+        let turn = Turn {
+            turnstile: Arc::clone(self),
+            _first: first,
+        };
+        self.enter();
+        turn
+    }
+
+    /// Enters at once if nobody is in the way; otherwise a thread waits, since the kernel lets only
+    /// a thread wait.
+    fn enter(self: &Arc<Self>) {
+        let Some(file) = &self.file else {
+            return;
+        };
+        let mut state = self.state();
+        state.wanted = true;
+        if state.queued {
+            return;
+        }
+        match file.try_lock() {
+            Ok(()) => state.inside = true,
+            Err(TryLockError::WouldBlock) => {
+                let turnstile = Arc::clone(self);
+                let waiter = thread::Builder::new().name("essentially-once-turn".into());
+                match waiter.spawn(move || turnstile.wait()) {
+                    Ok(_) => state.queued = true,
+                    Err(error) => self.give_up(&mut state, &error),
+                }
+            }
+            Err(TryLockError::Error(error)) => self.give_up(&mut state, &error),
+        }
+    }
+
+    fn wait(&self) {
+        let Some(file) = &self.file else {
+            return;
+        };
+        let locked = loop {
+            match file.lock() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                locked => break locked,
+            }
+        };
+        let mut state = self.state();
+        state.queued = false;
+        match locked {
+            Ok(()) if state.wanted => state.inside = true,
+            Ok(()) => self.unlock(),
+            Err(error) => self.give_up(&mut state, &error),
+        }
+        self.granted.notify_one();
+    }
+
+    /// Goes on without a turn: that costs fairness alone.
+    fn give_up(&self, state: &mut State, error: &io::Error) {
+        tracing::debug!(%error, "cannot queue for the write lock: asking for it without a turn");
+        state.inside = false;
+        state.queued = false;
+    }
+
+    fn unlock(&self) {
+        if let Some(file) = &self.file
+            && let Err(error) = file.unlock()
+        {
+            tracing::warn!(%error, "cannot leave the queue for the write lock: other processes may wait for long");
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Turn {
+    /// Whether it is this one's turn, after waiting `patience` for it at most. It also is where the
+    /// kernel keeps no queue.
+    pub(crate) async fn comes_within(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        loop {
+            if !self.turnstile.state().queued {
+                return true;
+            }
+            if time::timeout_at(until, self.turnstile.granted.notified())
+                .await
+                .is_err()
+            {
+                return !self.turnstile.state().queued;
+            }
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut state = self.turnstile.state();
+        state.wanted = false;
+        if std::mem::take(&mut state.inside) {
+            self.turnstile.unlock();
+        }
+    }
+}
+
+/// The name of a file that belongs to the database, as SQLite itself forms such names.
+pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+/// To lock a file it need only be readable, so each user who may read the database can queue.
+fn open_or_create(path: &Path, database: &Path) -> io::Result<File> {
+    loop {
+        match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
+            Ok(file) => {
+                like_the_database(&file, database);
+                return Ok(file);
+            }
+            // Another process was faster.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Gives the file the rights and the owner of the database, as SQLite does with its own.
+fn like_the_database(file: &File, database: &Path) {
+    let done = fs::metadata(database).and_then(|metadata| {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::{MetadataExt, fchown};
+
+            // Only root may give files away, and only root needs to.
+            let _ = fchown(file, Some(metadata.uid()), Some(metadata.gid()));
+        }
+        file.set_permissions(metadata.permissions())
+    });
+    if let Err(error) = done {
+        tracing::debug!(%error, "the queue for the write lock may be closed to other users");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+    const NOT_YET: Duration = Duration::from_millis(20);
+
+    fn two() -> (tempfile::TempDir, Arc<Turnstile>, Arc<Turnstile>) {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("a.db");
+        fs::write(&path, "").expect("file");
+        let turnstiles = (Turnstile::open(&path), Turnstile::open(&path));
+        (folder, Arc::new(turnstiles.0), Arc::new(turnstiles.1))
+    }
+
+    #[tokio::test]
+    async fn one_is_inside_and_the_next_follows() {
+        let (_folder, one, two) = two();
+        let inside = one.line_up().await;
+        assert!(inside.comes_within(NOT_YET).await);
+        let next = two.line_up().await;
+        assert!(!next.comes_within(NOT_YET).await);
+        drop(inside);
+        assert!(next.comes_within(SOON).await);
+    }
+
+    #[tokio::test]
+    async fn who_gave_up_is_in_nobodys_way_and_leaves_his_place_to_his_own() {
+        let (_folder, one, two) = two();
+        let inside = one.line_up().await;
+        drop(two.line_up().await);
+        let next = two.line_up().await;
+        assert!(two.state().queued, "one thread waits, for whoever comes");
+        drop(inside);
+        assert!(next.comes_within(SOON).await);
+        drop(next);
+
+        let inside = one.line_up().await;
+        drop(two.line_up().await);
+        drop(inside);
+        let again = one.line_up().await;
+        assert!(again.comes_within(SOON).await);
+    }
+
+    #[tokio::test]
+    async fn where_no_file_can_be_everyone_passes() {
+        let folder = tempfile::tempdir().expect("folder");
+        let nowhere = Arc::new(Turnstile::open(&folder.path().join("missing/a.db")));
+        assert!(nowhere.line_up().await.comes_within(NOT_YET).await);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn the_file_has_the_rights_of_the_database() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("a.db");
+        fs::write(&path, "").expect("file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).expect("chmod");
+        Turnstile::open(&path);
+        let metadata = fs::metadata(beside(&path, "-turn")).expect("made");
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
+    }
+}
