@@ -419,6 +419,33 @@ mod tests {
                 ],
                 "not allowed",
             ),
+            // One spelling for each numbering, so that no duplicate passes under another.
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"web#0",
+                    b"sequence",
+                    b"1",
+                ],
+                "not an epoch",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"web#01",
+                    b"sequence",
+                    b"1",
+                ],
+                "not an epoch",
+            ),
             (&[b"\xFF", b"x"], "is not UTF-8"),
             (&[b"payload"], "no value"),
         ] {
