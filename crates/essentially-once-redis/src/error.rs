@@ -48,7 +48,11 @@ const ANSWERS: [(&str, bool, &str); 26] = [
         false,
         "the server wants a user or password: put them into the URL",
     ),
-    ("WRONGPASS", false, "check the URL's user and password"),
+    (
+        "WRONGPASS",
+        false,
+        "authentication failed: check the URL's user and password",
+    ),
     (
         "DENIED",
         false,
@@ -129,7 +133,9 @@ pub(crate) fn connect_failed(action: String, error: RedisError, tls: bool) -> Er
     // A server that is addressed in the wrong manner closes the connection or says nothing, as one that is starting does.
     let advice = match tls {
         true if error.is_timeout() || error.is_connection_dropped() => Some("if the port is not for TLS, use redis://"),
-        false if error.is_connection_dropped() => Some("if the port is for TLS, use rediss://"),
+        false if error.is_connection_dropped() => Some(
+            "if the port is for TLS, use rediss://; if the server has no room for more clients, raise its `maxclients`",
+        ),
         _ => None,
     };
     let advice = advice.filter(|_| !error.is_connection_refusal());
@@ -201,5 +207,103 @@ fn answer_of(code: &str, rest: &str) -> Answer {
     Answer {
         transient: known.is_some_and(|(_, transient, _)| *transient),
         advice: known.map(|(.., advice)| *advice),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the server says, and whether it may say otherwise later.
+    const SAID: [(&str, bool); 30] = [
+        ("LOADING Redis is loading the dataset in memory", true),
+        (
+            "BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+            true,
+        ),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", true),
+        ("CLUSTERDOWN The cluster is down", true),
+        ("CLUSTERDOWN Hash slot not served", true),
+        (
+            "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+            true,
+        ),
+        ("MOVED 3999 127.0.0.1:6381", true),
+        ("ASK 3999 127.0.0.1:6381", true),
+        ("REDIRECT 127.0.0.1:6381", true),
+        ("READONLY You can't write against a read only replica.", true),
+        (
+            "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
+            true,
+        ),
+        ("NOREPLICAS Not enough good replicas to write.", true),
+        ("MISCONF Errors writing to the AOF file: No space left on device", true),
+        ("OOM command not allowed when used memory > 'maxmemory'.", true),
+        ("NOSCRIPT No matching script. Please use EVAL.", true),
+        ("EXECABORT Transaction discarded because of previous errors.", true),
+        ("ERR max number of clients reached", true),
+        ("ERR max number of clients + cluster connections reached", true),
+        ("NOAUTH Authentication required.", false),
+        (
+            "NOAUTH HELLO must be called with the client already authenticated",
+            false,
+        ),
+        ("WRONGPASS invalid username-password pair or user is disabled.", false),
+        (
+            "NOPERM this user has no permissions to run the 'evalsha' command",
+            false,
+        ),
+        (
+            "WRONGTYPE Operation against a key holding the wrong kind of value",
+            false,
+        ),
+        ("CROSSSLOT Keys in request don't hash to the same slot", false),
+        ("DENIED Redis is running in protected mode", false),
+        ("NOPROTO unsupported protocol version", false),
+        ("ERR Protocol error: invalid bulk length", false),
+        ("ERR unknown command 'EVAL_RO', with args beginning with:", false),
+        ("ERR value is not an integer or out of range", false),
+        ("WHATEVER a server of tomorrow says", false),
+    ];
+
+    #[test]
+    fn what_can_pass_by_itself_is_worth_another_try() {
+        for (said, passes) in SAID {
+            let (code, rest) = said.split_once(' ').expect("words");
+            let reply = redis::parse_redis_value(format!("-{said}\r\n").as_bytes());
+            let error = reply.and_then(redis::Value::extract_error).expect_err(said);
+            for told in [
+                write_failed("write".into(), error.clone()),
+                read_failed("read".into(), error.clone()),
+                connect_failed("connect".into(), error.clone(), false),
+                refused("commit".into(), said),
+            ] {
+                assert_eq!(told.is_transient(), passes, "{said}: {told}");
+                assert!(!matches!(told, Error::Indeterminate { .. }), "{said}: {told}");
+                assert!(told.to_string().contains(rest), "{told}");
+            }
+            let known = answer_of(code, rest).advice.is_some();
+            assert_eq!(known, !said.contains("tomorrow") && !said.contains("integer"), "{said}");
+        }
+        // Each of them is asked about.
+        for (known, ..) in ANSWERS {
+            let is_said = |(said, _): &(&str, bool)| said.strip_prefix("ERR ").unwrap_or(said).starts_with(known);
+            assert!(SAID.iter().any(is_said) || known == NO_SUCH_DATABASE, "{known}");
+        }
+    }
+
+    #[test]
+    fn without_an_answer_only_a_write_is_in_doubt() {
+        let lost = || RedisError::from(std::io::Error::from(std::io::ErrorKind::BrokenPipe));
+        assert!(matches!(
+            write_failed("write".into(), lost()),
+            Error::Indeterminate { .. }
+        ));
+        assert!(matches!(read_failed("read".into(), lost()), Error::Unavailable { .. }));
+        assert!(matches!(
+            connect_failed("connect".into(), lost(), false),
+            Error::Unavailable { .. }
+        ));
+        assert!(spoils_connection(&lost()));
     }
 }
