@@ -246,7 +246,7 @@ impl Inner {
             // It was deleted since the question.
             Err(error) if error.to_string().contains("no such key") => Err(self.missing()),
             // A script says `ERR` of a command that the user may not run.
-            Err(error) if matches!(error.code(), Some("NOPERM" | "READONLY" | "ERR")) => {
+            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
                 tracing::warn!(log = %self.id, %error, "the stream's incarnation cannot be kept: a log that is deleted and made \
                     again may go unnoticed; grant XGROUP CREATE, or open the log once as a user who may");
                 self.may_create.store(snapshot.is_none(), Ordering::Relaxed);

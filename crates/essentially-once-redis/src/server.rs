@@ -77,7 +77,8 @@ impl Server {
         let answer: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
         let info = match answer {
             Ok(info) => info,
-            Err(error) if error.code().is_some() => {
+            // Servers of cloud providers hide it.
+            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
                 tracing::warn!(server = %self, %error, "INFO is refused: taken for a single server of Redis 7.0 or later");
                 return Ok(Kind::Single);
             }

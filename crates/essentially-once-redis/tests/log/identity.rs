@@ -126,6 +126,19 @@ pub(crate) async fn monitoring_sees_no_lag() {
     assert_eq!(lag(), Some(Reply::Nil));
 }
 
+pub(crate) async fn a_log_without_incarnation_is_not_opened_on_a_replica() {
+    let (server, redis, log) = orders().await;
+    admin(&server, &["XADD", "returns", "*", "payload", "x"]);
+    admin(&server, &["REPLICAOF", "127.0.0.1", "1"]);
+    // It could not tell one stream from the next, for as long as the handle lives.
+    let error = redis.log("returns").await.expect_err("a replica");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    assert_eq!(redis.log("orders").await.expect("opened before").id(), log.id());
+    admin(&server, &["REPLICAOF", "NO", "ONE"]);
+    let returns = redis.log("returns").await.expect("a master again");
+    assert!(returns.id().incarnation().is_some());
+}
+
 pub(crate) async fn a_key_of_another_type_fails() {
     let (server, redis) = server().await;
     admin(&server, &["SET", "orders", "x"]);

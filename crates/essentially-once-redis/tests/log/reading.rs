@@ -1,8 +1,13 @@
 //! Readers: what they yield, and how they wait and fail.
 
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, UNIX_EPOCH},
+};
 
-use essentially_once::{Error, Log, NewRecord, Offset, Record};
+use essentially_once::{
+    Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, Record, async_trait,
+};
 use tokio::time::timeout;
 
 use crate::support::{admin, assert_waits, numbered, orders, payloads, read, soon, take, texts};
@@ -152,6 +157,50 @@ pub(crate) async fn a_deleted_last_record_is_behind_the_readable_end() {
     admin(&server, &["DEL", "orders"]);
     let error = log.readable_end().await.expect_err("gone");
     assert!(matches!(error, Error::Failed { .. }), "{error}");
+}
+
+/// Deletes the last record when it gets the first.
+struct Deleting(Option<Box<dyn FnOnce() + Send>>);
+
+#[async_trait]
+impl<Tx: Send> Handler<Tx> for Deleting {
+    async fn handle(&mut self, _: &Record, _: &mut Tx) -> Result<(), HandlerError> {
+        if let Some(delete) = self.0.take() {
+            delete();
+        }
+        Ok(())
+    }
+}
+
+pub(crate) async fn a_deleted_last_record_keeps_no_consumer_waiting() {
+    let (server, redis, log) = orders().await;
+    let server = Arc::new(server);
+    // More than a consumer reads ahead.
+    log.append(&vec![NewRecord::new(vec![0; 1_000]); 6_000])
+        .await
+        .expect("append");
+    let delete_last = {
+        let server = Arc::clone(&server);
+        move || {
+            let last = admin(&server, &["XREVRANGE", "orders", "+", "-", "COUNT", "1"]);
+            let last = last.list()[0].list()[0].text().to_owned();
+            admin(&server, &["XDEL", "orders", &last]);
+        }
+    };
+    // While the consumer runs, and then before one starts.
+    let consumer = |handler| {
+        let id = ConsumerId::new("shipping").expect("a name");
+        Consumer::essentially_once(id, log.clone(), redis.store(), handler).max_batch(500)
+    };
+    let running = consumer(Deleting(Some(Box::new(delete_last.clone()))));
+    let report = soon(running.run_until_caught_up()).await.expect("caught up");
+    assert_eq!(report.handled, 5_999, "{report}");
+    log.append(&numbered(10..12)).await.expect("append");
+    delete_last();
+    let report = soon(consumer(Deleting(None)).run_until_caught_up())
+        .await
+        .expect("caught up");
+    assert_eq!(report.handled, 1, "{report}");
 }
 
 pub(crate) async fn other_peoples_entries_and_odd_ids() {

@@ -91,6 +91,7 @@ fn main() -> ExitCode {
         setup::resp3_is_spoken,
         setup::what_is_wrong_with_an_address_is_named,
         setup::a_server_without_room_for_clients_may_have_it_later,
+        setup::a_busy_server_is_asked_again_what_it_is,
         setup::passwords_are_never_shown,
         setup::prefixes_with_which_names_could_meet_are_refused,
     ];

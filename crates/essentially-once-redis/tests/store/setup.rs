@@ -3,6 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::TcpListener,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -396,6 +397,29 @@ pub(crate) async fn a_server_without_room_for_clients_may_have_it_later() -> Out
         );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+    Ok(())
+}
+
+pub(crate) async fn a_busy_server_is_asked_again_what_it_is() -> Outcome {
+    let stage = Arc::new(Stage::start().await?);
+    stage.ask("CONFIG SET busy-reply-threshold 10")?;
+    let busy = Arc::clone(&stage);
+    let script = tokio::task::spawn_blocking(move || {
+        let _ = busy.server.command(&["EVAL", "while true do end", "0"]);
+    });
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // Not before the script has been running for long.
+    let refused = loop {
+        match Redis::connect(&stage.server.url()).await {
+            Err(error) => break error,
+            Ok(_) => assert!(Instant::now() < deadline, "the server is never busy"),
+        }
+    };
+    assert!(matches!(refused, Error::Unavailable { .. }), "{refused}");
+    assert!(refused.to_string().contains("another client's script"), "{refused}");
+    stage.ask("SCRIPT KILL")?;
+    script.await?;
+    Redis::connect(&stage.server.url()).await?;
     Ok(())
 }
 
