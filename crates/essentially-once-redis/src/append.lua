@@ -1,6 +1,6 @@
--- KEYS: stream. ARGV: incarnation or '', 1 if the stream may be created, then for each record how many arguments follow, and its
--- fields and values.
--- Returns the last id; nil if the stream is gone, or another one by now. All records are appended, or none.
+-- KEYS: stream. ARGV: incarnation or '', 1 if the stream may be created, then for each record how
+-- many arguments follow, and its fields and values. Returns the last id; nil if the stream is gone,
+-- or another one by now. All records are appended, or none.
 if ARGV[1] ~= '' and incarnation(KEYS[1]) ~= ARGV[1] then return false end
 local last
 local at, count = 3, #ARGV

@@ -68,7 +68,8 @@ impl Decoder {
         }
     }
 
-    /// The records of entries as `XRANGE` returns them, `[[id, [field, value, ...]], ...]`, packed; `None` if they are not.
+    /// The records of entries as `XRANGE` returns them, `[[id, [field, value, ...]], ...]`, packed;
+    /// `None` if they are not.
     pub(crate) fn entries(&mut self, packed: Vec<u8>) -> Option<Vec<Record>> {
         let chunk = Chunk(packed.into());
         let mut reading = Packed::new(&chunk.0);

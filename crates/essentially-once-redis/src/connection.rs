@@ -19,8 +19,9 @@ use tokio::{
 
 use crate::error::spoils_connection;
 
-/// A connection that was idle for this long is asked whether it still works before it gets a request. Servers and routers drop
-/// idle connections, some without a word, and a request that is lost on one leaves in doubt whether it ran.
+/// A connection that was idle for this long is asked whether it still works before it gets a
+/// request. Servers and routers drop idle connections, some without a word, and a request that is
+/// lost on one leaves in doubt whether it ran.
 const PING_AFTER: Duration = Duration::from_secs(1);
 
 /// How long that question may take, before a new connection is made instead.
@@ -49,7 +50,8 @@ impl Connection {
         self.ended.0.load(Ordering::Acquire)
     }
 
-    /// Whether the calling task's runtime drives it. Another runtime may stand still while this one waits.
+    /// Whether the calling task's runtime drives it. Another runtime may stand still while this one
+    /// waits.
     pub(crate) fn is_driven_here(&self) -> bool {
         self.runtime == this_runtime()
     }

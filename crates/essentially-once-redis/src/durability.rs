@@ -9,7 +9,8 @@ use crate::{error::read_failed, server::Link};
 /// Asks the server how it is set up now.
 ///
 /// # Errors
-/// [`Error::Unavailable`], also while fewer replicas are connected than are waited for; [`Error::Failed`].
+/// [`Error::Unavailable`], also while fewer replicas are connected than are waited for;
+/// [`Error::Failed`].
 pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
     let mut command = redis::cmd("CONFIG");
     command.arg("GET").arg(&[

@@ -5,10 +5,11 @@ use std::fmt;
 use essentially_once::Error;
 use redis::{ErrorKind, RedisError};
 
-/// What the server answers instead of a result, and what a user can do about it. The request did not run.
+/// What the server answers instead of a result, and what a user can do about it. The request did
+/// not run.
 ///
-/// The flag says whether the condition can pass by itself, or by what others do to the server or around it: then the same request
-/// may be taken later.
+/// The flag says whether the condition can pass by itself, or by what others do to the server or
+/// around it: then the same request may be taken later.
 const ANSWERS: [(&str, bool, &str); 26] = [
     ("LOADING", true, "the server is loading its data"),
     ("MASTERDOWN", true, "the replica has lost its master"),
@@ -130,7 +131,8 @@ pub(crate) fn connect_failed(action: String, error: RedisError, tls: bool) -> Er
     if answer(&error).is_some() {
         return read_failed(action, error);
     }
-    // A server that is addressed in the wrong manner closes the connection or says nothing, as one that is starting does.
+    // A server that is addressed in the wrong manner closes the connection or says nothing, as one
+    // that is starting does.
     let advice = match tls {
         true if error.is_timeout() || error.is_connection_dropped() => Some("if the port is not for TLS, use redis://"),
         false if error.is_connection_dropped() => Some(

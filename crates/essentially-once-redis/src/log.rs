@@ -66,7 +66,8 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// The defaults: a stream is created if there is none, the log's name is the stream's key, the fields of other people's entries are `payload` and `key`, and everything is kept.
+    /// The defaults: a stream is created if there is none, the log's name is the stream's key, the
+    /// fields of other people's entries are `payload` and `key`, and everything is kept.
     pub fn new() -> Self {
         Self {
             stream: None,
@@ -77,8 +78,8 @@ impl LogOptions {
         }
     }
 
-    /// Refuses a log whose stream does not exist, instead of creating it: for services that only read, and would wait at a mistyped
-    /// name.
+    /// Refuses a log whose stream does not exist, instead of creating it: for services that only
+    /// read, and would wait at a mistyped name.
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
@@ -173,10 +174,11 @@ impl Default for LogOptions {
 /// The append time is taken from the id, so an entry that was added with an id such as `5-0` is of 1970.
 ///
 /// # Rights
-/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`; opening for the first time: `EVAL`, `XGROUP`; appending: `EVAL`, `XADD`,
-/// `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`. Keys: the stream, and
-/// `<prefix>:retention:*`. [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the
-/// largest value.
+/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`; opening for the first
+/// time: `EVAL`, `XGROUP`; appending: `EVAL`, `XADD`, `XINFO`; retention also `XTRIM`, `XRANGE`,
+/// `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`. Keys: the stream, and `<prefix>:retention:*`.
+/// [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the largest
+/// value.
 #[derive(Clone)]
 pub struct RedisLog {
     pub(crate) inner: Arc<Inner>,
@@ -189,7 +191,8 @@ pub(crate) struct Inner {
     pub(crate) stream: Vec<u8>,
     pub(crate) kept: RetentionKeys,
     trimmed: Mutex<Option<Instant>>,
-    /// Whether an append may create the stream: a log that was there and is gone must not come back as an empty one.
+    /// Whether an append may create the stream: a log that was there and is gone must not come back
+    /// as an empty one.
     may_create: AtomicBool,
 }
 

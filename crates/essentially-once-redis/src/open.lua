@@ -1,5 +1,6 @@
--- KEYS: stream. ARGV: a new incarnation, 1 if the stream may be created. Returns the stream's own, or the new one, given to a stream
--- that has none; nil if there is no stream and none may be created.
+-- KEYS: stream. ARGV: a new incarnation, 1 if the stream may be created. Returns the stream's own,
+-- or the new one, given to a stream that has none; nil if there is no stream and none may be
+-- created.
 local found = incarnation(KEYS[1])
 if found then return found end
 -- Behind every entry and without a count of what was read, so that monitoring finds no lag.

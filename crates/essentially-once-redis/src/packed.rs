@@ -1,6 +1,8 @@
-//! Reads the entries of a stream as the server's `cmsgpack.pack` writes them: arrays and strings of MessagePack.
+//! Reads the entries of a stream as the server's `cmsgpack.pack` writes them: arrays and strings of
+//! MessagePack.
 //!
-//! As a reply of their own, 13 values of the protocol for each entry would take the client library several times as long.
+//! As a reply of their own, 13 values of the protocol for each entry would take the client library
+//! several times as long.
 
 /// What is left to read.
 pub(crate) struct Packed<'a>(&'a [u8]);

@@ -1,5 +1,5 @@
--- ARGV: the id to begin at, most entries, most bytes; at least one entry is returned, however large it is.
--- Returns the state, the entries packed, and 1 if the stream has more.
+-- ARGV: the id to begin at, most entries, most bytes; at least one entry is returned, however large
+-- it is. Returns the state, the entries packed, and 1 if the stream has more.
 local found, count, more = {}, 0, 0
 local from, limit, room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 

@@ -22,10 +22,12 @@ use crate::{
     snapshot::{self, Snapshot},
 };
 
-/// How many bytes of records one request fetches at most, if the first is not larger, and one `next` returns.
+/// How many bytes of records one request fetches at most, if the first is not larger, and one
+/// `next` returns.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// How many records one request fetches at most. The server does nothing else meanwhile, for about 5 ms.
+/// How many records one request fetches at most. The server does nothing else meanwhile, for about
+/// 5 ms.
 const FETCH_RECORDS: usize = 2_000;
 
 /// How long the server holds back the answer where there is nothing to read. A deleted stream wakes nobody, and is noticed after it.
@@ -36,7 +38,8 @@ const BLOCK: Duration = Duration::from_secs(2);
 /// Each request is answered in one step of the server with the stream's [`Snapshot`] and the next entries, so that entries removed between two
 /// requests are noticed. At the end of the log the request begins with a blocking `XREAD`, which only wakes it.
 ///
-/// A connection that ended while the reader was idle is replaced: reading again what was asked for does no harm.
+/// A connection that ended while the reader was idle is replaced: reading again what was asked for
+/// does no harm.
 pub(crate) struct RedisReader {
     log: Arc<Inner>,
     connection: Connection,
@@ -220,7 +223,8 @@ impl LogReader for RedisReader {
             let answer = request.answer().await;
             self.request = None;
             let received = match answer {
-                // It was lost while nobody waited for it. A server that ends a blocking read may have become a replica, and is left.
+                // It was lost while nobody waited for it. A server that ends a blocking read may
+                // have become a replica, and is left.
                 Err(_) if was_sent && !self.at_end && self.connection.has_ended() => continue,
                 Err(error) => Err(self.failed(error)),
                 Ok(replies) => {

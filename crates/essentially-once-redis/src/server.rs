@@ -345,7 +345,8 @@ impl Link {
 
     /// A clone of the connection, which is shared: no blocking command may be sent on it.
     ///
-    /// One that was closed, or that does not answer after it was idle, is replaced: nothing was sent on it.
+    /// One that was closed, or that does not answer after it was idle, is replaced: nothing was
+    /// sent on it.
     pub(crate) async fn connection(&self) -> Result<MultiplexedConnection, Error> {
         let limit = self.server.connect_limit().saturating_add(PING_LIMIT);
         self.server.within(limit, "connect", self.connected()).await
@@ -409,7 +410,8 @@ impl Link {
     }
 }
 
-/// Closes the connection of this runtime when nobody has used it for long; the next use makes another.
+/// Closes the connection of this runtime when nobody has used it for long; the next use makes
+/// another.
 async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>) {
     let mut pause = IDLE_LIMIT;
     loop {

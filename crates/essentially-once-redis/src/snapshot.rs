@@ -26,7 +26,8 @@ pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(STATE, stream, retention)
 }
 
-/// Asks for a [`Snapshot`], the entries from an id on, up to so many of them and so many bytes, and whether there are more.
+/// Asks for a [`Snapshot`], the entries from an id on, up to so many of them and so many bytes, and
+/// whether there are more.
 pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries: usize, bytes: usize) -> Cmd {
     let mut read = script(READ, stream, retention);
     read.arg(from).arg(entries).arg(bytes);
@@ -38,7 +39,8 @@ pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(END, stream, retention)
 }
 
-/// A reading script: unlike a `MULTI`, it is also taken where memory is full, which must not hide a log.
+/// A reading script: unlike a `MULTI`, it is also taken where memory is full, which must not hide a
+/// log.
 fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
     let mut script = redis::cmd("EVAL_RO");
     script.arg(source).arg(2 + usize::from(retention.before.is_some()));
@@ -101,8 +103,9 @@ impl Snapshot {
         }
     }
 
-    /// One past the last entry that a reader can still get, or must learn that it was removed, where `last` is the last that is left.
-    /// Ids that were skipped (`XSETID`) or deleted behind it (`XDEL`) do not count.
+    /// One past the last entry that a reader can still get, or must learn that it was removed,
+    /// where `last` is the last that is left. Ids that were skipped (`XSETID`) or deleted behind it
+    /// (`XDEL`) do not count.
     pub(crate) fn readable_end(&self, last: Option<Offset>) -> Offset {
         match (last, self.ours) {
             (Some(last), _) => last.successor(),

@@ -1,7 +1,7 @@
 //! The store: positions, windows and state, in three hashes for each consumer.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -23,7 +23,8 @@ use crate::{
     tx::RedisTx,
 };
 
-/// All of them as of one moment. A `MULTI` would be refused where memory is full, which must not hide a position.
+/// All of them as of one moment. A `MULTI` would be refused where memory is full, which must not
+/// hide a position.
 const READ: &str = include_str!("values.lua");
 const BEAT: &str = concat!("#!lua flags=allow-oom\n", include_str!("beat.lua"));
 const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.lua"));
@@ -158,7 +159,8 @@ impl RedisStore {
             link: Arc::new(Link::new(Arc::clone(server), keys.position.as_bytes())),
             keys: Arc::new(keys),
         };
-        // Of names that were asked about once, only those stay that still have a connection, or a transaction.
+        // Of names that were asked about once, only those stay that still have a connection, or a
+        // transaction.
         consumers.retain(|_, known| known.link.is_connected() || Arc::strong_count(&known.link) > 1);
         consumers.insert(consumer.clone(), new.clone());
         new
@@ -233,7 +235,8 @@ impl OffsetStore for RedisStore {
 /// One script reads position and values, so they are of one commit.
 #[async_trait]
 impl ReadState for RedisStore {
-    /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is applied in part.
+    /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is
+    /// applied in part.
     async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
         self.read(consumer, keys).await
     }
@@ -269,7 +272,8 @@ fn decode_pulse(
     Ok(pulse)
 }
 
-type Hash = HashMap<Vec<u8>, Vec<u8>>;
+/// In order, so that equal positions read as equal.
+type Hash = BTreeMap<Vec<u8>, Vec<u8>>;
 
 fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::Source> {
     let field = |name: &str| {

@@ -1,4 +1,5 @@
--- KEYS: position, windows, state. ARGV: keys of the state. Returns the hashes of the first two, and the values.
+-- KEYS: position, windows, state. ARGV: keys of the state. Returns the hashes of the first two, and
+-- the values.
 local values = {}
 -- In pieces, since Lua passes 8,000 arguments at most.
 for first = 1, #ARGV, 6000 do

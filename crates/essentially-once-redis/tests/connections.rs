@@ -206,7 +206,8 @@ async fn frozen<T>(what: &str, call: impl Future<Output = Result<T, Error>>, lim
 
 async fn a_frozen_server_holds_up_no_call_for_long() -> Outcome {
     let time_out = Duration::from_millis(400);
-    // As the documentation of the time-out says; half a second is for a machine with other work to do.
+    // As the documentation of the time-out says; half a second is for a machine with other work to
+    // do.
     let limit = 2 * time_out + Duration::from_millis(1_500);
     let (server, id) = (RedisServer::durable().start()?, ConsumerId::new("shipping")?);
     let redis = RedisOptions::new().timeout(time_out).connect(&server.url()).await?;

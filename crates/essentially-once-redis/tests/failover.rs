@@ -107,7 +107,8 @@ impl Running {
         let consumer = Consumer::essentially_once(id.clone(), log, store, handler)
             .max_batch(3)
             .backoff(Duration::from_millis(5), Duration::from_millis(100));
-        // A store in memory is volatile; the servers are set up to be durable, and consumers check that.
+        // A store in memory is volatile; the servers are set up to be durable, and consumers check
+        // that.
         let consumer = match in_memory {
             true => consumer.accept_volatile(),
             false => consumer,

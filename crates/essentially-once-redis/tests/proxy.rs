@@ -129,7 +129,8 @@ async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
             stage.proxy.wait_fired(nth as usize + 1, LIMIT),
             "commit {nth} of {commits} was not cut"
         );
-        // A commit whose reply was lost counts too. One that an adapter sent again would be fenced by the first.
+        // A commit whose reply was lost counts too. One that an adapter sent again would be fenced
+        // by the first.
         ensure!(
             (report.commits, report.restarts, report.fenced) == (commits, 1, 0),
             "{cut:?}, commit {nth} of {commits}: {report}"

@@ -192,7 +192,8 @@ pub(crate) async fn an_old_handle_never_makes_a_deleted_stream_anew() {
     admin(&server, &user);
     let app = Redis::connect(&format!("redis://app:pw@127.0.0.1:{}", server.port())).await;
     let app = app.expect("connect");
-    // Of a stream that is there, of one that the first append creates, and of one that has an incarnation.
+    // Of a stream that is there, of one that the first append creates, and of one that has an
+    // incarnation.
     admin(&server, &["XADD", "returns", "*", "payload", "x"]);
     let unnamed = app.log("returns").await.expect("log");
     let created = app.log("invoices").await.expect("log");
