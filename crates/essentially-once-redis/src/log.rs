@@ -174,9 +174,10 @@ impl Default for LogOptions {
 /// The append time is taken from the id, so an entry that was added with an id such as `5-0` is of 1970.
 ///
 /// # Rights
-/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`; opening for the first
-/// time: `EVAL`, `XGROUP`; appending: `EVAL`, `XADD`, `XINFO`; retention also `XTRIM`, `XRANGE`,
-/// `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`. Keys: the stream, and `<prefix>:retention:*`.
+/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`, and `INFO`, without which
+/// a reader does not outlive its connection; opening for the first time: `EVAL`, `XGROUP`;
+/// appending: `EVAL`, `XADD`, `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`,
+/// `TIME`, `HMGET`, `HSET`. Keys: the stream, and `<prefix>:retention:*`.
 /// [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the largest
 /// value.
 #[derive(Clone)]

@@ -38,11 +38,12 @@ const BLOCK: Duration = Duration::from_secs(2);
 /// Each request is answered in one step of the server with the stream's [`Snapshot`] and the next entries, so that entries removed between two
 /// requests are noticed. At the end of the log the request begins with a blocking `XREAD`, which only wakes it.
 ///
-/// A connection that ended while the reader was idle is replaced: reading again what was asked for
-/// does no harm.
+/// A connection that ended while the reader was idle is replaced, if the same process with the same history answers. Another may
+/// have lost the log's tail, and only a consumer that begins a session compares its position with that.
 pub(crate) struct RedisReader {
     log: Arc<Inner>,
     connection: Connection,
+    origin: Option<Origin>,
     decoder: Decoder,
     next: Offset,
     /// How many entries were ever added before `next`, if known.
@@ -84,7 +85,7 @@ impl Request {
 
 impl RedisReader {
     pub(crate) async fn open(log: Arc<Inner>, from: Offset) -> Result<Self, Error> {
-        let mut connection = connect(&log).await?;
+        let (mut connection, origin) = connect(&log).await?;
         let answer = connection
             .inner
             .send_packed_command(&snapshot::ask(&log.stream, &log.kept))
@@ -94,6 +95,7 @@ impl RedisReader {
             decoder: Decoder::new(&log.options.payload_field, &log.options.key_field),
             log,
             connection,
+            origin,
             next: from,
             passed: None,
             at_end: false,
@@ -118,9 +120,15 @@ impl RedisReader {
 
     /// Replaces a connection that is of no more use.
     async fn connect(&mut self) -> Result<(), Error> {
-        if !self.connection.is_good().await {
-            self.connection = connect(&self.log).await?;
+        if self.connection.is_good().await {
+            return Ok(());
         }
+        let (connection, origin) = connect(&self.log).await?;
+        if origin.is_none() || origin != self.origin {
+            let why = "the connection ended, and it may be another server that answers now, or one that was restarted";
+            return Err(Error::unavailable(self.log.on("read"), why));
+        }
+        self.connection = connection;
         Ok(())
     }
 
@@ -248,14 +256,41 @@ impl LogReader for RedisReader {
     }
 }
 
-/// A connection that waits longer for answers, since the server holds them back.
-async fn connect(log: &Inner) -> Result<Connection, Error> {
+/// Which run of a server answers, and which history its data is of.
+#[derive(PartialEq, Eq)]
+struct Origin {
+    run: String,
+    history: String,
+}
+
+impl Origin {
+    /// As `INFO` says.
+    fn parse(info: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            value.map(|value| value.trim().to_owned())
+        };
+        Some(Self {
+            run: field("run_id")?,
+            history: field("master_replid")?,
+        })
+    }
+}
+
+/// A connection that waits longer for answers, since the server holds them back, and where it leads, if this user may ask.
+async fn connect(log: &Inner) -> Result<(Connection, Option<Origin>), Error> {
     let server = &log.link.server;
     let mut connection = server.open(&log.stream).await?;
+    let info: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
+    let origin = match info {
+        Ok(info) => Origin::parse(&info),
+        Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => None,
+        Err(error) => return Err(read_failed(log.on("read"), error)),
+    };
     connection
         .inner
         .set_response_timeout(server.options.timeout.saturating_add(BLOCK));
-    Ok(connection)
+    Ok((connection, origin))
 }
 
 const LAST: Offset = Offset::new(u64::MAX, u64::MAX);

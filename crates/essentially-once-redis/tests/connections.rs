@@ -25,6 +25,7 @@ fn main() -> ExitCode {
     run(cases![
         an_idle_producer_is_not_in_doubt,
         an_idle_reader_goes_on,
+        an_idle_reader_does_not_go_on_elsewhere,
         an_idle_store_commits,
         a_slow_handler_runs_once_for_each_record,
         a_connection_that_was_cut_is_replaced_before_use,
@@ -103,6 +104,34 @@ async fn an_idle_reader_goes_on() -> Outcome {
     }
     let expected: Vec<_> = (0..31).map(|n| n.to_string()).collect();
     ensure!(seen == expected, "{seen:?}");
+    Ok(())
+}
+
+async fn an_idle_reader_does_not_go_on_elsewhere() -> Outcome {
+    let server = RedisServer::durable().start()?;
+    let log = Redis::connect(&server.url()).await?.log("orders").await?;
+    log.append(&records(0..3)).await?;
+    for elsewhere in ["restarted", "of another history", "unknown"] {
+        let mut reader = log.read(Offset::ZERO).await?;
+        ensure!(timeout(LIMIT, reader.next(10)).await??.len() == 3, "three records");
+        match elsewhere {
+            "restarted" => tokio::task::block_in_place(|| server.restart())?,
+            "of another history" => {
+                // As a master that was a replica for a while: what it holds may be another's.
+                server.command(&["REPLICAOF", "127.0.0.1", "1"])?;
+                server.command(&["REPLICAOF", "NO", "ONE"])?;
+            }
+            _ => drop(server.command(&["ACL", "SETUSER", "default", "-info"])?),
+        }
+        server.command(&["CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES"])?;
+        until_clients(&server, 0).await?;
+        let error = timeout(LIMIT, reader.next(1)).await?.expect_err(elsewhere);
+        ensure!(matches!(error, Error::Unavailable { .. }), "{elsewhere}: {error}");
+        ensure!(error.to_string().contains("another server"), "{elsewhere}: {error}");
+        // A new one begins with a look at where it is.
+        let mut reader = log.read(Offset::ZERO).await?;
+        ensure!(timeout(LIMIT, reader.next(10)).await??.len() == 3, "three records");
+    }
     Ok(())
 }
 
