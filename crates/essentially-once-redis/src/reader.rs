@@ -38,8 +38,9 @@ const BLOCK: Duration = Duration::from_secs(2);
 /// Each request is answered in one step of the server with the stream's [`Snapshot`] and the next entries, so that entries removed between two
 /// requests are noticed. At the end of the log the request begins with a blocking `XREAD`, which only wakes it.
 ///
-/// A connection that ended while the reader was idle is replaced, if the same process with the same history answers. Another may
-/// have lost the log's tail, and only a consumer that begins a session compares its position with that.
+/// A connection that ended while the reader was idle is replaced, if the same process with the same
+/// history answers. Another may have lost the log's tail, and only a consumer that begins a session
+/// compares its position with that.
 pub(crate) struct RedisReader {
     log: Arc<Inner>,
     connection: Connection,
@@ -277,7 +278,8 @@ impl Origin {
     }
 }
 
-/// A connection that waits longer for answers, since the server holds them back, and where it leads, if this user may ask.
+/// A connection that waits longer for answers, since the server holds them back, and where it
+/// leads, if this user may ask.
 async fn connect(log: &Inner) -> Result<(Connection, Option<Origin>), Error> {
     let server = &log.link.server;
     let mut connection = server.open(&log.stream).await?;
