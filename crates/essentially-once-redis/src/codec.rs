@@ -3,14 +3,12 @@
 //! An entry is a list of fields and values; our own begins with [`MARK`] and its [`VERSION`]. Whatever an entry holds, it decodes to a
 //! record: one that cannot be understood is malformed, with all its fields and values as payload.
 
-use std::{
-    mem,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use essentially_once::{Error, NewRecord, Numbering, Offset, Origin, Record};
-use redis::Value;
+
+use crate::packed::Packed;
 
 const MARK: &[u8] = b"essentially-once";
 const VERSION: &[u8] = b"1";
@@ -70,40 +68,49 @@ impl Decoder {
         }
     }
 
-    /// The record of an entry as `XRANGE` tells it, `[id, [field, value, ...]]`; `None` if that is not what was given.
-    pub(crate) fn entry(&mut self, entry: Value) -> Option<Record> {
-        let Value::Array(parts) = entry else { return None };
-        let [id, fields] = <[Value; 2]>::try_from(parts).ok()?;
-        let (Value::BulkString(id), Value::Array(fields)) = (id, fields) else {
-            return None;
-        };
-        Some(self.record(parse_id(&id)?, fields))
+    /// The records of entries as `XRANGE` returns them, `[[id, [field, value, ...]], ...]`, packed;
+    /// `None` if they are not.
+    pub(crate) fn entries(&mut self, packed: Vec<u8>) -> Option<Vec<Record>> {
+        let chunk = Chunk(packed.into());
+        let mut reading = Packed::new(&chunk.0);
+        let count = reading.array()?;
+        let mut records = Vec::with_capacity(count.min(chunk.0.len()));
+        let mut fields = Vec::new();
+        for _ in 0..count {
+            let 2 = reading.array()? else { return None };
+            let offset = parse_id(reading.string()?)?;
+            fields.clear();
+            for _ in 0..reading.array()? {
+                fields.push(reading.string()?);
+            }
+            records.push(self.record(&chunk, offset, &fields));
+        }
+        reading.is_empty().then_some(records)
     }
 
-    fn record(&mut self, offset: Offset, mut fields: Vec<Value>) -> Record {
+    fn record(&mut self, chunk: &Chunk, offset: Offset, fields: &[&[u8]]) -> Record {
         let time = UNIX_EPOCH + Duration::from_millis(offset.hi().min(LAST_TIME));
         let decoded = match fields.first() {
-            Some(first) if bytes(first) == MARK => self.own(offset, time, &mut fields),
-            _ => self.foreign(offset, time, &mut fields),
+            Some(first) if *first == MARK => self.own(chunk, offset, time, fields),
+            _ => self.foreign(chunk, offset, time, fields),
         };
         decoded.unwrap_or_else(|reason| {
-            let mut record = Record::new(offset, time, raw(&fields));
+            let mut record = Record::new(offset, time, raw(fields));
             record.malformed = Some(reason.into());
             record
         })
     }
 
-    /// Nothing is taken out of `fields` unless all of it is understood.
-    fn own(&mut self, offset: Offset, time: SystemTime, fields: &mut [Value]) -> Result<Record, String> {
-        let (pairs, []) = fields.as_chunks_mut::<2>() else {
+    fn own(&mut self, chunk: &Chunk, offset: Offset, time: SystemTime, fields: &[&[u8]]) -> Result<Record, String> {
+        let (pairs, []) = fields.as_chunks::<2>() else {
             return Err("its last field has no value".into());
         };
         let (mut key, mut payload, mut producer, mut sequence) = (None, None, None, None);
         let mut headers = 0;
         for (index, [name, value]) in pairs.iter().enumerate() {
-            let known = match bytes(name) {
-                MARK if index == 0 && bytes(value) == VERSION => continue,
-                MARK if index == 0 => return Err(format!("its version is {}, not 1", shown(bytes(value)))),
+            let known = match *name {
+                MARK if index == 0 && *value == VERSION => continue,
+                MARK if index == 0 => return Err(format!("its version is {}, not 1", shown(value))),
                 PAYLOAD => &mut payload,
                 KEY => &mut key,
                 PRODUCER => &mut producer,
@@ -118,27 +125,25 @@ impl Decoder {
                 }
             };
             if known.replace(index).is_some() {
-                return Err(format!("field {} is there twice", shown(bytes(name))));
+                return Err(format!("field {} is there twice", shown(name)));
             }
         }
         let payload = payload.ok_or("it has no payload")?;
         let origin = match (producer, sequence) {
             (None, None) => None,
-            (Some(producer), Some(sequence)) => {
-                Some(self.origin(bytes(&pairs[producer][1]), bytes(&pairs[sequence][1]))?)
-            }
+            (Some(producer), Some(sequence)) => Some(self.origin(pairs[producer][1], pairs[sequence][1])?),
             _ => return Err("of producer and sequence it has only one".into()),
         };
-        let mut record = Record::new(offset, time, take(&mut pairs[payload][1]));
-        record.key = key.map(|key| take(&mut pairs[key][1]));
+        let mut record = Record::new(offset, time, chunk.take(pairs[payload][1]));
+        record.key = key.map(|key| chunk.take(pairs[key][1]));
         record.origin = origin;
         if headers > 0 {
             record.headers.reserve_exact(headers);
             for [name, value] in pairs {
-                if let Some(name) = bytes(name).strip_prefix(HEADER) {
+                if let Some(name) = name.strip_prefix(HEADER) {
                     record
                         .headers
-                        .push((String::from_utf8_lossy(name).into_owned(), take(value)));
+                        .push((String::from_utf8_lossy(name).into_owned(), chunk.take(value)));
                 }
             }
         }
@@ -164,24 +169,24 @@ impl Decoder {
         Ok(Origin::new(numbering.producer().clone(), numbering.epoch(), number))
     }
 
-    fn foreign(&self, offset: Offset, time: SystemTime, fields: &mut [Value]) -> Result<Record, String> {
-        let (pairs, []) = fields.as_chunks_mut::<2>() else {
+    fn foreign(&self, chunk: &Chunk, offset: Offset, time: SystemTime, fields: &[&[u8]]) -> Result<Record, String> {
+        let (pairs, []) = fields.as_chunks::<2>() else {
             return Err("its last field has no value".into());
         };
-        if let Some([name, _]) = pairs.iter().find(|[name, _]| str::from_utf8(bytes(name)).is_err()) {
-            return Err(format!("field name {} is not UTF-8", shown(bytes(name))));
+        if let Some([name, _]) = pairs.iter().find(|[name, _]| str::from_utf8(name).is_err()) {
+            return Err(format!("field name {} is not UTF-8", shown(name)));
         }
         let mut record = Record::new(offset, time, Bytes::new());
         let mut has_payload = false;
         for [name, value] in pairs {
-            if !has_payload && bytes(name) == self.payload_field {
-                record.payload = take(value);
+            if !has_payload && *name == self.payload_field {
+                record.payload = chunk.take(value);
                 has_payload = true;
-            } else if record.key.is_none() && bytes(name) == self.key_field {
-                record.key = Some(take(value));
+            } else if record.key.is_none() && *name == self.key_field {
+                record.key = Some(chunk.take(value));
             } else {
-                let name = String::from_utf8_lossy(bytes(name)).into_owned();
-                record.headers.push((name, take(value)));
+                let name = String::from_utf8_lossy(name).into_owned();
+                record.headers.push((name, chunk.take(value)));
             }
         }
         Ok(record)
@@ -194,28 +199,25 @@ pub(crate) fn parse_id(id: &[u8]) -> Option<Offset> {
     Some(Offset::new(hi.parse().ok()?, lo.parse().ok()?))
 }
 
-/// The bytes of a field or value; a stream holds nothing but strings.
-fn bytes(value: &Value) -> &[u8] {
-    match value {
-        Value::BulkString(bytes) => bytes,
-        _ => &[],
-    }
-}
+/// The bytes that many records came in.
+struct Chunk(Bytes);
 
-/// Takes the bytes out, without a copy.
-fn take(value: &mut Value) -> Bytes {
-    match mem::replace(value, Value::Nil) {
-        Value::BulkString(bytes) => bytes.into(),
-        _ => Bytes::new(),
+impl Chunk {
+    /// Bytes of it, which keep it in memory only if they are most of it.
+    fn take(&self, bytes: &[u8]) -> Bytes {
+        match bytes.len() > self.0.len() / 2 {
+            true => self.0.slice_ref(bytes),
+            false => Bytes::copy_from_slice(bytes),
+        }
     }
 }
 
 /// All fields and values, as a RESP array of bulk strings.
-fn raw(fields: &[Value]) -> Vec<u8> {
+fn raw(fields: &[&[u8]]) -> Vec<u8> {
     let mut raw = format!("*{}\r\n", fields.len()).into_bytes();
-    for field in fields.iter().map(bytes) {
+    for field in fields {
         raw.extend(format!("${}\r\n", field.len()).bytes());
-        raw.extend(field);
+        raw.extend(*field);
         raw.extend(b"\r\n");
     }
     raw
@@ -235,14 +237,24 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
+    use crate::packed::pack;
 
     fn decode(fields: &[&[u8]]) -> Record {
-        let fields = fields.iter().map(|field| Value::BulkString(field.to_vec())).collect();
-        let entry = Value::Array(vec![
-            Value::BulkString(b"1700000000000-3".to_vec()),
-            Value::Array(fields),
-        ]);
-        Decoder::new("payload", "key").entry(entry).expect("an entry")
+        decode_at("1700000000000-3", fields)
+    }
+
+    fn decode_at(id: &str, fields: &[&[u8]]) -> Record {
+        let mut packed = Vec::new();
+        pack::array(&mut packed, 1);
+        pack::array(&mut packed, 2);
+        pack::string(&mut packed, id.as_bytes());
+        pack::array(&mut packed, fields.len());
+        for field in fields {
+            pack::string(&mut packed, field);
+        }
+        let records = Decoder::new("payload", "key").entries(packed).expect("entries");
+        let [record] = <[Record; 1]>::try_from(records).expect("an entry");
+        record
     }
 
     fn encoded(record: &NewRecord) -> Vec<Vec<u8>> {
@@ -306,7 +318,7 @@ mod tests {
             }
             let record = decoded(&fields);
             if record.malformed.is_some() {
-                let values: Vec<_> = fields.into_iter().map(Value::BulkString).collect();
+                let values: Vec<_> = fields.iter().map(Vec::as_slice).collect();
                 prop_assert_eq!(record.payload, raw(&values));
             } else {
                 let named = record.key.iter().len() + record.headers.len();
@@ -408,19 +420,42 @@ mod tests {
                 ],
                 "not allowed",
             ),
+            // One spelling for each numbering, so that no duplicate passes under another.
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"web#0",
+                    b"sequence",
+                    b"1",
+                ],
+                "not an epoch",
+            ),
+            (
+                &[
+                    b"essentially-once",
+                    b"1",
+                    b"payload",
+                    b"x",
+                    b"producer",
+                    b"web#01",
+                    b"sequence",
+                    b"1",
+                ],
+                "not an epoch",
+            ),
             (&[b"\xFF", b"x"], "is not UTF-8"),
             (&[b"payload"], "no value"),
         ] {
             let record = decode(fields);
             let told = record.malformed.expect(reason);
             assert!(told.contains(reason), "{told}, expected {reason}");
-            let values: Vec<_> = fields.iter().map(|field| Value::BulkString(field.to_vec())).collect();
-            assert_eq!(record.payload, raw(&values));
+            assert_eq!(record.payload, raw(fields));
         }
-        assert_eq!(
-            raw(&[Value::BulkString(b"a".to_vec()), Value::BulkString(b"\r\n".to_vec())]),
-            b"*2\r\n$1\r\na\r\n$2\r\n\r\n\r\n"
-        );
+        assert_eq!(raw(&[b"a", b"\r\n"]), b"*2\r\n$1\r\na\r\n$2\r\n\r\n\r\n");
     }
 
     #[test]
@@ -455,11 +490,10 @@ mod tests {
             ("1700000000000-3", 1_700_000_000),
             ("18446744073709551615-0", 253_402_300_799),
         ] {
-            let entry = Value::Array(vec![Value::BulkString(id.into()), Value::Array(vec![])]);
-            let record = Decoder::new("payload", "key").entry(entry).expect("an entry");
+            let record = decode_at(id, &[]);
             let since = record.appended_at.duration_since(UNIX_EPOCH).expect("after 1970");
             assert_eq!(since.as_secs(), seconds, "{id}");
         }
-        assert_eq!(Decoder::new("p", "k").entry(Value::Nil), None);
+        assert_eq!(Decoder::new("p", "k").entries(b"\xc0".to_vec()), None);
     }
 }

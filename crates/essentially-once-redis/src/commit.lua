@@ -86,6 +86,8 @@ local function failed(command, key, why)
   end
   local text = done .. ' commands were applied, then ' .. what .. ' failed (' .. why:sub(1, 300) .. ')'
   call('HSET', POSITION, 'partial', text)
+  -- A first commit leaves no revision: the position then holds this flag alone, and once that is
+  -- taken back, there is none.
   if revision then
     call('HSET', POSITION, 'revision', ARGV[8])
   end

@@ -57,7 +57,7 @@ impl Commit {
                 self.check_replicas(replicas)
             }
             Err(error) => {
-                self.link.check(&error).await;
+                self.link.check(&error);
                 self.link.learn(&error, self.largest);
                 Err(write_failed(self.action(), error))
             }

@@ -9,7 +9,8 @@ use crate::{error::read_failed, server::Link};
 /// Asks the server how it is set up now.
 ///
 /// # Errors
-/// [`Error::Unavailable`], [`Error::Failed`].
+/// [`Error::Unavailable`], also while fewer replicas are connected than are waited for;
+/// [`Error::Failed`].
 pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
     let mut command = redis::cmd("CONFIG");
     command.arg("GET").arg(&[
@@ -44,10 +45,15 @@ pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
         };
         let connected = connected_replicas(&info);
         if connected < min.replicas {
-            missing.push(format!(
+            let why = format!(
                 "{connected} replicas are connected, and `min_replicas` asks for {}: connect more",
                 min.replicas
-            ));
+            );
+            // A replica that is away comes back; only a setting stays as it is.
+            if missing.is_empty() {
+                return Err(Error::unavailable(link.server.on("count replicas"), why));
+            }
+            missing.push(why);
         }
     }
     match missing.is_empty() {
@@ -68,7 +74,7 @@ async fn ask<T: redis::FromRedisValue>(
         // Servers of cloud providers have no such command at all.
         Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => Ok(Err(error)),
         Err(error) => {
-            link.check(&error).await;
+            link.check(&error);
             Err(read_failed(link.server.on(action), error))
         }
     }

@@ -39,12 +39,14 @@
 
 mod codec;
 mod commit;
+mod connection;
 mod durability;
 mod error;
 mod log;
 mod names;
 mod native;
 mod options;
+mod packed;
 mod reader;
 mod retention;
 mod server;
@@ -67,6 +69,11 @@ pub use crate::{
 };
 
 /// A Redis server, cluster, or master behind Sentinels. Clones share it; each log, reader and consumer has a connection of its own.
+///
+/// A connection that ended is replaced before it is used again, and so is one that was idle for a
+/// second and does not answer. One that a log or store has not used for a minute is closed, and
+/// made again when it is needed. Handles work on any Tokio runtime, also after the one on which
+/// they were made has ended.
 #[derive(Clone)]
 pub struct Redis {
     server: Arc<Server>,

@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -15,6 +18,7 @@ use crate::{
     durability::durability,
     error::{read_failed, write_failed},
     names::RetentionKeys,
+    native::printable,
     reader::RedisReader,
     retention::trim_arguments,
     server::{Link, Server},
@@ -23,7 +27,12 @@ use crate::{
 
 const OPEN: &str = concat!(include_str!("incarnation.lua"), include_str!("open.lua"));
 const APPEND: &str = concat!(include_str!("incarnation.lua"), include_str!("append.lua"));
-const TRIM: &str = concat!(include_str!("incarnation.lua"), include_str!("trim.lua"));
+/// It frees memory, so it also runs where memory is full, and writes down what it removed.
+const TRIM: &str = concat!(
+    "#!lua flags=allow-oom\n",
+    include_str!("incarnation.lua"),
+    include_str!("trim.lua")
+);
 
 /// A chunk of records is appended in one step, during which the server does nothing else: so many records, and about so many bytes.
 const CHUNK_RECORDS: usize = 1_000;
@@ -53,17 +62,28 @@ pub struct LogOptions {
     pub(crate) payload_field: String,
     pub(crate) key_field: String,
     retention: Retention,
+    existing: bool,
 }
 
 impl LogOptions {
-    /// The defaults: the log's name is the stream's key, the fields of other people's entries are `payload` and `key`, and everything is kept.
+    /// The defaults: a stream is created if there is none, the log's name is the stream's key, the
+    /// fields of other people's entries are `payload` and `key`, and everything is kept.
     pub fn new() -> Self {
         Self {
             stream: None,
             payload_field: "payload".into(),
             key_field: "key".into(),
             retention: Retention::default(),
+            existing: false,
         }
+    }
+
+    /// Refuses a log whose stream does not exist, instead of creating it: for services that only
+    /// read, and would wait at a mistyped name.
+    #[must_use]
+    pub fn existing(mut self) -> Self {
+        self.existing = true;
+        self
     }
 
     /// The key of the stream, if it is not the log's name. Braces in it must be those of a cluster's hash tag.
@@ -154,10 +174,12 @@ impl Default for LogOptions {
 /// The append time is taken from the id, so an entry that was added with an id such as `5-0` is of 1970.
 ///
 /// # Rights
-/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREAD`, `MULTI`, `EXEC`, `HMGET`; opening for the first time: `EVAL`, `XGROUP`; appending: `EVAL`, `XADD`,
-/// `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`. Keys: the stream, and
-/// `<prefix>:retention:*`. [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the
-/// largest value.
+/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`, and `INFO`, without which
+/// a reader does not outlive its connection; opening for the first time: `EVAL`, `XGROUP`;
+/// appending: `EVAL`, `XADD`, `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`,
+/// `TIME`, `HMGET`, `HSET`. Keys: the stream, and `<prefix>:retention:*`.
+/// [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the largest
+/// value.
 #[derive(Clone)]
 pub struct RedisLog {
     pub(crate) inner: Arc<Inner>,
@@ -170,6 +192,9 @@ pub(crate) struct Inner {
     pub(crate) stream: Vec<u8>,
     pub(crate) kept: RetentionKeys,
     trimmed: Mutex<Option<Instant>>,
+    /// Whether an append may create the stream: a log that was there and is gone must not come back
+    /// as an empty one.
+    may_create: AtomicBool,
 }
 
 impl RedisLog {
@@ -185,6 +210,7 @@ impl RedisLog {
             stream,
             kept,
             trimmed: Mutex::new(None),
+            may_create: AtomicBool::new(false),
         };
         if let Some(incarnation) = inner.incarnation().await? {
             inner.id = inner.id.with_incarnation(incarnation)?;
@@ -206,23 +232,28 @@ impl RedisLog {
 impl Inner {
     /// The stream's incarnation, which it is given if it has none; `None` if this user may not.
     async fn incarnation(&self) -> Result<Option<String>, Error> {
-        if let Some(snapshot) = self.snapshot("open").await?
-            && let Some(found) = snapshot.incarnation()
-        {
-            return Ok(Some(found.into()));
+        let snapshot = self.snapshot("open").await?;
+        match &snapshot {
+            Some(snapshot) if snapshot.incarnation().is_some() => return Ok(snapshot.incarnation().map(Into::into)),
+            None if self.options.existing => return Err(self.missing()),
+            _ => {}
         }
         let mut open = redis::cmd("EVAL");
         open.arg(OPEN)
             .arg(1)
             .arg(&self.stream)
-            .arg(format!("{:016x}", fastrand::u64(..)));
+            .arg(format!("{:016x}", fastrand::u64(..)))
+            .arg(u8::from(!self.options.existing));
         match self.ask(&open).await? {
             Ok(Value::BulkString(found)) => Ok(Some(String::from_utf8_lossy(&found).into_owned())),
             Ok(_) => Err(self.not_understood("open")),
+            // It was deleted since the question.
+            Err(error) if error.to_string().contains("no such key") => Err(self.missing()),
             // A script says `ERR` of a command that the user may not run.
-            Err(error) if matches!(error.code(), Some("NOPERM" | "READONLY" | "ERR")) => {
+            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
                 tracing::warn!(log = %self.id, %error, "the stream's incarnation cannot be kept: a log that is deleted and made \
                     again may go unnoticed; grant XGROUP CREATE, or open the log once as a user who may");
+                self.may_create.store(snapshot.is_none(), Ordering::Relaxed);
                 Ok(None)
             }
             Err(error) => Err(write_failed(self.on("open"), error)),
@@ -237,6 +268,25 @@ impl Inner {
         }
     }
 
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        const VERB: &str = "read the end of";
+        let answer = self.ask(&snapshot::ask_end(&self.stream, &self.kept)).await?;
+        let answer = answer.map_err(|error| read_failed(self.on(VERB), error))?;
+        let parts = match answer {
+            Value::Array(parts) => <[Value; 2]>::try_from(parts).ok(),
+            _ => None,
+        };
+        let Some([state, last]) = parts else {
+            return Err(self.not_understood(VERB));
+        };
+        let last = match last {
+            Value::BulkString(id) => Some(parse_id(&id).ok_or_else(|| self.not_understood(VERB))?),
+            _ => None,
+        };
+        let snapshot = Snapshot::parse(&state).map_err(|()| self.not_understood(VERB))?;
+        Ok(self.require(snapshot, VERB)?.readable_end(last))
+    }
+
     /// Sends a command over the shared connection; the inner error is that of the command.
     async fn ask(&self, command: &Cmd) -> Result<Result<Value, RedisError>, Error> {
         let mut connection = self.link.connection().await?;
@@ -245,7 +295,7 @@ impl Inner {
             .await
             .and_then(Value::extract_error);
         if let Err(error) = &answer {
-            self.link.check(error).await;
+            self.link.check(error);
         }
         Ok(answer)
     }
@@ -277,17 +327,20 @@ impl Inner {
         let mut replies = match replies {
             Ok(replies) => replies.into_iter(),
             Err(error) => {
-                self.link.check(&error).await;
+                self.link.check(&error);
                 return Err(write_failed(action(), error));
             }
         };
         let largest = || records.iter().map(largest_value).max().unwrap_or(0);
         let last = match replies.next() {
-            Some(Value::BulkString(id)) => parse_id(&id),
+            Some(Value::BulkString(id)) => {
+                self.may_create.store(false, Ordering::Relaxed);
+                parse_id(&id)
+            }
             Some(Value::Nil) => return Err(self.gone("append to")),
             Some(Value::ServerError(error)) => {
                 let error = RedisError::from(error);
-                self.link.check(&error).await;
+                self.link.check(&error);
                 self.link.learn(&error, largest());
                 return Err(match error.code() {
                     Some("PARTIAL") => Error::indeterminate(action(), error),
@@ -320,6 +373,7 @@ impl Inner {
         let mut append = Cmd::with_capacity(count + 5, APPEND.len() + records.iter().map(weight).sum::<usize>());
         append.arg("EVAL").arg(APPEND).arg(1).arg(&self.stream);
         append.arg(self.id.incarnation().unwrap_or_default());
+        append.arg(u8::from(self.may_create.load(Ordering::Relaxed)));
         for record in records {
             append.arg(arguments(record));
             encode(record, |argument| {
@@ -382,6 +436,14 @@ impl Inner {
                 tracing::warn!(log = %inner.id, %error, "records that are no longer kept were not removed; the next append tries again");
             }
         });
+    }
+
+    fn missing(&self) -> Error {
+        let stream = printable(&self.stream);
+        let why = format!(
+            "stream {stream:?} does not exist; check the name, or let it be created (without `LogOptions::existing`)"
+        );
+        Error::failed(self.on("open"), why)
     }
 
     fn gone(&self, verb: &str) -> Error {
@@ -449,7 +511,10 @@ impl Log for RedisLog {
         while appended < records.len() {
             let rest = &records[appended..];
             let count = chunk(rest);
-            match inner.append(&rest[..count]).await {
+            let done = inner.append(&rest[..count]).await;
+            // Also where the server refuses it: what is trimmed makes room for the next.
+            inner.trim_aside();
+            match done {
                 Ok(offset) => last = Some(offset),
                 Err(error) if appended == 0 => return Err(error),
                 Err(error) => {
@@ -462,9 +527,6 @@ impl Log for RedisLog {
             }
             appended += count;
         }
-        if last.is_some() {
-            inner.trim_aside();
-        }
         Ok(last)
     }
 
@@ -476,6 +538,10 @@ impl Log for RedisLog {
         const VERB: &str = "read bounds of";
         let snapshot = self.inner.snapshot(VERB).await?;
         Ok(self.inner.require(snapshot, VERB)?.bounds())
+    }
+
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        self.inner.readable_end().await
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

@@ -390,7 +390,7 @@ async fn ask<T: redis::FromRedisValue>(link: &Link, command: &str, request: &Cmd
             ),
         )),
         Err(error) => {
-            link.check(&error).await;
+            link.check(&error);
             Err(read_failed(
                 link.server.on(format!("ask about command {command}")),
                 error,

@@ -63,6 +63,13 @@ impl RedisOptions {
 
     /// How long to wait for a connection, and for each reply; from a millisecond to a day. A commit or append without a reply by then is
     /// [`Error::Indeterminate`].
+    ///
+    /// A call on a server that does not answer fails after twice this time and a second at most:
+    /// the second is for asking whether a connection that was idle still works, and then come a new
+    /// connection and the reply. Each [further node](Self::other_nodes) and
+    /// [Sentinel](Self::sentinel) adds this time, [replicas](Self::min_replicas) add their own, and
+    /// a reader that waits for the next record takes two seconds more. An append of many megabytes
+    /// waits for a reply for each.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
@@ -136,8 +143,12 @@ impl RedisOptions {
         self
     }
 
-    /// Connects: `redis://[user:password@]host[:port][/database]`, `rediss://` for TLS, `redis+unix:///path` for a socket, each with
-    /// `?protocol=resp3` if wanted.
+    /// Connects: `redis://[user:password@]host[:port][/database]`, `rediss://` for TLS,
+    /// `redis+unix:///path` for a socket.
+    ///
+    /// RESP3 is spoken if the server knows it: only then does the client library report at once
+    /// that a connection ended. `?protocol=resp2` keeps to the older protocol, for instance for a
+    /// proxy.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`]; [`Error::Failed`] for a certificate that is not trusted, a refused user or password, or a server older than Redis 7.0;

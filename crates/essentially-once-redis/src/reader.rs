@@ -11,22 +11,24 @@ use std::{
 
 use async_trait::async_trait;
 use essentially_once::{Error, LogReader, Offset, Record};
-use redis::{Pipeline, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+use redis::{Pipeline, RedisError, RedisResult, Value};
+use tokio::runtime::Id;
 
 use crate::{
     codec::Decoder,
+    connection::{Connection, this_runtime},
     error::read_failed,
     log::Inner,
     snapshot::{self, Snapshot},
 };
 
-/// About how many bytes of records one request asks for, and one `next` returns.
+/// How many bytes of records one request fetches at most, if the first is not larger, and one
+/// `next` returns.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// The first request asks for so many entries, since nothing is known of their size; each of the next for some times more.
-const FIRST_FETCH: usize = 4;
-const GROWTH: usize = 8;
-const LARGEST_FETCH: usize = 10_000;
+/// How many records one request fetches at most. The server does nothing else meanwhile, for about
+/// 5 ms.
+const FETCH_RECORDS: usize = 2_000;
 
 /// How long the server holds back the answer where there is nothing to read. A deleted stream wakes nobody, and is noticed after it.
 const BLOCK: Duration = Duration::from_secs(2);
@@ -35,17 +37,19 @@ const BLOCK: Duration = Duration::from_secs(2);
 ///
 /// Each request is answered in one step of the server with the stream's [`Snapshot`] and the next entries, so that entries removed between two
 /// requests are noticed. At the end of the log the request begins with a blocking `XREAD`, which only wakes it.
+///
+/// A connection that ended while the reader was idle is replaced, if the same process with the same
+/// history answers. Another may have lost the log's tail, and only a consumer that begins a session
+/// compares its position with that.
 pub(crate) struct RedisReader {
     log: Arc<Inner>,
-    connection: MultiplexedConnection,
+    connection: Connection,
+    origin: Option<Origin>,
     decoder: Decoder,
     next: Offset,
     /// How many entries were ever added before `next`, if known.
     passed: Option<u64>,
     at_end: bool,
-    /// How many entries the next request may ask for, and how large the last ones were.
-    limit: usize,
-    average: usize,
     /// The request under way. It stays here when a call of `next` is dropped, and the next call goes on waiting for it.
     request: Option<Request>,
     ready: VecDeque<Record>,
@@ -54,7 +58,8 @@ pub(crate) struct RedisReader {
 }
 
 struct Request {
-    count: usize,
+    /// Which runtime drives it.
+    runtime: Option<Id>,
     answer: Pin<Box<dyn Future<Output = RedisResult<Vec<Value>>> + Send>>,
     answered: Option<RedisResult<Vec<Value>>>,
 }
@@ -81,10 +86,9 @@ impl Request {
 
 impl RedisReader {
     pub(crate) async fn open(log: Arc<Inner>, from: Offset) -> Result<Self, Error> {
-        let server = &log.link.server;
-        let mut connection = server.open(&log.stream).await?;
-        connection.set_response_timeout(server.options.timeout.saturating_add(BLOCK));
+        let (mut connection, origin) = connect(&log).await?;
         let answer = connection
+            .inner
             .send_packed_command(&snapshot::ask(&log.stream, &log.kept))
             .await
             .and_then(Value::extract_error);
@@ -92,11 +96,10 @@ impl RedisReader {
             decoder: Decoder::new(&log.options.payload_field, &log.options.key_field),
             log,
             connection,
+            origin,
             next: from,
             passed: None,
             at_end: false,
-            limit: FIRST_FETCH,
-            average: 0,
             request: None,
             ready: VecDeque::new(),
             over: None,
@@ -116,47 +119,53 @@ impl RedisReader {
         Ok(snapshot)
     }
 
+    /// Replaces a connection that is of no more use.
+    async fn connect(&mut self) -> Result<(), Error> {
+        if self.connection.is_good().await {
+            return Ok(());
+        }
+        let (connection, origin) = connect(&self.log).await?;
+        if origin.is_none() || origin != self.origin {
+            let why = "the connection ended, and it may be another server that answers now, or one that was restarted";
+            return Err(Error::unavailable(self.log.on("read"), why));
+        }
+        self.connection = connection;
+        Ok(())
+    }
+
     fn request(&self, max: usize) -> Request {
-        let fitting = FETCH_BYTES / self.average.max(1);
-        let count = self.limit.min(fitting).min(max).max(1);
-        let (log, mut connection) = (&self.log, self.connection.clone());
-        let mut pipeline = Pipeline::with_capacity(5);
+        let (log, mut connection) = (&self.log, self.connection.inner.clone());
+        let mut pipeline = Pipeline::with_capacity(2);
         if self.at_end {
             let millis = BLOCK.as_millis() as u64;
             pipeline.cmd("XREAD").arg("COUNT").arg(1).arg("BLOCK").arg(millis);
             pipeline.arg("STREAMS").arg(&log.stream).arg(id(before(self.next)));
         }
-        pipeline.cmd("MULTI");
-        pipeline.add_command(snapshot::ask(&log.stream, &log.kept));
-        pipeline
-            .cmd("XRANGE")
-            .arg(&log.stream)
-            .arg(id(self.next))
-            .arg("+")
-            .arg("COUNT")
-            .arg(count);
-        pipeline.cmd("EXEC");
+        pipeline.add_command(snapshot::read(
+            &log.stream,
+            &log.kept,
+            &id(self.next),
+            max.min(FETCH_RECORDS),
+            FETCH_BYTES,
+        ));
         Request {
-            count,
+            runtime: this_runtime(),
             answer: Box::pin(async move { connection.send_packed_commands(&pipeline, 0, pipeline.len()).await }),
             answered: None,
         }
     }
 
-    /// Takes the answer to a request for `count` entries.
-    fn receive(&mut self, count: usize, answer: RedisResult<Vec<Value>>) -> Result<(), Error> {
-        let mut replies = answer.map_err(|error| self.failed(error))?;
-        // The first error is the cause: `EXEC` only says that there was one.
+    /// Takes the answer to a request.
+    fn receive(&mut self, mut replies: Vec<Value>) -> Result<(), Error> {
         self.refuse_errors(&replies)?;
         let Some(Value::Array(results)) = replies.pop() else {
             return Err(self.log.not_understood("read"));
         };
-        self.refuse_errors(&results)?;
-        let Ok([state, Value::Array(entries)]) = <[Value; 2]>::try_from(results) else {
+        let Ok([state, Value::BulkString(entries), Value::Int(more)]) = <[Value; 3]>::try_from(results) else {
             return Err(self.log.not_understood("read"));
         };
         let snapshot = self.check(&state)?;
-        self.take(count, &snapshot, entries)
+        self.take(&snapshot, entries, more == 0)
     }
 
     fn refuse_errors(&self, replies: &[Value]) -> Result<(), Error> {
@@ -167,29 +176,21 @@ impl RedisReader {
         error.map_or(Ok(()), |error| Err(self.failed(error.into())))
     }
 
-    fn take(&mut self, count: usize, snapshot: &Snapshot, entries: Vec<Value>) -> Result<(), Error> {
-        let found = entries.len();
-        self.at_end = found < count;
-        let unread = self.at_end.then_some(found as u64);
-        self.passed = snapshot.passed(self.next, unread).or(self.passed);
-        if found == 0 {
+    fn take(&mut self, snapshot: &Snapshot, entries: Vec<u8>, at_end: bool) -> Result<(), Error> {
+        let records = self.decoder.entries(entries);
+        let records = records.ok_or_else(|| self.log.not_understood("read"))?;
+        let found = records.len() as u64;
+        self.at_end = at_end;
+        self.passed = snapshot.passed(self.next, at_end.then_some(found)).or(self.passed);
+        let Some(last) = records.last().map(|record| record.offset) else {
             return Ok(());
-        }
-        let mut bytes = 0;
-        for entry in entries {
-            let record = self.decoder.entry(entry);
-            let record = record.ok_or_else(|| self.log.not_understood("read"))?;
-            bytes += record.size();
-            self.next = record.offset;
-            self.ready.push_back(record);
-        }
-        self.passed = self.passed.map(|passed| passed + found as u64);
-        if self.next == LAST {
+        };
+        self.ready.extend(records);
+        self.passed = self.passed.map(|passed| passed + found);
+        if last == LAST {
             self.over = Some("the stream has used its last id, and nothing can follow it: use a new log");
         }
-        self.next = self.next.successor();
-        self.average = bytes / found;
-        self.limit = (self.limit * GROWTH).min(LARGEST_FETCH);
+        self.next = last.successor();
         Ok(())
     }
 
@@ -220,26 +221,78 @@ impl LogReader for RedisReader {
             if let Some(why) = self.over {
                 return Err(Error::failed(self.log.on("read"), why));
             }
-            let request = match self.request.take() {
-                Some(request) => request,
-                None => self.request(max),
-            };
-            let count = request.count;
-            let answer = self.request.insert(request).answer().await;
+            // Only the runtime that sent a request gets its answer.
+            self.request.take_if(|request| request.runtime != this_runtime());
+            let was_sent = self.request.is_some();
+            if !was_sent {
+                self.connect().await?;
+                self.request = Some(self.request(max));
+            }
+            let Some(request) = &mut self.request else { continue };
+            let answer = request.answer().await;
             self.request = None;
-            if let Err(error) = self.receive(count, answer) {
+            let received = match answer {
+                // It was lost while nobody waited for it. A server that ends a blocking read may
+                // have become a replica, and is left.
+                Err(_) if was_sent && !self.at_end && self.connection.has_ended() => continue,
+                Err(error) => Err(self.failed(error)),
+                Ok(replies) => {
+                    self.connection.touch();
+                    self.receive(replies)
+                }
+            };
+            if let Err(error) = received {
                 self.over = Some("the reader failed before; open a new one");
                 self.ready.clear();
                 return Err(error);
             }
         }
         // While these records are handled, the server looks for the next.
-        if !self.at_end && self.request.is_none() && self.over.is_none() {
+        let is_connected = !self.connection.has_ended() && self.connection.is_driven_here();
+        if !self.at_end && self.request.is_none() && self.over.is_none() && is_connected {
             let request = self.request(max);
             self.request.insert(request).send().await;
         }
         Ok(self.hand_out(max))
     }
+}
+
+/// Which run of a server answers, and which history its data is of.
+#[derive(PartialEq, Eq)]
+struct Origin {
+    run: String,
+    history: String,
+}
+
+impl Origin {
+    /// As `INFO` says.
+    fn parse(info: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            value.map(|value| value.trim().to_owned())
+        };
+        Some(Self {
+            run: field("run_id")?,
+            history: field("master_replid")?,
+        })
+    }
+}
+
+/// A connection that waits longer for answers, since the server holds them back, and where it
+/// leads, if this user may ask.
+async fn connect(log: &Inner) -> Result<(Connection, Option<Origin>), Error> {
+    let server = &log.link.server;
+    let mut connection = server.open(&log.stream).await?;
+    let info: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
+    let origin = match info {
+        Ok(info) => Origin::parse(&info),
+        Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => None,
+        Err(error) => return Err(read_failed(log.on("read"), error)),
+    };
+    connection
+        .inner
+        .set_response_timeout(server.options.timeout.saturating_add(BLOCK));
+    Ok((connection, origin))
 }
 
 const LAST: Offset = Offset::new(u64::MAX, u64::MAX);

@@ -6,20 +6,22 @@ use std::{
     net::Ipv6Addr,
     str::FromStr as _,
     sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use essentially_once::Error;
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, RedisResult, Value, aio::MultiplexedConnection,
+    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ProtocolVersion, RedisResult, Value,
+    aio::MultiplexedConnection,
 };
 use tokio::sync::Mutex;
 
 use crate::{
-    error::{connect_failed, is_protocol_error, read_failed, spoils_connection},
+    connection::{Connection, Ended, PING_LIMIT},
+    error::{connect_failed, is_protocol_error, lacks_resp3, read_failed, spoils_connection},
     options::RedisOptions,
 };
 
@@ -29,6 +31,8 @@ pub(crate) struct Server {
     seeds: Vec<ConnectionInfo>,
     sentinels: Vec<ConnectionInfo>,
     kind: Kind,
+    /// Set once the server has refused the newer protocol.
+    lacks_resp3: AtomicBool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,7 @@ impl Server {
             seeds,
             sentinels,
             kind: Kind::Single,
+            lacks_resp3: AtomicBool::new(false),
         };
         server.kind = server.identify().await?;
         Ok(Arc::new(server))
@@ -69,10 +74,11 @@ impl Server {
     async fn identify(&self) -> Result<Kind, Error> {
         let mut connection = self.connect_any().await?;
         let action = || self.on("ask for the version");
-        let answer: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection).await;
+        let answer: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
         let info = match answer {
             Ok(info) => info,
-            Err(error) if error.code().is_some() => {
+            // Servers of cloud providers hide it.
+            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
                 tracing::warn!(server = %self, %error, "INFO is refused: taken for a single server of Redis 7.0 or later");
                 return Ok(Kind::Single);
             }
@@ -97,8 +103,36 @@ impl Server {
         }
     }
 
-    /// A new connection to the server that holds `key`.
-    pub(crate) async fn open(&self, key: &[u8]) -> Result<MultiplexedConnection, Error> {
+    /// A new connection to the server that holds `key`. Dropping the future closes what was opened.
+    pub(crate) async fn open(&self, key: &[u8]) -> Result<Connection, Error> {
+        self.within(self.connect_limit(), "connect", self.open_unbounded(key))
+            .await
+    }
+
+    /// How long connecting may take: as long as each address takes that is tried.
+    fn connect_limit(&self) -> Duration {
+        let addresses = self.seeds.len().max(self.sentinels.len());
+        self.options
+            .timeout
+            .saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX))
+    }
+
+    async fn within<T>(
+        &self,
+        limit: Duration,
+        action: &str,
+        doing: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        match tokio::time::timeout(limit, doing).await {
+            Ok(done) => done,
+            Err(_) => Err(Error::unavailable(
+                self.on(action),
+                format!("no answer within {limit:?}"),
+            )),
+        }
+    }
+
+    async fn open_unbounded(&self, key: &[u8]) -> Result<Connection, Error> {
         let mut connection = self.connect_any().await?;
         if self.kind == Kind::Single {
             return Ok(connection);
@@ -108,12 +142,12 @@ impl Server {
         let slot: u64 = redis::cmd("CLUSTER")
             .arg("KEYSLOT")
             .arg(key)
-            .query_async(&mut connection)
+            .query_async(&mut connection.inner)
             .await
             .map_err(failed)?;
         let ranges: Vec<Vec<Value>> = redis::cmd("CLUSTER")
             .arg("SLOTS")
-            .query_async(&mut connection)
+            .query_async(&mut connection.inner)
             .await
             .map_err(failed)?;
         match ranges.iter().find_map(|range| master_of(range, slot)) {
@@ -121,7 +155,8 @@ impl Server {
                 // An empty host is the one that was asked.
                 let node = at(&self.seeds[0], (!host.is_empty()).then_some(host), port);
                 let connected = self.connect_to(&node).await;
-                connected.map_err(|error| connect_failed(format!("connect to {}", shown(node.addr())), error))
+                connected
+                    .map_err(|error| connect_failed(format!("connect to {}", shown(node.addr())), error, is_tls(&node)))
             }
             None => Err(Error::unavailable(action(), format!("no node serves slot {slot} now"))),
         }
@@ -137,7 +172,7 @@ impl Server {
         format!("{action} on {self}")
     }
 
-    async fn connect_any(&self) -> Result<MultiplexedConnection, Error> {
+    async fn connect_any(&self) -> Result<Connection, Error> {
         if let Some(sentinel) = &self.options.sentinel {
             return self.connect_by_sentinel(&sentinel.master).await;
         }
@@ -145,20 +180,30 @@ impl Server {
         for seed in &self.seeds {
             match self.connect_to(seed).await {
                 Ok(connection) => return Ok(connection),
-                Err(error) => last = Some(connect_failed(format!("connect to {}", shown(seed.addr())), error)),
+                Err(error) => {
+                    last = Some(connect_failed(
+                        format!("connect to {}", shown(seed.addr())),
+                        error,
+                        is_tls(seed),
+                    ))
+                }
             }
         }
         Err(last.unwrap_or_else(|| Error::unavailable(self.on("connect"), "no address")))
     }
 
-    async fn connect_by_sentinel(&self, master: &str) -> Result<MultiplexedConnection, Error> {
+    async fn connect_by_sentinel(&self, master: &str) -> Result<Connection, Error> {
         let mut last = Error::unavailable(format!("ask for master {master}"), "no Sentinel answered");
         for sentinel in &self.sentinels {
             let asked = shown(sentinel.addr());
             let found = match self.ask_sentinel(sentinel, master).await {
                 Ok(found) => found,
                 Err(error) => {
-                    last = connect_failed(format!("ask Sentinel {asked} for master {master}"), error);
+                    last = connect_failed(
+                        format!("ask Sentinel {asked} for master {master}"),
+                        error,
+                        is_tls(sentinel),
+                    );
                     continue;
                 }
             };
@@ -184,17 +229,17 @@ impl Server {
         redis::cmd("SENTINEL")
             .arg("GET-MASTER-ADDR-BY-NAME")
             .arg(master)
-            .query_async(&mut connection)
+            .query_async(&mut connection.inner)
             .await
     }
 
     /// A Sentinel's word may be old: what it names must be a master still.
-    async fn connect_to_master(&self, node: &ConnectionInfo) -> Result<MultiplexedConnection, Error> {
+    async fn connect_to_master(&self, node: &ConnectionInfo) -> Result<Connection, Error> {
         let action = || format!("connect to {}", shown(node.addr()));
         let connected = self.connect_to(node).await;
-        let mut connection = connected.map_err(|error| connect_failed(action(), error))?;
+        let mut connection = connected.map_err(|error| connect_failed(action(), error, is_tls(node)))?;
         let role: Vec<Value> = redis::cmd("ROLE")
-            .query_async(&mut connection)
+            .query_async(&mut connection.inner)
             .await
             .map_err(|error| read_failed(action(), error))?;
         match role.first() {
@@ -206,15 +251,34 @@ impl Server {
         }
     }
 
-    async fn connect_to(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
+    async fn connect_to(&self, node: &ConnectionInfo) -> RedisResult<Connection> {
         // A WAIT holds up the reply by its own time-out.
         let waiting = self.options.min_replicas.map_or(Duration::ZERO, |min| min.timeout);
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.options.timeout))
             .set_response_timeout(Some(self.options.timeout.saturating_add(waiting)));
-        self.client(node)?
+        let wants_resp3 = node.redis_settings().protocol().supports_resp3();
+        if wants_resp3 && !self.lacks_resp3.load(Ordering::Relaxed) {
+            // The library reports the end of a connection only to users of this protocol.
+            let ended = Ended::default();
+            let config = config.clone().set_push_sender(ended.notice());
+            match self
+                .client(node)?
+                .get_multiplexed_async_connection_with_config(&config)
+                .await
+            {
+                Ok(connection) => return Ok(Connection::new(connection, ended)),
+                Err(error) if lacks_resp3(&error) => self.lacks_resp3.store(true, Ordering::Relaxed),
+                Err(error) => return Err(error),
+            }
+        }
+        let settings = node.redis_settings().clone().set_protocol(ProtocolVersion::RESP2);
+        let node = node.clone().set_redis_settings(settings);
+        let connection = self
+            .client(&node)?
             .get_multiplexed_async_connection_with_config(&config)
-            .await
+            .await?;
+        Ok(Connection::new(connection, Ended::default()))
     }
 
     #[cfg(feature = "tls")]
@@ -257,7 +321,8 @@ impl fmt::Debug for Server {
 pub(crate) struct Link {
     pub(crate) server: Arc<Server>,
     key: Vec<u8>,
-    connection: Mutex<Option<MultiplexedConnection>>,
+    /// One for each runtime that uses it.
+    connections: Arc<Mutex<Vec<Connection>>>,
     /// The largest value that the server takes; `usize::MAX` while unknown.
     value_limit: AtomicUsize,
 }
@@ -265,28 +330,51 @@ pub(crate) struct Link {
 /// What the server needs in its buffer beside a value.
 const BUFFER_MARGIN: usize = 64 * 1024;
 
+/// A connection that nobody has used for this long is closed.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
 impl Link {
     pub(crate) fn new(server: Arc<Server>, key: impl Into<Vec<u8>>) -> Self {
         Self {
             server,
             key: key.into(),
-            connection: Mutex::new(None),
+            connections: Arc::default(),
             value_limit: AtomicUsize::new(usize::MAX),
         }
     }
 
     /// A clone of the connection, which is shared: no blocking command may be sent on it.
+    ///
+    /// One that was closed, or that does not answer after it was idle, is replaced: nothing was
+    /// sent on it.
     pub(crate) async fn connection(&self) -> Result<MultiplexedConnection, Error> {
-        let mut slot = self.connection.lock().await;
-        if let Some(connection) = &*slot {
-            return Ok(connection.clone());
+        let limit = self.server.connect_limit().saturating_add(PING_LIMIT);
+        self.server.within(limit, "connect", self.connected()).await
+    }
+
+    async fn connected(&self) -> Result<MultiplexedConnection, Error> {
+        let mut connections = self.connections.lock().await;
+        connections.retain(|connection| !connection.has_ended());
+        if let Some(at) = connections.iter().position(Connection::is_driven_here) {
+            if connections[at].is_good().await {
+                return Ok(connections[at].inner.clone());
+            }
+            connections.swap_remove(at);
         }
         let connection = self.server.open(&self.key).await?;
-        if let Some(limit) = ask_value_limit(connection.clone()).await {
+        if let Some(limit) = ask_value_limit(connection.inner.clone()).await {
             self.value_limit.store(limit, Ordering::Relaxed);
         }
-        *slot = Some(connection.clone());
-        Ok(connection)
+        let shared = connection.inner.clone();
+        connections.push(connection);
+        tokio::spawn(close_idle(Arc::downgrade(&self.connections)));
+        Ok(shared)
+    }
+
+    /// Whether it has a connection. Also true of one that another task is about to make.
+    pub(crate) fn is_connected(&self) -> bool {
+        let connections = self.connections.try_lock();
+        connections.map_or(true, |connections| !connections.is_empty())
     }
 
     /// Refuses a value that the server does not take. Sent, it would close the connection under every
@@ -312,10 +400,35 @@ impl Link {
     }
 
     /// Forgets the connection if the error says that it is of no more use. What was asked is never asked again from here.
-    pub(crate) async fn check(&self, error: &redis::RedisError) {
-        if spoils_connection(error) {
-            self.connection.lock().await.take();
+    pub(crate) fn check(&self, error: &redis::RedisError) {
+        // Whoever holds the lock looks after the connection already.
+        if spoils_connection(error)
+            && let Ok(mut connections) = self.connections.try_lock()
+        {
+            connections.retain(|connection| !connection.is_driven_here());
         }
+    }
+}
+
+/// Closes the connection of this runtime when nobody has used it for long; the next use makes
+/// another.
+async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>) {
+    let mut pause = IDLE_LIMIT;
+    loop {
+        tokio::time::sleep(pause).await;
+        let Some(connections) = connections.upgrade() else {
+            return;
+        };
+        let mut connections = connections.lock().await;
+        let Some(at) = connections.iter().position(Connection::is_driven_here) else {
+            return;
+        };
+        let idle = connections[at].idle();
+        if idle >= IDLE_LIMIT {
+            connections.swap_remove(at);
+            return;
+        }
+        pause = IDLE_LIMIT - idle;
     }
 }
 
@@ -348,9 +461,16 @@ fn parse(url: &str, options: &RedisOptions) -> Result<ConnectionInfo, Error> {
             "{reason}; expected redis://[user:password@]host[:port][/database], rediss:// for TLS, or redis+unix:///path"
         ),
     };
-    let info = redis::parse_redis_url(url)
-        .and_then(|url| redis::IntoConnectionInfo::into_connection_info(url).ok())
-        .ok_or_else(|| invalid("it cannot be parsed"))?;
+    let parsed = redis::parse_redis_url(url).ok_or_else(|| invalid("it cannot be parsed"))?;
+    let names_protocol = parsed.query_pairs().any(|(name, _)| name == "protocol");
+    let info = redis::IntoConnectionInfo::into_connection_info(parsed).map_err(|_| invalid("it cannot be parsed"))?;
+    let info = match names_protocol {
+        true => info,
+        false => {
+            let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+            info.set_redis_settings(settings)
+        }
+    };
     match info.addr() {
         addr if !addr.is_supported() => Err(invalid(
             "this build has no TLS or no unix sockets: enable the crate's feature `tls`",
@@ -403,6 +523,10 @@ fn master_of(range: &[Value], slot: u64) -> Option<(String, u16)> {
         _ => String::new(),
     };
     Some((host, u16::try_from(number(master.get(1)?)?).ok()?))
+}
+
+fn is_tls(node: &ConnectionInfo) -> bool {
+    matches!(node.addr(), ConnectionAddr::TcpTls { .. })
 }
 
 fn shown(addr: &ConnectionAddr) -> String {

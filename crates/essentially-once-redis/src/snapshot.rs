@@ -5,14 +5,47 @@ use redis::{Cmd, Value};
 
 use crate::{codec::parse_id, names::RetentionKeys};
 
-const STATE: &str = concat!(include_str!("incarnation.lua"), include_str!("state.lua"));
+const STATE: &str = concat!(
+    include_str!("incarnation.lua"),
+    include_str!("state.lua"),
+    "return state()"
+);
+const READ: &str = concat!(
+    include_str!("incarnation.lua"),
+    include_str!("state.lua"),
+    include_str!("read.lua")
+);
+const END: &str = concat!(
+    include_str!("incarnation.lua"),
+    include_str!("state.lua"),
+    include_str!("end.lua")
+);
 
 /// Asks for a [`Snapshot`].
 pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
-    let mut ask = redis::cmd("EVAL_RO");
-    ask.arg(STATE).arg(2 + usize::from(retention.before.is_some()));
-    ask.arg(stream).arg(&retention.now).arg(&retention.before);
-    ask
+    script(STATE, stream, retention)
+}
+
+/// Asks for a [`Snapshot`], the entries from an id on, up to so many of them and so many bytes, and
+/// whether there are more.
+pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries: usize, bytes: usize) -> Cmd {
+    let mut read = script(READ, stream, retention);
+    read.arg(from).arg(entries).arg(bytes);
+    read
+}
+
+/// Asks for a [`Snapshot`], and the id of the last entry that is left.
+pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
+    script(END, stream, retention)
+}
+
+/// A reading script: unlike a `MULTI`, it is also taken where memory is full, which must not hide a
+/// log.
+fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
+    let mut script = redis::cmd("EVAL_RO");
+    script.arg(source).arg(2 + usize::from(retention.before.is_some()));
+    script.arg(stream).arg(&retention.now).arg(&retention.before);
+    script
 }
 
 /// A stream at one moment; the default is one that nothing was ever added to.
@@ -67,6 +100,18 @@ impl Snapshot {
         Bounds {
             earliest: if self.length == 0 { end } else { self.first },
             end,
+        }
+    }
+
+    /// One past the last entry that a reader can still get, or must learn that it was removed,
+    /// where `last` is the last that is left. Ids that were skipped (`XSETID`) or deleted behind it
+    /// (`XDEL`) do not count.
+    pub(crate) fn readable_end(&self, last: Option<Offset>) -> Offset {
+        match (last, self.ours) {
+            (Some(last), _) => last.successor(),
+            (None, Some(ours)) if ours.gone == self.gone() => ours.mark.successor(),
+            (None, _) if self.gone() == 0 => Offset::ZERO,
+            (None, _) => self.bounds().end,
         }
     }
 
@@ -262,6 +307,31 @@ mod tests {
         for from in [highest, Offset::new(u64::MAX, 5)] {
             assert!(snapshot.check(&log(), from, None).is_ok());
         }
+    }
+
+    #[test]
+    fn the_readable_end_is_behind_what_is_left_or_what_must_be_reported() {
+        let (last, end) = (Offset::new(10, 0), Offset::new(10, 1));
+        assert_eq!(trimmed(5).readable_end(Some(last)), end);
+        assert_eq!(trimmed(5).readable_end(Some(Offset::new(8, 0))), Offset::new(8, 1));
+        // Whoever has not read what others removed must hear of it.
+        assert_eq!(trimmed(11).readable_end(None), end);
+        let skipped_to = Offset::new(20, 0);
+        let ours = Some(Removal { mark: last, gone: 10 });
+        let ours = Snapshot {
+            last: skipped_to,
+            ours,
+            ..trimmed(11)
+        };
+        assert_eq!(
+            (ours.readable_end(None), ours.bounds().end),
+            (end, skipped_to.successor())
+        );
+        let never_used = Snapshot {
+            last: skipped_to,
+            ..Snapshot::default()
+        };
+        assert_eq!(never_used.readable_end(None), Offset::ZERO);
     }
 
     #[test]

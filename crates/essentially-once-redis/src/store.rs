@@ -1,14 +1,17 @@
 //! The store: positions, windows and state, in three hashes for each consumer.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use async_trait::async_trait;
-use essentially_once::{ConsumerId, Durability, Error, OffsetStore, Passed, Position, Window};
-use redis::RedisResult;
+use bytes::Bytes;
+use essentially_once::{
+    ConsumerId, Durability, Error, OffsetStore, Owner, Passed, Position, Pulse, ReadState, Snapshot, Window,
+};
+use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
 use crate::{
     commit::stored_log,
@@ -20,8 +23,11 @@ use crate::{
     tx::RedisTx,
 };
 
-/// Both hashes as of one moment. A `MULTI` would be refused where memory is full, which must not hide a position.
-const READ: &str = "return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL', KEYS[2])}";
+/// All of them as of one moment. A `MULTI` would be refused where memory is full, which must not
+/// hide a position.
+const READ: &str = include_str!("values.lua");
+const BEAT: &str = concat!("#!lua flags=allow-oom\n", include_str!("beat.lua"));
+const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.lua"));
 
 /// Positions and state in Redis; see [`Redis::store`](crate::Redis::store).
 ///
@@ -87,10 +93,58 @@ impl RedisStore {
             Ok(0) => Err(Error::failed(action(), "none is applied in part")),
             Ok(_) => Ok(()),
             Err(error) => {
-                link.check(&error).await;
+                link.check(&error);
                 Err(write_failed(action(), error))
             }
         }
+    }
+
+    /// The position and some values, as one commit left them.
+    async fn read(&self, consumer: &ConsumerId, state: &[&[u8]]) -> Result<Snapshot, Error> {
+        let Consumer { link, keys } = self.consumer(consumer);
+        let action = || {
+            let Keys { position, windows, .. } = &*keys;
+            let what = match state {
+                [] => format!("read position of consumer {consumer} (HGETALL of keys {position} and {windows})"),
+                _ => format!(
+                    "read state of consumer {consumer} (HGETALL of keys {position} and {windows}, HMGET of key {})",
+                    keys.state
+                ),
+            };
+            link.server.on(what)
+        };
+        let mut ask = redis::cmd("EVAL");
+        ask.arg(READ)
+            .arg(3)
+            .arg(&keys.position)
+            .arg(&keys.windows)
+            .arg(&keys.state);
+        ask.arg(state);
+        type Answer = (Hash, Hash, Vec<Option<Vec<u8>>>);
+        let answer: RedisResult<Answer> = ask_link(&link, &ask).await?;
+        let (position, windows, values) = answer.map_err(|error| read_failed(action(), error))?;
+        if let Some(done) = position.get(&b"partial"[..]) {
+            return Err(partially_applied(consumer, printable(done)));
+        }
+        let position = match position.is_empty() {
+            true => None,
+            false => Some(decode(&position, &windows).map_err(|error| Error::failed(action(), error))?),
+        };
+        let values = values.into_iter().map(|value| value.map(Bytes::from)).collect();
+        Ok(Snapshot::new(position, values))
+    }
+
+    /// Runs a script that does something if the consumer's position is the owner's.
+    async fn as_owner(&self, consumer: &ConsumerId, owner: Owner, script: &str, verb: &str) -> Result<(), Error> {
+        let Consumer { link, keys } = self.consumer(consumer);
+        let mut command = redis::cmd("EVAL");
+        command.arg(script).arg(1).arg(&keys.position).arg(owner.to_string());
+        let done: RedisResult<Value> = ask_link(&link, &command).await?;
+        let done = done.and_then(Value::extract_error);
+        done.map(drop).map_err(|error| {
+            let action = format!("{verb} as owner {owner} of consumer {consumer}");
+            write_failed(link.server.on(action), error)
+        })
     }
 
     fn consumer(&self, consumer: &ConsumerId) -> Consumer {
@@ -105,6 +159,9 @@ impl RedisStore {
             link: Arc::new(Link::new(Arc::clone(server), keys.position.as_bytes())),
             keys: Arc::new(keys),
         };
+        // Of names that were asked about once, only those stay that still have a connection, or a
+        // transaction.
+        consumers.retain(|_, known| known.link.is_connected() || Arc::strong_count(&known.link) > 1);
         consumers.insert(consumer.clone(), new.clone());
         new
     }
@@ -124,32 +181,7 @@ impl OffsetStore for RedisStore {
 
     /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is applied in part.
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
-        let Consumer { link, keys } = self.consumer(consumer);
-        let action = || {
-            let Keys { position, windows, .. } = &*keys;
-            link.server.on(format!(
-                "read position of consumer {consumer} (HGETALL of keys {position} and {windows})"
-            ))
-        };
-        let mut connection = link.connection().await?;
-        let mut both = redis::cmd("EVAL");
-        both.arg(READ).arg(2).arg(&keys.position).arg(&keys.windows);
-        let answer: RedisResult<(Hash, Hash)> = both.query_async(&mut connection).await;
-        let (position, windows) = match answer {
-            Ok(both) => both,
-            Err(error) => {
-                link.check(&error).await;
-                return Err(read_failed(action(), error));
-            }
-        };
-        if let Some(done) = position.get(&b"partial"[..]) {
-            return Err(partially_applied(consumer, printable(done)));
-        }
-        if position.is_empty() {
-            return Ok(None);
-        }
-        let decoded = decode(&position, &windows);
-        decoded.map(Some).map_err(|error| Error::failed(action(), error))
+        Ok(self.read(consumer, &[]).await?.position)
     }
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<RedisTx, Error> {
@@ -165,9 +197,83 @@ impl OffsetStore for RedisStore {
     async fn durability(&self) -> Result<Durability, Error> {
         durability(&self.shared.link).await
     }
+
+    /// One `HMGET`. [`Error::PartiallyApplied`] as for [`position`](OffsetStore::position).
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        let Consumer { link, keys } = self.consumer(consumer);
+        let action = || {
+            link.server.on(format!(
+                "read pulse of consumer {consumer} (HMGET of key {})",
+                keys.position
+            ))
+        };
+        let mut ask = redis::cmd("HMGET");
+        ask.arg(&keys.position);
+        ask.arg(&["partial", "next", "revision", "owner", "beats"]);
+        let fields = ask_link(&link, &ask).await?;
+        let [partial, next, revision, owner, beats]: [Option<Vec<u8>>; 5] =
+            fields.map_err(|error| read_failed(action(), error))?;
+        if let Some(done) = partial {
+            return Err(partially_applied(consumer, printable(&done)));
+        }
+        let (Some(next), Some(revision)) = (next, revision) else {
+            return Ok(Pulse::default());
+        };
+        let parsed = decode_pulse(&next, &revision, owner.as_deref(), beats.as_deref());
+        parsed.map_err(|error| Error::failed(action(), error))
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        self.as_owner(consumer, owner, BEAT, "show life").await
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        self.as_owner(consumer, owner, RELEASE, "give up the position").await
+    }
 }
 
-type Hash = HashMap<Vec<u8>, Vec<u8>>;
+/// One script reads position and values, so they are of one commit.
+#[async_trait]
+impl ReadState for RedisStore {
+    /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is
+    /// applied in part.
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        self.read(consumer, keys).await
+    }
+}
+
+/// Sends a command; the inner error is that of the command.
+async fn ask_link<T: FromRedisValue>(link: &Link, command: &Cmd) -> Result<RedisResult<T>, Error> {
+    let mut connection = link.connection().await?;
+    let answer = command.query_async(&mut connection).await;
+    if let Err(error) = &answer {
+        link.check(error);
+    }
+    Ok(answer)
+}
+
+fn decode_pulse(
+    next: &[u8],
+    revision: &[u8],
+    owner: Option<&[u8]>,
+    beats: Option<&[u8]>,
+) -> Result<Pulse, essentially_once::Source> {
+    let mut pulse = Pulse::default();
+    pulse.next = str::from_utf8(next)?.parse()?;
+    pulse.revision = str::from_utf8(revision)?.parse()?;
+    let owner = owner
+        .filter(|owner| !owner.is_empty())
+        .map(str::from_utf8)
+        .transpose()?;
+    pulse.owner = owner.map(str::parse).transpose()?;
+    pulse.beats = beats.map_or(Ok(0), |beats| {
+        str::from_utf8(beats)?.parse().map_err(essentially_once::Source::from)
+    })?;
+    Ok(pulse)
+}
+
+/// In order, so that equal positions read as equal.
+type Hash = BTreeMap<Vec<u8>, Vec<u8>>;
 
 fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::Source> {
     let field = |name: &str| {

@@ -212,7 +212,7 @@ impl RedisTx {
         match answer {
             Ok(answer) => Ok(answer),
             Err(error) => {
-                self.link.check(&error).await;
+                self.link.check(&error);
                 Err(read_failed(action(), error))
             }
         }

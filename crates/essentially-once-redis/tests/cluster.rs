@@ -5,11 +5,11 @@ mod common;
 use std::{collections::HashMap, process::ExitCode, time::Duration};
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Error, EssentiallyOnce, Handler, HandlerError, Log as _, OffsetStore as _,
-    Record, Report, Source, async_trait,
+    Advance, CancellationToken, Consumer, ConsumerId, Error, EssentiallyOnce, Handler, HandlerError, KeyValue as _,
+    Log as _, OffsetStore as _, Owner, ReadState as _, Record, Report, Revision, Source, Transaction as _, async_trait,
 };
 use essentially_once_redis::{
-    Redis, RedisLog, RedisOptions, RedisStore, RedisTx,
+    LogOptions, Redis, RedisLog, RedisOptions, RedisStore, RedisTx, Retention,
     redis::{Cmd, cmd},
 };
 use essentially_once_testkit::Ledger;
@@ -23,6 +23,7 @@ const MESSAGES: u64 = 30;
 fn main() -> ExitCode {
     run(cases![
         logs_and_consumers_are_on_all_nodes,
+        life_and_state_are_where_the_position_is,
         a_command_in_another_slot_is_refused,
         a_consumer_follows_its_slot,
         sender_and_reader_follow_the_slot_of_the_log,
@@ -233,6 +234,37 @@ impl Handler<RedisTx> for Astray {
         tx.command(cmd("SET").arg("elsewhere").arg(1).take()).await?;
         Ok(())
     }
+}
+
+async fn life_and_state_are_where_the_position_is() -> Outcome {
+    let stage = Stage::start().await?;
+    let (store, owner) = (stage.redis.store(), Owner::draw());
+    for (consumer, log) in stage.consumers.iter().zip(&stage.logs) {
+        send(log, 0..2).await?;
+        ensure!(log.readable_end().await? == log.bounds().await?.end, "not at the end");
+        let mut tx = store.begin(consumer).await?;
+        tx.put(b"key", b"value").await?;
+        let (first, end) = (Revision::NONE.next_epoch(), log.bounds().await?.end);
+        let mut advance = Advance::new(log.id().clone(), end, Revision::NONE, first);
+        advance.owner = Some(owner);
+        tx.commit(advance).await?;
+        let before = store.pulse(consumer).await?;
+        store.beat(consumer, owner).await?;
+        ensure!(store.pulse(consumer).await? != before, "a beat is not seen");
+        store.release(consumer, owner).await?;
+        ensure!(store.pulse(consumer).await?.owner.is_none(), "it is not released");
+        let state = store.read_state(consumer, &[b"key"]).await?;
+        ensure!(state.values[0].as_deref() == Some(b"value"), "{state:?}");
+        ensure!(state.position == store.position(consumer).await?, "{state:?}");
+        let retention = Retention {
+            records: Some(1),
+            age: None,
+        };
+        let (name, options) = (log.id().name(), LogOptions::new().existing().retention(retention));
+        let trimmed = stage.redis.log_with(name, options).await?.trim().await?;
+        ensure!(trimmed == 1, "{trimmed} records were removed");
+    }
+    Ok(())
 }
 
 async fn a_command_in_another_slot_is_refused() -> Outcome {

@@ -99,15 +99,20 @@ struct Running {
 }
 
 impl Running {
-    async fn start<S>(id: &ConsumerId, log: RedisLog, store: S) -> Self
+    async fn start<S>(id: &ConsumerId, log: RedisLog, store: S, in_memory: bool) -> Self
     where
         S: OffsetStore<Tx: essentially_once::KeyValue> + 'static,
     {
         let (handler, seen) = Watched::new(Ledger);
         let consumer = Consumer::essentially_once(id.clone(), log, store, handler)
             .max_batch(3)
-            .backoff(Duration::from_millis(5), Duration::from_millis(100))
-            .accept_volatile();
+            .backoff(Duration::from_millis(5), Duration::from_millis(100));
+        // A store in memory is volatile; the servers are set up to be durable, and consumers check
+        // that.
+        let consumer = match in_memory {
+            true => consumer.accept_volatile(),
+            false => consumer,
+        };
         let stop = CancellationToken::new();
         let task = tokio::spawn(consumer.run_until(stop.clone()));
         Self { task, stop, seen }
@@ -122,7 +127,7 @@ async fn a_consumer_goes_on_with_the_new_master() -> Outcome {
     let stage = Stage::start().await?;
     let sentinel = RedisSentinel::start(NAME, &stage.master)?;
     let redis = connect(std::slice::from_ref(&sentinel)).await?;
-    let mut running = Running::start(&stage.consumer, redis.log("orders").await?, redis.store()).await;
+    let mut running = Running::start(&stage.consumer, redis.log("orders").await?, redis.store(), false).await;
     let sent = CancellationToken::new();
     let sending = tokio::spawn(send_until(redis.log("orders").await?, sent.clone()));
     until(&mut running.seen, |seen| seen.handled >= 30).await?;
@@ -146,13 +151,13 @@ async fn a_consumer_goes_on_with_the_new_master() -> Outcome {
 }
 
 /// Has the consumer handle what the replica will never hear of.
-async fn lose_the_tail<S>(stage: &Stage, redis: &Redis, store: S) -> Result<(Running, Bounds), Source>
+async fn lose_the_tail<S>(stage: &Stage, redis: &Redis, store: S, in_memory: bool) -> Result<(Running, Bounds), Source>
 where
     S: OffsetStore<Tx: essentially_once::KeyValue> + 'static,
 {
     let log = redis.log("orders").await?;
     let kept = log.bounds().await?;
-    let mut running = Running::start(&stage.consumer, log.clone(), store).await;
+    let mut running = Running::start(&stage.consumer, log.clone(), store, in_memory).await;
     until(&mut running.seen, |seen| seen.handled == 1).await?;
     send(&log, 1..10).await?;
     until(&mut running.seen, |seen| seen.handled == 10).await?;
@@ -165,7 +170,7 @@ async fn a_store_elsewhere_notices_that_the_tail_is_gone() -> Outcome {
     let sentinels = stage.sentinels()?;
     let redis = connect(&sentinels).await?;
     let store = Memory::new().store();
-    let (running, kept) = lose_the_tail(&stage, &redis, store.clone()).await?;
+    let (running, kept) = lose_the_tail(&stage, &redis, store.clone(), true).await?;
     stage.master.kill()?;
     let past_end = |result: Result<Report, Error>| match result {
         Err(Error::OutOfRange { end, .. }) if end == kept.end => Ok(()),
@@ -174,7 +179,7 @@ async fn a_store_elsewhere_notices_that_the_tail_is_gone() -> Outcome {
     past_end(running.ends().await?)?;
     // And so it is for one that starts only now.
     let (log, _) = insist(|| redis.log("orders")).await?;
-    let late = Running::start(&stage.consumer, log, store.clone()).await;
+    let late = Running::start(&stage.consumer, log, store.clone(), true).await;
     past_end(late.ends().await?)?;
     ensure!(
         read_ledger(&store, &stage.consumer).await?.len() == 10,
@@ -188,7 +193,7 @@ async fn position_and_state_on_the_same_server_go_back_together() -> Outcome {
     stage.cut_off_replica()?;
     let sentinels = stage.sentinels()?;
     let redis = connect(&sentinels).await?;
-    let (mut running, _) = lose_the_tail(&stage, &redis, redis.store()).await?;
+    let (mut running, _) = lose_the_tail(&stage, &redis, redis.store(), false).await?;
     stage.master.kill()?;
     // Only while the log is shorter than what was read can the consumer tell that both went back.
     let new_master = Redis::connect(&stage.replica.url()).await?.store();

@@ -88,8 +88,9 @@ async fn at_every_step(moment: Moment, max_batch: usize, failures: usize) -> Out
     ]);
     ensure!(struck == kinds, "struck only {struck:?}");
     ensure!(step > STEPS, "a run had {step} steps only");
-    // Not all are: some steps need no server, and after the last one nobody asks any more.
-    ensure!(failed > step / 2, "only {failed} operations failed in {step} runs");
+    // Not all are: some steps need no server, some find the connection closed and make another, and
+    // after the last one nobody asks any more.
+    ensure!(failed > step / 3, "only {failed} operations failed in {step} runs");
     Ok(())
 }
 

@@ -185,6 +185,34 @@ pub(crate) async fn a_thousand_headers_are_taken_and_too_many_refused() {
     assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(1));
 }
 
+pub(crate) async fn an_old_handle_never_makes_a_deleted_stream_anew() {
+    let (server, redis, log) = orders().await;
+    // A user who may not give a stream an incarnation.
+    let user = ["ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", "-xgroup"];
+    admin(&server, &user);
+    let app = Redis::connect(&format!("redis://app:pw@127.0.0.1:{}", server.port())).await;
+    let app = app.expect("connect");
+    // Of a stream that is there, of one that the first append creates, and of one that has an
+    // incarnation.
+    admin(&server, &["XADD", "returns", "*", "payload", "x"]);
+    let unnamed = app.log("returns").await.expect("log");
+    let created = app.log("invoices").await.expect("log");
+    created.append(&numbered(0..1)).await.expect("append");
+    let named = redis.log("orders").await.expect("log");
+    for (name, log) in [
+        ("returns", unnamed),
+        ("invoices", created),
+        ("orders", named),
+        ("orders", log),
+    ] {
+        admin(&server, &["DEL", name]);
+        let error = log.append(&numbered(0..1)).await.expect_err("it is gone");
+        assert!(matches!(error, Error::Failed { .. }), "{name}: {error}");
+        assert!(error.to_string().contains("open it again"), "{name}: {error}");
+        assert_eq!(admin(&server, &["EXISTS", name]), Reply::Int(0), "{name}");
+    }
+}
+
 /// A server that takes values of a mebibyte, and a user of it with these rights.
 async fn with_small_values(rights: &[&str]) -> (RedisServer, RedisLog) {
     let small = RedisServer::durable().with(&[("proto-max-bulk-len", "1mb")]);

@@ -1,6 +1,7 @@
 //! What Redis' log does beyond the contract's cases, on private servers.
 
 mod append;
+mod full;
 mod identity;
 mod reading;
 mod retention;
@@ -41,16 +42,25 @@ fn main() -> ExitCode {
         append::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
         append::an_append_that_is_too_large_harms_no_other,
         append::where_the_limit_is_hidden_no_append_is_misreported,
+        append::an_old_handle_never_makes_a_deleted_stream_anew,
+        full::a_full_server_is_read,
+        full::a_full_server_is_trimmed,
+        full::offsets_of_removed_records_are_not_used_again,
+        identity::a_log_that_must_exist,
         identity::a_stream_made_anew_is_another_log,
         identity::handles_of_one_stream_agree,
         identity::a_lost_tail_is_out_of_range,
         identity::monitoring_sees_no_lag,
+        identity::a_log_without_incarnation_is_not_opened_on_a_replica,
         identity::a_key_of_another_type_fails,
         identity::a_user_who_may_only_read_reads,
         identity::a_user_without_scripts_is_told,
         identity::a_stream_under_another_key,
         reading::cancelled_calls_lose_and_repeat_nothing,
         reading::large_records_come_a_few_at_a_time,
+        reading::a_fetch_is_bounded_whatever_comes,
+        reading::a_deleted_last_record_is_behind_the_readable_end,
+        reading::a_deleted_last_record_keeps_no_consumer_waiting,
         reading::other_peoples_entries_and_odd_ids,
         reading::the_last_id_of_all,
         reading::a_reader_fails_when_the_server_goes_and_the_next_goes_on,

@@ -4,6 +4,7 @@ mod committing;
 mod lost;
 mod native;
 mod partial;
+mod pulse;
 mod reads;
 mod setup;
 mod support;
@@ -59,6 +60,13 @@ fn main() -> ExitCode {
         partial::keys_of_stores_are_refused,
         partial::subcommands_are_known,
         partial::queries_read_now,
+        pulse::a_pulse_shows_commits_and_beats,
+        pulse::a_beat_of_someone_else_has_no_effect,
+        pulse::a_release_gives_up_the_position_and_fences_nobody,
+        pulse::beats_survive_what_counts_them,
+        pulse::a_blocked_consumer_has_no_pulse,
+        pulse::state_is_read_in_the_order_of_the_keys,
+        pulse::state_and_position_are_of_one_commit,
         reads::a_careless_handler_counts_every_record,
         reads::after_a_read_without_an_answer_nothing_is_committed,
         reads::after_a_refused_read_nothing_is_committed,
@@ -77,9 +85,13 @@ fn main() -> ExitCode {
         setup::a_server_that_hides_its_settings_is_unknown,
         setup::missing_permissions_are_named,
         setup::a_permission_missing_for_a_later_command_applies_nothing,
+        setup::replicas_that_are_away_are_waited_for,
         setup::replicas_that_are_missing_leave_it_open,
         setup::large_transactions_are_taken,
         setup::resp3_is_spoken,
+        setup::what_is_wrong_with_an_address_is_named,
+        setup::a_server_without_room_for_clients_may_have_it_later,
+        setup::a_busy_server_is_asked_again_what_it_is,
         setup::passwords_are_never_shown,
         setup::prefixes_with_which_names_could_meet_are_refused,
     ];

@@ -1,9 +1,20 @@
 //! How a server is set up: settings, permissions, replicas, protocol.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use essentially_once::{Durability, Error, KeyValue, OffsetStore, Source, Transaction, Window};
-use essentially_once_redis::{Redis, RedisOptions, RedisStore, redis::cmd};
+use essentially_once::{
+    Consumer, Durability, Error, Handler, HandlerError, KeyValue, Log as _, NewRecord, OffsetStore, Record, Source,
+    Transaction, Window, async_trait,
+};
+use essentially_once_redis::{
+    Redis, RedisOptions, RedisStore, RedisTx,
+    redis::{self, cmd},
+};
 use test_servers::RedisServer;
 
 use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told};
@@ -157,6 +168,46 @@ pub(crate) async fn a_permission_missing_for_a_later_command_applies_nothing() -
     Ok(())
 }
 
+pub(crate) async fn replicas_that_are_away_are_waited_for() -> Outcome {
+    let stage = Stage::with(RedisOptions::new().min_replicas(1, Duration::from_secs(10))).await?;
+    assert_error!(
+        stage.store.durability().await,
+        Error::Unavailable { .. },
+        "0 replicas are connected",
+        "connect more"
+    );
+    // A consumer that starts while the replica is away goes on when it is back.
+    let redis = Redis::connect(&stage.server.url()).await?;
+    let log = redis.log("orders").await?;
+    log.append(&[NewRecord::new("x")]).await?;
+    let consumer = Consumer::essentially_once(stage.consumer.clone(), log, stage.store.clone(), Count);
+    let running = tokio::spawn(
+        consumer
+            .backoff(Duration::from_millis(5), Duration::from_millis(50))
+            .run_until_caught_up(),
+    );
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!running.is_finished(), "{:?}", running.await);
+    let _replica = RedisServer::durable().replica_of(&stage.server).start()?;
+    let report = tokio::time::timeout(Duration::from_secs(60), running).await???;
+    assert_eq!(report.handled, 1, "{report}");
+    assert_eq!(stage.store.durability().await?, Durability::Durable);
+    // What only a person can change is told at once, and with what else is missing.
+    stage.ask("CONFIG SET appendfsync no")?;
+    assert!(matches!(stage.store.durability().await?, Durability::Volatile(_)));
+    Ok(())
+}
+
+struct Count;
+
+#[async_trait]
+impl Handler<RedisTx> for Count {
+    async fn handle(&mut self, _: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
+        tx.put(b"handled", b"1").await?;
+        Ok(())
+    }
+}
+
 pub(crate) async fn replicas_that_are_missing_leave_it_open() -> Outcome {
     let options = RedisOptions::new().min_replicas(1, Duration::from_millis(100));
     let stage = Stage::with(options.clone()).await?;
@@ -256,6 +307,119 @@ pub(crate) async fn resp3_is_spoken() -> Outcome {
         Error::PartiallyApplied { .. },
         "LSET list"
     );
+    Ok(())
+}
+
+/// Answers whoever connects with these bytes, and closes the connection; returns the port.
+fn answering(bytes: &'static [u8]) -> Result<u16, Source> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut stream = stream;
+            let _ = stream.read(&mut [0; 1024]).and_then(|_| stream.write_all(bytes));
+        }
+    });
+    Ok(port)
+}
+
+pub(crate) async fn what_is_wrong_with_an_address_is_named() -> Outcome {
+    let stage = Stage::start().await?;
+    let port = stage.server.port();
+    stage.ask("ACL SETUSER app reset on >hunter2 ~* &* +@all")?;
+    let web = answering(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")?;
+    let silent = answering(b"")?;
+    for (url, lasts, parts) in [
+        (
+            format!("redis://app:wrong-pw@127.0.0.1:{port}"),
+            true,
+            ["WRONGPASS", "check the URL's user and password"],
+        ),
+        (
+            format!("redis://app:wrong-pw@127.0.0.1:{port}?protocol=resp2"),
+            true,
+            ["uthentication", "check the URL's user"],
+        ),
+        (
+            format!("redis://127.0.0.1:{port}/99"),
+            true,
+            ["switch database", "check the database number"],
+        ),
+        (
+            format!("redis://127.0.0.1:{web}"),
+            true,
+            ["does not speak Redis' protocol", "check host and port"],
+        ),
+        (
+            format!("redis://127.0.0.1:{silent}"),
+            false,
+            ["connect to", "if the port is for TLS, use rediss://"],
+        ),
+        (
+            "redis://127.0.0.1:1".into(),
+            false,
+            ["connect to 127.0.0.1:1", "refused"],
+        ),
+    ] {
+        let error = Redis::connect(&url).await.expect_err(&url);
+        let text = error.to_string();
+        assert_eq!(matches!(error, Error::Failed { .. }), lasts, "{url}: {text}");
+        assert!(text.contains("127.0.0.1") && !text.contains("wrong-pw"), "{text}");
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is missing in {text}");
+        }
+    }
+    // A server that wants a password, asked without one.
+    stage.ask("ACL SETUSER default off")?;
+    let error = Redis::connect(&stage.server.url()).await.expect_err("no password");
+    assert!(matches!(error, Error::Failed { .. }), "{error}");
+    assert!(error.to_string().contains("put them into the URL"), "{error}");
+    Ok(())
+}
+
+pub(crate) async fn a_server_without_room_for_clients_may_have_it_later() -> Outcome {
+    let stage = Stage::start().await?;
+    let held = redis::Client::open(stage.server.url())?;
+    let held = held.get_multiplexed_async_connection().await?;
+    // One for the administrator.
+    stage.ask("CONFIG SET maxclients 1")?;
+    for query in ["", "?protocol=resp2"] {
+        let full = Redis::connect(&format!("{}/{query}", stage.server.url())).await;
+        // The server says so if it is read before the connection is closed.
+        assert_error!(full, Error::Unavailable { .. }, "maxclients");
+    }
+    drop(held);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while let Err(error) = Redis::connect(&stage.server.url()).await {
+        assert!(
+            matches!(error, Error::Unavailable { .. }) && Instant::now() < deadline,
+            "{error}"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_busy_server_is_asked_again_what_it_is() -> Outcome {
+    let stage = Arc::new(Stage::start().await?);
+    stage.ask("CONFIG SET busy-reply-threshold 10")?;
+    let busy = Arc::clone(&stage);
+    let script = tokio::task::spawn_blocking(move || {
+        let _ = busy.server.command(&["EVAL", "while true do end", "0"]);
+    });
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // Not before the script has been running for long.
+    let refused = loop {
+        match Redis::connect(&stage.server.url()).await {
+            Err(error) => break error,
+            Ok(_) => assert!(Instant::now() < deadline, "the server is never busy"),
+        }
+    };
+    assert!(matches!(refused, Error::Unavailable { .. }), "{refused}");
+    assert!(refused.to_string().contains("another client's script"), "{refused}");
+    stage.ask("SCRIPT KILL")?;
+    script.await?;
+    Redis::connect(&stage.server.url()).await?;
     Ok(())
 }
 

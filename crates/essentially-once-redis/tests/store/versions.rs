@@ -1,8 +1,8 @@
 //! Data that earlier versions wrote; `fixtures/README.md` says what it is.
 
 use essentially_once::{
-    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Record, Revision, Source,
-    Transaction as _, async_trait,
+    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Owner, Pulse, Record, Revision,
+    Source, Transaction as _, async_trait,
 };
 use essentially_once_redis::{LogOptions, Redis, RedisTx, redis};
 
@@ -84,6 +84,15 @@ pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
         let position = store.position(&consumer).await?.ok_or("the position is ignored")?;
         assert_eq!(position.revision, Revision::new(0, revision), "{consumer}");
         assert_eq!((position.owner, position.passed), (None, None), "{consumer}");
+        // It has neither an owner nor beats, and nobody can beat for it.
+        store.beat(&consumer, Owner::draw()).await?;
+        store.release(&consumer, Owner::draw()).await?;
+        assert_eq!(
+            store.pulse(&consumer).await?,
+            Pulse::new(Some(&position), 0),
+            "{consumer}"
+        );
+        assert_eq!(store.position(&consumer).await?, Some(position), "{consumer}");
         let log = redis.log_with(log, LogOptions::new().stream(stream)).await?;
         let report = Consumer::essentially_once(consumer.clone(), log, store.clone(), Count)
             .run_until_caught_up()
@@ -95,6 +104,7 @@ pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
         );
         let position = store.position(&consumer).await?.ok_or("the position is gone")?;
         assert_eq!(position.revision.epoch(), 1, "{consumer}");
+        assert_eq!(position.owner, None, "{consumer} was not released");
         // What a process of version 1 reads as a whole number, and so refuses.
         let stored = stage.ask(&format!("HGET essentially-once:{{{consumer}}}:position revision"))?;
         assert!(stored.parse::<u64>().is_err(), "{stored}");

@@ -1,0 +1,119 @@
+//! A connection, and whether it is good for another request.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use redis::{
+    PushInfo, PushKind, Value,
+    aio::{AsyncPushSender, MultiplexedConnection, SendError},
+};
+use tokio::{
+    runtime::{Handle, Id},
+    time::Instant,
+};
+
+use crate::error::spoils_connection;
+
+/// A connection that was idle for this long is asked whether it still works before it gets a
+/// request. Servers and routers drop idle connections, some without a word, and a request that is
+/// lost on one leaves in doubt whether it ran.
+const PING_AFTER: Duration = Duration::from_secs(1);
+
+/// How long that question may take, before a new connection is made instead.
+pub(crate) const PING_LIMIT: Duration = Duration::from_secs(1);
+
+/// A connection, made by a runtime that drives it.
+pub(crate) struct Connection {
+    pub(crate) inner: MultiplexedConnection,
+    ended: Ended,
+    runtime: Option<Id>,
+    used: Instant,
+}
+
+impl Connection {
+    pub(crate) fn new(inner: MultiplexedConnection, ended: Ended) -> Self {
+        Self {
+            inner,
+            ended,
+            runtime: this_runtime(),
+            used: Instant::now(),
+        }
+    }
+
+    /// Whether it is known to be closed, or nobody drives it any more.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.0.load(Ordering::Acquire)
+    }
+
+    /// Whether the calling task's runtime drives it. Another runtime may stand still while this one
+    /// waits.
+    pub(crate) fn is_driven_here(&self) -> bool {
+        self.runtime == this_runtime()
+    }
+
+    /// Whether it can be trusted with a request. Cancel-safe.
+    pub(crate) async fn is_good(&mut self) -> bool {
+        if self.has_ended() || !self.is_driven_here() {
+            return false;
+        }
+        if self.idle() >= PING_AFTER {
+            let ping = redis::cmd("PING");
+            let answer = tokio::time::timeout(PING_LIMIT, ping.query_async::<Value>(&mut self.inner)).await;
+            match answer {
+                // A refusal is an answer too: the user may not ping, or the server is loading.
+                Ok(Err(error)) if spoils_connection(&error) => return false,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+        self.touch();
+        true
+    }
+
+    /// Notes that it works.
+    pub(crate) fn touch(&mut self) {
+        self.used = Instant::now();
+    }
+
+    pub(crate) fn idle(&self) -> Duration {
+        self.used.elapsed()
+    }
+}
+
+/// The runtime of the calling task.
+pub(crate) fn this_runtime() -> Option<Id> {
+    Handle::try_current().ok().map(|runtime| runtime.id())
+}
+
+/// Set when the task that drives a connection finds it closed, or ends.
+#[derive(Clone, Default)]
+pub(crate) struct Ended(Arc<AtomicBool>);
+
+impl Ended {
+    /// What the task is to hold.
+    pub(crate) fn notice(&self) -> impl AsyncPushSender {
+        Notice(self.clone())
+    }
+}
+
+struct Notice(Ended);
+
+impl AsyncPushSender for Notice {
+    fn send(&self, info: PushInfo) -> Result<(), SendError> {
+        if info.kind == PushKind::Disconnection {
+            self.0.0.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Release);
+    }
+}

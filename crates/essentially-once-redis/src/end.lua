@@ -1,0 +1,6 @@
+-- Returns the state, and the id of the last entry that is left; false if there is none.
+local answer = state()
+if answer.err then return answer end
+local entry = redis.pcall('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
+if entry.err then return entry end
+return { answer, entry[1] and entry[1][1] or false }
