@@ -11,11 +11,13 @@ pub mod faults;
 mod harness;
 mod ledger;
 pub mod memory;
+mod proxy;
 mod suite;
 
 pub use crate::{
     checker::{Applied, Check, Doubled, Expectation, Findings, Reordered, read_log},
-    harness::{Backend, Capabilities, Harness, Support},
+    harness::{Backend, Capabilities, Harness, Request, StateReader, Support},
     ledger::{Ledger, MemoryLedger, read_ledger},
+    proxy::{Cut, Proxy},
     suite::{Case, Suite, Violation, conformance_cases},
 };

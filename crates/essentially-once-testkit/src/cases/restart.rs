@@ -44,7 +44,7 @@ pub(super) async fn l1_appended_records_survive_a_restart<H: Harness>(_: &H, bac
 }
 
 /// Awaits a backend that comes up again.
-async fn up<T, F: Future<Output = Result<T, Error>>>(mut open: impl FnMut() -> F) -> Result<T, Violation> {
+pub(super) async fn up<T, F: Future<Output = Result<T, Error>>>(mut open: impl FnMut() -> F) -> Result<T, Violation> {
     soon("the backend up again after a restart", async {
         loop {
             match open().await {
@@ -233,6 +233,43 @@ pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H:
             after.1
         );
         ensure!(before == after, "restart {round} changed {before:?} to {after:?}");
+    }
+    Ok(())
+}
+
+/// [S3](essentially_once::OffsetStore#contract): a commit of a position alone, or of windows alone, is as durable as any other.
+pub(super) async fn s3_a_commit_that_stages_nothing_survives_a_restart<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let (log, shipping) = (backend.log("orders").await?, consumer("shipping"));
+    for round in 1..=6u64 {
+        let mut store = up(|| backend.store()).await?;
+        let (position, _) = settled(backend, &mut store).await?;
+        let mut advance = advance(position.as_ref(), &*log, round);
+        if round % 3 == 0 {
+            advance.windows.push((numbering("web-1"), Window::new(round)));
+        }
+        let mut tx = store.begin(&shipping).await?;
+        if round == 1 {
+            tx.put(b"n", &1u64.to_be_bytes()).await?;
+        }
+        tx.commit(advance).await?;
+        backend.restart().await?;
+        let mut store = up(|| backend.store()).await?;
+        let (after, n) = settled(backend, &mut store).await?;
+        let after = after.ok_or_else(|| Violation::new(format!("restart {round}: the position is gone")))?;
+        let window = after.windows.first().map(|(_, window)| window.clone());
+        ensure!(
+            after.next == round.into() && after.revision.count() == round,
+            "restart {round}: commit {round} was acknowledged, the position is {} at revision {}",
+            after.next,
+            after.revision
+        );
+        ensure!(
+            n == 1 && window == (round >= 3).then(|| Window::new(round / 3 * 3)),
+            "restart {round}: the state is {n}, the window {window:?}"
+        );
     }
     Ok(())
 }
