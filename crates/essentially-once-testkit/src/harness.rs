@@ -101,14 +101,14 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Makes the backend refuse, once, the `nth` record that is appended to the log from now on, as a full disk does. The first
-    /// is number 1. Whether the backend then refuses the whole batch, or keeps what it took before, is its own affair. Later
-    /// appends must succeed. Capability `refuse`.
+    /// Makes the backend refuse a record with that payload from now on, as a full disk would: by a trigger, say, or a
+    /// quota. The record is amid a batch. Whether the backend then refuses all of the batch, or keeps what it took before, is
+    /// its own affair. Appends of other records must succeed. Capability `refuse`.
     ///
     /// # Errors
     /// The case fails with it.
-    async fn refuse(&self, log: &str, nth: usize) -> Result<(), Source> {
-        let _ = (log, nth);
+    async fn refuse(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        let _ = (log, payload);
         Err(UNSUPPORTED.into())
     }
 

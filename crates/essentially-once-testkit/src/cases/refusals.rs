@@ -13,10 +13,10 @@ pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H,
     const BATCH: usize = 5;
     let log = backend.log("orders").await?;
     let mut outcomes: Vec<Result<(), Error>> = Vec::new();
-    for nth in 1..=BATCH {
+    for nth in 0..BATCH {
         log.append(&records([format!("before {nth}")])).await?;
-        backend.refuse("orders", nth).await?;
         let batch = outcomes.len();
+        backend.refuse("orders", format!("{batch}.{nth}").as_bytes()).await?;
         let result = log.append(&records((0..BATCH).map(|n| format!("{batch}.{n}")))).await;
         outcomes.push(result.map(drop));
         let after = log.append(&records([format!("after {nth}")])).await;

@@ -46,8 +46,8 @@ pub(crate) struct LogState {
     end: Offset,
     /// How far offsets are ahead of the count: they need not be dense.
     leaps: u64,
-    /// The number of the record, from now on, that is to be refused.
-    pub(crate) refuse: Option<usize>,
+    /// The payload of a record that is to be refused, once.
+    pub(crate) refuse: Option<Vec<u8>>,
     woken: Option<Instant>,
 }
 
@@ -95,14 +95,12 @@ impl LogState {
         offset
     }
 
-    /// Which of the next `count` records is refused, if any.
-    fn take_refusal(&mut self, count: usize) -> Option<usize> {
-        let nth = self.refuse.take()?;
-        if nth > count {
-            self.refuse = Some(nth - count);
-            return None;
-        }
-        Some(nth - 1)
+    /// Which of the records is refused, if any.
+    fn take_refusal(&mut self, new: &[NewRecord]) -> Option<usize> {
+        let payload = self.refuse.as_ref()?;
+        let refused = new.iter().position(|record| record.payload == *payload)?;
+        self.refuse = None;
+        Some(refused)
     }
 
     /// Removes one record, wherever it is; the end stays.
@@ -447,7 +445,7 @@ impl Log for ModelLog {
             return Ok(None);
         }
         let outgoing = self.outgoing(new);
-        if let Some(refused) = self.with(|log| Ok(log.take_refusal(outgoing.len())))? {
+        if let Some(refused) = self.with(|log| Ok(log.take_refusal(&outgoing)))? {
             return Err(self.refused(&outgoing, refused));
         }
         let (mut first, mut last, mut generation) = (None, None, self.generation);

@@ -288,8 +288,8 @@ impl Backend for Model {
         Ok(())
     }
 
-    async fn refuse(&self, log: &str, nth: usize) -> Result<(), Source> {
-        self.shared.state().log(&self.shared, log)?.refuse = Some(nth);
+    async fn refuse(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        self.shared.state().log(&self.shared, log)?.refuse = Some(payload.to_vec());
         Ok(())
     }
 
