@@ -81,6 +81,7 @@ impl Harness for RabbitHarness {
         capabilities.native = Support::No("what is native is sending within a commit, which tests/store covers");
         capabilities.commits_are_cheap = Support::No("each commit is a message that is confirmed and read back");
         capabilities.paced_rounds = 300;
+        capabilities.log_name_bytes = 180;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
@@ -107,8 +108,9 @@ impl Harness for RabbitHarness {
             node: starting.await??,
             shared: OnceCell::new(),
             proxy: OnceCell::new(),
-            // Short, so that names of 200 bytes fit into those of the store's streams.
-            prefix: format!("{namespace:.20}-{:08x}-", fastrand::u32(..)),
+            case: namespace.to_owned(),
+            // Short, so that names of 200 bytes fit into those of the store's streams, of which RabbitMQ takes some 230 bytes.
+            prefix: format!("{namespace:.6}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
         })
     }
@@ -120,6 +122,8 @@ struct Streams {
     shared: OnceCell<Rabbit>,
     /// Started by the cases that cut connections; handles opened from then on go through it.
     proxy: OnceCell<Proxy>,
+    /// The namespace that was asked for.
+    case: String,
     prefix: String,
     options: LogOptions,
 }
@@ -131,7 +135,7 @@ impl Streams {
 
     /// Retention removes whole segments: the cases for it get one for every message or two, which come one by one.
     fn truncates(&self) -> bool {
-        self.prefix.starts_with("l5_below") || self.prefix.starts_with("l5_retention_that")
+        self.case.starts_with("l5_below") || self.case.starts_with("l5_retention_that")
     }
 
     async fn open(&self, log: &str) -> Result<RabbitLog, Error> {
@@ -149,7 +153,7 @@ impl Streams {
 
     async fn rabbit(&self) -> Result<Rabbit, Error> {
         // So long a replica might be behind, before something is past the end.
-        let timeout = if self.prefix.starts_with("l5_") { 3 } else { 10 };
+        let timeout = if self.case.starts_with("l5_") { 3 } else { 10 };
         let options = RabbitOptions::new()
             .record_limit(RECORD_LIMIT)
             .timeout(Duration::from_secs(timeout))
@@ -158,7 +162,7 @@ impl Streams {
         if let Some(proxy) = self.proxy.get() {
             url = url.replace(&self.node.port().to_string(), &proxy.port().to_string());
         }
-        match self.prefix.starts_with("faults_") {
+        match self.case.starts_with("faults_") {
             true => self.shared.get_or_try_init(|| options.connect(&url)).await.cloned(),
             false => options.connect(&url).await,
         }
@@ -266,14 +270,18 @@ impl Backend for Streams {
         Ok(())
     }
 
-    /// What a message is published with: class, method and exchange, and the stream as its key.
+    /// What a message is published with: class, method and exchange, and the stream as its key. Of a changelog's entries, those
+    /// that are commits.
     async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
-        let stream = match request {
-            Request::Append => self.stream("orders"),
-            Request::Commit => format!("{}.shipping.changelog", self.prefix),
+        let pattern = match request {
+            Request::Append => {
+                let stream = self.stream("orders");
+                let mut pattern = vec![0, 60, 0, 40, 0, 0, 0, u8::try_from(stream.len())?];
+                pattern.extend(stream.as_bytes());
+                pattern
+            }
+            Request::Commit => b"eo-entry\x02\x01".to_vec(),
         };
-        let mut pattern = vec![0, 60, 0, 40, 0, 0, 0, u8::try_from(stream.len())?];
-        pattern.extend(stream.as_bytes());
         let start = async || Proxy::start(self.node.port());
         self.proxy.get_or_try_init(start).await?.cut_at(&pattern, cut);
         Ok(())

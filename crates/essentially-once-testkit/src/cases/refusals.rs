@@ -1,4 +1,4 @@
-//! Cases for appends that are refused, and for those beside them: [L7](essentially_once::Log#contract).
+//! Cases for appends that are refused, and for those beside them: [L7 and L10](essentially_once::Log#contract).
 
 use essentially_once::{Error, NewRecord};
 
@@ -104,8 +104,11 @@ pub(super) async fn l7_concurrent_appends_have_their_own_outcomes<H: Harness>(
     Ok(())
 }
 
-/// [L7](essentially_once::Log#contract): a handle whose log was deleted appends to no other log.
-pub(super) async fn l7_an_old_handle_never_appends_to_a_new_log<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+/// [L10](essentially_once::Log#contract): a handle whose log was deleted appends to no other log.
+pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
     for is_recreated_first in [false, true] {
         let name = if is_recreated_first { "first" } else { "later" };
         let old = backend.log(name).await?;

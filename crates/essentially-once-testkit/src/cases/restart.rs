@@ -243,7 +243,7 @@ pub(super) async fn s3_a_commit_that_stages_nothing_survives_a_restart<H: Harnes
     backend: &H::Backend,
 ) -> CaseResult {
     let (log, shipping) = (backend.log("orders").await?, consumer("shipping"));
-    for round in 1..=6u64 {
+    for round in 1..=4u64 {
         let mut store = up(|| backend.store()).await?;
         let (position, _) = settled(backend, &mut store).await?;
         let mut advance = advance(position.as_ref(), &*log, round);

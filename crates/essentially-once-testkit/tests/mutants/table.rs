@@ -192,7 +192,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         NeighbourToldTheRefusal => "because one beside it was refused",
         RefusalDropsTheNeighbour => "which means all of its records",
     }
-    l7_an_old_handle_never_appends_to_a_new_log {
+    l10_an_old_handle_never_appends_to_a_new_log {
         OldHandleAppendsToNewLog => "the log created later holds [\"new\", \"stray\"]",
         OldHandleCreatesTheLog => "the log created later holds [\"stray\"]",
     }
@@ -488,7 +488,7 @@ pub(crate) const SOUND: &[Sound] = sound! {
     l7_a_lost_reply_never_doubles_an_append { LostRepliesLookedUp }
     l7_a_refusal_amid_a_batch_tells_the_truth { RefusedMiddleInDoubt }
     l7_concurrent_appends_have_their_own_outcomes { AppendsTakeTurns }
-    l7_an_old_handle_never_appends_to_a_new_log { OldHandleAppendsVanish }
+    l10_an_old_handle_never_appends_to_a_new_log { OldHandleAppendsVanish }
     s1_hundreds_of_commits_keep_everything { CompactsEvery100Commits }
     s1_tens_of_thousands_of_commits_keep_everything { CompactsEvery100Commits }
     s1_windows_of_similar_producers_are_independent { WindowsInAnyOrder }
