@@ -78,7 +78,9 @@ pub(super) async fn s11_a_snapshot_is_of_one_commit<H: Harness>(_: &H, backend: 
 /// Commits by one consumer, each of which says its number everywhere, while readers look for parts of two.
 async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, readers: Vec<Reader>) -> CaseResult {
     let id = backend.log("orders").await?.id().clone();
-    let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    // Made at rest: a store may have something to create for a consumer, and say to a reader that it is not there for now.
+    commit_number(store, &id, 1).await?;
+    let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(1)));
     let mut reading = JoinSet::new();
     let counts: Vec<_> = readers.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
     for (reader, count) in readers.iter().cloned().zip(&counts) {
@@ -99,20 +101,8 @@ async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, reader
             Ok::<_, Violation>(())
         });
     }
-    for n in 1..=AT_MOST {
-        let expected = position_number(&id, n);
-        let before = if n == 1 {
-            Revision::NONE
-        } else {
-            Revision::new(1, n - 1)
-        };
-        let mut advance = Advance::new(id.clone(), expected.next, before, expected.revision);
-        (advance.owner, advance.passed, advance.windows) = (expected.owner, expected.passed, expected.windows);
-        let mut tx = store.begin(&consumer("shipping")).await?;
-        for key in KEYS {
-            tx.put(key, &n.to_be_bytes()).await?;
-        }
-        tx.commit(advance).await?;
+    for n in 2..=AT_MOST {
+        commit_number(store, &id, n).await?;
         acknowledged.store(n, Ordering::SeqCst);
         if n.is_multiple_of(QUIET_COMMITS) {
             // Readers beside the commits may by chance always come amid one, which may show or not.
@@ -135,6 +125,22 @@ async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, reader
         read_to_its_end(ended)?;
     }
     Ok(())
+}
+
+/// Commits `n`, which says its number everywhere.
+async fn commit_number<S: OffsetStore<Tx: KeyValue>>(store: &S, id: &LogId, n: u64) -> Result<(), Error> {
+    let position = position_number(id, n);
+    let before = match n {
+        1 => Revision::NONE,
+        n => Revision::new(1, n - 1),
+    };
+    let mut advance = Advance::new(id.clone(), position.next, before, position.revision);
+    (advance.owner, advance.passed, advance.windows) = (position.owner, position.passed, position.windows);
+    let mut tx = store.begin(&consumer("shipping")).await?;
+    for key in KEYS {
+        tx.put(key, &n.to_be_bytes()).await?;
+    }
+    tx.commit(advance).await
 }
 
 fn read_to_its_end(ended: Result<CaseResult, tokio::task::JoinError>) -> CaseResult {

@@ -331,8 +331,8 @@ impl StoreState {
         stored.first.get_or_insert_with(|| position.clone());
         stored.position = Some(position);
         match defect {
-            Defect::CommitsCountedInAByte if stored.commits % 256 == 0 => stored.position = None,
-            Defect::CommitsCountedIn16Bits if stored.commits % 65_536 == 0 => stored.position = None,
+            Defect::CommitsCountedInAByte if stored.commits.is_multiple_of(256) => stored.position = None,
+            Defect::CommitsCountedIn16Bits if stored.commits.is_multiple_of(65_536) => stored.position = None,
             _ => {}
         }
         match defect {

@@ -275,7 +275,7 @@ impl Transaction for ModelTx {
             .await
             .map_err(in_doubt)?;
         let applied = self.apply(&staged, &advance).await;
-        if self.shared.is(Defect::CompactsEvery100Commits) && self.shared.state().store.commits % 100 == 0 {
+        if self.shared.is(Defect::CompactsEvery100Commits) && self.shared.state().store.commits.is_multiple_of(100) {
             for _ in 0..10 {
                 yield_now().await;
             }
