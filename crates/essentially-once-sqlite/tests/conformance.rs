@@ -31,7 +31,7 @@ impl Harness for SqliteHarness {
         capabilities.truncate_all = Support::Yes;
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::Yes;
-        capabilities.delete_record = Support::Yes;
+        capabilities.delete_record = Support::No("records are removed from the front only, and a hole is `Truncated`");
         capabilities.refuse = Support::Yes;
         capabilities.wire = Support::No("there is no wire: the file is opened by this process");
         capabilities.native = Support::Yes;
@@ -141,13 +141,6 @@ impl Backend for File {
         let (connection, table) = self.as_someone_else(log)?;
         connection.execute_batch(&format!("DROP TABLE {table}"))?;
         connection.execute("DELETE FROM essentially_once_logs WHERE name = ?1", [log])?;
-        Ok(())
-    }
-
-    async fn delete_record(&self, log: &str, offset: Offset) -> Result<(), Source> {
-        let (connection, table) = self.as_someone_else(log)?;
-        let offset = i64::try_from(offset.lo())?;
-        connection.execute(&format!("DELETE FROM {table} WHERE \"offset\" = ?1"), [offset])?;
         Ok(())
     }
 

@@ -297,7 +297,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     s3_commits_survive_a_restart {
         CommitAcknowledgedBeforeDurable => "the state counts 0",
         StateNotDurable => "the state counts 0",
-        WindowsNotDurable => "restart 1 changed",
+        WindowsNotDurable => "restart 1 changed the position: its window of web-1 is missing",
     }
     s3_a_commit_that_stages_nothing_survives_a_restart {
         EmptyCommitNotDurable => "commit 2 was acknowledged, the position is 1",
