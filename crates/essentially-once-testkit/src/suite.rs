@@ -187,14 +187,7 @@ impl Suite {
         let repeat = Arc::clone(&self.repeat);
         Trial::test(name.clone(), move || {
             let times = repeat.load(Ordering::SeqCst).max(1);
-            for run in 1..=times {
-                let result = timed(&name, || test(&name));
-                result.map_err(|violation| match times {
-                    1 => Failed::from(violation),
-                    times => Failed::from(format!("run {run} of {times}: {violation}")),
-                })?;
-            }
-            Ok(())
+            again(times, || timed(&name, || test(&name))).map_err(Failed::from)
         })
     }
 
@@ -254,6 +247,17 @@ impl Suite {
             }
         }
     }
+}
+
+/// Runs a test so many times, or until it fails.
+fn again(times: usize, test: impl Fn() -> CaseResult) -> CaseResult {
+    for run in 1..=times {
+        test().map_err(|violation| match times {
+            1 => violation,
+            times => Violation::new(format!("run {run} of {times}: {violation}")),
+        })?;
+    }
+    Ok(())
 }
 
 /// Takes `--repeat N` or `--repeat=N` out of the arguments, which the test runner does not know.
@@ -324,15 +328,20 @@ mod tests {
 
     #[test]
     fn a_case_is_run_as_often_as_asked_and_the_failing_run_is_named() {
-        let runs = Arc::new(AtomicUsize::new(0));
-        let (suite, counted) = (Suite::new(), Arc::clone(&runs));
-        let trial = suite.repeated("mine".into(), move |_| match counted.fetch_add(1, Ordering::SeqCst) {
-            3 => Err(Violation::new("the fourth")),
-            _ => Ok(()),
-        });
-        suite.repeat.store(9, Ordering::SeqCst);
-        let conclusion = libtest_mimic::run(&Arguments::default(), vec![trial]);
-        assert!(conclusion.has_failed());
-        assert_eq!(runs.load(Ordering::SeqCst), 4);
+        let runs = AtomicUsize::new(0);
+        let fails_at = |failing| {
+            runs.store(0, Ordering::SeqCst);
+            again(9, || match runs.fetch_add(1, Ordering::SeqCst) + 1 {
+                run if run == failing => Err(Violation::new("found")),
+                _ => Ok(()),
+            })
+        };
+        assert!(fails_at(10).is_ok());
+        assert_eq!(runs.load(Ordering::SeqCst), 9);
+        let violation = fails_at(4).expect_err("the fourth");
+        assert_eq!(
+            (violation.to_string().as_str(), runs.load(Ordering::SeqCst)),
+            ("run 4 of 9: found", 4)
+        );
     }
 }
