@@ -15,18 +15,19 @@ use essentially_once_rabbitmq::{
         types::{AMQPValue, FieldTable},
     },
 };
-use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support};
+use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Proxy, Request, Suite, Support};
 use test_servers::RabbitNode;
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
 
 /// These kill the broker, and so get one of their own.
-const RESTARTING: [&str; 5] = [
+const RESTARTING: [&str; 6] = [
     "l1_appended_records_survive_a_restart",
     "l7_a_failed_append_tells_the_truth",
     "s1_a_restart_never_parts_state_from_position",
     "s3_commits_survive_a_restart",
+    "s3_a_commit_that_stages_nothing_survives_a_restart",
     "s5_position_resolves_an_unknown_outcome",
 ];
 
@@ -71,7 +72,16 @@ impl Harness for RabbitHarness {
         capabilities.restart = Support::Yes;
         capabilities.restart_amid_transaction = Support::No("a transaction reads memory, which does not fail");
         capabilities.truncate = Support::Yes;
+        capabilities.truncate_all = Support::No("a stream keeps its last segment");
         capabilities.recreate = Support::Yes;
+        capabilities.delete = Support::No("a stream has no incarnation: one of the same name is the same log");
+        capabilities.delete_record = Support::No("a stream is removed from its front only");
+        capabilities.refuse = Support::No("a broker that is short of disk or memory refuses connections, not messages");
+        capabilities.wire = Support::Yes;
+        capabilities.native = Support::No("what is native is sending within a commit, which tests/store covers");
+        capabilities.commits_are_cheap = Support::No("each commit is a message that is confirmed and read back");
+        capabilities.paced_rounds = 300;
+        capabilities.log_name_bytes = 180;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
@@ -97,7 +107,10 @@ impl Harness for RabbitHarness {
         Ok(Streams {
             node: starting.await??,
             shared: OnceCell::new(),
-            prefix: format!("{namespace}-{:08x}-", fastrand::u32(..)),
+            proxy: OnceCell::new(),
+            case: namespace.to_owned(),
+            // Short, so that names of 200 bytes fit into those of the store's streams, of which RabbitMQ takes some 230 bytes.
+            prefix: format!("{namespace:.6}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
         })
     }
@@ -107,6 +120,10 @@ struct Streams {
     node: Arc<RabbitNode>,
     /// What all handles share in the cases that open hundreds; in the others they meet in the broker only, as processes do.
     shared: OnceCell<Rabbit>,
+    /// Started by the cases that cut connections; handles opened from then on go through it.
+    proxy: OnceCell<Proxy>,
+    /// The namespace that was asked for.
+    case: String,
     prefix: String,
     options: LogOptions,
 }
@@ -118,7 +135,7 @@ impl Streams {
 
     /// Retention removes whole segments: the cases for it get one for every message or two, which come one by one.
     fn truncates(&self) -> bool {
-        self.prefix.starts_with("l5_below") || self.prefix.starts_with("l5_retention")
+        self.case.starts_with("l5_below") || self.case.starts_with("l5_retention_that")
     }
 
     async fn open(&self, log: &str) -> Result<RabbitLog, Error> {
@@ -136,13 +153,16 @@ impl Streams {
 
     async fn rabbit(&self) -> Result<Rabbit, Error> {
         // So long a replica might be behind, before something is past the end.
-        let timeout = if self.prefix.starts_with("l5_") { 3 } else { 10 };
+        let timeout = if self.case.starts_with("l5_") { 3 } else { 10 };
         let options = RabbitOptions::new()
             .record_limit(RECORD_LIMIT)
             .timeout(Duration::from_secs(timeout))
             .prefix(&self.prefix);
-        let url = self.node.url();
-        match self.prefix.starts_with("faults_") {
+        let mut url = self.node.url();
+        if let Some(proxy) = self.proxy.get() {
+            url = url.replace(&self.node.port().to_string(), &proxy.port().to_string());
+        }
+        match self.case.starts_with("faults_") {
             true => self.shared.get_or_try_init(|| options.connect(&url)).await.cloned(),
             false => options.connect(&url).await,
         }
@@ -248,6 +268,27 @@ impl Backend for Streams {
             .await?;
         self.open(log).await?;
         Ok(())
+    }
+
+    /// What a message is published with: class, method and exchange, and the stream as its key. Of a changelog's entries, those
+    /// that are commits.
+    async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
+        let pattern = match request {
+            Request::Append => {
+                let stream = self.stream("orders");
+                let mut pattern = vec![0, 60, 0, 40, 0, 0, 0, u8::try_from(stream.len())?];
+                pattern.extend(stream.as_bytes());
+                pattern
+            }
+            Request::Commit => b"eo-entry\x02\x01".to_vec(),
+        };
+        let start = async || Proxy::start(self.node.port());
+        self.proxy.get_or_try_init(start).await?.cut_at(&pattern, cut);
+        Ok(())
+    }
+
+    fn cuts(&self) -> usize {
+        self.proxy.get().map_or(0, Proxy::fired)
     }
 
     async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {

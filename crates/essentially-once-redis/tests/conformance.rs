@@ -1,11 +1,14 @@
 //! Redis under all conformance cases of the test kit, each on a private server.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use essentially_once::{Error, Log, Offset, Source, async_trait};
-use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, Retention};
-use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support, conformance_cases};
+use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, RedisTx, Retention, redis};
+use essentially_once_testkit::{
+    Backend, Capabilities, Cut, Harness, Proxy, Request, Suite, Support, conformance_cases,
+};
 use test_servers::RedisServer;
+use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 1024 * 1024;
 
@@ -17,11 +20,13 @@ fn main() -> ExitCode {
     for case in conformance_cases::<RedisHarness>() {
         if case.name().starts_with("l5_") {
             let name = format!("redis_own_retention::{}", case.name());
-            suite = suite.test(&name, move || {
-                case.run(&RedisHarness {
-                    trims: Trims::Ourselves,
-                })
-            });
+            let harness = RedisHarness {
+                trims: Trims::Ourselves,
+            };
+            suite = match case.support(&harness.capabilities()) {
+                Support::Yes => suite.test(&name, move || case.run(&harness)),
+                Support::No(why) => suite.ignored(&name, why),
+            };
         }
     }
     suite.run()
@@ -47,7 +52,18 @@ impl Harness for RedisHarness {
         capabilities.restart = Support::Yes;
         capabilities.restart_amid_transaction = Support::Yes;
         capabilities.truncate = Support::Yes;
+        capabilities.truncate_all = match self.trims {
+            Trims::Ourselves => Support::Yes,
+            Trims::Others => Support::No("Redis does not tell how far others have trimmed an empty stream"),
+        };
         capabilities.recreate = Support::Yes;
+        capabilities.delete = Support::Yes;
+        capabilities.delete_record = Support::No("the log does not implement `readable_end` yet");
+        capabilities.refuse = Support::No("an append is one script, which Redis refuses before its first write");
+        capabilities.wire = Support::Yes;
+        capabilities.native = Support::Yes;
+        capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
+        capabilities.paced_rounds = 500;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
@@ -59,6 +75,7 @@ impl Harness for RedisHarness {
         let server = RedisServer::durable().start()?;
         Ok(Server {
             server,
+            proxy: OnceCell::new(),
             trims: self.trims,
         })
     }
@@ -67,6 +84,8 @@ impl Harness for RedisHarness {
 /// A server of its own, killed and removed with this value.
 struct Server {
     server: RedisServer,
+    /// Started by the cases that cut connections; handles opened from then on go through it.
+    proxy: OnceCell<Proxy>,
     trims: Trims,
 }
 
@@ -74,7 +93,10 @@ impl Server {
     /// A handle of its own for each caller: they meet in the server only, as processes do.
     async fn open(&self) -> Result<Redis, Error> {
         let options = RedisOptions::new().record_limit(RECORD_LIMIT);
-        options.connect(&self.server.url()).await
+        match self.proxy.get() {
+            Some(proxy) => options.connect(&format!("redis://127.0.0.1:{}", proxy.port())).await,
+            None => options.connect(&self.server.url()).await,
+        }
     }
 }
 
@@ -102,6 +124,17 @@ impl Backend for Server {
             return Ok(());
         }
         let kept = self.server.command(&["XRANGE", log, &before, "+"])?.list().len();
+        if kept == 0 {
+            // By number one is kept at least; by age all are removed.
+            let retention = Retention {
+                records: None,
+                age: Some(Duration::from_millis(1)),
+            };
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let options = LogOptions::new().retention(retention);
+            self.open().await?.log_with(log, options).await?.trim().await?;
+            return Ok(());
+        }
         let retention = Retention {
             records: Some(kept as u64),
             age: None,
@@ -112,9 +145,48 @@ impl Backend for Server {
     }
 
     async fn recreate(&self, log: &str) -> Result<(), Source> {
-        self.server.command(&["DEL", log])?;
+        self.delete(log).await?;
         self.open().await?.log(log).await?;
         Ok(())
+    }
+
+    async fn delete(&self, log: &str) -> Result<(), Source> {
+        self.server.command(&["DEL", log])?;
+        Ok(())
+    }
+
+    async fn delete_record(&self, log: &str, offset: Offset) -> Result<(), Source> {
+        let id = format!("{}-{}", offset.hi(), offset.lo());
+        self.server.command(&["XDEL", log, &id])?;
+        Ok(())
+    }
+
+    /// Both scripts are sent in no other way, and nothing else sends these bytes.
+    async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
+        let start = async || Proxy::start(self.server.port());
+        let pattern: &[u8] = match request {
+            Request::Append => b"'XADD'",
+            Request::Commit => b"EVALSHA",
+        };
+        self.proxy.get_or_try_init(start).await?.cut_at(pattern, cut);
+        Ok(())
+    }
+
+    fn cuts(&self) -> usize {
+        self.proxy.get().map_or(0, Proxy::fired)
+    }
+
+    async fn native_put(&self, tx: &mut RedisTx, name: &str) -> Result<(), Error> {
+        tx.command(redis::cmd("INCR").arg(format!("written-{name}")).take())
+            .await
+    }
+
+    async fn native_count(&self, name: &str) -> Result<u64, Source> {
+        let reply = self.server.command(&["GET", &format!("written-{name}")])?;
+        match reply.text() {
+            "" => Ok(0),
+            text => Ok(text.parse()?),
+        }
     }
 
     async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {

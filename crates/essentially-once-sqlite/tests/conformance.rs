@@ -4,7 +4,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use essentially_once::{Error, Log, Offset, Source, async_trait};
 use essentially_once_sqlite::{
-    Retention, Sqlite, SqliteOptions, SqliteStore,
+    Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, params},
 };
 use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support};
@@ -28,7 +28,14 @@ impl Harness for SqliteHarness {
         capabilities.restart_amid_transaction =
             Support::No("a transaction holds the lock that the next process waits for; unit tests interrupt its reads");
         capabilities.truncate = Support::Yes;
+        capabilities.truncate_all = Support::Yes;
         capabilities.recreate = Support::Yes;
+        capabilities.delete = Support::Yes;
+        capabilities.delete_record = Support::No("records are removed from the front only, and a hole is `Truncated`");
+        capabilities.refuse = Support::Yes;
+        capabilities.wire = Support::No("there is no wire: the file is opened by this process");
+        capabilities.native = Support::Yes;
+        capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
@@ -106,22 +113,65 @@ impl Backend for File {
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
         let log = self.open().await?.log(log).await?;
         let keep = log.bounds().await?.end.lo() - before.lo();
-        log.set_retention(Retention {
-            records: Some(keep),
-            age: None,
-        })
-        .await?;
+        let retention = match keep {
+            // By number one is kept at least; by age all are removed.
+            0 => Retention {
+                records: None,
+                age: Some(Duration::from_millis(1)),
+            },
+            keep => Retention {
+                records: Some(keep),
+                age: None,
+            },
+        };
+        log.set_retention(retention).await?;
+        tokio::time::sleep(Duration::from_millis(5)).await;
         log.trim().await?;
         log.set_retention(Retention::default()).await?;
         Ok(())
     }
 
     async fn recreate(&self, log: &str) -> Result<(), Source> {
+        self.delete(log).await?;
+        self.open().await?.log(log).await?;
+        Ok(())
+    }
+
+    async fn delete(&self, log: &str) -> Result<(), Source> {
         let (connection, table) = self.as_someone_else(log)?;
         connection.execute_batch(&format!("DROP TABLE {table}"))?;
         connection.execute("DELETE FROM essentially_once_logs WHERE name = ?1", [log])?;
-        self.open().await?.log(log).await?;
         Ok(())
+    }
+
+    /// By a trigger, with the words of a full disk.
+    async fn refuse(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        let (connection, table) = self.as_someone_else(log)?;
+        let hex: String = payload.iter().map(|byte| format!("{byte:02x}")).collect();
+        connection.execute_batch(&format!(
+            "CREATE TRIGGER refuse_{hex} AFTER INSERT ON {table} WHEN NEW.payload = x'{hex}'
+             BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+        ))?;
+        Ok(())
+    }
+
+    async fn native_put(&self, tx: &mut SqliteTx, name: &str) -> Result<(), Error> {
+        tx.execute("CREATE TABLE IF NOT EXISTS written (name TEXT NOT NULL)", [])?;
+        tx.execute("INSERT INTO written (name) VALUES (?1)", [name])?;
+        Ok(())
+    }
+
+    async fn native_count(&self, name: &str) -> Result<u64, Source> {
+        let connection = Connection::open(self.path())?;
+        connection.busy_timeout(Duration::from_secs(30))?;
+        let is_there = "SELECT count(*) FROM sqlite_schema WHERE name = 'written'";
+        if connection.query_row(is_there, [], |row| row.get::<_, i64>(0))? == 0 {
+            return Ok(0);
+        }
+        let count = "SELECT count(*) FROM written WHERE name = ?1";
+        Ok(connection
+            .query_row(count, [name], |row| row.get::<_, i64>(0))?
+            .try_into()?)
     }
 
     async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {

@@ -7,7 +7,7 @@ use essentially_once::{
     memory::{Memory, MemoryStore, SIZE_LIMIT},
 };
 
-use crate::{Backend, Capabilities, Harness, Support};
+use crate::{Backend, Capabilities, Harness, StateReader, Support};
 
 /// Starts a [`Memory`] for each case.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,7 +23,17 @@ impl Harness for MemoryHarness {
             recreate: Support::No("the in-memory backend does not delete logs"),
             malformed: Support::No("the in-memory backend keeps records, not bytes to decode"),
             foreign: Support::No("nobody else can reach the in-memory backend"),
+            delete: Support::No("the in-memory backend does not delete logs"),
+            delete_record: Support::No("the in-memory backend deletes from the front only"),
+            refuse: Support::No("the in-memory backend refuses nothing but sizes"),
+            wire: Support::No("there is no wire to the in-memory backend"),
+            native: Support::No("the in-memory backend has no data but its state"),
+            read_state: Support::Yes,
+            beats: Support::Yes,
+            commits_are_cheap: Support::Yes,
             truncate: Support::Yes,
+            truncate_all: Support::Yes,
+            key_limit: Some(SIZE_LIMIT),
             record_limit: Some(SIZE_LIMIT),
             value_limit: Some(SIZE_LIMIT),
             ..Capabilities::minimal()
@@ -45,6 +55,10 @@ impl Backend for Memory {
 
     async fn store(&self) -> Result<MemoryStore, Error> {
         Ok(self.store())
+    }
+
+    async fn state_reader(&self) -> Result<StateReader<MemoryStore>, Source> {
+        Ok(Arc::new(self.store()))
     }
 
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {

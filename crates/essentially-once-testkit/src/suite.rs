@@ -7,7 +7,10 @@ use std::{
     io::Write as _,
     pin::Pin,
     process::ExitCode,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -132,6 +135,10 @@ pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
 /// The main function of a test target with `harness = false`: runs all cases on the backend, each as a test named
 /// `<backend>::<case>`. Understands the arguments of `cargo test`, so that cases can be filtered by name, and of nextest.
 ///
+/// One argument is its own: `--repeat N` runs each case and each sample of faults `N` times, on a fresh backend each time, and
+/// stops at the first failure. What depends on timing shows only now and then, so repeat a case before you trust it:
+/// `cargo test --test conformance -- s9_ --repeat 50`. Tests of your own, added by [`test`](Self::test), run once.
+///
 /// ```no_run
 /// use essentially_once_testkit::{Suite, memory::MemoryHarness};
 ///
@@ -142,6 +149,8 @@ pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
 #[derive(Default)]
 pub struct Suite {
     trials: Vec<Trial>,
+    /// How often to run each case; 0 until the arguments are known.
+    repeat: Arc<AtomicUsize>,
 }
 
 impl Suite {
@@ -160,20 +169,26 @@ impl Suite {
             let harness = Arc::clone(&harness);
             let full_name = format!("{name}::{}", case.name);
             self.trials.push(match case.support(&capabilities) {
-                Support::Yes => Trial::test(full_name.clone(), move || {
-                    timed(&full_name, || case.run(&harness)).map_err(Failed::from)
-                }),
+                Support::Yes => self.repeated(full_name, move |_| case.run(&harness)),
                 Support::No(why) => ignored(full_name, why),
             });
         }
         for (case, delivery) in FAULT_CASES {
             let harness = Arc::clone(&harness);
             let full_name = format!("{name}::{case}");
-            self.trials.push(Trial::test(full_name.clone(), move || {
-                timed(&full_name, || sampled(&*harness, delivery, &full_name)).map_err(Failed::from)
-            }));
+            self.trials
+                .push(self.repeated(full_name, move |name| sampled(&*harness, delivery, name)));
         }
         self
+    }
+
+    /// A test that runs as often as the arguments say.
+    fn repeated(&self, name: String, test: impl Fn(&str) -> CaseResult + Send + 'static) -> Trial {
+        let repeat = Arc::clone(&self.repeat);
+        Trial::test(name.clone(), move || {
+            let times = repeat.load(Ordering::SeqCst).max(1);
+            again(times, || timed(&name, || test(&name))).map_err(Failed::from)
+        })
     }
 
     /// Adds all cases for a backend that cannot be started here, as ignored, with the reason.
@@ -221,8 +236,50 @@ impl Suite {
 
     /// Runs the suite with the process's arguments.
     pub fn run(self) -> ExitCode {
-        libtest_mimic::run(&Arguments::from_args(), self.trials).exit_code()
+        match take_repeat(std::env::args()) {
+            Ok((repeat, arguments)) => {
+                self.repeat.store(repeat, Ordering::SeqCst);
+                libtest_mimic::run(&Arguments::from_iter(arguments), self.trials).exit_code()
+            }
+            Err(wrong) => {
+                eprintln!("error: {wrong}");
+                ExitCode::from(2)
+            }
+        }
     }
+}
+
+/// Runs a test so many times, or until it fails.
+fn again(times: usize, test: impl Fn() -> CaseResult) -> CaseResult {
+    for run in 1..=times {
+        test().map_err(|violation| match times {
+            1 => violation,
+            times => Violation::new(format!("run {run} of {times}: {violation}")),
+        })?;
+    }
+    Ok(())
+}
+
+/// Takes `--repeat N` or `--repeat=N` out of the arguments, which the test runner does not know.
+fn take_repeat(arguments: impl IntoIterator<Item = String>) -> Result<(usize, Vec<String>), String> {
+    const NAME: &str = "--repeat";
+    let (mut repeat, mut others) = (1, Vec::new());
+    let mut arguments = arguments.into_iter();
+    while let Some(argument) = arguments.next() {
+        let value = match argument.strip_prefix(NAME) {
+            Some("") => arguments.next().ok_or(format!("{NAME} needs a number"))?,
+            Some(value) if value.starts_with('=') => value[1..].to_owned(),
+            _ => {
+                others.push(argument);
+                continue;
+            }
+        };
+        repeat = match value.parse() {
+            Ok(times @ 1..) => times,
+            _ => return Err(format!("{NAME} needs a number of at least 1, not {value:?}")),
+        };
+    }
+    Ok((repeat, others))
 }
 
 /// Runs a test, and adds its seconds and name to the file that `ESSENTIALLY_ONCE_TEST_TIMES` names, if it is set.
@@ -244,4 +301,47 @@ fn ignored(name: String, why: &str) -> Trial {
     Trial::test(name, move || Err(reason))
         .with_kind(why)
         .with_ignored_flag(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repeat_is_taken_out_of_the_arguments() {
+        let take = |arguments: &[&str]| take_repeat(arguments.iter().map(ToString::to_string));
+        let others = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(take(&["test", "s9_"]), Ok((1, others(&["test", "s9_"]))));
+        assert_eq!(
+            take(&["test", "--repeat", "50", "--exact", "s9_"]),
+            Ok((50, others(&["test", "--exact", "s9_"])))
+        );
+        assert_eq!(take(&["test", "--repeat=3"]), Ok((3, others(&["test"]))));
+        assert_eq!(take(&["test", "--repeated"]), Ok((1, others(&["test", "--repeated"]))));
+        for wrong in [&["--repeat"][..], &["--repeat", "0"], &["--repeat=many"]] {
+            assert!(
+                take(wrong).is_err_and(|error| error.contains("--repeat needs a number")),
+                "{wrong:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_case_is_run_as_often_as_asked_and_the_failing_run_is_named() {
+        let runs = AtomicUsize::new(0);
+        let fails_at = |failing| {
+            runs.store(0, Ordering::SeqCst);
+            again(9, || match runs.fetch_add(1, Ordering::SeqCst) + 1 {
+                run if run == failing => Err(Violation::new("found")),
+                _ => Ok(()),
+            })
+        };
+        assert!(fails_at(10).is_ok());
+        assert_eq!(runs.load(Ordering::SeqCst), 9);
+        let violation = fails_at(4).expect_err("the fourth");
+        assert_eq!(
+            (violation.to_string().as_str(), runs.load(Ordering::SeqCst)),
+            ("run 4 of 9: found", 4)
+        );
+    }
 }

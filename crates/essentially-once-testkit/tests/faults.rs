@@ -49,6 +49,20 @@ fn main() -> ExitCode {
                 "doubled: ",
             )
         })
+        .test("native_writes_outside_the_transaction_differ_from_the_state", || {
+            is_found(
+                &Broken(Flaw::NativeAtOnce),
+                Expectation::EssentiallyOnce,
+                "native writes and state differ: ",
+            )
+        })
+        .test("native_writes_of_fenced_commits_differ_from_the_state", || {
+            is_found(
+                &Broken(Flaw::NativeUnfenced),
+                Expectation::EssentiallyOnce,
+                "native writes and state differ: ",
+            )
+        })
         .test("a_reader_that_skips_loses", || {
             is_found(&Broken(Flaw::Skipping), Expectation::AtLeastOnce, "lost: ")
         })

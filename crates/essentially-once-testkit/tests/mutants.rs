@@ -1,8 +1,12 @@
 //! The kit can fail: backends that are wrong in one way each fail the cases named for it, and a correct one passes them all.
 
-use std::{collections::BTreeSet, process::ExitCode, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    time::Duration,
+};
 
-use essentially_once_testkit::{Harness, Suite, Support, Violation, conformance_cases};
+use essentially_once_testkit::{Case, Harness, Suite, Support, Violation, conformance_cases};
 
 #[path = "mutants/defect.rs"]
 mod defect;
@@ -10,6 +14,8 @@ mod defect;
 mod log;
 #[path = "mutants/model.rs"]
 mod model;
+#[path = "mutants/names.rs"]
+mod names;
 #[path = "mutants/reader.rs"]
 mod reader;
 #[path = "mutants/store.rs"]
@@ -22,13 +28,15 @@ mod transaction;
 use crate::{
     defect::Defect,
     model::{ModelHarness, SlowModelHarness},
-    table::{MUTANTS, Mutant, STUCK},
+    table::{MUTANTS, Mutant, SOUND, STUCK, Sound},
 };
 
 /// How long a mutant that gets stuck may be stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
 /// How long any other mutant may take to be found.
 const FOUND_WITHIN: Duration = Duration::from_secs(50);
+/// What new cases must find and accept; see there.
+const PLANNED: &str = include_str!("../DEFECTS.md");
 /// As much of a violation as tells what was found.
 const SHOWN_CHARS: usize = 160;
 
@@ -39,7 +47,9 @@ fn main() -> ExitCode {
         .test(
             "table::every_defect_is_found_by_a_case",
             every_defect_is_found_by_a_case,
-        );
+        )
+        .test("table::every_sound_variant_is_run", every_sound_variant_is_run)
+        .test("table::the_list_of_planned_defects_is_kept", the_planned_list_is_kept);
     for case in conformance_cases() {
         let name = format!("correct_model::{}", case.name());
         suite = suite.test(&name, move || case.run(&ModelHarness(Defect::None)));
@@ -52,15 +62,26 @@ fn main() -> ExitCode {
         let name = format!("mutant::{}_fails_{}", snake_case(mutant.defect), mutant.case);
         suite = suite.test(&name, || must_fail(mutant));
     }
+    for sound in SOUND {
+        let name = format!("sound::{}_passes_{}", snake_case(sound.variant), sound.case);
+        suite = suite.test(&name, || must_pass(sound));
+    }
     suite.run()
+}
+
+fn must_pass(Sound { variant, case }: &Sound) -> Result<(), Violation> {
+    find(case)?.run_within(&ModelHarness(*variant), FOUND_WITHIN)
+}
+
+fn find(name: &str) -> Result<Case<ModelHarness>, Violation> {
+    let mut cases = conformance_cases::<ModelHarness>().into_iter();
+    let found = cases.find(|case| case.name() == name);
+    found.ok_or_else(|| Violation::new(format!("there is no case {name}")))
 }
 
 fn must_fail(mutant: &Mutant) -> Result<(), Violation> {
     let Mutant { defect, case, finding } = mutant;
-    let found = conformance_cases::<ModelHarness>()
-        .into_iter()
-        .find(|known| known.name() == *case)
-        .ok_or_else(|| Violation::new(format!("there is no case {case}")))?;
+    let found = find(case)?;
     let limit = if *finding == STUCK { STUCK_AFTER } else { FOUND_WITHIN };
     match found.run_within(&ModelHarness(*defect), limit) {
         Ok(()) => Err(Violation::new(format!("{case} did not find {defect:?}"))),
@@ -103,6 +124,50 @@ fn every_defect_is_found_by_a_case() -> Result<(), Violation> {
         "defects that no case is named for",
         unused.map(|defect| format!("{defect:?}")),
     )
+}
+
+fn every_sound_variant_is_run() -> Result<(), Violation> {
+    let unused = Defect::SOUND
+        .iter()
+        .filter(|variant| SOUND.iter().all(|sound| sound.variant != **variant));
+    nothing_in(
+        "sound variants that no case must accept",
+        unused.map(|variant| format!("{variant:?}")),
+    )
+}
+
+/// Row by row, the list and the tables name the same defects and variants: two of the one, at least, and one of the other.
+fn the_planned_list_is_kept() -> Result<(), Violation> {
+    let mut differing = Vec::new();
+    let mut rows = 0;
+    for row in PLANNED.lines().filter(|line| line.starts_with("| `")) {
+        let mut columns = row.split('|').map(names_in).skip(1);
+        let mut next = || columns.next().unwrap_or_default();
+        let (case, defects, variants) = (next(), next(), next());
+        let case = case.first().cloned().unwrap_or_default();
+        let of_case: BTreeMap<_, _> = MUTANTS
+            .iter()
+            .filter(|mutant| mutant.case == case)
+            .map(|mutant| (format!("{:?}", mutant.defect), mutant))
+            .collect();
+        let sound = SOUND.iter().filter(|sound| sound.case == case);
+        let sound: BTreeSet<_> = sound.map(|sound| format!("{:?}", sound.variant)).collect();
+        let is_kept =
+            defects.len() >= 2 && !variants.is_empty() && defects.iter().eq(of_case.keys()) && variants == sound;
+        if !is_kept {
+            differing.push(case);
+        }
+        rows += 1;
+    }
+    if rows == 0 {
+        return Err(Violation::new("DEFECTS.md has no rows"));
+    }
+    nothing_in("rows of DEFECTS.md that differ from the tables", differing.into_iter())
+}
+
+/// What stands between backquotes.
+fn names_in(column: &str) -> BTreeSet<String> {
+    column.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
 fn nothing_in(what: &str, names: impl Iterator<Item = String>) -> Result<(), Violation> {

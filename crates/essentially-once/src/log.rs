@@ -42,6 +42,9 @@ pub enum Durability {
 /// - **L8** A record over the size limit is refused with [`Error::TooLarge`] before anything is appended.
 /// - **L9** An entry that cannot be decoded is yielded in its place, as a record with its raw bytes and
 ///   [`malformed`](Record::malformed) set: never skipped, and never an error that blocks the log.
+/// - **L10** A handle belongs to the log that it opened. After that log was deleted, an append through the handle fails, or
+///   is deleted with the log; it never creates the log again, and never shows in a log created later under the same name. A
+///   backend without incarnations cannot tell the two logs apart and is exempt; its documentation says so.
 #[async_trait]
 pub trait Log: Send + Sync {
     /// The log's name, and its incarnation where the backend keeps one. The same at every call.

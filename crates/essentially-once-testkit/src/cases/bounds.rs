@@ -2,7 +2,11 @@
 
 use essentially_once::{Error, Log, Offset};
 
-use super::{QUIET, payloads, read, read_all, records, soon};
+use super::{
+    QUIET, compare, payloads, read, read_all, records,
+    restart::{once_ready, up},
+    soon,
+};
 use crate::{
     Backend, Harness,
     suite::{CaseResult, Violation, ensure},
@@ -83,9 +87,11 @@ pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H,
         .filter(|record| record.offset >= bounds.earliest)
         .cloned()
         .collect();
+    let differing = compare::records(&read_all(&*log, left.len()).await?, &left);
     ensure!(
-        read_all(&*log, left.len()).await? == left,
-        "what is left is not what was there"
+        differing.is_none(),
+        "what is left is not what was there: {}",
+        differing.unwrap_or_default()
     );
     Ok(())
 }
@@ -138,6 +144,138 @@ pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// [L5](essentially_once::Log#contract): a log from which retention removed every record keeps its end, and goes on there.
+pub(super) async fn l5_retention_of_everything_keeps_the_end<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let mut highest = None;
+    for round in 0..3u32 {
+        log.append(&records((0..10).map(|n| format!("{round}.{n}")))).await?;
+        let bounds = log.bounds().await?;
+        let all = read(&*log, bounds.earliest, 10).await?;
+        ensure!(
+            highest.is_none_or(|highest| highest < all[0].offset),
+            "round {round}: the record at {} is appended at an offset that was used before, up to {highest:?}",
+            all[0].offset
+        );
+        highest = Some(all[9].offset);
+        let mut waiting = log.read(bounds.end).await?;
+        backend.truncate("orders", bounds.end).await?;
+        emptied(backend, bounds.end).await?;
+        let other = backend.log("orders").await?;
+        let last = other.append(&records([format!("{round} again")])).await?;
+        ensure!(
+            last.is_none_or(|last| last >= bounds.end),
+            "round {round}: an append to the emptied log told offset {last:?}, before its end {}",
+            bounds.end
+        );
+        let mut late = other.read(bounds.end).await?;
+        for (who, reader) in [("a reader that waited", &mut waiting), ("a new reader", &mut late)] {
+            let next = soon(&format!("{who} at the end of an emptied log"), reader.next(10)).await??;
+            ensure!(
+                payloads(&next) == [format!("{round} again")] && Some(next[0].offset) > highest,
+                "round {round}: {who} at the end {} got {:?} at {}",
+                bounds.end,
+                payloads(&next),
+                next[0].offset
+            );
+        }
+        let end = log.bounds().await?.end;
+        highest = Some(read(&*log, bounds.end, 1).await?[0].offset);
+        backend.truncate("orders", end).await?;
+    }
+    Ok(())
+}
+
+/// The bounds of a log that retention emptied, on a handle of its own.
+async fn emptied(backend: &impl Backend, end: Offset) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let bounds = log.bounds().await?;
+    ensure!(
+        bounds.earliest == bounds.end && bounds.end == end,
+        "a log that ended at {end} was emptied by retention, now its bounds are {bounds:?}"
+    );
+    let waiting = async { log.read(end).await?.next(1).await };
+    let early = tokio::time::timeout(QUIET, waiting).await;
+    ensure!(
+        early.is_err(),
+        "a reader at the end of an emptied log did not wait, it got {early:?}"
+    );
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): offsets go on where they were, also if the backend restarts while the log is empty.
+pub(super) async fn l5_offsets_are_not_reused_after_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    log.append(&records(0..5)).await?;
+    let end = log.bounds().await?.end;
+    backend.truncate("orders", end).await?;
+    backend.restart().await?;
+    let log = up(|| backend.log("orders")).await?;
+    emptied(backend, end).await?;
+    let after = records(["after"]);
+    once_ready(|| log.append(&after)).await?;
+    let next = once_ready(|| async { log.read(end).await?.next(10).await }).await?;
+    ensure!(
+        payloads(&next) == ["after"] && next[0].offset >= end,
+        "behind the old end {end} there is {:?}",
+        payloads(&next)
+    );
+    let bounds = log.bounds().await?;
+    ensure!(
+        bounds.end == next[0].offset.successor(),
+        "after one more append the bounds are {bounds:?}, the record is at {}",
+        next[0].offset
+    );
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract), [`readable_end`](essentially_once::Log::readable_end): one past the last record that is left, when
+/// those behind it were deleted one by one.
+pub(super) async fn l5_the_readable_end_leaves_out_deleted_records<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let empty = (log.readable_end().await?, log.bounds().await?.end);
+    ensure!(
+        empty.0 <= empty.1,
+        "of an empty log, readable end and end are {empty:?}"
+    );
+    log.append(&records(0..6)).await?;
+    let all = read_all(&*log, 6).await?;
+    // One in the middle changes nothing, those at the end do; in the end none is left.
+    let steps: [(usize, Option<usize>); 6] = [
+        (1, Some(5)),
+        (5, Some(4)),
+        (4, Some(3)),
+        (0, Some(3)),
+        (3, Some(2)),
+        (2, None),
+    ];
+    for (deleted, last) in steps {
+        backend.delete_record("orders", all[deleted].offset).await?;
+        for log in [&log, &backend.log("orders").await?] {
+            let (readable, bounds) = (log.readable_end().await?, log.bounds().await?);
+            let fits = match last {
+                Some(last) => readable == all[last].offset.successor(),
+                None => readable <= all[0].offset || readable <= bounds.earliest,
+            };
+            ensure!(
+                fits && readable <= bounds.end,
+                "record {deleted} was deleted and record {last:?} is the last one left: the readable end is {readable}, \
+                 the bounds are {bounds:?}"
+            );
+        }
+    }
+    log.append(&records(["more"])).await?;
+    let (readable, end) = (log.readable_end().await?, log.bounds().await?.end);
+    ensure!(
+        readable == end && readable > all[5].offset,
+        "after one more append the readable end is {readable}, the end {end}"
+    );
+    Ok(())
 }
 
 /// [L5](essentially_once::Log#contract): past the end there is an error, and no waiting for the log to grow that far.

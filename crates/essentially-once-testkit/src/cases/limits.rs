@@ -1,8 +1,8 @@
 //! Cases for sizes and for what cannot be decoded, [L4, L8 and L9](essentially_once::Log#contract).
 
-use essentially_once::{Error, NewRecord, Record};
+use essentially_once::{Error, Log, NewRecord, Record};
 
-use super::{payloads, read, read_all, records, soon};
+use super::{compare, payloads, read, read_all, records, soon};
 use crate::{
     Backend, Harness,
     suite::{CaseResult, ensure},
@@ -48,6 +48,117 @@ pub(super) async fn l4_one_call_of_next_returns_a_megabyte_at_most<H: Harness>(
         }
     }
     Ok(())
+}
+
+/// The limit that the harness states, or one that every backend has.
+fn record_limit(harness: &impl Harness) -> usize {
+    harness.capabilities().record_limit.unwrap_or(LARGE_RECORD)
+}
+
+/// [L4](essentially_once::Log#contract): more headers than a byte counts, and values longer than 16 bits count.
+pub(super) async fn l4_a_record_keeps_hundreds_of_headers<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
+    const ENVELOPE: usize = 1_000;
+    let limit = record_limit(harness);
+    let log = backend.log("orders").await?;
+    let mut many = NewRecord::new("many");
+    // Ten bytes each at most.
+    for n in 0..300.min(limit / 20) {
+        many = many.header(format!("h{n}"), n.to_string());
+    }
+    let large: Vec<u8> = (0..100_000.min(limit.saturating_sub(ENVELOPE)))
+        .map(|n| n as u8)
+        .collect();
+    let large = NewRecord::new("large")
+        .header("before", "1")
+        .header("large", large)
+        .header("after", "2");
+    let new = [many, large];
+    for record in &new {
+        log.append(std::slice::from_ref(record)).await?;
+    }
+    for (read, new) in read_all(&*log, new.len()).await?.iter().zip(&new) {
+        let differing = compare::from_appended(read, new);
+        ensure!(
+            differing.is_none() && read.malformed.is_none(),
+            "of a record with {} headers, {}",
+            new.headers.len(),
+            differing.unwrap_or_else(|| "nothing differs, but it is called malformed".into())
+        );
+    }
+    Ok(())
+}
+
+/// Appends the records in batches of half a megabyte, since some backends bound a batch too, and reads them in calls of any
+/// size: about a megabyte at most, unless a single record is larger.
+async fn stay_below_a_megabyte(log: &dyn Log, new: &[NewRecord], max: usize) -> CaseResult {
+    let mut rest = new;
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fitting = rest.iter().take_while(|record| {
+            bytes += record.size();
+            bytes <= MEGABYTE / 2
+        });
+        let (batch, others) = rest.split_at(fitting.count().clamp(1, rest.len()));
+        log.append(batch).await?;
+        rest = others;
+    }
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let mut seen = 0;
+    while seen < new.len() {
+        let what = format!("next({max}) behind record {seen} of {}", new.len());
+        let next = soon(&what, reader.next(max)).await??;
+        ensure!(!next.is_empty(), "{what} returned nothing");
+        let bytes: usize = next.iter().map(Record::size).sum();
+        ensure!(
+            bytes <= 2 * MEGABYTE || next.len() == 1,
+            "{what} returned {} records with {bytes} bytes",
+            next.len()
+        );
+        for record in next {
+            let expected = new.get(seen);
+            let differing = expected.map(|new| compare::from_appended(&record, new));
+            ensure!(
+                differing == Some(None),
+                "of record {seen} of {} at {}, {}",
+                new.len(),
+                record.offset,
+                differing.flatten().unwrap_or_else(|| "there is one too many".into())
+            );
+            seen += 1;
+        }
+    }
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract), `next`: what is large about a record may be its headers.
+pub(super) async fn l4_headers_count_towards_the_megabyte<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
+    let size = (record_limit(harness) / 2).clamp(1, LARGE_RECORD / 2);
+    let log = backend.log("orders").await?;
+    let record = |n: usize| NewRecord::new("").header("h", vec![n as u8; size]);
+    let new: Vec<_> = (0..5 * MEGABYTE / size).map(record).collect();
+    stay_below_a_megabyte(&*log, &new, new.len() + 1).await
+}
+
+/// [L4](essentially_once::Log#contract), `next`: thousands of small records, then large ones, then small ones, then one as large as can be.
+pub(super) async fn l4_records_that_grow_do_not_overfill_a_call<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let large = record_limit(harness).min(MEGABYTE);
+    let mut new: Vec<_> = (0..2_000)
+        .map(|n: usize| NewRecord::new(vec![n as u8; n % 3]))
+        .collect();
+    new.extend((0..(4 * MEGABYTE / large).max(3)).map(|n| NewRecord::new(vec![n as u8; large])));
+    new.extend((0..100).map(|n: usize| NewRecord::new(vec![n as u8])));
+    new.push(NewRecord::new(vec![7; large]));
+    stay_below_a_megabyte(&*backend.log("orders").await?, &new, usize::MAX - 1).await
+}
+
+/// [L4](essentially_once::Log#contract), `next`: the largest `max` there is means "as many as there are".
+pub(super) async fn l4_next_takes_the_largest_max<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let log = backend.log("orders").await?;
+    let new: Vec<_> = (0..50).map(|n: usize| NewRecord::new(n.to_string())).collect();
+    stay_below_a_megabyte(&*log, &new, usize::MAX).await
 }
 
 /// [L8](essentially_once::Log#contract): sizes 0, 1 and the limit itself.

@@ -1,12 +1,17 @@
 //! Cases for order and reading, [L2, L3, L4 and L6](essentially_once::Log#contract).
 
-use std::{collections::HashMap, sync::Arc, task::Poll, time::UNIX_EPOCH};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    task::Poll,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
 use essentially_once::{Epoch, Error, NewRecord, Origin, ProducerId};
-use tokio::task::JoinSet;
+use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{payloads, read, read_all, records, soon};
+use super::{compare, payloads, read, read_all, records, soon};
 use crate::{
     Backend, Harness,
     suite::{CaseResult, Violation, ensure},
@@ -192,9 +197,13 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
     let last = log.append(&new).await?;
     let all = read_all(&*log, new.len()).await?;
     for (read, new) in all.iter().zip(&new) {
-        let same = (&read.key, &read.headers, &read.payload, &read.origin)
-            == (&new.key, &new.headers, &new.payload, &new.origin);
-        ensure!(same, "appended {new:?}, read {read:?}");
+        let differing = compare::from_appended(read, new);
+        ensure!(
+            differing.is_none(),
+            "of the record read at {}, {}",
+            read.offset,
+            differing.unwrap_or_default()
+        );
         ensure!(read.malformed.is_none(), "{read:?} is called malformed");
         ensure!(read.appended_at > UNIX_EPOCH, "{read:?} has no append time");
     }
@@ -210,6 +219,92 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
         after == before && read_all(&*log, new.len()).await? == all,
         "an empty append changed the log: the bounds were {before:?}, now they are {after:?}"
     );
+    Ok(())
+}
+
+/// [L4](essentially_once::Log#contract): the time is that of the append, to the millisecond, whoever reads it and whenever.
+///
+/// Intervals are compared with those of this process's monotonic clock, which needs no agreement between two clocks.
+pub(super) async fn l4_append_times_are_of_the_append<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
+    const RECORDS: usize = 12;
+    /// Odd, so that no coarser clock hits it by chance.
+    const PAUSE: Duration = Duration::from_millis(17);
+    /// Of a clock that counts milliseconds, at either end, and of one that is slewed meanwhile.
+    const ROUNDING: Duration = Duration::from_millis(3);
+    let skew = harness.capabilities().clock_skew;
+    let log = backend.log("orders").await?;
+    let mut appends = Vec::new();
+    for n in 0..RECORDS {
+        let (wall, begin) = (SystemTime::now(), Instant::now());
+        log.append(&records([n])).await?;
+        appends.push((wall, begin, Instant::now(), SystemTime::now()));
+        tokio::time::sleep(PAUSE).await;
+    }
+    let all = read_all(&*log, RECORDS).await?;
+    tokio::time::sleep(PAUSE).await;
+    let again = read_all(&*backend.log("orders").await?, RECORDS).await?;
+    let differing = compare::records(&again, &all);
+    ensure!(differing.is_none(), "read again, {}", differing.unwrap_or_default());
+    for (record, (before, _, _, after)) in all.iter().zip(&appends) {
+        let at = record.appended_at;
+        ensure!(
+            at + skew >= *before && at <= *after + skew,
+            "the append at {} ran from {before:?} to {after:?}, its time is {at:?}",
+            record.offset
+        );
+    }
+    let (first, (_, first_begin, first_end, _)) = (&all[0], &appends[0]);
+    for (record, (_, begin, end, _)) in all.iter().zip(&appends).skip(1) {
+        let found = record.appended_at.duration_since(first.appended_at).unwrap_or_default();
+        let (least, most) = (begin.duration_since(*first_end), end.duration_since(*first_begin));
+        ensure!(
+            found + ROUNDING >= least && found <= most + ROUNDING,
+            "two appends were {least:?} to {most:?} apart, their times are {found:?} apart"
+        );
+    }
+    Ok(())
+}
+
+/// [L5](essentially_once::Log#contract): reader and appender in lockstep, so that each append comes when the reader is about to wait.
+pub(super) async fn l5_no_wake_up_is_missed<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
+    /// A record that shows after that was not waited for, it was stumbled upon.
+    const WITHIN: Duration = Duration::from_secs(5);
+    /// The next append comes that many steps later at most.
+    const STAGES: usize = 32;
+    let rounds = harness.capabilities().paced_rounds;
+    let (log, other) = (backend.log("orders").await?, backend.log("orders").await?);
+    let mut reader = log.read(log.bounds().await?.end).await?;
+    let (seen, mut reads) = mpsc::unbounded_channel();
+    let reading = tokio::spawn(async move {
+        for _ in 0..rounds {
+            let next = reader.next(10).await?;
+            // The other end ends first only if it has found something.
+            let _ = seen.send(payloads(&next));
+        }
+        Ok::<_, Error>(())
+    });
+    for round in 0..rounds {
+        for _ in 0..round % STAGES {
+            tokio::task::yield_now().await;
+        }
+        // By the reader's own handle and by another, since many backends wake readers in two ways.
+        let appender = if (round / STAGES).is_multiple_of(2) {
+            &other
+        } else {
+            &log
+        };
+        appender.append(&records([round])).await?;
+        let next = tokio::time::timeout(WITHIN, reads.recv()).await;
+        let next = next.map_err(|_| {
+            Violation::new(format!(
+                "round {round} of {rounds}: a waiting reader has not seen the appended record after {WITHIN:?}"
+            ))
+        })?;
+        let Some(next) = next else { break };
+        ensure!(next == [round.to_string()], "round {round}: the reader got {next:?}");
+    }
+    let ended = reading.await;
+    ended.map_err(|error| Violation::new(format!("the reader panicked: {error}")))??;
     Ok(())
 }
 

@@ -77,6 +77,82 @@ pub(super) async fn s6_keys_and_values_are_kept_to_the_byte<H: Harness>(
     Ok(())
 }
 
+/// [`KeyValue`]: every backend takes keys of up to 1,024 bytes and values of up to 64 KiB, of any bytes, empty ones too.
+pub(super) async fn s6_every_key_and_value_of_the_guaranteed_sizes_is_taken<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    const KEY: usize = 1_024;
+    const VALUE: usize = 64 * 1024;
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    let key = |length: usize, last: u8| {
+        let mut key: Vec<u8> = (0..length).map(|n| n as u8).collect();
+        key.extend([last]);
+        key
+    };
+    let mut keys = vec![Vec::new()];
+    for length in [254, 255, 256, 511, 767, KEY - 1] {
+        // Two that differ in their last byte only.
+        keys.extend([key(length, 0), key(length, 255)]);
+    }
+    let values: Vec<Vec<u8>> = [VALUE, 0, 1, VALUE - 1, 255, 256, 32_768]
+        .map(|length| (0..length).map(|n| (n % 251) as u8).collect())
+        .into();
+    let pairs: Vec<_> = keys.iter().zip(values.iter().cycle()).collect();
+    // Not all in one commit, which may have a limit of its own.
+    for (n, (key, value)) in (1u64..).zip(&pairs) {
+        let written = commit(&store, &shipping, &*log, &[(key, Some(value))], n).await;
+        ensure!(
+            written.is_ok(),
+            "a key of {} bytes with a value of {} bytes: {written:?}",
+            key.len(),
+            value.len()
+        );
+    }
+    let other = backend.store().await?;
+    for (key, expected) in pairs {
+        let found = value(&other, &shipping, key).await?;
+        ensure!(
+            found.as_ref() == Some(expected),
+            "a key of {} bytes was given a value of {} bytes and holds {:?} bytes",
+            key.len(),
+            expected.len(),
+            found.map(|found| found.len())
+        );
+    }
+    Ok(())
+}
+
+/// [S6](essentially_once::OffsetStore#contract), `put`: a key of the limit is kept, a longer one is refused and stages nothing.
+pub(super) async fn s6_a_key_over_the_limit_is_refused_and_stages_nothing<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let limit = harness.capabilities().key_limit.unwrap_or_default();
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    let (largest, longer) = (vec![b'k'; limit], vec![b'k'; limit + 1]);
+    let mut tx = store.begin(&shipping).await?;
+    tx.put(b"staged", b"1").await?;
+    tx.put(&largest, b"2").await?;
+    let result = tx.put(&longer, b"3").await;
+    ensure!(
+        matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+        "a key over the limit of {limit} bytes: {result:?}"
+    );
+    tx.commit(advance(None, &*log, 1)).await?;
+    for (key, expected) in [(&b"staged"[..], b"1"), (&largest, b"2")] {
+        let found = value(&store, &shipping, key).await?;
+        ensure!(
+            found.as_deref() == Some(expected),
+            "after a refused put, a key of {} bytes holds {found:?}",
+            key.len()
+        );
+    }
+    Ok(())
+}
+
 /// [S6](essentially_once::OffsetStore#contract), `put`: a value of the limit is kept; beyond it the transaction reads, and
 /// commits, what it had without that value.
 pub(super) async fn s6_a_value_over_the_limit_is_refused_and_stages_nothing<H: Harness>(

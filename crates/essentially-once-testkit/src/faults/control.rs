@@ -44,6 +44,16 @@ pub enum Operation {
     Commit,
     /// `Transaction::rollback`.
     Rollback,
+    /// `Backend::native_put`.
+    Native,
+    /// `Log::readable_end`.
+    ReadableEnd,
+    /// `OffsetStore::pulse` or `OffsetStore::watch`.
+    Pulse,
+    /// `OffsetStore::beat`.
+    Beat,
+    /// `OffsetStore::release`.
+    Release,
     /// `Handler::handle`.
     Handle,
 }

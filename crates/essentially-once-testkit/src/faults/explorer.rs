@@ -10,7 +10,7 @@ use super::{
     control::Step,
     scene::{Outcome, Scene},
 };
-use crate::{Expectation, Harness, Violation};
+use crate::{Expectation, Harness, Support, Violation};
 
 /// How long a plan may take on a backend that does I/O.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
@@ -178,6 +178,7 @@ impl<'h, H: Harness> Explorer<'h, H> {
             pauses,
             patience: self.is_real_time.then_some(PATIENCE),
             time_limit: TIME_LIMIT,
+            is_native: self.harness.capabilities().native == Support::Yes,
         }
     }
 

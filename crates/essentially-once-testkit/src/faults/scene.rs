@@ -3,8 +3,8 @@
 use std::{future::Future, time::Duration};
 
 use essentially_once::{
-    Consumer, ConsumerId, Delivery, Durability, Epoch, Error, Handler, Log, NewRecord, OffsetStore, Origin, ProducerId,
-    Record,
+    Consumer, ConsumerId, Delivery, Durability, Epoch, Error, Handler, HandlerError, Log, NewRecord, Offset,
+    OffsetStore, Origin, ProducerId, Record, async_trait,
 };
 use tokio::{
     task::yield_now,
@@ -12,11 +12,11 @@ use tokio::{
 };
 
 use super::{
-    FaultyHandler, FaultyLog, FaultyStore, Plan,
+    FaultyHandler, FaultyLog, FaultyStore, FaultyTx, Plan,
     control::{Faults, Process, Step},
     driver::drive,
 };
-use crate::{Backend, Check, Expectation, Ledger, MemoryLedger, Violation, read_ledger, read_log};
+use crate::{Applied, Backend, Check, Expectation, Ledger, MemoryLedger, Violation, read_ledger, read_log};
 
 pub(super) struct Scene<'b, B> {
     pub(super) backend: &'b B,
@@ -29,6 +29,8 @@ pub(super) struct Scene<'b, B> {
     /// How long a consumer stays frozen at most; for ever if `None`.
     pub(super) patience: Option<Duration>,
     pub(super) time_limit: Duration,
+    /// Whether handlers write natively as well.
+    pub(super) is_native: bool,
 }
 
 pub(super) struct Outcome {
@@ -86,7 +88,8 @@ impl<B: Backend> Scene<'_, B> {
         let in_memory = FaultyHandler::new(stage.ledger.clone(), process);
         match self.delivery {
             Expectation::EssentiallyOnce => {
-                let in_store = FaultyHandler::new(Ledger, process);
+                let ledger = NativeLedger { scene: self };
+                let in_store = FaultyHandler::new(ledger, process);
                 let consumer = Consumer::essentially_once(id, log, store, in_store);
                 self.catch_up(stage, consumer).await
             }
@@ -134,12 +137,59 @@ impl<B: Backend> Scene<'_, B> {
             check = check.drained();
         }
         check.findings().judge(self.delivery)?;
+        self.judge_natively(records, &applied).await?;
         let (next, last) = (position.map(|position| position.next), records.last());
         if last.is_some_and(|last| next.is_none_or(|next| next <= last.offset)) {
             let next = next.map_or("none".into(), |next| next.to_string());
             return Err(Violation::new(format!(
                 "the consumers had caught up, but the position is {next}"
             )));
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Scene<'_, B> {
+    /// What was written natively must be what was applied, record by record.
+    async fn judge_natively(&self, records: &[Record], applied: &[Applied]) -> Result<(), Violation> {
+        if !self.is_native || self.delivery != Expectation::EssentiallyOnce {
+            return Ok(());
+        }
+        for record in records {
+            let times = applied.iter().filter(|applied| applied.offset == record.offset).count();
+            let natively = self.backend.native_count(&self.native_name(record.offset)).await?;
+            if natively != times as u64 {
+                return Err(Violation::new(format!(
+                    "native writes and state differ: {} was applied {times} times, and natively {natively} times",
+                    record.offset
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn native_name(&self, offset: Offset) -> String {
+        format!("{}-{}-{}", self.name, offset.hi(), offset.lo())
+    }
+}
+
+/// A [`Ledger`] that writes natively too, where the backend can.
+struct NativeLedger<'s, 'b, B> {
+    scene: &'s Scene<'b, B>,
+}
+
+#[async_trait]
+impl<B: Backend> Handler<FaultyTx<<B::Store as OffsetStore>::Tx>> for NativeLedger<'_, '_, B> {
+    async fn handle(
+        &mut self,
+        record: &Record,
+        tx: &mut FaultyTx<<B::Store as OffsetStore>::Tx>,
+    ) -> Result<(), HandlerError> {
+        Ledger.handle(record, tx).await?;
+        if self.scene.is_native {
+            let name = self.scene.native_name(record.offset);
+            tx.natively(async |tx| self.scene.backend.native_put(tx, &name).await)
+                .await?;
         }
         Ok(())
     }

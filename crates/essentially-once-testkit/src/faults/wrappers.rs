@@ -1,9 +1,11 @@
 //! Log, store and handler of one process, with faults in between.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use essentially_once::{
     Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
-    Offset, OffsetStore, Position, Record, Transaction, async_trait,
+    Offset, OffsetStore, Owner, Position, Pulse, ReadState, Record, Snapshot, Transaction, async_trait,
 };
 
 use super::control::{Failure, Operation, Process};
@@ -43,6 +45,10 @@ impl<L: Log> Log for FaultyLog<L> {
 
     async fn bounds(&self) -> Result<Bounds, Error> {
         ask(&self.process, Operation::Bounds, self.inner.bounds()).await
+    }
+
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        ask(&self.process, Operation::ReadableEnd, self.inner.readable_end()).await
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
@@ -96,6 +102,31 @@ impl<S: OffsetStore> OffsetStore for FaultyStore<S> {
     async fn durability(&self) -> Result<Durability, Error> {
         ask(&self.process, Operation::Durability, self.inner.durability()).await
     }
+
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        ask(&self.process, Operation::Pulse, self.inner.pulse(consumer)).await
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        let watch = self.inner.watch(consumer, seen, interval);
+        ask(&self.process, Operation::Pulse, watch).await
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        ask(&self.process, Operation::Beat, self.inner.beat(consumer, owner)).await
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        ask(&self.process, Operation::Release, self.inner.release(consumer, owner)).await
+    }
+}
+
+#[async_trait]
+impl<S: ReadState> ReadState for FaultyStore<S> {
+    /// No consumer reads state outside its transactions, so no fault strikes here.
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        self.inner.read_state(consumer, keys).await
+    }
 }
 
 /// A transaction of a [`FaultyStore`].
@@ -103,6 +134,13 @@ impl<S: OffsetStore> OffsetStore for FaultyStore<S> {
 pub struct FaultyTx<T> {
     inner: T,
     process: Process,
+}
+
+impl<T> FaultyTx<T> {
+    /// Writes natively in the transaction that this one wraps.
+    pub(super) async fn natively(&mut self, write: impl AsyncFnOnce(&mut T) -> Result<(), Error>) -> Result<(), Error> {
+        ask(&self.process, Operation::Native, write(&mut self.inner)).await
+    }
 }
 
 #[async_trait]

@@ -13,7 +13,7 @@ use essentially_once::{
     Position, Revision, Source, Transaction, async_trait,
     memory::{Memory, MemoryStore, MemoryTx},
 };
-use essentially_once_testkit::{Backend, Capabilities, Harness};
+use essentially_once_testkit::{Backend, Capabilities, Harness, Support};
 
 /// What is broken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,6 +24,10 @@ pub(crate) enum Flaw {
     Leaky,
     /// Windows are not kept with the position.
     ForgottenWindows,
+    /// A native write takes effect at once, outside the transaction.
+    NativeAtOnce,
+    /// A native write takes effect although its commit is fenced.
+    NativeUnfenced,
     /// A reader that does not begin at the start skips a record.
     Skipping,
 }
@@ -37,7 +41,11 @@ impl Harness for Broken {
     type Backend = BrokenMemory;
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::minimal()
+        let mut capabilities = Capabilities::minimal();
+        if matches!(self.0, Flaw::NativeAtOnce | Flaw::NativeUnfenced) {
+            capabilities.native = Support::Yes;
+        }
+        capabilities
     }
 
     async fn start(&self, _: &str) -> Result<BrokenMemory, Source> {
@@ -45,6 +53,7 @@ impl Harness for Broken {
             flaw: self.0,
             memory: Memory::new(),
             leaked: Leaked::default(),
+            written: Written::default(),
         })
     }
 }
@@ -53,6 +62,7 @@ pub(crate) struct BrokenMemory {
     flaw: Flaw,
     memory: Memory,
     leaked: Leaked,
+    written: Written,
 }
 
 #[async_trait]
@@ -72,7 +82,20 @@ impl Backend for BrokenMemory {
             flaw: self.flaw,
             inner: self.memory.store(),
             leaked: self.leaked.clone(),
+            written: self.written.clone(),
         })
+    }
+
+    async fn native_put(&self, tx: &mut BrokenTx, name: &str) -> Result<(), Error> {
+        tx.native.push(name.to_owned());
+        if self.flaw == Flaw::NativeAtOnce {
+            self.written.apply(&mut tx.native);
+        }
+        Ok(())
+    }
+
+    async fn native_count(&self, name: &str) -> Result<u64, Source> {
+        Ok(self.written.lock().get(name).copied().unwrap_or_default())
     }
 }
 
@@ -86,10 +109,27 @@ impl Leaked {
     }
 }
 
+/// What was written natively, and how often.
+#[derive(Clone, Default)]
+struct Written(Arc<Mutex<HashMap<String, u64>>>);
+
+impl Written {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn apply(&self, names: &mut Vec<String>) {
+        for name in names.drain(..) {
+            *self.lock().entry(name).or_default() += 1;
+        }
+    }
+}
+
 pub(crate) struct BrokenStore {
     flaw: Flaw,
     inner: MemoryStore,
     leaked: Leaked,
+    written: Written,
 }
 
 #[async_trait]
@@ -107,6 +147,8 @@ impl OffsetStore for BrokenStore {
             store: self.inner.clone(),
             consumer: consumer.clone(),
             leaked: self.leaked.clone(),
+            written: self.written.clone(),
+            native: Vec::new(),
         })
     }
 
@@ -121,20 +163,27 @@ pub(crate) struct BrokenTx {
     store: MemoryStore,
     consumer: ConsumerId,
     leaked: Leaked,
+    written: Written,
+    /// Names under which it wrote natively.
+    native: Vec<String>,
 }
 
 #[async_trait]
 impl Transaction for BrokenTx {
-    async fn commit(self, mut advance: Advance) -> Result<(), Error> {
+    async fn commit(mut self, mut advance: Advance) -> Result<(), Error> {
         match self.flaw {
             Flaw::AnyRevision => {
                 let position = self.store.position(&self.consumer).await?;
                 advance.expected = position.map_or(Revision::NONE, |position| position.revision);
             }
             Flaw::ForgottenWindows => advance.windows.clear(),
-            Flaw::Leaky | Flaw::Skipping => {}
+            Flaw::Leaky | Flaw::Skipping | Flaw::NativeAtOnce | Flaw::NativeUnfenced => {}
         }
-        self.inner.commit(advance).await
+        let committed = self.inner.commit(advance).await;
+        if committed.is_ok() || self.flaw == Flaw::NativeUnfenced {
+            self.written.apply(&mut self.native);
+        }
+        committed
     }
 
     async fn rollback(self) -> Result<(), Error> {

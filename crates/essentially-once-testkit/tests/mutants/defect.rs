@@ -1,23 +1,28 @@
-//! The ways in which the model can be wrong: exactly one at a time, each a mistake that a real backend can make.
+//! The ways in which the model can be wrong: exactly one at a time, each a mistake that a real backend can make. And ways in
+//! which it can differ that are sound.
 
 macro_rules! defects {
-    ($($(#[$doc:meta])+ $defect:ident,)+) => {
-        /// What is wrong with a model.
+    (wrong { $($(#[$doc:meta])+ $defect:ident,)+ } sound { $($(#[$sound_doc:meta])+ $sound:ident,)+ }) => {
+        /// What is peculiar about a model.
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
         pub(crate) enum Defect {
             /// Nothing: the model that must pass every case.
             None,
             $($(#[$doc])+ $defect,)+
+            $($(#[$sound_doc])+ $sound,)+
         }
 
         impl Defect {
-            /// All but [`Defect::None`].
+            /// What is wrong.
             pub(crate) const ALL: &[Self] = &[$(Self::$defect),+];
+            /// What is different, and within the contract.
+            pub(crate) const SOUND: &[Self] = &[$(Self::$sound),+];
         }
     };
 }
 
 defects! {
+wrong {
     // The log, from append to read.
     /// An append is acknowledged when it is in memory, and written later.
     AppendAcknowledgedBeforeDurable,
@@ -341,4 +346,225 @@ defects! {
     OtherLogLeavesState,
     /// A refused commit names the log it was given as the stored one.
     WrongLogNamesTheGiven,
+
+    // The log, once more.
+    /// More headers than a byte counts are lost.
+    HeadersOver255Lost,
+    /// A header's value is cut where 16 bits end.
+    HeaderValuesCut,
+    /// Headers do not count towards the bytes of a call.
+    FetchIgnoresHeaders,
+    /// A call takes as many records as would fit if all were as large as the first.
+    FetchSizedByTheFirst,
+    /// A call takes as many records as would fit if all were as large as those of the call before.
+    FetchSizedByTheCallBefore,
+    /// One more than `max` is asked for, and the sum overflows.
+    MaxOverflows,
+    /// A `max` that is not a 32-bit number is an error.
+    LargeMaxRefused,
+    /// The time of an append is kept in whole seconds.
+    AppendTimeInSeconds,
+    /// The time of an append is made up when the record is read.
+    AppendTimeOfTheRead,
+    /// The time of an append is that at which the handle was opened.
+    AppendTimeOfTheHandle,
+    /// Names of logs that differ in case only are one name.
+    LogNamesIgnoreCase,
+    /// Names of logs are cut.
+    LogNamesCut,
+    /// Names of logs that differ in a separator only are one name.
+    LogSeparatorsFallTogether,
+    /// A log is found by the beginning of its name.
+    LogNamesMatchPrefixes,
+    /// A reader begins to listen after it has looked, and sleeps through what came between.
+    WakeUpLostBeforeWaiting,
+    /// Of two wake-ups in short succession the second is left out.
+    WakeUpsDebounced,
+    /// The first offset is given out again when retention has removed everything.
+    OffsetsStartOverWhenEmptied,
+    /// The end of a log that retention emptied is told as 0.
+    EndForgottenWhenEmptied,
+    /// The end of a log that retention emptied cannot be read at: it counts as removed.
+    EmptiedLogRefusesItsEnd,
+    /// A restart counts the records that are left, to know the next offset.
+    OffsetsRecountedAtRestart,
+    /// A restart finds no record, and tells the end as 0.
+    EndForgottenAtRestart,
+    /// The readable end is the end, whatever was deleted.
+    ReadableEndIgnoresDeletes,
+    /// The readable end is the offset of the last record.
+    ReadableEndIsTheLastRecord,
+    /// An append whose reply was lost is sent again.
+    AppendRetriedAfterLostReply,
+    /// An append whose request was lost is called a success.
+    LostAppendRequestToldAsSuccess,
+    /// Of a batch that the backend refused in the middle a part stays, and the failure is called certain.
+    RefusedMiddleLeavesAPrefix,
+    /// Of a batch that the backend refused in the middle the rest is written.
+    RefusedMiddleSkipped,
+    /// What the backend refused, and the rest of its batch, goes out with the next append.
+    RefusedTailComesLater,
+    /// An append fails if another one of the same handle is refused meanwhile.
+    NeighbourToldTheRefusal,
+    /// An append that is refused takes along what its handle has under way.
+    RefusalDropsTheNeighbour,
+    /// The handle of a deleted log appends to the one that was created later.
+    OldHandleAppendsToNewLog,
+    /// The handle of a deleted log creates it again.
+    OldHandleCreatesTheLog,
+
+    // The store, once more.
+    /// After 256 commits a consumer has made none.
+    CommitsCountedInAByte,
+    /// A value that was not written within 256 commits is gone.
+    ValuesLostAfter256Commits,
+    /// After 65,536 commits a consumer has made none.
+    CommitsCountedIn16Bits,
+    /// A value that was not written within 65,536 commits is gone.
+    ValuesLostAfter65536Commits,
+    /// Names of consumers that differ in case only are one name.
+    ConsumerNamesIgnoreCase,
+    /// Names of consumers are cut.
+    ConsumerNamesCut,
+    /// Names of consumers that differ in a separator only are one name.
+    ConsumerSeparatorsFallTogether,
+    /// Names of producers that differ in case only are one name.
+    ProducerNamesIgnoreCase,
+    /// Names of producers are cut.
+    ProducerNamesCut,
+    /// Names of producers that differ in a separator only are one name.
+    ProducerSeparatorsFallTogether,
+    /// All consumers have the same windows.
+    WindowsSharedBetweenConsumers,
+    /// What one consumer forgets, all forget.
+    ForgottenForAllConsumers,
+    /// A commit without an incarnation is refused where one is known.
+    UnknownIncarnationRefused,
+    /// A commit with an incarnation is refused where none is known.
+    KnownIncarnationRefused,
+    /// A commit without an incarnation is for any log.
+    UnknownIncarnationMatchesAnyName,
+    /// A commit that stages nothing is flushed with the next one.
+    EmptyCommitNotDurable,
+    /// A commit that stages nothing is kept in the handle.
+    EmptyCommitKeptInTheHandle,
+    /// Native writes are not committed.
+    NativeNotCommitted,
+    /// Native writes are sent twice.
+    NativeAppliedTwice,
+    /// Native writes take effect at once.
+    NativeAppliedAtOnce,
+    /// Native writes of a fenced commit take effect.
+    NativeNotFenced,
+    /// Dropping a transaction applies its native writes.
+    NativeAppliedByDrop,
+    /// A commit whose request was lost is called a success.
+    LostCommitRequestToldAsSuccess,
+    /// An empty key is refused.
+    EmptyKeyRefused,
+    /// A key whose length is no byte is refused.
+    KeysOver255Refused,
+    /// Long keys are cut.
+    LongKeysCut,
+    /// A value of 64 KiB is refused: 16 bits hold one byte less.
+    ValuesOf64KibRefused,
+    /// There is no limit for keys.
+    NoKeyLimit,
+    /// A key of exactly the limit is refused.
+    KeyLimitIsExclusive,
+    /// A refused key is staged as far as it fits.
+    RefusedKeyStaged,
+    /// The position is read field by field while commits go on.
+    PositionReadInSteps,
+    /// Windows are read after the position.
+    WindowsReadApart,
+    /// Windows are written after the position.
+    WindowsWrittenApart,
+    /// The position is read from a copy that is behind.
+    PositionServedStale,
+    /// A pulse is that of the first commit, with the beats since.
+    PulseOnlyOfBeats,
+    /// A handle keeps the pulse that it saw first.
+    PulseKeptInTheHandle,
+    /// Beats are taken and not kept.
+    BeatsNotKept,
+    /// Beats are kept in the handle, for no other to see.
+    BeatsKeptInTheHandle,
+    /// Whoever beats counts.
+    BeatOfAnotherCounts,
+    /// A beat makes a position where there is none.
+    BeatCreatesAPosition,
+    /// A beat counts as a commit.
+    BeatRaisesTheRevision,
+    /// A beat ends the transaction that is open.
+    BeatEndsTransactions,
+    /// A release does nothing.
+    ReleaseIgnored,
+    /// Whoever releases clears the owner.
+    ReleaseOfAnotherCounts,
+    /// A release counts as a commit.
+    ReleaseRaisesTheRevision,
+    /// A watch hears only of its own handle's commits.
+    WatchHearsOnlyItsHandle,
+    /// A watch compares with what there is when it begins.
+    WatchForgetsWhatItSaw,
+    /// A snapshot reads one value after the other.
+    SnapshotReadInSteps,
+    /// A snapshot is of a copy that is behind.
+    SnapshotServedStale,
+    /// Commits write values first and the position later, and snapshots see that.
+    SnapshotSeesHalfACommit,
+    /// A snapshot returns values in the order of the sorted keys.
+    SnapshotSorted,
+    /// A snapshot leaves out keys without a value.
+    SnapshotLeavesOutMissing,
+    /// A snapshot finds values of other consumers.
+    SnapshotMixesConsumers,
+    /// A snapshot waits for open transactions.
+    SnapshotWaitsForTransactions,
+    /// A snapshot shows what open transactions staged.
+    SnapshotSeesWhatIsStaged,
+    /// A commit fails if a snapshot was taken since its transaction began.
+    SnapshotHoldsUpCommits,
+}
+sound {
+    /// Each call of `next` returns one record.
+    FetchesOneByOne,
+    /// Append times are those of another machine, which is a little ahead.
+    ClockOfTheServer,
+    /// What names are kept under tells nothing of them.
+    NamesKeptAsDigests,
+    /// Readers look every now and then, and nobody wakes them.
+    PollsForRecords,
+    /// After retention and restarts offsets go on further up.
+    OffsetsLeapAfterRetention,
+    /// Where no record is left the readable end is the earliest offset.
+    EmptiedReadableEndIsTheEarliest,
+    /// After a lost reply the handle looks what became of its request, and says so.
+    LostRepliesLookedUp,
+    /// A batch that the backend refused in the middle is in doubt, and a part of it stays.
+    RefusedMiddleInDoubt,
+    /// One append of a handle waits for the other.
+    AppendsTakeTurns,
+    /// An append to a deleted log succeeds, and is deleted with it.
+    OldHandleAppendsVanish,
+    /// Every so often a commit takes longer, and rewrites all that is kept.
+    CompactsEvery100Commits,
+    /// A commit applies native writes before state.
+    NativeAppliedFirst,
+    /// What keys are kept under tells nothing of them.
+    KeysKeptAsDigests,
+    /// A position has its windows in another order each time.
+    WindowsInAnyOrder,
+    /// A position is copied in one moment and handed out later.
+    PositionReadFromACopy,
+    /// A pulse is that of a moment ago.
+    PulseLags,
+    /// Beats are counted anew after each commit.
+    BeatsStartOverAtCommits,
+    /// A watch returns now and then although nothing changed.
+    WatchReturnsEarly,
+    /// A snapshot is copied in one moment and handed out later.
+    SnapshotFromACopy,
+}
 }

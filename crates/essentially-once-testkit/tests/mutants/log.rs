@@ -1,13 +1,18 @@
 //! The model's log: offsets are sparse and begin high, so that no case can rely on counting them.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use essentially_once::{
     Bounds, Durability, Epoch, Error, Log, LogId, LogReader, NewRecord, Offset, Origin, ProducerId, Record, async_trait,
 };
+
+use essentially_once_testkit::{Cut, Request};
 
 use crate::{
     defect::Defect,
@@ -17,6 +22,10 @@ use crate::{
 
 /// How many records the defect that acknowledges too early keeps in memory at most.
 const FLUSH_EVERY: usize = 32;
+/// For how long after a wake-up a defect leaves out others.
+const DEBOUNCE: Duration = Duration::from_millis(1);
+/// How far a clock of another machine is ahead.
+const AHEAD: Duration = Duration::from_millis(400);
 
 pub(crate) fn origin(producer: &str, sequence: u64) -> Result<Origin, Error> {
     let producer = ProducerId::new(producer)?;
@@ -35,6 +44,11 @@ pub(crate) struct LogState {
     written: u64,
     earliest: Offset,
     end: Offset,
+    /// How far offsets are ahead of the count: they need not be dense.
+    leaps: u64,
+    /// The payload of a record that is to be refused, once.
+    pub(crate) refuse: Option<Vec<u8>>,
+    woken: Option<Instant>,
 }
 
 impl LogState {
@@ -47,6 +61,9 @@ impl LogState {
             written: 0,
             earliest: Offset::ZERO,
             end: Offset::ZERO,
+            leaps: 0,
+            refuse: None,
+            woken: None,
         }
     }
 
@@ -58,7 +75,7 @@ impl LogState {
     /// Writes one record at the end, durably, and returns its offset.
     pub(crate) fn write(&mut self, shared: &Shared, mut record: Record) -> Offset {
         self.written += 1;
-        let offset = Offset::new(7, 3 * self.written);
+        let offset = Offset::new(7, 3 * self.written + self.leaps);
         record.offset = offset;
         self.end = offset.successor();
         if shared.is(Defect::HoleFillsInLater) && self.written % 10 == 5 {
@@ -70,8 +87,42 @@ impl LogState {
         if shared.is(Defect::AppendAcknowledgedBeforeDurable) {
             self.volatile = (self.volatile + 1) % FLUSH_EVERY;
         }
-        shared.changes.send_replace(());
+        let is_early = self.woken.is_some_and(|woken| woken.elapsed() < DEBOUNCE);
+        if !is_early || !shared.is(Defect::WakeUpsDebounced) {
+            self.woken = Some(Instant::now());
+            shared.changes.send_replace(());
+        }
         offset
+    }
+
+    /// Which of the records is refused, if any.
+    fn take_refusal(&mut self, new: &[NewRecord]) -> Option<usize> {
+        let payload = self.refuse.as_ref()?;
+        let refused = new.iter().position(|record| record.payload == *payload)?;
+        self.refuse = None;
+        Some(refused)
+    }
+
+    /// Removes one record, wherever it is; the end stays.
+    pub(crate) fn delete(&mut self, shared: &Shared, offset: Offset) {
+        self.entries.retain(|record| record.offset != offset);
+        if self.entries.is_empty() && shared.is(Defect::EmptiedReadableEndIsTheEarliest) {
+            self.earliest = self.end;
+        }
+    }
+
+    fn readable_end(&self, shared: &Shared) -> Offset {
+        match (shared.defect, self.entries.last()) {
+            (Defect::ReadableEndIgnoresDeletes, _) => self.end,
+            (Defect::ReadableEndIsTheLastRecord, Some(last)) => last.offset,
+            (_, Some(last)) => last.offset.successor(),
+            (Defect::EmptiedReadableEndIsTheEarliest, None) => self.earliest,
+            (_, None) => Offset::ZERO,
+        }
+    }
+
+    fn is_emptied(&self) -> bool {
+        self.entries.is_empty() && self.end > Offset::ZERO
     }
 
     fn fill_hole(&mut self) {
@@ -95,6 +146,14 @@ impl LogState {
         } else {
             self.end = self.earliest;
         }
+        match shared.defect {
+            Defect::OffsetsRecountedAtRestart => self.written = self.entries.len() as u64,
+            Defect::EndForgottenAtRestart if self.entries.is_empty() => {
+                (self.earliest, self.end) = (Offset::ZERO, Offset::ZERO);
+            }
+            Defect::OffsetsLeapAfterRetention => self.leaps += 1_000,
+            _ => {}
+        }
         if shared.is(Defect::RestartReplaysTheTail)
             && let Some(last) = self.entries.last().cloned()
         {
@@ -110,6 +169,11 @@ impl LogState {
         if let Some(last) = self.entries.drain(..removed).next_back() {
             self.earliest = last.offset.successor();
         }
+        match shared.defect {
+            Defect::OffsetsStartOverWhenEmptied if self.entries.is_empty() => self.written = 0,
+            Defect::OffsetsLeapAfterRetention => self.leaps += 1_000,
+            _ => {}
+        }
         if shared.is(Defect::RetentionLosesAppendTimes) {
             for record in &mut self.entries {
                 record.appended_at = UNIX_EPOCH;
@@ -120,7 +184,8 @@ impl LogState {
     /// Why nothing can be read from there, if so.
     pub(crate) fn check(&self, shared: &Shared, log: &LogId, requested: Offset) -> Result<(), Error> {
         let (log, earliest, end) = (log.clone(), self.earliest, self.end);
-        if requested < earliest {
+        let is_refused = shared.is(Defect::EmptiedLogRefusesItsEnd) && self.is_emptied() && requested == end;
+        if requested < earliest || is_refused {
             return match shared.defect {
                 Defect::TruncatedTellsNoEarliest => Err(Error::Truncated {
                     log,
@@ -184,6 +249,11 @@ pub(crate) struct ModelLog {
     kept_back: Mutex<Vec<NewRecord>>,
     /// The place that a defect has all readers of the handle share.
     pub(crate) cursor: Arc<Mutex<Offset>>,
+    opened: SystemTime,
+    /// Counts appends that were refused for a record's size.
+    refusals: AtomicUsize,
+    /// Held by the append whose turn it is, where appends take turns.
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl ModelLog {
@@ -196,6 +266,9 @@ impl ModelLog {
             generation,
             kept_back: Mutex::default(),
             cursor: Arc::default(),
+            opened: SystemTime::now(),
+            refusals: AtomicUsize::default(),
+            turn: tokio::sync::Mutex::default(),
         }
     }
 
@@ -210,8 +283,14 @@ impl ModelLog {
         work: impl FnOnce(&mut LogState) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let mut state = self.shared.connected(generation)?;
+        if self.shared.is(Defect::OldHandleCreatesTheLog) {
+            let created = LogState::new(self.incarnation);
+            state.logs.entry(self.key.clone()).or_insert(created);
+        }
         match state.logs.get_mut(&self.key) {
-            Some(log) if log.incarnation == self.incarnation => work(log),
+            Some(log) if log.incarnation == self.incarnation || self.shared.is(Defect::OldHandleAppendsToNewLog) => {
+                work(log)
+            }
             _ => Err(Error::failed(format!("use log {}", self.id), "it was deleted")),
         }
     }
@@ -235,7 +314,17 @@ impl ModelLog {
     }
 
     fn entry(&self, new: &NewRecord) -> Record {
-        let mut record = Record::new(Offset::ZERO, SystemTime::now(), new.payload.clone());
+        let now = SystemTime::now();
+        let appended_at = match self.shared.defect {
+            Defect::AppendTimeOfTheHandle => self.opened,
+            Defect::AppendTimeInSeconds => {
+                let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                UNIX_EPOCH + Duration::from_secs(seconds)
+            }
+            Defect::ClockOfTheServer => now + AHEAD,
+            _ => now,
+        };
+        let mut record = Record::new(Offset::ZERO, appended_at, new.payload.clone());
         record.key.clone_from(&new.key);
         record.headers.clone_from(&new.headers);
         record.origin.clone_from(&new.origin);
@@ -248,7 +337,10 @@ impl ModelLog {
         let mut kept_back = self.kept_back.lock().unwrap_or_else(PoisonError::into_inner);
         if self.shared.is(Defect::BatchWrittenBackwards) {
             outgoing.reverse();
-        } else if self.shared.is(Defect::RefusedBatchStaysBuffered) {
+        } else if matches!(
+            self.shared.defect,
+            Defect::RefusedBatchStaysBuffered | Defect::RefusedTailComesLater
+        ) {
             outgoing.splice(0..0, kept_back.drain(..));
         } else if self.shared.is(Defect::LaterBatchOvertakes) && kept_back.is_empty() {
             kept_back.append(&mut outgoing);
@@ -256,6 +348,54 @@ impl ModelLog {
             outgoing.append(&mut kept_back);
         }
         outgoing
+    }
+
+    /// The backend refuses that record of a batch: all of it, without a defect.
+    fn refused(&self, outgoing: &[NewRecord], refused: usize) -> Error {
+        let full = Error::unavailable("append", "the disk is full");
+        let (before, rest) = outgoing.split_at(refused);
+        let write = |records: &[NewRecord]| {
+            for record in records {
+                // A log that is gone meanwhile takes nothing.
+                let _ = self.with(|log| Ok(log.write(&self.shared, self.entry(record))));
+            }
+        };
+        match self.shared.defect {
+            Defect::RefusedMiddleLeavesAPrefix => write(before),
+            Defect::RefusedMiddleSkipped => {
+                write(before);
+                write(&rest[1..]);
+                return in_doubt(full);
+            }
+            Defect::RefusedTailComesLater => {
+                let mut kept_back = self.kept_back.lock().unwrap_or_else(PoisonError::into_inner);
+                kept_back.extend_from_slice(rest);
+            }
+            Defect::RefusedMiddleInDoubt => {
+                write(before);
+                return in_doubt(full);
+            }
+            _ => {}
+        }
+        full
+    }
+
+    /// What became of a request or a reply that was lost on the wire.
+    fn lost(&self, cut: Cut, outgoing: &[NewRecord], last: Option<Offset>) -> Result<Option<Offset>, Error> {
+        let lost = Error::unavailable("append", "the connection was cut");
+        match (self.shared.defect, cut) {
+            (Defect::LostRepliesLookedUp, Cut::BeforeReply) => Ok(last),
+            (Defect::LostRepliesLookedUp, Cut::BeforeRequest) => Err(lost),
+            (Defect::LostAppendReplyToldAsFailure, _) => Err(lost),
+            (Defect::LostAppendRequestToldAsSuccess, Cut::BeforeRequest) => Ok(None),
+            (Defect::AppendRetriedAfterLostReply, Cut::BeforeReply) => {
+                for record in outgoing {
+                    self.with(|log| Ok(log.write(&self.shared, self.entry(record))))?;
+                }
+                Ok(last)
+            }
+            _ => Err(in_doubt(lost)),
+        }
     }
 }
 
@@ -274,6 +414,7 @@ impl Log for ModelLog {
                 let mut kept_back = self.kept_back.lock().unwrap_or_else(PoisonError::into_inner);
                 kept_back.push(new[0].clone());
             }
+            self.refusals.fetch_add(1, Ordering::SeqCst);
             return Err(error);
         }
         if new.is_empty() {
@@ -286,10 +427,30 @@ impl Log for ModelLog {
                 _ => Ok(None),
             });
         }
+        let _turn = match self.shared.defect {
+            Defect::AppendsTakeTurns => Some(self.turn.lock().await),
+            _ => None,
+        };
+        let refusals = self.refusals.load(Ordering::SeqCst);
+        let has_refused = || self.refusals.load(Ordering::SeqCst) != refusals;
         self.shared.travel(self.generation, Stage::Request).await?;
+        let cut = self.shared.cut(Request::Append);
+        if cut == Some(Cut::BeforeRequest) {
+            return self.lost(Cut::BeforeRequest, new, None);
+        }
+        if self.shared.is(Defect::RefusalDropsTheNeighbour) && has_refused() {
+            return Ok(None);
+        }
+        if self.shared.is(Defect::OldHandleAppendsVanish) && self.with(|_| Ok(())).is_err() {
+            return Ok(None);
+        }
+        let outgoing = self.outgoing(new);
+        if let Some(refused) = self.with(|log| Ok(log.take_refusal(&outgoing)))? {
+            return Err(self.refused(&outgoing, refused));
+        }
         let (mut first, mut last, mut generation) = (None, None, self.generation);
-        for new in self.outgoing(new) {
-            match self.with_connection(generation, |log| Ok(log.write(&self.shared, self.entry(&new)))) {
+        for new in &outgoing {
+            match self.with_connection(generation, |log| Ok(log.write(&self.shared, self.entry(new)))) {
                 Ok(offset) => {
                     first = first.or(Some(offset));
                     last = Some(offset);
@@ -302,6 +463,12 @@ impl Log for ModelLog {
             self.shared
                 .pause(if is_first { Stage::Begun } else { Stage::Halfway })
                 .await;
+        }
+        if self.shared.is(Defect::NeighbourToldTheRefusal) && has_refused() {
+            return Err(Error::unavailable("append", "the channel was closed"));
+        }
+        if cut == Some(Cut::BeforeReply) {
+            return self.lost(Cut::BeforeReply, &outgoing, last);
         }
         match self.shared.travel(self.generation, Stage::Reply).await {
             Err(error) if self.shared.is(Defect::LostAppendReplyToldAsFailure) => Err(error),
@@ -325,6 +492,9 @@ impl Log for ModelLog {
             let (mut earliest, mut end) = (log.earliest, log.end);
             match (log.entries.first(), log.entries.last()) {
                 (None, _) if self.shared.is(Defect::EmptyLogHasAnEnd) => end = end.successor(),
+                (None, _) if self.shared.is(Defect::EndForgottenWhenEmptied) => {
+                    (earliest, end) = (Offset::ZERO, Offset::ZERO);
+                }
                 (Some(first), _) if self.shared.is(Defect::EarliestIsBehindTheFirst) => {
                     earliest = first.offset.successor();
                 }
@@ -334,6 +504,10 @@ impl Log for ModelLog {
             }
             Ok(Bounds { earliest, end })
         })
+    }
+
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        self.with(|log| Ok(log.readable_end(&self.shared)))
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

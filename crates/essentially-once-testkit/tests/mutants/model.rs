@@ -10,17 +10,21 @@ use std::{
 };
 
 use essentially_once::{Durability, Error, Log, LogId, Offset, Record, Source, async_trait};
-use essentially_once_testkit::{Backend, Capabilities, Harness, Support};
+use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Request, StateReader, Support};
 use tokio::{sync::watch, task::yield_now};
 
 use crate::{
     defect::Defect,
     log::{LogState, ModelLog},
+    names,
     store::{ModelStore, StoreState},
+    transaction::ModelTx,
 };
 
 /// Largest record that the model takes, in bytes.
-pub(crate) const RECORD_LIMIT: usize = 1_000;
+pub(crate) const RECORD_LIMIT: usize = 200_000;
+/// Largest key that the model takes, in bytes.
+pub(crate) const KEY_LIMIT: usize = 2_000;
 /// Largest value that the model takes, in bytes.
 pub(crate) const VALUE_LIMIT: usize = 300_000;
 /// What the model holds of an entry that it cannot decode.
@@ -48,10 +52,20 @@ impl Harness for ModelHarness {
         capabilities.restart_amid_transaction = Support::Yes;
         capabilities.truncate = Support::Yes;
         capabilities.recreate = Support::Yes;
+        capabilities.truncate_all = Support::Yes;
+        capabilities.delete = Support::Yes;
+        capabilities.delete_record = Support::Yes;
+        capabilities.refuse = Support::Yes;
+        capabilities.wire = Support::Yes;
+        capabilities.native = Support::Yes;
+        capabilities.read_state = Support::Yes;
+        capabilities.beats = Support::Yes;
+        capabilities.commits_are_cheap = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(VALUE_LIMIT);
+        capabilities.key_limit = Some(KEY_LIMIT);
         capabilities
     }
 
@@ -100,6 +114,9 @@ impl Model {
                 asked: AtomicUsize::default(),
                 refusals: AtomicUsize::default(),
                 changes: watch::Sender::new(()),
+                commits: watch::Sender::new(()),
+                armed: Mutex::default(),
+                cuts: AtomicUsize::default(),
             }),
             refuses_after_restart,
         }
@@ -117,6 +134,12 @@ pub(crate) struct Shared {
     refusals: AtomicUsize,
     /// Wakes all waiting readers.
     pub(crate) changes: watch::Sender<()>,
+    /// Wakes all who watch a consumer.
+    pub(crate) commits: watch::Sender<()>,
+    /// The request whose connection is to be cut, and when.
+    armed: Mutex<Option<(Request, Cut)>>,
+    /// Counts the cuts that were made.
+    cuts: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -146,6 +169,14 @@ impl Shared {
             true => Ok(state),
             false => Err(Error::unavailable("reach the model", "it was restarted")),
         }
+    }
+
+    /// The cut that hits this request, if any.
+    pub(crate) fn cut(&self, request: Request) -> Option<Cut> {
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, cut) = armed.take_if(|(armed, _)| *armed == request)?;
+        self.cuts.fetch_add(1, Ordering::SeqCst);
+        Some(cut)
     }
 
     /// What log and store say of themselves, each with its own defects.
@@ -191,18 +222,33 @@ pub(crate) fn in_doubt(_: Error) -> Error {
 impl State {
     /// The log of that name, created empty at the first call.
     fn log(&mut self, shared: &Shared, name: &str) -> Result<&mut LogState, Error> {
-        let name = if shared.is(Defect::LogsShareRecords) {
-            "shared"
-        } else {
-            name
-        };
-        if !self.logs.contains_key(name) {
+        let key = self.log_key(shared, name);
+        if !self.logs.contains_key(&key) {
             self.created += 1;
-            self.logs.insert(name.to_owned(), LogState::new(self.created));
+            self.logs.insert(key.clone(), LogState::new(self.created));
         }
         self.logs
-            .get_mut(name)
+            .get_mut(&key)
             .ok_or_else(|| Error::failed("open a log", "it was just created"))
+    }
+
+    /// What the log of that name is kept under.
+    fn log_key(&self, shared: &Shared, name: &str) -> String {
+        match shared.defect {
+            Defect::LogsShareRecords => "shared".into(),
+            Defect::LogNamesIgnoreCase => names::without_case(name),
+            Defect::LogNamesCut => names::cut(name),
+            Defect::LogSeparatorsFallTogether => names::without_separators(name),
+            Defect::LogNamesMatchPrefixes => {
+                let mut known = self.logs.keys();
+                known
+                    .find(|known| known.starts_with(name))
+                    .map_or(name, String::as_str)
+                    .into()
+            }
+            Defect::NamesKeptAsDigests => names::digest(name.as_bytes()),
+            _ => name.into(),
+        }
     }
 }
 
@@ -219,15 +265,11 @@ impl Backend for Model {
             Defect::OldOffsetWaitsInNewLog | Defect::OldOffsetTruncatedInNewLog => id,
             _ => id.with_incarnation(incarnation.to_string())?,
         };
-        let key = if self.shared.is(Defect::LogsShareRecords) {
-            "shared"
-        } else {
-            name
-        };
+        let key = state.log_key(&self.shared, name);
         Ok(Arc::new(ModelLog::new(
             Arc::clone(&self.shared),
             id,
-            key,
+            &key,
             incarnation,
             generation,
         )))
@@ -269,11 +311,56 @@ impl Backend for Model {
     }
 
     async fn recreate(&self, log: &str) -> Result<(), Source> {
+        self.delete(log).await?;
+        self.shared.state().log(&self.shared, log)?;
+        Ok(())
+    }
+
+    async fn delete(&self, log: &str) -> Result<(), Source> {
         let mut state = self.shared.state();
-        state.logs.remove(log);
-        state.log(&self.shared, log)?;
+        let key = state.log_key(&self.shared, log);
+        state.logs.remove(&key);
         self.shared.changes.send_replace(());
         Ok(())
+    }
+
+    async fn delete_record(&self, log: &str, offset: Offset) -> Result<(), Source> {
+        self.shared.state().log(&self.shared, log)?.delete(&self.shared, offset);
+        Ok(())
+    }
+
+    async fn refuse(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
+        self.shared.state().log(&self.shared, log)?.refuse = Some(payload.to_vec());
+        Ok(())
+    }
+
+    async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
+        *self.shared.armed.lock().unwrap_or_else(PoisonError::into_inner) = Some((request, cut));
+        Ok(())
+    }
+
+    fn cuts(&self) -> usize {
+        self.shared.cuts.load(Ordering::SeqCst)
+    }
+
+    async fn native_put(&self, tx: &mut ModelTx, name: &str) -> Result<(), Error> {
+        tx.put_natively(name)
+    }
+
+    async fn native_count(&self, name: &str) -> Result<u64, Source> {
+        Ok(self
+            .shared
+            .state()
+            .store
+            .live
+            .native
+            .get(name)
+            .copied()
+            .unwrap_or_default())
+    }
+
+    async fn state_reader(&self) -> Result<StateReader<ModelStore>, Source> {
+        Ok(Arc::new(self.store().await?))
     }
 
     async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {

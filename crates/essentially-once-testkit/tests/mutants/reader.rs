@@ -2,12 +2,12 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::UNIX_EPOCH,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use essentially_once::{Epoch, Error, LogId, LogReader, Offset, Origin, Record, async_trait};
-use tokio::{sync::watch, task::yield_now};
+use tokio::{sync::watch, task::yield_now, time::sleep};
 
 use crate::{defect::Defect, log::ModelLog, model::Shared};
 
@@ -15,6 +15,8 @@ use crate::{defect::Defect, log::ModelLog, model::Shared};
 const STEPS_AFTER_MOVING: usize = 20;
 /// About how many bytes of records one `next` returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
+/// How often a reader looks that nobody wakes.
+const POLL: Duration = Duration::from_millis(1);
 
 pub(crate) struct ModelReader {
     shared: Arc<Shared>,
@@ -30,6 +32,8 @@ pub(crate) struct ModelReader {
     calls: u64,
     waited: bool,
     fetched: Option<Vec<Record>>,
+    /// Of the records of the last call.
+    average: Option<usize>,
 }
 
 impl ModelReader {
@@ -47,6 +51,7 @@ impl ModelReader {
             calls: 0,
             waited: false,
             fetched: None,
+            average: None,
         }
     }
 
@@ -79,10 +84,14 @@ impl ModelReader {
         if self.shared.is(Defect::FirstReaderSwapsTwo) && self.was_first && self.calls == 0 && rest.len() < 2 {
             return Ok(Vec::new());
         }
-        let max = if self.shared.is(Defect::NextIgnoresMax) {
-            max + 1
-        } else {
-            max
+        let max = match self.shared.defect {
+            Defect::NextIgnoresMax => max + 1,
+            Defect::MaxOverflows => max.wrapping_add(1).saturating_sub(1),
+            Defect::LargeMaxRefused if u32::try_from(max).is_err() => {
+                return Err(Error::failed("read", "the number of records is out of range"));
+            }
+            Defect::FetchesOneByOne => 1,
+            _ => max,
         };
         let found = rest[..self.fitting(&rest[..max.min(rest.len())])].to_vec();
         if self.shared.is(Defect::MalformedBlocks) && found.iter().any(|record| record.malformed.is_some()) {
@@ -102,7 +111,18 @@ impl ModelReader {
         ) {
             return records.len();
         }
-        fitting(records)
+        let size = match self.shared.defect {
+            Defect::FetchSizedByTheFirst => records.first().map(Record::size),
+            Defect::FetchSizedByTheCallBefore => self.average,
+            _ => None,
+        };
+        match size {
+            Some(size) => (FETCH_BYTES / size.max(1))
+                .clamp(1, records.len().max(1))
+                .min(records.len()),
+            None if self.shared.is(Defect::FetchIgnoresHeaders) => fitting(records, |record| record.payload.len()),
+            None => fitting(records, Record::size),
+        }
     }
 
     fn log_is_gone(&self, requested: Offset) -> Result<Vec<Record>, Error> {
@@ -126,13 +146,14 @@ impl ModelReader {
             *self.cursor.lock().unwrap_or_else(PoisonError::into_inner) = self.next;
         }
         if self.shared.is(Defect::NextSkipsWhatItCutsOff) {
-            found.truncate(fitting(&found));
+            found.truncate(fitting(&found, Record::size));
         }
         if self.shared.is(Defect::FirstReaderSwapsTwo) && self.was_first && self.calls == 0 && found.len() > 1 {
             found.swap(0, 1);
         }
         self.calls += 1;
         self.waited = false;
+        self.average = Some(found.iter().map(Record::size).sum::<usize>() / found.len().max(1));
         for record in &mut found {
             distort(self.shared.defect, record);
         }
@@ -190,6 +211,17 @@ impl LogReader for ModelReader {
                 return Ok(self.moved(found));
             }
             self.waited = true;
+            match self.shared.defect {
+                Defect::PollsForRecords => {
+                    sleep(POLL).await;
+                    continue;
+                }
+                Defect::WakeUpLostBeforeWaiting => {
+                    yield_now().await;
+                    self.changes.mark_unchanged();
+                }
+                _ => {}
+            }
             // The sender lives in what this reader shares.
             let _ = self.changes.changed().await;
         }
@@ -197,10 +229,10 @@ impl LogReader for ModelReader {
 }
 
 /// How many of the records are a megabyte at most; one that is larger goes alone.
-fn fitting(records: &[Record]) -> usize {
+fn fitting(records: &[Record], size: impl Fn(&Record) -> usize) -> usize {
     let mut bytes = 0;
     let over = records.iter().position(|record| {
-        bytes += record.size();
+        bytes += size(record);
         bytes > FETCH_BYTES
     });
     over.map_or(records.len(), |over| over.max(1))
@@ -252,6 +284,13 @@ fn distort(defect: Defect, record: &mut Record) {
         }
         Defect::MalformedBytesLost if record.malformed.is_some() => record.payload.clear(),
         Defect::AppendTimeLost => record.appended_at = UNIX_EPOCH,
+        Defect::AppendTimeOfTheRead => record.appended_at = SystemTime::now(),
+        Defect::HeadersOver255Lost => record.headers.truncate(255),
+        Defect::HeaderValuesCut => {
+            for (_, value) in &mut record.headers {
+                value.truncate(65_535);
+            }
+        }
         _ => {}
     }
 }

@@ -2,18 +2,28 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Epoch, Error, LogId, Numbering, Offset, OffsetStore, Position, Revision, Window,
-    async_trait,
+    Advance, ConsumerId, Durability, Epoch, Error, LogId, Numbering, Offset, OffsetStore, Owner, Position, ProducerId,
+    Pulse, ReadState, Revision, Snapshot, Window, async_trait,
+};
+use tokio::{
+    sync::watch,
+    task::yield_now,
+    time::{sleep, timeout},
 };
 
 use crate::{
     defect::Defect,
-    model::{Shared, Stage},
+    model::{Shared, Stage, State},
+    names,
     transaction::{ModelTx, Staged},
 };
 
@@ -21,15 +31,50 @@ use crate::{
 const CONSUMERS_KEPT: usize = 500;
 /// How many sequences the defect with the small window keeps.
 const SMALL_WINDOW: u64 = 64;
+/// How many bytes of a key the defect that cuts some keeps.
+const KEY_CUT: usize = 1_000;
+/// Between two parts of a reading: time enough for a commit.
+const BETWEEN_PARTS: Duration = Duration::from_millis(1);
+/// How far a pulse lags behind.
+const LAG: Duration = Duration::from_millis(10);
+/// What the defect that shares windows keeps them under.
+const SHARED_WINDOWS: &str = "*";
 
 /// What is kept of one consumer.
 #[derive(Clone, Default)]
 pub(crate) struct Stored {
     pub(crate) position: Option<Position>,
     pub(crate) windows: BTreeMap<Numbering, Window>,
+    /// Counts its commits.
+    commits: u64,
+    beats: u64,
+    /// The positions of the first commit and of the one before the last: of use to defects only.
+    first: Option<Position>,
+    previous: Option<Position>,
+    /// When the pulse changed last, and from what.
+    changed: Option<(Instant, Pulse)>,
 }
 
 impl Stored {
+    fn pulse(&self, defect: Defect) -> Pulse {
+        if let Some((when, before)) = &self.changed
+            && defect == Defect::PulseLags
+            && when.elapsed() < LAG
+        {
+            return *before;
+        }
+        let position = match defect {
+            Defect::PulseOnlyOfBeats => self.first.as_ref(),
+            _ => self.position.as_ref(),
+        };
+        Pulse::new(position, self.beats)
+    }
+
+    /// To be called before each change of the pulse.
+    fn changes(&mut self) {
+        self.changed = Some((Instant::now(), Pulse::new(self.position.as_ref(), self.beats)));
+    }
+
     pub(crate) fn revision(&self) -> Revision {
         self.position
             .as_ref()
@@ -43,6 +88,9 @@ pub(crate) struct Contents {
     pub(crate) consumers: HashMap<String, Stored>,
     /// By consumer, then by key.
     pub(crate) state: BTreeMap<(String, Bytes), Bytes>,
+    /// At which commit a value was written last: of use to defects only.
+    written: BTreeMap<(String, Bytes), u64>,
+    pub(crate) native: BTreeMap<String, u64>,
 }
 
 #[derive(Default)]
@@ -56,19 +104,42 @@ pub(crate) struct StoreState {
     pub(crate) locked: bool,
     /// What a cancelled commit left to be taken back, which only a defect does.
     pub(crate) leftover: Option<Contents>,
+    /// Counts open transactions, all beats and all snapshots: of use to defects only.
+    pub(crate) open: usize,
+    pub(crate) beats: u64,
+    pub(crate) snapshots: u64,
+    /// What open transactions staged, where a defect shows it to others.
+    pub(crate) staging: BTreeMap<(String, Bytes), Option<Bytes>>,
+    /// What was there before the last commit, where a defect shows that.
+    behind: Option<Contents>,
 }
 
 impl StoreState {
     /// To be called before each change: defects that flush late come back with what was there then.
-    pub(crate) fn before_change(&mut self, shared: &Shared) {
-        if shared.is(Defect::CommitAcknowledgedBeforeDurable) {
-            self.flushed = Some(self.live.clone());
+    pub(crate) fn before_change(&mut self, shared: &Shared, is_empty: bool) {
+        match shared.defect {
+            Defect::CommitAcknowledgedBeforeDurable => self.flushed = Some(self.live.clone()),
+            Defect::EmptyCommitNotDurable if is_empty => drop(self.flushed.get_or_insert_with(|| self.live.clone())),
+            Defect::EmptyCommitNotDurable => self.flushed = None,
+            Defect::SnapshotServedStale => self.behind = Some(self.live.clone()),
+            _ => {}
+        }
+    }
+
+    pub(crate) fn write_natively(&mut self, names: &[String]) {
+        for name in names {
+            *self.live.native.entry(name.clone()).or_default() += 1;
         }
     }
 
     pub(crate) fn restart(&mut self, shared: &Shared) {
         match shared.defect {
             Defect::CommitAcknowledgedBeforeDurable => self.live = self.flushed.take().unwrap_or_default(),
+            Defect::EmptyCommitNotDurable => {
+                if let Some(flushed) = self.flushed.take() {
+                    self.live = flushed;
+                }
+            }
             Defect::StateNotDurable => self.live.state.clear(),
             Defect::WindowsNotDurable => {
                 for stored in self.live.consumers.values_mut() {
@@ -78,6 +149,7 @@ impl StoreState {
             _ => {}
         }
         self.locked = false;
+        self.open = 0;
     }
 
     /// The check that is part of every commit; a defect may let something through, or leave something behind.
@@ -100,7 +172,9 @@ impl StoreState {
             Defect::LaterRevisionAccepted => expected >= revision,
             _ => expected == revision,
         };
-        if let Some(log) = log.as_ref().filter(|log| !log.is_same_log(&advance.log))
+        if let Some(log) = log
+            .as_ref()
+            .filter(|log| !is_same_log(shared.defect, log, &advance.log))
             && shared.is(Defect::WrongLogBeforeFenced)
         {
             return self.refuse_log(shared, consumer, staged, advance, log.clone());
@@ -132,7 +206,7 @@ impl StoreState {
             });
         }
         match log {
-            Some(stored) if !stored.is_same_log(&advance.log) => {
+            Some(stored) if !is_same_log(shared.defect, &stored, &advance.log) => {
                 self.refuse_log(shared, consumer, staged, advance, stored)
             }
             _ => Ok(()),
@@ -169,8 +243,13 @@ impl StoreState {
         if defect == Defect::CommitWipesStateOfOthers {
             self.live.state.retain(|(owner, _), _| owner == consumer.as_str());
         }
+        let stored = self.live.consumers.get(&position_key(defect, consumer));
+        let commits = stored.map_or(0, |stored| stored.commits);
         for (key, value) in staged {
             let key = state_key(defect, consumer, key);
+            if let Defect::ValuesLostAfter256Commits | Defect::ValuesLostAfter65536Commits = defect {
+                self.live.written.insert(key.clone(), commits);
+            }
             match value {
                 Some(value) => self.live.state.insert(key, kept_value(defect, value)),
                 None if defect == Defect::DeletesNotCommitted => None,
@@ -186,8 +265,39 @@ impl StoreState {
         if defect == Defect::OldConsumersForgotten && full {
             self.live.consumers.clear();
         }
+        if defect == Defect::ForgottenForAllConsumers {
+            for stored in self.live.consumers.values_mut() {
+                stored
+                    .windows
+                    .retain(|numbering, _| !advance.forgotten.contains(numbering));
+            }
+        }
+        if defect == Defect::WindowsSharedBetweenConsumers {
+            let shared = self.live.consumers.entry(SHARED_WINDOWS.into()).or_default();
+            shared.windows.extend(advance.windows.iter().cloned());
+        }
         let stored = self.live.consumers.entry(position_key(defect, consumer)).or_default();
+        stored.changes();
+        stored.commits += 1;
+        if defect == Defect::BeatsStartOverAtCommits {
+            stored.beats = 0;
+        }
+        let lost = match defect {
+            Defect::ValuesLostAfter256Commits => stored.commits.checked_sub(256),
+            Defect::ValuesLostAfter65536Commits => stored.commits.checked_sub(65_536),
+            _ => None,
+        };
+        if let Some(lost) = lost {
+            let written = &self.live.written;
+            self.live
+                .state
+                .retain(|key, _| written.get(key).is_some_and(|commit| *commit >= lost));
+        }
         let before = stored.position.take();
+        stored.previous = before.clone().map(|mut previous| {
+            previous.windows = stored.windows.clone().into_iter().collect();
+            previous
+        });
         let log = match (defect, &before) {
             (Defect::IncarnationNotKept, _) => LogId::new(advance.log.name()).unwrap_or(advance.log),
             (Defect::IncarnationWiped, _) | (_, None) => advance.log,
@@ -218,7 +328,13 @@ impl StoreState {
             (Defect::PassedStays, Some(before)) => advance.passed.or(before.passed),
             _ => advance.passed,
         };
+        stored.first.get_or_insert_with(|| position.clone());
         stored.position = Some(position);
+        match defect {
+            Defect::CommitsCountedInAByte if stored.commits.is_multiple_of(256) => stored.position = None,
+            Defect::CommitsCountedIn16Bits if stored.commits.is_multiple_of(65_536) => stored.position = None,
+            _ => {}
+        }
         match defect {
             Defect::WindowsNotPersisted => return,
             Defect::WindowsReplacedAsAWhole if !advance.windows.is_empty() => stored.windows.clear(),
@@ -231,13 +347,15 @@ impl StoreState {
             if defect == Defect::WindowsByProducerOnly {
                 numbering = Numbering::new(numbering.producer().clone(), Epoch::STABLE);
             }
-            stored.windows.insert(numbering, kept_window(defect, &window));
+            stored
+                .windows
+                .insert(kept_numbering(defect, &numbering), kept_window(defect, &window));
         }
         for producer in &advance.forgotten {
             match defect {
                 Defect::ForgottenWindowsStay => {}
                 Defect::ForgettingTakesAllWindows => stored.windows.clear(),
-                _ => drop(stored.windows.remove(producer)),
+                _ => drop(stored.windows.remove(&kept_numbering(defect, producer))),
             }
         }
     }
@@ -246,19 +364,54 @@ impl StoreState {
 fn position_key(defect: Defect, consumer: &ConsumerId) -> String {
     match defect {
         Defect::PositionSharedBetweenConsumers => "all".to_owned(),
-        _ => consumer.to_string(),
+        _ => consumer_key(defect, consumer),
+    }
+}
+
+/// What a consumer's name is kept as.
+fn consumer_key(defect: Defect, consumer: &ConsumerId) -> String {
+    let name = consumer.as_str();
+    match defect {
+        Defect::ConsumerNamesIgnoreCase => names::without_case(name),
+        Defect::ConsumerNamesCut => names::cut(name),
+        Defect::ConsumerSeparatorsFallTogether => names::without_separators(name),
+        Defect::NamesKeptAsDigests => names::digest(name.as_bytes()),
+        _ => name.to_owned(),
+    }
+}
+
+/// What a producer's name is kept as.
+fn kept_numbering(defect: Defect, numbering: &Numbering) -> Numbering {
+    let name = numbering.producer().as_str();
+    let kept = match defect {
+        Defect::ProducerNamesIgnoreCase => names::without_case(name),
+        Defect::ProducerNamesCut => names::cut(name),
+        Defect::ProducerSeparatorsFallTogether => names::without_separators(name),
+        _ => return numbering.clone(),
+    };
+    let producer = ProducerId::new(kept).unwrap_or_else(|_| numbering.producer().clone());
+    Numbering::new(producer, numbering.epoch())
+}
+
+fn is_same_log(defect: Defect, stored: &LogId, given: &LogId) -> bool {
+    match (defect, stored.incarnation(), given.incarnation()) {
+        (Defect::UnknownIncarnationRefused, Some(_), None) | (Defect::KnownIncarnationRefused, None, Some(_)) => false,
+        (Defect::UnknownIncarnationMatchesAnyName, _, None) => true,
+        _ => stored.is_same_log(given),
     }
 }
 
 /// Where a value is kept: a case sees to it that no two consumers and no two keys share one place.
 pub(crate) fn state_key(defect: Defect, consumer: &ConsumerId, key: &[u8]) -> (String, Bytes) {
-    let owner = consumer.to_string();
+    let owner = consumer_key(defect, consumer);
     let text = || String::from_utf8_lossy(key).into_owned();
     match defect {
         Defect::StateSharedBetweenConsumers => (String::new(), Bytes::copy_from_slice(key)),
         Defect::KeysJoinedToNames => (String::new(), [owner.as_bytes(), b":", key].concat().into()),
         Defect::KeysAppendedToNames => (String::new(), [owner.as_bytes(), key].concat().into()),
         Defect::KeysKeptAsText => (owner, text().into()),
+        Defect::KeysKeptAsDigests => (owner, names::digest(key).into()),
+        Defect::LongKeysCut => (owner, Bytes::copy_from_slice(&key[..key.len().min(KEY_CUT)])),
         Defect::KeysIgnoreCase => (owner, text().to_lowercase().into()),
         Defect::KeysEndAtZero => {
             let end = key.iter().position(|byte| *byte == 0).unwrap_or(key.len());
@@ -304,6 +457,11 @@ pub(crate) struct Handle {
     pub(crate) dead: AtomicBool,
     pub(crate) cache: Mutex<HashMap<(String, Bytes), Option<Bytes>>>,
     pub(crate) not_yet_applied: Mutex<Vec<(ConsumerId, Staged, Advance)>>,
+    pub(crate) positions: Mutex<HashMap<String, Position>>,
+    pulses: Mutex<HashMap<String, Pulse>>,
+    beats: AtomicU64,
+    /// Wakes those who watch through this handle.
+    pub(crate) own_commits: watch::Sender<()>,
 }
 
 /// A handle of the store, as one process would have it.
@@ -321,26 +479,236 @@ impl ModelStore {
             handle: Arc::default(),
         }
     }
+
+    fn connected(&self) -> Result<MutexGuard<'_, State>, Error> {
+        self.shared.connected(self.generation)
+    }
+
+    /// The position as it is in this moment.
+    fn position_now(&self, contents: &Contents, consumer: &ConsumerId) -> Option<Position> {
+        let defect = self.shared.defect;
+        let key = position_key(defect, consumer);
+        let kept = self.handle.positions.lock().unwrap_or_else(PoisonError::into_inner);
+        let stored = contents.consumers.get(&key)?;
+        if defect == Defect::PositionServedStale {
+            return stored.previous.clone();
+        }
+        let mut position = kept.get(&key).cloned().or(stored.position.clone())?;
+        let windows = match defect {
+            Defect::WindowsSharedBetweenConsumers => {
+                contents.consumers.get(SHARED_WINDOWS).map(|shared| &shared.windows)
+            }
+            _ => Some(&stored.windows),
+        };
+        position.windows = windows
+            .into_iter()
+            .flatten()
+            .map(|(name, window)| (name.clone(), window.clone()))
+            .collect();
+        if defect == Defect::WindowsInAnyOrder {
+            let turn = stored.commits as usize % position.windows.len().max(1);
+            position.windows.rotate_left(turn);
+            position.windows.reverse();
+        }
+        Some(position)
+    }
+
+    /// The position as this handle reads it, in one moment or, with a defect, in several.
+    async fn read_position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        let mut found = self.position_now(&self.connected()?.store.live, consumer);
+        match self.shared.defect {
+            Defect::PositionReadInSteps | Defect::WindowsReadApart => {
+                sleep(BETWEEN_PARTS).await;
+                let later = self.position_now(&self.connected()?.store.live, consumer);
+                if let (Some(found), Some(later)) = (&mut found, later) {
+                    found.windows = later.windows;
+                    if self.shared.is(Defect::PositionReadInSteps) {
+                        (found.owner, found.passed) = (later.owner, later.passed);
+                    }
+                }
+            }
+            Defect::PositionReadFromACopy | Defect::SnapshotFromACopy => {
+                for _ in 0..3 {
+                    yield_now().await;
+                }
+            }
+            _ => {}
+        }
+        Ok(found)
+    }
+
+    fn value_now(&self, state: &State, consumer: &ConsumerId, key: &[u8]) -> Option<Bytes> {
+        let place = state_key(self.shared.defect, consumer, key);
+        let store = &state.store;
+        match self.shared.defect {
+            Defect::SnapshotSeesWhatIsStaged if store.staging.contains_key(&place) => store.staging[&place].clone(),
+            Defect::SnapshotServedStale => store.behind.as_ref()?.state.get(&place).cloned(),
+            Defect::SnapshotMixesConsumers => {
+                let own = store.live.state.get(&place);
+                let others = || {
+                    store
+                        .live
+                        .state
+                        .iter()
+                        .find(|((_, other), _)| other == key)
+                        .map(|(_, value)| value)
+                };
+                own.or_else(others).cloned()
+            }
+            _ => store.live.state.get(&place).cloned(),
+        }
+    }
+
+    /// Changes the stored position, if there is one, outside of any commit.
+    fn amend(&self, consumer: &ConsumerId, change: impl FnOnce(&mut Stored, &mut Position)) -> Result<(), Error> {
+        let mut state = self.connected()?;
+        let key = position_key(self.shared.defect, consumer);
+        if let Some(stored) = state.store.live.consumers.get_mut(&key)
+            && let Some(mut position) = stored.position.clone()
+        {
+            stored.changes();
+            change(stored, &mut position);
+            stored.position = Some(position);
+        }
+        self.shared.commits.send_replace(());
+        self.handle.own_commits.send_replace(());
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl ReadState for ModelStore {
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        let defect = self.shared.defect;
+        while defect == Defect::SnapshotWaitsForTransactions && self.connected()?.store.open > 0 {
+            sleep(BETWEEN_PARTS).await;
+        }
+        let mut keys = keys.to_vec();
+        if defect == Defect::SnapshotSorted {
+            keys.sort_unstable();
+        }
+        let (position, mut values) = {
+            let mut state = self.connected()?;
+            state.store.snapshots += 1;
+            let position = match (defect, &state.store.behind) {
+                (Defect::SnapshotServedStale, Some(behind)) => self.position_now(behind, consumer),
+                _ => self.position_now(&state.store.live, consumer),
+            };
+            let values: Vec<_> = keys.iter().map(|key| self.value_now(&state, consumer, key)).collect();
+            (position, values)
+        };
+        match defect {
+            Defect::SnapshotReadInSteps => {
+                for (value, key) in values.iter_mut().zip(&keys) {
+                    sleep(BETWEEN_PARTS).await;
+                    *value = self.value_now(&*self.connected()?, consumer, key);
+                }
+            }
+            Defect::SnapshotLeavesOutMissing => values.retain(Option::is_some),
+            Defect::SnapshotFromACopy => {
+                for _ in 0..3 {
+                    yield_now().await;
+                }
+            }
+            _ => {}
+        }
+        Ok(Snapshot::new(position, values))
+    }
 }
 
 #[async_trait]
 impl OffsetStore for ModelStore {
     type Tx = ModelTx;
 
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        let defect = self.shared.defect;
+        let key = position_key(defect, consumer);
+        let state = self.connected()?;
+        let stored = state.store.live.consumers.get(&key);
+        let mut pulse = stored.map_or_else(Pulse::default, |stored| stored.pulse(defect));
+        if defect == Defect::BeatsKeptInTheHandle {
+            pulse.beats += self.handle.beats.load(Ordering::SeqCst);
+        }
+        let mut pulses = self.handle.pulses.lock().unwrap_or_else(PoisonError::into_inner);
+        match defect {
+            Defect::PulseKeptInTheHandle => Ok(*pulses.entry(key).or_insert(pulse)),
+            _ => Ok(pulse),
+        }
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        let (mut all, mut own) = (self.shared.commits.subscribe(), self.handle.own_commits.subscribe());
+        let seen = match self.shared.defect {
+            Defect::WatchForgetsWhatItSaw => self.pulse(consumer).await?,
+            _ => *seen,
+        };
+        loop {
+            let pulse = self.pulse(consumer).await?;
+            if pulse != seen {
+                return Ok(pulse);
+            }
+            // The senders live in what this handle holds, and a time-out means to look again.
+            match self.shared.defect {
+                Defect::WatchHearsOnlyItsHandle => drop(own.changed().await),
+                _ => drop(timeout(interval, all.changed()).await),
+            }
+            if self.shared.is(Defect::WatchReturnsEarly) {
+                return self.pulse(consumer).await;
+            }
+        }
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let defect = self.shared.defect;
+        if defect == Defect::BeatCreatesAPosition {
+            let mut state = self.connected()?;
+            let stored = state
+                .store
+                .live
+                .consumers
+                .entry(position_key(defect, consumer))
+                .or_default();
+            if stored.position.is_none() {
+                stored.position = Some(Position::new(LogId::new("unknown")?, Offset::ZERO, Revision::NONE));
+            }
+        }
+        let mut counts = false;
+        self.amend(consumer, |stored, position| {
+            if position.owner != Some(owner) && defect != Defect::BeatOfAnotherCounts {
+                return;
+            }
+            counts = true;
+            match defect {
+                Defect::BeatsNotKept => {}
+                Defect::BeatsKeptInTheHandle => drop(self.handle.beats.fetch_add(1, Ordering::SeqCst)),
+                _ => stored.beats += 1,
+            }
+            if defect == Defect::BeatRaisesTheRevision {
+                position.revision = position.revision.next_count();
+            }
+        })?;
+        if counts {
+            self.connected()?.store.beats += 1;
+        }
+        Ok(())
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        let defect = self.shared.defect;
+        self.amend(consumer, |_, position| {
+            let is_own = position.owner == Some(owner);
+            if (is_own || defect == Defect::ReleaseOfAnotherCounts) && defect != Defect::ReleaseIgnored {
+                position.owner = None;
+                if defect == Defect::ReleaseRaisesTheRevision {
+                    position.revision = position.revision.next_count();
+                }
+            }
+        })
+    }
+
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         self.shared.travel(self.generation, Stage::Idle).await?;
-        let state = self.shared.connected(self.generation)?;
-        let stored = state
-            .store
-            .live
-            .consumers
-            .get(&position_key(self.shared.defect, consumer));
-        let found = stored.and_then(|stored| {
-            let mut position = stored.position.clone()?;
-            position.windows = stored.windows.clone().into_iter().collect();
-            Some(position)
-        });
-        match found {
+        match self.read_position(consumer).await? {
             None if self.shared.is(Defect::FreshStoreHasAPosition) => Ok(Some(Position::new(
                 LogId::new("unknown")?,
                 Offset::ZERO,

@@ -10,6 +10,12 @@ pub(crate) struct Mutant {
     pub(crate) finding: &'static str,
 }
 
+/// A backend that differs within the contract, and a case that must accept it.
+pub(crate) struct Sound {
+    pub(crate) variant: Defect,
+    pub(crate) case: &'static str,
+}
+
 /// The finding of a case that ran into its time limit.
 pub(crate) const STUCK: &str = "still waiting";
 
@@ -49,14 +55,14 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         ReadersShareACursor => "disturb each other",
     }
     l4_a_record_is_read_as_it_was_appended {
-        EmptyKeyReadAsNone => "appended NewRecord",
-        HeadersSorted => "appended NewRecord",
-        RepeatedHeadersLost => "appended NewRecord",
-        HeaderNamesReadAsAscii => "appended NewRecord",
-        PayloadReadAsText => "appended NewRecord",
-        OriginLost => "appended NewRecord",
-        EpochLost => "appended NewRecord",
-        SequenceReadAsSigned => "appended NewRecord",
+        EmptyKeyReadAsNone => "its key is None",
+        HeadersSorted => "its header 0 is \"a\"",
+        RepeatedHeadersLost => "its header 1 is",
+        HeaderNamesReadAsAscii => "its header 3 is \"na?ve ?\"",
+        PayloadReadAsText => "its payload is",
+        OriginLost => "its origin is None",
+        EpochLost => "its origin is",
+        SequenceReadAsSigned => "its origin is",
         EmptyPayloadCalledMalformed => "is called malformed",
         AppendTimeLost => "has no append time",
         AppendTellsTheFirst => "as the last offset",
@@ -72,8 +78,35 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         NextIgnoresBytes => "one call of next returned",
         NextSkipsWhatItCutsOff => "there is another record",
     }
+    l4_a_record_keeps_hundreds_of_headers {
+        HeadersOver255Lost => "its number of headers is 255, not 300",
+        HeaderValuesCut => "65535 bytes, not",
+    }
+    l4_headers_count_towards_the_megabyte {
+        FetchIgnoresHeaders => "records with",
+        NextIgnoresBytes => "records with",
+    }
+    l4_records_that_grow_do_not_overfill_a_call {
+        FetchSizedByTheFirst => "records with",
+        FetchSizedByTheCallBefore => "records with",
+    }
+    l4_next_takes_the_largest_max {
+        MaxOverflows => STUCK,
+        LargeMaxRefused => "out of range",
+    }
+    l4_append_times_are_of_the_append {
+        AppendTimeInSeconds => "apart, their times are",
+        AppendTimeOfTheRead => "its time of append is",
+        AppendTimeOfTheHandle => "apart, their times are 0ns apart",
+    }
     l4_logs_of_other_names_are_independent {
         LogsShareRecords => "holds",
+    }
+    l4_logs_with_similar_names_are_independent {
+        LogNamesIgnoreCase => "log Orders holds something",
+        LogNamesCut => "nnn2 (200 bytes) holds something",
+        LogSeparatorsFallTogether => "log a-b holds something",
+        LogNamesMatchPrefixes => "holds something",
     }
     l4_foreign_records_are_read {
         ForeignSkipped => STUCK,
@@ -85,6 +118,10 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         ReaderStartsBeforeABetween => "did not wait",
         WaitingReaderIsNotWoken => STUCK,
         WokenReaderStartsOver => "round 1: got [\"0\", \"1\"]",
+    }
+    l5_no_wake_up_is_missed {
+        WakeUpLostBeforeWaiting => "has not seen the appended record",
+        WakeUpsDebounced => "has not seen the appended record",
     }
     l5_bounds_tell_the_earliest_record_and_the_end {
         EmptyLogHasAnEnd => "an empty log has bounds",
@@ -98,13 +135,26 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         TruncationWaits => STUCK,
         TruncatedToldAsFailure => "reading a removed record failed with",
         TruncatedTellsNoEarliest => "reading a removed record failed with",
-        RetentionLosesAppendTimes => "what is left",
+        RetentionLosesAppendTimes => "its time of append is",
     }
     l5_retention_that_overtakes_a_reader_is_told {
         NextIgnoresMax => "the first record is",
         OvertakenReaderMovesOn => "went on at",
         OvertakenReaderWaits => STUCK,
         OvertakenReaderFailsVaguely => "unexpected error",
+    }
+    l5_retention_of_everything_keeps_the_end {
+        OffsetsStartOverWhenEmptied => "an append to the emptied log told offset",
+        EndForgottenWhenEmptied => "now its bounds are",
+        EmptiedLogRefusesItsEnd => "did not wait",
+    }
+    l5_offsets_are_not_reused_after_a_restart {
+        OffsetsRecountedAtRestart => "is past the end",
+        EndForgottenAtRestart => "now its bounds are",
+    }
+    l5_the_readable_end_leaves_out_deleted_records {
+        ReadableEndIgnoresDeletes => "the readable end is",
+        ReadableEndIsTheLastRecord => "the readable end is",
     }
     l5_past_the_end_is_out_of_range {
         PastEndWaits => STUCK,
@@ -127,6 +177,24 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         AppendAcknowledgedBeforeDurable => "which means all three records",
         LostAppendReplyToldAsFailure => "which means none",
         ReconnectTearsBatch => "which means a prefix",
+    }
+    l7_a_lost_reply_never_doubles_an_append {
+        LostAppendReplyToldAsFailure => "which means none",
+        AppendRetriedAfterLostReply => "which means all three records",
+        LostAppendRequestToldAsSuccess => "which means all three records",
+    }
+    l7_a_refusal_amid_a_batch_tells_the_truth {
+        RefusedMiddleLeavesAPrefix => "which means none",
+        RefusedMiddleSkipped => "which means a prefix",
+        RefusedTailComesLater => "which means none",
+    }
+    l7_concurrent_appends_have_their_own_outcomes {
+        NeighbourToldTheRefusal => "because one beside it was refused",
+        RefusalDropsTheNeighbour => "which means all of its records",
+    }
+    l10_an_old_handle_never_appends_to_a_new_log {
+        OldHandleAppendsToNewLog => "the log created later holds [\"new\", \"stray\"]",
+        OldHandleCreatesTheLog => "the log created later holds [\"stray\"]",
     }
     l8_sizes_up_to_the_limit_are_taken {
         LimitIsExclusive => "over the limit",
@@ -161,12 +229,12 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     s1_windows_are_kept_whole_with_the_position {
         WindowsNotPersisted => "no window was kept",
-        WindowTooSmall => "windows changed",
-        WindowLosesItsLastOffset => "windows changed",
-        WindowReadAsSigned => "windows changed",
-        WindowsReplacedAsAWhole => "after one window changed",
-        WindowsWrittenOnce => "after one window changed",
-        WindowsByProducerOnly => "windows changed",
+        WindowTooSmall => "windows changed in the store: its window of a is",
+        WindowLosesItsLastOffset => "windows changed in the store: its window of a is",
+        WindowReadAsSigned => "windows changed in the store: its window of c is",
+        WindowsReplacedAsAWhole => "after one window changed: its window of a is missing",
+        WindowsWrittenOnce => "after one window changed: its window of a#7 is",
+        WindowsByProducerOnly => "windows changed in the store: its window of a is",
     }
     s1_forgotten_windows_are_removed {
         ForgottenWindowsStay => "after forgetting a",
@@ -180,6 +248,24 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         PassedNotKept => "committed the passed record Some",
         PassedStays => "committed the passed record None",
     }
+    s1_windows_of_similar_producers_are_independent {
+        ProducerNamesIgnoreCase => "its window of",
+        ProducerNamesCut => "its window of",
+        ProducerSeparatorsFallTogether => "its window of",
+    }
+    s1_hundreds_of_commits_keep_everything {
+        CommitsCountedInAByte => "has no position after a commit",
+        ValuesLostAfter256Commits => "what the first one wrote reads None",
+    }
+    s1_tens_of_thousands_of_commits_keep_everything {
+        CommitsCountedIn16Bits => "commit 65537 of one consumer failed",
+        ValuesLostAfter65536Commits => "what the first one wrote reads None",
+    }
+    s1_native_writes_are_applied_with_the_commit {
+        NativeNotCommitted => "was natively written 2 times and counts 0",
+        NativeAppliedTwice => "was natively written 2 times and counts 4",
+        NativeAppliedAtOnce => "is not made yet",
+    }
     s1_a_restart_never_parts_state_from_position {
         OffsetCommittedApart => "the state",
     }
@@ -190,8 +276,8 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     s2_a_fenced_commit_applies_nothing {
         NoRevisionCheck => "a late commit",
-        FencedCommitMovesOffset => "moved the position",
-        FencedCommitLeavesWindows => "moved the position",
+        FencedCommitMovesOffset => "moved the position: its next offset is",
+        FencedCommitLeavesWindows => "moved the position: its window of a is one too many",
         FencedCommitLeavesState => "a fenced commit left",
         HandleDeadAfterFenced => "unexpected error",
     }
@@ -204,10 +290,18 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         FencedToldAsFailure => "a loser got",
         GetServedFromAStaleCache => "the state counts",
     }
+    s2_a_fenced_commit_applies_no_native_writes {
+        NativeNotFenced => "(late, next) are natively (1, 1)",
+        NativeAppliedAtOnce => "(late, next) are natively (2, 1)",
+    }
     s3_commits_survive_a_restart {
         CommitAcknowledgedBeforeDurable => "the state counts 0",
         StateNotDurable => "the state counts 0",
-        WindowsNotDurable => "restart 1 changed",
+        WindowsNotDurable => "restart 1 changed the position: its window of web-1 is missing",
+    }
+    s3_a_commit_that_stages_nothing_survives_a_restart {
+        EmptyCommitNotDurable => "commit 2 was acknowledged, the position is 1",
+        EmptyCommitKeptInTheHandle => "commit 2 was acknowledged, the position is 1",
     }
     s3_a_store_tells_its_durability {
         StoreDurabilityFails => "unexpected error",
@@ -223,6 +317,10 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         RollbackApplied => "a rolled back transaction left",
         BeginCountsARevision => "a rolled back transaction moved",
     }
+    s4_a_transaction_that_ends_leaves_no_native_writes {
+        NativeAppliedAtOnce => "was dropped left 1 native writes",
+        NativeAppliedByDrop => "was dropped left 1 native writes",
+    }
     s5_a_cancelled_commit_is_all_or_nothing_and_for_good {
         OffsetCommittedApart => "a cancelled commit left",
         CancelledCommitTakenBackLater => "was stored, now it is",
@@ -233,8 +331,17 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         LostCommitReplyToldAsFailure => "ended with Err(Unavailable",
         CommitRetriedAfterLostReply => "ended with Err(Fenced",
     }
+    s5_a_lost_reply_leaves_the_truth_to_position {
+        LostCommitReplyToldAsFailure => "which means not made",
+        CommitRetriedAfterLostReply => "ended with Err(Fenced",
+        LostCommitRequestToldAsSuccess => "which means made",
+    }
     s6_a_transaction_whose_read_failed_does_not_commit {
         FailedReadForgotten => "a read failed and was ignored",
+    }
+    s6_a_failed_read_commits_no_native_writes {
+        FailedReadForgotten => "a read failed and was ignored",
+        NativeAppliedAtOnce => "1 native writes are there",
     }
     s6_a_transaction_reads_its_own_writes {
         GetSeesOnlyOwnWrites => "a stored key reads as",
@@ -252,6 +359,18 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         LargeValuesCut => "key",
         ValuesKeptAsText => "key",
     }
+    s6_every_key_and_value_of_the_guaranteed_sizes_is_taken {
+        EmptyKeyRefused => "a key of 0 bytes",
+        KeysOver255Refused => "a key of 256 bytes",
+        LongKeysCut => "a key of 1024 bytes",
+        ValuesOf64KibRefused => "a value of 65536 bytes",
+        EmptyValueReadAsNone => "holds None bytes",
+    }
+    s6_a_key_over_the_limit_is_refused_and_stages_nothing {
+        NoKeyLimit => "bytes: Ok",
+        KeyLimitIsExclusive => "unexpected error",
+        RefusedKeyStaged => "after a refused put",
+    }
     s6_a_value_over_the_limit_is_refused_and_stages_nothing {
         NoValueLimit => "bytes: Ok",
         ValueLimitIsExclusive => "unexpected error",
@@ -266,6 +385,15 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         KeysAppendedToNames => "under \"-2k\"",
         CommitWipesStateOfOthers => "it wrote 1",
     }
+    s7_consumers_with_similar_names_are_independent {
+        ConsumerNamesIgnoreCase => "consumer Orders has a position or state",
+        ConsumerNamesCut => "nnn2 (200 bytes) has a position or state",
+        ConsumerSeparatorsFallTogether => "consumer a-b has a position or state",
+    }
+    s7_consumers_do_not_see_each_others_windows {
+        WindowsSharedBetweenConsumers => "which committed no windows",
+        ForgottenForAllConsumers => "after billing forgot its windows",
+    }
     s7_a_thousand_consumers_keep_their_positions {
         OldConsumersForgotten => "has no position",
         RevisionsCountedForAll => "it stands at",
@@ -277,13 +405,112 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         IncarnationNotKept => "after a commit for orders#a1",
         IncarnationWiped => "after a commit for orders the position is of orders, not",
     }
+    s8_a_log_without_incarnation_is_the_same_log {
+        UnknownIncarnationRefused => "a commit for orders, where the position is of orders#a1",
+        KnownIncarnationRefused => "a commit for orders#a1, where the position is of orders:",
+        UnknownIncarnationMatchesAnyName => "a commit for invoices, without an incarnation",
+    }
     s8_a_stale_commit_for_another_log_is_fenced {
         WrongLogBeforeFenced => "a stale commit for another log",
     }
     s8_a_commit_for_another_log_is_refused {
         OtherLogAccepted => "a commit for another log:",
         WrongLogNamesTheGiven => "a commit for another log:",
-        OtherLogMovesOffset => "moved the position",
+        OtherLogMovesOffset => "moved the position: its log is",
         OtherLogLeavesState => "left state",
     }
+    s9_a_position_is_of_one_commit {
+        PositionReadInSteps => "its owner is",
+        WindowsReadApart => "its window of a is",
+        WindowsWrittenApart => "its window of a is",
+        PositionServedStale => "was acknowledged, and then",
+    }
+    s10_a_commit_changes_the_pulse {
+        PulseOnlyOfBeats => "after commit 2: the pulse is",
+        PulseKeptInTheHandle => "after commit 1: the pulse is",
+    }
+    s10_watch_returns_after_a_commit_elsewhere {
+        WatchHearsOnlyItsHandle => STUCK,
+        WatchForgetsWhatItSaw => STUCK,
+    }
+    s10_a_beat_of_the_owner_changes_the_pulse {
+        BeatsNotKept => "after beat 1 of the owner",
+        BeatsKeptInTheHandle => "after beat 1 of the owner",
+    }
+    s10_a_beat_of_another_changes_nothing {
+        BeatOfAnotherCounts => "changed the pulse from",
+        BeatCreatesAPosition => "a beat without a position made one",
+    }
+    s10_a_beat_fences_nobody {
+        BeatRaisesTheRevision => "its revision is",
+        BeatEndsTransactions => "a commit with a beat beside it",
+    }
+    s10_a_release_clears_its_own_owner_only {
+        ReleaseIgnored => "after a release by the owner",
+        ReleaseOfAnotherCounts => "its owner is None",
+        ReleaseRaisesTheRevision => "after a release by the owner",
+    }
+    s11_a_snapshot_is_of_one_commit {
+        SnapshotReadInSteps => "a snapshot has the position of",
+        SnapshotServedStale => "was acknowledged, and then",
+        SnapshotSeesHalfACommit => "a snapshot has the position of",
+    }
+    s11_a_snapshot_keeps_the_order_of_keys {
+        SnapshotSorted => "has the values",
+        SnapshotLeavesOutMissing => "has the snapshot",
+        SnapshotMixesConsumers => "has the values",
+    }
+    s11_a_snapshot_waits_for_no_transaction {
+        SnapshotWaitsForTransactions => STUCK,
+        SnapshotSeesWhatIsStaged => "beside an open transaction has",
+        SnapshotHoldsUpCommits => "unexpected error",
+    }
+};
+
+macro_rules! sound {
+    ($($case:ident { $($variant:ident),+ })+) => {
+        &[$($(Sound { variant: Defect::$variant, case: stringify!($case) },)+)+]
+    };
+}
+
+/// The sound variants, in the order of `DEFECTS.md`.
+pub(crate) const SOUND: &[Sound] = sound! {
+    l4_a_record_keeps_hundreds_of_headers { FetchesOneByOne }
+    l4_headers_count_towards_the_megabyte { FetchesOneByOne }
+    l4_records_that_grow_do_not_overfill_a_call { FetchesOneByOne }
+    l4_next_takes_the_largest_max { FetchesOneByOne }
+    l4_append_times_are_of_the_append { ClockOfTheServer }
+    l4_logs_with_similar_names_are_independent { NamesKeptAsDigests }
+    l5_no_wake_up_is_missed { PollsForRecords }
+    l5_retention_of_everything_keeps_the_end { OffsetsLeapAfterRetention }
+    l5_offsets_are_not_reused_after_a_restart { OffsetsLeapAfterRetention }
+    l5_the_readable_end_leaves_out_deleted_records { EmptiedReadableEndIsTheEarliest }
+    l7_a_lost_reply_never_doubles_an_append { LostRepliesLookedUp }
+    l7_a_refusal_amid_a_batch_tells_the_truth { RefusedMiddleInDoubt }
+    l7_concurrent_appends_have_their_own_outcomes { AppendsTakeTurns }
+    l10_an_old_handle_never_appends_to_a_new_log { OldHandleAppendsVanish }
+    s1_hundreds_of_commits_keep_everything { CompactsEvery100Commits }
+    s1_tens_of_thousands_of_commits_keep_everything { CompactsEvery100Commits }
+    s1_windows_of_similar_producers_are_independent { WindowsInAnyOrder }
+    s1_native_writes_are_applied_with_the_commit { NativeAppliedFirst }
+    s2_a_fenced_commit_applies_no_native_writes { NativeAppliedFirst }
+    s3_a_commit_that_stages_nothing_survives_a_restart { CompactsEvery100Commits }
+    s4_a_transaction_that_ends_leaves_no_native_writes { NativeAppliedFirst }
+    s5_a_lost_reply_leaves_the_truth_to_position { LostRepliesLookedUp }
+    s6_a_failed_read_commits_no_native_writes { NativeAppliedFirst }
+    s6_every_key_and_value_of_the_guaranteed_sizes_is_taken { KeysKeptAsDigests }
+    s6_a_key_over_the_limit_is_refused_and_stages_nothing { KeysKeptAsDigests }
+    s7_consumers_with_similar_names_are_independent { NamesKeptAsDigests }
+    s7_consumers_do_not_see_each_others_windows { WindowsInAnyOrder }
+    s8_a_log_without_incarnation_is_the_same_log { WindowsInAnyOrder }
+    s9_a_position_is_of_one_commit { PositionReadFromACopy }
+    s10_a_commit_changes_the_pulse { PulseLags }
+    s10_a_beat_of_the_owner_changes_the_pulse { BeatsStartOverAtCommits, PulseLags }
+    s10_a_beat_of_another_changes_nothing { BeatsStartOverAtCommits }
+    s10_a_beat_fences_nobody { BeatsStartOverAtCommits }
+    s10_a_release_clears_its_own_owner_only { PulseLags }
+    s10_watch_returns_after_a_commit_elsewhere { WatchReturnsEarly }
+    s11_a_snapshot_is_of_one_commit { SnapshotFromACopy }
+    s11_a_snapshot_keeps_the_order_of_keys { SnapshotFromACopy }
+    s11_a_snapshot_waits_for_no_transaction { SnapshotFromACopy }
 };

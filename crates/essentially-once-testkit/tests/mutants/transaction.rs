@@ -8,12 +8,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Advance, ConsumerId, Error, KeyValue, Transaction, async_trait};
-use tokio::time::sleep;
+use essentially_once::{Advance, ConsumerId, Error, KeyValue, Position, Transaction, async_trait};
+use essentially_once_testkit::{Cut, Request};
+use tokio::{task::yield_now, time::sleep};
 
 use crate::{
     defect::Defect,
-    model::{Shared, Stage, State, VALUE_LIMIT, in_doubt},
+    model::{KEY_LIMIT, Shared, Stage, State, VALUE_LIMIT, in_doubt},
     store::{Contents, Handle, state_key},
 };
 
@@ -31,7 +32,11 @@ pub(crate) struct ModelTx {
     handle: Arc<Handle>,
     consumer: ConsumerId,
     staged: Staged,
+    /// Names under which it wrote natively.
+    native: Vec<String>,
     finished: bool,
+    /// How many beats and snapshots there were when it began.
+    begun: (u64, u64),
 }
 
 impl ModelTx {
@@ -51,13 +56,69 @@ impl ModelTx {
                 position.revision = position.revision.next_count();
             }
         }
+        let begun = {
+            let mut state = shared.state();
+            state.store.open += 1;
+            (state.store.beats, state.store.snapshots)
+        };
         Ok(Self {
             shared,
             generation,
             handle,
             consumer: consumer.clone(),
             staged: Staged::new(),
+            native: Vec::new(),
             finished: false,
+            begun,
+        })
+    }
+
+    pub(crate) fn put_natively(&mut self, name: &str) -> Result<(), Error> {
+        let mut state = self.connected()?;
+        if self.shared.is(Defect::NativeAppliedAtOnce) {
+            state.store.write_natively(&[name.to_owned()]);
+            return Ok(());
+        }
+        drop(state);
+        self.native.push(name.to_owned());
+        Ok(())
+    }
+
+    /// Applies the native writes, as often as a defect says.
+    fn apply_natively(&self, state: &mut State) {
+        let times = match self.shared.defect {
+            Defect::NativeNotCommitted => 0,
+            Defect::NativeAppliedTwice => 2,
+            _ => 1,
+        };
+        for _ in 0..times {
+            state.store.write_natively(&self.native);
+        }
+    }
+
+    /// Refuses a key over the limit, or one that a defect does not take.
+    fn check_key(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        let limit = match self.shared.defect {
+            Defect::EmptyKeyRefused if key.is_empty() => return Err(Error::failed("put", "the key is empty")),
+            Defect::ValuesOf64KibRefused if value.len() > usize::from(u16::MAX) => {
+                return Err(Error::failed("put", "the value is too long"));
+            }
+            Defect::KeysOver255Refused => 255,
+            Defect::KeyLimitIsExclusive => KEY_LIMIT - 1,
+            Defect::NoKeyLimit => usize::MAX,
+            _ => KEY_LIMIT,
+        };
+        if key.len() <= limit {
+            return Ok(());
+        }
+        if self.shared.is(Defect::RefusedKeyStaged) {
+            let fits = Bytes::copy_from_slice(&key[..limit]);
+            self.staged.insert(fits, Some(Bytes::copy_from_slice(value)));
+        }
+        Err(Error::TooLarge {
+            what: "key",
+            size: key.len(),
+            limit,
         })
     }
 
@@ -107,7 +168,18 @@ impl ModelTx {
             if !self.shared.is(Defect::RevisionCheckedOutside) {
                 store.check(&self.shared, &self.consumer, staged, advance)?;
             }
-            store.before_change(&self.shared);
+            store.before_change(&self.shared, staged.is_empty() && advance.windows.is_empty());
+            if self.shared.is(Defect::EmptyCommitKeptInTheHandle) && staged.is_empty() {
+                let mut kept = Position::new(advance.log.clone(), advance.next, advance.revision);
+                (kept.owner, kept.passed) = (advance.owner, advance.passed);
+                let mut positions = self.handle.positions.lock().unwrap_or_else(PoisonError::into_inner);
+                positions.insert(self.consumer.to_string(), kept);
+                return Ok(());
+            }
+            if self.shared.is(Defect::NativeAppliedFirst) {
+                self.apply_natively(&mut state);
+            }
+            let store = &mut state.store;
             if self.shared.is(Defect::StateKeptInTheHandle) {
                 let mut cache = self.handle.cache.lock().unwrap_or_else(PoisonError::into_inner);
                 for (key, value) in staged {
@@ -116,10 +188,24 @@ impl ModelTx {
             } else {
                 store.write_state(&self.shared, &self.consumer, staged);
             }
-            if !self.shared.is(Defect::OffsetCommittedApart) {
-                store.write_position(&self.shared, &self.consumer, advance.clone());
-                return Ok(());
+            match self.shared.defect {
+                Defect::OffsetCommittedApart | Defect::SnapshotSeesHalfACommit => {}
+                Defect::WindowsWrittenApart => {
+                    let mut alone = advance.clone();
+                    alone.windows.clear();
+                    store.write_position(&self.shared, &self.consumer, alone);
+                }
+                defect => {
+                    store.write_position(&self.shared, &self.consumer, advance.clone());
+                    if defect != Defect::NativeAppliedFirst {
+                        self.apply_natively(&mut state);
+                    }
+                    return Ok(());
+                }
             }
+        }
+        if self.shared.is(Defect::SnapshotSeesHalfACommit) || self.shared.is(Defect::WindowsWrittenApart) {
+            sleep(CHECK_TO_WRITE).await;
         }
         self.shared
             .travel(self.generation, Stage::Halfway)
@@ -153,11 +239,33 @@ impl ModelTx {
 impl Transaction for ModelTx {
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.finished = true;
+        {
+            let state = self.shared.state();
+            let (beats, snapshots) = (state.store.beats != self.begun.0, state.store.snapshots != self.begun.1);
+            match self.shared.defect {
+                Defect::BeatEndsTransactions if beats => {
+                    return Err(Error::failed("commit", "there is no transaction"));
+                }
+                Defect::SnapshotHoldsUpCommits if snapshots => {
+                    return Err(Error::unavailable("commit", "a reader holds a lock"));
+                }
+                _ => {}
+            }
+        }
         let staged = mem::take(&mut self.staged);
         if self.handle.dead.load(Ordering::SeqCst) {
             return Err(Error::failed("commit", "the connection is in an aborted transaction"));
         }
         self.shared.travel(self.generation, Stage::Request).await?;
+        let cut = self.shared.cut(Request::Commit);
+        let lost = || Error::unavailable("commit", "the connection was cut");
+        if cut == Some(Cut::BeforeRequest) {
+            return match self.shared.defect {
+                Defect::LostCommitRequestToldAsSuccess => Ok(()),
+                Defect::LostRepliesLookedUp | Defect::LostCommitReplyToldAsFailure => Err(lost()),
+                _ => Err(in_doubt(lost())),
+            };
+        }
         if self.shared.is(Defect::CommitAppliedAfterReply) {
             return self.apply_the_one_before(staged, advance);
         }
@@ -167,11 +275,27 @@ impl Transaction for ModelTx {
             .await
             .map_err(in_doubt)?;
         let applied = self.apply(&staged, &advance).await;
-        self.shared.state().store.locked = false;
+        if self.shared.is(Defect::CompactsEvery100Commits) && self.shared.state().store.commits.is_multiple_of(100) {
+            for _ in 0..10 {
+                yield_now().await;
+            }
+        }
+        {
+            let mut state = self.shared.state();
+            state.store.locked = false;
+            if matches!(applied, Err(Error::Fenced { .. })) && self.shared.is(Defect::NativeNotFenced) {
+                state.store.write_natively(&self.native);
+            }
+        }
+        self.shared.commits.send_replace(());
+        self.handle.own_commits.send_replace(());
         if matches!(applied, Err(Error::Fenced { .. })) && self.shared.is(Defect::HandleDeadAfterFenced) {
             self.handle.dead.store(true, Ordering::SeqCst);
         }
-        let replied = self.shared.travel(self.generation, Stage::Reply).await;
+        let mut replied = self.shared.travel(self.generation, Stage::Reply).await;
+        if cut == Some(Cut::BeforeReply) && !self.shared.is(Defect::LostRepliesLookedUp) {
+            replied = Err(lost());
+        }
         watch.finished = true;
         match (replied, self.shared.defect) {
             (Ok(()), _) => applied,
@@ -199,6 +323,14 @@ impl Transaction for ModelTx {
 
 impl Drop for ModelTx {
     fn drop(&mut self) {
+        {
+            let mut state = self.shared.state();
+            state.store.open = state.store.open.saturating_sub(1);
+            state.store.staging.clear();
+            if !self.finished && self.shared.is(Defect::NativeAppliedByDrop) {
+                state.store.write_natively(&self.native);
+            }
+        }
         if !self.finished && self.shared.is(Defect::DroppedTransactionApplied) {
             let mut state = self.shared.state();
             state.store.write_state(&self.shared, &self.consumer, &self.staged);
@@ -289,7 +421,13 @@ impl KeyValue for ModelTx {
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
         drop(self.connected()?);
+        self.check_key(key, value)?;
         self.check_size(key, value)?;
+        if self.shared.is(Defect::SnapshotSeesWhatIsStaged) {
+            let place = state_key(self.shared.defect, &self.consumer, key);
+            let value = Some(Bytes::copy_from_slice(value));
+            self.connected()?.store.staging.insert(place, value);
+        }
         let staged = self.staged.get(key);
         match (self.shared.defect, staged) {
             (Defect::SecondPutIgnored, Some(Some(_))) | (Defect::PutAfterDeleteIgnored, Some(None)) => {}

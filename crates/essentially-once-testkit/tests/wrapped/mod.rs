@@ -7,7 +7,7 @@ use essentially_once::{
     memory::{Memory, MemoryStore},
 };
 use essentially_once_testkit::{
-    Backend, Capabilities, Harness,
+    Backend, Capabilities, Harness, StateReader, Support,
     faults::{Faults, FaultyLog, FaultyStore, Plan},
     memory::MemoryHarness,
 };
@@ -20,7 +20,9 @@ impl Harness for Wrapped {
     type Backend = WrappedMemory;
 
     fn capabilities(&self) -> Capabilities {
-        MemoryHarness.capabilities()
+        let mut capabilities = MemoryHarness.capabilities();
+        capabilities.commits_are_cheap = Support::No("the wrappers end a run of so many operations");
+        capabilities
     }
 
     async fn start(&self, _: &str) -> Result<WrappedMemory, Source> {
@@ -46,6 +48,10 @@ impl Backend for WrappedMemory {
 
     async fn store(&self) -> Result<Self::Store, Error> {
         Ok(FaultyStore::new(self.memory.store(), &self.faults.process()))
+    }
+
+    async fn state_reader(&self) -> Result<StateReader<Self::Store>, Source> {
+        Ok(Arc::new(self.store().await?))
     }
 
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {

@@ -1,14 +1,13 @@
-//! A TCP proxy that cuts connections at chosen moments.
+//! A TCP proxy that cuts connections at chosen moments, between a backend's client and its server.
 
 use std::{
+    fmt,
     io::{self, Read as _, Write as _},
-    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
 };
-
-use crate::Error;
 
 /// How much of what a connection sent is remembered, to find a pattern that came in pieces.
 const TAIL: usize = 4096;
@@ -25,7 +24,22 @@ pub enum Cut {
     BeforeReply,
 }
 
-/// Stands between clients and the server on a port of 127.0.0.1.
+/// Stands between clients and a server, on a port of 127.0.0.1.
+///
+/// It passes bytes on and understands none of them, so it serves any protocol that is not encrypted. Give clients its
+/// [`port`](Self::port) in place of the server's. It blocks nothing: each connection has threads of its own. Dropping it closes
+/// its connections and its port.
+///
+/// ```no_run
+/// use essentially_once_testkit::{Cut, Proxy};
+///
+/// let proxy = Proxy::start(6379)?;
+/// let url = format!("redis://127.0.0.1:{}", proxy.port());
+/// // The next command that holds these bytes is done, and its reply is lost.
+/// proxy.cut_at(b"EVALSHA", Cut::BeforeReply);
+/// # drop(url);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct Proxy {
     port: u16,
     shared: Arc<Shared>,
@@ -58,11 +72,19 @@ struct Connection {
 }
 
 impl Proxy {
-    /// Listens on a free port; what connects to it is connected with the target.
+    /// Listens on a free port, and connects whatever connects to it with that port of 127.0.0.1.
     ///
     /// # Errors
     /// There is no free port.
-    pub fn start(target: u16) -> Result<Self, Error> {
+    pub fn start(target: u16) -> io::Result<Self> {
+        Self::to((Ipv4Addr::LOCALHOST, target).into())
+    }
+
+    /// As [`start`](Self::start), with a server on any address, such as a container's.
+    ///
+    /// # Errors
+    /// There is no free port.
+    pub fn to(target: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
         let shared = Arc::new(Shared {
@@ -144,6 +166,14 @@ impl Proxy {
     }
 }
 
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Proxy")
+            .field("port", &self.port)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
@@ -164,8 +194,8 @@ impl Shared {
     }
 
     /// Passes bytes on until one side ends.
-    fn connect(self: Arc<Self>, client: TcpStream, target: u16) -> io::Result<()> {
-        let server = TcpStream::connect((Ipv4Addr::LOCALHOST, target))?;
+    fn connect(self: Arc<Self>, client: TcpStream, target: SocketAddr) -> io::Result<()> {
+        let server = TcpStream::connect(target)?;
         client.set_nodelay(true)?;
         server.set_nodelay(true)?;
         let (from_client, from_server) = (client.try_clone()?, server.try_clone()?);

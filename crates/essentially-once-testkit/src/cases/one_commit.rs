@@ -1,0 +1,292 @@
+//! Cases for what is read while commits run: [S9](essentially_once::OffsetStore#contract), and
+//! [`ReadState`](essentially_once::ReadState).
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::UNIX_EPOCH,
+};
+
+use essentially_once::{
+    Advance, Error, KeyValue, LogId, Offset, OffsetStore, Owner, Passed, Position, Record, Revision, Snapshot,
+    Transaction, Window,
+};
+use tokio::task::JoinSet;
+
+use super::{
+    advance, compare, consumer, soon,
+    store::{commit, numbering, position},
+};
+use crate::{
+    Backend, Harness, Violation,
+    suite::{CaseResult, ensure},
+};
+
+/// So many commits are made at least, and so many times each reader reads at least.
+const AT_LEAST: u64 = 150;
+/// After so many commits a reader that is slow has seen enough.
+const AT_MOST: u64 = 5_000;
+/// After so many commits one is read with no other under way.
+const QUIET_COMMITS: u64 = 10;
+/// The keys that each commit writes, and a snapshot reads.
+const KEYS: [&[u8]; 3] = [b"z", b"a", b"m"];
+
+type Reading = Pin<Box<dyn Future<Output = Result<Snapshot, Error>> + Send>>;
+/// Reads the position, and values or none, on a handle of its own.
+type Reader = Arc<dyn Fn() -> Reading + Send + Sync>;
+
+/// [S9](essentially_once::OffsetStore#contract): whoever reads the position while commits run sees all of one commit, and none
+/// that is older than one acknowledged before.
+pub(super) async fn s9_a_position_is_of_one_commit<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let writing = Arc::new(backend.store().await?);
+    let mut readers = Vec::new();
+    for store in [
+        Arc::clone(&writing),
+        Arc::new(backend.store().await?),
+        Arc::new(backend.store().await?),
+    ] {
+        let reader = move || -> Reading {
+            let store = Arc::clone(&store);
+            Box::pin(async move {
+                let position = store.position(&consumer("shipping")).await?;
+                Ok(Snapshot::new(position, Vec::new()))
+            })
+        };
+        readers.push(Arc::new(reader) as Reader);
+    }
+    read_while_committing(backend, &*writing, readers).await
+}
+
+/// [`ReadState`](essentially_once::ReadState): position and values are of one commit, and of none older than one acknowledged
+/// before.
+pub(super) async fn s11_a_snapshot_is_of_one_commit<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let mut readers = Vec::new();
+    for reading in [backend.state_reader().await?, backend.state_reader().await?] {
+        let reader = move || -> Reading {
+            let reading = Arc::clone(&reading);
+            Box::pin(async move { reading.read_state(&consumer("shipping"), &KEYS).await })
+        };
+        readers.push(Arc::new(reader) as Reader);
+    }
+    read_while_committing(backend, &backend.store().await?, readers).await
+}
+
+/// Commits by one consumer, each of which says its number everywhere, while readers look for parts of two.
+async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, readers: Vec<Reader>) -> CaseResult {
+    let id = backend.log("orders").await?.id().clone();
+    // Made at rest: a store may have something to create for a consumer, and say to a reader that it is not there for now.
+    commit_number(store, &id, 1).await?;
+    let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(1)));
+    let mut reading = JoinSet::new();
+    let counts: Vec<_> = readers.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
+    for (reader, count) in readers.iter().cloned().zip(&counts) {
+        let (id, stop, acknowledged, count) = (
+            id.clone(),
+            Arc::clone(&stop),
+            Arc::clone(&acknowledged),
+            Arc::clone(count),
+        );
+        reading.spawn(async move {
+            while !stop.load(Ordering::SeqCst) {
+                let floor = acknowledged.load(Ordering::SeqCst);
+                let snapshot = reader().await?;
+                whole(&id, floor, &snapshot)?;
+                count.fetch_add(1, Ordering::SeqCst);
+                tokio::task::yield_now().await;
+            }
+            Ok::<_, Violation>(())
+        });
+    }
+    for n in 2..=AT_MOST {
+        commit_number(store, &id, n).await?;
+        acknowledged.store(n, Ordering::SeqCst);
+        if n.is_multiple_of(QUIET_COMMITS) {
+            // Readers beside the commits may by chance always come amid one, which may show or not.
+            for reader in &readers {
+                whole(&id, n, &reader().await?)?;
+            }
+        }
+        let fewest = counts.iter().map(|count| count.load(Ordering::SeqCst)).min();
+        if n >= AT_LEAST && fewest.is_some_and(|fewest| fewest >= AT_LEAST) {
+            break;
+        }
+        // A reader that has ended has found something.
+        if let Some(ended) = reading.try_join_next() {
+            return read_to_its_end(ended);
+        }
+        tokio::task::yield_now().await;
+    }
+    stop.store(true, Ordering::SeqCst);
+    while let Some(ended) = reading.join_next().await {
+        read_to_its_end(ended)?;
+    }
+    Ok(())
+}
+
+/// Commits `n`, which says its number everywhere.
+async fn commit_number<S: OffsetStore<Tx: KeyValue>>(store: &S, id: &LogId, n: u64) -> Result<(), Error> {
+    let position = position_number(id, n);
+    let before = match n {
+        1 => Revision::NONE,
+        n => Revision::new(1, n - 1),
+    };
+    let mut advance = Advance::new(id.clone(), position.next, before, position.revision);
+    (advance.owner, advance.passed, advance.windows) = (position.owner, position.passed, position.windows);
+    let mut tx = store.begin(&consumer("shipping")).await?;
+    for key in KEYS {
+        tx.put(key, &n.to_be_bytes()).await?;
+    }
+    tx.commit(advance).await
+}
+
+fn read_to_its_end(ended: Result<CaseResult, tokio::task::JoinError>) -> CaseResult {
+    ended.map_err(|error| Violation::new(format!("a reader panicked: {error}")))?
+}
+
+/// The position that commit `n` makes.
+fn position_number(log: &LogId, n: u64) -> Position {
+    let mut position = Position::new(log.clone(), Offset::new(n, n), Revision::new(1, n));
+    position.owner = Some(Owner::new(u128::from(n)));
+    position.passed = Some(Passed::new(&Record::new(
+        Offset::new(n, n - 1),
+        UNIX_EPOCH,
+        n.to_string(),
+    )));
+    let producers = ["a", "b", "c#7", "d", "e", "f"];
+    position.windows = producers.map(|name| (numbering(name), Window::new(n))).into();
+    position
+}
+
+fn whole(log: &LogId, floor: u64, snapshot: &Snapshot) -> CaseResult {
+    let Some(found) = &snapshot.position else {
+        ensure!(
+            floor == 0,
+            "commit {floor} was acknowledged, and then no position was read"
+        );
+        ensure!(
+            snapshot.values.iter().all(Option::is_none),
+            "a snapshot has the position of no commit, but the values {:?}",
+            snapshot.values
+        );
+        return Ok(());
+    };
+    let n = found.revision.count();
+    ensure!(
+        n >= floor,
+        "commit {floor} was acknowledged, and then commit {n} was read"
+    );
+    let torn = compare::position(found, &position_number(log, n));
+    ensure!(
+        torn.is_none(),
+        "of a position read while commits run, {}",
+        torn.unwrap_or_default()
+    );
+    for (value, key) in snapshot.values.iter().zip(KEYS) {
+        ensure!(
+            value.as_deref() == Some(&n.to_be_bytes()),
+            "a snapshot has the position of commit {n}, but {} = {value:?}",
+            String::from_utf8_lossy(key)
+        );
+    }
+    Ok(())
+}
+
+/// [`ReadState`](essentially_once::ReadState): values come in the order of the keys, `None` where there is none, repeated keys
+/// repeated, and nothing of other consumers.
+pub(super) async fn s11_a_snapshot_keeps_the_order_of_keys<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let (shipping, billing) = (consumer("shipping"), consumer("billing"));
+    let reading = backend.state_reader().await?;
+    let nothing = reading.read_state(&shipping, &[b"b"]).await?;
+    ensure!(
+        nothing == Snapshot::new(None, vec![None]),
+        "a consumer that never committed has the snapshot {nothing:?}"
+    );
+    commit(
+        &store,
+        &billing,
+        &*log,
+        &[(b"b", Some(b"billing")), (b"x", Some(b"billing"))],
+        7,
+    )
+    .await?;
+    commit(
+        &store,
+        &shipping,
+        &*log,
+        &[(b"b", Some(b"1")), (b"a", Some(b"")), (b"c", Some(b"3"))],
+        1,
+    )
+    .await?;
+    commit(&store, &shipping, &*log, &[(b"c", None)], 2).await?;
+    let keys: [&[u8]; 6] = [b"b", b"x", b"a", b"c", b"b", b""];
+    let found = reading.read_state(&shipping, &keys).await?;
+    let expected = [Some("1"), None, Some(""), None, Some("1"), None];
+    let values: Vec<_> = found.values.iter().map(Option::as_deref).collect();
+    ensure!(
+        values == expected.map(|value| value.map(str::as_bytes)),
+        "a snapshot of {:?} has the values {:?}",
+        keys.map(String::from_utf8_lossy),
+        found.values
+    );
+    let stored = position(&store, &shipping).await?;
+    let differing = found
+        .position
+        .as_ref()
+        .map(|position| compare::position(position, &stored));
+    ensure!(
+        differing == Some(None),
+        "a snapshot's position is not the stored one: {differing:?}"
+    );
+    let none = reading.read_state(&shipping, &[]).await?;
+    ensure!(
+        none.values.is_empty() && none.position.is_some(),
+        "a snapshot of no keys is {none:?}"
+    );
+    Ok(())
+}
+
+/// [`ReadState`](essentially_once::ReadState): an open transaction neither holds up a snapshot nor shows in it, and a snapshot
+/// does not hold up the transaction.
+pub(super) async fn s11_a_snapshot_waits_for_no_transaction<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, log) = (backend.store().await?, backend.log("orders").await?);
+    let shipping = consumer("shipping");
+    let reading = backend.state_reader().await?;
+    commit(&store, &shipping, &*log, &[(b"k", Some(b"1"))], 1).await?;
+    let stored = position(&store, &shipping).await?;
+    let mut tx = store.begin(&shipping).await?;
+    tx.put(b"k", b"2").await?;
+    for _ in 0..3 {
+        let found = soon(
+            "a snapshot beside an open transaction",
+            reading.read_state(&shipping, &[b"k"]),
+        )
+        .await??;
+        let next = found.position.map(|position| position.next);
+        ensure!(
+            (next, found.values[0].as_deref()) == (Some(1.into()), Some(b"1")),
+            "a snapshot beside an open transaction has next {next:?} and k = {:?}",
+            found.values[0]
+        );
+    }
+    soon("a commit after snapshots", tx.commit(advance(Some(&stored), &*log, 2))).await??;
+    let found = reading.read_state(&shipping, &[b"k"]).await?;
+    ensure!(
+        found.values[0].as_deref() == Some(b"2"),
+        "after the commit a snapshot has k = {:?}",
+        found.values[0]
+    );
+    // Neither does one whose future was dropped.
+    let dropped = tokio::time::timeout(std::time::Duration::ZERO, reading.read_state(&shipping, &[b"k"])).await;
+    drop(dropped);
+    soon(
+        "a commit after a dropped snapshot",
+        commit(&store, &shipping, &*log, &[(b"k", Some(b"3"))], 3),
+    )
+    .await??;
+    Ok(())
+}

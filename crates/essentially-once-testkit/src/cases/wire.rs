@@ -1,0 +1,135 @@
+//! Cases for requests and replies that are lost on the wire: [L7](essentially_once::Log#contract) and
+//! [S5](essentially_once::OffsetStore#contract).
+
+use essentially_once::{Error, KeyValue, OffsetStore, Transaction};
+
+use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon, store::value};
+use crate::{
+    Backend, Cut, Harness, Request, Violation,
+    suite::{CaseResult, ensure},
+};
+
+/// Each way of cutting, more than once: a handle may do something else when it has been cut before.
+const CUTS: [Cut; 6] = [
+    Cut::BeforeReply,
+    Cut::BeforeRequest,
+    Cut::BeforeReply,
+    Cut::BeforeReply,
+    Cut::BeforeRequest,
+    Cut::BeforeRequest,
+];
+
+/// [S5](essentially_once::OffsetStore#contract): after a cut the commit says what it knows, the position tells the truth, and
+/// no commit was made twice.
+pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let shipping = consumer("shipping");
+    let (direct, log) = (backend.store().await?, backend.log("orders").await?);
+    for (round, cut) in CUTS.into_iter().enumerate() {
+        // Armed once before the handle is opened, so that the way to the server is through the proxy.
+        backend.cut_next(Request::Commit, cut).await?;
+        let store = backend.store().await?;
+        let before = store.position(&shipping).await?;
+        let mut tx = store.begin(&shipping).await?;
+        let n = counter(tx.get(b"n").await?.as_deref()) + 1;
+        tx.put(b"n", &n.to_be_bytes()).await?;
+        let advance = advance(before.as_ref(), &*log, n);
+        let (expected, revision) = (advance.expected, advance.revision);
+        let cuts = backend.cuts();
+        let result = soon("a commit whose connection is cut", tx.commit(advance)).await?;
+        was_cut(backend, cuts, round).await?;
+        let after = soon("the position after a cut", asked_until_told(&direct)).await?;
+        let found = after
+            .as_ref()
+            .map_or_else(Default::default, |position| position.revision);
+        let (fits, meaning) = match &result {
+            Ok(()) => (found == revision, "made"),
+            Err(error) if is_certain(error) => (found == expected, "not made"),
+            Err(_) => (found == expected || found == revision, "made or not made"),
+        };
+        ensure!(
+            fits,
+            "cut {round} ({cut:?}): a commit from revision {expected} to {revision} ended with {result:?}, \
+             which means {meaning}, but {found} is stored"
+        );
+        let (next, n) = (
+            after.map(|position| position.next).unwrap_or_default(),
+            counter(value(&direct, &shipping, b"n").await?.as_deref()),
+        );
+        ensure!(
+            next == n.into(),
+            "cut {round} ({cut:?}): the position is {next}, the state {n}"
+        );
+    }
+    Ok(())
+}
+
+/// The position, once the backend answers again.
+async fn asked_until_told<S: OffsetStore>(store: &S) -> Option<essentially_once::Position> {
+    loop {
+        match store.position(&consumer("shipping")).await {
+            Ok(position) => return position,
+            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+        }
+    }
+}
+
+async fn was_cut(backend: &impl Backend, cuts: usize, round: usize) -> CaseResult {
+    let made = async {
+        while backend.cuts() == cuts {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    let made = tokio::time::timeout(super::SOON, made).await;
+    made.map_err(|_| {
+        Violation::new(format!(
+            "the harness made no cut in round {round}: does its pattern occur?"
+        ))
+    })
+}
+
+/// [L7](essentially_once::Log#contract): batches of three whose connection is cut. What was acknowledged is there once; what
+/// failed for certain left nothing; what is in doubt left a prefix; nothing is there twice.
+pub(super) async fn l7_a_lost_reply_never_doubles_an_append<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let direct = backend.log("orders").await?;
+    let mut outcomes: Vec<(Cut, Result<(), Error>)> = Vec::new();
+    for (round, cut) in CUTS.into_iter().enumerate() {
+        backend.cut_next(Request::Append, cut).await?;
+        let log = backend.log("orders").await?;
+        let cuts = backend.cuts();
+        let batch = records((0..3).map(|n| format!("{round}.{n}")));
+        let result = soon("an append whose connection is cut", log.append(&batch)).await?;
+        was_cut(backend, cuts, round).await?;
+        outcomes.push((cut, result.map(drop)));
+    }
+    direct.append(&records(["end"])).await?;
+    let mut found = Vec::new();
+    let mut reader = direct.read(direct.bounds().await?.earliest).await?;
+    while found.last().is_none_or(|last| last != "end") {
+        found.extend(payloads(&soon("the last record", reader.next(1_000)).await??));
+    }
+    for (round, (cut, told)) in outcomes.iter().enumerate() {
+        let prefix = format!("{round}.");
+        let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
+        let expected = (0..3).map(|n| format!("{round}.{n}"));
+        let is_prefix = there.len() <= 3 && there.iter().zip(expected).all(|(found, expected)| **found == expected);
+        let (fits, meaning) = match told {
+            Ok(()) => (is_prefix && there.len() == 3, "all three records"),
+            Err(error) if is_certain(error) => (there.is_empty(), "none"),
+            Err(_) => (is_prefix, "a prefix"),
+        };
+        ensure!(
+            fits,
+            "cut {round} ({cut:?}): an append ended with {told:?}, which means {meaning}, but {there:?} are there"
+        );
+    }
+    let all = read_all(&*direct, found.len()).await?;
+    ensure!(
+        payloads(&all) == found,
+        "read again, the log holds {:?}",
+        payloads(&all)
+    );
+    Ok(())
+}
