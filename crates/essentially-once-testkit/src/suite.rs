@@ -59,6 +59,12 @@ impl From<Source> for Violation {
     }
 }
 
+impl From<std::io::Error> for Violation {
+    fn from(error: std::io::Error) -> Self {
+        Source::from(error).into()
+    }
+}
+
 /// Ends the case with a [`Violation`] unless the condition holds.
 macro_rules! ensure {
     ($condition:expr, $($finding:tt)+) => {
