@@ -93,8 +93,8 @@ pub enum Error {
     /// The record at the offset that the consumer passed last is not the one that it read there.
     #[error(
         "log {log}: the record at offset {offset} is not the one that consumer {consumer} handled there: the log was \
-         restored from an older copy, or replaced, and has grown since; find out which of its records are new, then `seek` \
-         the consumer to the first of them"
+         restored from an older copy, or replaced, and has grown since: find out which of its records are new, then `seek` \
+         the consumer to the first of them. If only the way in which records are decoded has changed, `seek` it to the offset behind this record"
     )]
     LogChanged {
         /// The consumer.

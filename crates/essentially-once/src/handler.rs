@@ -99,7 +99,8 @@ where
 ///
 /// Any error becomes [`retry`](Self::retry) through `?`. For that it is, like `anyhow::Error`, not a `std::error::Error`
 /// itself. If a transient [`Error`](crate::Error) of the backend is anywhere in the chain of causes, the failure counts as the
-/// backend's and not as the record's.
+/// backend's and not as the record's. A wrapper that hides it from its chain (`#[error(transparent)]`) defeats that; name it
+/// as a `#[source]`.
 pub struct HandlerError {
     pub(crate) kind: HandlerErrorKind,
     pub(crate) source: Source,

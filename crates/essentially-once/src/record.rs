@@ -20,6 +20,9 @@ impl Offset {
     /// At or before every record of any log.
     pub const ZERO: Self = Self::new(0, 0);
 
+    /// The greatest offset. No position can be behind a record there.
+    pub const MAX: Self = Self::new(u64::MAX, u64::MAX);
+
     /// The offset of the two numbers; `hi` counts more.
     pub const fn new(hi: u64, lo: u64) -> Self {
         Self { hi, lo }
@@ -35,14 +38,13 @@ impl Offset {
         self.lo
     }
 
-    /// The smallest offset after this one: where a reader goes on that has seen this record.
+    /// The smallest offset after this one: where a reader goes on that has seen this record. [`MAX`](Self::MAX) has none, and
+    /// is its own.
     pub const fn successor(self) -> Self {
-        match self.lo.checked_add(1) {
-            Some(lo) => Self { hi: self.hi, lo },
-            None => Self {
-                hi: self.hi.saturating_add(1),
-                lo: 0,
-            },
+        match (self.hi.checked_add(1), self.lo.checked_add(1)) {
+            (_, Some(lo)) => Self { hi: self.hi, lo },
+            (Some(hi), None) => Self { hi, lo: 0 },
+            (None, None) => Self::MAX,
         }
     }
 }

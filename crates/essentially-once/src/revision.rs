@@ -8,7 +8,7 @@ use crate::Error;
 /// the revision.
 ///
 /// The core chooses both the expected and the next revision of a commit. A session's first commit, and every change by hand,
-/// opens a new epoch; the session's other commits count up. A plain counter would not do: a commit that is still under way
+/// opens a [fresh epoch](Self::fresh_epoch); the session's other commits count up. A plain counter would not do: a commit that is still under way
 /// when its session gives up expects a number that another session may reach by itself, and would then apply to a state that
 /// its handler never saw.
 ///
@@ -48,7 +48,18 @@ impl Revision {
         }
     }
 
-    /// The first commit of another session, or a change by hand.
+    /// The first commit of another session, or a change by hand: an epoch that nobody else opens, drawn at random among the
+    /// next four billion.
+    ///
+    /// Epochs that only count up would repeat when a position is deleted, or restored from an older copy, and built anew. An
+    /// instance that slept through that would then commit into a position which it never saw.
+    #[must_use]
+    pub fn fresh_epoch(self) -> Self {
+        Self::new(self.epoch.saturating_add(fastrand::u64(1..=1 << 32)), 1)
+    }
+
+    /// The smallest revision of a later epoch: for models and tests, which must be repeatable. Commits use
+    /// [`fresh_epoch`](Self::fresh_epoch).
     #[must_use]
     pub const fn next_epoch(self) -> Self {
         // No store gets there by counting; one that was tampered with must not make anyone panic.

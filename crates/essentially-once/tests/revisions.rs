@@ -1,4 +1,5 @@
-//! Revisions under a model checker: two sessions and an operator, commits that overlap, arrive late, in any order or never.
+//! Revisions under a model checker: two sessions and an operator, commits that overlap, arrive late, in any order or never,
+//! and a store that loses everything.
 //!
 //! What must hold is that a commit applies only to the state that its handler saw. The model uses the very [`Revision`] that
 //! the consumer uses, and each mutant breaks one rule of how revisions are chosen.
@@ -13,20 +14,25 @@ const HOLDS: &str = "a commit applies only to the state that its handler saw";
 /// How revisions are chosen.
 #[derive(Clone, Copy)]
 struct Rules {
-    /// Of a session's first commit.
-    first: fn(Revision) -> Revision,
+    /// Of a session's first commit, with how many were drawn before.
+    first: fn(Revision, u8) -> Revision,
     /// Of a change made by hand.
-    by_hand: fn(Revision) -> Revision,
+    by_hand: fn(Revision, u8) -> Revision,
     /// Whether a session may send its second commit before its first was answered.
     overlaps_early: bool,
 }
 
 impl Rules {
     const SOUND: Self = Self {
-        first: Revision::next_epoch,
-        by_hand: Revision::next_epoch,
+        first: fresh_epoch,
+        by_hand: fresh_epoch,
         overlaps_early: false,
     };
+}
+
+/// An epoch that was never drawn before, as a random one is not.
+fn fresh_epoch(_: Revision, drawn: u8) -> Revision {
+    Revision::new(u64::from(drawn) + 1, 1)
 }
 
 /// Names a state by the commit that made it; 0 is the one at first.
@@ -49,6 +55,10 @@ struct World {
     sessions: [Option<Session>; 2],
     under_way: Vec<Commit>,
     commits: u8,
+    /// How many epochs were drawn.
+    drawn: u8,
+    /// Whether the store has lost the position and the state.
+    has_lost: bool,
     /// A commit applied to a state that its handler did not see.
     broken: bool,
     applied: u8,
@@ -76,6 +86,8 @@ enum Action {
     ArriveUnanswered(usize),
     Vanish(usize),
     ByHand,
+    /// Position and state are deleted, and built anew from nothing; once.
+    Lose,
 }
 
 /// At most so many commits; at most two overlap.
@@ -109,6 +121,9 @@ impl Model for Rules {
         if world.commits < COMMITS {
             actions.push(Action::ByHand);
         }
+        if !world.has_lost && world.applied > 0 {
+            actions.push(Action::Lose);
+        }
     }
 
     fn next_state(&self, world: &World, action: Action) -> Option<World> {
@@ -133,9 +148,10 @@ impl Model for Rules {
                 let session = world.sessions[index].as_mut()?;
                 let expected = session.revision;
                 let revision = match session.has_sent {
-                    false => (self.first)(expected),
+                    false => (self.first)(expected, world.drawn),
                     true => expected.next_count(),
                 };
+                world.drawn += u8::from(!session.has_sent);
                 world.under_way.push(Commit {
                     session: index,
                     saw: session.state,
@@ -173,9 +189,14 @@ impl Model for Rules {
                     saw,
                     makes,
                     expected,
-                    revision: (self.by_hand)(expected),
+                    revision: (self.by_hand)(expected, world.drawn),
                 };
+                world.drawn += 1;
                 apply(&mut world, &by_hand);
+            }
+            Action::Lose => {
+                world.has_lost = true;
+                (world.state, world.revision) = (0, Revision::NONE);
             }
         }
         Some(world)
@@ -228,8 +249,8 @@ fn found(rules: Rules) {
 #[test]
 fn mutant_a_plain_counter() {
     found(Rules {
-        first: Revision::next_count,
-        by_hand: Revision::next_count,
+        first: |revision, _| revision.next_count(),
+        by_hand: |revision, _| revision.next_count(),
         ..Rules::SOUND
     });
 }
@@ -237,7 +258,7 @@ fn mutant_a_plain_counter() {
 #[test]
 fn mutant_a_session_goes_on_counting_in_the_epoch_of_another() {
     found(Rules {
-        first: Revision::next_count,
+        first: |revision, _| revision.next_count(),
         ..Rules::SOUND
     });
 }
@@ -245,15 +266,36 @@ fn mutant_a_session_goes_on_counting_in_the_epoch_of_another() {
 #[test]
 fn mutant_a_change_by_hand_opens_no_epoch() {
     found(Rules {
-        by_hand: Revision::next_count,
+        by_hand: |revision, _| revision.next_count(),
         ..Rules::SOUND
     });
 }
 
+/// Nobody else supplies the revision that the second commit expects, so it need not wait for the first one's answer.
 #[test]
-fn mutant_a_session_overlaps_before_its_first_commit_was_answered() {
-    found(Rules {
+fn a_session_may_overlap_commits_from_its_first_on() {
+    let rules = Rules {
         overlaps_early: true,
+        ..Rules::SOUND
+    };
+    rules.checker().threads(2).spawn_bfs().join().assert_properties();
+}
+
+#[test]
+fn mutant_a_session_overlaps_commits_in_epochs_that_count_up() {
+    found(Rules {
+        first: |revision, _| revision.next_epoch(),
+        overlaps_early: true,
+        ..Rules::SOUND
+    });
+}
+
+/// After a loss the same numbers come again, and an old session finds the one that it expects.
+#[test]
+fn mutant_epochs_count_up() {
+    found(Rules {
+        first: |revision, _| revision.next_epoch(),
+        by_hand: |revision, _| revision.next_epoch(),
         ..Rules::SOUND
     });
 }

@@ -118,6 +118,15 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
             Err(error) if done.handled > 0 && matches!(error, Error::Failed { .. } | Error::TooLarge { .. }) => {
                 session.check_current().await?;
                 session.count_failed_try();
+                if matches!(error, Error::Failed { .. })
+                    && let Err(Failure::Backend(refusal)) = session.can_commit().await
+                {
+                    // A full disk, a lost right: no record is to blame.
+                    return Err(Failure::Backend(match refusal {
+                        Error::Failed { .. } => error,
+                        refusal => refusal,
+                    }));
+                }
                 Err(batch_failure(passed, HandlerError::retry(error)))
             }
             Err(error) => Err(error.into()),
@@ -251,31 +260,27 @@ impl Failure {
 
 impl FailedRecord {
     /// A backend in trouble is not the record's fault, even if the handler was the one to notice and wrapped its error.
-    fn classify(mut self) -> Failure {
-        if self.error.kind == HandlerErrorKind::Retry {
-            match self.error.source.downcast::<Error>() {
-                Ok(error) if error.is_transient() => return Failure::Backend(*error),
-                Ok(error) => self.error.source = error,
-                Err(source) if is_caused_by_backend(&*source) => {
-                    return Failure::Backend(Error::unavailable(
-                        format!("handle the record at {}", self.offset),
-                        source,
-                    ));
-                }
-                Err(source) => self.error.source = source,
-            }
+    fn classify(self) -> Failure {
+        if self.error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*self.error.source) {
+            return Failure::Record(self);
         }
-        Failure::Record(self)
+        Failure::Backend(match self.error.source.downcast::<Error>() {
+            Ok(error) if error.is_transient() => *error,
+            Ok(error) => Error::unavailable(format!("handle the record at {}", self.offset), error),
+            Err(source) => Error::unavailable(format!("handle the record at {}", self.offset), source),
+        })
     }
 }
 
 fn is_caused_by_backend(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = error.source();
-    while let Some(cause) = next {
-        if cause.downcast_ref::<Error>().is_some_and(Error::is_transient) {
-            return true;
-        }
-        next = cause.source();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        next = match error.downcast_ref::<Error>() {
+            Some(error) if error.is_transient() => return true,
+            // Its own causes are not among its sources, since its text holds them.
+            Some(error) => error.cause().map(|cause| cause as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
     }
     false
 }

@@ -212,8 +212,10 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// Forgets a producer's window when it sent nothing for so long, by the append times of the records read, and the log holds
-    /// none of the records read from it any more; 7 days unless set. A record that it sends again later than that counts as new.
+    /// Forgets a producer's window when its last record was read that long ago by this process's clock, *and* was appended
+    /// that long before the newest record by the appenders' clocks, *and* is no longer in the log; 7 days unless set. A record
+    /// that it sends again later than that counts as new. Producers in the stable epoch are never forgotten, which includes
+    /// all that version 0.1 has seen.
     #[must_use]
     pub fn forget_producers_after(mut self, time: Duration) -> Self {
         self.settings.forget_producers_after = time;

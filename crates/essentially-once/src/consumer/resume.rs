@@ -1,10 +1,13 @@
 //! Going on where a position points to, in a log that may not be the one that was read.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
-use crate::{ConsumerId, Error, Log, LogReader, Offset, Passed, Record};
+use crate::{ConsumerId, Error, Log, LogReader, Offset, Passed, Record, rt};
+
+/// How long a record that was there a moment ago is waited for.
+const COMPARE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Opens a reader at `next`. If the log still holds the record that the position passed last, the reader begins there and
 /// compares it, before it yields anything.
@@ -34,6 +37,31 @@ pub(super) async fn resume(
         passed: Some(passed),
         next,
     }))
+}
+
+/// Compares the record that the position passed last, without reading on.
+pub(super) async fn compare(log: &Arc<dyn Log>, consumer: &ConsumerId, passed: Option<Passed>) -> Result<(), Error> {
+    let Some(passed) = passed else {
+        return Ok(());
+    };
+    // A record that is gone proves nothing.
+    if passed.offset() < log.bounds().await?.earliest || passed.offset() >= log.readable_end().await? {
+        return Ok(());
+    }
+    let first = async { log.read(passed.offset()).await?.next(1).await };
+    // It may be deleted in this moment, and then nothing may follow.
+    let first = match rt::within(Some(COMPARE_LIMIT), first).await {
+        None | Some(Err(Error::Truncated { .. })) => return Ok(()),
+        Some(records) => records?,
+    };
+    match first.first() {
+        Some(first) if first.offset == passed.offset() && !passed.is(first) => Err(Error::LogChanged {
+            consumer: consumer.clone(),
+            log: log.id().clone(),
+            offset: passed.offset(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// A reader that begins at the last record that was passed.

@@ -24,7 +24,7 @@ pub async fn seek<S: OffsetStore>(
     log.read(next).await?;
     let expected = position.as_ref().map_or(Revision::NONE, |position| position.revision);
     // A new epoch, so that nothing that is still under way applies behind it. The owner stays the running instance.
-    let mut advance = Advance::new(log.id().clone(), next, expected, expected.next_epoch());
+    let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     if let Some(position) = position {
         advance.owner = position.owner;
         if next < position.next {

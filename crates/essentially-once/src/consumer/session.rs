@@ -16,7 +16,7 @@ use super::{
     heart::Heart,
     read_ahead::ReadAhead,
     report::Telemetry,
-    resume::resume,
+    resume::{compare, resume},
     seek::resolve,
     standby::{Silences, Watched},
 };
@@ -103,10 +103,12 @@ pub(super) struct Run {
     pub(super) silences: Silences,
     /// The newest position that this run has seen, so that a loss is noticed.
     seen: Option<Seen>,
-    /// The commit whose reply was lost.
-    unanswered: Option<Unanswered>,
-    /// The first position of a new consumer, until it has passed a record.
-    started_at: Option<Offset>,
+    /// Commits whose replies were lost, all based on the same revision: at most one of them applies.
+    unanswered: Vec<Unanswered>,
+    /// The first position of a new consumer, until it was given a record.
+    started_at: Option<(Revision, Offset)>,
+    /// Whether retention has overtaken that position.
+    is_overtaken: bool,
     /// When this instance last committed, or began to work on a batch.
     last_sign: Option<Instant>,
     /// Whether the stored position belongs to this run, as far as it knows.
@@ -118,6 +120,17 @@ impl Run {
         self.seen.map(|seen| seen.revision)
     }
 
+    /// Takes note of a pulse. `false` if the position went back behind what this run has seen.
+    pub(super) fn note(&mut self, pulse: &Pulse) -> bool {
+        let Pulse { next, revision, .. } = *pulse;
+        if self.seen.is_some_and(|seen| revision < seen.revision) {
+            return false;
+        }
+        self.seen = Some(Seen { revision, next });
+        self.report.next = Some(next);
+        true
+    }
+
     pub(super) fn is_owner(&self) -> bool {
         self.is_owner
     }
@@ -127,6 +140,7 @@ impl Run {
 #[derive(Default)]
 pub(super) struct Place {
     pub(super) next: Offset,
+    passed: Option<Passed>,
     revision: Revision,
     /// Whether this session has committed, and thereby opened an epoch.
     is_epoch_open: bool,
@@ -136,11 +150,12 @@ pub(super) struct Place {
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     revision: Revision,
-    passed: Option<Passed>,
+    next: Offset,
 }
 
 /// A commit that may have been applied, and what is to be counted if it was.
 struct Unanswered {
+    expected: Revision,
     revision: Revision,
     done: Done,
 }
@@ -172,6 +187,10 @@ impl<S: OffsetStore> Session<'_, S> {
         let Some(reader) = self.load(until).await? else {
             return Ok(());
         };
+        if until.is_some_and(|until| self.place.next >= until) {
+            // Nothing is left to read, and so nothing would show that this is another log.
+            return self.or_stop(compare(self.log, self.id, self.place.passed)).await;
+        }
         let mut ahead = ReadAhead::spawn(
             reader,
             self.settings
@@ -209,14 +228,36 @@ impl<S: OffsetStore> Session<'_, S> {
             self.look_for_silent().await?;
             self.count_behind().await?;
             self.telemetry.waits(batch.first(), self.now);
+            // From here on, a record that retention takes is one that was tried.
+            self.run.started_at = None;
+            self.split_off_unpassable(&mut batch, &mut left)?;
             let passed = D::deliver(self, handler, &batch).await?;
-            left = batch.split_off(passed);
+            if passed < batch.len() {
+                left.splice(..0, batch.drain(passed..));
+            }
             // A backend may never make the loop wait, and on a runtime of one thread other tasks want their turn.
             if yields {
                 rt::yield_now().await;
             }
         }
         self.telemetry.waits(None, self.now);
+        Ok(())
+    }
+
+    /// The greatest offset has no successor, so no position can be behind a record there. Those before it are handled first.
+    fn split_off_unpassable(&self, batch: &mut Vec<Record>, left: &mut Vec<Record>) -> Result<(), Failure> {
+        match batch.len() {
+            0 => {}
+            _ if batch.last().is_none_or(|last| last.offset < Offset::MAX) => {}
+            1 => {
+                return Err(Failure::Backend(Error::failed(
+                    format!("pass the record at {} of log {}", Offset::MAX, self.log.id()),
+                    "it is the greatest offset there is, so no position can be behind it; remove the record, and append \
+                     it to another log",
+                )));
+            }
+            len => left.extend(batch.drain(len - 1..)),
+        }
         Ok(())
     }
 
@@ -251,9 +292,9 @@ impl<S: OffsetStore> Session<'_, S> {
                 batch = &mut taking => break batch?,
                 seen = watch(self.store, self.id, &pulse), if until.is_none() => {
                     pulse = seen;
-                    // An older one may only be late.
-                    if pulse.revision > self.place.revision {
-                        return Err(self.fenced().into());
+                    // It may only be late; the position itself decides.
+                    if (pulse.revision, pulse.owner) != (self.place.revision, Some(self.owner)) {
+                        self.check_current().await?;
                     }
                 }
                 () = rt::sleep(LOOK_FOR_END_EVERY), if until.is_some() => {
@@ -312,7 +353,7 @@ impl<S: OffsetStore> Session<'_, S> {
             let stored = self.or_stop(self.store.position(self.id)).await?;
             self.check_not_lost(stored.as_ref()).await?;
             let Some(position) = stored else {
-                return Ok(Some(self.start(None).await?));
+                return Ok(Some(self.start().await?));
             };
             if !position.log.is_same_log(self.log.id()) {
                 return Err(Failure::Backend(Error::WrongLog {
@@ -321,6 +362,10 @@ impl<S: OffsetStore> Session<'_, S> {
                     given: self.log.id().clone(),
                 }));
             }
+            self.run.seen = Some(Seen {
+                revision: position.revision,
+                next: position.next,
+            });
             self.count_unanswered(&position);
             self.run.is_owner = position.owner == Some(self.owner);
             let has_other_owner = position.owner.is_some_and(|owner| owner != self.owner);
@@ -337,7 +382,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 match self.stand_by(&position, until).await? {
                     Watched::CaughtUp => return Ok(None),
                     Watched::Silent(revision) => silent_since = Some(revision),
-                    Watched::Released => {}
+                    Watched::Changed => {}
                 }
                 self.heart.work();
                 continue;
@@ -359,16 +404,17 @@ impl<S: OffsetStore> Session<'_, S> {
         tracing::debug!(%next, %revision, "loaded the position");
         self.place = Place {
             next,
+            passed,
             revision,
             is_epoch_open: false,
         };
-        self.run.seen = Some(Seen { revision, passed });
         self.run.report.next = Some(next);
         self.windows = Windows::new(windows);
+        if mem::take(&mut self.run.is_overtaken) && self.is_at_start() {
+            return self.start().await;
+        }
         let reader = match self.or_stop(resume(self.log, self.id, passed, next)).await {
-            Err(Failure::Backend(Error::Truncated { .. })) if self.run.started_at == Some(next) => {
-                return self.start(Some(revision)).await;
-            }
+            Err(Failure::Backend(Error::Truncated { .. })) if self.is_at_start() => return self.start().await,
             reader => reader?,
         };
         if has_stood_by {
@@ -387,12 +433,10 @@ impl<S: OffsetStore> Session<'_, S> {
         if found.is_some_and(|found| found >= seen.revision) {
             return Ok(());
         }
-        // Without a position, any other start would pass over records whose effects the store has lost.
+        // Without a position, any other start would pass over records whose effects the store has lost. And once the log has
+        // grown past the place that was seen, records that are missing may as well have been deleted.
         let can_go_on = found.is_some() || self.settings.start_at == StartAt::Earliest;
-        let went_back_together = match seen.passed {
-            Some(passed) if can_go_on => self.has_lost(passed).await?,
-            _ => false,
-        };
+        let went_back_together = can_go_on && self.or_stop(self.log.bounds()).await?.end < seen.next;
         if !went_back_together {
             return Err(Failure::Backend(Error::PositionLost {
                 consumer: self.id.clone(),
@@ -410,15 +454,14 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
-    /// Whether the log ends before a record that this run has read. Once it has grown past that place, a missing record may
-    /// as well have been deleted, which says nothing about what was lost.
-    async fn has_lost(&self, passed: Passed) -> Result<bool, Failure> {
-        Ok(self.or_stop(self.log.bounds()).await?.end <= passed.offset())
+    /// Whether this is the first position of a new consumer that was given no record yet.
+    fn is_at_start(&self) -> bool {
+        self.run.started_at == Some((self.place.revision, self.place.next))
     }
 
-    /// Opens a reader where the settings say, and then commits that place as the first position, or as the first one that
-    /// retention has left.
-    async fn start(&mut self, revision: Option<Revision>) -> Result<Box<dyn LogReader>, Failure> {
+    /// Opens a reader where the settings say, and then commits that place as the first position. Retention may overtake it
+    /// meanwhile, or have overtaken the first position of a consumer that was given no record yet: then it begins again.
+    async fn start(&mut self) -> Result<Box<dyn LogReader>, Failure> {
         let mut starts = 1;
         let (next, reader) = loop {
             let next = self.or_stop(resolve(self.log, self.settings.start_at)).await?;
@@ -437,44 +480,55 @@ impl<S: OffsetStore> Session<'_, S> {
                 reader => break (next, reader?),
             }
         };
-        if let Some(revision) = revision {
-            self.place.revision = revision;
+        if let Some((_, overtaken)) = self.run.started_at {
+            if next <= overtaken {
+                return Err(Failure::Backend(Error::unavailable(
+                    format!("begin at the earliest record of log {}", self.log.id()),
+                    format!("the log says that {next} is its earliest offset, and that it was removed"),
+                )));
+            }
+            tracing::warn!(%overtaken, %next, "retention overtook this new consumer before its first record; beginning again");
         }
         let tx = self.begin().await?;
         self.commit_at(tx, next, None, Done::default()).await?;
         if self.settings.start_at == StartAt::Earliest {
-            self.run.started_at = Some(next);
+            self.run.started_at = Some((self.place.revision, next));
         }
         Ok(reader)
     }
 
     /// A new consumer that retention overtakes before its first record begins again: it asked for the earliest one.
-    fn explain_start(&self, failure: Failure) -> Failure {
+    fn explain_start(&mut self, failure: Failure) -> Failure {
         match failure {
-            Failure::Backend(error @ Error::Truncated { .. }) if self.run.started_at == Some(self.place.next) => {
+            Failure::Backend(error @ Error::Truncated { .. }) if self.is_at_start() => {
+                self.run.is_overtaken = true;
                 Failure::Backend(Error::unavailable("begin at the earliest record", error))
             }
             failure => failure,
         }
     }
 
-    /// Counts the commit whose reply was lost, if the stored position is the one that it made.
+    /// Counts the commit whose reply was lost, if the stored position is the one that it made. While the position is the one
+    /// before it, it may still arrive.
     fn count_unanswered(&mut self, position: &Position) {
-        let unanswered = self.run.unanswered.take();
-        let is_ours =
-            |unanswered: &Unanswered| (position.revision, position.owner) == (unanswered.revision, Some(self.owner));
-        if let Some(Unanswered { revision, done }) = unanswered.filter(is_ours) {
-            tracing::debug!(%revision, "a commit whose reply was lost has been applied");
-            if done.failed > 0 {
-                let unhandled = done.failed;
-                tracing::warn!(
-                    unhandled,
-                    "records are passed over: their offset is committed, and they were not handled"
-                );
+        let unanswered = mem::take(&mut self.run.unanswered);
+        for commit in unanswered {
+            if commit.expected == position.revision {
+                self.run.unanswered.push(commit);
+            } else if (commit.revision, Some(self.owner)) == (position.revision, position.owner) {
+                let Unanswered { revision, done, .. } = commit;
+                tracing::debug!(%revision, "a commit whose reply was lost has been applied");
+                if done.failed > 0 {
+                    let unhandled = done.failed;
+                    tracing::warn!(
+                        unhandled,
+                        "records are passed over: their offset is committed, and they were not handled"
+                    );
+                }
+                self.run.report.commits += 1;
+                self.telemetry.commits.increment(1);
+                self.count(done, &[]);
             }
-            self.run.report.commits += 1;
-            self.telemetry.commits.increment(1);
-            self.count(done, &[]);
         }
     }
 
@@ -535,6 +589,14 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
+    /// Whether a commit that stages nothing and moves nothing is possible. If not, the backend is to blame for the one that
+    /// failed, and not the records in it.
+    pub(super) async fn can_commit(&mut self) -> Result<(), Failure> {
+        let tx = self.begin().await?;
+        let Place { next, passed, .. } = self.place;
+        Ok(self.commit_at(tx, next, passed, Done::default()).await?)
+    }
+
     /// Drops a record that was seen before, with a warning now and then.
     pub(super) fn drop_duplicate(&mut self, record: &Record) {
         if let Some(origin) = &record.origin {
@@ -548,15 +610,16 @@ impl<S: OffsetStore> Session<'_, S> {
     /// position shows that the commit was applied.
     pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record, done: Done) -> Result<(), Error> {
         self.forget_silent(last);
-        self.commit_at(tx, last.offset.successor(), Some(Passed::new(last)), done)
-            .await
+        // A record that could not be decoded may be one day, and is another one then.
+        let passed = last.malformed.is_none().then(|| Passed::new(last));
+        self.commit_at(tx, last.offset.successor(), passed, done).await
     }
 
     async fn commit_at(&mut self, tx: S::Tx, next: Offset, passed: Option<Passed>, done: Done) -> Result<(), Error> {
         let expected = self.place.revision;
         let revision = match self.place.is_epoch_open {
             true => expected.next_count(),
-            false => expected.next_epoch(),
+            false => expected.fresh_epoch(),
         };
         let mut advance = Advance::new(self.log.id().clone(), next, expected, revision);
         advance.owner = Some(self.owner);
@@ -565,17 +628,23 @@ impl<S: OffsetStore> Session<'_, S> {
         let started = Instant::now();
         if let Err(error) = tx.commit(advance).await {
             if matches!(error, Error::Indeterminate { .. }) {
-                self.run.unanswered = Some(Unanswered { revision, done });
+                self.run.unanswered.push(Unanswered {
+                    expected,
+                    revision,
+                    done,
+                });
             }
             return Err(error);
         }
         let now = Instant::now();
         self.place = Place {
             next,
+            passed,
             revision,
             is_epoch_open: true,
         };
-        self.run.seen = Some(Seen { revision, passed });
+        self.run.seen = Some(Seen { revision, next });
+        self.run.unanswered.clear();
         self.run.is_owner = true;
         self.run.last_sign = Some(now);
         self.run.report.next = Some(next);

@@ -80,7 +80,7 @@ pub async fn skip<S: OffsetStore>(
     }
     let next = offset.successor();
     let expected = position.revision;
-    let mut advance = Advance::new(log.id().clone(), next, expected, expected.next_epoch());
+    let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     advance.owner = position.owner;
     advance.passed = Some(Passed::new(record));
     (advance.windows, advance.forgotten) = windows.take_changes();

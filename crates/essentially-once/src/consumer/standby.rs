@@ -25,8 +25,8 @@ const LONGEST: u32 = 60;
 pub(super) enum Watched {
     /// The position has reached the end of this run.
     CaughtUp,
-    /// The owner gave the position up.
-    Released,
+    /// The position is to be looked at again: its owner gave it up, or it vanished or went back.
+    Changed,
     /// Records wait, and the owner has shown no life since this revision.
     Silent(Revision),
 }
@@ -44,13 +44,14 @@ impl Silences {
         if self.recent.len() == REMEMBERED {
             self.recent.pop_front();
         }
-        self.recent.push_back(silence.min(standby_after * LONGEST));
+        self.recent
+            .push_back(silence.min(standby_after.saturating_mul(LONGEST)));
     }
 
     /// How long an owner must be silent to be taken for dead.
     pub(super) fn limit(&self, standby_after: Duration) -> Duration {
         let longest = self.recent.iter().max().copied().unwrap_or_default();
-        standby_after.max(longest * MARGIN)
+        standby_after.max(longest.saturating_mul(MARGIN))
     }
 }
 
@@ -74,9 +75,8 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut silence = Duration::ZERO;
         let mut last_look = Instant::now();
         loop {
-            self.run.report.next = Some(pulse.next);
-            if pulse.owner.is_none_or(|owner| owner == self.owner) {
-                return Ok(Watched::Released);
+            if pulse.owner.is_none_or(|owner| owner == self.owner) || !self.run.note(&pulse) {
+                return Ok(Watched::Changed);
             }
             let seen = pulse;
             let mut watching = store.watch(id, &seen, step);
@@ -106,7 +106,7 @@ impl<S: OffsetStore> Session<'_, S> {
                     }
                     continue;
                 }
-                silence += since_last_look.min(step * 2);
+                silence = silence.saturating_add(since_last_look.min(step.saturating_mul(2)));
                 if silence >= self.run.silences.limit(standby_after) {
                     let now = self.or_stop(store.pulse(id)).await?;
                     if now != seen {

@@ -240,3 +240,73 @@ async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
         assert_eq!((report.handled, report.failed), (all, failed), "{step:?} {fault:?}");
     }
 }
+
+/// A commit that gets no answer, and arrives just before the next one.
+#[derive(Clone)]
+struct LateStore {
+    inner: essentially_once::memory::MemoryStore,
+    commits: Arc<std::sync::atomic::AtomicU64>,
+    late: Arc<std::sync::Mutex<Option<(MemoryTx, essentially_once::Advance)>>>,
+}
+
+struct LateTx {
+    inner: MemoryTx,
+    store: LateStore,
+}
+
+#[essentially_once::async_trait]
+impl OffsetStore for LateStore {
+    type Tx = LateTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::Position>, Error> {
+        self.inner.position(consumer).await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<LateTx, Error> {
+        Ok(LateTx {
+            inner: self.inner.begin(consumer).await?,
+            store: self.clone(),
+        })
+    }
+
+    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+        Ok(essentially_once::Durability::Durable)
+    }
+}
+
+#[essentially_once::async_trait]
+impl essentially_once::Transaction for LateTx {
+    async fn commit(self, advance: essentially_once::Advance) -> Result<(), Error> {
+        let late = self.store.late.lock().unwrap().take();
+        if let Some((tx, advance)) = late {
+            tx.commit(advance).await?;
+        }
+        // The first is that of the position.
+        if self.store.commits.fetch_add(1, Ordering::SeqCst) == 1 {
+            *self.store.late.lock().unwrap() = Some((self.inner, advance));
+            return Err(Error::indeterminate("commit", "no answer"));
+        }
+        self.inner.commit(advance).await
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        self.inner.rollback().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_late_commit_passed_over_is_counted_when_it_arrives() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let store = LateStore {
+        inner: backend.memory.store(),
+        commits: Arc::default(),
+        late: Arc::default(),
+    };
+    let handler = handler_fn(|_: &Record, (): &mut ()| Box::pin(async { Ok(()) }));
+    let report = Consumer::at_most_once(shipping(), backend.log(), store, handler)
+        .max_batch(5)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.failed), (RECORDS - 5, 5), "{report}");
+}

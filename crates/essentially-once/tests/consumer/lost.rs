@@ -1,6 +1,11 @@
 //! Positions that vanish or go back, and logs that are not the ones that were read.
 
-use essentially_once::{Report, memory::MemoryLog};
+use std::sync::atomic::AtomicBool;
+
+use essentially_once::{
+    Durability, KeyValue, Position, Report,
+    memory::{MemoryLog, MemoryStore},
+};
 
 use super::*;
 
@@ -144,4 +149,134 @@ async fn a_log_restored_from_an_older_copy_that_has_grown_again_is_noticed() {
         .await
         .unwrap();
     assert_eq!(consume(restored).await.unwrap().handled, RECORDS);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restored_log_of_the_same_length_is_noticed_although_nothing_is_left_to_read() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let consume = |log: MemoryLog| {
+        Consumer::essentially_once(shipping(), log, backend.store(), backend.counter())
+            .accept_volatile()
+            .run_until_caught_up()
+    };
+    let log = backend.memory_log();
+    assert_eq!(consume(log.clone()).await.unwrap().handled, RECORDS);
+    assert_eq!(consume(log).await.unwrap().handled, 0, "the same log");
+    let restored = Memory::new().log("orders").unwrap();
+    let records: Vec<NewRecord> = (0..RECORDS).map(|n| NewRecord::new(format!("new {n}"))).collect();
+    restored.append(&records).await.unwrap();
+    let error = consume(restored).await.unwrap_err();
+    assert!(matches!(error, Error::LogChanged { .. }), "{error}");
+}
+
+/// A store that is replaced by an empty one.
+#[derive(Clone)]
+struct Replaced {
+    before: MemoryStore,
+    after: MemoryStore,
+    is_replaced: Arc<AtomicBool>,
+}
+
+impl Replaced {
+    fn new() -> Self {
+        Self {
+            before: Memory::new().store(),
+            after: Memory::new().store(),
+            is_replaced: Arc::default(),
+        }
+    }
+
+    fn current(&self) -> &MemoryStore {
+        match self.is_replaced.load(Ordering::SeqCst) {
+            false => &self.before,
+            true => &self.after,
+        }
+    }
+
+    async fn counts(&self, records: u64) -> Vec<bool> {
+        let mut tx = self.after.begin(&shipping()).await.unwrap();
+        let mut counts = Vec::new();
+        for n in 0..records {
+            counts.push(tx.get(n.to_string().as_bytes()).await.unwrap().is_some());
+        }
+        counts
+    }
+}
+
+#[essentially_once::async_trait]
+impl OffsetStore for Replaced {
+    type Tx = MemoryTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+        self.current().position(consumer).await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<MemoryTx, Error> {
+        self.current().begin(consumer).await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+async fn append(log: &MemoryLog, records: std::ops::Range<u64>) {
+    let records: Vec<_> = records.map(|n| NewRecord::new(n.to_string())).collect();
+    log.append(&records).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_notices_that_the_position_is_lost() {
+    let (store, log) = (Replaced::new(), Memory::new().log("orders").unwrap());
+    let mut runs = Vec::new();
+    for _ in 0..2 {
+        let handler = handler_fn(|_: &Record, _: &mut MemoryTx| Box::pin(async { Ok(()) }));
+        let consumer = Consumer::essentially_once(shipping(), log.clone(), store.clone(), handler)
+            .accept_volatile()
+            .start_at(StartAt::Latest);
+        runs.push(tokio::spawn(consumer.run()));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    append(&log, 0..5).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    store.is_replaced.store(true, Ordering::SeqCst);
+    append(&log, 5..10).await;
+    for run in runs {
+        // A standby that began anew at the end would pass over what was appended before.
+        let error = run.await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::PositionLost { .. }), "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_instance_does_not_commit_into_a_position_that_was_built_anew() {
+    let (store, log) = (Replaced::new(), Memory::new().log("orders").unwrap());
+    append(&log, 0..5).await;
+    let start = |fails_at: Option<u64>| {
+        let handler = handler_fn(move |record: &Record, tx: &mut MemoryTx| {
+            let fails = fails_at == Some(record.offset.lo());
+            Box::pin(async move {
+                if fails {
+                    return Err(Error::unavailable("ask the bank", "it is down").into());
+                }
+                support::count_one(tx, &record.payload).await?;
+                Ok(())
+            })
+        });
+        let consumer = Consumer::essentially_once(shipping(), log.clone(), store.clone(), handler)
+            .accept_volatile()
+            .max_batch(1);
+        tokio::spawn(consumer.run())
+    };
+    let old = start(None);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    // An operator deletes everything, and another instance begins to build it anew.
+    store.is_replaced.store(true, Ordering::SeqCst);
+    let new = start(Some(1));
+    append(&log, 5..6).await;
+    let error = old.await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::PositionLost { .. }), "{error}");
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(store.counts(6).await, [true, false, false, false, false, false]);
+    new.abort();
 }

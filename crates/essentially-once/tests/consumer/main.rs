@@ -8,6 +8,7 @@
     reason = "tests, with a support module that each uses in part"
 )]
 
+mod blame;
 mod duplicates;
 mod faults;
 mod lost;
@@ -15,6 +16,7 @@ mod records;
 mod running;
 mod skip;
 mod standby;
+mod starting;
 mod stopping;
 #[path = "../support/mod.rs"]
 mod support;
@@ -26,7 +28,7 @@ use std::{
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore,
-    ProducerId, Record, Revision, StartAt, handler_fn,
+    ProducerId, Record, StartAt, handler_fn,
     memory::{Memory, MemoryTx},
     seek, skip,
 };

@@ -369,6 +369,28 @@ async fn without_patience_an_instance_takes_over_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_instance_may_never_take_over() {
+    let shared = Shared::default();
+    shared.append(0..3).await;
+    let stop = CancellationToken::new();
+    let patient = shared
+        .consumer(0, Duration::from_millis(5))
+        .standby_after(Duration::MAX);
+    let patient = tokio::spawn(patient.run_until(stop.clone()));
+    shared.reached(3).await;
+    let other = tokio::spawn(shared.consumer(1, Duration::ZERO).standby_after(Duration::ZERO).run());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    shared.append(3..6).await;
+    shared.reached(6).await;
+    other.abort();
+    shared.append(6..9).await;
+    tokio::time::sleep(Duration::from_secs(3_600)).await;
+    assert_eq!(shared.next().await, 6.into());
+    stop.cancel();
+    patient.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_standby_that_is_stopped_ends_at_once() {
     let shared = Shared::default();
     shared.append(0..10).await;
