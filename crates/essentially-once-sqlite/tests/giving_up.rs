@@ -88,6 +88,16 @@ async fn at_most(limit: usize, path: &Path) {
     }
 }
 
+/// How many threads of this process are ours; other tests have some as well.
+#[cfg(target_os = "linux")]
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task")
+        .expect("proc")
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("comm")).ok())
+        .filter(|name| name.starts_with("essentially"))
+        .count()
+}
+
 /// Gives up the same 60 times, after 1 to 20 ms, and never later than that.
 async fn give_up<T>(mut what: impl AsyncFnMut() -> T) {
     for millis in (1..=20).cycle().take(60) {
@@ -116,6 +126,11 @@ async fn opening_that_was_given_up_leaves_no_descriptor() {
     let options = SqliteOptions::new().busy_timeout(10 * SOON);
     give_up(async || options.open(&path).await.map(drop)).await;
     at_most(before + KEPT, &path).await;
+    let started = Instant::now();
+    while threads() > KEPT {
+        assert!(started.elapsed() < SOON, "{} threads wait for nobody", threads());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     shell.execute_batch("COMMIT").expect("unlock");
     drop(shell);
     give_up(async || Sqlite::open(&path).await.map(drop)).await;
