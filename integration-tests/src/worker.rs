@@ -61,10 +61,13 @@ fn run(work: Work) -> Result<(), Source> {
     })
 }
 
-/// Opens what may be on a server that was just killed and is back soon.
-async fn patiently<T, F: Future<Output = Result<T, Error>>>(open: impl Fn() -> F) -> Result<T, Error> {
+/// Asks a server that may have been killed or started a moment ago, until it answers.
+///
+/// # Errors
+/// All that do not pass by themselves.
+pub async fn patiently<T, F: Future<Output = Result<T, Error>>>(ask: impl Fn() -> F) -> Result<T, Error> {
     loop {
-        match open().await {
+        match ask().await {
             Err(error) if error.is_transient() => tokio::time::sleep(Duration::from_millis(20)).await,
             done => return done,
         }

@@ -11,14 +11,14 @@ use essentially_once::{ConsumerId, Epoch, Error, Log, NewRecord, Offset, Origin,
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Place, Store,
-    worker::{self, Work, Worker},
+    worker::{self, Work, Worker, patiently},
 };
 
 /// At least; more if the servers take long to come back, since there must be something to handle meanwhile.
 const RECORDS: u64 = 5_000;
 const KILLS: u32 = 3;
 /// How long all of it may take.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(240);
 
 fn main() -> ExitCode {
     if let Some(ended) = worker::main() {
@@ -49,8 +49,8 @@ async fn run(log: Backend, store: Backend) -> Result<(), Source> {
         long_pause: Duration::ZERO,
     };
     let pair = Pair {
-        log: log.address().log().await?,
-        store: store.address().store().await?,
+        log: patiently(|| work.log.log()).await?,
+        store: patiently(|| work.store.store()).await?,
         places: [log, store],
         consumer: ConsumerId::new("shipping")?,
         work,
@@ -204,12 +204,12 @@ impl Pair {
     }
 
     async fn judge(&self, sent: u64) -> Result<(), Source> {
-        let records = read_log(&*self.log).await?;
-        let applied = self.store.ledger(&self.consumer).await?;
-        let position = self.store.position(&self.consumer).await?;
+        let records = patiently(|| read_log(&*self.log)).await?;
+        let applied = patiently(|| self.store.ledger(&self.consumer)).await?;
+        let position = patiently(|| self.store.position(&self.consumer)).await?;
         let check = Check::new(&records, &applied).position(position.as_ref()).drained();
         check.findings().judge(Expectation::EssentiallyOnce)?;
-        let counter = self.store.counter(&self.consumer).await?;
+        let counter = patiently(|| self.store.counter(&self.consumer)).await?;
         eprintln!("{} records in the log, {counter} handled", records.len());
         match (applied.len() as u64, counter) {
             (applied, counter) if (applied, counter) == (sent, sent) => Ok(()),

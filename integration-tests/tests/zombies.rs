@@ -13,7 +13,7 @@ use essentially_once::{ConsumerId, Log, NewRecord, Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Store,
-    worker::{self, Work, Worker},
+    worker::{self, Work, Worker, patiently},
 };
 
 /// The probes, with their records.
@@ -25,7 +25,7 @@ const PROBES: [(&str, u64, Disturbance); 4] = [
 ];
 
 /// How long a probe may take.
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(180);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Disturbance {
@@ -54,7 +54,9 @@ fn main() -> ExitCode {
 
 async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result<(), Source> {
     let place = backend.start()?;
-    let (log, store) = (place.address().log().await?, place.address().store().await?);
+    let address = place.address();
+    let log = patiently(|| address.log()).await?;
+    let store = patiently(|| address.store()).await?;
     let keyed = |n: u64| NewRecord::new(n.to_string()).key((n % 7).to_string());
     log.append(&(0..records).map(keyed).collect::<Vec<_>>()).await?;
     let work = Work {
@@ -153,13 +155,14 @@ impl Probe<'_> {
     }
 
     async fn judge(&self) -> Result<(), Source> {
-        let counter = self.store.counter(&self.consumer).await?;
+        let counter = patiently(|| self.store.counter(&self.consumer)).await?;
         eprintln!("{counter} increments for {} records", self.records);
         if counter != self.records {
             return Err(format!("{counter} increments for {} records", self.records).into());
         }
-        let (records, applied) = (read_log(self.log).await?, self.store.ledger(&self.consumer).await?);
-        let position = self.store.position(&self.consumer).await?;
+        let records = patiently(|| read_log(self.log)).await?;
+        let applied = patiently(|| self.store.ledger(&self.consumer)).await?;
+        let position = patiently(|| self.store.position(&self.consumer)).await?;
         let check = Check::new(&records, &applied).position(position.as_ref()).drained();
         check.findings().judge(Expectation::EssentiallyOnce)?;
         Ok(())

@@ -23,8 +23,8 @@ async fn a_node_stopped_and_a_node_killed_lose_nothing() -> Outcome {
     let [first, second] = [0, 1].map(|node: usize| url(cluster.nodes()[node].port()));
     let (rabbit, other) = (connect(&first).await?, connect(&second).await?);
     // The node that is asked to declare a stream leads it: the log's leader will be killed.
-    let elsewhere = other.log("orders").await?;
-    let log = rabbit.log("orders").await?;
+    let (elsewhere, _) = insist(|| other.log("orders")).await?;
+    let (log, _) = insist(|| rabbit.log("orders")).await?;
     let mut sending = Sending::start(log.clone());
     let (shipping, billing) = (ConsumerId::new("shipping")?, ConsumerId::new("billing")?);
     let mut near = Running::start(&shipping, log.clone(), rabbit.store());

@@ -80,7 +80,7 @@ impl Stage {
 /// By the Sentinels' word alone: nobody listens on that port.
 async fn connect(sentinels: &[RedisSentinel]) -> Result<Redis, Error> {
     RedisOptions::new()
-        .timeout(Duration::from_secs(5))
+        .timeout(LIMIT)
         .sentinel(NAME, sentinels.iter().map(|sentinel| sentinel.server().url()))
         .connect("redis://127.0.0.1:1")
         .await
@@ -173,7 +173,8 @@ async fn a_store_elsewhere_notices_that_the_tail_is_gone() -> Outcome {
     };
     past_end(running.ends().await?)?;
     // And so it is for one that starts only now.
-    let late = Running::start(&stage.consumer, redis.log("orders").await?, store.clone()).await;
+    let (log, _) = insist(|| redis.log("orders")).await?;
+    let late = Running::start(&stage.consumer, log, store.clone()).await;
     past_end(late.ends().await?)?;
     ensure!(
         read_ledger(&store, &stage.consumer).await?.len() == 10,
@@ -197,7 +198,8 @@ async fn position_and_state_on_the_same_server_go_back_together() -> Outcome {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     // The sender, who knows of nothing, goes on.
-    send(&redis.log("orders").await?, 10..20).await?;
+    let (log, _) = insist(|| redis.log("orders")).await?;
+    send(&log, 10..20).await?;
     until(&mut running.seen, |seen| seen.handled == 20).await?;
     running.stop.cancel();
     let report = running.ends().await??;

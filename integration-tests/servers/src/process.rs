@@ -14,8 +14,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::{Error, folder::Folder};
 
-/// How long a server may take to start.
-pub(crate) const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long a server may take to start, on a machine that does much else.
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A running server and its children: a process group of its own, entered in its folder.
 pub(crate) struct Process {

@@ -10,7 +10,7 @@ use std::{
 use libtest_mimic::{Arguments, Trial};
 use test_servers::{Cut, Error, Proxy, RedisServer, redis_server};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 type Done = Result<(), Error>;
 type Test = (&'static str, fn() -> Done);

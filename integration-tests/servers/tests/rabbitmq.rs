@@ -1,14 +1,15 @@
 //! RabbitMQ nodes start, die, freeze, come back with their data, and leave nothing behind.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, thread, time::Duration};
 
 use common::{Done, Owned, Test, Victim};
 use test_servers::{RabbitCluster, RabbitNode, rabbitmq_server};
 
 mod common;
 
-const TESTS: [Test; 3] = [
+const TESTS: [Test; 4] = [
     ("what_was_declared_survives_a_kill", survives_a_kill),
+    ("a_node_that_answers_late_is_asked_again", answers_late),
     ("nothing_is_left_when_the_owner_is_killed", owner_killed),
     ("a_cluster_of_three_has_three_nodes", cluster),
 ];
@@ -39,6 +40,20 @@ fn survives_a_kill() -> Done {
     let folder = node.folder().to_owned();
     drop(node);
     assert!(!folder.exists(), "{} is left behind", folder.display());
+    Ok(())
+}
+
+fn answers_late() -> Done {
+    // Erlang gives a connection 7 s, and nothing tells when it has given up.
+    const FROZEN: Duration = Duration::from_secs(20);
+    let node = RabbitNode::start()?;
+    node.freeze();
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| node.ctl(&["ping"]));
+        thread::sleep(FROZEN);
+        node.thaw();
+        asking.join().expect("no panic")
+    })?;
     Ok(())
 }
 

@@ -148,7 +148,7 @@ fn sentinel() -> Done {
     let replica = RedisServer::durable().replica_of(&master).start()?;
     master.command(&["SET", "key", "value"])?;
     assert_eq!(
-        master.command(&["WAIT", "1", "10000"])?,
+        master.command(&["WAIT", "1", "60000"])?,
         Reply::Int(1),
         "the replica does not follow"
     );
@@ -156,7 +156,7 @@ fn sentinel() -> Done {
     let sentinel = RedisSentinel::start("shop", &master)?;
     assert_eq!(sentinel.master_port()?, master.port());
     master.kill()?;
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while sentinel.master_port()? != replica.port() {
         assert!(Instant::now() < deadline, "the replica was not promoted");
         thread::sleep(Duration::from_millis(50));

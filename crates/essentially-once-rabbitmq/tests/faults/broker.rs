@@ -7,7 +7,7 @@ use essentially_once_rabbitmq::LogOptions;
 use test_servers::RabbitNode;
 use tokio::{task::block_in_place, time::sleep};
 
-use crate::common::{Outcome, Running, Sending, ensure, judge, message, options, url};
+use crate::common::{Outcome, Running, Sending, ensure, insist, judge, message, options, url};
 
 const KILLS: u64 = 3;
 
@@ -36,12 +36,11 @@ pub(crate) async fn a_restarted_node_answers_for_all_its_streams_at_once() -> Ou
 pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
     let node = block_in_place(RabbitNode::start)?;
     let consumer = ConsumerId::new("shipping")?;
-    let rabbit = options()
-        .timeout(Duration::from_secs(3))
-        .connect(&url(node.port()))
-        .await?;
-    let mut sending = Sending::start(rabbit.log("orders").await?);
-    let mut running = Running::start(&consumer, rabbit.log("orders").await?, rabbit.store());
+    let (url, impatient) = (node.url(), options().timeout(Duration::from_secs(3)));
+    let (rabbit, _) = insist(|| impatient.clone().connect(&url)).await?;
+    let (log, _) = insist(|| rabbit.log("orders")).await?;
+    let mut sending = Sending::start(log.clone());
+    let mut running = Running::start(&consumer, log, rabbit.store());
     running.goes_on(20).await?;
     let watermark = |value| block_in_place(|| node.ctl(&["set_vm_memory_high_watermark", value]));
     // With an alarm nothing new would come that it could commit.

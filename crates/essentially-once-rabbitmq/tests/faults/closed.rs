@@ -9,7 +9,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::common::{LIMIT, Outcome, Running, ensure, insist, judge, message, options, send, url};
+use crate::common::{LIMIT, Outcome, Running, ensure, insist, judge, message, options, send};
 
 /// A channel with an unacknowledged delivery is closed after `consumer_timeout`, and one that publishes too much at once.
 const SETTINGS: &str = "consumer_timeout = 8000\nmax_message_size = 100000";
@@ -21,7 +21,7 @@ pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
         &node,
         &["eval", "application:set_env(rabbit, channel_tick_interval, 500)."],
     )?;
-    let rabbit = options().connect(&url(node.port())).await?;
+    let rabbit = options().connect(&node.url()).await?;
     let (log, consumer) = (rabbit.log("orders").await?, ConsumerId::new("shipping")?);
     send(&log, 0..20).await?;
     let mut running = Running::start(&consumer, log.clone(), rabbit.store());
@@ -53,7 +53,7 @@ pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
 }
 
 async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
-    let rabbit = options().connect(&url(node.port())).await?;
+    let rabbit = options().connect(&node.url()).await?;
     let log = rabbit.log("orders").await?;
     let mut reader = log.read(Offset::ZERO).await?;
     reader.next(1).await?;

@@ -105,7 +105,7 @@ async fn killed() -> Result<(), Violation> {
     const KILLS: usize = 2;
     let node = RabbitNode::start()?;
     let mut place = Place::at(node.port());
-    place.timeout = Duration::from_secs(5);
+    place.timeout = Duration::from_secs(60);
     let store = place.store().await?;
     assert_eq!(revision(&store).await?, 0);
     let mut acknowledged = 0;

@@ -197,7 +197,7 @@ impl Stranger {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), finding)
+        tokio::time::timeout(Duration::from_secs(60), finding)
             .await
             .expect("within the time limit")
     }

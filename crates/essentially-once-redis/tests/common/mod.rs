@@ -12,7 +12,7 @@ use essentially_once_testkit::{Check, Expectation, Suite, read_ledger, read_log}
 use tokio::sync::watch;
 
 /// How long anything may take; only what is stuck takes so long.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 pub(crate) type Outcome = Result<(), Source>;
 pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;

@@ -48,7 +48,7 @@ pub(crate) fn add_spread(server: &RedisServer, first: u64, range: std::ops::Rang
 }
 
 pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(10), future).await.expect("soon")
+    timeout(Duration::from_secs(60), future).await.expect("soon")
 }
 
 /// Reads so many records.

@@ -53,7 +53,7 @@ pub(crate) async fn a_careless_handler_counts_every_record() -> Outcome {
             .backoff(Duration::from_millis(1), Duration::from_millis(20))
             .run_until_caught_up()
             .await?;
-        assert!(proxy.wait_fired(done + 1, Duration::from_secs(10)));
+        assert!(proxy.wait_fired(done + 1, Duration::from_secs(60)));
         let count = stage.store.begin(&consumer).await?.get(b"count").await?;
         assert_eq!(count.as_deref(), Some(RECORDS.to_string().as_bytes()), "{report}");
         assert_eq!((report.handled, report.restarts), (RECORDS, 1), "{report}");

@@ -1,6 +1,6 @@
 //! What the cases share.
 
-use std::{error::Error as _, time::Duration};
+use std::time::Duration;
 
 use essentially_once::{
     Advance, ConsumerId, Error, KeyValue, LogId, Numbering, Offset, OffsetStore, Revision, Source, Transaction,
@@ -69,7 +69,7 @@ impl Stage {
     pub(crate) async fn through(&self, proxy: &Proxy) -> Result<RedisStore, Error> {
         let url = format!("redis://127.0.0.1:{}", proxy.port());
         Ok(RedisOptions::new()
-            .timeout(Duration::from_secs(5))
+            .timeout(Duration::from_secs(60))
             .connect(&url)
             .await?
             .store())
@@ -117,7 +117,7 @@ pub(crate) fn numbering(text: &str) -> Numbering {
 pub(crate) fn told<T>(result: Result<T, Error>) -> String {
     let Err(error) = result else { panic!("it did not fail") };
     let mut text = format!("{error:?} {error}");
-    let mut cause = error.source();
+    let mut cause = error.cause().map(|cause| cause as &dyn std::error::Error);
     while let Some(error) = cause {
         text += &format!(" {error:?} {error}");
         cause = error.source();

@@ -1,7 +1,6 @@
 //! Passwords and private keys are in no message, event or debug output.
 
 use std::{
-    error::Error as _,
     fmt::{self, Write as _},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -40,7 +39,7 @@ impl Said {
     fn failed<T>(&self, result: Result<T, Error>) -> Result<Error, Source> {
         let error = result.err().ok_or("it should have failed")?;
         self.note(format_args!("{error} {error:?} {error:#?}"));
-        let mut cause = error.source();
+        let mut cause = error.cause().map(|cause| cause as &dyn std::error::Error);
         while let Some(source) = cause {
             self.note(format_args!("{source} {source:?}"));
             cause = source.source();
@@ -160,7 +159,7 @@ async fn requests_that_fail(said: &Said, authority: &Authority, server: &RedisSe
         .client_certificate(client.certificate.as_str(), client.key.as_str());
     said.show(&options);
     let url = tls_url(server)?.replace("rediss://", &format!("rediss://{USER}:{SECRET}@"));
-    let redis = options.timeout(Duration::from_secs(5)).connect(&url).await?;
+    let redis = options.timeout(Duration::from_secs(60)).connect(&url).await?;
     let kept = LogOptions::new().retention(Retention {
         records: Some(5),
         age: None,

@@ -29,7 +29,7 @@ use crate::{
 /// How long to watch for something that must not happen, such as a reader getting a record that is not there.
 const QUIET: Duration = Duration::from_millis(50);
 /// How long something may take that must happen.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 
 macro_rules! case {
     ($module:ident :: $name:ident, needs $($capability:ident),+) => {

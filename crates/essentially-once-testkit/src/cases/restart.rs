@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{Error, KeyValue, Log, OffsetStore, Position, Revision, Transaction, Window};
+use essentially_once::{Advance, Error, KeyValue, Log, OffsetStore, Position, Record, Revision, Transaction, Window};
 
-use super::{advance, compare, consumer, counter, is_certain, payloads, read_all, records, soon, store::numbering};
+use super::{advance, compare, consumer, counter, is_certain, payloads, records, soon, store::numbering};
 use crate::{
     Backend, Harness,
     suite::{CaseResult, Violation, ensure},
@@ -25,16 +25,19 @@ const RESTARTS: usize = 4;
 pub(super) async fn l1_appended_records_survive_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     for round in 0..3 {
         let log = up(|| backend.log("orders")).await?;
-        log.append(&records([round * 2, round * 2 + 1])).await?;
+        let batch = records([round * 2, round * 2 + 1]);
+        once_ready(|| log.append(&batch)).await?;
         backend.restart().await?;
         let log = up(|| backend.log("orders")).await?;
         let expected: Vec<_> = (0..=round * 2 + 1).map(|n| n.to_string()).collect();
-        let bounds = log.bounds().await?;
+        let bounds = once_ready(|| log.bounds()).await?;
         ensure!(
             bounds.earliest < bounds.end,
             "restart {round}: acknowledged records are gone, the log is empty"
         );
-        let found = payloads(&read_all(&*log, expected.len()).await?);
+        let last = (round * 2 + 1).to_string();
+        let found = once_ready(|| read_to_last(&*log, &last)).await?;
+        let found = payloads(&found);
         ensure!(
             found == expected,
             "restart {round}: appended {expected:?}, found {found:?}"
@@ -55,6 +58,35 @@ pub(super) async fn up<T, F: Future<Output = Result<T, Error>>>(mut open: impl F
         }
     })
     .await
+}
+
+/// Asks a backend that has come up again, until it does not say [`Error::Unavailable`]: then nothing has
+/// happened yet, and it may open a log before it can use it.
+async fn once_ready<T, F: Future<Output = Result<T, Error>>>(mut ask: impl FnMut() -> F) -> Result<T, Violation> {
+    let mut last = None;
+    let asking = async {
+        loop {
+            match ask().await {
+                Err(error @ Error::Unavailable { .. }) => last = Some(error),
+                done => return done,
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    match soon("an answer after a restart", asking).await {
+        Ok(done) => Ok(done?),
+        Err(violation) => Err(last.map_or(violation, Violation::from)),
+    }
+}
+
+/// All records up to the one with this payload.
+async fn read_to_last(log: &dyn Log, payload: &str) -> Result<Vec<Record>, Error> {
+    let mut reader = log.read(log.bounds().await?.earliest).await?;
+    let mut found: Vec<Record> = Vec::new();
+    while found.last().is_none_or(|last| last.payload != payload.as_bytes()) {
+        found.extend(reader.next(1_000).await?);
+    }
+    Ok(found)
 }
 
 /// Runs `work` until it has seen [`RESTARTS`] restarts, with some progress (told through the counter) between them.
@@ -106,12 +138,9 @@ pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backen
     })
     .await?;
     let log = up(|| backend.log("orders")).await?;
-    log.append(&records(["end"])).await?;
-    let mut found = Vec::new();
-    let mut reader = log.read(log.bounds().await?.earliest).await?;
-    while found.last().is_none_or(|last| last != "end") {
-        found.extend(payloads(&soon("the last record", reader.next(1_000)).await??));
-    }
+    let end = records(["end"]);
+    once_ready(|| log.append(&end)).await?;
+    let found = payloads(&once_ready(|| read_to_last(&*log, "end")).await?);
     for (batch, told) in outcomes.iter().enumerate() {
         let prefix = format!("{batch}.");
         let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
@@ -173,6 +202,13 @@ async fn count_one<S: OffsetStore<Tx: KeyValue>>(store: &S, log: &dyn Log) -> Re
     tx.commit(advance(position.as_ref(), log, n + 1)).await
 }
 
+/// Commits this count as the counter.
+async fn commit_count<S: OffsetStore<Tx: KeyValue>>(store: &S, n: u64, advance: &Advance) -> Result<(), Error> {
+    let mut tx = store.begin(&consumer("shipping")).await?;
+    tx.put(b"n", &n.to_be_bytes()).await?;
+    tx.commit(advance.clone()).await
+}
+
 /// The stored truth, asked until the store answers.
 async fn settled<B: Backend>(backend: &B, store: &mut B::Store) -> Result<(Option<Position>, u64), Violation> {
     loop {
@@ -217,12 +253,10 @@ pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H:
     let log = backend.log("orders").await?;
     for round in 1..=3 {
         let mut store = up(|| backend.store()).await?;
-        let (position, n) = stored(&store).await?;
-        let mut tx = store.begin(&consumer("shipping")).await?;
-        tx.put(b"n", &(n + 1).to_be_bytes()).await?;
+        let (position, n) = settled(backend, &mut store).await?;
         let mut advance = advance(position.as_ref(), &*log, n + 1);
         advance.windows.push((numbering("web-1"), Window::new(round)));
-        tx.commit(advance).await?;
+        once_ready(|| commit_count(&store, n + 1, &advance)).await?;
         let before = settled(backend, &mut store).await?;
         backend.restart().await?;
         let mut store = up(|| backend.store()).await?;

@@ -33,8 +33,14 @@ const UNDECODABLE: &[u8] = b"\xFFno record\0";
 /// More than any append or commit takes.
 const STEPS_TO_A_STAGE: usize = 50;
 
+/// How many requests a slow model refuses after each restart.
+const REFUSALS: usize = 5;
+
 /// Starts models with one defect.
 pub(crate) struct ModelHarness(pub(crate) Defect);
+
+/// Starts models without a defect, which are not ready for a while after a restart, as servers are.
+pub(crate) struct SlowModelHarness;
 
 #[async_trait]
 impl Harness for ModelHarness {
@@ -64,18 +70,20 @@ impl Harness for ModelHarness {
     }
 
     async fn start(&self, _: &str) -> Result<Model, Source> {
-        Ok(Model {
-            shared: Arc::new(Shared {
-                defect: self.0,
-                state: Mutex::default(),
-                stage: AtomicUsize::default(),
-                asked: AtomicUsize::default(),
-                changes: watch::Sender::new(()),
-                commits: watch::Sender::new(()),
-                armed: Mutex::default(),
-                cuts: AtomicUsize::default(),
-            }),
-        })
+        Ok(Model::new(self.0, 0))
+    }
+}
+
+#[async_trait]
+impl Harness for SlowModelHarness {
+    type Backend = Model;
+
+    fn capabilities(&self) -> Capabilities {
+        ModelHarness(Defect::None).capabilities()
+    }
+
+    async fn start(&self, _: &str) -> Result<Model, Source> {
+        Ok(Model::new(Defect::None, REFUSALS))
     }
 }
 
@@ -93,6 +101,26 @@ pub(crate) enum Stage {
 /// One backend; its parts share what a server would hold.
 pub(crate) struct Model {
     shared: Arc<Shared>,
+    refuses_after_restart: usize,
+}
+
+impl Model {
+    fn new(defect: Defect, refuses_after_restart: usize) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                defect,
+                state: Mutex::default(),
+                stage: AtomicUsize::default(),
+                asked: AtomicUsize::default(),
+                refusals: AtomicUsize::default(),
+                changes: watch::Sender::new(()),
+                commits: watch::Sender::new(()),
+                armed: Mutex::default(),
+                cuts: AtomicUsize::default(),
+            }),
+            refuses_after_restart,
+        }
+    }
 }
 
 pub(crate) struct Shared {
@@ -102,6 +130,8 @@ pub(crate) struct Shared {
     stage: AtomicUsize,
     /// Counts questions for durability.
     asked: AtomicUsize,
+    /// How many requests are yet to be refused.
+    refusals: AtomicUsize,
     /// Wakes all waiting readers.
     pub(crate) changes: watch::Sender<()>,
     /// Wakes all who watch a consumer.
@@ -163,7 +193,17 @@ impl Shared {
     /// A request's way to the backend or back, on which a restart may overtake it.
     pub(crate) async fn travel(&self, generation: u64, stage: Stage) -> Result<(), Error> {
         self.pause(stage).await;
+        // Nothing has happened yet.
+        if matches!(stage, Stage::Request | Stage::Idle) && self.refuses() {
+            return Err(Error::unavailable("reach the model", "it is not ready yet"));
+        }
         self.connected(generation).map(drop)
+    }
+
+    fn refuses(&self) -> bool {
+        let left = |refusals: usize| refusals.checked_sub(1);
+        let counted = self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left);
+        counted.is_ok()
     }
 
     /// Lets others go on, and lets a restart know where it would hit an operation.
@@ -256,6 +296,7 @@ impl Backend for Model {
             log.restart(&self.shared);
         }
         state.store.restart(&self.shared);
+        self.shared.refusals.store(self.refuses_after_restart, Ordering::SeqCst);
         self.shared.changes.send_replace(());
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::process::Signal;
@@ -24,6 +24,10 @@ use crate::{
 
 /// A node that was killed in a cluster may have to wait for the others.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
+
+/// What `rabbitmqctl` exits with if it did not reach the node (Erlang gives a connection 7 s), or
+/// the node took too long: `EX_UNAVAILABLE` and `EX_TEMPFAIL`.
+const NO_ANSWER: [i32; 2] = [69, 75];
 
 /// Erlang: waits up to a minute for the replicas of all streams, and returns the names of the
 /// streams that are down. It waits on the node, since each `rabbitmqctl` takes a second to begin.
@@ -314,35 +318,59 @@ impl RabbitNode {
 
     /// Runs `rabbitmqctl` for this node, and returns what it wrote. It takes a second or more.
     ///
+    /// A node that runs but does not answer in time, as on a busy machine, is asked again for two
+    /// minutes. So a command that is not idempotent may run twice.
+    ///
     /// # Errors
     /// It failed, with what it wrote.
     pub fn ctl(&self, arguments: &[&str]) -> Result<String, Error> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.ctl_once(arguments) {
+                Err(Refusal { passes: true, .. }) if self.pid().is_some() && Instant::now() < deadline => {}
+                done => return done.map_err(|refusal| refusal.error),
+            }
+        }
+    }
+
+    fn ctl_once(&self, arguments: &[&str]) -> Result<String, Refusal> {
         let program = self.program.with_file_name("rabbitmqctl");
         let mut command = Command::new(&program);
         command
             .args(arguments)
             .envs(self.variables.iter().cloned())
             .current_dir(self.folder());
-        let output = command
-            .output()
-            .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
+        let output = command.output().map_err(|error| Refusal {
+            error: format!("cannot start {}: {error}", program.display()).into(),
+            passes: false,
+        })?;
         let written = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() {
             return Ok(written);
         }
         let errors = String::from_utf8_lossy(&output.stderr);
-        Err(format!(
+        let error = format!(
             "rabbitmqctl {} on {}: {written}{errors}",
             arguments.join(" "),
             self.name
-        )
-        .into())
+        );
+        Err(Refusal {
+            error: error.into(),
+            passes: output.status.code().is_some_and(|code| NO_ANSWER.contains(&code)),
+        })
     }
 
     fn process(&self) -> MutexGuard<'_, Option<Process>> {
         // A panic elsewhere leaves either a process or none: both are sound.
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Why `rabbitmqctl` failed.
+struct Refusal {
+    error: Error,
+    /// The node did not answer: the next try may succeed.
+    passes: bool,
 }
 
 /// Whether an AMQP server answers the protocol's header with its first frame.

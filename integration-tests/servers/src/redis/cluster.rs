@@ -17,7 +17,7 @@ impl RedisCluster {
     /// Starts that many durable nodes, and returns when each of them says that the cluster is complete.
     ///
     /// # Errors
-    /// A node cannot be started (it needs Redis 7 or Valkey), or they do not find each other within 20 s.
+    /// A node cannot be started (it needs Redis 7 or Valkey), or they do not find each other within a minute.
     pub fn start(nodes: usize) -> Result<Self, Error> {
         let nodes = (0..nodes)
             .map(|_| RedisServer::durable().cluster().start())

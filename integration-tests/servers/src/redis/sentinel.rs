@@ -16,7 +16,7 @@ impl RedisSentinel {
     /// Starts a sentinel that knows the master by this name, and returns when it sees the master and all of its replicas.
     ///
     /// # Errors
-    /// It cannot be started, or does not reach the master within 20 s.
+    /// It cannot be started, or does not reach the master within a minute.
     pub fn start(name: &str, master: &RedisServer) -> Result<Self, Error> {
         let server = RedisBuilder::default()
             .sentinel()

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How long a command may take before the server counts as stuck.
-const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// A private server, Redis or Valkey, with its data in a temporary folder. It can be killed and started again while
 /// other threads use it; when it is dropped, the server and its folder are gone.
@@ -162,7 +162,7 @@ impl RedisServer {
     /// Sends one command over the Unix socket, as a user of its own who may do everything.
     ///
     /// # Errors
-    /// It does not run, refuses the command, or takes more than 30 s.
+    /// It does not run, refuses the command, or takes more than a minute.
     pub fn command<A: AsRef<[u8]>>(&self, arguments: &[A]) -> Result<Reply, Error> {
         self.ask(arguments, COMMAND_LIMIT).map_err(|error| {
             let command = arguments.first().map(|first| String::from_utf8_lossy(first.as_ref()));

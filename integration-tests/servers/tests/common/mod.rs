@@ -95,7 +95,7 @@ impl Victim {
         );
         self.child.kill()?;
         self.child.wait()?;
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         for server in &self.servers {
             while server.is_left() {
                 let Owned { pid, ports, folder } = server;
