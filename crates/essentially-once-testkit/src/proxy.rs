@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use essentially_once::Source;
+
 /// How much of what a connection sent is remembered, to find a pattern that came in pieces.
 const TAIL: usize = 4096;
 
@@ -38,7 +40,7 @@ pub enum Cut {
 /// // The next command that holds these bytes is done, and its reply is lost.
 /// proxy.cut_at(b"EVALSHA", Cut::BeforeReply);
 /// # drop(url);
-/// # Ok::<(), std::io::Error>(())
+/// # Ok::<(), essentially_once::Source>(())
 /// ```
 pub struct Proxy {
     port: u16,
@@ -76,7 +78,7 @@ impl Proxy {
     ///
     /// # Errors
     /// There is no free port.
-    pub fn start(target: u16) -> io::Result<Self> {
+    pub fn start(target: u16) -> Result<Self, Source> {
         Self::to((Ipv4Addr::LOCALHOST, target).into())
     }
 
@@ -84,7 +86,7 @@ impl Proxy {
     ///
     /// # Errors
     /// There is no free port.
-    pub fn to(target: SocketAddr) -> io::Result<Self> {
+    pub fn to(target: SocketAddr) -> Result<Self, Source> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
         let shared = Arc::new(Shared {
