@@ -5,7 +5,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 use essentially_once::{Error, Log, Offset, Source, async_trait};
 use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, RedisTx, Retention, redis};
 use essentially_once_testkit::{
-    Backend, Capabilities, Cut, Harness, Proxy, Request, Suite, Support, conformance_cases,
+    Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support, conformance_cases,
 };
 use test_servers::RedisServer;
 use tokio::sync::OnceCell;
@@ -58,10 +58,12 @@ impl Harness for RedisHarness {
         };
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::Yes;
-        capabilities.delete_record = Support::No("the log does not implement `readable_end` yet");
+        capabilities.delete_record = Support::Yes;
         capabilities.refuse = Support::No("an append is one script, which Redis refuses before its first write");
         capabilities.wire = Support::Yes;
         capabilities.native = Support::Yes;
+        capabilities.read_state = Support::Yes;
+        capabilities.beats = Support::Yes;
         capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.paced_rounds = 500;
         capabilities.malformed = Support::Yes;
@@ -187,6 +189,10 @@ impl Backend for Server {
             "" => Ok(0),
             text => Ok(text.parse()?),
         }
+    }
+
+    async fn state_reader(&self) -> Result<StateReader<RedisStore>, Source> {
+        Ok(Arc::new(self.store().await?))
     }
 
     async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {

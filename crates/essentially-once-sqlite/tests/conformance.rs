@@ -7,7 +7,7 @@ use essentially_once_sqlite::{
     Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, params},
 };
-use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support};
+use essentially_once_testkit::{Backend, Capabilities, Harness, StateReader, Suite, Support};
 use tempfile::TempDir;
 
 const RECORD_LIMIT: usize = 1024 * 1024;
@@ -35,6 +35,8 @@ impl Harness for SqliteHarness {
         capabilities.refuse = Support::Yes;
         capabilities.wire = Support::No("there is no wire: the file is opened by this process");
         capabilities.native = Support::Yes;
+        capabilities.read_state = Support::Yes;
+        capabilities.beats = Support::Yes;
         capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
@@ -172,6 +174,10 @@ impl Backend for File {
         Ok(connection
             .query_row(count, [name], |row| row.get::<_, i64>(0))?
             .try_into()?)
+    }
+
+    async fn state_reader(&self) -> Result<StateReader<SqliteStore>, Source> {
+        Ok(Arc::new(self.store().await?))
     }
 
     async fn append_malformed(&self, log: &str) -> Result<Vec<u8>, Source> {
