@@ -15,6 +15,8 @@ use test_servers::{Cut, Proxy, RedisServer};
 use common::{LIMIT, Outcome, Watched, cases, ensure, insist, judge, message, run, send, until};
 
 const MESSAGES: u64 = 12;
+/// What only a commit sends.
+const COMMIT: &[u8] = b"EVALSHA\r\n";
 /// How long a silent network is waited for.
 const SHORT: Duration = Duration::from_millis(500);
 
@@ -55,7 +57,7 @@ impl Stage {
         };
         // From here on the server knows the script, so that a commit is one request.
         stage
-            .consume(stage.log("first").await?, &ConsumerId::new("first")?, 1)
+            .consume(stage.log("first").await?, &ConsumerId::new("first")?, 1, None)
             .await?;
         Ok(stage)
     }
@@ -69,24 +71,60 @@ impl Stage {
         Ok(log)
     }
 
-    /// Runs a consumer through the proxy, judges what it did, and returns its report and revision.
+    /// Runs a consumer through the proxy, with its commit of that number cut, and judges what it did.
     async fn consume(
         &self,
         log: RedisLog,
         consumer: &ConsumerId,
         max_batch: usize,
-    ) -> Result<(Report, Revision), Source> {
+        cut: Option<(u64, Cut)>,
+    ) -> Result<Report, Source> {
         let store = self.through.store();
         let (reading, _) = insist(|| self.through.log(log.id().name())).await?;
-        let report = Consumer::essentially_once(consumer.clone(), reading, store, Ledger)
+        let handler = CutAt {
+            proxy: Arc::clone(&self.proxy),
+            cut,
+            commits: 0,
+        };
+        // The first commit is that of the position, for which the handler is not asked.
+        handler.arm();
+        let report = Consumer::essentially_once(consumer.clone(), reading, store, handler)
             .max_batch(max_batch)
             .backoff(Duration::from_millis(1), Duration::from_millis(20))
             .run_until_caught_up()
             .await?;
-        let store = self.around.store();
-        judge(&log, &store, consumer, MESSAGES).await?;
-        let position = store.position(consumer).await?;
-        Ok((report, position.ok_or("there is no position")?.revision))
+        judge(&log, &self.around.store(), consumer, MESSAGES).await?;
+        Ok(report)
+    }
+}
+
+/// Keeps the ledger, and cuts the connection at the commit of that number.
+struct CutAt {
+    proxy: Arc<Proxy>,
+    cut: Option<(u64, Cut)>,
+    commits: u64,
+}
+
+impl CutAt {
+    fn arm(&self) {
+        if let Some((nth, cut)) = self.cut
+            && nth == self.commits
+        {
+            self.proxy.cut_at(COMMIT, cut);
+        }
+    }
+}
+
+#[async_trait]
+impl Handler<RedisTx> for CutAt {
+    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
+        Ledger.handle(record, tx).await
+    }
+
+    async fn flush(&mut self, _: &mut RedisTx) -> Result<(), HandlerError> {
+        self.commits += 1;
+        self.arm();
+        Ok(())
     }
 }
 
@@ -112,45 +150,26 @@ async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
     for nth in 0.. {
         let name = format!("{nth}-{max_batch}");
         let log = stage.log(&name).await?;
-        stage.proxy.cut_at(&commit_request(nth, &name), cut);
-        let consumed = stage.consume(log, &ConsumerId::new(&name)?, max_batch).await;
-        let (report, last) = consumed.map_err(|error| format!("{cut:?}, commit {nth}: {error}"))?;
-        // The session after the cut opened an epoch, unless nothing was committed before, or nothing was left to commit.
-        let commits = match (last.epoch(), cut) {
-            (1, _) => last.count(),
-            (_, Cut::BeforeRequest) => nth + last.count(),
-            (_, Cut::BeforeReply) => nth + 1 + last.count(),
-        };
-        if commits <= nth {
+        let consumed = stage
+            .consume(log, &ConsumerId::new(&name)?, max_batch, Some((nth, cut)))
+            .await;
+        let report = consumed.map_err(|error| format!("{cut:?}, commit {nth}: {error}"))?;
+        if report.restarts == 0 {
             ensure!(nth > MESSAGES / max_batch as u64, "there were {nth} commits only");
             return Ok(());
         }
         ensure!(
             stage.proxy.wait_fired(nth as usize + 1, LIMIT),
-            "commit {nth} of {commits} was not cut"
+            "commit {nth} was not cut"
         );
-        // A commit whose reply was lost counts too. One that an adapter sent again would be fenced
-        // by the first.
+        // What a commit whose reply was lost has done counts too. One that an adapter sent again would be fenced by the
+        // first.
         ensure!(
-            (report.commits, report.restarts, report.fenced) == (commits, 1, 0),
-            "{cut:?}, commit {nth} of {commits}: {report}"
+            (report.handled, report.restarts, report.fenced) == (MESSAGES, 1, 0),
+            "{cut:?}, commit {nth}: {report}"
         );
     }
     Ok(())
-}
-
-/// What only the commit upon that revision sends: expected and next revision, and the log.
-fn commit_request(nth: u64, log: &str) -> Vec<u8> {
-    let expected = match nth {
-        0 => Revision::NONE,
-        count => Revision::new(1, count),
-    };
-    let arguments = [
-        expected.to_string(),
-        Revision::new(1, nth + 1).to_string(),
-        log.to_owned(),
-    ];
-    arguments.iter().flat_map(|argument| bulk(argument)).collect()
 }
 
 fn bulk(text: &str) -> Vec<u8> {
@@ -190,7 +209,7 @@ async fn every_append(cut: Cut, times: usize) -> Outcome {
     let counts: Vec<usize> = (0..MESSAGES).map(count).collect();
     ensure!(counts.iter().all(|count| *count == times), "{cut:?}: {counts:?}");
     let consumer = ConsumerId::new("shipping")?;
-    let (report, _) = stage.consume(log, &consumer, 5).await?;
+    let report = stage.consume(log, &consumer, 5, None).await?;
     ensure!(
         (report.handled, report.duplicates) == (MESSAGES, MESSAGES * (times as u64 - 1)),
         "{report}"
@@ -242,7 +261,7 @@ async fn a_commit_held_back_is_in_doubt_and_fences_when_it_arrives() -> Outcome 
     let store = stage.through.store();
     insist(|| store.position(&id)).await?;
     // Only to learn when it was done.
-    stage.proxy.cut_at(&commit_request(0, "orders"), Cut::BeforeReply);
+    stage.proxy.cut_at(COMMIT, Cut::BeforeReply);
     stage.proxy.hold(true);
     let held_back = commit(store, b"held back").await;
     ensure!(matches!(held_back, Err(Error::Indeterminate { .. })), "{held_back:?}");
@@ -268,7 +287,7 @@ async fn an_append_held_back_is_in_doubt() -> Outcome {
     stage.proxy.hold(false);
     ensure!(stage.proxy.wait_fired(1, LIMIT), "it never arrived");
     send(&log, 0..MESSAGES).await?;
-    stage.consume(log, &ConsumerId::new("shipping")?, 5).await?;
+    stage.consume(log, &ConsumerId::new("shipping")?, 5, None).await?;
     Ok(())
 }
 

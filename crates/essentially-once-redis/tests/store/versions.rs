@@ -103,7 +103,7 @@ pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
             "{consumer}: {report}"
         );
         let position = store.position(&consumer).await?.ok_or("the position is gone")?;
-        assert_eq!(position.revision.epoch(), 1, "{consumer}");
+        assert!(position.revision.epoch() > 0, "{consumer}");
         assert_eq!(position.owner, None, "{consumer} was not released");
         // What a process of version 1 reads as a whole number, and so refuses.
         let stored = stage.ask(&format!("HGET essentially-once:{{{consumer}}}:position revision"))?;
