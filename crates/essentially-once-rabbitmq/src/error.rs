@@ -192,18 +192,42 @@ mod tests {
 
         let io = |kind: io::ErrorKind| lapin::Error::from(io::Error::from(kind));
         let passing = [
-            reply(Hard::NOTALLOWED, "access to vhost '/' refused for user 'shop': connection limit (5) is reached"),
-            reply(Hard::NOTALLOWED, "connection refused for user 'shop': user connection limit (5) is reached"),
-            reply(Hard::NOTALLOWED, "connection refused: node connection limit (500) is reached"),
-            reply(Hard::NOTALLOWED, "number of channels opened (9) has reached the negotiated channel_max (9)"),
+            reply(
+                Hard::NOTALLOWED,
+                "access to vhost '/' refused for user 'shop': connection limit (5) is reached",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "connection refused for user 'shop': user connection limit (5) is reached",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "connection refused: node connection limit (500) is reached",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "number of channels opened (9) has reached the negotiated channel_max (9)",
+            ),
             reply(
                 Hard::NOTALLOWED,
                 "number of channels opened for user 'shop' has reached the maximum allowed user limit of (9)",
             ),
-            reply(Hard::INTERNALERROR, "access to vhost '/' refused for user 'shop': vhost '/' is down"),
-            reply(Hard::NOTALLOWED, "access to vhost '/' refused for user 'shop': vhost '/' is down"),
-            reply(Hard::INTERNALERROR, "Cannot declare a queue 'queue 'orders' in vhost '/'' on node 'a': {error,timeout}"),
-            reply(Hard::CONNECTIONFORCED, "broker forced connection closure with reason 'shutdown'"),
+            reply(
+                Hard::INTERNALERROR,
+                "access to vhost '/' refused for user 'shop': vhost '/' is down",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "access to vhost '/' refused for user 'shop': vhost '/' is down",
+            ),
+            reply(
+                Hard::INTERNALERROR,
+                "Cannot declare a queue 'queue 'orders' in vhost '/'' on node 'a': {error,timeout}",
+            ),
+            reply(
+                Hard::CONNECTIONFORCED,
+                "broker forced connection closure with reason 'shutdown'",
+            ),
             reply(Hard::CONNECTIONFORCED, "user 'shop' was deleted"),
             reply(Hard::RESOURCEERROR, "no file handles"),
             // A connection that lost its place; the next one begins anew.
@@ -212,24 +236,57 @@ mod tests {
             reply(Hard::COMMANDINVALID, "unimplemented method"),
             reply(Hard::CHANNELERROR, "expected 'channel.open'"),
             reply(Hard::UNEXPECTEDFRAME, "expected content header"),
-            reply(Soft::NOTFOUND, "home node 'a@b' of durable queue 'orders' in vhost '/' is down or inaccessible"),
-            reply(Soft::NOTFOUND, "queue 'orders' in vhost '/' process is stopped by supervisor"),
-            reply(Soft::NOTFOUND, "queue 'orders' in vhost '/' has crashed and failed to restart"),
-            reply(Soft::NOTFOUND, "failed to perform operation on queue 'orders' in vhost '/' due to timeout"),
+            reply(
+                Soft::NOTFOUND,
+                "home node 'a@b' of durable queue 'orders' in vhost '/' is down or inaccessible",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "queue 'orders' in vhost '/' process is stopped by supervisor",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "queue 'orders' in vhost '/' has crashed and failed to restart",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "failed to perform operation on queue 'orders' in vhost '/' due to timeout",
+            ),
             reply(
                 Soft::NOTFOUND,
                 "failed to perform operation on queue 'orders' in vhost '/': its master replica <1> may be stopping or \
                  being demoted",
             ),
-            reply(Soft::PRECONDITIONFAILED, "queue 'orders' in vhost '/' does not have a replica on the local node"),
-            reply(Soft::PRECONDITIONFAILED, "queue 'orders' in vhost '/' does not have a running local replica"),
-            reply(Soft::PRECONDITIONFAILED, "queue 'orders' in vhost '/' timeout occurred during consume operation"),
-            reply(Soft::PRECONDITIONFAILED, "Stream coordinator unavailable for queue 'orders' in vhost '/'"),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "queue 'orders' in vhost '/' does not have a replica on the local node",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "queue 'orders' in vhost '/' does not have a running local replica",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "queue 'orders' in vhost '/' timeout occurred during consume operation",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "Stream coordinator unavailable for queue 'orders' in vhost '/'",
+            ),
             reply(Soft::PRECONDITIONFAILED, "stream not available"),
-            reply(Soft::PRECONDITIONFAILED, "delivery acknowledgement on channel 1 timed out. Timeout value used: 8000 ms"),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "delivery acknowledgement on channel 1 timed out. Timeout value used: 8000 ms",
+            ),
             reply(Soft::PRECONDITIONFAILED, "unknown delivery tag 7"),
-            reply(Soft::PRECONDITIONFAILED, "cannot declare queue 'orders': queue limit in vhost '/' (9) is reached"),
-            reply(Soft::RESOURCELOCKED, "cannot obtain exclusive access to locked queue 'orders' in vhost '/'"),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "cannot declare queue 'orders': queue limit in vhost '/' (9) is reached",
+            ),
+            reply(
+                Soft::RESOURCELOCKED,
+                "cannot obtain exclusive access to locked queue 'orders' in vhost '/'",
+            ),
             reply(Soft::NOCONSUMERS, ""),
             ErrorKind::ChannelsLimitReached.into(),
             ErrorKind::InvalidChannel(7).into(),
@@ -251,9 +308,24 @@ mod tests {
             assert!(matches!(error, Error::Unavailable { .. }), "it may pass: {shown}");
         }
         let lasting = [
-            (reply(Soft::ACCESSREFUSED, "Login was refused using authentication mechanism PLAIN."), "password"),
-            (reply(Soft::ACCESSREFUSED, "access to queue 'orders' in vhost '/' refused for user 'shop'"), "rights"),
-            (reply(Soft::NOTFOUND, "no queue 'orders' in vhost '/'"), "does not exist"),
+            (
+                reply(
+                    Soft::ACCESSREFUSED,
+                    "Login was refused using authentication mechanism PLAIN.",
+                ),
+                "password",
+            ),
+            (
+                reply(
+                    Soft::ACCESSREFUSED,
+                    "access to queue 'orders' in vhost '/' refused for user 'shop'",
+                ),
+                "rights",
+            ),
+            (
+                reply(Soft::NOTFOUND, "no queue 'orders' in vhost '/'"),
+                "does not exist",
+            ),
             (
                 reply(
                     Soft::PRECONDITIONFAILED,
@@ -262,7 +334,10 @@ mod tests {
                 "other arguments",
             ),
             (reply(Soft::CONTENTTOOLARGE, ""), "max_message_size"),
-            (reply(Hard::NOTALLOWED, "access to vhost '/' refused for user 'shop'"), "rights"),
+            (
+                reply(Hard::NOTALLOWED, "access to vhost '/' refused for user 'shop'"),
+                "rights",
+            ),
             (reply(Hard::NOTALLOWED, "vhost none not found"), "virtual host"),
             (reply(Hard::INVALIDPATH, ""), "virtual host"),
             (reply(Hard::NOTIMPLEMENTED, ""), "3.9"),
@@ -272,7 +347,10 @@ mod tests {
             let shown = error.to_string();
             let error = not_done("read stream orders".into(), error);
             let words = error.to_string();
-            assert!(matches!(error, Error::Failed { .. }) && words.contains(advice), "it lasts: {shown}: {words}");
+            assert!(
+                matches!(error, Error::Failed { .. }) && words.contains(advice),
+                "it lasts: {shown}: {words}"
+            );
         }
     }
 
