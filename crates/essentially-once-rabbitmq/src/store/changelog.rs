@@ -65,6 +65,15 @@ struct Turns {
     called: Notify,
 }
 
+/// A beat that is under way.
+struct Beating(Arc<AtomicBool>);
+
+impl Drop for Beating {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 /// Someone who waits for the replica.
 struct Turn<'a>(&'a Turns);
 
@@ -263,7 +272,8 @@ impl Changelog {
         if self.is_others(owner) || self.is_beating.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
-        self.publish_hint(Hint::Beat.token(owner), Some(Arc::clone(&self.is_beating)))
+        let beating = Beating(Arc::clone(&self.is_beating));
+        self.publish_hint(Hint::Beat.token(owner), Some(beating))
             .await
             .map_err(nothing_done)?;
         match self.replica.try_lock() {
@@ -288,14 +298,11 @@ impl Changelog {
 
     /// Publishes a mark by a task of its own: to drop this call, as consumers do with beats, would spoil the channel for the
     /// next commit.
-    async fn publish_hint(&self, token: Token, flag: Option<Arc<AtomicBool>>) -> Result<(), Error> {
+    async fn publish_hint(&self, token: Token, beating: Option<Beating>) -> Result<(), Error> {
         let (publisher, mark) = (Arc::clone(&self.publisher), message(encode_mark(token)));
         let publishing = connection::spawn(async move {
-            let published = publisher.publish(vec![mark]).await;
-            if let Some(flag) = flag {
-                flag.store(false, Ordering::Relaxed);
-            }
-            published
+            let _beating = beating;
+            publisher.publish(vec![mark]).await
         });
         let failed = |error: io::Error| Error::unavailable(self.on("write for"), error);
         let published = publishing.map_err(failed)?.await;

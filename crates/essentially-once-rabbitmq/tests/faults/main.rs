@@ -8,6 +8,7 @@ mod cuts;
 mod dropped;
 mod limits;
 mod silence;
+mod standby;
 mod streams;
 
 use std::process::ExitCode;
@@ -32,9 +33,10 @@ use self::{
         every_call_on_a_frozen_broker_ends_within_twice_the_time_out,
         heartbeats_go_on_while_a_handler_blocks_its_runtime,
     },
+    standby::a_standby_waits_while_the_owner_beats_and_goes_on_when_it_stops,
     streams::{
         a_reader_of_a_deleted_stream_is_told, a_stream_deleted_and_created_anew_is_noticed,
-        retention_overtaking_a_slow_consumer_is_told,
+        an_append_to_a_deleted_stream_fails_until_there_is_another, retention_overtaking_a_slow_consumer_is_told,
     },
 };
 
@@ -54,6 +56,8 @@ fn main() -> ExitCode {
         a_snapshot_is_cut_to_what_the_broker_takes,
         an_append_beside_one_that_the_broker_returned_tells_the_truth,
         a_reader_of_a_deleted_stream_is_told,
+        an_append_to_a_deleted_stream_fails_until_there_is_another,
+        a_standby_waits_while_the_owner_beats_and_goes_on_when_it_stops,
         a_stream_deleted_and_created_anew_is_noticed,
         retention_overtaking_a_slow_consumer_is_told,
         an_alarm_holds_up_commits_and_nothing_is_lost,
