@@ -22,9 +22,6 @@ const SEQUENCE: &str = "essentially-once-sequence";
 const TIME: &str = "essentially-once-time";
 const ORDER: &str = "essentially-once-order";
 
-/// Key and headers must fit one frame, which is 128 KiB unless someone chose less.
-const HEADERS_LIMIT: usize = 32 * 1024;
-
 pub(crate) fn millis(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_millis() as u64)
@@ -36,9 +33,9 @@ pub(crate) fn time(millis: u64) -> SystemTime {
         .unwrap_or(UNIX_EPOCH)
 }
 
-/// One message for one record.
-pub(crate) fn encode(record: &NewRecord, now: SystemTime) -> Message {
-    match headers(record, now) {
+/// One message for one record. It is packed if its key and headers take more than `headers_limit`.
+pub(crate) fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) -> Message {
+    match headers(record, now).filter(|headers| table_size(headers) <= headers_limit) {
         Some(headers) => Message {
             body: record.payload.clone(),
             properties: BasicProperties::default().with_headers(headers),
@@ -57,9 +54,6 @@ pub(crate) fn encode_packed(records: &[NewRecord], now: SystemTime, compress: bo
 
 /// The record's key, origin and headers as an AMQP table, if they can be written as one.
 fn headers(record: &NewRecord, now: SystemTime) -> Option<FieldTable> {
-    if record.size() - record.payload.len() > HEADERS_LIMIT {
-        return None;
-    }
     let text = |bytes: &[u8]| AMQPValue::LongString(bytes.into());
     let mut table = BTreeMap::new();
     for (name, value) in &record.headers {
@@ -89,6 +83,18 @@ fn headers(record: &NewRecord, now: SystemTime) -> Option<FieldTable> {
     }
     table.insert(TIME.into(), text(millis(now).to_string().as_bytes()));
     Some(table.into())
+}
+
+/// The bytes of a table of byte strings.
+fn table_size(headers: &FieldTable) -> usize {
+    let size = |(name, value): (&ShortString, &AMQPValue)| {
+        let value = match value {
+            AMQPValue::LongString(text) => text.len(),
+            _ => 0,
+        };
+        1 + name.as_str().len() + 1 + 4 + value
+    };
+    4 + headers.inner().iter().map(size).sum::<usize>()
 }
 
 /// Names that mean something to us, to the broker, or to our readers.
@@ -201,7 +207,8 @@ fn shown(value: &AMQPValue) -> Bytes {
         AMQPValue::Timestamp(value) => value.to_string(),
         AMQPValue::DecimalValue(DecimalValue { scale, value }) => format!("{value}e-{scale}"),
         AMQPValue::Void => String::new(),
-        // Streams drop these; should a broker begin to pass them on, they are shown as the library prints them.
+        // Brokers drop these when they store a message in a stream. Should one pass them on, they are shown as the library
+        // prints them.
         AMQPValue::FieldArray(array) => format!("{array:?}"),
         AMQPValue::FieldTable(table) => format!("{table:?}"),
     };
@@ -243,6 +250,8 @@ pub(crate) mod tests {
 
     use super::*;
 
+    const LIMIT: usize = 32 * 1024;
+
     prop_compose! {
         pub(crate) fn any_record()(
             key in option::of(vec(any::<u8>(), 0..20)),
@@ -275,7 +284,7 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn records_come_back_as_they_were(new in any_record()) {
-            let message = encode(&new, time(1_234));
+            let message = encode(&new, time(1_234), LIMIT);
             let read = decode(9, &message.properties, message.body);
             prop_assert_eq!(read.len(), 1);
             let read = &read[0];
@@ -306,15 +315,15 @@ pub(crate) mod tests {
             .header("x-request-id", "3");
         for record in [NewRecord::new(""), sorted, unsorted] {
             assert!(
-                encode(&record, UNIX_EPOCH).properties.content_type().is_none(),
+                encode(&record, UNIX_EPOCH, LIMIT).properties.content_type().is_none(),
                 "{record:?}"
             );
         }
         let twice = NewRecord::new("").header("a", "1").header("a", "2");
-        let large = NewRecord::new("").key(vec![0; HEADERS_LIMIT + 1]);
+        let large = NewRecord::new("").key(vec![0; LIMIT + 1]);
         for record in [twice, large, NewRecord::new("").header("x".repeat(256), "")] {
             assert!(
-                encode(&record, UNIX_EPOCH).properties.content_type().is_some(),
+                encode(&record, UNIX_EPOCH, LIMIT).properties.content_type().is_some(),
                 "{record:?}"
             );
         }

@@ -46,33 +46,38 @@ fn limit_in(message: &str) -> Option<usize> {
     limit[..digits].parse().ok()
 }
 
-/// What a user can do about it, if it will not go away by itself.
+/// What a user can do about it, if it does not pass by itself. An unknown error may pass: to give up
+/// is worse than to try again.
 fn lasting(error: &lapin::Error) -> Option<&'static str> {
-    let told = match error.kind() {
-        ErrorKind::ProtocolError(told) => told,
+    match error.kind() {
+        ErrorKind::ProtocolError(told) => lasting_reply(told.kind(), told.get_message().as_str()),
         #[cfg(feature = "tls")]
-        ErrorKind::IOError(error) => return tls(error),
-        _ => return None,
-    };
-    match told.kind() {
+        ErrorKind::IOError(error) => tls(error),
+        ErrorKind::InvalidProtocolVersion(_) => Some("connect to RabbitMQ 3.9 or later, by AMQP 0-9-1"),
+        ErrorKind::AuthProviderError(_) => Some("check the URL's user, password and `auth_mechanism`"),
+        ErrorKind::SerialisationError(_) => Some("a name or an argument is longer than AMQP allows"),
+        _ => None,
+    }
+}
+
+/// As [`lasting`], of what the broker replied.
+fn lasting_reply(kind: &AMQPErrorKind, message: &str) -> Option<&'static str> {
+    // Whatever the code: an unreachable leader, for instance, is "not found" or "precondition failed".
+    if passes(message) {
+        return None;
+    }
+    match kind {
         AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
             Some("check the URL's user, password and virtual host, and the user's rights (configure, write, read)")
         }
-        // A stream whose nodes are down is `not found` too, until they are up again.
-        AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) if is_down(told.get_message().as_str()) => None,
         AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Some("it does not exist, or was deleted"),
-        // So says a node whose streams are not up yet.
-        AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) if is_down(told.get_message().as_str()) => None,
-        // So ends a channel on which too long nothing was acknowledged; another one is as good as new.
-        AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)
-            if told.get_message().as_str().contains("delivery acknowledgement") =>
-        {
-            None
-        }
         AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
             Some("it exists with other arguments: ask for the same ones, or choose another name")
         }
-        AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED) => {
+        AMQPErrorKind::Soft(AMQPSoftError::CONTENTTOOLARGE) => {
+            Some("raise `max_message_size` of the broker, or send less at a time")
+        }
+        AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED | AMQPHardError::INVALIDPATH) => {
             Some("check the URL's virtual host and the user's rights to it")
         }
         AMQPErrorKind::Hard(AMQPHardError::NOTIMPLEMENTED) => Some("streams need RabbitMQ 3.9 or later"),
@@ -80,16 +85,44 @@ fn lasting(error: &lapin::Error) -> Option<&'static str> {
     }
 }
 
-/// What is wrong with certificates does not pass; other failures of TLS may.
+/// Whether the broker's words say that it is as it is only for now.
+fn passes(message: &str) -> bool {
+    is_down(message)
+        || [
+            // Limits: of connections, channels or queues, per node, virtual host or user. Others come and go.
+            "is reached",
+            "has reached",
+            // A channel on which nothing was acknowledged for too long ends so; another one is as good as new.
+            "delivery acknowledgement",
+            "unknown delivery tag",
+        ]
+        .iter()
+        .any(|passing| message.contains(passing))
+}
+
+/// What is wrong with certificates does not pass, but for their time; other failures of TLS may.
 #[cfg(feature = "tls")]
 fn tls(error: &std::io::Error) -> Option<&'static str> {
-    use rustls::{AlertDescription as Alert, Error, InvalidMessage, pki_types::pem};
+    use rustls::{
+        AlertDescription as Alert, CertificateError, Error, InvalidMessage,
+        pki_types::{InvalidDnsNameError, pem},
+    };
     let error = error.get_ref()?;
     let no_pair = Some("check `client_certificate`: it takes a certificate and its own key, in PEM format");
     if error.is::<pem::Error>() {
         return no_pair;
     }
+    if error.is::<InvalidDnsNameError>() {
+        return Some("the URL's host can be no certificate's: name the broker as its certificate does");
+    }
     match error.downcast_ref()? {
+        // Clocks are set, and certificates renewed, while services run.
+        Error::InvalidCertificate(
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. },
+        ) => None,
         Error::InvalidCertificate(_) => Some(
             "set `root_certificate` to the authority's (PEM) that signed the broker's certificate, and name the broker in the URL as its \
              certificate does",
@@ -112,12 +145,20 @@ fn tls(error: &std::io::Error) -> Option<&'static str> {
     }
 }
 
+/// Whether it exists, and some node that it needs does not run, or not yet.
 fn is_down(message: &str) -> bool {
     [
         "down or inaccessible",
+        "is down",
         "stopped by supervisor",
         "not available",
         "replica on the local node",
+        "running local replica",
+        "crashed and failed to restart",
+        "stopping or being demoted",
+        "due to timeout",
+        "timeout occurred",
+        "oordinator unavailable",
     ]
     .iter()
     .any(|down| message.contains(down))
@@ -132,7 +173,186 @@ fn explained(error: &lapin::Error, advice: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{io, sync::Arc};
+
+    use lapin::{ChannelState, ConnectionState, protocol::AMQPError};
+
     use super::*;
+
+    fn reply(kind: impl Into<AMQPErrorKind>, message: &str) -> lapin::Error {
+        ErrorKind::ProtocolError(AMQPError::new(kind.into(), message.into())).into()
+    }
+
+    /// Can it pass by itself? Every reply code and every kind of error that the library has, and of
+    /// RabbitMQ's words those that decide.
+    #[test]
+    fn every_error_is_sorted_by_whether_it_passes() {
+        use AMQPHardError as Hard;
+        use AMQPSoftError as Soft;
+
+        let io = |kind: io::ErrorKind| lapin::Error::from(io::Error::from(kind));
+        let passing = [
+            reply(
+                Hard::NOTALLOWED,
+                "access to vhost '/' refused for user 'shop': connection limit (5) is reached",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "connection refused for user 'shop': user connection limit (5) is reached",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "connection refused: node connection limit (500) is reached",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "number of channels opened (9) has reached the negotiated channel_max (9)",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "number of channels opened for user 'shop' has reached the maximum allowed user limit of (9)",
+            ),
+            reply(
+                Hard::INTERNALERROR,
+                "access to vhost '/' refused for user 'shop': vhost '/' is down",
+            ),
+            reply(
+                Hard::NOTALLOWED,
+                "access to vhost '/' refused for user 'shop': vhost '/' is down",
+            ),
+            reply(
+                Hard::INTERNALERROR,
+                "Cannot declare a queue 'queue 'orders' in vhost '/'' on node 'a': {error,timeout}",
+            ),
+            reply(
+                Hard::CONNECTIONFORCED,
+                "broker forced connection closure with reason 'shutdown'",
+            ),
+            reply(Hard::CONNECTIONFORCED, "user 'shop' was deleted"),
+            reply(Hard::RESOURCEERROR, "no file handles"),
+            // A connection that lost its place; the next one begins anew.
+            reply(Hard::FRAMEERROR, "type 3, first 16 octets"),
+            reply(Hard::SYNTAXERROR, ""),
+            reply(Hard::COMMANDINVALID, "unimplemented method"),
+            reply(Hard::CHANNELERROR, "expected 'channel.open'"),
+            reply(Hard::UNEXPECTEDFRAME, "expected content header"),
+            reply(
+                Soft::NOTFOUND,
+                "home node 'a@b' of durable queue 'orders' in vhost '/' is down or inaccessible",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "queue 'orders' in vhost '/' process is stopped by supervisor",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "queue 'orders' in vhost '/' has crashed and failed to restart",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "failed to perform operation on queue 'orders' in vhost '/' due to timeout",
+            ),
+            reply(
+                Soft::NOTFOUND,
+                "failed to perform operation on queue 'orders' in vhost '/': its master replica <1> may be stopping or \
+                 being demoted",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "queue 'orders' in vhost '/' does not have a replica on the local node",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "queue 'orders' in vhost '/' does not have a running local replica",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "queue 'orders' in vhost '/' timeout occurred during consume operation",
+            ),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "Stream coordinator unavailable for queue 'orders' in vhost '/'",
+            ),
+            reply(Soft::PRECONDITIONFAILED, "stream not available"),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "delivery acknowledgement on channel 1 timed out. Timeout value used: 8000 ms",
+            ),
+            reply(Soft::PRECONDITIONFAILED, "unknown delivery tag 7"),
+            reply(
+                Soft::PRECONDITIONFAILED,
+                "cannot declare queue 'orders': queue limit in vhost '/' (9) is reached",
+            ),
+            reply(
+                Soft::RESOURCELOCKED,
+                "cannot obtain exclusive access to locked queue 'orders' in vhost '/'",
+            ),
+            reply(Soft::NOCONSUMERS, ""),
+            ErrorKind::ChannelsLimitReached.into(),
+            ErrorKind::InvalidChannel(7).into(),
+            ErrorKind::InvalidChannelState(ChannelState::Closed, "closed").into(),
+            ErrorKind::InvalidConnectionState(ConnectionState::Closed).into(),
+            ErrorKind::MissingHeartbeatError.into(),
+            ErrorKind::FutureCompleted.into(),
+            ErrorKind::RuntimeShutdownError(Arc::new(io::ErrorKind::Other.into())).into(),
+            io(io::ErrorKind::ConnectionRefused),
+            io(io::ErrorKind::ConnectionReset),
+            io(io::ErrorKind::ConnectionAborted),
+            io(io::ErrorKind::TimedOut),
+            // No such host: a name server may be down, or not know it yet.
+            io::Error::other("failed to lookup address information: Name or service not known").into(),
+        ];
+        for error in passing {
+            let shown = error.to_string();
+            let error = not_done("read stream orders".into(), error);
+            assert!(matches!(error, Error::Unavailable { .. }), "it may pass: {shown}");
+        }
+        let lasting = [
+            (
+                reply(
+                    Soft::ACCESSREFUSED,
+                    "Login was refused using authentication mechanism PLAIN.",
+                ),
+                "password",
+            ),
+            (
+                reply(
+                    Soft::ACCESSREFUSED,
+                    "access to queue 'orders' in vhost '/' refused for user 'shop'",
+                ),
+                "rights",
+            ),
+            (
+                reply(Soft::NOTFOUND, "no queue 'orders' in vhost '/'"),
+                "does not exist",
+            ),
+            (
+                reply(
+                    Soft::PRECONDITIONFAILED,
+                    "inequivalent arg 'x-max-age' for queue 'orders' in vhost '/': received none but current is '1h'",
+                ),
+                "other arguments",
+            ),
+            (reply(Soft::CONTENTTOOLARGE, ""), "max_message_size"),
+            (
+                reply(Hard::NOTALLOWED, "access to vhost '/' refused for user 'shop'"),
+                "rights",
+            ),
+            (reply(Hard::NOTALLOWED, "vhost none not found"), "virtual host"),
+            (reply(Hard::INVALIDPATH, ""), "virtual host"),
+            (reply(Hard::NOTIMPLEMENTED, ""), "3.9"),
+            (ErrorKind::AuthProviderError("none".into()).into(), "auth_mechanism"),
+        ];
+        for (error, advice) in lasting {
+            let shown = error.to_string();
+            let error = not_done("read stream orders".into(), error);
+            let words = error.to_string();
+            assert!(
+                matches!(error, Error::Failed { .. }) && words.contains(advice),
+                "it lasts: {shown}: {words}"
+            );
+        }
+    }
 
     #[test]
     fn the_broker_names_its_limit() {

@@ -24,9 +24,20 @@
 //! # }
 //! ```
 //!
+//! # Threads
+//!
+//! All connections of a process are served by one thread with a runtime of its own, and by one thread each. So heartbeats go
+//! on while a handler blocks the runtime that it runs on, and handles may be used from several runtimes.
+//!
+//! # Logging
+//!
+//! No event of this crate holds a user name or a password. The client library, [`lapin`], logs each frame at the level `TRACE`,
+//! and the one with the password among them, as a list of numbers. Leave its level at `DEBUG` or above.
+//!
 #![doc = include_str!("format.md")]
 
 mod codec;
+mod connection;
 mod error;
 mod log;
 mod options;

@@ -137,9 +137,12 @@ impl LogOptions {
         arguments
     }
 
-    fn messages(&self, records: &[NewRecord], now: SystemTime) -> Vec<Message> {
+    fn messages(&self, records: &[NewRecord], now: SystemTime, headers_limit: usize) -> Vec<Message> {
         let Some((most, bytes)) = self.packed else {
-            return records.iter().map(|record| encode(record, now)).collect();
+            return records
+                .iter()
+                .map(|record| encode(record, now, headers_limit))
+                .collect();
         };
         let mut messages = Vec::new();
         let mut rest = records;
@@ -163,8 +166,12 @@ impl LogOptions {
 /// - An offset is the message's offset in the stream and, within a [packed](LogOptions::packed) message, the record's place: `17-0` is the first
 ///   record of message 17. Offsets rise and may have holes.
 /// - AMQP does not tell a published message's offset, so `append` returns `None`.
-/// - RabbitMQ does not tell incarnations of a stream apart. A stream deleted and created anew is noticed where it is shorter than
-///   a reader's place; a consumer of the old one should be given another name, or `seek`.
+/// - RabbitMQ does not tell incarnations of a stream apart. A stream deleted and created again is noticed where it is shorter
+///   than a reader's place; a consumer of the old one should be given another name, or `seek`. An append through a handle of
+///   the deleted stream fails until there is one of that name again, and then goes to the new one: the broker routes messages by
+///   the name alone, and offers nothing to compare.
+/// - A reader holds about 8 MiB of messages that the broker sends ahead. The broker counts messages, not bytes, so where they
+///   suddenly grow it may be 128 of the new size once.
 /// - A confirmed record is on more than half of the stream's replicas, and survives that their brokers are killed and started again. RabbitMQ
 ///   does not sync it to disk first: it can be lost if more than half of the machines lose power at once.
 /// - In a cluster, `bounds` are those of the replica that is asked, which may be behind. That a position is past the end is told only when it stays
@@ -248,7 +255,8 @@ impl Log for RabbitLog {
         for record in records {
             record.check_size(inner.server.options.record_limit)?;
         }
-        let messages = inner.options.messages(records, SystemTime::now());
+        let headers_limit = inner.server.headers_limit();
+        let messages = inner.options.messages(records, SystemTime::now(), headers_limit);
         inner.publisher.publish(messages).await?;
         Ok(None)
     }

@@ -47,9 +47,13 @@ impl RabbitOptions {
         }
     }
 
-    /// How long to wait for a connection, for each reply, and for each confirm; from a millisecond to a day. What was
-    /// published and not confirmed by then is [`Error::Indeterminate`]. Also how long a replica may be behind before a position that it
-    /// does not reach is told as [`Error::OutOfRange`].
+    /// How long to wait for a connection, for each reply, for each confirm, and for the turn where calls take turns; from a
+    /// millisecond to a day. So every call of a log or store on a broker that does not answer ends within twice this time,
+    /// except `next`, which waits for records and asks the broker only after a while.
+    ///
+    /// A message that was published and not confirmed in time is [`Error::Indeterminate`], everything else
+    /// [`Error::Unavailable`]. A replica may be behind for as long before a position that it does not reach is an
+    /// [`Error::OutOfRange`].
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
@@ -60,7 +64,8 @@ impl RabbitOptions {
     /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`); the default leaves room for what is around a record.
     ///
     /// A broker with a lower limit names it when it refuses the first message. From then on, this handle and its clones refuse
-    /// larger messages with [`Error::TooLarge`] before they send anything. Connect again after you raised the limit.
+    /// larger messages with [`Error::TooLarge`] before they send anything, until the broker is restarted or closes the
+    /// connection on which it named the limit.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;

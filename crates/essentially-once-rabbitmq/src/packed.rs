@@ -50,6 +50,16 @@ pub(crate) fn encode(records: &[NewRecord], now: SystemTime, compress: bool) -> 
     body.into()
 }
 
+/// What [`encode`] takes for a record among others, at most.
+pub(crate) fn size_bound(record: &NewRecord) -> usize {
+    const VARINT: usize = 10;
+    let origin = record.origin.as_ref();
+    record.size()
+        + origin.map_or(0, |origin| origin.numbering.to_string().len())
+        + 2 * VARINT * record.headers.len()
+        + 6 * VARINT
+}
+
 fn put_record(body: &mut Vec<u8>, record: &NewRecord) {
     let flag = |there: bool, flag: u8| if there { flag } else { 0 };
     body.put_u8(

@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::Error;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection,
+    BasicProperties, Confirmation,
     options::{BasicPublishOptions, ConfirmSelectOptions},
     types::ShortString,
 };
@@ -23,7 +23,11 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-use crate::{error::in_doubt, server::Server};
+use crate::{
+    connection::{Channel, Connection},
+    error::in_doubt,
+    server::Server,
+};
 
 /// How much may be published and not confirmed.
 const IN_FLIGHT_MESSAGES: usize = 4_096;
@@ -107,7 +111,7 @@ impl Publisher {
     }
 
     async fn publish_all(&self, messages: Vec<Message>, smallest: usize) -> Result<(), Error> {
-        let mut slot = self.link.lock().await;
+        let mut slot = self.server.in_turn(self.link.lock()).await?;
         let link = self.link(&mut slot).await?;
         let mut call = Call {
             link: Arc::clone(&link),
@@ -253,7 +257,7 @@ impl<'a> Batch<'a> {
             Ok(Err(error)) => {
                 // A channel that the broker closes because of one message says nothing certain about the others on
                 // it. Only this node's own limit counts: another call may have learned that of another node.
-                let limit = self.publisher.server.learn_message_limit(&error);
+                let limit = self.publisher.server.learn_message_limit(&error, &self.link.connection);
                 if let Some(limit) = limit.filter(|limit| self.smallest > *limit) {
                     return Err(too_large(self.smallest, limit));
                 }

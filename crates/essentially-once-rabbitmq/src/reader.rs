@@ -7,7 +7,7 @@ use essentially_once::{Error, LogId, LogReader, Offset, Record};
 
 use crate::tail::{Delivered, Tail};
 
-/// About how many bytes of records one `next` returns at most.
+/// How many bytes of records, with their headers, one `next` returns at most, unless a single one is larger.
 const FETCH_BYTES: usize = 1024 * 1024;
 
 /// Reads a stream whose messages hold records in the way that `D` knows.
@@ -85,10 +85,13 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> LogReader for Rab
         let mut bytes = first.size();
         let mut records = vec![first];
         while records.len() < max
-            && bytes < FETCH_BYTES
             && let Some(record) = self.take()
         {
             bytes += record.size();
+            if bytes > FETCH_BYTES {
+                self.records.push_front(record);
+                break;
+            }
             records.push(record);
         }
         if let Some(last) = records.last() {

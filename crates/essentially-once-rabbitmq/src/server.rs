@@ -5,16 +5,17 @@ use std::{
     future::Future,
     net::Ipv6Addr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use essentially_once::Error;
-use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
+use lapin::{tcp::OwnedTLSConfig, uri::AMQPUri};
 
 use crate::{
+    connection::{Connection, Refusal},
     error::{message_limit, not_done},
     options::RabbitOptions,
     shared::Shared,
@@ -22,6 +23,9 @@ use crate::{
 
 /// Seconds between heartbeats, where the URL does not say: a peer that is silent for twice as long is gone.
 const HEARTBEAT: u16 = 10;
+
+/// What the headers of a message may take in any case. A frame has 128 KiB unless someone chose less.
+const HEADERS_LIMIT: usize = 32 * 1024;
 
 /// A broker or cluster, and how to talk to it.
 pub(crate) struct Server {
@@ -33,7 +37,15 @@ pub(crate) struct Server {
     pub(crate) publishing: Shared,
     pub(crate) reading: Shared,
     /// See [`message_limit`](Self::message_limit).
-    message_limit: AtomicUsize,
+    message_limit: Mutex<Option<Learned>>,
+    /// See [`headers_limit`](Self::headers_limit).
+    headers_limit: AtomicUsize,
+}
+
+/// A limit, and the connection on which the broker named it.
+struct Learned {
+    limit: usize,
+    connection: Arc<Connection>,
 }
 
 impl Server {
@@ -52,24 +64,41 @@ impl Server {
             asking: Shared::default(),
             publishing: Shared::default(),
             reading: Shared::default(),
-            message_limit: AtomicUsize::new(usize::MAX),
+            message_limit: Mutex::default(),
+            headers_limit: AtomicUsize::new(HEADERS_LIMIT),
         }
     }
 
-    /// A new connection. It does not recover by itself: what was under way when it broke is for its user to judge.
+    /// A new connection.
     pub(crate) async fn open_connection(&self) -> Result<Connection, Error> {
         let action = || format!("connect to {self}");
         let limit = match self.uri.query.connection_timeout {
             Some(millis) => self.options.timeout.min(Duration::from_millis(millis)),
             None => self.options.timeout,
         };
-        let properties = ConnectionProperties::default().with_connection_name("essentially-once".into());
-        let runtime = lapin::runtime::default_runtime().map_err(|error| not_done(action(), error))?;
-        let connecting = Connection::connect_uri_with_config(self.uri.clone(), properties, self.tls(), runtime);
-        match tokio::time::timeout(limit, connecting).await {
-            Ok(connected) => connected.map_err(|error| not_done(action(), error)),
-            Err(_) => Err(Error::unavailable(action(), format!("no answer within {limit:?}"))),
-        }
+        let opened = Connection::open(self.uri.clone(), self.tls(), limit).await;
+        let connection = opened.map_err(|refusal| match refusal {
+            Refusal::Error(error) => not_done(action(), error),
+            Refusal::Silence => Error::unavailable(action(), format!("no answer within {limit:?}")),
+        })?;
+        // 0 means that there is no limit.
+        let half_a_frame = match connection.configuration().frame_max() as usize / 2 {
+            0 => HEADERS_LIMIT,
+            half => half.min(HEADERS_LIMIT),
+        };
+        self.headers_limit.store(half_a_frame, Ordering::Relaxed);
+        Ok(connection)
+    }
+
+    /// Waits for a turn, within the time limit: others may wait for a broker that does not answer.
+    pub(crate) async fn in_turn<T>(&self, turn: impl Future<Output = T>) -> Result<T, Error> {
+        let limit = self.options.timeout;
+        tokio::time::timeout(limit, turn).await.map_err(|_| {
+            Error::unavailable(
+                self.on("wait for other calls"),
+                format!("they did not end within {limit:?}"),
+            )
+        })
     }
 
     /// Awaits the reply to something that changes nothing, within the time limit.
@@ -88,18 +117,37 @@ impl Server {
         }
     }
 
-    /// The largest body of a message that the broker takes (`max_message_size`), once it has refused a larger one. AMQP has no
-    /// request for it.
+    /// The largest body of a message that the broker takes (`max_message_size`), once it has refused a
+    /// larger one. AMQP has no request for it.
+    ///
+    /// It is forgotten with the connection on which the broker named it: a node reads the setting when
+    /// it starts.
     pub(crate) fn message_limit(&self) -> usize {
-        self.message_limit.load(Ordering::Relaxed)
+        let mut learned = self.learned();
+        learned.take_if(|learned| !learned.connection.status().connected());
+        learned.as_ref().map_or(usize::MAX, |learned| learned.limit)
     }
 
-    /// The limit that this error names, if it does; it is remembered. The nodes of a cluster may have different ones: the
-    /// smallest is what [`message_limit`](Self::message_limit) says.
-    pub(crate) fn learn_message_limit(&self, error: &lapin::Error) -> Option<usize> {
+    /// The limit that this error names, if it does; it is remembered. The nodes of a cluster may have
+    /// different ones: the smallest is what [`message_limit`](Self::message_limit) says.
+    pub(crate) fn learn_message_limit(&self, error: &lapin::Error, connection: &Arc<Connection>) -> Option<usize> {
         let limit = message_limit(error)?;
-        self.message_limit.fetch_min(limit, Ordering::Relaxed);
+        if limit < self.message_limit() {
+            *self.learned() = Some(Learned {
+                limit,
+                connection: Arc::clone(connection),
+            });
+        }
         Some(limit)
+    }
+
+    fn learned(&self) -> MutexGuard<'_, Option<Learned>> {
+        self.message_limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the headers of a message may take: they must fit one frame, with something to spare.
+    pub(crate) fn headers_limit(&self) -> usize {
+        self.headers_limit.load(Ordering::Relaxed)
     }
 
     /// What was attempted, and on which broker.

@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use essentially_once::Error;
-use lapin::{Channel, Connection, ErrorKind};
-use tokio::sync::Mutex;
+use lapin::ErrorKind;
+use tokio::sync::{Mutex, MutexGuard};
 
-use crate::server::Server;
+use crate::{
+    connection::{Channel, Connection},
+    server::Server,
+};
 
 /// Connections for one purpose. There is more than one only where the broker allows no more channels on the others.
 #[derive(Default)]
@@ -21,8 +24,7 @@ impl Shared {
         server: &Server,
         action: impl Fn() -> String,
     ) -> Result<(Arc<Connection>, Channel), Error> {
-        let mut connections = self.connections.lock().await;
-        connections.retain(|connection| connection.status().connected());
+        let mut connections = self.alive(server).await?;
         for connection in connections.iter() {
             let created = server.reply(&action, async {
                 match connection.create_channel().await {
@@ -48,14 +50,19 @@ impl Shared {
 
     /// A connection for a few channels that are soon closed again.
     pub(crate) async fn connection(&self, server: &Server) -> Result<Arc<Connection>, Error> {
-        let mut connections = self.connections.lock().await;
-        connections.retain(|connection| connection.status().connected());
+        let mut connections = self.alive(server).await?;
         if let Some(connection) = connections.first() {
             return Ok(Arc::clone(connection));
         }
         let connection = Arc::new(server.open_connection().await?);
         connections.push(Arc::clone(&connection));
         Ok(connection)
+    }
+
+    async fn alive(&self, server: &Server) -> Result<MutexGuard<'_, Vec<Arc<Connection>>>, Error> {
+        let mut connections = server.in_turn(self.connections.lock()).await?;
+        connections.retain(|connection| connection.status().connected());
+        Ok(connections)
     }
 
     /// Passes on what came of using the connection, and forgets it after an error: the client library never again lets the number of a channel

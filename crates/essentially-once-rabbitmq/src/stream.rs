@@ -4,7 +4,6 @@ use std::{collections::BTreeMap, time::Duration};
 
 use essentially_once::Error;
 use lapin::{
-    Channel, Connection,
     options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
@@ -12,6 +11,7 @@ use lapin::{
 use tokio::time::timeout;
 
 use crate::{
+    connection::{Channel, Connection},
     error::is_not_found,
     server::Server,
     tail::{Delivered, Deliveries},
@@ -34,6 +34,23 @@ pub(crate) struct Range {
 pub(crate) struct Ends {
     pub(crate) first: Delivered,
     pub(crate) last: Delivered,
+}
+
+impl Range {
+    /// The range of a stream with these first and last messages.
+    pub(crate) fn of(ends: Option<&Ends>) -> Self {
+        ends.map_or(Self { first: 0, end: 0 }, |ends| Self {
+            first: ends.first.offset,
+            end: ends.last.offset + 1,
+        })
+    }
+}
+
+impl Ends {
+    /// The larger one's bytes.
+    pub(crate) fn size(&self) -> usize {
+        self.first.size().max(self.last.size())
+    }
 }
 
 /// Creates the stream unless it exists with the same arguments: those given, and the replicas of the options.
@@ -90,13 +107,7 @@ async fn ask_for(
 
 /// The offsets that the stream holds now, as far as the replica knows that is asked.
 pub(crate) async fn bounds(server: &Server, connection: &Connection, name: &str) -> Result<Range, Error> {
-    Ok(match ends(server, connection, name).await? {
-        Some(ends) => Range {
-            first: ends.first.offset,
-            end: ends.last.offset + 1,
-        },
-        None => Range { first: 0, end: 0 },
-    })
+    Ok(Range::of(ends(server, connection, name).await?.as_ref()))
 }
 
 /// The stream's first and last messages; `None` if it never held any.

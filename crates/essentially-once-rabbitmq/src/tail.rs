@@ -5,18 +5,17 @@ use std::{
     future::poll_fn,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use essentially_once::{Error, LogId, Offset};
 use futures_core::Stream as _;
-use lapin::{
-    BasicProperties, Channel, Connection, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue,
-};
+use lapin::{BasicProperties, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::{
+    connection::{Channel, Connection},
     error::not_done,
     server::Server,
     stream::{Ends, attach, ends},
@@ -28,8 +27,10 @@ pub(crate) const OFFSET: &str = "x-stream-offset";
 /// About how many bytes one [`Tail::next`] returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// Messages that the broker may send ahead, if they are small; and bytes, as far as that can be told in messages.
-const AHEAD_MESSAGES: usize = 1_000;
+/// Messages that the broker may send ahead, if they are small; and bytes, as far as that can be said in
+/// messages. Sizes may change at once, so the first bounds the second: before a reader has seen that
+/// messages have grown to a megabyte, 128 MB of them may wait.
+const AHEAD_MESSAGES: usize = 128;
 const AHEAD_BYTES: usize = 8 * 1024 * 1024;
 
 /// How long nothing may come before the broker is asked whether that is right; doubled from the first to the last.
@@ -66,25 +67,25 @@ impl Deliveries {
     /// What is there, without waiting.
     pub(crate) fn take_ready(&mut self, server: &Server, stream: &str) -> Result<Vec<Delivered>, Error> {
         let mut taken = VecDeque::new();
-        let mut context = Context::from_waker(std::task::Waker::noop());
-        match self.poll_into(&mut taken, usize::MAX, server, stream, &mut context) {
+        let all = (usize::MAX, usize::MAX);
+        match self.poll_into(&mut taken, all, server, stream, &mut looking()) {
             Poll::Ready(Err(error)) => Err(error),
             _ => Ok(taken.into()),
         }
     }
 
-    /// Adds up to `max` messages, and about [`FETCH_BYTES`] at most; ready if there are any.
+    /// Adds up to `max` messages, or about that many bytes; ready if there are any.
     fn poll_into(
         &mut self,
         taken: &mut VecDeque<Delivered>,
-        max: usize,
+        (max, max_bytes): (usize, usize),
         server: &Server,
         stream: &str,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), Error>> {
         let mut bytes = 0;
         let action = || server.on(action(stream));
-        while self.ended.is_none() && taken.len() < max && (bytes < FETCH_BYTES || max == usize::MAX) {
+        while self.ended.is_none() && taken.len() < max && bytes < max_bytes {
             let delivery = match Pin::new(&mut self.consumer).poll_next(context) {
                 Poll::Ready(Some(Ok(delivery))) => delivery,
                 Poll::Ready(Some(Err(error))) => {
@@ -101,13 +102,14 @@ impl Deliveries {
                 let why = "a message without an offset came: it is a queue of another kind, name a stream";
                 return Poll::Ready(Err(Error::failed(action(), why)));
             };
-            bytes += delivery.data.len();
-            taken.push_back(Delivered {
+            let delivered = Delivered {
                 offset,
                 properties: delivery.properties,
                 body: delivery.data,
                 tag: delivery.delivery_tag,
-            });
+            };
+            bytes += delivered.size();
+            taken.push_back(delivered);
         }
         match &self.ended {
             _ if !taken.is_empty() => Poll::Ready(Ok(())),
@@ -119,6 +121,11 @@ impl Deliveries {
             }
         }
     }
+}
+
+/// For who looks and does not wait.
+fn looking() -> Context<'static> {
+    Context::from_waker(Waker::noop())
 }
 
 fn offset_of(delivery: &Delivery) -> Option<u64> {
@@ -171,7 +178,7 @@ impl Tail {
         choose: impl Fn(Option<&Ends>) -> Result<u64, Error>,
     ) -> Result<Self, Error> {
         let (ends, next) = unless_behind(server, connection, stream, choose).await?;
-        let size = ends.map_or(0, |ends| ends.first.size().max(ends.last.size()));
+        let size = ends.map_or(0, |ends| ends.size());
         let channel = server.reply(|| action(stream), connection.create_channel()).await?;
         Self::attach(server, (Arc::clone(connection), channel), stream, next, size).await
     }
@@ -209,12 +216,47 @@ impl Tail {
     /// A dropped call loses none and repeats none: between taking messages and returning them nothing is awaited but what leaves
     /// them in `pending`.
     pub(crate) async fn next(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
+        self.ask_at = self.ask_at.max(Instant::now() + GRACE);
+        self.follow(max).await
+    }
+
+    /// As [`next`](Self::next), for who has looked not long ago.
+    pub(crate) async fn follow(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
         self.adapt().await?;
         self.acknowledge().await?;
-        self.ask_at = self.ask_at.max(Instant::now() + GRACE);
         while self.pending.is_empty() {
             self.fill(max.max(1)).await?;
         }
+        self.take(max).await
+    }
+
+    /// What has come, or nothing. It waits only to ask the broker why nothing came for long.
+    pub(crate) async fn ready(&mut self) -> Result<Vec<Delivered>, Error> {
+        self.adapt().await?;
+        self.acknowledge().await?;
+        if self.pending.is_empty() {
+            let limits = (usize::MAX, FETCH_BYTES);
+            let (server, stream) = (&*self.server, &*self.stream);
+            let polled = self
+                .deliveries
+                .poll_into(&mut self.pending, limits, server, stream, &mut looking());
+            match polled {
+                Poll::Ready(filled) => {
+                    filled?;
+                    self.took();
+                }
+                Poll::Pending if Instant::now() >= self.ask_at => self.ask_why_quiet().await?,
+                Poll::Pending => {}
+            }
+        }
+        match self.pending.is_empty() {
+            true => Ok(vec![]),
+            false => self.take(usize::MAX).await,
+        }
+    }
+
+    /// Takes some of what is pending, up to a hole.
+    async fn take(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
         self.check_hole().await?;
         let mut wanted = self.pending[0].offset;
         let mut dense = 0;
@@ -237,11 +279,18 @@ impl Tail {
     async fn fill(&mut self, max: usize) -> Result<(), Error> {
         let (pending, deliveries) = (&mut self.pending, &mut self.deliveries);
         let (server, stream) = (&*self.server, &*self.stream);
-        let filling = poll_fn(|context| deliveries.poll_into(pending, max, server, stream, context));
+        let limits = (max, FETCH_BYTES);
+        let filling = poll_fn(|context| deliveries.poll_into(pending, limits, server, stream, context));
         let Ok(filled) = timeout_at(self.ask_at, filling).await else {
             return self.ask_why_quiet().await;
         };
         filled?;
+        self.took();
+        Ok(())
+    }
+
+    /// Takes note of what has just come.
+    fn took(&mut self) {
         for delivered in &self.pending {
             self.unacked += 1;
             self.last_tag = delivered.tag;
@@ -252,7 +301,6 @@ impl Tail {
         self.pending.retain(|delivered| delivered.offset >= next);
         self.quiet = QUIET.0;
         self.ask_at = Instant::now() + self.quiet;
-        Ok(())
     }
 
     /// Nothing came for a while. Is there nothing, or did retention remove what this reader wants, or does the consumer hang?
@@ -324,7 +372,7 @@ impl Tail {
 
 impl Delivered {
     /// Bytes that it takes.
-    fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         let value = |value: &AMQPValue| match value {
             AMQPValue::LongString(text) => text.len(),
             AMQPValue::ByteArray(bytes) => bytes.len(),

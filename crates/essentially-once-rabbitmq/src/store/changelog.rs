@@ -1,27 +1,40 @@
 //! One consumer's changelog, as one handle of the store sees it: what it has read of it is folded in memory.
 
 use std::{
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::SystemTime,
+    future::pending,
+    io,
+    pin::pin,
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
 };
 
-use essentially_once::{Advance, ConsumerId, Error, LogId, NewRecord, Offset, Position, Revision};
-use tokio::sync::Mutex;
+use bytes::Bytes;
+use essentially_once::{
+    Advance, ConsumerId, Error, LogId, NewRecord, Offset, Owner, Position, Pulse, Revision, Snapshot,
+};
+use tokio::{
+    sync::{Mutex, MutexGuard, Notify},
+    time::{Instant, sleep_until},
+};
 
 use super::{
-    Limits,
+    HEAD, Limits,
     cover::{Cover, OVERHEAD},
     entry::{Entry, Parsed, encode_commit, encode_mark, parse},
-    fold::{Commit, Fold, Missing, Token, Verdict},
+    fold::{Commit, Fold, Hint, Missing, Token, Verdict},
     names::{self, Kind},
     sent::Nothing,
     snapshots::{Snapshots, message},
     state::{Sent, State, StateChange, Writes},
 };
 use crate::{
-    packed,
+    connection, packed,
     publisher::Publisher,
     server::Server,
+    stream,
     tail::{Delivered, Tail},
 };
 
@@ -30,12 +43,56 @@ pub(super) struct Changelog {
     pub(super) consumer: ConsumerId,
     pub(super) limits: Limits,
     pub(super) stream: String,
-    publisher: Publisher,
+    publisher: Arc<Publisher>,
     pub(super) snapshots: Arc<Snapshots>,
     /// A true prefix of the changelog at any time; only who holds `replica` changes it.
-    fold: RwLock<Fold<State>>,
+    pub(super) fold: Arc<RwLock<Fold<State>>>,
     /// What reads; none before the first use and after an error.
-    pub(super) replica: Mutex<Option<Replica>>,
+    replica: Mutex<Option<Replica>>,
+    /// Whether the fold is more than the default.
+    has_loaded: AtomicBool,
+    turns: Turns,
+    /// Wakes those who watch the fold.
+    changed: Notify,
+    /// Whether a hint of the owner is under way.
+    is_beating: Arc<AtomicBool>,
+}
+
+/// Who only waits for entries lets go of the replica when someone has a use for it.
+#[derive(Default)]
+struct Turns {
+    waiting: AtomicUsize,
+    called: Notify,
+}
+
+/// A beat that is under way.
+struct Beating(Arc<AtomicBool>);
+
+impl Drop for Beating {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Someone who waits for the replica.
+struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    fn wait(&self) -> Turn<'_> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        self.called.notify_waiters();
+        Turn(self)
+    }
+
+    fn are_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 pub(super) struct Replica {
@@ -56,12 +113,22 @@ impl Changelog {
             server: Arc::clone(server),
             consumer: consumer.clone(),
             limits,
-            publisher: Publisher::sharing(Arc::clone(server), stream.clone()),
+            publisher: Arc::new(Publisher::sharing(Arc::clone(server), stream.clone())),
             stream,
             snapshots: Arc::new(Snapshots::new(server, consumer)),
-            fold: RwLock::default(),
+            fold: Arc::default(),
             replica: Mutex::new(None),
+            has_loaded: AtomicBool::new(false),
+            turns: Turns::default(),
+            changed: Notify::new(),
+            is_beating: Arc::default(),
         }
+    }
+
+    /// The replica, when it is free.
+    pub(super) async fn replica(&self) -> Result<MutexGuard<'_, Option<Replica>>, Error> {
+        let _turn = self.turns.wait();
+        self.server.in_turn(self.replica.lock()).await
     }
 
     pub(super) fn fold(&self) -> RwLockReadGuard<'_, Fold<State>> {
@@ -83,23 +150,168 @@ impl Changelog {
 
     /// The position, no older than the call.
     pub(super) async fn position(&self) -> Result<Option<Position>, Error> {
-        let mut slot = self.replica.lock().await;
+        let mut slot = self.replica().await?;
+        self.refresh(&mut slot).await?;
+        Ok(position_of(&self.fold()))
+    }
+
+    /// The position and the values of these keys, no older than the call.
+    pub(super) async fn read_state(&self, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        let mut slot = self.replica().await?;
         self.refresh(&mut slot).await?;
         let fold = self.fold();
-        Ok(fold.place.clone().map(|(log, next)| {
-            let mut position = Position::new(log, next, fold.revision);
-            (position.owner, position.passed) = (fold.owner, fold.passed);
-            let windows = fold.state.windows();
-            position.windows = windows
-                .map(|(numbering, window)| (numbering.clone(), window.clone()))
-                .collect();
-            position
-        }))
+        // Copies: a value shares the memory of nothing else, and the caller may keep it for long.
+        let value = |key: &&[u8]| fold.state.get(key).map(|value| Bytes::copy_from_slice(value));
+        Ok(Snapshot::new(position_of(&fold), keys.iter().map(value).collect()))
+    }
+
+    /// The pulse as far as entries have come; nothing is published for it.
+    pub(super) async fn pulse(&self) -> Result<Pulse, Error> {
+        let slot = match self.has_loaded.load(Ordering::Relaxed) {
+            // Who has the replica reads, too.
+            true => self.replica.try_lock().ok(),
+            false => Some(self.replica().await?),
+        };
+        if let Some(mut slot) = slot {
+            if slot.is_none() && !self.exists().await? {
+                return Ok(Pulse::default());
+            }
+            self.loaded(&mut slot).await?;
+            self.read_ready(&mut slot).await?;
+        }
+        Ok(pulse_of(&self.fold()))
+    }
+
+    /// Waits until the pulse is another one, but not much longer than `interval`.
+    pub(super) async fn watch(&self, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        let deadline = Instant::now() + interval;
+        let mut changed = pin!(self.changed.notified());
+        changed.as_mut().enable();
+        let pulse = self.pulse().await?;
+        if pulse != *seen {
+            return Ok(pulse);
+        }
+        tokio::select! {
+            biased;
+            () = changed => {}
+            () = sleep_until(deadline) => {}
+            followed = self.follow() => followed?,
+        }
+        Ok(pulse_of(&self.fold()))
+    }
+
+    /// Waits until an entry has come.
+    async fn follow(&self) -> Result<(), Error> {
+        loop {
+            let mut called = pin!(self.turns.called.notified());
+            called.as_mut().enable();
+            let mut slot = self.replica.lock().await;
+            // The lock is fair: they have it before us.
+            if self.turns.are_waited_for() {
+                continue;
+            }
+            let Some(replica) = slot.as_mut() else {
+                // Someone's reading failed; the next call of `pulse` begins again.
+                return pending().await;
+            };
+            let followed = tokio::select! {
+                biased;
+                () = called => continue,
+                followed = replica.tail.follow(usize::MAX) => followed,
+            };
+            let taken = followed
+                .map_err(|error| self.read_error(error))
+                .and_then(|delivered| self.take_all(replica, delivered, 0));
+            return match taken {
+                Ok(_) => Ok(()),
+                Err(error) => {
+                    self.discard(&mut slot).await;
+                    Err(error)
+                }
+            };
+        }
+    }
+
+    /// Reads what has come, without waiting for more.
+    async fn read_ready(&self, slot: &mut Option<Replica>) -> Result<(), Error> {
+        // Others may publish as fast as we read.
+        const ROUNDS: usize = 8;
+        let Some(replica) = slot else { return Ok(()) };
+        let reading = async {
+            for _ in 0..ROUNDS {
+                let delivered = replica.tail.ready().await.map_err(|error| self.read_error(error))?;
+                if delivered.is_empty() {
+                    break;
+                }
+                self.take_all(replica, delivered, 0)?;
+            }
+            // Who uses it next, and when, is not known.
+            replica.tail.settle().await
+        };
+        let read = reading.await;
+        if read.is_err() {
+            self.discard(slot).await;
+        }
+        read
+    }
+
+    async fn exists(&self) -> Result<bool, Error> {
+        let asking = &self.server.asking;
+        let connection = asking.connection(&self.server).await?;
+        let found = stream::exists(&self.server, &connection, &self.stream).await;
+        // The broker has closed a channel to say no.
+        if !matches!(found, Ok(true)) {
+            asking.forget(&connection).await;
+        }
+        found
+    }
+
+    /// Shows that the owner lives; one hint at a time. The entry is also read back: who handles a record for long reads nothing
+    /// else, and the broker ends a channel on which too much time passes.
+    pub(super) async fn beat(&self, owner: Owner) -> Result<(), Error> {
+        if self.is_others(owner) || self.is_beating.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let beating = Beating(Arc::clone(&self.is_beating));
+        self.publish_hint(Hint::Beat.token(owner), Some(beating))
+            .await
+            .map_err(nothing_done)?;
+        match self.replica.try_lock() {
+            Ok(mut slot) => self.read_ready(&mut slot).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Gives the position up.
+    pub(super) async fn release(&self, owner: Owner) -> Result<(), Error> {
+        if self.is_others(owner) {
+            return Ok(());
+        }
+        self.publish_hint(Hint::Release.token(owner), None).await
+    }
+
+    /// Whether the position is known to have another owner.
+    fn is_others(&self, owner: Owner) -> bool {
+        let fold = self.fold();
+        self.has_loaded.load(Ordering::Relaxed) && fold.owner != Some(owner)
+    }
+
+    /// Publishes a mark by a task of its own: to drop this call, as consumers do with beats, would spoil the channel for the
+    /// next commit.
+    async fn publish_hint(&self, token: Token, beating: Option<Beating>) -> Result<(), Error> {
+        let (publisher, mark) = (Arc::clone(&self.publisher), message(encode_mark(token)));
+        let publishing = connection::spawn(async move {
+            let _beating = beating;
+            publisher.publish(vec![mark]).await
+        });
+        let failed = |error: io::Error| Error::unavailable(self.on("write for"), error);
+        let published = publishing.map_err(failed)?.await;
+        published.map_err(|error| failed(io::Error::other(error)))?
     }
 
     /// The revision that a transaction builds on.
     pub(super) async fn begin(&self) -> Result<Revision, Error> {
-        let mut slot = self.replica.lock().await;
+        let mut slot = self.replica().await?;
         let replica = self.loaded(&mut slot).await?;
         if !std::mem::take(&mut replica.fresh) {
             self.refresh(&mut slot).await?;
@@ -112,7 +324,7 @@ impl Changelog {
 
     /// Who wants to go on reading by himself begins here: a fold without the state, no older than the call, and where what was sent ends.
     pub(super) async fn base(&self) -> Result<(Fold<Nothing>, Offset), Error> {
-        let mut slot = self.replica.lock().await;
+        let mut slot = self.replica().await?;
         self.refresh(&mut slot).await?;
         let fold = self.fold();
         let base = Fold {
@@ -121,6 +333,7 @@ impl Changelog {
             token: fold.token,
             place: fold.place.clone(),
             owner: fold.owner,
+            beats: fold.beats,
             passed: fold.passed,
             state: Nothing,
         };
@@ -135,7 +348,7 @@ impl Changelog {
         sent: Vec<NewRecord>,
         advance: Advance,
     ) -> Result<(), Error> {
-        let mut slot = self.replica.lock().await;
+        let mut slot = self.replica().await?;
         let replica = self.loaded(&mut slot).await?;
         replica.fresh = false;
         let expected = advance.expected;
@@ -201,9 +414,27 @@ impl Changelog {
         };
         drop(fold);
         let entry = encode_commit(&commit);
-        match (entry.len(), self.limits.entry.min(self.server.message_limit())) {
+        match (entry.len(), self.entry_limit()) {
             (size, limit) if size > limit => Err(self.entry_too_large(size, limit)),
             _ => Ok((commit.token, entry)),
+        }
+    }
+
+    /// The largest entry that this broker takes, as far as it is known.
+    fn entry_limit(&self) -> usize {
+        self.limits.entry.min(self.server.message_limit())
+    }
+
+    /// Refuses to stage so much that the commit would be too large.
+    pub(super) fn check_entry_size(&self, staged: usize) -> Result<(), Error> {
+        let (size, limit) = (staged + HEAD, self.entry_limit());
+        match size > limit {
+            true => Err(Error::TooLarge {
+                what: "transaction",
+                size,
+                limit,
+            }),
+            false => Ok(()),
         }
     }
 
@@ -299,13 +530,7 @@ impl Changelog {
                     .next(usize::MAX)
                     .await
                     .map_err(|error| self.read_error(error))?;
-                let mut fold = self.fold_mut();
-                let mut own = None;
-                for delivered in delivered {
-                    replica.read += delivered.body.len() as u64 + OVERHEAD;
-                    own = self.take(&mut fold, delivered, token)?.or(own);
-                }
-                if let Some(verdict) = own {
+                if let Some(verdict) = self.take_all(replica, delivered, token)? {
                     return Ok(verdict);
                 }
             }
@@ -326,6 +551,24 @@ impl Changelog {
         })
     }
 
+    /// Folds messages, and tells what became of the one with that token, if it is among them.
+    fn take_all(
+        &self,
+        replica: &mut Replica,
+        delivered: Vec<Delivered>,
+        token: Token,
+    ) -> Result<Option<Verdict>, Error> {
+        let mut own = None;
+        let mut fold = self.fold_mut();
+        for delivered in delivered {
+            replica.read += delivered.body.len() as u64 + OVERHEAD;
+            own = self.take(&mut fold, delivered, token)?.or(own);
+        }
+        drop(fold);
+        self.changed.notify_waiters();
+        Ok(own)
+    }
+
     /// Folds a message, and tells what became of it if it has that token.
     pub(super) fn take(
         &self,
@@ -336,7 +579,7 @@ impl Changelog {
         let offset = delivered.offset;
         match parse(delivered.body.into()) {
             Parsed::Entry(Entry::Mark(found)) => {
-                fold.pass(offset);
+                fold.mark(offset, found);
                 Ok((found == token).then_some(Verdict::Applied))
             }
             Parsed::Entry(Entry::Commit(commit)) => {
@@ -373,7 +616,12 @@ impl Changelog {
     pub(super) async fn loaded<'a>(&self, slot: &'a mut Option<Replica>) -> Result<&'a mut Replica, Error> {
         let replica = match slot.take() {
             Some(replica) => replica,
-            None => self.load().await?,
+            None => {
+                let replica = self.load().await?;
+                self.has_loaded.store(true, Ordering::Relaxed);
+                self.changed.notify_waiters();
+                replica
+            }
         };
         Ok(slot.insert(replica))
     }
@@ -395,6 +643,26 @@ impl Changelog {
             error => error,
         }
     }
+}
+
+fn position_of(fold: &Fold<State>) -> Option<Position> {
+    let (log, next) = fold.place.clone()?;
+    let mut position = Position::new(log, next, fold.revision);
+    (position.owner, position.passed) = (fold.owner, fold.passed);
+    let windows = fold.state.windows();
+    position.windows = windows
+        .map(|(numbering, window)| (numbering.clone(), window.clone()))
+        .collect();
+    Some(position)
+}
+
+fn pulse_of(fold: &Fold<State>) -> Pulse {
+    let mut pulse = Pulse::default();
+    if let Some((_, next)) = &fold.place {
+        (pulse.next, pulse.revision, pulse.owner) = (*next, fold.revision, fold.owner);
+        pulse.beats = fold.beats;
+    }
+    pulse
 }
 
 /// Never 0, which stands for "none".

@@ -1,7 +1,7 @@
 //! Keeping what is needed: retention works by length and knows nothing of snapshots, so snapshots must keep ahead of it.
 
 use std::sync::{
-    Arc,
+    Arc, PoisonError,
     atomic::{AtomicU64, Ordering},
 };
 
@@ -53,7 +53,7 @@ impl Changelog {
     }
 
     pub(super) async fn snapshot_now(&self) -> Result<(), Error> {
-        let mut slot = self.replica.lock().await;
+        let mut slot = self.replica().await?;
         let replica = self.loaded(&mut slot).await?;
         let target = Arc::clone(&replica.target).lock_owned().await;
         self.snapshot(replica, target).await.map_err(nothing_done)
@@ -90,10 +90,18 @@ impl Changelog {
         replica: &Replica,
         mut target: OwnedMutexGuard<Option<usize>>,
     ) -> impl Future<Output = Result<(), Error>> + use<> {
-        let (image, mark) = (Image::new(&self.fold()), replica.read);
+        let (fold, mark) = (Arc::clone(&self.fold), replica.read);
+        let action = self.on("write a snapshot of");
         let (snapshots, cover) = (Arc::clone(&self.snapshots), Arc::clone(&replica.cover));
         cover.tried.store(mark, Ordering::Relaxed);
         async move {
+            // Not on the runtime's threads: a large state takes a while. What is read meanwhile may be in it, which
+            // does no harm.
+            let copied = tokio::task::spawn_blocking(move || {
+                let copy = fold.read().unwrap_or_else(PoisonError::into_inner).clone();
+                Image::new(&copy)
+            });
+            let image = copied.await.map_err(|error| Error::unavailable(action, error))?;
             // Taken, so that after a failure the next one looks again: another process may have written in the meantime.
             let stream = match target.take() {
                 Some(stream) => stream,

@@ -84,8 +84,32 @@ pub(super) struct Fold<S> {
     /// The position; none before the first commit.
     pub(super) place: Option<(LogId, Offset)>,
     pub(super) owner: Option<Owner>,
+    /// One past the offset of the owner's last beat since; 0 if there is none. Not in snapshots.
+    pub(super) beats: u64,
     pub(super) passed: Option<Passed>,
     pub(super) state: S,
+}
+
+/// A hint of the owner of a position, given by the token of a mark.
+///
+/// Every version reads marks and passes over them, so that processes of all versions run side by
+/// side; those before 0.2 just do not see the hints.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Hint {
+    /// It lives.
+    Beat,
+    /// It gives the position up.
+    Release,
+}
+
+impl Hint {
+    /// The token: the owner's number for a beat, and its complement for a release.
+    pub(super) fn token(self, owner: Owner) -> Token {
+        match self {
+            Self::Beat => owner.get(),
+            Self::Release => !owner.get(),
+        }
+    }
 }
 
 impl<S> Fold<S> {
@@ -97,7 +121,7 @@ impl<S> Fold<S> {
             self.revision = commit.revision;
             self.token = commit.token;
             self.place = Some((self.known_log(commit.log), commit.next));
-            (self.owner, self.passed) = (commit.owner, commit.passed);
+            (self.owner, self.passed, self.beats) = (commit.owner, commit.passed, 0);
             commit.change.apply(offset, &mut self.state);
         }
         Ok(verdict)
@@ -106,6 +130,17 @@ impl<S> Fold<S> {
     /// Passes over an entry that has nothing to say on the position.
     pub(super) fn pass(&mut self, offset: u64) {
         self.offset = offset + 1;
+    }
+
+    /// Passes over a mark, which may be a [`Hint`] of the owner; that of anyone else says nothing.
+    pub(super) fn mark(&mut self, offset: u64, token: Token) {
+        self.pass(offset);
+        let Some(owner) = self.owner else { return };
+        if token == Hint::Beat.token(owner) {
+            self.beats = self.offset;
+        } else if token == Hint::Release.token(owner) {
+            (self.owner, self.beats) = (None, 0);
+        }
     }
 
     fn judge<C>(&self, commit: &Commit<C>) -> Result<Verdict, Missing> {
@@ -212,6 +247,50 @@ mod tests {
             (commit.expected, commit.revision) = (expected, revision);
             assert_eq!(fold.apply(token as u64, commit), Ok(verdict), "entry {token}");
         }
+    }
+
+    #[test]
+    fn only_the_owners_hints_count_and_they_touch_nothing_else() {
+        let (owner, other) = (Owner::new(1), Owner::new(7));
+        let mut fold = Fold::default();
+        fold.mark(0, Hint::Beat.token(owner));
+        assert_eq!((fold.beats, fold.owner), (0, None), "there is no position");
+        assert_eq!(fold.apply(1, entry(1, 0, 1, log(None))), Ok(Verdict::Applied));
+        let committed = fold.clone();
+        for token in [Hint::Beat.token(other), Hint::Release.token(other), 99] {
+            fold.mark(2, token);
+            assert_eq!(
+                fold,
+                Fold {
+                    offset: 3,
+                    ..committed.clone()
+                }
+            );
+        }
+        for beat in 3..6 {
+            fold.mark(beat, Hint::Beat.token(owner));
+            let beaten = Fold {
+                offset: beat + 1,
+                beats: beat + 1,
+                ..committed.clone()
+            };
+            assert_eq!(fold, beaten);
+        }
+        fold.mark(6, Hint::Release.token(owner));
+        let released = Fold {
+            offset: 7,
+            owner: None,
+            ..committed
+        };
+        assert_eq!(fold, released);
+        fold.mark(7, Hint::Beat.token(owner));
+        assert_eq!((fold.beats, fold.owner), (0, None), "it was given up");
+        assert_eq!(
+            fold.apply(8, entry(2, 1, 2, log(None))),
+            Ok(Verdict::Applied),
+            "it fences nobody"
+        );
+        assert_eq!(fold.owner, Some(Owner::new(2)));
     }
 
     #[test]

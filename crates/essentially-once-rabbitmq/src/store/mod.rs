@@ -23,12 +23,14 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, NewRecord, OffsetStore, Position, Revision, Transaction,
+    Advance, ConsumerId, Durability, Error, KeyValue, NewRecord, OffsetStore, Owner, Position, Pulse, ReadState,
+    Revision, Snapshot, Transaction,
 };
 
 pub use self::sent::RabbitSent;
@@ -42,6 +44,9 @@ const MIB: usize = 1024 * 1024;
 
 /// The largest state there may be: the streams of the snapshots have room for a few of that size.
 const STATE_MAX: usize = 256 * MIB;
+
+/// What an entry takes besides what is staged, where few producers are read at a time. If it is more, the commit fails.
+const HEAD: usize = 1024;
 
 /// The largest entry there may be: the changelog's retention reckons with it.
 const ENTRY_MAX: usize = 32 * MIB;
@@ -94,7 +99,13 @@ struct Limits {
 /// once, can lose the last moments when the *machine* loses power.
 ///
 /// A commit takes one message: all changes, and all records that it [sends](RabbitTx::send), together are limited to the larger of 8 MiB and
-/// [`record_limit`](crate::RabbitOptions::record_limit) plus 64 KiB, and to 32 MiB in any case.
+/// [`record_limit`](crate::RabbitOptions::record_limit) plus 64 KiB, and to 32 MiB in any case. A `put` or `send` that does not fit
+/// any more fails with [`Error::TooLarge`] for a `transaction`. A consumer whose handler passes that on commits what came before
+/// the record, and handles it again in a transaction of its own.
+///
+/// # Standbys
+/// Beats and releases are small marks in the changelog. [`watch`](OffsetStore::watch) and [`pulse`](OffsetStore::pulse) follow
+/// the changelog as [`begin`](OffsetStore::begin) does, with the state in memory, and write nothing.
 ///
 /// # Reading
 /// [`position`](OffsetStore::position) writes a small mark to the changelog and reads up to it, so that it is never older than the call;
@@ -182,6 +193,7 @@ impl OffsetStore for RabbitStore {
             based_on,
             writes: Writes::new(),
             growth: 0,
+            staged: 0,
             sent: Vec::new(),
             failure: None,
         })
@@ -190,6 +202,37 @@ impl OffsetStore for RabbitStore {
     async fn durability(&self) -> Result<Durability, Error> {
         Ok(Durability::Durable)
     }
+
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
+        self.changelog(consumer)?.pulse().await
+    }
+
+    async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
+        self.changelog(consumer)?.watch(seen, interval).await
+    }
+
+    async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        self.changelog(consumer)?.beat(owner).await
+    }
+
+    async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
+        self.changelog(consumer)?.release(owner).await
+    }
+}
+
+/// It costs what [`position`](OffsetStore::position) does: all of the consumer's state in this process's memory from the first
+/// call on, and a mark in the changelog for each call, so that it needs the right to write. To show values often, keep one
+/// handle, and read all keys in one call.
+#[async_trait]
+impl ReadState for RabbitStore {
+    async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
+        self.changelog(consumer)?.read_state(keys).await
+    }
+}
+
+/// What a write takes in an entry.
+fn write_size(key: &[u8], value: Option<&[u8]>) -> usize {
+    4 + key.len() + 1 + value.map_or(0, |value| 4 + value.len())
 }
 
 /// What a handler stages; nothing of it leaves this process before the commit, and nothing is locked.
@@ -203,6 +246,8 @@ pub struct RabbitTx {
     writes: Writes,
     /// By how much they make the state grow.
     growth: isize,
+    /// About how many bytes of the commit's message they and what is sent take.
+    staged: usize,
     sent: Vec<NewRecord>,
     /// The first operation that failed.
     failure: Option<String>,
@@ -228,6 +273,12 @@ impl RabbitTx {
                 return Err(Error::TooLarge { what, size, limit });
             }
         }
+        let before = match self.writes.get(key) {
+            Some(write) => write_size(key, write.as_deref()),
+            None => 0,
+        };
+        let staged = self.staged - before + write_size(key, Some(value));
+        self.changelog.check_entry_size(staged)?;
         let stored = self.changelog.fold().state.size();
         let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
         let (before, after) = (
@@ -235,7 +286,7 @@ impl RabbitTx {
             stored.saturating_add_signed(growth),
         );
         self.changelog.check_state_size(before, after)?;
-        self.growth = growth;
+        (self.growth, self.staged) = (growth, staged);
         self.writes
             .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
         Ok(())
@@ -294,7 +345,9 @@ impl KeyValue for RabbitTx {
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
         self.growth -= self.size_of(key);
-        self.writes.insert(Bytes::copy_from_slice(key), None);
+        let before = self.writes.insert(Bytes::copy_from_slice(key), None);
+        self.staged += write_size(key, None);
+        self.staged -= before.map_or(0, |write| write_size(key, write.as_deref()));
         Ok(())
     }
 }

@@ -7,10 +7,10 @@ mod mutants;
 
 use std::collections::HashSet;
 
-use essentially_once::{LogId, Offset, Revision};
+use essentially_once::{LogId, Offset, Owner, Revision};
 use stateright::{Checker, Model, Property};
 
-use super::fold::{Change, Commit, Fold, Missing, Token, Verdict};
+use super::fold::{Change, Commit, Fold, Hint, Missing, Token, Verdict};
 
 /// A state that remembers what was applied, in order.
 type Applied = Vec<u8>;
@@ -43,6 +43,7 @@ struct System {
     publishes: u8,
     snapshots: u8,
     crashes: u8,
+    releases: u8,
 }
 
 impl System {
@@ -56,6 +57,34 @@ impl System {
             publishes: 3,
             snapshots: 2,
             crashes: 1,
+            releases: 0,
+        }
+    }
+}
+
+/// What a changelog holds.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Item {
+    Commit(Entry),
+    Mark(Token),
+}
+
+impl Item {
+    fn token(&self) -> Token {
+        match self {
+            Self::Commit(commit) => commit.token,
+            Self::Mark(token) => *token,
+        }
+    }
+
+    /// What a reader makes of it.
+    fn read(self, apply: Apply, fold: &mut Fold<Applied>, offset: u64) -> Result<Option<Verdict>, Missing> {
+        match self {
+            Self::Commit(commit) => apply(fold, offset, commit).map(Some),
+            Self::Mark(token) => {
+                fold.mark(offset, token);
+                Ok(None)
+            }
         }
     }
 }
@@ -63,10 +92,10 @@ impl System {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 struct World {
     /// The changelog; what is before `first` was removed, and is kept here to compare with.
-    entries: Vec<Entry>,
+    entries: Vec<Item>,
     first: usize,
     /// Published, and not yet in the changelog.
-    under_way: Vec<Entry>,
+    under_way: Vec<Item>,
     writers: [Writer; 2],
     /// Taken, and not yet complete.
     begun: Vec<Fold<Applied>>,
@@ -79,6 +108,7 @@ struct World {
     published: u8,
     snapshots: u8,
     crashes: u8,
+    releases: u8,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
@@ -94,6 +124,8 @@ struct Writer {
 enum Action {
     Recover(usize),
     Publish(usize),
+    /// It gives the position up, whoever has it.
+    Release(usize),
     Read(usize),
     /// The time-out has passed: indeterminate.
     GiveUp(usize),
@@ -114,7 +146,7 @@ impl World {
     fn read_on(&self, apply: Apply, mut fold: Fold<Applied>) -> Option<Fold<Applied>> {
         let unread = self.entries.get(fold.offset as usize..)?;
         for (offset, entry) in (fold.offset..).zip(unread) {
-            apply(&mut fold, offset, entry.clone()).ok()?;
+            entry.clone().read(apply, &mut fold, offset).ok()?;
         }
         Some(fold)
     }
@@ -122,12 +154,16 @@ impl World {
     /// The revisions of the entries that apply, as their writers chose them.
     fn applied(&self, apply: Apply) -> Vec<Revision> {
         let mut fold = Fold::default();
-        let entries = (0..).zip(&self.entries);
-        let verdicts = entries.map(|(offset, entry)| (entry.revision, apply(&mut fold, offset, entry.clone())));
-        verdicts
-            .filter(|(_, verdict)| *verdict == Ok(Verdict::Applied))
-            .map(|(revision, _)| revision)
-            .collect()
+        let mut applied = Vec::new();
+        for (offset, entry) in (0..).zip(&self.entries) {
+            let verdict = entry.clone().read(apply, &mut fold, offset);
+            if let Item::Commit(commit) = entry
+                && verdict == Ok(Some(Verdict::Applied))
+            {
+                applied.push(commit.revision);
+            }
+        }
+        applied
     }
 
     /// What one knows who saw everything.
@@ -155,6 +191,9 @@ impl Model for System {
             }
             if writer.own.is_some() {
                 actions.push(Action::GiveUp(index));
+            }
+            if world.releases < self.releases {
+                actions.push(Action::Release(index));
             }
             if fold.offset < world.entries.len() as u64 {
                 actions.push(Action::Read(index));
@@ -203,18 +242,22 @@ impl Model for System {
                     false => fold.revision.next_epoch(),
                     true => fold.revision.next_count(),
                 };
-                world.under_way.push(Commit {
+                world.under_way.push(Item::Commit(Commit {
                     token,
                     parent: fold.token,
                     expected: fold.revision,
                     revision,
                     log: LogId::new("orders").ok()?,
                     next: Offset::ZERO,
-                    owner: None,
+                    owner: Some(owner(index)),
                     passed: None,
                     change: Push(world.published),
-                });
+                }));
                 writer.own = Some(token);
+            }
+            Action::Release(index) => {
+                world.releases += 1;
+                world.under_way.push(Item::Mark(Hint::Release.token(owner(index))));
             }
             Action::Read(index) => self.read(&mut world, index),
             Action::GiveUp(index) => {
@@ -235,10 +278,12 @@ impl Model for System {
             Action::Land(index) => {
                 let entry = world.under_way.remove(index);
                 if self.trusts_confirms {
-                    let waits = |writer: &&mut Writer| writer.own == Some(entry.token);
-                    if let Some(writer) = world.writers.iter_mut().find(waits) {
+                    let waits = |writer: &&mut Writer| writer.own == Some(entry.token());
+                    if let Item::Commit(commit) = &entry
+                        && let Some(writer) = world.writers.iter_mut().find(waits)
+                    {
                         (writer.own, writer.has_committed) = (None, true);
-                        world.acknowledged.push(entry.change.0);
+                        world.acknowledged.push(commit.change.0);
                     }
                 }
                 world.entries.push(entry);
@@ -285,6 +330,12 @@ impl Model for System {
                 })
             }),
             Property::<Self>::always("nothing is lost", |_, world| !world.lost),
+            Property::<Self>::sometimes("a position is given up", |system, world| {
+                system.releases == 0
+                    || world
+                        .truth(system.apply)
+                        .is_some_and(|fold| fold.place.is_some() && fold.owner.is_none())
+            }),
             Property::<Self>::sometimes("two commits are acknowledged", |_, world| world.acknowledged.len() == 2),
             Property::<Self>::sometimes("a commit of one who gave up applies", |system, world| {
                 let idle = world.writers.iter().all(|writer| writer.own.is_none()) && world.under_way.is_empty();
@@ -321,14 +372,15 @@ impl System {
         let Some(entry) = world.entries.get(offset).cloned() else {
             return;
         };
-        let (token, pushed) = (entry.token, entry.change.0);
-        match (self.apply)(fold, offset as u64, entry) {
+        let (token, pushed) = match &entry {
+            Item::Commit(commit) => (commit.token, Some(commit.change.0)),
+            Item::Mark(token) => (*token, None),
+        };
+        match entry.read(self.apply, fold, offset as u64) {
             Ok(verdict) if writer.own == Some(token) => {
                 writer.own = None;
-                writer.has_committed = verdict == Verdict::Applied;
-                if writer.has_committed {
-                    world.acknowledged.push(pushed);
-                }
+                writer.has_committed = verdict == Some(Verdict::Applied);
+                world.acknowledged.extend(pushed.filter(|_| writer.has_committed));
             }
             Ok(_) => {}
             Err(_) => {
@@ -339,13 +391,19 @@ impl System {
     }
 }
 
+/// The owner by whose number a writer commits; that of no token.
+fn owner(writer: usize) -> Owner {
+    Owner::new(1_000 + writer as u128)
+}
+
 #[test]
 fn the_rule_holds_in_every_order_of_events() {
-    for (publishes, snapshots, crashes) in [(3, 1, 1), (2, 2, 2)] {
+    for (publishes, snapshots, crashes, releases) in [(3, 1, 1, 0), (2, 2, 2, 0), (2, 1, 1, 1)] {
         let checker = System {
             publishes,
             snapshots,
             crashes,
+            releases,
             ..System::sound()
         }
         .checker()

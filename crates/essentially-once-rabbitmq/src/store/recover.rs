@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use essentially_once::Error;
-use lapin::Connection;
 use tokio::{
     sync::Mutex,
     time::{Instant, sleep},
@@ -18,6 +17,7 @@ use super::{
     state::State,
 };
 use crate::{
+    connection::Connection,
     stream::{self, Range},
     tail::{BEHIND, Tail},
 };
@@ -31,8 +31,9 @@ impl Changelog {
         let arguments = retention(LENGTH as i64, SEGMENT as i64);
         stream::declare(&self.server, &connection, &self.stream, arguments).await?;
         let deadline = Instant::now() + self.server.options.timeout;
-        let (range, target, mut fold) = loop {
-            let range = stream::bounds(&self.server, &connection, &self.stream).await?;
+        let (range, size, target, mut fold) = loop {
+            let ends = stream::ends(&self.server, &connection, &self.stream).await?;
+            let (range, size) = (Range::of(ends.as_ref()), ends.map_or(0, |ends| ends.size()));
             let found = self.snapshots.newest(&connection, range.first).await?;
             // A snapshot never goes to the stream that holds the newest.
             let target = found.as_ref().map_or(0, |found| 1 - found.stream);
@@ -40,12 +41,12 @@ impl Changelog {
             match self.check_reach(&fold, range) {
                 // A replica that is behind has lost nothing.
                 Err(_) if Instant::now() < deadline => sleep(BEHIND).await,
-                checked => break checked.map(|()| (range, target, fold))?,
+                checked => break checked.map(|()| (range, size, target, fold))?,
             }
         };
         let channel = self.server.reading.channel(&self.server, || self.reading()).await?;
         let connection = Arc::clone(&channel.0);
-        let attached = Tail::attach(&self.server, channel, &self.stream, fold.offset, 0).await;
+        let attached = Tail::attach(&self.server, channel, &self.stream, fold.offset, size).await;
         let tail = self.server.reading.used(&connection, attached).await?;
         let mut replica = Replica {
             tail,

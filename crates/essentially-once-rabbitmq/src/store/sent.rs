@@ -8,7 +8,6 @@ use std::{
 
 use async_trait::async_trait;
 use essentially_once::{Bounds, ConsumerId, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Record};
-use lapin::Connection;
 
 use super::{
     RabbitStore, RabbitTx,
@@ -18,6 +17,7 @@ use super::{
     names::{self, Kind},
 };
 use crate::{
+    connection::Connection,
     packed,
     reader::RabbitReader,
     stream,
@@ -29,10 +29,13 @@ impl RabbitTx {
     /// calls. Nobody ever sees a record of a transaction that did not commit, or that lost to another.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit). All that a commit sends and changes must
-    /// also fit one message, see [`RabbitStore`]; if it does not, the commit fails.
+    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit), and for one that no longer fits
+    /// the transaction, see [`RabbitStore`]. The transaction stays as it was.
     pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
         record.check_size(self.changelog.value_limit())?;
+        let staged = self.staged + packed::size_bound(&record);
+        self.changelog.check_entry_size(staged)?;
+        self.staged = staged;
         self.sent.push(record);
         Ok(())
     }

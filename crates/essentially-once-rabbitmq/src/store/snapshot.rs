@@ -71,6 +71,7 @@ impl Image {
 }
 
 /// One message of a snapshot.
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Chunk {
     version: u8,
     id: u128,
@@ -109,36 +110,101 @@ impl Chunk {
     }
 }
 
-/// Puts chunks together.
+/// Puts chunks together. It keeps the parts of one snapshot at a time, the one that was begun last:
+/// most of those that are not complete never will be.
 #[derive(Default)]
 pub(super) struct Assembly {
-    open: HashMap<u128, Vec<Chunk>>,
+    /// If set, all others are passed over.
+    only: Option<u128>,
+    /// How many chunks of each have come, and the stream's offset of the first.
+    begun: HashMap<u128, (u32, u64)>,
+    kept: Option<(u128, Vec<Bytes>)>,
+}
+
+/// What a chunk completes.
+pub(super) enum Added {
+    Nothing,
+    Whole(Whole),
+    /// A snapshot between whose chunks another was begun: it has to be read again, by itself, from
+    /// that offset of the stream on.
+    Scattered {
+        id: u128,
+        offset: u64,
+        from: u64,
+    },
+}
+
+/// All chunks of a snapshot.
+pub(super) struct Whole {
+    version: u8,
+    pub(super) offset: u64,
+    parts: Vec<Bytes>,
 }
 
 impl Assembly {
-    /// Takes the next chunk, and returns the fold that it completes.
-    pub(super) fn add(&mut self, chunk: Chunk) -> Option<Decoded<Fold<State>>> {
-        let (version, id, count, offset) = (chunk.version, chunk.id, chunk.count, chunk.offset);
-        let parts = self.open.entry(id).or_default();
+    /// One for that snapshot alone.
+    pub(super) fn only(id: u128) -> Self {
+        Self {
+            only: Some(id),
+            ..Self::default()
+        }
+    }
+
+    /// Takes the next chunk, which is at that offset of the stream.
+    pub(super) fn add(&mut self, at: u64, chunk: Chunk) -> Added {
+        let (id, offset) = (chunk.id, chunk.offset);
+        if self.only.is_some_and(|only| only != id) {
+            return Added::Nothing;
+        }
+        if chunk.index == 0 {
+            self.begun.insert(id, (0, at));
+            self.kept = Some((id, Vec::new()));
+        }
         // One writer's chunks keep their order.
-        if chunk.index as usize != parts.len() {
-            self.open.remove(&id);
-            return None;
-        }
-        parts.push(chunk);
-        if parts.len() < count as usize {
-            return None;
-        }
-        let parts = self.open.remove(&id)?;
-        let body = parts.iter().map(|chunk| &chunk.part[..]).collect::<Vec<_>>().concat();
-        drop(parts);
-        Some(read_fold(version, body.into()).and_then(|fold| {
-            if fold.offset == offset {
-                Ok(fold)
-            } else {
-                Err("its chunks name another offset than its body")
+        let from = match self.begun.get_mut(&id) {
+            Some((come, from)) if *come == chunk.index => {
+                *come += 1;
+                *from
             }
-        }))
+            _ => {
+                self.forget(id);
+                return Added::Nothing;
+            }
+        };
+        if let Some((_, parts)) = self.kept.as_mut().filter(|(kept, _)| *kept == id) {
+            parts.push(chunk.part);
+        }
+        if chunk.index + 1 < chunk.count {
+            return Added::Nothing;
+        }
+        match self.forget(id) {
+            Some(parts) => Added::Whole(Whole {
+                version: chunk.version,
+                offset,
+                parts,
+            }),
+            None => Added::Scattered { id, offset, from },
+        }
+    }
+
+    /// Returns its parts, if they were kept.
+    fn forget(&mut self, id: u128) -> Option<Vec<Bytes>> {
+        self.begun.remove(&id);
+        self.kept.take_if(|(kept, _)| *kept == id).map(|(_, parts)| parts)
+    }
+}
+
+impl Whole {
+    /// What it holds. It takes as long as the state is large.
+    pub(super) fn read(self) -> Decoded<Fold<State>> {
+        let Self { version, offset, parts } = self;
+        let body = parts.concat();
+        drop(parts);
+        let fold = read_fold(version, body.into())?;
+        match fold.offset == offset {
+            true => Ok(fold),
+            false => Err("its chunks name another offset than its body"),
+        }
     }
 }
 
@@ -194,6 +260,7 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         token,
         place,
         owner,
+        beats: 0,
         passed,
         state,
     })
@@ -225,7 +292,7 @@ mod tests {
                 change.apply(numbers.0, &mut state);
             }
             let place = place.map(|(log, (hi, lo))| (log, Offset::new(hi, lo)));
-            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, passed, state }
+            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, beats: 0, passed, state }
         }
     }
 
@@ -236,14 +303,29 @@ mod tests {
             .collect()
     }
 
+    /// What the chunks come to, with another look at those that are scattered.
+    fn read_all(mut assembly: Assembly, chunks: Vec<Chunk>) -> Vec<Decoded<Fold<State>>> {
+        let mut read = Vec::new();
+        for (at, chunk) in (0..).zip(&chunks) {
+            match assembly.add(at, chunk.clone()) {
+                Added::Nothing => {}
+                Added::Whole(whole) => read.push(whole.read()),
+                Added::Scattered { id, from, .. } => {
+                    let again = chunks[from as usize..].to_vec();
+                    read.extend(read_all(Assembly::only(id), again));
+                }
+            }
+        }
+        read
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
         fn snapshots_round_trip(fold in fold()) {
-            let mut assembly = Assembly::default();
-            let read = chunks(&Image::new(&fold)).into_iter().find_map(|chunk| assembly.add(chunk));
-            prop_assert_eq!(read, Some(Ok(fold)));
+            let read = read_all(Assembly::default(), chunks(&Image::new(&fold)));
+            prop_assert_eq!(read, [Ok(fold)]);
         }
 
         #[test]
@@ -254,7 +336,8 @@ mod tests {
             message[at] ^= flip;
             // Of its header, a wrong id or offset is not damage that a chunk shows; the offset stands in the body again.
             if let Ok(chunk) = Chunk::decode(message.into())
-                && let Some(Ok(read)) = Assembly::default().add(chunk)
+                && let Added::Whole(whole) = Assembly::default().add(0, chunk)
+                && let Ok(read) = whole.read()
             {
                 prop_assert_eq!(read, fold);
             }
@@ -277,20 +360,43 @@ mod tests {
         }
         let (one, two) = (Image::new(&fold), Image::new(&fold));
         assert!(one.size() > 2 * CHUNK);
-        let mut assembly = Assembly::default();
-        let mixed = chunks(&one)
-            .into_iter()
-            .zip(chunks(&two))
-            .flat_map(|(one, two)| [one, two]);
-        let read: Vec<_> = mixed.filter_map(|chunk| assembly.add(chunk)).collect();
-        assert_eq!(read, [Ok(fold.clone()), Ok(fold.clone())]);
+        let mixed = || {
+            chunks(&one)
+                .into_iter()
+                .zip(chunks(&two))
+                .flat_map(|(one, two)| [one, two])
+                .collect()
+        };
+        assert_eq!(
+            read_all(Assembly::default(), mixed()),
+            [Ok(fold.clone()), Ok(fold.clone())]
+        );
         for missing in 0..3 {
             let mut cut = chunks(&one);
             cut.remove(missing);
             assert!(
-                cut.into_iter().all(|chunk| assembly.add(chunk).is_none()),
+                read_all(Assembly::default(), cut).is_empty(),
                 "chunk {missing} is missing"
             );
         }
+    }
+
+    #[test]
+    fn of_snapshots_that_are_not_complete_only_the_last_is_kept() {
+        let mut fold = Fold::<State>::default();
+        for key in 0..5u8 {
+            fold.state.put(&[key], &vec![key; CHUNK / 2]);
+        }
+        let mut assembly = Assembly::default();
+        for round in 0..10 {
+            let mut chunks = chunks(&Image::new(&fold));
+            chunks.pop();
+            for (at, chunk) in (round * 10..).zip(chunks) {
+                assert!(matches!(assembly.add(at, chunk), Added::Nothing));
+            }
+            let kept: usize = assembly.kept.iter().flat_map(|(_, parts)| parts).map(Bytes::len).sum();
+            assert_eq!(kept, 2 * CHUNK);
+        }
+        assert_eq!(read_all(assembly, chunks(&Image::new(&fold))), [Ok(fold)]);
     }
 }

@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use essentially_once::{ConsumerId, Error};
 use lapin::{
-    BasicProperties, Connection,
+    BasicProperties,
     types::{AMQPValue, FieldTable},
 };
 
 use super::{
     fold::Fold,
     names::{self, Kind},
-    snapshot::{Assembly, CHUNK, CHUNK_HEAD, Chunk, Image},
+    snapshot::{Added, Assembly, CHUNK, CHUNK_HEAD, Chunk, Image, Whole},
     state::State,
+    wire::Decoded,
 };
 use crate::{
+    connection::Connection,
     publisher::{Message, Publisher},
     server::Server,
     stream::{self, Range},
@@ -55,6 +57,14 @@ struct Scan {
     longest: u32,
     /// The highest offset of the changelog that any is said to reach up to.
     reach: u64,
+    /// A newer one that has to be read by itself: its number, what it reaches up to, and where it begins.
+    scattered: Option<(u128, u64, u64)>,
+}
+
+impl Scan {
+    fn is_newer(&self, offset: u64) -> bool {
+        self.newest.as_ref().is_none_or(|newest| offset > newest.offset)
+    }
 }
 
 impl Snapshots {
@@ -140,8 +150,25 @@ impl Snapshots {
         if from == end {
             return Ok(scan);
         }
+        self.scan_into(&mut scan, Assembly::default(), connection, name, from, end)
+            .await?;
+        if let Some((id, _, from)) = scan.scattered.take() {
+            self.scan_into(&mut scan, Assembly::only(id), connection, name, from, end)
+                .await?;
+        }
+        Ok(scan)
+    }
+
+    async fn scan_into(
+        &self,
+        scan: &mut Scan,
+        mut assembly: Assembly,
+        connection: &Arc<Connection>,
+        name: &str,
+        from: u64,
+        end: u64,
+    ) -> Result<(), Error> {
         let mut tail = Tail::open(&self.server, connection, name, from).await?;
-        let mut assembly = Assembly::default();
         let mut next = from;
         while next < end {
             let limit = self.server.options.timeout;
@@ -153,22 +180,40 @@ impl Snapshots {
                 })?;
             for delivered in delivered {
                 next = delivered.offset + 1;
-                let read = Chunk::decode(delivered.body.into()).map(|chunk| {
+                let added = Chunk::decode(delivered.body.into()).map(|chunk| {
                     scan.longest = scan.longest.max(chunk.count);
                     scan.reach = scan.reach.max(chunk.offset);
-                    assembly.add(chunk)
+                    assembly.add(delivered.offset, chunk)
                 });
-                match read.and_then(Option::transpose) {
-                    Ok(Some(fold)) if scan.newest.as_ref().is_none_or(|newest| fold.offset > newest.offset) => {
+                let read = match added {
+                    Ok(Added::Whole(whole)) if scan.is_newer(whole.offset) => self.read(whole).await?.map(Some),
+                    Ok(Added::Scattered { id, offset, from }) if scan.is_newer(offset) => {
+                        if scan.scattered.is_none_or(|(_, other, _)| offset > other) {
+                            scan.scattered = Some((id, offset, from));
+                        }
+                        Ok(None)
+                    }
+                    Ok(_) => Ok(None),
+                    Err(why) => Err(why),
+                };
+                match read {
+                    Ok(Some(fold)) => {
+                        scan.scattered.take_if(|(_, offset, _)| *offset <= fold.offset);
                         scan.newest = Some(fold);
                     }
-                    Ok(_) => {}
+                    Ok(None) => {}
                     // An older snapshot, or all of the changelog, will do.
                     Err(why) => tracing::warn!(stream = name, offset = delivered.offset, why, "passed over a snapshot"),
                 }
             }
         }
-        Ok(scan)
+        Ok(())
+    }
+
+    /// Not on the runtime's threads: a large one takes a while.
+    async fn read(&self, whole: Whole) -> Result<Decoded<Fold<State>>, Error> {
+        let reading = tokio::task::spawn_blocking(move || whole.read()).await;
+        reading.map_err(|error| Error::unavailable(self.server.on("read a snapshot"), error))
     }
 
     /// Writes a snapshot to that stream; it counts from when the last chunk is confirmed. Most consumers never need the streams, so they

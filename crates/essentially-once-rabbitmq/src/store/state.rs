@@ -18,7 +18,8 @@ pub(super) type Writes = BTreeMap<Bytes, Option<Bytes>>;
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct State {
     windows: HashMap<Numbering, Window>,
-    values: HashMap<Box<[u8]>, Bytes>,
+    /// Keys and values of their own memory each, so that a copy of it all costs little.
+    values: HashMap<Bytes, Bytes>,
     /// Where what commits have sent ends: one past the last record.
     pub(super) sent_end: Offset,
     /// What they take up, about.
@@ -75,7 +76,10 @@ impl State {
     /// Copies key and value: as parts of an entry they would keep all of it in memory.
     pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
         self.size += value_size(key, value);
-        if let Some(old) = self.values.insert(key.into(), Bytes::copy_from_slice(value)) {
+        if let Some(old) = self
+            .values
+            .insert(Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))
+        {
             self.size -= value_size(key, &old);
         }
     }

@@ -1,18 +1,23 @@
 //! A broker that takes smaller messages than we would send, and what its refusal says about other messages.
 
+use std::{fs, time::Duration};
+
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue as _, Log as _, LogId, NewRecord, OffsetStore as _, Revision, Source,
-    Transaction as _,
+    Advance, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, LogId, NewRecord,
+    OffsetStore as _, Record, Revision, Source, Transaction as _, async_trait,
 };
 use essentially_once_rabbitmq::{
-    Rabbit, RabbitStore,
+    Rabbit, RabbitStore, RabbitTx,
     lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
 };
 use essentially_once_testkit::read_log;
 use test_servers::RabbitNode;
-use tokio::task::{JoinSet, block_in_place};
+use tokio::{
+    task::{JoinSet, block_in_place},
+    time::timeout,
+};
 
-use crate::common::{Outcome, ensure, fresh, options, url};
+use crate::common::{Outcome, ensure, fresh, insist, options, url};
 
 const LIMIT: usize = 200_000;
 
@@ -100,16 +105,35 @@ async fn commit(store: &RabbitStore, consumer: &ConsumerId, values: &[usize]) ->
 pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_setting() -> Outcome {
     let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
     let store = rabbit(&node).await?.store();
-    // The second time it is known beforehand.
-    for values in [[150_000, 150_000], [150_000, 150_000]] {
-        let result = commit(&store, &consumer, &values).await;
-        let refused = matches!(&result, Err(Error::Failed { .. }));
-        let words = result.err().map(|error| error.to_string()).unwrap_or_default();
-        ensure!(
-            refused && words.contains("max_batch") && words.contains("max_message_size"),
-            "{words}"
-        );
-    }
+    let result = commit(&store, &consumer, &[150_000, 150_000]).await;
+    let refused = matches!(&result, Err(Error::Failed { .. }));
+    let words = result.err().map(|error| error.to_string()).unwrap_or_default();
+    ensure!(
+        refused && words.contains("max_batch") && words.contains("max_message_size"),
+        "{words}"
+    );
+    // From now on it is known before the commit.
+    let result = commit(&store, &consumer, &[150_000, 150_000]).await;
+    ensure!(
+        matches!(
+            result,
+            Err(Error::TooLarge {
+                what: "transaction",
+                limit: LIMIT,
+                ..
+            })
+        ),
+        "{result:?}"
+    );
+    let mut tx = store.begin(&consumer).await?;
+    tx.put(b"k", &[b'x'; 150_000]).await?;
+    let sent = tx.send(NewRecord::new(vec![b'x'; 60_000]));
+    ensure!(matches!(sent, Err(Error::TooLarge { limit: LIMIT, .. })), "{sent:?}");
+    // The refused ones are not a part of it, and another value of the same key takes the place of the first.
+    tx.put(b"k", &[b'x'; 190_000]).await?;
+    tx.delete(b"k").await?;
+    tx.send(NewRecord::new(vec![b'x'; 190_000]))?;
+    tx.rollback().await?;
     let mut tx = store.begin(&consumer).await?;
     let value = tx.put(b"k", &[b'x'; 300_000]).await;
     ensure!(
@@ -189,5 +213,57 @@ pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_trut
         }
     }
     ensure!(returned > 0, "the broker returned nothing");
+    Ok(())
+}
+
+/// Puts what a batch of the log is too much for.
+struct Large;
+
+#[async_trait]
+impl Handler<RabbitTx> for Large {
+    async fn handle(&mut self, record: &Record, tx: &mut RabbitTx) -> Result<(), HandlerError> {
+        tx.put(&record.payload, &[b'x'; 80_000]).await?;
+        Ok(())
+    }
+}
+
+pub(crate) async fn a_batch_too_large_for_one_commit_is_committed_in_parts() -> Outcome {
+    const RECORDS: u64 = 10;
+    let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
+    let rabbit = rabbit(&node).await?;
+    let (log, store) = (rabbit.log("orders").await?, rabbit.store());
+    // The first time only the broker knows that it is too much; then it is known before the commit.
+    for round in 0..2 {
+        let records: Vec<_> = (0..RECORDS)
+            .map(|number| NewRecord::new(format!("{round} {number}")))
+            .collect();
+        log.append(&records).await?;
+        let running = Consumer::essentially_once(consumer.clone(), log.clone(), store.clone(), Large)
+            .max_batch(RECORDS as usize)
+            .backoff(Duration::from_millis(5), Duration::from_millis(20))
+            .run_until_caught_up();
+        let report = timeout(crate::common::LIMIT, running).await??;
+        ensure!(report.handled == RECORDS && report.failed == 0, "{report}");
+    }
+    let mut tx = rabbit.store().begin(&consumer).await?;
+    for key in (0..2).flat_map(|round| (0..RECORDS).map(move |number| format!("{round} {number}"))) {
+        let value = tx.get(key.as_bytes()).await?;
+        ensure!(value.is_some_and(|value| value.len() == 80_000), "{key} is not there");
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_limit_that_was_raised_is_learned_again() -> Outcome {
+    let node = node()?;
+    let log = rabbit(&node).await?.log("orders").await?;
+    let refused = log.append(&[large()]).await;
+    ensure!(is_too_large(&refused), "{refused:?}");
+    let file = node.folder().join("rabbitmq.conf");
+    let settings = fs::read_to_string(&file)?.replace(&LIMIT.to_string(), "400000");
+    fs::write(&file, settings)?;
+    block_in_place(|| node.restart())?;
+    let (small, large) = ([NewRecord::new("small")], [large()]);
+    insist(|| log.append(&small)).await?;
+    insist(|| log.append(&large)).await?;
     Ok(())
 }

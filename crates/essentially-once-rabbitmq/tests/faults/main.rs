@@ -5,7 +5,10 @@ mod closed;
 #[path = "../common/mod.rs"]
 mod common;
 mod cuts;
+mod dropped;
 mod limits;
+mod silence;
+mod standby;
 mod streams;
 
 use std::process::ExitCode;
@@ -18,15 +21,22 @@ use self::{
     closed::channels_closed_by_the_broker_are_replaced,
     common::{cases, run},
     cuts::connections_cut_amid_appends_and_commits,
+    dropped::{dropped_beats_do_not_spoil_the_channel_of_commits, dropped_calls_leave_nothing_open},
     limits::{
-        a_commit_too_large_for_the_broker_is_refused_with_the_setting,
+        a_batch_too_large_for_one_commit_is_committed_in_parts,
+        a_commit_too_large_for_the_broker_is_refused_with_the_setting, a_limit_that_was_raised_is_learned_again,
         a_record_too_large_for_the_broker_says_nothing_about_others, a_snapshot_is_cut_to_what_the_broker_takes,
         an_append_beside_one_that_the_broker_returned_tells_the_truth,
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
     },
+    silence::{
+        every_call_on_a_frozen_broker_ends_within_twice_the_time_out,
+        heartbeats_go_on_while_a_handler_blocks_its_runtime,
+    },
+    standby::a_standby_waits_while_the_owner_beats_and_goes_on_when_it_stops,
     streams::{
         a_reader_of_a_deleted_stream_is_told, a_stream_deleted_and_created_anew_is_noticed,
-        retention_overtaking_a_slow_consumer_is_told,
+        an_append_to_a_deleted_stream_fails_until_there_is_another, retention_overtaking_a_slow_consumer_is_told,
     },
 };
 
@@ -37,9 +47,17 @@ fn main() -> ExitCode {
         a_record_too_large_for_the_broker_says_nothing_about_others,
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
         a_commit_too_large_for_the_broker_is_refused_with_the_setting,
+        a_batch_too_large_for_one_commit_is_committed_in_parts,
+        a_limit_that_was_raised_is_learned_again,
+        dropped_calls_leave_nothing_open,
+        dropped_beats_do_not_spoil_the_channel_of_commits,
+        heartbeats_go_on_while_a_handler_blocks_its_runtime,
+        every_call_on_a_frozen_broker_ends_within_twice_the_time_out,
         a_snapshot_is_cut_to_what_the_broker_takes,
         an_append_beside_one_that_the_broker_returned_tells_the_truth,
         a_reader_of_a_deleted_stream_is_told,
+        an_append_to_a_deleted_stream_fails_until_there_is_another,
+        a_standby_waits_while_the_owner_beats_and_goes_on_when_it_stops,
         a_stream_deleted_and_created_anew_is_noticed,
         retention_overtaking_a_slow_consumer_is_told,
         an_alarm_holds_up_commits_and_nothing_is_lost,

@@ -15,6 +15,26 @@ use test_servers::Proxy;
 
 use crate::common::{Outcome, Running, ensure, fresh, insist, options, send, shared_node, url};
 
+/// Messages are routed by the name alone, so an old handle appends to whatever has it now.
+pub(crate) async fn an_append_to_a_deleted_stream_fails_until_there_is_another() -> Outcome {
+    let (node, name) = (shared_node()?, fresh("again"));
+    let rabbit = options().connect(&url(node.port())).await?;
+    let log = rabbit.log(&name).await?;
+    send(&log, 0..3).await?;
+    delete(&url(node.port()), &name).await?;
+    let void = log.append(&[NewRecord::new("lost")]).await;
+    ensure!(matches!(void, Err(Error::Unavailable { .. })), "{void:?}");
+    let missing = rabbit.log_with(&name, LogOptions::new().existing()).await;
+    let words = missing.err().map(|error| error.to_string()).unwrap_or_default();
+    ensure!(words.contains("does not exist"), "{words}");
+    insist(|| rabbit.log(&name)).await?;
+    let records = [NewRecord::new("found")];
+    insist(|| log.append(&records)).await?;
+    let stored = read_log(&log).await?;
+    ensure!(stored.len() == 1 && stored[0].payload == "found", "{stored:?}");
+    Ok(())
+}
+
 /// It is known by being shorter: RabbitMQ gives a stream no identity but its name.
 pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     let (node, name) = (shared_node()?, fresh("anew"));

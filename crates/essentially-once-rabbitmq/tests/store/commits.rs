@@ -192,10 +192,29 @@ async fn failed_put() -> Result<(), Violation> {
 async fn entry_limit() -> Result<(), Violation> {
     let store = Place::new().store().await?;
     let mut tx = store.begin(&shipping()).await?;
-    for key in 0..3u8 {
-        tx.put(&[key], &vec![0; 8 * 1024 * 1024]).await?;
+    let value = vec![0; 8 * 1024 * 1024];
+    tx.put(b"first", &value).await?;
+    let second = tx.put(b"second", &value).await;
+    assert!(
+        matches!(
+            second,
+            Err(Error::TooLarge {
+                what: "transaction",
+                ..
+            })
+        ),
+        "{second:?}"
+    );
+    // What was refused is not in the way of the rest (S6).
+    assert_eq!(tx.get(b"second").await?, None);
+    tx.put(b"third", b"small").await?;
+    // Windows are known only now.
+    let mut advance = advance(1, 0);
+    for producer in 0..40_000 {
+        let numbering = format!("producer-{producer}").parse()?;
+        advance.windows.push((numbering, Window::new(0)));
     }
-    let error = tx.commit(advance(1, 0)).await.expect_err("too large");
+    let error = tx.commit(advance).await.expect_err("too large");
     assert!(
         matches!(error, Error::Failed { .. }) && error.to_string().contains("max_batch"),
         "{error}"

@@ -6,6 +6,7 @@ use essentially_once_testkit::{Suite, Violation};
 
 mod commits;
 mod doubt;
+mod hints;
 mod names;
 mod recovery;
 mod sent;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     };
     commits::add(&mut suite);
     doubt::add(&mut suite);
+    hints::add(&mut suite);
     names::add(&mut suite);
     recovery::add(&mut suite);
     sent::add(&mut suite);

@@ -1,0 +1,250 @@
+//! What standbys see of the owner, and reading without a transaction.
+
+use std::time::{Duration, Instant};
+
+use essentially_once::{
+    ConsumerId, Error, KeyValue as _, Log as _, Offset, OffsetStore as _, Owner, Pulse, ReadState as _, Revision,
+    Transaction as _,
+};
+use essentially_once_rabbitmq::{LogOptions, Rabbit, RabbitStore};
+use essentially_once_testkit::Violation;
+use tokio::time::timeout;
+
+use crate::{
+    Tests,
+    support::{Place, advance, shipping},
+};
+
+pub(crate) fn add(tests: &mut Tests) {
+    tests.add("hints::beats_and_releases_show_in_the_pulse", shown);
+    tests.add("hints::hints_fence_nobody", harmless);
+    tests.add("hints::watching_writes_nothing", silent);
+    tests.add("hints::hints_are_marks_that_every_version_reads", marks);
+    tests.add("hints::a_watch_makes_no_commit_wait", polite);
+    tests.add("hints::beats_are_read_back_while_a_handler_is_busy", read_back);
+    tests.add("hints::state_is_read_as_one_commit_left_it", state);
+}
+
+const OWNER: Owner = Owner::new(0x1234);
+const OTHER: Owner = Owner::new(0x5678);
+
+/// Commits with that owner.
+async fn commit(store: &RabbitStore, commits: u64, owner: Owner) -> Result<(), Error> {
+    let mut tx = store.begin(&shipping()).await?;
+    tx.put(b"commits", commits.to_string().as_bytes()).await?;
+    tx.put(b"twice", (2 * commits).to_string().as_bytes()).await?;
+    let mut advance = advance(commits + 1, commits);
+    advance.owner = Some(owner);
+    tx.commit(advance).await
+}
+
+/// Waits for another pulse, however often it has to look.
+async fn changed(store: &RabbitStore, seen: &Pulse) -> Result<Pulse, Violation> {
+    let watching = async {
+        loop {
+            let pulse = store.watch(&shipping(), seen, Duration::from_millis(100)).await?;
+            if pulse != *seen {
+                return Ok(pulse);
+            }
+        }
+    };
+    match timeout(Duration::from_secs(30), watching).await {
+        Ok(watched) => watched,
+        Err(_) => Err(Violation::new(format!("the pulse stays {seen:?}"))),
+    }
+}
+
+async fn shown() -> Result<(), Violation> {
+    let place = Place::new();
+    let (active, standby) = (place.store().await?, place.store().await?);
+    assert_eq!(standby.pulse(&shipping()).await?, Pulse::default());
+    commit(&active, 0, OWNER).await?;
+    let first = changed(&standby, &Pulse::default()).await?;
+    let position = standby.position(&shipping()).await?;
+    assert_eq!(first, Pulse::new(position.as_ref(), 0));
+    let mut last = first;
+    for _ in 0..3 {
+        active.beat(&shipping(), OWNER).await?;
+        let pulse = changed(&standby, &last).await?;
+        let beats = pulse.beats;
+        last.beats = beats;
+        assert_eq!(pulse, last, "only the beats change");
+    }
+    // The active one sees its own, too.
+    assert_eq!(active.pulse(&shipping()).await?, last);
+    // Of a stranger nothing counts.
+    place.store().await?.beat(&shipping(), OTHER).await?;
+    place.store().await?.release(&shipping(), OTHER).await?;
+    active.release(&shipping(), OWNER).await?;
+    let released = changed(&standby, &last).await?;
+    assert_eq!((released.owner, released.revision), (None, first.revision));
+    // By what the changelog says from the first entry on, and by a snapshot.
+    for _ in 0..2 {
+        let position = place.store().await?.position(&shipping()).await?.expect("some");
+        assert_eq!((position.owner, position.revision), (None, Revision::new(0, 1)));
+        active.snapshot(&shipping()).await?;
+    }
+    Ok(())
+}
+
+async fn harmless() -> Result<(), Violation> {
+    let place = Place::new();
+    let (active, standby) = (place.store().await?, place.store().await?);
+    commit(&active, 0, OWNER).await?;
+    let tx = active.begin(&shipping()).await?;
+    standby.position(&shipping()).await?;
+    standby.release(&shipping(), OWNER).await?;
+    standby.beat(&shipping(), OWNER).await?;
+    let mut next = advance(2, 1);
+    next.owner = Some(OWNER);
+    tx.commit(next).await?;
+    let position = standby.position(&shipping()).await?.expect("some");
+    assert_eq!((position.owner, position.revision), (Some(OWNER), Revision::new(0, 2)));
+    Ok(())
+}
+
+/// The changelog as anyone sees it who does not know that it is one.
+async fn end_of_changelog(place: &Place) -> Result<Offset, Violation> {
+    let other = Rabbit::connect(&place.url).await?;
+    let changelog = other.log_with(&place.changelog(), LogOptions::new().existing()).await?;
+    Ok(changelog.bounds().await?.end)
+}
+
+async fn silent() -> Result<(), Violation> {
+    let place = Place::new();
+    let (active, standby) = (place.store().await?, place.store().await?);
+    commit(&active, 0, OWNER).await?;
+    let before = end_of_changelog(&place).await?;
+    let pulse = standby.pulse(&shipping()).await?;
+    for _ in 0..10 {
+        standby.pulse(&shipping()).await?;
+        let watched = standby.watch(&shipping(), &pulse, Duration::from_millis(20)).await?;
+        assert_eq!(watched, pulse);
+    }
+    assert_eq!(end_of_changelog(&place).await?, before);
+    let nobody = ConsumerId::new("nobody")?;
+    assert_eq!(standby.pulse(&nobody).await?, Pulse::default());
+    let stream = format!("{}.nobody.changelog", place.prefix);
+    assert!(
+        !place.stranger().await.sees(&stream).await,
+        "to look has created {stream}"
+    );
+    Ok(())
+}
+
+async fn marks() -> Result<(), Violation> {
+    let place = Place::new();
+    let active = place.store().await?;
+    commit(&active, 0, OWNER).await?;
+    active.beat(&shipping(), OWNER).await?;
+    active.release(&shipping(), OWNER).await?;
+    let stranger = place.stranger().await;
+    for token in [OWNER.get(), !OWNER.get()] {
+        // Version 1, and the kind of entry that changes nothing.
+        let mark = [&b"eo-entry\x01\x02"[..], &token.to_be_bytes()].concat();
+        stranger.find(&place.changelog(), |body| body == mark).await;
+    }
+    Ok(())
+}
+
+async fn polite() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?;
+    commit(&store, 0, OWNER).await?;
+    let pulse = store.pulse(&shipping()).await?;
+    let watching = {
+        let store = store.clone();
+        tokio::spawn(async move { store.watch(&shipping(), &pulse, Duration::from_secs(60)).await })
+    };
+    // It waits for an entry by now.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let started = Instant::now();
+    commit(&store, 1, OWNER).await?;
+    assert!(
+        started.elapsed() < Duration::from_secs(20),
+        "it waited {:?}",
+        started.elapsed()
+    );
+    let watched = watching.await.expect("no panic")?;
+    assert_eq!(watched.revision, Revision::new(0, 2));
+    Ok(())
+}
+
+/// More beats than the broker sends ahead: unread, they would stay unacknowledged until it closes the channel.
+async fn read_back() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?;
+    commit(&store, 0, OWNER).await?;
+    let tx = store.begin(&shipping()).await?;
+    for _ in 0..200 {
+        store.beat(&shipping(), OWNER).await?;
+    }
+    let count = "lists:sum([proplists:get_value(messages_unacknowledged, I) || \
+                 I <- rabbit_channel:info_all([messages_unacknowledged])]).";
+    // Of other tests on this node there may be some, but not of this one.
+    let unacknowledged = || -> Result<u32, Violation> {
+        let node = crate::support::node();
+        let shown = tokio::task::block_in_place(|| node.ctl(&["eval", count]))?;
+        shown.trim().parse().map_err(|_| Violation::new(shown))
+    };
+    let settled = async {
+        loop {
+            store.beat(&shipping(), OWNER).await?;
+            if unacknowledged()? < 100 {
+                return Ok::<_, Violation>(());
+            }
+        }
+    };
+    timeout(Duration::from_secs(60), settled)
+        .await
+        .map_err(|_| Violation::new("beats stay unacknowledged"))??;
+    let mut next = advance(2, 1);
+    next.owner = Some(OWNER);
+    tx.commit(next).await?;
+    Ok(())
+}
+
+async fn state() -> Result<(), Violation> {
+    let place = Place::new();
+    let (writer, reader) = (place.store().await?, place.store().await?);
+    let nothing = reader.read_state(&shipping(), &[b"commits"]).await?;
+    assert_eq!((nothing.position, nothing.values), (None, vec![None]));
+    let commits = 20;
+    let writing = {
+        let writer = writer.clone();
+        tokio::spawn(async move {
+            for number in 0..commits {
+                commit(&writer, number, OWNER).await?;
+            }
+            Ok::<_, Error>(())
+        })
+    };
+    let mut last = 0;
+    while last < commits {
+        let snapshot = reader
+            .read_state(&shipping(), &[b"twice", b"absent", b"commits"])
+            .await?;
+        let Some(position) = snapshot.position else { continue };
+        let number = position.revision.count() - 1;
+        let value = |number: u64| Some(bytes::Bytes::from(number.to_string()));
+        assert_eq!(snapshot.values, [value(2 * number), None, value(number)]);
+        assert!(number + 1 >= last, "it went back");
+        last = number + 1;
+    }
+    writing.await.expect("no panic")?;
+    // What is staged and not committed makes it neither wait nor see anything.
+    let mut open = writer.begin(&shipping()).await?;
+    open.put(b"commits", b"staged").await?;
+    let started = Instant::now();
+    for store in [&writer, &reader] {
+        let snapshot = store.read_state(&shipping(), &[b"commits"]).await?;
+        assert_eq!(snapshot.values, [Some(bytes::Bytes::from((commits - 1).to_string()))]);
+    }
+    assert!(
+        started.elapsed() < Duration::from_secs(20),
+        "it waited {:?}",
+        started.elapsed()
+    );
+    open.rollback().await?;
+    Ok(())
+}
