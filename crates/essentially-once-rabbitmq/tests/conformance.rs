@@ -15,7 +15,7 @@ use essentially_once_rabbitmq::{
         types::{AMQPValue, FieldTable},
     },
 };
-use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Proxy, Request, Suite, Support};
+use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support};
 use test_servers::RabbitNode;
 use tokio::sync::OnceCell;
 
@@ -82,6 +82,8 @@ impl Harness for RabbitHarness {
         capabilities.commits_are_cheap = Support::No("each commit is a message that is confirmed and read back");
         capabilities.paced_rounds = 300;
         capabilities.log_name_bytes = 180;
+        capabilities.read_state = Support::Yes;
+        capabilities.beats = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
@@ -221,6 +223,10 @@ impl Backend for Streams {
 
     async fn store(&self) -> Result<RabbitStore, Error> {
         Ok(self.rabbit().await?.store())
+    }
+
+    async fn state_reader(&self) -> Result<StateReader<RabbitStore>, Source> {
+        Ok(Arc::new(self.store().await?))
     }
 
     async fn restart(&self) -> Result<(), Source> {
