@@ -208,6 +208,17 @@ impl RabbitLog {
                 ),
             });
         }
+        let most = names::most_bytes(server.vhost());
+        if name.len() > most {
+            return Err(Error::InvalidName {
+                kind: "log",
+                name: name.chars().take(60).collect(),
+                reason: format!(
+                    "it has {} bytes, and RabbitMQ takes {most} for a stream of this virtual host",
+                    name.len()
+                ),
+            });
+        }
         if !options.existing {
             options.check()?;
         }

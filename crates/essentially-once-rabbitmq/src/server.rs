@@ -168,6 +168,10 @@ impl Server {
         }
     }
 
+    pub(crate) fn vhost(&self) -> &str {
+        &self.uri.vhost
+    }
+
     #[cfg(not(feature = "tls"))]
     fn tls(&self) -> OwnedTLSConfig {
         OwnedTLSConfig::default()

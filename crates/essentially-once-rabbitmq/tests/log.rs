@@ -30,7 +30,7 @@ type Test = fn(Arc<RabbitNode>) -> Pin<Box<dyn Future<Output = Outcome>>>;
 type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 15] = [
+    let tests: [(&str, Test); 16] = [
         ("messages_of_other_clients_are_records", |node| Box::pin(others(node))),
         ("other_clients_can_read_records", |node| Box::pin(readable(node))),
         ("many_and_large_headers_come_back", |node| Box::pin(headers(node))),
@@ -49,6 +49,9 @@ fn main() -> ExitCode {
             Box::pin(mismatch(node))
         }),
         ("a_queue_that_is_no_stream_is_refused", |node| Box::pin(no_stream(node))),
+        ("the_longest_name_is_taken_and_a_longer_one_refused", |node| {
+            Box::pin(longest_name(node))
+        }),
         ("a_refused_message_is_not_taken_for_stored", |node| Box::pin(nack(node))),
         ("a_refused_password_is_not_shown", |node| Box::pin(refused(node))),
         ("a_cut_amid_an_append_leaves_doubt_and_the_next_works", |node| {
@@ -451,6 +454,17 @@ async fn no_stream(node: Arc<RabbitNode>) -> Outcome {
     log.append(&[NewRecord::new("x")]).await?;
     let error = log.read(Offset::ZERO).await.err().ok_or("it was read")?;
     assert!(matches!(error, Error::Failed { .. }), "{error}");
+    Ok(())
+}
+
+async fn longest_name(node: Arc<RabbitNode>) -> Outcome {
+    let rabbit = Rabbit::connect(&node.url()).await?;
+    // RabbitMQ makes one name of 255 bytes of the virtual host, the stream, and a number.
+    let longest = "a".repeat(233);
+    let log = rabbit.log(&longest).await?;
+    log.append(&[NewRecord::new("x")]).await?;
+    let error = rabbit.log(&format!("{longest}a")).await.err().ok_or("it was taken")?;
+    assert!(matches!(error, Error::InvalidName { .. }), "{error}");
     Ok(())
 }
 

@@ -127,6 +127,10 @@ impl Advance {
 ///   never overwritten by an unknown one.
 /// - **S9** `position` returns revision, owner, passed record and windows of one commit, never parts of two, and never an
 ///   older commit than one that was acknowledged before the call.
+/// - **S10** `pulse`, `watch`, `beat` and `release` are hints. They may be late, but they miss no change for good. They change
+///   no revision and fence nobody, and one owner's beat or release has no effect on the position of another.
+/// - **S11** Where the store implements [`ReadState`], a snapshot is of one commit, never older than one that was acknowledged
+///   before the call, and waits for no open transaction.
 ///
 /// # Isolation
 /// What a transaction sees of commits by other instances of its consumer is up to the backend: a snapshot, or each read

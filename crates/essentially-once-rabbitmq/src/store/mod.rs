@@ -161,7 +161,7 @@ impl RabbitStore {
     }
 
     fn changelog(&self, consumer: &ConsumerId) -> Result<Arc<Changelog>, Error> {
-        names::check_length(&self.server.options.prefix, consumer)?;
+        names::check_length(&self.server.options.prefix, self.server.vhost(), consumer)?;
         let mut consumers = self.consumers.lock().unwrap_or_else(PoisonError::into_inner);
         let changelog = || Arc::new(Changelog::new(&self.server, consumer, self.limits));
         Ok(Arc::clone(consumers.entry(consumer.clone()).or_insert_with(changelog)))

@@ -6,8 +6,9 @@
 
 use essentially_once::{ConsumerId, Error, LogId};
 
-/// What the name of a queue may take.
-const NAME_MAX: usize = 255;
+/// What the name of a stream may take. A queue may take 255 bytes, but RabbitMQ puts the names of virtual host and stream and a
+/// number of 19 digits into one name of that length.
+const NAME_MAX: usize = 255 - "_".len() * 2 - 19;
 
 /// What a name is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,18 +45,24 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
 }
 
 /// Checks that the names of the consumer's streams are not too long.
-pub(super) fn check_length(prefix: &str, consumer: &ConsumerId) -> Result<(), Error> {
+pub(super) fn check_length(prefix: &str, vhost: &str, consumer: &ConsumerId) -> Result<(), Error> {
     let length = name(prefix, consumer, Kind::SnapshotsA).len();
-    if length <= NAME_MAX {
+    let most = most_bytes(vhost);
+    if length <= most {
         return Ok(());
     }
     Err(Error::InvalidSetting {
         setting: "prefix",
         reason: format!(
             "together with the consumer's name {consumer} it makes stream names of {length} bytes (a dot in the prefix counts twice), \
-             and RabbitMQ takes {NAME_MAX}"
+             and RabbitMQ takes {most} in the virtual host {vhost}"
         ),
     })
+}
+
+/// How many bytes the name of a stream may have in that virtual host.
+pub(crate) fn most_bytes(vhost: &str) -> usize {
+    NAME_MAX.saturating_sub(vhost.len())
 }
 
 pub(super) fn name(prefix: &str, consumer: &ConsumerId, kind: Kind) -> String {
@@ -160,9 +167,13 @@ mod tests {
                 "{error:?}"
             );
         }
-        let (long, id) = ("a.".repeat(80), consumer("a"));
-        assert!(check_prefix(&long).is_ok() && check_length(&long, &id).is_ok());
-        let id = consumer(&"a".repeat(10));
-        assert!(check_length(&long, &id).is_err(), "the dots of the prefix count twice");
+        let (long, id) = ("a.".repeat(73), consumer("a"));
+        assert!(check_prefix(&long).is_ok() && check_length(&long, "/", &id).is_ok());
+        assert!(check_length(&long, "shop", &id).is_err(), "the virtual host counts");
+        let id = consumer("aa");
+        assert!(
+            check_length(&long, "/", &id).is_err(),
+            "the dots of the prefix count twice"
+        );
     }
 }
