@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use essentially_once::{ConsumerId, Log as _, Offset};
+use essentially_once::{ConsumerId, Error, Log as _, Offset};
 use essentially_once_rabbitmq::LogOptions;
 use test_servers::RabbitNode;
 use tokio::{task::block_in_place, time::sleep};
@@ -31,6 +31,38 @@ pub(crate) async fn a_restarted_node_answers_for_all_its_streams_at_once() -> Ou
         log.append(&[message(1)]).await?;
     }
     Ok(())
+}
+
+/// Others close their connections in the end, so a consumer waits for it.
+pub(crate) async fn limits_that_are_reached_pass() -> Outcome {
+    let node = block_in_place(RabbitNode::start)?;
+    let consumer = ConsumerId::new("shipping")?;
+    let rabbit = options().connect(&url(node.port())).await?;
+    let log = rabbit.log("orders").await?;
+    log.append(&[message(0)]).await?;
+    // Those two are open, and no more may be.
+    let limit = |limits: &str| block_in_place(|| node.ctl(&["set_vhost_limits", "-p", "/", limits]));
+    limit(r#"{"max-connections": 2}"#)?;
+    let refused = options()
+        .connect(&url(node.port()))
+        .await
+        .err()
+        .ok_or("it was let in")?;
+    ensure!(
+        matches!(refused, Error::Unavailable { .. }) && refused.to_string().contains("limit"),
+        "{refused}"
+    );
+    let mut running = Running::start(&consumer, log.clone(), rabbit.store());
+    running.resets(1).await?;
+    limit("{}")?;
+    running.handles(1).await?;
+    running.stop().await?;
+    limit(r#"{"max-queues": 1}"#)?;
+    let refused = rabbit.log("others").await.err().ok_or("it was declared")?;
+    ensure!(matches!(refused, Error::Unavailable { .. }), "{refused}");
+    limit("{}")?;
+    rabbit.log("others").await?;
+    judge(&rabbit, "orders", &consumer, 1).await
 }
 
 pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {

@@ -17,6 +17,7 @@ use self::{
     broker::{
         a_broker_killed_and_restarted_under_a_consumer_loses_nothing,
         a_restarted_node_answers_for_all_its_streams_at_once, an_alarm_holds_up_commits_and_nothing_is_lost,
+        limits_that_are_reached_pass,
     },
     closed::channels_closed_by_the_broker_are_replaced,
     common::{cases, run},
@@ -63,5 +64,6 @@ fn main() -> ExitCode {
         an_alarm_holds_up_commits_and_nothing_is_lost,
         a_broker_killed_and_restarted_under_a_consumer_loses_nothing,
         a_restarted_node_answers_for_all_its_streams_at_once,
+        limits_that_are_reached_pass,
     ])
 }

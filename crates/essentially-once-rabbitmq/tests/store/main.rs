@@ -6,12 +6,14 @@ use essentially_once_testkit::{Suite, Violation};
 
 mod commits;
 mod doubt;
+mod fixture;
 mod hints;
 mod names;
 mod recovery;
 mod sent;
 mod support;
 mod version_1;
+mod version_2;
 
 /// How long a test may take; only what is stuck takes so long.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     recovery::add(&mut suite);
     sent::add(&mut suite);
     version_1::add(&mut suite);
+    version_2::add(&mut suite);
     suite.suite.run()
 }
 

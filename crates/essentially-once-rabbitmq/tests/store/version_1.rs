@@ -4,18 +4,13 @@ use essentially_once::{
     Consumer, ConsumerId, Epoch, Handler, HandlerError, KeyValue as _, Log, NewRecord, OffsetStore as _, Origin,
     ProducerId, Record, Revision, Window, async_trait,
 };
-use essentially_once_rabbitmq::{
-    RabbitTx,
-    lapin::{
-        BasicProperties,
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::RabbitTx;
 use essentially_once_testkit::{Violation, read_log};
 
 use crate::{
     Tests,
-    support::{Place, Stranger, get, log, shipping},
+    fixture::{copy, messages},
+    support::{Place, get, log, shipping},
 };
 
 const FIXTURE: &str = include_str!("../fixtures/version-1.txt");
@@ -25,58 +20,6 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("version_1::a_consumer_goes_on_from_its_changelog", changelog);
     tests.add("version_1::a_consumer_goes_on_from_its_snapshot", snapshot);
     tests.add("version_1::a_late_commit_is_still_late", late);
-}
-
-/// A message of the fixture.
-struct Message {
-    stream: &'static str,
-    properties: BasicProperties,
-    body: Vec<u8>,
-}
-
-fn messages(stream: &str) -> Vec<Message> {
-    let all = FIXTURE.trim().split("\n\n").map(parse);
-    let messages: Vec<_> = all.filter(|message| message.stream == stream).collect();
-    assert!(!messages.is_empty(), "the fixture holds no stream {stream}");
-    messages
-}
-
-fn parse(block: &'static str) -> Message {
-    let (mut stream, mut body, mut kind, mut headers) = ("", vec![], None, FieldTable::default());
-    for line in block.lines() {
-        let (field, value) = line.split_once(' ').unwrap_or((line, ""));
-        match field {
-            "stream" => stream = value,
-            "content-type" => kind = Some(value),
-            "header" => {
-                let (name, value) = value.split_once(' ').expect("a name and a value");
-                headers.insert(name.into(), AMQPValue::LongString(bytes(value).into()));
-            }
-            "body" => body = bytes(value),
-            _ => panic!("a line that is not known: {line}"),
-        }
-    }
-    let mut properties = BasicProperties::default().with_headers(headers);
-    if let Some(kind) = kind {
-        properties = properties.with_content_type(kind.into());
-    }
-    Message {
-        stream,
-        properties,
-        body,
-    }
-}
-
-fn bytes(digits: &str) -> Vec<u8> {
-    let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("hexadecimal digits");
-    (0..digits.len()).step_by(2).map(byte).collect()
-}
-
-/// Writes what one stream of the fixture holds to another stream.
-async fn copy(stranger: &Stranger, from: &str, to: &str) {
-    for message in messages(from) {
-        stranger.publish_with(to, &message.body, message.properties).await;
-    }
 }
 
 /// The order of that number, as the fixture has it.
@@ -114,7 +57,7 @@ async fn logs() -> Result<(), Violation> {
     for (stream, count) in [("orders", 16), ("orders-packed", 8), ("orders-compressed", 8)] {
         let name = format!("{}-{stream}", place.prefix);
         let log = rabbit.log(&name).await?;
-        copy(&stranger, stream, &name).await;
+        copy(FIXTURE, &stranger, stream, &name).await;
         assert_are_orders(&read_log(&log).await?, count);
     }
     Ok(())
@@ -168,7 +111,7 @@ async fn changelog() -> Result<(), Violation> {
     let place = Place::new();
     let (rabbit, stranger) = (place.rabbit().await?, place.stranger().await);
     stranger.declare_changelog(&place.changelog()).await;
-    copy(&stranger, "shop.shipping.changelog", &place.changelog()).await;
+    copy(FIXTURE, &stranger, "shop.shipping.changelog", &place.changelog()).await;
     assert_is_shipping(&place).await?;
     let sent = rabbit.store().sent(&shipping())?;
     let payloads = |records: Vec<Record>| -> Vec<_> { records.into_iter().map(|record| record.payload).collect() };
@@ -179,7 +122,7 @@ async fn changelog() -> Result<(), Violation> {
 
     // The position names the log, so its name must be that one: no other test uses it on this node.
     let orders = rabbit.log("orders").await?;
-    copy(&stranger, "orders", "orders").await;
+    copy(FIXTURE, &stranger, "orders", "orders").await;
     orders.append(&[order(15), order(16)]).await?;
     let consumer = Consumer::essentially_once(shipping(), orders, rabbit.store(), Put);
     let report = consumer.run_until_caught_up().await?;
@@ -198,9 +141,9 @@ async fn snapshot() -> Result<(), Violation> {
     let stranger = place.stranger().await;
     stranger.declare_changelog(&place.changelog()).await;
     stranger.declare_snapshots(&place.snapshots('a')).await;
-    copy(&stranger, "shop.shipping.snapshots.a", &place.snapshots('a')).await;
+    copy(FIXTURE, &stranger, "shop.shipping.snapshots.a", &place.snapshots('a')).await;
     // Without what the snapshot covers, nothing else knows of it.
-    for (offset, message) in messages("shop.shipping.changelog").into_iter().enumerate() {
+    for (offset, message) in messages(FIXTURE, "shop.shipping.changelog").into_iter().enumerate() {
         let body = if offset < 7 { b"covered" } else { &message.body[..] };
         stranger.publish(&place.changelog(), body).await;
     }
@@ -212,7 +155,7 @@ async fn late() -> Result<(), Violation> {
     let (stranger, billing) = (place.stranger().await, ConsumerId::new("billing")?);
     let changelog = format!("{}.billing.changelog", place.prefix);
     stranger.declare_changelog(&changelog).await;
-    copy(&stranger, "shop.billing.changelog", &changelog).await;
+    copy(FIXTURE, &stranger, "shop.billing.changelog", &changelog).await;
     let store = place.store().await?;
     let position = store.position(&billing).await?.expect("some");
     assert_eq!(position.log, log("invoices").with_incarnation("a1")?);
