@@ -8,7 +8,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use essentially_once::{Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, Record};
+use essentially_once::{
+    Advance, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, Record, Revision,
+    Transaction as _,
+};
 use essentially_once_rabbitmq::{
     LogOptions, Rabbit, RabbitLog, RabbitOptions,
     lapin::{
@@ -458,13 +461,22 @@ async fn no_stream(node: Arc<RabbitNode>) -> Outcome {
 }
 
 async fn longest_name(node: Arc<RabbitNode>) -> Outcome {
-    let rabbit = Rabbit::connect(&node.url()).await?;
-    // RabbitMQ makes one name of 255 bytes of the virtual host, the stream, and a number.
-    let longest = "a".repeat(233);
-    let log = rabbit.log(&longest).await?;
-    log.append(&[NewRecord::new("x")]).await?;
-    let error = rabbit.log(&format!("{longest}a")).await.err().ok_or("it was taken")?;
-    assert!(matches!(error, Error::InvalidName { .. }), "{error}");
+    let rabbit = RabbitOptions::new()
+        .prefix("a".repeat(100))
+        .connect(&node.url())
+        .await?;
+    let (log, store) = (rabbit.log("longest").await?, rabbit.store());
+    // RabbitMQ makes one name of 255 bytes of the virtual host, the stream, and a number. The longest of the store's names
+    // ends in `.snapshots.a`.
+    let consumer = ConsumerId::new(&"c".repeat(120))?;
+    let revision = Revision::NONE.next_epoch();
+    let advance = Advance::new(log.id().clone(), 1.into(), Revision::NONE, revision);
+    store.begin(&consumer).await?.commit(advance).await?;
+    store.snapshot(&consumer).await?;
+    store.snapshot(&consumer).await?;
+    let longer = ConsumerId::new(&"c".repeat(121))?;
+    let error = store.position(&longer).await.err().ok_or("it was taken")?;
+    assert!(matches!(error, Error::InvalidSetting { .. }), "{error}");
     Ok(())
 }
 
