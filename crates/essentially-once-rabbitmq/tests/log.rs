@@ -468,13 +468,13 @@ async fn longest_name(node: Arc<RabbitNode>) -> Outcome {
     let (log, store) = (rabbit.log("longest").await?, rabbit.store());
     // RabbitMQ makes one name of 255 bytes of the virtual host, the stream, and a number. The longest of the store's names
     // ends in `.snapshots.a`.
-    let consumer = ConsumerId::new(&"c".repeat(120))?;
+    let consumer = ConsumerId::new("c".repeat(120))?;
     let revision = Revision::NONE.next_epoch();
     let advance = Advance::new(log.id().clone(), 1.into(), Revision::NONE, revision);
     store.begin(&consumer).await?.commit(advance).await?;
     store.snapshot(&consumer).await?;
     store.snapshot(&consumer).await?;
-    let longer = ConsumerId::new(&"c".repeat(121))?;
+    let longer = ConsumerId::new("c".repeat(121))?;
     let error = store.position(&longer).await.err().ok_or("it was taken")?;
     assert!(matches!(error, Error::InvalidSetting { .. }), "{error}");
     Ok(())
