@@ -269,7 +269,7 @@ impl Changelog {
     /// Shows that the owner lives; one hint at a time. The entry is also read back: who handles a record for long reads nothing
     /// else, and the broker ends a channel on which too much time passes.
     pub(super) async fn beat(&self, owner: Owner) -> Result<(), Error> {
-        if self.is_others(owner) || self.is_beating.swap(true, Ordering::Relaxed) {
+        if self.is_in_vain(owner).await? || self.is_beating.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
         let beating = Beating(Arc::clone(&self.is_beating));
@@ -284,16 +284,18 @@ impl Changelog {
 
     /// Gives the position up.
     pub(super) async fn release(&self, owner: Owner) -> Result<(), Error> {
-        if self.is_others(owner) {
+        if self.is_in_vain(owner).await? {
             return Ok(());
         }
         self.publish_hint(Hint::Release.token(owner), None).await
     }
 
-    /// Whether the position is known to have another owner.
-    fn is_others(&self, owner: Owner) -> bool {
-        let fold = self.fold();
-        self.has_loaded.load(Ordering::Relaxed) && fold.owner != Some(owner)
+    /// Whether a hint of this owner is known to have no effect: the position has another one, or there is none.
+    async fn is_in_vain(&self, owner: Owner) -> Result<bool, Error> {
+        match self.has_loaded.load(Ordering::Relaxed) {
+            true => Ok(self.fold().owner != Some(owner)),
+            false => Ok(!self.exists().await?),
+        }
     }
 
     /// Publishes a mark by a task of its own: to drop this call, as consumers do with beats, would spoil the channel for the

@@ -123,6 +123,8 @@ async fn silent() -> Result<(), Violation> {
     }
     assert_eq!(end_of_changelog(&place).await?, before);
     let nobody = ConsumerId::new("nobody")?;
+    standby.beat(&nobody, OWNER).await?;
+    standby.release(&nobody, OWNER).await?;
     assert_eq!(standby.pulse(&nobody).await?, Pulse::default());
     let stream = format!("{}.nobody.changelog", place.prefix);
     assert!(
