@@ -48,22 +48,37 @@ impl Revision {
         }
     }
 
-    /// The first commit of another session, or a change by hand: an epoch that nobody else opens, drawn at random among the
-    /// next four billion.
+    /// The first commit of another session, or a change by hand: a later epoch, that nobody else opens.
     ///
-    /// Epochs that only count up would repeat when a position is deleted, or restored from an older copy, and built anew. An
-    /// instance that slept through that would then commit into a position which it never saw.
+    /// The upper half of its number counts up, and the lower half is drawn at random. Epochs that only count up would repeat
+    /// when a position is deleted, or restored from an older copy, and built anew. An instance that slept through that would
+    /// then commit into a position which it never saw.
     #[must_use]
     pub fn fresh_epoch(self) -> Self {
-        Self::new(self.epoch.saturating_add(fastrand::u64(1..=1 << 32)), 1)
+        match u32::try_from(self.generation() + 1) {
+            Ok(generation) => Self::new(u64::from(generation) << 32 | u64::from(fastrand::u32(..)), 1),
+            // No store gets there by counting; one that was tampered with must not make anyone panic.
+            Err(_) => Self::new(u64::MAX, 1),
+        }
     }
 
-    /// The smallest revision of a later epoch: for models and tests, which must be repeatable. Commits use
+    /// How many epochs there were, if all were [fresh](Self::fresh_epoch).
+    const fn generation(self) -> u64 {
+        self.epoch >> 32
+    }
+
+    /// Whether a position that was at `seen` must have lost commits if it is at this revision now: it is at an earlier one,
+    /// or at one that never came before or after it.
+    pub(crate) fn is_lost_since(self, seen: Self) -> bool {
+        self < seen || (self.generation() == seen.generation() && self.generation() > 0 && self.epoch != seen.epoch)
+    }
+
+    /// A later epoch that is always the same: for models and tests, which must be repeatable. Commits use
     /// [`fresh_epoch`](Self::fresh_epoch).
     #[must_use]
     pub const fn next_epoch(self) -> Self {
-        // No store gets there by counting; one that was tampered with must not make anyone panic.
-        Self::new(self.epoch.saturating_add(1), 1)
+        // No store gets to the end by counting; one that was tampered with must not make anyone panic.
+        Self::new(self.epoch.saturating_add(1 << 32), 1)
     }
 }
 
@@ -172,6 +187,22 @@ mod tests {
         for bad in ["", ".", "1.", ".1", "1.2.3", "-1", "x"] {
             assert!(bad.parse::<Revision>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn fresh_epochs_rise_and_are_never_opened_twice() {
+        let first = Revision::NONE.fresh_epoch();
+        let again = Revision::NONE.fresh_epoch();
+        assert_ne!(first, again);
+        for old in [Revision::NONE, Revision::new(0, 70_000), Revision::new(2, 17), first] {
+            assert!(old.fresh_epoch() > old && !old.fresh_epoch().is_lost_since(old));
+        }
+        assert!(first.is_lost_since(first.next_count()) && !first.next_count().is_lost_since(first));
+        assert!(
+            first.is_lost_since(again) && again.is_lost_since(first),
+            "two that were built from nothing"
+        );
+        assert!(Revision::new(u64::MAX, 3).fresh_epoch() >= Revision::new(u64::MAX, 1));
     }
 
     #[test]

@@ -123,7 +123,7 @@ impl Run {
     /// Takes note of a pulse. `false` if the position went back behind what this run has seen.
     pub(super) fn note(&mut self, pulse: &Pulse) -> bool {
         let Pulse { next, revision, .. } = *pulse;
-        if self.seen.is_some_and(|seen| revision < seen.revision) {
+        if self.seen.is_some_and(|seen| revision.is_lost_since(seen.revision)) {
             return false;
         }
         self.seen = Some(Seen { revision, next });
@@ -430,7 +430,7 @@ impl<S: OffsetStore> Session<'_, S> {
             return Ok(());
         };
         let found = stored.map(|position| position.revision);
-        if found.is_some_and(|found| found >= seen.revision) {
+        if found.is_some_and(|found| !found.is_lost_since(seen.revision)) {
             return Ok(());
         }
         // Without a position, any other start would pass over records whose effects the store has lost. And once the log has
