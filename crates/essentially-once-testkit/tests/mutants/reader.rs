@@ -217,7 +217,10 @@ impl LogReader for ModelReader {
                     continue;
                 }
                 Defect::WakeUpLostBeforeWaiting => {
-                    yield_now().await;
+                    // Long enough that an append falls into it on any machine.
+                    for _ in 0..16 {
+                        yield_now().await;
+                    }
                     self.changes.mark_unchanged();
                 }
                 _ => {}

@@ -270,9 +270,9 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         OffsetCommittedApart => "the state",
     }
     s2_a_stale_revision_is_fenced {
-        NoRevisionCheck => "a commit based on revision 1.2",
-        LaterRevisionAccepted => "a commit based on revision 1.4",
-        FencedTellsWrongRevision => "a commit based on revision 1.2",
+        NoRevisionCheck => "a commit based on revision 4294967296.2",
+        LaterRevisionAccepted => "a commit based on revision 4294967296.4",
+        FencedTellsWrongRevision => "a commit based on revision 4294967296.2",
     }
     s2_a_fenced_commit_applies_nothing {
         NoRevisionCheck => "a late commit",
