@@ -96,11 +96,13 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
             // Dropping the transaction rolls it back.
             Some(Failure::Stopped) => return Err(Failure::Stopped),
             Some(failed) => {
-                if let Err(error) = session.unless_stopped(tx.rollback()).await? {
+                let rolled_back = session.unless_stopped(tx.rollback()).await;
+                if let Ok(Err(error)) = &rolled_back {
                     tracing::warn!(%error, "rollback failed; the backend discards the transaction by itself");
                 }
-                // A fatal error is about the handler, whoever has handled the record.
+                // A fatal error is about the handler, whoever has handled the record, and even if the run is stopped.
                 if !failed.is_fatal() {
+                    let _ = rolled_back?;
                     session.check_current().await?;
                 }
                 return Err(failed);
@@ -119,13 +121,13 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 session.check_current().await?;
                 session.count_failed_try();
                 if matches!(error, Error::Failed { .. })
-                    && let Err(Failure::Backend(refusal)) = session.can_commit().await
+                    && let Err(refusal) = session.can_commit().await
                 {
                     // A full disk, a lost right: no record is to blame.
-                    return Err(Failure::Backend(match refusal {
-                        Error::Failed { .. } => error,
+                    return Err(match refusal {
+                        Failure::Backend(Error::Failed { .. }) => Failure::Backend(error),
                         refusal => refusal,
-                    }));
+                    });
                 }
                 Err(batch_failure(passed, HandlerError::retry(error)))
             }
@@ -150,21 +152,23 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         if done.handled > 0
             && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
         {
-            session.check_current().await?;
-            return Err(batch_failure(passed, error));
+            let failed = batch_failure(passed, error);
+            if !failed.is_fatal() {
+                session.check_current().await?;
+            }
+            return Err(failed);
         }
         session.count(done, passed);
+        let is_fatal = failed.as_ref().is_some_and(Failure::is_fatal);
         if let Some(last) = passed.last() {
-            // What was handled would be handled again, so a stop leaves time to commit it.
-            let tx = tokio::select! {
-                biased;
-                tx = session.store.begin(session.id) => tx?,
-                () = grace_is_over(session.stop, session.settings.stop_grace) => return Err(Failure::Stopped),
-            };
-            session.commit(tx, last, Done::default()).await?;
-        } else if let Some(failed) = &failed
-            && !failed.is_fatal()
-        {
+            let committed = commit_what_was_done(session, last).await;
+            match committed {
+                Err(error) if is_fatal => {
+                    tracing::warn!(?error, "what was handled before a fatal error is not committed")
+                }
+                committed => committed?,
+            }
+        } else if failed.is_some() && !is_fatal {
             session.check_current().await?;
         }
         match failed {
@@ -177,6 +181,16 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
             None => Ok(passed.len()),
         }
     }
+}
+
+/// Commits the offset behind `last`. What was handled would be handled again, so a stop leaves time to commit it.
+async fn commit_what_was_done<S: OffsetStore>(session: &mut Session<'_, S>, last: &Record) -> Result<(), Failure> {
+    let tx = tokio::select! {
+        biased;
+        tx = session.store.begin(session.id) => tx?,
+        () = grace_is_over(session.stop, session.settings.stop_grace) => return Err(Failure::Stopped),
+    };
+    Ok(session.commit(tx, last, Done::default()).await?)
 }
 
 /// Handles the batch up to a failure, a stop, or the end of its time. Returns what was done, the records that were passed,

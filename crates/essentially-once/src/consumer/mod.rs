@@ -333,7 +333,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         let mut supervisor = Supervisor::new(&self.id, &self.log, &self.settings);
         let mut caught_up_at = None;
         loop {
-            let revision = run.revision();
+            let next = run.next();
             let session = Session {
                 id: &self.id,
                 log: &self.log,
@@ -357,7 +357,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 return Ok(());
             };
             // Also what the reloaded position says: the commit whose reply was lost may have been applied.
-            if run.revision() > revision {
+            if run.next() != next {
                 supervisor.made_progress();
             }
             let Some(pause) = supervisor.judge(failure, &telemetry, &mut run.report)? else {

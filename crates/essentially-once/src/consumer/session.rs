@@ -116,8 +116,9 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) fn revision(&self) -> Option<Revision> {
-        self.seen.map(|seen| seen.revision)
+    /// Where the position was when it was seen last.
+    pub(super) fn next(&self) -> Option<Offset> {
+        self.seen.map(|seen| seen.next)
     }
 
     /// Takes note of a pulse. `false` if the position went back behind what this run has seen.
@@ -278,6 +279,8 @@ impl<S: OffsetStore> Session<'_, S> {
             () = ready(()) => {}
         }
         self.heart.rest();
+        // While it waits for records, silence means nothing.
+        self.run.last_sign = None;
         self.telemetry.waits(None, self.now);
         let mut pulse = Pulse {
             next: self.place.next,
@@ -293,7 +296,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 seen = watch(self.store, self.id, &pulse), if until.is_none() => {
                     pulse = seen;
                     // It may only be late; the position itself decides.
-                    if (pulse.revision, pulse.owner) != (self.place.revision, Some(self.owner)) {
+                    if pulse.revision != self.place.revision {
                         self.check_current().await?;
                     }
                 }
@@ -353,6 +356,7 @@ impl<S: OffsetStore> Session<'_, S> {
             let stored = self.or_stop(self.store.position(self.id)).await?;
             self.check_not_lost(stored.as_ref()).await?;
             let Some(position) = stored else {
+                (self.run.started_at, self.run.is_overtaken) = (None, false);
                 return Ok(Some(self.start().await?));
             };
             if !position.log.is_same_log(self.log.id()) {

@@ -82,7 +82,7 @@ pub async fn skip<S: OffsetStore>(
     let expected = position.revision;
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     advance.owner = position.owner;
-    advance.passed = Some(Passed::new(record));
+    advance.passed = record.malformed.is_none().then(|| Passed::new(record));
     (advance.windows, advance.forgotten) = windows.take_changes();
     store.begin(consumer).await?.commit(advance).await?;
     tracing::warn!(%consumer, log = %log.id(), %offset, "skipped a record by hand");

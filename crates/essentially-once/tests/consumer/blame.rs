@@ -60,3 +60,20 @@ async fn a_transient_cause_is_found_beneath_errors_of_all_kinds() {
     let error = run_without_retries(failing(|| Error::failed("ship", "no such order").into())).await;
     assert!(matches!(error, Err(Error::Unhandled { .. })), "{error:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_fails_at_its_commit_is_retried_with_growing_pauses() {
+    let backend = Backend::new(1, Script::default()).await;
+    let handler = handler_fn(|_: &Record, tx: &mut ScriptedTx| {
+        tx.refuse_commit = true;
+        Box::pin(async { Ok(()) })
+    });
+    let started = tokio::time::Instant::now();
+    let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::Unhandled { .. }), "{error}");
+    // 10 ms doubled ten times, with jitter: commits of nothing are no progress.
+    assert!(started.elapsed() > Duration::from_secs(5), "{:?}", started.elapsed());
+}

@@ -252,6 +252,32 @@ async fn a_fatal_error_ends_the_run_at_its_first_call_even_if_another_instance_w
 }
 
 #[tokio::test]
+async fn a_fatal_error_ends_at_least_once_too_although_what_was_before_it_cannot_be_committed() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let (log, store) = (backend.memory_log(), backend.memory.store());
+    let calls = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let counted = Arc::clone(&calls);
+    let handler = handler_fn(move |record: &Record, (): &mut ()| {
+        let (log, store) = (log.clone(), store.clone());
+        let is_first = record.offset == Offset::ZERO;
+        counted.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async move {
+            if is_first {
+                return Ok(());
+            }
+            seek(&log, &store, &shipping(), StartAt::Offset(5.into())).await?;
+            Err(HandlerError::fatal("the disk is gone"))
+        })
+    });
+    let error = Consumer::at_least_once(shipping(), backend.log(), backend.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("the disk is gone"), "{error}");
+    assert_eq!(calls.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
 async fn without_retries_a_record_that_failed_behind_others_is_tried_alone_once() {
     let backend = Backend::new(RECORDS, Script::default().fail(Step::Handle, 3, Fault::Permanent)).await;
     let handler = backend.counter();
