@@ -437,7 +437,10 @@ impl Log for SqliteLog {
         if records.is_empty() {
             return Ok(None);
         }
-        let tx = inner.shared.begin(|| format!("append to log {}", inner.id)).await?;
+        let tx = inner
+            .shared
+            .begin_append(|| format!("append to log {}", inner.id))
+            .await?;
         // From here to the commit nothing is awaited on this thread, so a dropped future leaves no half of an append.
         let last = if records.len() <= INLINE_RECORDS && bytes <= INLINE_BYTES {
             inner.append(tx, records)?

@@ -57,6 +57,13 @@ pub(crate) struct Shared {
     cursors: Mutex<Option<Vec<Weak<Mutex<Cursor>>>>>,
 }
 
+/// What the write lock is wanted for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Errand {
+    Append,
+    Other,
+}
+
 impl Shared {
     /// Opens the file. It blocks, waiting for locks too, until `given_up`.
     pub(crate) fn open(path: PathBuf, options: SqliteOptions, given_up: &AtomicBool) -> Result<Self, Error> {
@@ -82,10 +89,19 @@ impl Shared {
 
     /// Opens a write transaction, waiting for the lock without blocking the thread.
     pub(crate) async fn begin(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {
+        self.begin_for(Errand::Other, action).await
+    }
+
+    /// The same for an append, which a handler may wait for while it holds the lock itself.
+    pub(crate) async fn begin_append(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {
+        self.begin_for(Errand::Append, action).await
+    }
+
+    async fn begin_for(&self, errand: Errand, action: impl Fn() -> String) -> Result<WriteTx, Error> {
         let deadline = Instant::now() + self.options.busy_timeout;
         let held = self.place.holder();
         let Ok(writer) = time::timeout_at(deadline, Arc::clone(&self.writer).lock_owned()).await else {
-            return Err(self.kept_waiting(action(), held, None));
+            return Err(self.kept_waiting(errand, action(), held, None));
         };
         let Ok(mut writer) = OwnedMutexGuard::try_map(writer, Option::as_mut) else {
             return Err(self.closed(action()));
@@ -96,7 +112,7 @@ impl Shared {
         }
         match self.lock_file(&mut writer, deadline).await {
             Ok(()) => Ok(self.write_tx(writer)),
-            Err(error) if is_busy(&error) => Err(self.kept_waiting(action(), held, Some(error))),
+            Err(error) if is_busy(&error) => Err(self.kept_waiting(errand, action(), held, Some(error))),
             Err(error) => Err(classify(self.on(action()), error)),
         }
     }
@@ -134,10 +150,19 @@ impl Shared {
 
     /// The error of one who did not get the write lock in time. `held` is whose it was when he
     /// began to wait.
-    fn kept_waiting(&self, action: String, held: Option<Holder>, error: Option<rusqlite::Error>) -> Error {
+    ///
+    /// A task that waits for itself would do so again at every try. But one task may also run two consumers side by side
+    /// (`join!`), where one waits for the other's slow handler. So only an append is refused for good.
+    fn kept_waiting(
+        &self,
+        errand: Errand,
+        action: String,
+        held: Option<Holder>,
+        error: Option<rusqlite::Error>,
+    ) -> Error {
         let (action, timeout) = (self.on(action), self.options.busy_timeout);
         match (self.place.holder().filter(|holder| held == Some(*holder)), error) {
-            (Some(holder), _) if holder.is_this_task() => Error::failed(
+            (Some(holder), _) if errand == Errand::Append && holder.is_this_task() => Error::failed(
                 action,
                 format!(
                     "this task has an open transaction on the same file, which has held the write lock for {timeout:?}, and \

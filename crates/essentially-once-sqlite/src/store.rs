@@ -25,6 +25,10 @@ const POLL: Duration = Duration::from_millis(10);
 /// How long to leave the file alone after a commit that was another consumer's.
 const NOT_OURS: Duration = Duration::from_millis(2);
 
+/// How long a beat tries to find the write lock free, and how often. The next one is due a little later.
+const BEAT_WITHIN: Duration = Duration::from_millis(200);
+const BEAT_AGAIN: Duration = Duration::from_millis(5);
+
 /// Far enough away to be never, and near enough to compute with.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
@@ -136,12 +140,18 @@ impl OffsetStore for SqliteStore {
         }
     }
 
-    /// Writes only if the write lock is free at this moment. Where it is not, it shows life by
-    /// itself.
+    /// Writes as soon as the write lock is free, and gives up after a while: one that is held by one
+    /// transaction all the time shows life by itself, and one that many hold in turn is free between
+    /// them.
     async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
         let action = || format!("beat for consumer {consumer}");
-        let Some(mut tx) = self.shared.try_begin(action)? else {
-            return Ok(());
+        let given_up = Instant::now() + BEAT_WITHIN;
+        let mut tx = loop {
+            match self.shared.try_begin(action)? {
+                Some(tx) => break tx,
+                None if Instant::now() >= given_up => return Ok(()),
+                None => time::sleep(BEAT_AGAIN).await,
+            }
         };
         let owner = owner.to_string();
         tx.run_internal(BEAT_SQL, |statement| statement.execute((consumer.as_str(), &owner)))

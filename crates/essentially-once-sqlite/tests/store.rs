@@ -4,7 +4,7 @@ use std::{
     cell::Cell,
     fs,
     io::{Seek, SeekFrom, Write},
-    sync::mpsc,
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
@@ -582,7 +582,11 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     assert!(error.to_string().contains("waits for itself"), "{error}");
     // Another handle on the same file waits for the same lock.
     let other = options.open(folder.path().join(".").join("a.db")).await.expect("open");
-    let error = other.store().begin(&shipping()).await.expect_err("waits for itself");
+    let orders = other.log("orders").await.expect("log");
+    let error = orders
+        .append(&[NewRecord::new("y")])
+        .await
+        .expect_err("waits for itself");
     assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
     // Another task may be served once the handler is done.
     let (store, waiting) = (other.store(), shipping());
@@ -615,6 +619,43 @@ async fn a_consumer_whose_handler_appends_to_its_own_file_ends_and_says_why() {
         .expect("it is not tried again without end")
         .expect_err("it never works");
     assert!(error.to_string().contains("waits for itself"), "{error}");
+}
+
+#[tokio::test]
+async fn of_two_runs_in_one_task_neither_ends_because_the_other_is_slow() {
+    let folder = tempfile::tempdir().expect("folder");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(50));
+    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    log.append(&[NewRecord::new("x"), NewRecord::new("y")])
+        .await
+        .expect("append");
+    let entered = Arc::new(tokio::sync::Notify::new());
+    let run = |name: &str, takes: Duration| {
+        let entered = Arc::clone(&entered);
+        let handler = handler_fn(move |_: &Record, _: &mut SqliteTx| {
+            entered.notify_one();
+            Box::pin(async move {
+                tokio::time::sleep(takes).await;
+                Ok(())
+            })
+        });
+        Consumer::essentially_once(
+            ConsumerId::new(name).expect("name"),
+            log.clone(),
+            sqlite.store(),
+            handler,
+        )
+        .backoff(Duration::from_millis(1), Duration::from_millis(20))
+        .run_until_caught_up()
+    };
+    let quick = async {
+        // The other one holds the lock now.
+        entered.notified().await;
+        run("quick", Duration::ZERO).await
+    };
+    let (slow, quick) = tokio::join!(run("slow", Duration::from_millis(300)), quick);
+    assert_eq!((slow.expect("run").handled, quick.expect("run").handled), (2, 2));
 }
 
 /// The lock changed hands within the task, so nobody waited for himself.
