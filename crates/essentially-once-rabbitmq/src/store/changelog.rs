@@ -23,7 +23,7 @@ use tokio::{
 use super::{
     HEAD, Limits,
     cover::{Cover, OVERHEAD},
-    entry::{Entry, Parsed, encode_commit, encode_mark, parse},
+    entry::{Entry, MARK_LEN, Parsed, encode_commit, encode_mark, parse},
     fold::{Commit, Fold, Hint, Missing, Token, Verdict},
     names::{self, Kind},
     sent::Nothing,
@@ -185,19 +185,21 @@ impl Changelog {
     /// Waits until the pulse is another one, but not much longer than `interval`.
     pub(super) async fn watch(&self, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
         let deadline = Instant::now() + interval;
-        let mut changed = pin!(self.changed.notified());
-        changed.as_mut().enable();
-        let pulse = self.pulse().await?;
-        if pulse != *seen {
-            return Ok(pulse);
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            let pulse = self.pulse().await?;
+            if pulse != *seen || Instant::now() >= deadline {
+                return Ok(pulse);
+            }
+            // Marks and late entries come too, and change nothing.
+            tokio::select! {
+                biased;
+                () = changed => {}
+                () = sleep_until(deadline) => {}
+                followed = self.follow() => followed?,
+            }
         }
-        tokio::select! {
-            biased;
-            () = changed => {}
-            () = sleep_until(deadline) => {}
-            followed = self.follow() => followed?,
-        }
-        Ok(pulse_of(&self.fold()))
     }
 
     /// Waits until an entry has come.
@@ -273,13 +275,25 @@ impl Changelog {
             return Ok(());
         }
         let beating = Beating(Arc::clone(&self.is_beating));
+        if let Ok(slot) = self.replica.try_lock()
+            && let Some(replica) = slot.as_ref()
+            && !replica.has_room(MARK_LEN)
+        {
+            // A standby that takes over is better than a state that retention has cut off.
+            self.snapshot_if_due(replica);
+            return Ok(());
+        }
         self.publish_hint(Hint::Beat.token(owner), Some(beating))
             .await
             .map_err(nothing_done)?;
-        match self.replica.try_lock() {
-            Ok(mut slot) => self.read_ready(&mut slot).await,
-            Err(_) => Ok(()),
+        // Who has the replica reads, and writes snapshots, too.
+        if let Ok(mut slot) = self.replica.try_lock() {
+            self.read_ready(&mut slot).await?;
+            if let Some(replica) = slot.as_ref() {
+                self.snapshot_if_due(replica);
+            }
         }
+        Ok(())
     }
 
     /// Gives the position up.

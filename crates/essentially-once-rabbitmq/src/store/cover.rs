@@ -34,19 +34,23 @@ pub(super) struct Cover {
     tried: AtomicU64,
 }
 
+impl Replica {
+    /// Whether so much may be published before there is a newer snapshot.
+    pub(super) fn has_room(&self, bytes: usize) -> bool {
+        let covered = self.cover.complete.load(Ordering::Relaxed);
+        self.read + bytes as u64 + OVERHEAD <= covered + UNCOVERED
+    }
+}
+
 impl Changelog {
     /// Sees to it that retention cannot remove what no snapshot covers.
     pub(super) async fn make_room(&self, replica: &mut Replica, bytes: usize) -> Result<(), Error> {
-        let is_room = |replica: &Replica| {
-            let covered = replica.cover.complete.load(Ordering::Relaxed);
-            replica.read + bytes as u64 + OVERHEAD <= covered + UNCOVERED
-        };
-        if is_room(replica) {
+        if replica.has_room(bytes) {
             return Ok(());
         }
         let target = Arc::clone(&replica.target).lock_owned().await;
         // One that was under way may have done it.
-        if is_room(replica) {
+        if replica.has_room(bytes) {
             return Ok(());
         }
         self.snapshot(replica, target).await.map_err(nothing_done)

@@ -46,6 +46,9 @@ pub(super) enum Parsed {
     Unreadable(&'static str),
 }
 
+/// Bytes of a mark.
+pub(super) const MARK_LEN: usize = MAGIC.len() + 2 + size_of::<Token>();
+
 pub(super) fn encode_mark(token: Token) -> Vec<u8> {
     header(FIRST_VERSION, MARK, token)
 }

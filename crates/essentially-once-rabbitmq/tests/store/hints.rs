@@ -19,6 +19,8 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("hints::beats_and_releases_show_in_the_pulse", shown);
     tests.add("hints::hints_fence_nobody", harmless);
     tests.add("hints::watching_writes_nothing", silent);
+    tests.add("hints::a_watch_is_not_ended_by_what_changes_nothing", undisturbed);
+    tests.add("hints::snapshots_keep_ahead_of_beats", covered);
     tests.add("hints::hints_are_marks_that_every_version_reads", marks);
     tests.add("hints::a_watch_makes_no_commit_wait", polite);
     tests.add("hints::beats_are_read_back_while_a_handler_is_busy", read_back);
@@ -117,6 +119,54 @@ async fn end_of_changelog(place: &Place) -> Result<Offset, Violation> {
     let other = Rabbit::connect(&place.url).await?;
     let changelog = other.log_with(&place.changelog(), LogOptions::new().existing()).await?;
     Ok(changelog.bounds().await?.end)
+}
+
+async fn undisturbed() -> Result<(), Violation> {
+    let place = Place::new();
+    let (active, standby, other) = (place.store().await?, place.store().await?, place.store().await?);
+    commit(&active, 0, OWNER).await?;
+    let seen = standby.pulse(&shipping()).await?;
+    let consumer = shipping();
+    let mut watching = std::pin::pin!(standby.watch(&consumer, &seen, Duration::from_secs(60)));
+    // Each question for the position is a mark that the standby reads.
+    for _ in 0..5 {
+        tokio::select! {
+            biased;
+            watched = &mut watching => {
+                return Err(Violation::new(format!("a mark ended the watch: {seen:?}, {watched:?}")));
+            }
+            asked = other.position(&consumer) => drop(asked?),
+        }
+    }
+    let (watched, committed) = tokio::join!(timeout(Duration::from_secs(30), watching), commit(&active, 1, OWNER));
+    committed?;
+    let watched = watched.map_err(|_| Violation::new("the commit did not end the watch"))??;
+    assert_ne!(watched.revision, seen.revision);
+    Ok(())
+}
+
+async fn covered() -> Result<(), Violation> {
+    let place = Place::new();
+    let active = place.rabbit().await?.store().snapshot_after(8 * 1024);
+    commit(&active, 0, OWNER).await?;
+    let other = Rabbit::connect(&place.url).await?;
+    let writes_a_snapshot = async {
+        loop {
+            active.beat(&shipping(), OWNER).await?;
+            for stream in ['a', 'b'].map(|letter| place.snapshots(letter)) {
+                match other.log_with(&stream, LogOptions::new().existing()).await {
+                    Ok(log) if log.bounds().await?.end > Offset::ZERO => return Ok::<_, Error>(()),
+                    Ok(_) | Err(Error::Failed { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+    };
+    // Nothing but beats is published meanwhile.
+    timeout(Duration::from_secs(60), writes_a_snapshot)
+        .await
+        .map_err(|_| Violation::new("beats were published without a snapshot"))??;
+    Ok(())
 }
 
 async fn silent() -> Result<(), Violation> {
