@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -30,6 +30,8 @@ pub(crate) const PING_LIMIT: Duration = Duration::from_secs(1);
 /// A connection, made by a runtime that drives it.
 pub(crate) struct Connection {
     pub(crate) inner: MultiplexedConnection,
+    /// Tells it from all others of this process.
+    pub(crate) number: u64,
     ended: Ended,
     runtime: Option<Id>,
     used: Instant,
@@ -37,8 +39,10 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(crate) fn new(inner: MultiplexedConnection, ended: Ended) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Self {
             inner,
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             ended,
             runtime: this_runtime(),
             used: Instant::now(),

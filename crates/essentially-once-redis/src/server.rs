@@ -365,9 +365,9 @@ impl Link {
         if let Some(limit) = ask_value_limit(connection.inner.clone()).await {
             self.value_limit.store(limit, Ordering::Relaxed);
         }
-        let shared = connection.inner.clone();
+        let (shared, number) = (connection.inner.clone(), connection.number);
         connections.push(connection);
-        tokio::spawn(close_idle(Arc::downgrade(&self.connections)));
+        tokio::spawn(close_idle(Arc::downgrade(&self.connections), number));
         Ok(shared)
     }
 
@@ -410,9 +410,9 @@ impl Link {
     }
 }
 
-/// Closes the connection of this runtime when nobody has used it for long; the next use makes
-/// another.
-async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>) {
+/// Closes the connection of that number when nobody has used it for long; the next use makes another.
+/// It ends with the connection, however that ends.
+async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>, number: u64) {
     let mut pause = IDLE_LIMIT;
     loop {
         tokio::time::sleep(pause).await;
@@ -420,7 +420,7 @@ async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>) {
             return;
         };
         let mut connections = connections.lock().await;
-        let Some(at) = connections.iter().position(Connection::is_driven_here) else {
+        let Some(at) = connections.iter().position(|connection| connection.number == number) else {
             return;
         };
         let idle = connections[at].idle();
