@@ -248,6 +248,78 @@ async fn a_standby_notices_that_the_position_is_lost() {
     }
 }
 
+/// A log that fails over to a copy that ends earlier.
+struct Shortened {
+    before: MemoryLog,
+    after: MemoryLog,
+    store: Replaced,
+}
+
+impl Shortened {
+    fn current(&self) -> &MemoryLog {
+        match self.store.is_replaced.load(Ordering::SeqCst) {
+            false => &self.before,
+            true => &self.after,
+        }
+    }
+}
+
+#[essentially_once::async_trait]
+impl Log for Shortened {
+    fn id(&self) -> &essentially_once::LogId {
+        self.before.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.current().append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::LogReader>, Error> {
+        self.current().read(from).await
+    }
+
+    async fn bounds(&self) -> Result<essentially_once::Bounds, Error> {
+        self.current().bounds().await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        Ok(Durability::Durable)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_consumer_whose_log_and_position_are_lost_before_its_first_record_begins_again() {
+    let store = Replaced::new();
+    let (before, after) = (
+        Memory::new().log("orders").unwrap(),
+        Memory::new().log("orders").unwrap(),
+    );
+    // Retention has emptied it.
+    append(&before, 0..5).await;
+    before.truncate(5.into());
+    append(&after, 0..3).await;
+    let log = Shortened {
+        before,
+        after,
+        store: store.clone(),
+    };
+    let stop = CancellationToken::new();
+    let handler = handler_fn(|record: &Record, tx: &mut MemoryTx| {
+        Box::pin(async move { Ok(support::count_one(tx, &record.payload).await?) })
+    });
+    let run = tokio::spawn(
+        Consumer::essentially_once(shipping(), log, store.clone(), handler)
+            .accept_volatile()
+            .run_until(stop.clone()),
+    );
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    store.is_replaced.store(true, Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    stop.cancel();
+    let report = run.await.unwrap().unwrap();
+    assert_eq!((report.handled, report.rewound), (3, 1), "{report}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_idle_instance_does_not_commit_into_a_position_that_was_built_anew() {
     let (store, log) = (Replaced::new(), Memory::new().log("orders").unwrap());

@@ -221,6 +221,78 @@ async fn of_several_standbys_one_takes_over() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_instance_that_was_displaced_while_idle_does_not_take_the_idle_time_for_silence() {
+    let shared = Shared::default();
+    let takes = Duration::from_millis(5);
+    shared.append(0..1).await;
+    let first = tokio::spawn(shared.consumer(0, takes).run());
+    shared.reached(1).await;
+    tokio::time::sleep(Duration::from_secs(60 * 60)).await;
+    // Another one takes the position over, and dies at once.
+    let position = shared.store().position(&shipping()).await.unwrap().unwrap();
+    let revision = position.revision.fresh_epoch();
+    let mut advance = essentially_once::Advance::new(position.log, position.next, position.revision, revision);
+    advance.owner = Some(essentially_once::Owner::draw());
+    let tx = shared.store().begin(&shipping()).await.unwrap();
+    essentially_once::Transaction::commit(tx, advance).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let gone = Instant::now();
+    shared.append(1..2).await;
+    shared.reached(2).await;
+    assert!(gone.elapsed() < Duration::from_secs(3), "{:?}", gone.elapsed());
+    first.abort();
+}
+
+/// Counts the questions for the position.
+struct Asked(MemoryStore, Arc<AtomicU64>);
+
+#[async_trait::async_trait]
+impl OffsetStore for Asked {
+    type Tx = MemoryTx;
+
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::Position>, Error> {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.position(consumer).await
+    }
+
+    async fn begin(&self, consumer: &ConsumerId) -> Result<MemoryTx, Error> {
+        self.0.begin(consumer).await
+    }
+
+    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+        self.0.durability().await
+    }
+
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<essentially_once::Pulse, Error> {
+        self.0.pulse(consumer).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_instance_of_a_released_position_does_not_ask_for_it_at_every_look() {
+    let shared = Shared::default();
+    shared.append(0..3).await;
+    // Its end releases the position.
+    shared.consumer(0, Duration::ZERO).run_until_caught_up().await.unwrap();
+    let asked = Arc::new(AtomicU64::new(0));
+    let handler = Slow {
+        shared: shared.clone(),
+        instance: 1,
+        takes: Duration::ZERO,
+        poison: None,
+    };
+    let store = Asked(shared.store(), Arc::clone(&asked));
+    let idle = tokio::spawn(
+        Consumer::essentially_once(shipping(), shared.log(), store, handler)
+            .accept_volatile()
+            .run(),
+    );
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(asked.load(Ordering::SeqCst), 1, "once, at its start");
+    idle.abort();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_standby_takes_over_from_an_instance_that_is_gone() {
     for limit in [
         Duration::from_millis(200),
