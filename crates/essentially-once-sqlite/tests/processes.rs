@@ -404,7 +404,7 @@ async fn child_consumes_slowly() {
         })
     });
     let name = ConsumerId::new(format!("slow-{}", std::process::id())).expect("name");
-    let consumer = Consumer::essentially_once(name, log, sqlite.store(), handler).max_batch(10);
+    let consumer = Consumer::essentially_once(name, log, sqlite.store(), handler);
     consumer.run().await.expect("run");
 }
 

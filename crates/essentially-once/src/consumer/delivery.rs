@@ -13,7 +13,10 @@ use std::{
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
-use super::session::{Done, FailedRecord, Failure, Session};
+use super::{
+    Settings,
+    session::{Done, FailedRecord, Failure, Session},
+};
 use crate::{
     Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction,
     rt::{self, Instant},
@@ -210,7 +213,7 @@ where
     let mut done = Done::default();
     let started = Instant::now();
     for (index, record) in batch.iter().enumerate() {
-        if index > 0 && (session.stop.is_cancelled() || started.elapsed() >= session.settings.batch_time_limit) {
+        if index > 0 && (session.stop.is_cancelled() || is_time_up(session.settings, started, index)) {
             return (done, &batch[..index], None);
         }
         if is_duplicate(session, record) {
@@ -237,6 +240,13 @@ where
         }
     }
     (done, batch, None)
+}
+
+/// Whether one more record would exceed the time limit of the batch, if it takes as long as those before it did on average.
+fn is_time_up(settings: &Settings, started: Instant, passed: usize) -> bool {
+    let elapsed = started.elapsed();
+    let average = elapsed / u32::try_from(passed).unwrap_or(u32::MAX);
+    elapsed.saturating_add(average) > settings.batch_time_limit
 }
 
 /// Whether the record was handled before. A malformed one never was, whatever its origin says: it may be the broken copy of

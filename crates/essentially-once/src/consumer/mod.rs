@@ -222,9 +222,10 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// How long records are added to a batch after its transaction began; 100 ms unless set. When the time is up, what is
-    /// done is committed, and the rest goes into the next batch. An open transaction may keep others from writing, and a
-    /// commit is what a standby knows a live instance by. At-most-once, which commits first, has no use for it.
+    /// How long a batch may take to handle after its transaction began; 100 ms unless set. When one more record would exceed
+    /// it, by the average of those before, what is done is committed and the rest goes into the next batch. A batch holds at
+    /// least one record, however long that takes. An open transaction may keep others from writing, and a commit is what a
+    /// standby knows a live instance by. At-most-once, which commits first, has no use for it.
     #[must_use]
     pub fn batch_time_limit(mut self, limit: Duration) -> Self {
         self.settings.batch_time_limit = limit;
