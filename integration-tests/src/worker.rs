@@ -7,9 +7,11 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{ConsumerId, Error, Source};
+use essentially_once::{ConsumerId, Source};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
+
+use test_servers::insist;
 
 use crate::place::Address;
 
@@ -80,23 +82,10 @@ fn run(work: Work) -> Result<(), Source> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let consumer = ConsumerId::new(&work.consumer)?;
-        let log = patiently(|| work.log.log(&work.log_name)).await?;
-        let store = patiently(|| work.store.store()).await?;
+        let log = insist(|| work.log.log(&work.log_name)).await?;
+        let store = insist(|| work.store.store()).await?;
         Ok(store.consume(consumer, log, work).await?)
     })
-}
-
-/// Asks a server that may have been killed or started a moment ago, until it answers.
-///
-/// # Errors
-/// All that do not pass by themselves.
-pub async fn patiently<T, F: Future<Output = Result<T, Error>>>(ask: impl Fn() -> F) -> Result<T, Error> {
-    loop {
-        match ask().await {
-            Err(error) if error.is_transient() => tokio::time::sleep(Duration::from_millis(20)).await,
-            done => return done,
-        }
-    }
 }
 
 /// A worker, as its parent sees it. It ends with this.

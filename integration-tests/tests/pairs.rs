@@ -11,8 +11,9 @@ use essentially_once::{ConsumerId, Epoch, Error, Log, NewRecord, Offset, Origin,
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Place, Store,
-    worker::{self, Work, Worker, patiently},
+    worker::{self, Work, Worker},
 };
+use test_servers::insist;
 
 /// At least; more if the servers take long to come back, since there must be something to handle meanwhile.
 const RECORDS: u64 = 5_000;
@@ -50,8 +51,8 @@ async fn run(log: Backend, store: Backend) -> Result<(), Source> {
         ..Work::new(log.address(), store.address(), LOG, "shipping")
     };
     let pair = Pair {
-        log: patiently(|| work.log.log(LOG)).await?,
-        store: patiently(|| work.store.store()).await?,
+        log: insist(|| work.log.log(LOG)).await?,
+        store: insist(|| work.store.store()).await?,
         places: [log, store],
         consumer: ConsumerId::new("shipping")?,
         work,
@@ -205,12 +206,12 @@ impl Pair {
     }
 
     async fn judge(&self, sent: u64) -> Result<(), Source> {
-        let records = patiently(|| read_log(&*self.log)).await?;
-        let applied = patiently(|| self.store.ledger(&self.consumer)).await?;
-        let position = patiently(|| self.store.position(&self.consumer)).await?;
+        let records = insist(|| read_log(&*self.log)).await?;
+        let applied = insist(|| self.store.ledger(&self.consumer)).await?;
+        let position = insist(|| self.store.position(&self.consumer)).await?;
         let check = Check::new(&records, &applied).position(position.as_ref()).drained();
         check.findings().judge(Expectation::EssentiallyOnce)?;
-        let counter = patiently(|| self.store.counter(&self.consumer)).await?;
+        let counter = insist(|| self.store.counter(&self.consumer)).await?;
         eprintln!("{} records in the log, {counter} handled", records.len());
         match (applied.len() as u64, counter) {
             (applied, counter) if (applied, counter) == (sent, sent) => Ok(()),

@@ -18,6 +18,7 @@ use integration_tests::{
     worker::{self, Work, Worker},
 };
 use tempfile::TempDir;
+use test_servers::eventually;
 
 /// The default of a consumer.
 const STANDBY_AFTER: Duration = Duration::from_secs(1);
@@ -168,15 +169,20 @@ impl Run {
         }
     }
 
-    /// Waits until the position has passed `place`: the workers are other processes, so asking is the only way to know.
-    async fn passes(&self, place: Offset, workers: &mut [Worker]) -> Result<(), Source> {
-        while self.next().await? <= Some(place) {
-            for worker in &mut *workers {
-                worker.check()?;
+    /// Waits until the position is at `place` or behind it: the workers are other processes, so asking is the only way to
+    /// know.
+    async fn reaches(&self, place: Offset, workers: &mut [Worker]) -> Result<(), Source> {
+        eventually(|| {
+            let alive = workers.iter_mut().try_for_each(Worker::check);
+            async move {
+                alive?;
+                Ok(match self.next().await? {
+                    next if next >= Some(place) => Ok(()),
+                    next => Err(format!("a position at {next:?}, for {place}")),
+                })
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        Ok(())
+        })
+        .await
     }
 
     fn calls(&self) -> u64 {
@@ -190,12 +196,7 @@ impl Run {
             workers.push(Worker::start(&self.work)?);
         }
         let started = Instant::now();
-        while self.next().await? < Some(self.end) {
-            for worker in &mut workers {
-                worker.check()?;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        self.reaches(self.end, &mut workers).await?;
         let took = started.elapsed();
         for worker in &mut workers {
             worker.kill()?;
@@ -252,18 +253,18 @@ async fn a_long_handler_keeps_its_process_active(stage: Stage) -> Result<(), Sou
 async fn a_process_is_replaced(stage: Stage, end: fn(&mut Worker) -> Result<(), Source>) -> Result<(), Source> {
     let run = stage.fill("replaced", 2_000, Duration::from_millis(5)).await?;
     let mut active = [Worker::start(&run.work)?];
-    run.passes(Offset::ZERO, &mut active).await?;
+    run.reaches(Offset::ZERO.successor(), &mut active).await?;
     let mut standby = [Worker::start(&run.work)?];
     // It has begun to watch when it has started; until then the active one goes on.
     let before = run.next().await?.unwrap_or_default();
-    run.passes(before, &mut active).await?;
+    run.reaches(before.successor(), &mut active).await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
     end(&mut active[0])?;
     let ended = Instant::now();
     // What was under way may still arrive.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let last = run.next().await?.unwrap_or_default();
-    run.passes(last, &mut standby).await?;
+    run.reaches(last.successor(), &mut standby).await?;
     let took = ended.elapsed();
     eprintln!("replaced after {took:?}");
     // One batch, and leeway for a machine that does something else meanwhile.

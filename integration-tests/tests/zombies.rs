@@ -13,8 +13,9 @@ use essentially_once::{ConsumerId, Log, NewRecord, Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Store,
-    worker::{self, Work, Worker, patiently},
+    worker::{self, Work, Worker},
 };
+use test_servers::insist;
 
 /// The probes, with their records.
 const PROBES: [(&str, u64, Disturbance); 4] = [
@@ -58,8 +59,8 @@ fn main() -> ExitCode {
 async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result<(), Source> {
     let place = backend.start()?;
     let address = place.address();
-    let log = patiently(|| address.log(LOG)).await?;
-    let store = patiently(|| address.store()).await?;
+    let log = insist(|| address.log(LOG)).await?;
+    let store = insist(|| address.store()).await?;
     let keyed = |n: u64| NewRecord::new(n.to_string()).key((n % 7).to_string());
     log.append(&(0..records).map(keyed).collect::<Vec<_>>()).await?;
     let work = Work {
@@ -156,14 +157,14 @@ impl Probe<'_> {
     }
 
     async fn judge(&self) -> Result<(), Source> {
-        let counter = patiently(|| self.store.counter(&self.consumer)).await?;
+        let counter = insist(|| self.store.counter(&self.consumer)).await?;
         eprintln!("{counter} increments for {} records", self.records);
         if counter != self.records {
             return Err(format!("{counter} increments for {} records", self.records).into());
         }
-        let records = patiently(|| read_log(self.log)).await?;
-        let applied = patiently(|| self.store.ledger(&self.consumer)).await?;
-        let position = patiently(|| self.store.position(&self.consumer)).await?;
+        let records = insist(|| read_log(self.log)).await?;
+        let applied = insist(|| self.store.ledger(&self.consumer)).await?;
+        let position = insist(|| self.store.position(&self.consumer)).await?;
         let check = Check::new(&records, &applied).position(position.as_ref()).drained();
         check.findings().judge(Expectation::EssentiallyOnce)?;
         Ok(())

@@ -2,17 +2,14 @@
 
 mod common;
 
-use std::{process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
 use essentially_once::{ConsumerId, Error, Log as _, OffsetStore as _, Source};
 use essentially_once_rabbitmq::{Rabbit, RabbitStore};
-use test_servers::RabbitCluster;
-use tokio::{
-    task::block_in_place,
-    time::{sleep, timeout},
-};
+use test_servers::{RabbitCluster, eventually};
+use tokio::task::block_in_place;
 
-use common::{LIMIT, Outcome, Running, Sending, cases, ensure, insist, judge, message, options, run, url};
+use common::{Outcome, Running, Sending, cases, ensure, insist, judge, message, options, run, url};
 
 fn main() -> ExitCode {
     run(cases![a_node_stopped_and_a_node_killed_lose_nothing])
@@ -23,8 +20,8 @@ async fn a_node_stopped_and_a_node_killed_lose_nothing() -> Outcome {
     let [first, second] = [0, 1].map(|node: usize| url(cluster.nodes()[node].port()));
     let (rabbit, other) = (connect(&first).await?, connect(&second).await?);
     // The node that is asked to declare a stream leads it: the log's leader will be killed.
-    let (elsewhere, _) = insist(|| other.log("orders")).await?;
-    let (log, _) = insist(|| rabbit.log("orders")).await?;
+    let elsewhere = insist(|| other.log("orders")).await?;
+    let log = insist(|| rabbit.log("orders")).await?;
     let mut sending = Sending::start(log.clone());
     let (shipping, billing) = (ConsumerId::new("shipping")?, ConsumerId::new("billing")?);
     let mut near = Running::start(&shipping, log.clone(), rabbit.store());
@@ -74,7 +71,7 @@ async fn a_node_stopped_and_a_node_killed_lose_nothing() -> Outcome {
 }
 
 async fn connect(url: &str) -> Result<Rabbit, Error> {
-    Ok(insist(|| options().replicas(3).connect(url)).await?.0)
+    insist(|| options().replicas(3).connect(url)).await
 }
 
 fn changelog(consumer: &ConsumerId) -> String {
@@ -84,7 +81,7 @@ fn changelog(consumer: &ConsumerId) -> String {
 /// Records are appended, handled and committed.
 async fn moves_on(store: &RabbitStore, consumer: &ConsumerId, sending: &mut Sending, running: &mut Running) -> Outcome {
     let position = || async {
-        let (position, _) = insist(|| store.position(consumer)).await?;
+        let position = insist(|| store.position(consumer)).await?;
         let position = position.ok_or("there is no position")?;
         Ok::<_, Source>((position.next, position.revision))
     };
@@ -101,22 +98,18 @@ async fn moves_on(store: &RabbitStore, consumer: &ConsumerId, sending: &mut Send
 
 /// Waits until each of the streams has so many replicas that are up.
 async fn until_replicas(cluster: &RabbitCluster, streams: &[String], count: usize) -> Outcome {
-    let mut seen = String::new();
-    let waiting = async {
-        loop {
-            let arguments = ["-q", "list_queues", "name", "online", "--no-table-headers"];
-            seen = block_in_place(|| cluster.nodes()[0].ctl(&arguments))?;
-            let up = |stream: &String| {
-                let mut lines = seen.lines().filter_map(|line| line.split_once('\t'));
-                let found = lines.find(|(name, _)| name == stream);
-                found.is_some_and(|(_, nodes)| nodes.split(',').count() == count)
-            };
-            if streams.iter().all(up) {
-                return Ok(());
-            }
-            sleep(Duration::from_millis(200)).await;
-        }
-    };
-    let waited = timeout(LIMIT, waiting).await;
-    waited.map_err(|_| format!("not {count} replicas of each: {seen}"))?
+    let arguments = ["-q", "list_queues", "name", "online", "--no-table-headers"];
+    eventually(|| async {
+        let seen = block_in_place(|| cluster.nodes()[0].ctl(&arguments))?;
+        let up = |stream: &String| {
+            let mut lines = seen.lines().filter_map(|line| line.split_once('\t'));
+            let found = lines.find(|(name, _)| name == stream);
+            found.is_some_and(|(_, nodes)| nodes.split(',').count() == count)
+        };
+        Ok(match streams.iter().all(up) {
+            true => Ok(()),
+            false => Err(format!("not {count} replicas of each: {seen}")),
+        })
+    })
+    .await
 }

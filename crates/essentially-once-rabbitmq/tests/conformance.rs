@@ -16,7 +16,7 @@ use essentially_once_rabbitmq::{
     },
 };
 use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support};
-use test_servers::RabbitNode;
+use test_servers::{RabbitNode, eventually};
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
@@ -260,11 +260,14 @@ impl Backend for Streams {
             "queues",
         ])
         .await?;
-        // Nothing tells when retention has done its work.
-        while opened.bounds().await?.earliest == earliest {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
+        // No event reports that retention has done its work.
+        eventually(|| async {
+            Ok(match opened.bounds().await?.earliest {
+                same if same == earliest => Err(format!("the record at {earliest}")),
+                _ => Ok(()),
+            })
+        })
+        .await
     }
 
     async fn recreate(&self, log: &str) -> Result<(), Source> {

@@ -24,7 +24,7 @@ use essentially_once_rabbitmq::{
 };
 use essentially_once_testkit::Suite;
 use futures_core::Stream as _;
-use test_servers::{Cut, Proxy, RabbitNode};
+use test_servers::{Cut, Proxy, RabbitNode, insist};
 
 /// How long a test may take; only what is stuck takes so long.
 const LIMIT: Duration = Duration::from_secs(100);
@@ -535,16 +535,6 @@ async fn impatient(url: String, log: &str) -> Result<RabbitLog, Error> {
         .await?
         .log_with(log, LogOptions::new().existing())
         .await
-}
-
-/// Asks again while a busy broker does not answer in time.
-async fn insist<T, F: Future<Output = Result<T, Error>>>(mut ask: impl FnMut() -> F) -> Result<T, Error> {
-    loop {
-        match ask().await {
-            Err(error) if error.is_transient() => {}
-            done => return done,
-        }
-    }
 }
 
 async fn cut(node: Arc<RabbitNode>) -> Outcome {

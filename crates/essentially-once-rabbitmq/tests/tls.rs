@@ -48,7 +48,7 @@ fn tls_url(node: &RabbitNode) -> Result<String, Source> {
 
 /// Appends, consumes and judges.
 async fn works(options: RabbitOptions, url: &str) -> Outcome {
-    let (name, rabbit) = (fresh("orders"), insist(|| options.clone().connect(url)).await?.0);
+    let (name, rabbit) = (fresh("orders"), insist(|| options.clone().connect(url)).await?);
     let (log, consumer) = (rabbit.log(&name).await?, ConsumerId::new(&name)?);
     send(&log, 0..MESSAGES).await?;
     let mut running = Running::start(&consumer, log, rabbit.store());

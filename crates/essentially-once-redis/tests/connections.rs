@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use essentially_once::{
@@ -16,7 +16,7 @@ use essentially_once::{
     OffsetStore as _, Owner, ReadState as _, Record, Revision, Source, Transaction as _, async_trait,
 };
 use essentially_once_redis::{LogOptions, Redis, RedisLog, RedisOptions, RedisStore, Retention};
-use test_servers::{Proxy, RedisServer};
+use test_servers::{Proxy, RedisServer, eventually};
 use tokio::time::timeout;
 
 use common::{LIMIT, Outcome, cases, ensure, run};
@@ -55,15 +55,13 @@ fn clients(server: &RedisServer) -> Result<usize, Source> {
 
 /// Waits until at most so many clients are connected.
 async fn until_clients(server: &RedisServer, most: usize) -> Outcome {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let count = clients(server)?;
-        if count <= most {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "{count} clients are still connected");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually(|| async {
+        Ok(match clients(server)? {
+            count if count <= most => Ok(()),
+            count => Err(format!("{count} clients, for {most}")),
+        })
+    })
+    .await
 }
 
 fn records(range: std::ops::Range<usize>) -> Vec<NewRecord> {

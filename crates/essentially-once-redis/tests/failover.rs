@@ -49,7 +49,7 @@ impl Stage {
             master,
             replica,
         };
-        let (log, _) = insist(|| stage.open_replicated()).await?;
+        let log = insist(|| stage.open_replicated()).await?;
         send(&log, 0..1).await?;
         Ok(stage)
     }
@@ -178,7 +178,7 @@ async fn a_store_elsewhere_notices_that_the_tail_is_gone() -> Outcome {
     };
     past_end(running.ends().await?)?;
     // And so it is for one that starts only now.
-    let (log, _) = insist(|| redis.log("orders")).await?;
+    let log = insist(|| redis.log("orders")).await?;
     let late = Running::start(&stage.consumer, log, store.clone(), true).await;
     past_end(late.ends().await?)?;
     ensure!(
@@ -203,7 +203,7 @@ async fn position_and_state_on_the_same_server_go_back_together() -> Outcome {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     // The sender, who knows of nothing, goes on.
-    let (log, _) = insist(|| redis.log("orders")).await?;
+    let log = insist(|| redis.log("orders")).await?;
     send(&log, 10..20).await?;
     until(&mut running.seen, |seen| seen.handled == 20).await?;
     running.stop.cancel();

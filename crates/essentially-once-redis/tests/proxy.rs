@@ -48,7 +48,7 @@ impl Stage {
         let server = RedisServer::durable().start()?;
         let proxy = Arc::new(Proxy::start(server.port())?);
         let url = format!("redis://127.0.0.1:{}", proxy.port());
-        let (through, _) = insist(|| options.clone().connect(&url)).await?;
+        let through = insist(|| options.clone().connect(&url)).await?;
         let stage = Self {
             through,
             around: Redis::connect(&server.url()).await?,
@@ -80,7 +80,7 @@ impl Stage {
         cut: Option<(u64, Cut)>,
     ) -> Result<Report, Source> {
         let store = self.through.store();
-        let (reading, _) = insist(|| self.through.log(log.id().name())).await?;
+        let reading = insist(|| self.through.log(log.id().name())).await?;
         let handler = CutAt {
             proxy: Arc::clone(&self.proxy),
             cut,
@@ -192,7 +192,7 @@ async fn every_append(cut: Cut, times: usize) -> Outcome {
         let records = [message(number)];
         let payload = String::from_utf8_lossy(&records[0].payload).into_owned();
         stage.proxy.cut_at(&bulk(&payload), cut);
-        let (_, failures) = insist(|| log.append(&records)).await?;
+        let (_, failures) = test_servers::insist_and_count(|| log.append(&records)).await?;
         ensure!(
             matches!(failures[..], [Error::Indeterminate { .. }]),
             "{cut:?}, message {number}: {failures:?}"
@@ -278,7 +278,7 @@ async fn a_commit_held_back_is_in_doubt_and_fences_when_it_arrives() -> Outcome 
 
 async fn an_append_held_back_is_in_doubt() -> Outcome {
     let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
-    let (log, _) = insist(|| stage.through.log("orders")).await?;
+    let log = insist(|| stage.through.log("orders")).await?;
     let records = [message(0)];
     stage.proxy.cut_at(b"message 0;", Cut::BeforeReply);
     stage.proxy.hold(true);
@@ -294,8 +294,8 @@ async fn an_append_held_back_is_in_doubt() -> Outcome {
 async fn a_reader_in_silence_gives_up() -> Outcome {
     let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
     let around = stage.around.log("orders").await?;
-    let (log, _) = insist(|| stage.through.log("orders")).await?;
-    let (mut reader, _) = insist(|| log.read(Offset::ZERO)).await?;
+    let log = insist(|| stage.through.log("orders")).await?;
+    let mut reader = insist(|| log.read(Offset::ZERO)).await?;
     send(&around, 0..1).await?;
     ensure!(reader.next(10).await?.len() == 1, "one record");
     stage.proxy.hold(true);
@@ -303,7 +303,7 @@ async fn a_reader_in_silence_gives_up() -> Outcome {
     ensure!(matches!(silence, Err(Error::Unavailable { .. })), "{silence:?}");
     stage.proxy.hold(false);
     send(&around, 1..2).await?;
-    let (mut reader, _) = insist(|| log.read(Offset::ZERO)).await?;
+    let mut reader = insist(|| log.read(Offset::ZERO)).await?;
     ensure!(reader.next(10).await?.len() == 2, "two records");
     Ok(())
 }

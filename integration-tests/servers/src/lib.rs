@@ -5,6 +5,7 @@
 
 use std::{env, path::PathBuf};
 
+mod asking;
 mod authority;
 mod folder;
 mod port;
@@ -12,6 +13,7 @@ mod process;
 mod rabbitmq;
 mod redis;
 
+pub use asking::{eventually, insist, insist_and_count};
 pub use authority::{Authority, Pair};
 /// The kit's own, under the names that these tests have always used.
 pub use essentially_once_testkit::{Cut, Proxy};

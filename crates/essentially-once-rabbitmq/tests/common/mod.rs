@@ -87,28 +87,15 @@ pub(crate) fn options() -> RabbitOptions {
     RabbitOptions::new().timeout(PATIENCE)
 }
 
+/// Under the name that the cases use.
+pub(crate) use test_servers::insist;
+
 /// The message of that number, with one of three keys.
 pub(crate) fn message(number: u64) -> NewRecord {
     let producer = ProducerId::new("web").expect("a name");
     NewRecord::new(format!("message {number};"))
         .key((number % 3).to_string())
         .origin(Origin::new(producer, Epoch::STABLE, number))
-}
-
-/// Repeats until it is done or fails for good; returns also what failed on the way.
-pub(crate) async fn insist<T, F>(mut ask: impl FnMut() -> F) -> Result<(T, Vec<Error>), Error>
-where
-    F: Future<Output = Result<T, Error>>,
-{
-    let mut failures = Vec::new();
-    loop {
-        match ask().await {
-            Ok(done) => return Ok((done, failures)),
-            Err(error) if error.is_transient() => failures.push(error),
-            Err(error) => return Err(error),
-        }
-        sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// Appends the messages of these numbers one by one; what is in doubt is sent again.
@@ -137,7 +124,7 @@ impl Sending {
             while !stopped.is_cancelled() {
                 let next = *sent.borrow();
                 let records = [message(next), message(next + 1)];
-                let (_, failures) = insist(|| log.append(&records)).await?;
+                let (_, failures) = test_servers::insist_and_count(|| log.append(&records)).await?;
                 failed += failures.len();
                 sent.send_replace(next + 2);
                 sleep(PAUSE).await;
@@ -292,11 +279,11 @@ impl Running {
 /// Has the consumer handle what is left, and judges what it made of a log that must hold the first `messages` messages. All by
 /// connections of its own, as another process would.
 pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, messages: u64) -> Outcome {
-    let (log, _) = insist(|| rabbit.log(log)).await?;
+    let log = insist(|| rabbit.log(log)).await?;
     let store = rabbit.store();
     let rest = Consumer::essentially_once(consumer.clone(), log.clone(), store.clone(), Ledger);
     timeout(LIMIT, rest.run_until_caught_up()).await??;
-    let (records, _) = insist(|| read_log(&log)).await?;
+    let records = insist(|| read_log(&log)).await?;
     let sent: BTreeSet<u64> = records.iter().filter_map(sequence).collect();
     let missing: Vec<u64> = (0..messages).filter(|number| !sent.contains(number)).collect();
     let last = sent.last();
@@ -309,8 +296,8 @@ pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, mes
 
 /// Judges a consumer by the records that the log has.
 pub(crate) async fn agree(records: &[Record], store: &RabbitStore, consumer: &ConsumerId) -> Outcome {
-    let (applied, _) = insist(|| read_ledger(store, consumer)).await?;
-    let (position, _) = insist(|| store.position(consumer)).await?;
+    let applied = insist(|| read_ledger(store, consumer)).await?;
+    let position = insist(|| store.position(consumer)).await?;
     let check = Check::new(records, &applied).position(position.as_ref()).drained();
     Ok(check.findings().judge(Expectation::EssentiallyOnce)?)
 }

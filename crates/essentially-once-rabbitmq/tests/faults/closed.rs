@@ -1,13 +1,10 @@
 //! Channels and connections that the broker closes.
 
-use std::{fs, time::Duration};
+use std::fs;
 
 use essentially_once::{ConsumerId, Error, Log as _, NewRecord, Offset, Source};
-use test_servers::RabbitNode;
-use tokio::{
-    task::block_in_place,
-    time::{sleep, timeout},
-};
+use test_servers::{RabbitNode, eventually};
+use tokio::{task::block_in_place, time::timeout};
 
 use crate::common::{LIMIT, Outcome, Running, ensure, insist, judge, message, options, send};
 
@@ -58,13 +55,13 @@ async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
     let mut reader = log.read(Offset::ZERO).await?;
     reader.next(1).await?;
     // Only the broker knows when, until the reader asks.
-    let closed = async {
-        while closed_channels(node)? == 0 {
-            sleep(Duration::from_millis(100)).await;
-        }
-        Ok::<_, Source>(())
-    };
-    timeout(LIMIT, closed).await.map_err(|_| "no channel was closed")??;
+    eventually(|| async {
+        Ok(match closed_channels(node)? {
+            0 => Err("no closed channel".to_owned()),
+            _ => Ok(()),
+        })
+    })
+    .await?;
     // First what came before.
     let told = async {
         loop {
@@ -78,7 +75,7 @@ async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
         matches!(error, Error::Unavailable { .. }) && error.to_string().contains("acknowledgement"),
         "{error}"
     );
-    let (mut reader, _) = insist(|| log.read(Offset::ZERO)).await?;
+    let mut reader = insist(|| log.read(Offset::ZERO)).await?;
     reader.next(1).await?;
     Ok(())
 }

@@ -7,13 +7,10 @@ use essentially_once::{
     Transaction as _,
 };
 use essentially_once_rabbitmq::RabbitStore;
-use test_servers::RabbitNode;
-use tokio::{
-    task::block_in_place,
-    time::{sleep, timeout},
-};
+use test_servers::{RabbitNode, eventually};
+use tokio::{task::block_in_place, time::timeout};
 
-use crate::common::{LIMIT, Outcome, ensure, message, options, url};
+use crate::common::{Outcome, ensure, message, options, url};
 
 /// Connections and channels, as the broker counts them.
 pub(crate) fn count(node: &RabbitNode) -> Result<(u32, u32), Source> {
@@ -29,20 +26,15 @@ pub(crate) fn count(node: &RabbitNode) -> Result<(u32, u32), Source> {
 
 /// Waits until the broker counts no more than these.
 pub(crate) async fn count_down(node: &RabbitNode, connections: u32, channels: u32) -> Outcome {
-    let mut last = (0, 0);
-    let counting = async {
-        loop {
-            last = count(node)?;
-            if last.0 <= connections && last.1 <= channels {
-                return Ok::<_, Source>(());
-            }
-            sleep(Duration::from_millis(200)).await;
-        }
-    };
-    match timeout(LIMIT / 2, counting).await {
-        Ok(counted) => counted,
-        Err(_) => Err(format!("there are {last:?} connections and channels, for {connections} and {channels}").into()),
-    }
+    eventually(|| async {
+        Ok(match count(node)? {
+            (some, few) if some <= connections && few <= channels => Ok(()),
+            (some, few) => Err(format!(
+                "{some} connections and {few} channels, for {connections} and {channels}"
+            )),
+        })
+    })
+    .await
 }
 
 pub(crate) fn advance(commits: u64, owner: Owner) -> Advance {

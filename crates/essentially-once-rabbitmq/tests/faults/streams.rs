@@ -44,20 +44,16 @@ pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     let rabbit = options().connect(&url(node.port())).await?;
     let log = rabbit.log(&name).await?;
     send(&log, 0..20).await?;
-    let (reading, _) = insist(|| through.log(&name)).await?;
+    let reading = insist(|| through.log(&name)).await?;
     let mut running = Running::start(&consumer, reading, through.store());
     let stored = || async { rabbit.store().position(&consumer).await };
-    while insist(stored)
-        .await?
-        .0
-        .is_none_or(|position| position.next != behind(19))
-    {}
+    while insist(stored).await?.is_none_or(|position| position.next != behind(19)) {}
     // It must not look while there is no stream at all.
     proxy.refuse(true);
     proxy.cut();
     running.resets(1).await?;
     delete(&url(node.port()), &name).await?;
-    let (log, _) = insist(|| rabbit.log(&name)).await?;
+    let log = insist(|| rabbit.log(&name)).await?;
     send(&log, 20..25).await?;
     proxy.refuse(false);
     is_past_the_end(running.fails().await?)?;
@@ -115,7 +111,7 @@ pub(crate) async fn a_reader_of_a_deleted_stream_is_told() -> Outcome {
         matches!(error, Error::Failed { .. }) && error.to_string().contains("does not exist"),
         "{error}"
     );
-    let (log, _) = insist(|| rabbit.log(&name)).await?;
+    let log = insist(|| rabbit.log(&name)).await?;
     send(&log, 0..3).await?;
     Ok(())
 }
@@ -135,7 +131,7 @@ pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
     let earliest = loop {
         append(&log, sent..sent + 100).await?;
         sent += 100;
-        let (bounds, _) = insist(|| log.bounds()).await?;
+        let bounds = insist(|| log.bounds()).await?;
         if bounds.earliest > behind(4) {
             break bounds.earliest;
         }

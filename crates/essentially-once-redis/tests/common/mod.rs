@@ -47,28 +47,15 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
+/// Under the name that the cases use.
+pub(crate) use test_servers::insist;
+
 /// The message of that number, with one of three keys.
 pub(crate) fn message(number: u64) -> NewRecord {
     let producer = ProducerId::new("web").expect("a name");
     NewRecord::new(format!("message {number};"))
         .key((number % 3).to_string())
         .origin(Origin::new(producer, Epoch::STABLE, number))
-}
-
-/// Repeats until it is done or fails for good; returns also what failed on the way.
-pub(crate) async fn insist<T, F>(mut ask: impl FnMut() -> F) -> Result<(T, Vec<Error>), Error>
-where
-    F: Future<Output = Result<T, Error>>,
-{
-    let mut failures = Vec::new();
-    loop {
-        match ask().await {
-            Ok(done) => return Ok((done, failures)),
-            Err(error) if error.is_transient() => failures.push(error),
-            Err(error) => return Err(error),
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 /// Appends the messages of these numbers one by one; what is in doubt is sent again.
@@ -85,7 +72,7 @@ pub(crate) async fn send_until(log: impl Log, stop: CancellationToken) -> Result
     let (mut sent, mut failed) = (0, 0);
     while !stop.is_cancelled() {
         let records = [message(sent), message(sent + 1)];
-        let (_, failures) = insist(|| log.append(&records)).await?;
+        let (_, failures) = test_servers::insist_and_count(|| log.append(&records)).await?;
         sent += 2;
         failed += failures.len();
     }

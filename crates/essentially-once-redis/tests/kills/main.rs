@@ -124,7 +124,7 @@ async fn one_run(server: &RedisServer, steps: &Steps, max_batch: usize) -> Outco
 }
 
 async fn open(redis: &Redis, name: &str, steps: &Steps) -> Result<Counted<RedisLog>, Source> {
-    let (log, _) = insist(|| steps.step("open", redis.log(name))).await?;
+    let log = insist(|| steps.step("open", redis.log(name))).await?;
     Ok(Counted::new(log, steps))
 }
 
