@@ -2,7 +2,10 @@
 
 use std::time::Instant;
 
-use essentially_once::{Advance, ConsumerId, KeyValue as _, LogId, OffsetStore as _, Revision, Transaction as _};
+use essentially_once::{
+    ConsumerId, KeyValue as _, OffsetStore as _,
+    backend::{Advance, LogId, Revision, Transaction as _},
+};
 use essentially_once_rabbitmq::{Rabbit, RabbitStore};
 use test_servers::RabbitNode;
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use essentially_once::{Error, Log, Source};
+use essentially_once::{Error, Log, backend::Source};
 use essentially_once_rabbitmq::{LogOptions, Rabbit};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;

@@ -9,7 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, OffsetStore, Position, Record,
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, OffsetStore, Record,
+    backend::Position,
 };
 use essentially_once_testkit::{Applied, Ledger, read_ledger};
 
@@ -66,7 +67,8 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
         };
         let consumer = Consumer::essentially_once(consumer, log, self.0, handler)
             .max_batch(max_batch)
-            .backoff(Duration::from_millis(5), Duration::from_millis(200))
+            .min_backoff(Duration::from_millis(5))
+            .max_backoff(Duration::from_millis(200))
             .standby_after(standby_after);
         consumer.run_until(CancellationToken::new()).await?;
         Ok(())

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{ConsumerId, Source};
+use essentially_once::{ConsumerId, backend::Source};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 

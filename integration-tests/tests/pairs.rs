@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{ConsumerId, Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, Source};
+use essentially_once::{ConsumerId, Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, backend::Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Place, Store,

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{ConsumerId, NewRecord, Offset, Source};
+use essentially_once::{ConsumerId, NewRecord, Offset, backend::Source};
 use essentially_once_testkit::Suite;
 use integration_tests::{
     Address, Backend, Place, Store,

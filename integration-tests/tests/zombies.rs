@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{ConsumerId, Log, NewRecord, Source};
+use essentially_once::{ConsumerId, Log, NewRecord, backend::Source};
 use essentially_once_testkit::{Check, Expectation, Suite, read_log};
 use integration_tests::{
     Backend, Store,

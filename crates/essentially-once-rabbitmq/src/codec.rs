@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Header, NewRecord, Numbering, Offset, Origin, Record};
+use essentially_once::{
+    NewRecord, Offset, Origin, Record,
+    backend::{Header, Numbering},
+};
 use lapin::{
     BasicProperties,
     types::{AMQPValue, DecimalValue, FieldTable, ShortString},

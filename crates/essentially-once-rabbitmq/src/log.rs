@@ -8,7 +8,10 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset};
+use essentially_once::{
+    Error, Log, NewRecord, Offset,
+    backend::{Bounds, Durability, LogId, LogReader},
+};
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::{

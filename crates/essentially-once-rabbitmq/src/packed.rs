@@ -3,7 +3,10 @@
 use std::time::SystemTime;
 
 use bytes::{Buf, BufMut, Bytes};
-use essentially_once::{Header, NewRecord, Numbering, Offset, Origin, Record};
+use essentially_once::{
+    NewRecord, Offset, Origin, Record,
+    backend::{Header, Numbering},
+};
 
 use crate::codec::{millis, time};
 

@@ -3,7 +3,10 @@
 use std::collections::VecDeque;
 
 use async_trait::async_trait;
-use essentially_once::{Error, LogId, LogReader, Offset, Record};
+use essentially_once::{
+    Error, Offset, Record,
+    backend::{LogId, LogReader},
+};
 
 use crate::tail::{Delivered, Tail};
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{Error, LogId, Offset};
+use essentially_once::{Error, Offset, backend::LogId};
 use futures_core::Stream as _;
 use lapin::{BasicProperties, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue};
 use tokio::time::{Instant, sleep, timeout, timeout_at};

@@ -4,7 +4,7 @@ mod common;
 
 use std::process::ExitCode;
 
-use essentially_once::{ConsumerId, Error, Log as _, OffsetStore as _, Source};
+use essentially_once::{ConsumerId, Error, Log as _, OffsetStore as _, backend::Source};
 use essentially_once_rabbitmq::{Rabbit, RabbitStore};
 use test_servers::{RabbitCluster, eventually};
 use tokio::task::block_in_place;

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Source, async_trait};
+use essentially_once::{
+    Error, Log, NewRecord, Offset, async_trait,
+    backend::{Bounds, Durability, LogId, LogReader, Source},
+};
 use essentially_once_rabbitmq::{
     LogOptions, Rabbit, RabbitLog, RabbitOptions, RabbitStore,
     lapin::{

@@ -9,8 +9,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, Record, Revision,
-    Transaction as _,
+    ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, Record,
+    backend::{Advance, Revision, Transaction as _},
 };
 use essentially_once_rabbitmq::{
     LogOptions, Rabbit, RabbitLog, RabbitOptions,

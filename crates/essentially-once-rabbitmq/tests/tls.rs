@@ -4,7 +4,7 @@ mod common;
 
 use std::process::ExitCode;
 
-use essentially_once::{ConsumerId, Error, Source};
+use essentially_once::{ConsumerId, Error, backend::Source};
 use essentially_once_rabbitmq::RabbitOptions;
 use test_servers::{Pair, RabbitNode};
 use tokio::{task::block_in_place, time::timeout};

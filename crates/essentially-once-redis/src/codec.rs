@@ -6,7 +6,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use essentially_once::{Error, NewRecord, Numbering, Offset, Origin, Record};
+use essentially_once::{Error, NewRecord, Offset, Origin, Record, backend::Numbering};
 
 use crate::packed::Packed;
 

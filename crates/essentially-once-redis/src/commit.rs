@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Advance, ConsumerId, Error, LogId};
+use essentially_once::{
+    ConsumerId, Error,
+    backend::{Advance, LogId},
+};
 use redis::{Arg, Cmd, RedisResult, Script, Value, aio::MultiplexedConnection};
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use essentially_once::{Durability, Error};
+use essentially_once::{Error, backend::Durability};
 
 use crate::{error::read_failed, server::Link};
 

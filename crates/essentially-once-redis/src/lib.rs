@@ -57,7 +57,7 @@ mod tx;
 use std::{fmt, sync::Arc};
 
 use essentially_once::Error;
-pub use essentially_once::Retention;
+pub use essentially_once::backend::Retention;
 pub use redis;
 
 use crate::server::Server;

@@ -10,7 +10,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Retention};
+use essentially_once::{
+    Error, Log, NewRecord, Offset,
+    backend::{Bounds, Durability, LogId, LogReader, Retention},
+};
 use redis::{Cmd, Pipeline, RedisError, Value};
 
 use crate::{
@@ -54,7 +57,7 @@ const TRIM_EVERY: Duration = Duration::from_secs(1);
 /// let options = LogOptions::new()
 ///     .stream("{shop}:orders")
 ///     .payload_field("json")
-///     .retention(Retention { records: Some(1_000_000), age: None });
+///     .retention(Retention::new().max_records(1_000_000));
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LogOptions {
@@ -201,6 +204,7 @@ impl RedisLog {
     pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
         let id = LogId::new(name)?;
         options.retention.check()?;
+        options.retention.refuse_bytes("Redis")?;
         let stream = options.stream.clone().unwrap_or_else(|| name.into());
         let kept = RetentionKeys::new(&server.options.prefix, &stream)?;
         let mut inner = Inner {

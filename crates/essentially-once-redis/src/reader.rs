@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, LogReader, Offset, Record};
+use essentially_once::{Error, Offset, Record, backend::LogReader};
 use redis::{Pipeline, RedisError, RedisResult, Value};
 use tokio::runtime::Id;
 

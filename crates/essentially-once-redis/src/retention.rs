@@ -1,6 +1,6 @@
 //! What a log keeps, as the script that trims is told.
 
-use essentially_once::Retention;
+use essentially_once::backend::Retention;
 
 /// The two bounds as arguments of the script that trims; empty where there is none.
 pub(crate) fn trim_arguments(retention: &Retention) -> [String; 2] {
@@ -20,10 +20,7 @@ mod tests {
 
     #[test]
     fn bounds_that_lua_cannot_count_are_clamped() {
-        let endless = Retention {
-            records: Some(u64::MAX),
-            age: Some(Duration::MAX),
-        };
+        let endless = Retention::new().max_records(u64::MAX).max_age(Duration::MAX);
         assert_eq!(trim_arguments(&endless), ["4503599627370496", "4503599627370496"]);
         assert_eq!(trim_arguments(&Retention::default()), ["", ""]);
     }

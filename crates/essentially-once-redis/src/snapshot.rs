@@ -1,6 +1,9 @@
 //! What a stream holds at one moment, and whether a reader's place in it can be read.
 
-use essentially_once::{Bounds, Error, LogId, Offset};
+use essentially_once::{
+    Error, Offset,
+    backend::{Bounds, LogId},
+};
 use redis::{Cmd, Value};
 
 use crate::{codec::parse_id, names::RetentionKeys};

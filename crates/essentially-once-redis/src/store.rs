@@ -9,7 +9,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Durability, Error, OffsetStore, Owner, Passed, Position, Pulse, ReadState, Snapshot, Window,
+    ConsumerId, Error, OffsetStore, ReadState,
+    backend::{Durability, Owner, Passed, Position, Pulse, Snapshot, Window},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
@@ -257,7 +258,7 @@ fn decode_pulse(
     revision: &[u8],
     owner: Option<&[u8]>,
     beats: Option<&[u8]>,
-) -> Result<Pulse, essentially_once::Source> {
+) -> Result<Pulse, essentially_once::backend::Source> {
     let mut pulse = Pulse::default();
     pulse.next = str::from_utf8(next)?.parse()?;
     pulse.revision = str::from_utf8(revision)?.parse()?;
@@ -267,7 +268,9 @@ fn decode_pulse(
         .transpose()?;
     pulse.owner = owner.map(str::parse).transpose()?;
     pulse.beats = beats.map_or(Ok(0), |beats| {
-        str::from_utf8(beats)?.parse().map_err(essentially_once::Source::from)
+        str::from_utf8(beats)?
+            .parse()
+            .map_err(essentially_once::backend::Source::from)
     })?;
     Ok(pulse)
 }
@@ -275,15 +278,16 @@ fn decode_pulse(
 /// In order, so that equal positions read as equal.
 type Hash = BTreeMap<Vec<u8>, Vec<u8>>;
 
-fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::Source> {
+fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::backend::Source> {
     let field = |name: &str| {
         position
             .get(name.as_bytes())
             .map(|value| std::str::from_utf8(value))
             .transpose()
     };
-    let needed =
-        |name: &str| field(name)?.ok_or_else(|| essentially_once::Source::from(format!("field {name:?} is missing")));
+    let needed = |name: &str| {
+        field(name)?.ok_or_else(|| essentially_once::backend::Source::from(format!("field {name:?} is missing")))
+    };
     let log = stored_log(needed("log")?, field("incarnation")?.unwrap_or_default())?;
     let mut decoded = Position::new(log, needed("next")?.parse()?, needed("revision")?.parse()?);
     let owner = field("owner")?.filter(|owner| !owner.is_empty());

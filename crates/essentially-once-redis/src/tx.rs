@@ -8,7 +8,10 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use essentially_once::{Advance, ConsumerId, Error, KeyValue, Transaction};
+use essentially_once::{
+    ConsumerId, Error, KeyValue,
+    backend::{Advance, Transaction},
+};
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
 use crate::{

@@ -5,8 +5,10 @@ mod common;
 use std::{collections::HashMap, process::ExitCode, time::Duration};
 
 use essentially_once::{
-    Advance, CancellationToken, Consumer, ConsumerId, Error, EssentiallyOnce, Handler, HandlerError, KeyValue as _,
-    Log as _, OffsetStore as _, Owner, ReadState as _, Record, Report, Revision, Source, Transaction as _, async_trait,
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, OffsetStore as _,
+    ReadState as _, Record, async_trait,
+    backend::{Advance, Owner, Revision, Source, Transaction as _},
+    consumer::{EssentiallyOnce, Report},
 };
 use essentially_once_redis::{
     LogOptions, Redis, RedisLog, RedisOptions, RedisStore, RedisTx, Retention,
@@ -68,7 +70,8 @@ impl Stage {
         let (id, log) = (self.consumers[index].clone(), self.logs[log].clone());
         let consumer = Consumer::essentially_once(id, log, self.redis.store(), handler)
             .max_batch(4)
-            .backoff(Duration::from_millis(5), Duration::from_millis(100));
+            .min_backoff(Duration::from_millis(5))
+            .max_backoff(Duration::from_millis(100));
         (consumer, seen)
     }
 
@@ -256,10 +259,7 @@ async fn life_and_state_are_where_the_position_is() -> Outcome {
         let state = store.read_state(consumer, &[b"key"]).await?;
         ensure!(state.values[0].as_deref() == Some(b"value"), "{state:?}");
         ensure!(state.position == store.position(consumer).await?, "{state:?}");
-        let retention = Retention {
-            records: Some(1),
-            age: None,
-        };
+        let retention = Retention::new().max_records(1);
         let (name, options) = (log.id().name(), LogOptions::new().existing().retention(retention));
         let trimmed = stage.redis.log_with(name, options).await?.trim().await?;
         ensure!(trimmed == 1, "{trimmed} records were removed");

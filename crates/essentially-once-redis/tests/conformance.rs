@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use essentially_once::{Error, Log, Offset, Source, async_trait};
+use essentially_once::{Error, Log, Offset, async_trait, backend::Source};
 use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, RedisTx, Retention, redis};
 use essentially_once_testkit::{
     Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support, conformance_cases,
@@ -128,19 +128,13 @@ impl Backend for Server {
         let kept = self.server.command(&["XRANGE", log, &before, "+"])?.list().len();
         if kept == 0 {
             // By number one is kept at least; by age all are removed.
-            let retention = Retention {
-                records: None,
-                age: Some(Duration::from_millis(1)),
-            };
+            let retention = Retention::new().max_age(Duration::from_millis(1));
             tokio::time::sleep(Duration::from_millis(5)).await;
             let options = LogOptions::new().retention(retention);
             self.open().await?.log_with(log, options).await?.trim().await?;
             return Ok(());
         }
-        let retention = Retention {
-            records: Some(kept as u64),
-            age: None,
-        };
+        let retention = Retention::new().max_records(kept as u64);
         let options = LogOptions::new().retention(retention);
         self.open().await?.log_with(log, options).await?.trim().await?;
         Ok(())

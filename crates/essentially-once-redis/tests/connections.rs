@@ -12,8 +12,9 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset,
-    OffsetStore as _, Owner, ReadState as _, Record, Revision, Source, Transaction as _, async_trait,
+    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _,
+    ReadState as _, Record, async_trait,
+    backend::{Advance, Owner, Revision, Source, Transaction as _},
 };
 use essentially_once_redis::{LogOptions, Redis, RedisLog, RedisOptions, RedisStore, Retention};
 use test_servers::{Proxy, RedisServer, eventually};
@@ -238,10 +239,7 @@ async fn a_frozen_server_holds_up_no_call_for_long() -> Outcome {
     let limit = 2 * time_out + Duration::from_millis(1_500);
     let (server, id) = (RedisServer::durable().start()?, ConsumerId::new("shipping")?);
     let redis = RedisOptions::new().timeout(time_out).connect(&server.url()).await?;
-    let retention = Retention {
-        records: Some(1),
-        age: None,
-    };
+    let retention = Retention::new().max_records(1);
     let log = redis.log_with("orders", LogOptions::new().retention(retention)).await?;
     let (store, owner) = (redis.store(), Owner::draw());
     let (mut waiting, mut tx) = (log.read(Offset::ZERO).await?, store.begin(&id).await?);
@@ -373,7 +371,7 @@ async fn handles_work_on_a_second_runtime() -> Outcome {
 async fn used(
     log: &RedisLog,
     store: &RedisStore,
-    reader: &mut dyn essentially_once::LogReader,
+    reader: &mut dyn essentially_once::backend::LogReader,
     commits: u64,
 ) -> Result<usize, Source> {
     let limit = Duration::from_secs(5);

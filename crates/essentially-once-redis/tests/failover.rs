@@ -8,8 +8,10 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, Bounds, CancellationToken, Consumer, ConsumerId, Error, Log as _, OffsetStore, Report, Revision, Source,
-    Transaction as _, memory::Memory,
+    CancellationToken, Consumer, ConsumerId, Error, Log as _, OffsetStore,
+    backend::{Advance, Bounds, Revision, Source, Transaction as _},
+    consumer::Report,
+    memory::Memory,
 };
 use essentially_once_redis::{Redis, RedisLog, RedisOptions, RedisStore};
 use essentially_once_testkit::{Ledger, read_ledger, read_log};
@@ -106,7 +108,8 @@ impl Running {
         let (handler, seen) = Watched::new(Ledger);
         let consumer = Consumer::essentially_once(id.clone(), log, store, handler)
             .max_batch(3)
-            .backoff(Duration::from_millis(5), Duration::from_millis(100));
+            .min_backoff(Duration::from_millis(5))
+            .max_backoff(Duration::from_millis(100));
         // A store in memory is volatile; the servers are set up to be durable, and consumers check
         // that.
         let consumer = match in_memory {

@@ -5,8 +5,10 @@ mod common;
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log, Offset, OffsetStore as _, Record,
-    Report, Revision, Source, Transaction as _, async_trait,
+    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log, Offset, OffsetStore as _, Record,
+    async_trait,
+    backend::{Advance, Revision, Source, Transaction as _},
+    consumer::Report,
 };
 use essentially_once_redis::{Redis, RedisLog, RedisOptions, RedisStore, RedisTx};
 use essentially_once_testkit::{Ledger, read_log};
@@ -90,7 +92,8 @@ impl Stage {
         handler.arm();
         let report = Consumer::essentially_once(consumer.clone(), reading, store, handler)
             .max_batch(max_batch)
-            .backoff(Duration::from_millis(1), Duration::from_millis(20))
+            .min_backoff(Duration::from_millis(1))
+            .max_backoff(Duration::from_millis(20))
             .run_until_caught_up()
             .await?;
         judge(&log, &self.around.store(), consumer, MESSAGES).await?;
@@ -238,7 +241,8 @@ async fn a_consumer_outlasts_a_silent_network() -> Outcome {
     let (handler, mut seen) = Watched::new(Silencing(Arc::clone(&stage.proxy), 0));
     let consumer = Consumer::essentially_once(id.clone(), log.clone(), stage.through.store(), handler)
         .max_batch(2)
-        .backoff(Duration::from_millis(1), Duration::from_millis(20));
+        .min_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(20));
     let running = tokio::spawn(consumer.run_until_caught_up());
     // First the commit gets no answer, and then the connection to ask for the position.
     until(&mut seen, |seen| seen.resets == 2).await?;

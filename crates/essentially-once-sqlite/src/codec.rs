@@ -1,7 +1,7 @@
 //! How what SQLite has no column type for is kept as bytes.
 
 use bytes::Bytes;
-use essentially_once::Header;
+use essentially_once::backend::Header;
 
 const HEADERS_VERSION: u8 = 1;
 

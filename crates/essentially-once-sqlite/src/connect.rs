@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{Durability, Error};
+use essentially_once::{Error, backend::Durability};
 use rusqlite::{Connection, OpenFlags};
 use tokio::time;
 

@@ -10,7 +10,7 @@
 //! `essentially_once_*`; the rest of the file, and `user_version`, is yours.
 //!
 //! ```
-//! use essentially_once::{Advance, ConsumerId, Log, NewRecord, Offset, OffsetStore, Revision, Transaction};
+//! use essentially_once::{ConsumerId, Log, NewRecord, Offset, OffsetStore, backend::{Advance, Revision, Transaction}};
 //! use essentially_once_sqlite::Sqlite;
 //!
 //! # #[tokio::main(flavor = "current_thread")]
@@ -123,7 +123,7 @@ use std::{
 };
 
 use essentially_once::Error;
-pub use essentially_once::Retention;
+pub use essentially_once::backend::Retention;
 pub use rusqlite;
 
 use crate::shared::{Shared, on_a_thread};

@@ -3,7 +3,10 @@
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Retention};
+use essentially_once::{
+    Error, Log, NewRecord, Offset,
+    backend::{Bounds, Durability, LogId, LogReader, Retention},
+};
 use rusqlite::{Connection, OptionalExtension};
 use tokio::sync::watch;
 
@@ -155,6 +158,7 @@ impl SqliteLog {
     /// [`Error::InvalidSetting`] for a retention that keeps nothing; [`Error::Unavailable`], [`Error::Failed`].
     pub async fn set_retention(&self, retention: Retention) -> Result<(), Error> {
         retention.check()?;
+        retention.refuse_bytes("SQLite")?;
         let action = || format!("set retention of log {}", self.inner.id);
         let tx = self.inner.shared.begin(action).await?;
         self.inner.require(tx.connection(), action)?;

@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{ConsumerId, Error, Offset, Owner, Pulse, Revision};
+use essentially_once::{
+    ConsumerId, Error, Offset,
+    backend::{Owner, Pulse, Revision},
+};
 use rusqlite::{Connection, OptionalExtension};
 
 use crate::{error::is_busy, row::unsigned};

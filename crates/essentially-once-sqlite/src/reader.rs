@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, LogReader, Record};
+use essentially_once::{Error, Record, backend::LogReader};
 use rusqlite::{Connection, ffi};
 use tokio::{
     sync::watch,

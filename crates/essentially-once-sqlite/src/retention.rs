@@ -2,16 +2,16 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use essentially_once::Retention;
+use essentially_once::backend::Retention;
 use rusqlite::{Connection, types::ValueRef};
 
 use crate::log::{Statements, Status};
 
 pub(crate) fn from_columns(records: Option<i64>, age_ms: Option<i64>) -> Retention {
-    Retention {
-        records: records.map(|records| u64::try_from(records).unwrap_or(u64::MAX)),
-        age: age_ms.map(|age| Duration::from_millis(u64::try_from(age).unwrap_or(u64::MAX))),
-    }
+    let mut retention = Retention::new();
+    retention.records = records.map(|records| u64::try_from(records).unwrap_or(u64::MAX));
+    retention.age = age_ms.map(|age| Duration::from_millis(u64::try_from(age).unwrap_or(u64::MAX)));
+    retention
 }
 
 pub(crate) fn to_columns(retention: Retention) -> (Option<i64>, Option<i64>) {
@@ -81,16 +81,10 @@ mod tests {
 
     #[test]
     fn columns_round_trip_and_clamp() {
-        let retention = Retention {
-            records: Some(5),
-            age: Some(Duration::from_millis(7)),
-        };
+        let retention = Retention::new().max_records(5).max_age(Duration::from_millis(7));
         let (records, age) = to_columns(retention);
         assert_eq!(from_columns(records, age), retention);
-        let endless = Retention {
-            records: Some(u64::MAX),
-            age: Some(Duration::MAX),
-        };
+        let endless = Retention::new().max_records(u64::MAX).max_age(Duration::MAX);
         assert_eq!(to_columns(endless), (Some(i64::MAX), Some(i64::MAX)));
         assert_eq!(from_columns(Some(-1), None).records, Some(u64::MAX));
     }

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
-use essentially_once::{Numbering, Origin, Record};
+use essentially_once::{Origin, Record, backend::Numbering};
 use rusqlite::{Row, types::ValueRef};
 
 use crate::codec::decode_headers;

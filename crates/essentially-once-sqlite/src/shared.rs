@@ -348,7 +348,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Dropping the future leaves the work running.
 pub(crate) async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, essentially_once::Source> {
+) -> Result<T, essentially_once::backend::Source> {
     let (done, result) = oneshot::channel();
     let thread = thread::Builder::new().name("essentially-once-sqlite".into());
     thread.spawn(move || {
@@ -561,7 +561,8 @@ mod tests {
     #[tokio::test]
     async fn a_full_disk_fails_and_leaves_nothing_behind() {
         use essentially_once::{
-            Advance, ConsumerId, KeyValue, Log, NewRecord, Offset, OffsetStore, Revision, Transaction,
+            ConsumerId, KeyValue, Log, NewRecord, Offset, OffsetStore,
+            backend::{Advance, Revision, Transaction},
         };
 
         let folder = tempfile::tempdir().expect("folder");

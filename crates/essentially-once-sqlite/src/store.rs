@@ -5,8 +5,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, LogId, Offset, OffsetStore, Owner, Passed, Position, Pulse,
-    ReadState, Revision, Snapshot, Transaction, Window,
+    ConsumerId, Error, KeyValue, Offset, OffsetStore, ReadState,
+    backend::{Advance, Durability, LogId, Owner, Passed, Position, Pulse, Revision, Snapshot, Transaction, Window},
 };
 use rusqlite::{Connection, OptionalExtension, Params, Row, Statement};
 use tokio::time::{self, Instant};

@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use essentially_once::{Error, Log, Offset, Source, async_trait};
+use essentially_once::{Error, Log, Offset, async_trait, backend::Source};
 use essentially_once_sqlite::{
     Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, params},
@@ -117,14 +117,8 @@ impl Backend for File {
         let keep = log.bounds().await?.end.lo() - before.lo();
         let retention = match keep {
             // By number one is kept at least; by age all are removed.
-            0 => Retention {
-                records: None,
-                age: Some(Duration::from_millis(1)),
-            },
-            keep => Retention {
-                records: Some(keep),
-                age: None,
-            },
+            0 => Retention::new().max_age(Duration::from_millis(1)),
+            keep => Retention::new().max_records(keep),
         };
         log.set_retention(retention).await?;
         tokio::time::sleep(Duration::from_millis(5)).await;

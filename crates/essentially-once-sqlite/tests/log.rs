@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use essentially_once::{Durability, Epoch, Error, Log, LogReader, NewRecord, Offset, Origin, ProducerId, Record};
+use essentially_once::{
+    Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, Record,
+    backend::{Durability, LogReader},
+};
 use essentially_once_sqlite::{LogOptions, Retention, Sqlite, SqliteLog, SqliteOptions, rusqlite::Connection};
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -315,10 +318,7 @@ async fn readers_wake_at_once_in_process_and_soon_across_handles() {
 async fn retention_by_count_applies_to_every_appender() {
     let (_folder, sqlite, log) = orders().await;
     assert_eq!(log.retention().await.expect("retention"), Retention::default());
-    let keep = Retention {
-        records: Some(10),
-        age: None,
-    };
+    let keep = Retention::new().max_records(10);
     log.set_retention(keep).await.expect("set");
     let other = Sqlite::open(sqlite.path())
         .await
@@ -332,24 +332,14 @@ async fn retention_by_count_applies_to_every_appender() {
     }
     let bounds = log.bounds().await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.end), (20.into(), 30.into()));
-    assert!(
-        log.set_retention(Retention {
-            records: Some(0),
-            age: None
-        })
-        .await
-        .is_err()
-    );
+    assert!(log.set_retention(Retention::new().max_records(0)).await.is_err());
 }
 
 #[tokio::test]
 async fn a_backlog_is_trimmed_bit_by_bit_or_at_once() {
     let (_folder, _, log) = orders().await;
     log.append(&numbered(0..25_000)).await.expect("append");
-    let keep = |records| Retention {
-        records: Some(records),
-        age: None,
-    };
+    let keep = |records| Retention::new().max_records(records);
     log.set_retention(keep(100)).await.expect("set");
     log.append(&numbered(0..1)).await.expect("append");
     let earliest = log.bounds().await.expect("bounds").earliest.lo();
@@ -363,10 +353,7 @@ async fn a_backlog_is_trimmed_bit_by_bit_or_at_once() {
 async fn offsets_are_not_used_again_after_all_was_trimmed_by_age() {
     let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..5)).await.expect("append");
-    let second = Retention {
-        records: None,
-        age: Some(Duration::from_secs(1)),
-    };
+    let second = Retention::new().max_age(Duration::from_secs(1));
     log.set_retention(second).await.expect("set");
     assert_eq!(log.trim().await.expect("trim"), 0, "too young");
     let edit = Connection::open(sqlite.path()).expect("open");
@@ -386,12 +373,7 @@ async fn a_reader_that_retention_overtook_is_told() {
     log.append(&numbered(0..10)).await.expect("append");
     let mut reader = log.read(Offset::ZERO).await.expect("read");
     assert_eq!(reader.next(2).await.expect("next").len(), 2);
-    log.set_retention(Retention {
-        records: Some(3),
-        age: None,
-    })
-    .await
-    .expect("set");
+    log.set_retention(Retention::new().max_records(3)).await.expect("set");
     log.trim().await.expect("trim");
     assert!(matches!(
         reader.next(2).await,
@@ -488,10 +470,7 @@ async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
             matches!(error, Error::Failed { .. }) && error.to_string().contains("open it again"),
             "{error}"
         );
-        let retention = Retention {
-            records: Some(1),
-            age: None,
-        };
+        let retention = Retention::new().max_records(1);
         assert!(log.set_retention(retention).await.is_err());
         assert!(log.trim().await.is_err());
     };

@@ -12,8 +12,10 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, CancellationToken, Consumer, ConsumerId, Epoch, Error, Handler, Log, NewRecord, Offset, OffsetStore,
-    Origin, ProducerId, Record, Revision, Transaction, handler_fn,
+    CancellationToken, Consumer, ConsumerId, Epoch, Error, Handler, Log, NewRecord, Offset, OffsetStore, Origin,
+    ProducerId, Record,
+    backend::{Advance, Revision, Transaction},
+    handler_fn,
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
 use essentially_once_testkit::{Check, Expectation, Ledger, read_ledger, read_log};
@@ -361,7 +363,8 @@ async fn two_consumers_of_one_name_count_each_record_once() {
             });
             Consumer::essentially_once(counting(), log, sqlite.store(), handler)
                 .max_batch(16)
-                .backoff(Duration::from_millis(1), Duration::from_millis(20))
+                .min_backoff(Duration::from_millis(1))
+                .max_backoff(Duration::from_millis(20))
                 .run_until(stop)
                 .await
                 .expect("run")

@@ -9,8 +9,9 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Error, KeyValue, Log, LogId, NewRecord, OffsetStore, Owner, Pulse, ReadState,
-    Record, Revision, Transaction, handler_fn,
+    Consumer, ConsumerId, Error, KeyValue, Log, NewRecord, OffsetStore, ReadState, Record,
+    backend::{Advance, LogId, Owner, Pulse, Revision, Transaction},
+    handler_fn,
 };
 use essentially_once_sqlite::{Sqlite, SqliteStore, SqliteTx, rusqlite::Connection};
 use tempfile::TempDir;

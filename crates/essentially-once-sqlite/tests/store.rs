@@ -10,8 +10,9 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Durability, Error, KeyValue, Log, LogId, NewRecord, Numbering, Offset, OffsetStore,
-    Record, Revision, Transaction, Window, handler_fn,
+    Consumer, ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Record,
+    backend::{Advance, Durability, LogId, Numbering, Revision, Transaction, Window},
+    handler_fn,
 };
 use essentially_once_sqlite::{
     Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
@@ -511,12 +512,9 @@ async fn a_handler_cannot_keep_logs_from_being_made_or_trimmed() {
     log.append(&[NewRecord::new("a"), NewRecord::new("b")])
         .await
         .expect("append");
-    log.set_retention(Retention {
-        records: Some(1),
-        age: None,
-    })
-    .await
-    .expect("retention");
+    log.set_retention(Retention::new().max_records(1))
+        .await
+        .expect("retention");
     assert_eq!(log.trim().await.expect("trim"), 1);
 }
 
@@ -613,7 +611,8 @@ async fn a_consumer_whose_handler_appends_to_its_own_file_ends_and_says_why() {
         })
     });
     let consumer = Consumer::essentially_once(shipping(), log, sqlite.store(), handler)
-        .backoff(Duration::from_millis(1), Duration::from_millis(1));
+        .min_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(1));
     let ended = tokio::time::timeout(Duration::from_secs(20), consumer.run()).await;
     let error = ended
         .expect("it is not tried again without end")
@@ -646,7 +645,8 @@ async fn of_two_runs_in_one_task_neither_ends_because_the_other_is_slow() {
             sqlite.store(),
             handler,
         )
-        .backoff(Duration::from_millis(1), Duration::from_millis(20))
+        .min_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(20))
         .run_until_caught_up()
     };
     let quick = async {

@@ -3,8 +3,9 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use essentially_once::{
-    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, LogId, NewRecord, Numbering, Offset,
-    OffsetStore as _, Origin, Record, Revision, async_trait,
+    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Origin,
+    Record, async_trait,
+    backend::{LogId, Numbering, Revision},
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx};
 use rusqlite::Connection;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Error, Log, Offset, Origin, Position, Record};
+use essentially_once::{Error, Log, Offset, Origin, Record, backend::Position};
 
 use crate::Violation;
 

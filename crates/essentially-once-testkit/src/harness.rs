@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use essentially_once::{Error, KeyValue, Log, Offset, OffsetStore, ReadState, Source, async_trait};
+use essentially_once::{Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source};
 
 use crate::Cut;
 
@@ -33,7 +33,7 @@ pub type StateReader<S> = Arc<dyn ReadState<Tx = <S as OffsetStore>::Tx>>;
 pub enum Request {
     /// [`Log::append`](essentially_once::Log::append).
     Append,
-    /// [`Transaction::commit`](essentially_once::Transaction::commit).
+    /// [`Transaction::commit`](essentially_once::backend::Transaction::commit).
     Commit,
 }
 
@@ -208,7 +208,7 @@ pub struct Capabilities {
     /// [`Backend::truncate`] can remove all records that a log holds.
     pub truncate_all: Support,
     /// [`Backend::delete`] works, and a handle that is still open can tell that its log is gone. Without incarnations
-    /// (see [`LogId`](essentially_once::LogId)) it cannot, and the log of that name is the same log to everyone.
+    /// (see [`LogId`](essentially_once::backend::LogId)) it cannot, and the log of that name is the same log to everyone.
     pub delete: Support,
     /// [`Backend::delete_record`] works.
     pub delete_record: Support,

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, BufMut, Bytes};
 use essentially_once::{
-    ConsumerId, Error, Handler, HandlerError, KeyValue, OffsetStore, Record, Transaction, async_trait,
+    ConsumerId, Error, Handler, HandlerError, KeyValue, OffsetStore, Record, async_trait, backend::Transaction,
 };
 
 use crate::Applied;
@@ -180,7 +180,7 @@ fn full_block(number: u64) -> Vec<u8> {
     format!("ledger/{number}").into_bytes()
 }
 
-fn damaged(reason: impl Into<essentially_once::Source>) -> Error {
+fn damaged(reason: impl Into<essentially_once::backend::Source>) -> Error {
     Error::failed("read the ledger: the state is not one that `Ledger` wrote", reason)
 }
 
@@ -189,7 +189,11 @@ fn damaged(reason: impl Into<essentially_once::Source>) -> Error {
 mod tests {
     use std::time::UNIX_EPOCH;
 
-    use essentially_once::{Advance, LogId, Offset, Revision, memory::Memory};
+    use essentially_once::{
+        Offset,
+        backend::{Advance, LogId, Revision},
+        memory::Memory,
+    };
 
     use super::*;
 

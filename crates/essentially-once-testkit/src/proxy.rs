@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::Source;
+use essentially_once::backend::Source;
 
 /// How much of what a connection sent is remembered, to find a pattern that came in pieces.
 const TAIL: usize = 4096;
@@ -40,7 +40,7 @@ pub enum Cut {
 /// // The next command that holds these bytes is done, and its reply is lost.
 /// proxy.cut_at(b"EVALSHA", Cut::BeforeReply);
 /// # drop(url);
-/// # Ok::<(), essentially_once::Source>(())
+/// # Ok::<(), essentially_once::backend::Source>(())
 /// ```
 pub struct Proxy {
     port: u16,

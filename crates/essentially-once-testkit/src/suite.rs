@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{Error, Source};
+use essentially_once::{Error, backend::Source};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::{Capabilities, Expectation, Harness, Support, cases, faults::sampled};

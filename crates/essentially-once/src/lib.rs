@@ -41,7 +41,8 @@
 //! # }
 //! ```
 
-mod consumer;
+pub mod backend;
+pub mod consumer;
 mod error;
 mod handler;
 mod log;
@@ -49,26 +50,28 @@ pub mod memory;
 mod name;
 mod passed;
 mod record;
-mod retention;
 mod revision;
 mod rt;
 mod store;
 mod window;
 
-/// The traits are `#[async_trait]`; re-exported so that implementors need not depend on the crate themselves.
+/// The traits are `#[async_trait]`. Implementors need not depend on the crate themselves.
 pub use async_trait::async_trait;
 pub use tokio_util::sync::CancellationToken;
 
+use crate::{
+    backend::{
+        Advance, Bounds, Durability, LogId, LogReader, Numbering, Owner, Passed, Position, Pulse, Revision, Snapshot,
+        Transaction, Window,
+    },
+    consumer::HandlerErrorKind,
+};
 pub use crate::{
-    consumer::{AtLeastOnce, AtMostOnce, Consumer, Delivery, EssentiallyOnce, Report, StartAt, seek, skip},
-    error::{Error, Source},
-    handler::{Handler, HandlerError, HandlerErrorKind, HandlerFn, HandlerFuture, handler_fn},
-    log::{Bounds, Durability, Log, LogReader},
-    name::{ConsumerId, Epoch, LogId, Numbering, ProducerId},
-    passed::Passed,
-    record::{Header, NewRecord, Offset, Origin, Record},
-    retention::Retention,
-    revision::{Owner, Revision},
-    store::{Advance, KeyValue, OffsetStore, Position, Pulse, ReadState, Snapshot, Transaction},
-    window::Window,
+    consumer::{Consumer, StartAt, seek, skip},
+    error::Error,
+    handler::{Handler, HandlerError, handler_fn},
+    log::Log,
+    name::{ConsumerId, Epoch, ProducerId},
+    record::{NewRecord, Offset, Origin, Record},
+    store::{KeyValue, OffsetStore, ReadState},
 };

@@ -15,6 +15,31 @@ pub struct Bounds {
     pub end: Offset,
 }
 
+impl Bounds {
+    /// Checks that a reader can start at `from`, which is the case from [`earliest`](Self::earliest) to
+    /// [`end`](Self::end), both included.
+    ///
+    /// # Errors
+    /// [`Error::Truncated`] below the earliest record, [`Error::OutOfRange`] past the end.
+    pub fn check(&self, log: &LogId, from: Offset) -> Result<(), Error> {
+        if from < self.earliest {
+            return Err(Error::Truncated {
+                log: log.clone(),
+                requested: from,
+                earliest: self.earliest,
+            });
+        }
+        if from > self.end {
+            return Err(Error::OutOfRange {
+                log: log.clone(),
+                requested: from,
+                end: self.end,
+            });
+        }
+        Ok(())
+    }
+}
+
 /// Whether what a backend acknowledges survives a crash of the process and a restart of the backend.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]

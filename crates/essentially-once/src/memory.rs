@@ -14,14 +14,12 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Numbering, Offset,
-    OffsetStore, Owner, Position, Pulse, ReadState, Record, Revision, Snapshot, Transaction, Window,
+    OffsetStore, Owner, Position, Pulse, ReadState, Record, Snapshot, Transaction, Window,
+    backend::{FetchBudget, check_entry_size},
 };
 
 /// Largest record, key or value that the backend takes, in bytes.
 pub const SIZE_LIMIT: usize = 16 * 1024 * 1024;
-
-/// About how many bytes of records one `next` returns at most.
-const FETCH_BYTES: usize = 1024 * 1024;
 
 /// Logs and a store in this process's memory. Clones share them.
 #[derive(Clone, Default)]
@@ -119,6 +117,13 @@ impl Records {
     fn end(&self) -> u64 {
         self.earliest + self.retained.len() as u64
     }
+
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            earliest: self.earliest.into(),
+            end: self.end().into(),
+        }
+    }
 }
 
 impl MemoryLog {
@@ -142,32 +147,14 @@ impl MemoryLog {
     /// The records from `from` on, or why there can never be any.
     fn fetch(&self, from: Offset, max: usize) -> Result<Vec<Record>, Error> {
         let records = lock(&self.records);
-        let (earliest, end) = (records.earliest.into(), records.end().into());
-        if from < earliest {
-            return Err(Error::Truncated {
-                log: self.id.clone(),
-                requested: from,
-                earliest,
-            });
-        }
-        if from > end {
-            return Err(Error::OutOfRange {
-                log: self.id.clone(),
-                requested: from,
-                end,
-            });
-        }
+        records.bounds().check(&self.id, from)?;
         let start = (from.lo() - records.earliest) as usize;
-        let mut bytes = 0;
+        let mut budget = FetchBudget::new();
         let fetched = records
             .retained
             .range(start..)
             .take(max)
-            .take_while(|record| {
-                let first = bytes == 0;
-                bytes += record.size().max(1);
-                first || bytes <= FETCH_BYTES
-            })
+            .take_while(|record| budget.admits(record.size()))
             .cloned()
             .collect();
         Ok(fetched)
@@ -223,11 +210,7 @@ impl Log for MemoryLog {
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
-        let records = lock(&self.records);
-        Ok(Bounds {
-            earliest: records.earliest.into(),
-            end: records.end().into(),
-        })
+        Ok(lock(&self.records).bounds())
     }
 
     async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
@@ -369,30 +352,11 @@ impl Transaction for MemoryTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         let mut consumers = lock(&self.shared.consumers);
         let stored = consumers.entry(self.consumer.clone()).or_default();
-        let revision = stored
-            .position
-            .as_ref()
-            .map_or(Revision::NONE, |position| position.revision);
-        if revision != advance.expected {
-            return Err(Error::Fenced {
-                consumer: self.consumer,
-                expected: advance.expected,
-            });
-        }
-        let mut log = advance.log;
-        if let Some(position) = &stored.position {
-            if !position.log.is_same_log(&log) {
-                return Err(Error::WrongLog {
-                    consumer: self.consumer,
-                    stored: position.log.clone(),
-                    given: log,
-                });
-            }
-            // S8: a handle that knows no incarnation must not wipe out the known one.
-            if log.incarnation().is_none() {
-                log = position.log.clone();
-            }
-        }
+        let position = stored.position.as_ref();
+        let log = advance.check(
+            &self.consumer,
+            position.map(|position| (position.revision, &position.log)),
+        )?;
         for (key, value) in self.staged {
             match value {
                 Some(value) => stored.state.insert(key, value),
@@ -429,15 +393,7 @@ impl KeyValue for MemoryTx {
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        for (what, bytes) in [("key", key), ("value", value)] {
-            if bytes.len() > SIZE_LIMIT {
-                return Err(Error::TooLarge {
-                    what,
-                    size: bytes.len(),
-                    limit: SIZE_LIMIT,
-                });
-            }
-        }
+        check_entry_size(key, value, SIZE_LIMIT)?;
         self.staged
             .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
         Ok(())

@@ -212,6 +212,18 @@ impl LogId {
         })
     }
 
+    /// The log of a stored name and incarnation; an empty incarnation is none.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`] with the rule that was broken.
+    pub fn from_parts(name: impl AsRef<str>, incarnation: Option<&str>) -> Result<Self, Error> {
+        let log = Self::new(name)?;
+        match incarnation {
+            None | Some("") => Ok(log),
+            Some(incarnation) => log.with_incarnation(incarnation),
+        }
+    }
+
     /// The log's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -225,7 +237,7 @@ impl LogId {
     /// Whether both are the same log: equal names, and equal incarnations where both are known.
     ///
     /// ```
-    /// # use essentially_once::LogId;
+    /// # use essentially_once::backend::LogId;
     /// let first = LogId::new("orders")?.with_incarnation("a1")?;
     /// let again = LogId::new("orders")?.with_incarnation("b2")?;
     /// assert!(!first.is_same_log(&again));

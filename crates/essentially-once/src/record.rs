@@ -120,6 +120,11 @@ impl Origin {
             sequence,
         }
     }
+
+    /// The origin of that numbering and number.
+    pub const fn of(numbering: Numbering, sequence: u64) -> Self {
+        Self { numbering, sequence }
+    }
 }
 
 /// `billing#17:5`: the numbering, then the sequence.

@@ -102,6 +102,33 @@ impl Advance {
             forgotten: Vec::new(),
         }
     }
+
+    /// Decides whether the position stored for `consumer` lets this advance be committed (S2, S8). Returns the log to store:
+    /// the stored one where this advance knows no incarnation.
+    ///
+    /// It compares two values. A backend that shares its data must make the decision part of the commit.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`] if the stored revision is not the expected one, otherwise [`Error::WrongLog`] if the position
+    /// belongs to another log.
+    pub fn check(&self, consumer: &ConsumerId, stored: Option<(Revision, &LogId)>) -> Result<LogId, Error> {
+        let revision = stored.map_or(Revision::NONE, |(revision, _)| revision);
+        if revision != self.expected {
+            return Err(Error::Fenced {
+                consumer: consumer.clone(),
+                expected: self.expected,
+            });
+        }
+        match stored {
+            Some((_, log)) if !log.is_same_log(&self.log) => Err(Error::WrongLog {
+                consumer: consumer.clone(),
+                stored: log.clone(),
+                given: self.log.clone(),
+            }),
+            Some((_, log)) if self.log.incarnation().is_none() => Ok(log.clone()),
+            _ => Ok(self.log.clone()),
+        }
+    }
 }
 
 /// Keeps the positions of consumers, and commits them together with what a handler staged.

@@ -161,7 +161,8 @@ async fn states_can_be_told_apart(kept: &Kept) {
             let consumer = ConsumerId::new(name).unwrap();
             let run = Consumer::essentially_once(consumer, log.clone(), memory.store(), obedient())
                 .accept_volatile()
-                .backoff(Duration::from_millis(1), Duration::from_millis(1))
+                .min_backoff(Duration::from_millis(1))
+                .max_backoff(Duration::from_millis(1))
                 .retries(u32::MAX);
             tokio::spawn(run.run_until(stop.clone()))
         };

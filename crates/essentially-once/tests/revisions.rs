@@ -6,7 +6,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
-use essentially_once::Revision;
+use essentially_once::backend::Revision;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 const HOLDS: &str = "a commit applies only to the state that its handler saw";

@@ -10,8 +10,9 @@ use std::{future::poll_fn, panic, pin::pin, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Durability, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord,
-    OffsetStore, Origin, Position, ProducerId, Record, Revision, Transaction, async_trait,
+    Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Origin,
+    ProducerId, Record, async_trait,
+    backend::{Advance, Durability, Position, Revision, Transaction},
     memory::{Memory, MemoryStore, MemoryTx},
 };
 use shuttle::{
@@ -127,7 +128,8 @@ async fn run_with_a_crash(memory: Memory, fenced: bool) {
             .accept_volatile()
             .max_batch(2)
             // Smaller than the log, so that a wake-up lost between reading and taking shows as a deadlock.
-            .read_ahead(2, 1_000)
+            .read_ahead_records(2)
+            .read_ahead_bytes(1_000)
             // Time does not pass here, so that no standby would ever take over.
             .standby_after(Duration::ZERO)
             // The clock of the machine must not decide anything.

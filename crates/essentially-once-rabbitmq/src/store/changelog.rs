@@ -13,7 +13,8 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Error, LogId, NewRecord, Offset, Owner, Position, Pulse, Revision, Snapshot,
+    ConsumerId, Error, NewRecord, Offset,
+    backend::{Advance, LogId, Owner, Position, Pulse, Revision, Snapshot},
 };
 use tokio::{
     sync::{Mutex, MutexGuard, Notify},

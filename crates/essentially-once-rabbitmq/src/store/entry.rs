@@ -1,7 +1,7 @@
 //! Entries of a changelog as bytes.
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::{Owner, Passed, Revision};
+use essentially_once::backend::{Owner, Passed, Revision};
 
 use super::{
     fold::{Commit, Token},
@@ -198,7 +198,10 @@ fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
 pub(super) mod tests {
     use std::time::SystemTime;
 
-    use essentially_once::{Epoch, LogId, NewRecord, Numbering, Offset, ProducerId, Record, Window};
+    use essentially_once::{
+        Epoch, NewRecord, Offset, ProducerId, Record,
+        backend::{LogId, Numbering, Window},
+    };
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;

@@ -3,7 +3,10 @@
 //! Every reader sees the entries in the same order, and decides on each by what came before it and by nothing else. So all of them
 //! decide alike, whether they read from the first entry or from a snapshot on, and whoever came first in the stream has won.
 
-use essentially_once::{LogId, Offset, Owner, Passed, Revision};
+use essentially_once::{
+    Offset,
+    backend::{LogId, Owner, Passed, Revision},
+};
 
 /// What a writer draws for each of its entries, to know it again.
 pub(super) type Token = u128;

@@ -29,8 +29,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, NewRecord, OffsetStore, Owner, Position, Pulse, ReadState,
-    Revision, Snapshot, Transaction,
+    ConsumerId, Error, KeyValue, NewRecord, OffsetStore, ReadState,
+    backend::{Advance, Durability, Owner, Position, Pulse, Revision, Snapshot, Transaction},
 };
 
 pub use self::sent::RabbitSent;

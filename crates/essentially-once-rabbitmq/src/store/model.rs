@@ -7,7 +7,10 @@ mod mutants;
 
 use std::collections::HashSet;
 
-use essentially_once::{LogId, Offset, Owner, Revision};
+use essentially_once::{
+    Offset,
+    backend::{LogId, Owner, Revision},
+};
 use stateright::{Checker, Model, Property};
 
 use super::fold::{Change, Commit, Fold, Hint, Missing, Token, Verdict};

@@ -4,7 +4,7 @@
 //! Without the doubling, prefix `shop` with consumer `eu.billing` would share streams with prefix `shop.eu` and consumer
 //! `billing`, and did up to version 0.1.
 
-use essentially_once::{ConsumerId, Error, LogId};
+use essentially_once::{ConsumerId, Error, backend::LogId};
 
 /// What the name of a stream may take. A queue may take 255 bytes, but RabbitMQ puts the names of virtual host and stream and a
 /// number of 19 digits into one name of that length.

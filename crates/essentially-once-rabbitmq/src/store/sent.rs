@@ -7,7 +7,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Bounds, ConsumerId, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Record};
+use essentially_once::{
+    ConsumerId, Error, Log, NewRecord, Offset, Record,
+    backend::{Bounds, Durability, LogId, LogReader},
+};
 
 use super::{
     RabbitStore, RabbitTx,

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
-use essentially_once::{Numbering, Offset, Window};
+use essentially_once::{
+    Offset,
+    backend::{Numbering, Window},
+};
 
 use super::fold::Change;
 use crate::packed;

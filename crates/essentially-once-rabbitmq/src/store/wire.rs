@@ -1,7 +1,10 @@
 //! How numbers, byte strings and names stand in entries and snapshots: big-endian, byte strings after their length as a u32.
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::{LogId, Numbering, Offset, Revision, Window};
+use essentially_once::{
+    Offset,
+    backend::{LogId, Numbering, Revision, Window},
+};
 
 /// What was read, or why it cannot be.
 pub(super) type Decoded<T> = Result<T, &'static str>;

@@ -14,7 +14,7 @@ use std::{
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, Log, NewRecord, OffsetStore as _,
-    Origin, ProducerId, Record, Report, Source, async_trait,
+    Origin, ProducerId, Record, async_trait, backend::Source, consumer::Report,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitOptions, RabbitStore};
 use essentially_once_testkit::{Check, Expectation, Ledger, Suite, read_ledger, read_log};
@@ -215,7 +215,8 @@ impl Running {
         let stop = CancellationToken::new();
         let consumer = Consumer::essentially_once(id.clone(), log, store, Watched { seen, held })
             .max_batch(4)
-            .backoff(Duration::from_millis(10), Duration::from_millis(500));
+            .min_backoff(Duration::from_millis(10))
+            .max_backoff(Duration::from_millis(500));
         let task = tokio::spawn(consumer.run_until(stop.clone()));
         Self {
             task,

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use essentially_once::{ConsumerId, Error, Log as _, NewRecord, Offset, Source};
+use essentially_once::{ConsumerId, Error, Log as _, NewRecord, Offset, backend::Source};
 use test_servers::{RabbitNode, eventually};
 use tokio::{task::block_in_place, time::timeout};
 

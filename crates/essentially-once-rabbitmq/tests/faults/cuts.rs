@@ -1,6 +1,6 @@
 //! Connections that are cut while a sender and a consumer work.
 
-use essentially_once::{ConsumerId, Source};
+use essentially_once::{ConsumerId, backend::Source};
 use test_servers::{Cut, Proxy};
 use tokio::task::block_in_place;
 

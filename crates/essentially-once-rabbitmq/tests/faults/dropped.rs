@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use essentially_once::{
-    Advance, ConsumerId, Log as _, LogId, Offset, OffsetStore as _, Owner, ReadState as _, Revision, Source,
-    Transaction as _,
+    ConsumerId, Log as _, Offset, OffsetStore as _, ReadState as _,
+    backend::{Advance, LogId, Owner, Revision, Source, Transaction as _},
 };
 use essentially_once_rabbitmq::RabbitStore;
 use test_servers::{RabbitNode, eventually};

@@ -3,8 +3,9 @@
 use std::{fs, time::Duration};
 
 use essentially_once::{
-    Advance, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, LogId, NewRecord,
-    OffsetStore as _, Record, Revision, Source, Transaction as _, async_trait,
+    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, OffsetStore as _, Record,
+    async_trait,
+    backend::{Advance, LogId, Revision, Source, Transaction as _},
 };
 use essentially_once_rabbitmq::{
     Rabbit, RabbitStore, RabbitTx,
@@ -240,7 +241,8 @@ pub(crate) async fn a_batch_too_large_for_one_commit_is_committed_in_parts() -> 
         log.append(&records).await?;
         let running = Consumer::essentially_once(consumer.clone(), log.clone(), store.clone(), Large)
             .max_batch(RECORDS as usize)
-            .backoff(Duration::from_millis(5), Duration::from_millis(20))
+            .min_backoff(Duration::from_millis(5))
+            .max_backoff(Duration::from_millis(20))
             .run_until_caught_up();
         let report = timeout(crate::common::LIMIT, running).await??;
         ensure!(report.handled == RECORDS && report.failed == 0, "{report}");

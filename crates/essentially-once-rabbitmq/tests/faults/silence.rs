@@ -9,8 +9,10 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, ConsumerId, Error, Log as _, Offset, OffsetStore as _, Owner, Pulse, ReadState as _, Report, Source,
-    Transaction as _, handler_fn,
+    Consumer, ConsumerId, Error, Log as _, Offset, OffsetStore as _, ReadState as _,
+    backend::{Owner, Pulse, Source, Transaction as _},
+    consumer::Report,
+    handler_fn,
 };
 use test_servers::RabbitNode;
 use tokio::{sync::oneshot, task::block_in_place, time::timeout};

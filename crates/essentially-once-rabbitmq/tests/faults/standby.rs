@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Record,
-    Report, async_trait,
+    async_trait, consumer::Report,
 };
 use essentially_once_rabbitmq::{RabbitLog, RabbitStore, RabbitTx};
 use tokio::{

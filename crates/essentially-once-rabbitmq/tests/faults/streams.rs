@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use essentially_once::{
-    Consumer, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, Source, StartAt,
-    seek,
+    Consumer, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, StartAt,
+    backend::Source, seek,
 };
 use essentially_once_rabbitmq::{
     LogOptions,
@@ -62,7 +62,7 @@ pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     is_past_the_end(again.fails().await?)?;
     let applied = read_ledger(&rabbit.store(), &consumer).await?;
     ensure!(applied.len() == 20, "{} records were applied", applied.len());
-    seek(&log, &rabbit.store(), &consumer, StartAt::Earliest).await?;
+    seek(&consumer, &log, &rabbit.store(), StartAt::Earliest).await?;
     let rest = Consumer::essentially_once(consumer.clone(), log, rabbit.store(), Ledger);
     let report = rest.run_until_caught_up().await?;
     ensure!(report.handled == 5, "{report}");
@@ -151,7 +151,7 @@ pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
     let position = rabbit.store().position(&consumer).await?;
     ensure!(position.is_some_and(|position| position.next == behind(4)), "it moved");
     // Whoever says so goes on, with what is left.
-    seek(&log, &rabbit.store(), &consumer, StartAt::Earliest).await?;
+    seek(&consumer, &log, &rabbit.store(), StartAt::Earliest).await?;
     let rest = Consumer::essentially_once(consumer.clone(), log.clone(), rabbit.store(), Ledger);
     rest.run_until_caught_up().await?;
     let applied = read_ledger(&rabbit.store(), &consumer).await?;

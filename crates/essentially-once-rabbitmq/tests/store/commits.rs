@@ -1,6 +1,9 @@
 //! Commits where nothing fails, and who wins.
 
-use essentially_once::{Error, KeyValue as _, Numbering, OffsetStore as _, Revision, Transaction as _, Window};
+use essentially_once::{
+    Error, KeyValue as _, OffsetStore as _,
+    backend::{Numbering, Revision, Transaction as _, Window},
+};
 use essentially_once_testkit::Violation;
 
 use crate::{

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use essentially_once::{
-    ConsumerId, Error, KeyValue as _, Log as _, Offset, OffsetStore as _, Owner, Pulse, ReadState as _, Revision,
-    Transaction as _,
+    ConsumerId, Error, KeyValue as _, Log as _, Offset, OffsetStore as _, ReadState as _,
+    backend::{Owner, Pulse, Revision, Transaction as _},
 };
 use essentially_once_rabbitmq::{LogOptions, Rabbit, RabbitStore};
 use essentially_once_testkit::Violation;

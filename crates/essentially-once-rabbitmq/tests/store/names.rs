@@ -1,6 +1,6 @@
 //! Streams of one consumer are never those of another, and a stream under an old name is not ignored.
 
-use essentially_once::{ConsumerId, Error, OffsetStore as _, Transaction as _};
+use essentially_once::{ConsumerId, Error, OffsetStore as _, backend::Transaction as _};
 use essentially_once_rabbitmq::{Rabbit, RabbitOptions};
 use essentially_once_testkit::Violation;
 

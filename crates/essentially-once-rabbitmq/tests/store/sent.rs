@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use essentially_once::{
     Consumer, ConsumerId, Error, Handler, HandlerError, Log as _, NewRecord, Offset, OffsetStore as _, Record,
-    Transaction as _,
+    backend::Transaction as _,
 };
 use essentially_once_rabbitmq::{LogOptions, RabbitSent, RabbitStore, RabbitTx};
 use essentially_once_testkit::{Check, Expectation, Ledger, Violation, read_ledger, read_log};

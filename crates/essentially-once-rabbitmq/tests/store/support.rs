@@ -3,7 +3,8 @@
 use std::{future::poll_fn, pin::Pin, sync::OnceLock, time::Duration};
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue as _, LogId, OffsetStore as _, Revision, Transaction as _,
+    ConsumerId, Error, KeyValue as _, OffsetStore as _,
+    backend::{Advance, LogId, Revision, Transaction as _},
 };
 use essentially_once_rabbitmq::{
     Rabbit, RabbitOptions, RabbitStore,

@@ -2,7 +2,8 @@
 
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Handler, HandlerError, KeyValue as _, Log, NewRecord, OffsetStore as _, Origin,
-    ProducerId, Record, Revision, Window, async_trait,
+    ProducerId, Record, async_trait,
+    backend::{Revision, Window},
 };
 use essentially_once_rabbitmq::RabbitTx;
 use essentially_once_testkit::{Violation, read_log};

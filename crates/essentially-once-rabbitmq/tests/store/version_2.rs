@@ -1,7 +1,8 @@
 //! Streams that version 2 of the formats was written to are read as they were meant. See `tests/fixtures`.
 
 use essentially_once::{
-    Log, Numbering, Offset, OffsetStore as _, Owner, Passed, ReadState as _, Record, Revision, Snapshot, Window,
+    Log, Offset, OffsetStore as _, ReadState as _, Record,
+    backend::{Numbering, Owner, Passed, Revision, Snapshot, Window},
 };
 use essentially_once_testkit::{Violation, read_log};
 

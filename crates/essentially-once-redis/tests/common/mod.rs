@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, future::Future, pin::Pin, process::ExitCode, ti
 
 use essentially_once::{
     CancellationToken, ConsumerId, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Origin,
-    ProducerId, Record, Source, async_trait,
+    ProducerId, Record, async_trait, backend::Source,
 };
 use essentially_once_testkit::{Check, Expectation, Suite, read_ledger, read_log};
 use tokio::sync::watch;

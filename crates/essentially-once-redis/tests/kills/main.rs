@@ -7,7 +7,7 @@ mod steps;
 
 use std::{collections::BTreeSet, process::ExitCode, sync::Arc, time::Duration};
 
-use essentially_once::{Consumer, ConsumerId, Error, Log, NewRecord, Source};
+use essentially_once::{Consumer, ConsumerId, Error, Log, NewRecord, backend::Source};
 use essentially_once_redis::{Redis, RedisLog, RedisOptions};
 use essentially_once_testkit::Ledger;
 use test_servers::RedisServer;
@@ -112,7 +112,8 @@ async fn one_run(server: &RedisServer, steps: &Steps, max_batch: usize) -> Outco
     let store = Counted::new(redis.store(), steps);
     Consumer::essentially_once(consumer.clone(), log, store, Ledger)
         .max_batch(max_batch)
-        .backoff(Duration::from_millis(1), Duration::from_millis(50))
+        .min_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(50))
         .restart_limit(100)
         .standby_after(Duration::ZERO)
         .run_until_caught_up()

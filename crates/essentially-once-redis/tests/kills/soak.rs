@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use essentially_once::{CancellationToken, Consumer, ConsumerId, EssentiallyOnce, Source};
+use essentially_once::{CancellationToken, Consumer, ConsumerId, backend::Source, consumer::EssentiallyOnce};
 use essentially_once_redis::{Redis, RedisStore};
 use essentially_once_testkit::Ledger;
 use test_servers::RedisServer;
@@ -75,6 +75,7 @@ async fn build(
     let log = redis.log("orders").await?;
     Ok(Consumer::essentially_once(consumer.clone(), log, redis.store(), Ledger)
         .max_batch(5)
-        .backoff(Duration::from_millis(1), Duration::from_millis(20))
+        .min_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(20))
         .standby_after(Duration::ZERO))
 }

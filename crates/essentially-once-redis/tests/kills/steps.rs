@@ -7,8 +7,8 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Offset, OffsetStore,
-    Position, Record, Source, Transaction, async_trait,
+    ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Record, async_trait,
+    backend::{Advance, Bounds, Durability, LogId, LogReader, Position, Source, Transaction},
 };
 use test_servers::RedisServer;
 use tokio::task::block_in_place;

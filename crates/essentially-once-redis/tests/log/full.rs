@@ -1,6 +1,8 @@
 //! A server whose memory is full: reading and removing go on, since both help.
 
-use essentially_once::{ConsumerId, Error, KeyValue as _, Log, Offset, OffsetStore as _, Owner, ReadState as _};
+use essentially_once::{
+    ConsumerId, Error, KeyValue as _, Log, Offset, OffsetStore as _, ReadState as _, backend::Owner,
+};
 use test_servers::Reply;
 
 use crate::support::{admin, keeping, numbered, orders, payloads, read, read_error, soon, take, texts};
@@ -63,10 +65,7 @@ pub(crate) async fn offsets_of_removed_records_are_not_used_again() {
     // Far ahead of the clock, which would otherwise see to it.
     let far = Offset::new(5_000_000_000_000, 7);
     admin(&server, &["XADD", "orders", "5000000000000-7", "payload", "x"]);
-    let by_age = essentially_once_redis::Retention {
-        records: None,
-        age: Some(std::time::Duration::from_millis(1)),
-    };
+    let by_age = essentially_once_redis::Retention::new().max_age(std::time::Duration::from_millis(1));
     let options = essentially_once_redis::LogOptions::new().retention(by_age);
     let log = redis.log_with("orders", options).await.expect("log");
     // No age of an id in the future is over; without a record left, all are.

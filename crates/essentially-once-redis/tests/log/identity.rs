@@ -187,10 +187,7 @@ pub(crate) async fn a_user_who_may_only_read_reads() {
     let mut reader = named.read(Offset::ZERO).await.expect("read");
     log.append(&numbered(1..3)).await.expect("append");
     assert_eq!(payloads(&take(&mut *reader, 3).await), texts(0..3));
-    let keeping = LogOptions::new().retention(Retention {
-        records: Some(1),
-        age: None,
-    });
+    let keeping = LogOptions::new().retention(Retention::new().max_records(1));
     let trimming = reading.log_with("orders", keeping).await.expect("log");
     assert!(matches!(trimming.trim().await, Err(Error::Failed { .. })));
 }
@@ -220,10 +217,7 @@ pub(crate) async fn a_stream_under_another_key() {
         .stream("{shop}:orders")
         .payload_field("json")
         .key_field("id")
-        .retention(Retention {
-            records: Some(2),
-            age: None,
-        });
+        .retention(Retention::new().max_records(2));
     let log = redis.log_with("orders", options).await.expect("log");
     admin(
         &server,

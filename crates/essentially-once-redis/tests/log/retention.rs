@@ -59,12 +59,7 @@ pub(crate) async fn keeps_so_many_records_and_tells_who_lost_some() {
 
 pub(crate) async fn removes_by_age() {
     let (server, redis, log) = orders().await;
-    let of_age = |age| {
-        LogOptions::new().retention(Retention {
-            records: None,
-            age: Some(age),
-        })
-    };
+    let of_age = |age| LogOptions::new().retention(Retention::new().max_age(age));
     let hour = redis
         .log_with("orders", of_age(Duration::from_secs(3600)))
         .await
@@ -86,10 +81,7 @@ pub(crate) async fn removes_by_age() {
     ));
     // Both bounds, of which the stricter one counts; and everything may be too old.
     tokio::time::sleep(Duration::from_millis(20)).await;
-    let both = Retention {
-        records: Some(2),
-        age: Some(Duration::from_millis(1)),
-    };
+    let both = Retention::new().max_records(2).max_age(Duration::from_millis(1));
     let both = redis
         .log_with("orders", LogOptions::new().retention(both))
         .await
@@ -262,10 +254,7 @@ pub(crate) async fn a_trim_by_others_before_ours_is_forgotten() {
 
 /// A log of the stream with 10 records of which retention keeps 4, and the place behind those removed.
 async fn trimmed(server: &RedisServer, redis: &Redis, name: &str, stream: &str) -> (RedisLog, Offset) {
-    let retention = Retention {
-        records: Some(4),
-        age: None,
-    };
+    let retention = Retention::new().max_records(4);
     let options = LogOptions::new().stream(stream).retention(retention);
     let log = redis.log_with(name, options).await.expect("log");
     for n in 0..10 {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use essentially_once::{Error, Log, LogReader, NewRecord, Offset, Record};
+use essentially_once::{Error, Log, NewRecord, Offset, Record, backend::LogReader};
 use essentially_once_redis::{LogOptions, Redis, RedisLog, Retention};
 use test_servers::{RedisServer, Reply};
 use tokio::time::timeout;
@@ -22,10 +22,7 @@ pub(crate) async fn orders() -> (RedisServer, Redis, RedisLog) {
 
 /// The log `orders` with a handle that keeps so many records.
 pub(crate) async fn keeping(redis: &Redis, records: u64) -> RedisLog {
-    let retention = Retention {
-        records: Some(records),
-        age: None,
-    };
+    let retention = Retention::new().max_records(records);
     let options = LogOptions::new().retention(retention);
     redis.log_with("orders", options).await.expect("log")
 }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use essentially_once::{ConsumerId, Error, KeyValue, Offset, OffsetStore, Transaction, Window};
+use essentially_once::{
+    ConsumerId, Error, KeyValue, Offset, OffsetStore,
+    backend::{Transaction, Window},
+};
 use essentially_once_redis::{Redis, RedisOptions};
 
 use crate::support::{Outcome, Stage, advance, assert_error, changed, command, log, numbering, revision, told};

@@ -1,6 +1,6 @@
 //! Native commands: run in the same step, and checked before.
 
-use essentially_once::{Error, Source};
+use essentially_once::{Error, backend::Source};
 
 use crate::support::{Outcome, Stage, assert_error, command, told};
 

@@ -1,6 +1,9 @@
 //! Native commands that fail, are refused, or only read.
 
-use essentially_once::{Advance, Error, KeyValue, Offset, OffsetStore, Revision, Transaction};
+use essentially_once::{
+    Error, KeyValue, Offset, OffsetStore,
+    backend::{Advance, Revision, Transaction},
+};
 use essentially_once_redis::{
     Redis,
     redis::{Cmd, cmd},

@@ -9,7 +9,8 @@ use std::{
 };
 
 use essentially_once::{
-    Error, KeyValue as _, OffsetStore as _, Owner, Pulse, ReadState as _, Revision, Source, Transaction as _, Window,
+    Error, KeyValue as _, OffsetStore as _, ReadState as _,
+    backend::{Owner, Pulse, Revision, Source, Transaction as _, Window},
 };
 
 use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told};

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use essentially_once::{
-    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Record, Source,
-    Transaction, async_trait,
+    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Record, async_trait,
+    backend::{Source, Transaction},
 };
 use essentially_once_redis::{Redis, RedisStore, RedisTx};
 use test_servers::{Cut, Proxy};
@@ -50,7 +50,8 @@ pub(crate) async fn a_careless_handler_counts_every_record() -> Outcome {
         };
         let report = Consumer::essentially_once(consumer.clone(), log.clone(), stage.through(&proxy).await?, handler)
             .max_batch(1)
-            .backoff(Duration::from_millis(1), Duration::from_millis(20))
+            .min_backoff(Duration::from_millis(1))
+            .max_backoff(Duration::from_millis(20))
             .run_until_caught_up()
             .await?;
         assert!(proxy.wait_fired(done + 1, Duration::from_secs(60)));

@@ -8,8 +8,8 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, Durability, Error, Handler, HandlerError, KeyValue, Log as _, NewRecord, OffsetStore, Record, Source,
-    Transaction, Window, async_trait,
+    Consumer, Error, Handler, HandlerError, KeyValue, Log as _, NewRecord, OffsetStore, Record, async_trait,
+    backend::{Durability, Source, Transaction, Window},
 };
 use essentially_once_redis::{
     Redis, RedisOptions, RedisStore, RedisTx,
@@ -183,7 +183,8 @@ pub(crate) async fn replicas_that_are_away_are_waited_for() -> Outcome {
     let consumer = Consumer::essentially_once(stage.consumer.clone(), log, stage.store.clone(), Count);
     let running = tokio::spawn(
         consumer
-            .backoff(Duration::from_millis(5), Duration::from_millis(50))
+            .min_backoff(Duration::from_millis(5))
+            .max_backoff(Duration::from_millis(50))
             .run_until_caught_up(),
     );
     tokio::time::sleep(Duration::from_millis(300)).await;

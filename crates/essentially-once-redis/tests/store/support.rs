@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue, LogId, Numbering, Offset, OffsetStore, Revision, Source, Transaction,
+    ConsumerId, Error, KeyValue, Offset, OffsetStore,
+    backend::{Advance, LogId, Numbering, Revision, Source, Transaction},
 };
 use essentially_once_redis::{RedisOptions, RedisStore, RedisTx, redis::Cmd};
 use test_servers::{Proxy, RedisServer};

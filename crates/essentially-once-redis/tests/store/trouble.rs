@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use essentially_once::{Error, KeyValue, Offset, OffsetStore, Transaction, Window};
+use essentially_once::{
+    Error, KeyValue, Offset, OffsetStore,
+    backend::{Transaction, Window},
+};
 use essentially_once_redis::RedisOptions;
 use test_servers::{Cut, Proxy};
 

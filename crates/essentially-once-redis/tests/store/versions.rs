@@ -1,8 +1,8 @@
 //! Data that earlier versions wrote; `fixtures/README.md` says what it is.
 
 use essentially_once::{
-    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Owner, Pulse, Record, Revision,
-    Source, Transaction as _, async_trait,
+    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Record, async_trait,
+    backend::{Owner, Pulse, Revision, Source, Transaction as _},
 };
 use essentially_once_redis::{LogOptions, Redis, RedisTx, redis};
 

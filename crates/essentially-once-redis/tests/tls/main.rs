@@ -6,7 +6,7 @@ mod secrets;
 
 use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
-use essentially_once::{Consumer, ConsumerId, Error, Source};
+use essentially_once::{Consumer, ConsumerId, Error, backend::Source};
 use essentially_once_redis::{Redis, RedisOptions};
 use essentially_once_testkit::Ledger;
 use tempfile::TempDir;

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{Consumer, ConsumerId, Error, Log as _, OffsetStore as _, Source};
+use essentially_once::{Consumer, ConsumerId, Error, Log as _, OffsetStore as _, backend::Source};
 use essentially_once_redis::{LogOptions, RedisOptions, Retention, redis::Cmd};
 use essentially_once_testkit::Ledger;
 use test_servers::RedisServer;
@@ -160,10 +160,7 @@ async fn requests_that_fail(said: &Said, authority: &Authority, server: &RedisSe
     said.show(&options);
     let url = tls_url(server)?.replace("rediss://", &format!("rediss://{USER}:{SECRET}@"));
     let redis = options.timeout(Duration::from_secs(60)).connect(&url).await?;
-    let kept = LogOptions::new().retention(Retention {
-        records: Some(5),
-        age: None,
-    });
+    let kept = LogOptions::new().retention(Retention::new().max_records(5));
     said.show(&kept);
     let (log, store, id) = (
         redis.log_with("orders", kept).await?,

@@ -3,7 +3,10 @@
 use std::fmt::Debug;
 
 use bytes::Bytes;
-use essentially_once::{NewRecord, Numbering, Position, Record, Window};
+use essentially_once::{
+    NewRecord, Record,
+    backend::{Numbering, Position, Window},
+};
 
 /// Longer texts are cut: a value of a megabyte helps nobody.
 const SHOWN_CHARS: usize = 120;
@@ -106,7 +109,10 @@ fn first<const N: usize>(differences: [Option<String>; N]) -> Option<String> {
 mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
-    use essentially_once::{LogId, Offset, Owner, Revision};
+    use essentially_once::{
+        Offset,
+        backend::{LogId, Owner, Revision},
+    };
 
     use super::*;
 

@@ -1,7 +1,7 @@
 //! Cases for what a backend says of itself, [L1](essentially_once::Log#contract) and
 //! [S3](essentially_once::OffsetStore#contract).
 
-use essentially_once::{Durability, Log, OffsetStore};
+use essentially_once::{Log, OffsetStore, backend::Durability};
 
 use crate::{
     Backend, Harness,

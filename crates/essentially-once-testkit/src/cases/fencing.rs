@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use essentially_once::{Error, KeyValue, OffsetStore, Revision, Transaction, Window};
+use essentially_once::{
+    Error, KeyValue, OffsetStore,
+    backend::{Revision, Transaction, Window},
+};
 use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{

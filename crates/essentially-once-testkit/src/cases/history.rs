@@ -2,7 +2,10 @@
 
 use std::time::UNIX_EPOCH;
 
-use essentially_once::{Advance, KeyValue, Offset, OffsetStore, Owner, Passed, Record, Revision, Transaction, Window};
+use essentially_once::{
+    KeyValue, Offset, OffsetStore, Record,
+    backend::{Advance, Owner, Passed, Revision, Transaction, Window},
+};
 
 use super::{
     compare, consumer, counter,
@@ -46,7 +49,8 @@ async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
             tx.put(b"first", b"kept").await?;
         }
         tx.put(b"n", &n.to_be_bytes()).await?;
-        let mut expected = essentially_once::Position::new(advance.log.clone(), advance.next, advance.revision);
+        let mut expected =
+            essentially_once::backend::Position::new(advance.log.clone(), advance.next, advance.revision);
         (expected.owner, expected.passed) = (advance.owner, advance.passed);
         expected.windows = vec![(numbering("each"), Window::new(n)), first.clone()];
         if let Err(error) = tx.commit(advance).await {

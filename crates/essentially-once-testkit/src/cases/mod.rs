@@ -19,7 +19,10 @@ mod wire;
 
 use std::{future::Future, time::Duration};
 
-use essentially_once::{Advance, ConsumerId, Error, Log, NewRecord, Offset, Position, Record, Revision};
+use essentially_once::{
+    ConsumerId, Error, Log, NewRecord, Offset, Record,
+    backend::{Advance, Position, Revision},
+};
 
 use crate::{
     Harness, Support,

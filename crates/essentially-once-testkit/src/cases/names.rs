@@ -1,6 +1,9 @@
 //! Cases for names that are alike: long ones, ones that differ in case or in a separator only, and ones that begin alike.
 
-use essentially_once::{KeyValue, OffsetStore, Transaction, Window};
+use essentially_once::{
+    KeyValue, OffsetStore,
+    backend::{Transaction, Window},
+};
 
 use super::{
     advance, compare, consumer, payloads, read_all, records,

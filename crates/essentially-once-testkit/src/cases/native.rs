@@ -1,6 +1,9 @@
 //! Cases for native writes within a commit: [S1, S2, S4 and S6](essentially_once::OffsetStore#contract).
 
-use essentially_once::{Error, KeyValue, OffsetStore, Revision, Transaction};
+use essentially_once::{
+    Error, KeyValue, OffsetStore,
+    backend::{Revision, Transaction},
+};
 
 use super::{
     advance, consumer,

@@ -12,8 +12,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, Error, KeyValue, LogId, Offset, OffsetStore, Owner, Passed, Position, Record, Revision, Snapshot,
-    Transaction, Window,
+    Error, KeyValue, Offset, OffsetStore, Record,
+    backend::{Advance, LogId, Owner, Passed, Position, Revision, Snapshot, Transaction, Window},
 };
 use tokio::task::JoinSet;
 

@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use essentially_once::{
-    Advance, ConsumerId, KeyValue, Log, OffsetStore, Owner, Position, Pulse, Revision, Transaction, Window,
+    ConsumerId, KeyValue, Log, OffsetStore,
+    backend::{Advance, Owner, Position, Pulse, Revision, Transaction, Window},
 };
 
 use super::{

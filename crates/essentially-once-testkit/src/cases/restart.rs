@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use essentially_once::{Advance, Error, KeyValue, Log, OffsetStore, Position, Record, Revision, Transaction, Window};
+use essentially_once::{
+    Error, KeyValue, Log, OffsetStore, Record,
+    backend::{Advance, Position, Revision, Transaction, Window},
+};
 
 use super::{advance, compare, consumer, counter, is_certain, payloads, records, soon, store::numbering};
 use crate::{

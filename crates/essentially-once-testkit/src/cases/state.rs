@@ -1,6 +1,9 @@
 //! Cases for the portable state, [S6 and S7](essentially_once::OffsetStore#contract).
 
-use essentially_once::{Error, KeyValue, OffsetStore, Revision, Transaction};
+use essentially_once::{
+    Error, KeyValue, OffsetStore,
+    backend::{Revision, Transaction},
+};
 
 use super::{
     advance, consumer,

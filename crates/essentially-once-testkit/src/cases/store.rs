@@ -3,8 +3,8 @@
 use std::{task::Poll, time::UNIX_EPOCH};
 
 use essentially_once::{
-    Advance, ConsumerId, Error, KeyValue, Log, LogId, Numbering, Offset, OffsetStore, Owner, Passed, Position, Record,
-    Revision, Transaction, Window,
+    ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, Record,
+    backend::{Advance, LogId, Numbering, Owner, Passed, Position, Revision, Transaction, Window},
 };
 
 use super::{QUIET, advance, compare, consumer, counter};

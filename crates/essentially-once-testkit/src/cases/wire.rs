@@ -1,7 +1,7 @@
 //! Cases for requests and replies that are lost on the wire: [L7](essentially_once::Log#contract) and
 //! [S5](essentially_once::OffsetStore#contract).
 
-use essentially_once::{Error, KeyValue, OffsetStore, Transaction};
+use essentially_once::{Error, KeyValue, OffsetStore, backend::Transaction};
 
 use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon, store::value};
 use crate::{
@@ -67,7 +67,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
 }
 
 /// The position, once the backend answers again.
-async fn asked_until_told<S: OffsetStore>(store: &S) -> Option<essentially_once::Position> {
+async fn asked_until_told<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
     loop {
         match store.position(&consumer("shipping")).await {
             Ok(position) => return position,

@@ -1,6 +1,10 @@
 use std::time::UNIX_EPOCH;
 
-use essentially_once::{Epoch, LogId, NewRecord, ProducerId, Revision, memory::Memory};
+use essentially_once::{
+    Epoch, NewRecord, ProducerId,
+    backend::{LogId, Revision},
+    memory::Memory,
+};
 
 use super::*;
 

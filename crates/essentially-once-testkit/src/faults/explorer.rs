@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use essentially_once::Source;
+use essentially_once::backend::Source;
 use tokio::runtime::{Builder, Runtime};
 
 use super::{

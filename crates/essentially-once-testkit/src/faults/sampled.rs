@@ -40,7 +40,7 @@ fn from_env<T: std::str::FromStr<Err: std::fmt::Display>>(name: &str) -> Result<
 
 #[cfg(test)]
 mod tests {
-    use essentially_once::{Source, async_trait, memory::Memory};
+    use essentially_once::{async_trait, backend::Source, memory::Memory};
 
     use super::*;
     use crate::Capabilities;

@@ -3,8 +3,8 @@
 use std::{future::Future, time::Duration};
 
 use essentially_once::{
-    Consumer, ConsumerId, Delivery, Durability, Epoch, Error, Handler, HandlerError, Log, NewRecord, Offset,
-    OffsetStore, Origin, ProducerId, Record, async_trait,
+    Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore, Origin, ProducerId,
+    Record, async_trait, backend::Durability, consumer::Delivery,
 };
 use tokio::{
     task::yield_now,
@@ -114,8 +114,10 @@ impl<B: Backend> Scene<'_, B> {
         let mut consumer = consumer
             .max_batch(self.max_batch)
             // As little as can be, so that reading and handling alternate and more faults fall between them.
-            .read_ahead(self.max_batch, 1024 * 1024)
-            .backoff(first, longest)
+            .read_ahead_records(self.max_batch)
+            .read_ahead_bytes(1024 * 1024)
+            .min_backoff(first)
+            .max_backoff(longest)
             // Zombies are to be fenced at their commits, not waited for.
             .standby_after(Duration::ZERO);
         if stage.accept_volatile {

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
-    Offset, OffsetStore, Owner, Position, Pulse, ReadState, Record, Snapshot, Transaction, async_trait,
+    ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, ReadState, Record,
+    async_trait,
+    backend::{Advance, Bounds, Durability, LogId, LogReader, Owner, Position, Pulse, Snapshot, Transaction},
 };
 
 use super::control::{Failure, Operation, Process};

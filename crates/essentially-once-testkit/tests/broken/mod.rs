@@ -9,8 +9,8 @@ use std::{
 };
 
 use essentially_once::{
-    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Offset, OffsetStore,
-    Position, Revision, Source, Transaction, async_trait,
+    ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, async_trait,
+    backend::{Advance, Bounds, Durability, LogId, LogReader, Position, Revision, Source, Transaction},
     memory::{Memory, MemoryStore, MemoryTx},
 };
 use essentially_once_testkit::{Backend, Capabilities, Harness, Support};

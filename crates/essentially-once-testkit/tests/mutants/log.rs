@@ -9,7 +9,8 @@ use std::{
 };
 
 use essentially_once::{
-    Bounds, Durability, Epoch, Error, Log, LogId, LogReader, NewRecord, Offset, Origin, ProducerId, Record, async_trait,
+    Epoch, Error, Log, NewRecord, Offset, Origin, ProducerId, Record, async_trait,
+    backend::{Bounds, Durability, LogId, LogReader},
 };
 
 use essentially_once_testkit::{Cut, Request};

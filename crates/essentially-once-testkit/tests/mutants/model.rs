@@ -9,7 +9,10 @@ use std::{
     time::SystemTime,
 };
 
-use essentially_once::{Durability, Error, Log, LogId, Offset, Record, Source, async_trait};
+use essentially_once::{
+    Error, Log, Offset, Record, async_trait,
+    backend::{Durability, LogId, Source},
+};
 use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Request, StateReader, Support};
 use tokio::{sync::watch, task::yield_now};
 

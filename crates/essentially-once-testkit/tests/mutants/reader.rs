@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Epoch, Error, LogId, LogReader, Offset, Origin, Record, async_trait};
+use essentially_once::{
+    Epoch, Error, Offset, Origin, Record, async_trait,
+    backend::{LogId, LogReader},
+};
 use tokio::{sync::watch, task::yield_now, time::sleep};
 
 use crate::{defect::Defect, log::ModelLog, model::Shared};

@@ -11,8 +11,8 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Advance, ConsumerId, Durability, Epoch, Error, LogId, Numbering, Offset, OffsetStore, Owner, Position, ProducerId,
-    Pulse, ReadState, Revision, Snapshot, Window, async_trait,
+    ConsumerId, Epoch, Error, Offset, OffsetStore, ProducerId, ReadState, async_trait,
+    backend::{Advance, Durability, LogId, Numbering, Owner, Position, Pulse, Revision, Snapshot, Window},
 };
 use tokio::{
     sync::watch,

@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Advance, ConsumerId, Error, KeyValue, Position, Transaction, async_trait};
+use essentially_once::{
+    ConsumerId, Error, KeyValue, async_trait,
+    backend::{Advance, Position, Transaction},
+};
 use essentially_once_testkit::{Cut, Request};
 use tokio::{task::yield_now, time::sleep};
 

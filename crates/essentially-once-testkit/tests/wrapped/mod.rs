@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use essentially_once::{
-    Error, Log, Offset, Source, async_trait,
+    Error, Log, Offset, async_trait,
+    backend::Source,
     memory::{Memory, MemoryStore},
 };
 use essentially_once_testkit::{

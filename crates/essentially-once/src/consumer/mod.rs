@@ -35,6 +35,7 @@ pub use self::{
     seek::seek,
     skip::skip,
 };
+pub use crate::handler::{HandlerErrorKind, HandlerFn, HandlerFuture};
 use crate::{ConsumerId, Error, Handler, Log, Offset, OffsetStore, Owner, rt, window::Windows};
 
 /// How long the end of a run waits for the store to take note of it.
@@ -95,8 +96,8 @@ struct Settings {
     accept_volatile: bool,
     retries: u32,
     restart_limit: Option<u32>,
-    min_pause: Duration,
-    max_pause: Duration,
+    min_backoff: Duration,
+    max_backoff: Duration,
     forget_producers_after: Duration,
     batch_time_limit: Duration,
     record_time_limit: Option<Duration>,
@@ -114,8 +115,8 @@ impl Default for Settings {
             accept_volatile: false,
             retries: 10,
             restart_limit: None,
-            min_pause: Duration::from_millis(10),
-            max_pause: Duration::from_secs(10),
+            min_backoff: Duration::from_millis(10),
+            max_backoff: Duration::from_secs(10),
             forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
             batch_time_limit: Duration::from_millis(100),
             record_time_limit: None,
@@ -172,11 +173,17 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// How much is read ahead of the handler at most: so many records, or so many bytes plus one fetch of the log.
-    /// Sixteen batches but at least 8,192 records, and 8 MiB, unless set.
+    /// How many records are read ahead of the handler; sixteen batches but at least 8,192 unless set.
     #[must_use]
-    pub fn read_ahead(mut self, records: usize, bytes: usize) -> Self {
+    pub fn read_ahead_records(mut self, records: usize) -> Self {
         self.settings.read_ahead_records = Some(records);
+        self
+    }
+
+    /// How many bytes of records are read ahead of the handler, plus one fetch of the log; 8 MiB unless set. Reading stops at
+    /// this limit or at [`read_ahead_records`](Self::read_ahead_records), whichever comes first.
+    #[must_use]
+    pub fn read_ahead_bytes(mut self, bytes: usize) -> Self {
         self.settings.read_ahead_bytes = bytes;
         self
     }
@@ -189,19 +196,24 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     /// How often a record is tried again before the run ends; 10 unless set. The pauses are those of
-    /// [`backoff`](Self::backoff). A record that failed behind others in its batch is tried alone at least once.
+    /// [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff). A record that failed behind others in its batch is tried alone at least once.
     #[must_use]
     pub fn retries(mut self, retries: u32) -> Self {
         self.settings.retries = retries;
         self
     }
 
-    /// The first and the longest pause before a restart, 10 ms and 10 s unless set. Each is twice the one before, a commit
-    /// starts over, and to each comes up to as much again at random.
+    /// The pause before the first restart; 10 ms unless set. Pauses double, with up to 100 % jitter, and reset after a commit.
     #[must_use]
-    pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
-        self.settings.min_pause = first;
-        self.settings.max_pause = longest;
+    pub fn min_backoff(mut self, pause: Duration) -> Self {
+        self.settings.min_backoff = pause;
+        self
+    }
+
+    /// The longest pause before a restart, jitter not counted; 10 s unless set.
+    #[must_use]
+    pub fn max_backoff(mut self, pause: Duration) -> Self {
+        self.settings.max_backoff = pause;
         self
     }
 
@@ -398,12 +410,12 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             _ => Ok(()),
         };
         zero("max_batch", self.settings.max_batch)?;
-        zero("read_ahead records", self.settings.read_ahead_records.unwrap_or(1))?;
-        zero("read_ahead bytes", self.settings.read_ahead_bytes)?;
-        if self.settings.min_pause > self.settings.max_pause {
+        zero("read_ahead_records", self.settings.read_ahead_records.unwrap_or(1))?;
+        zero("read_ahead_bytes", self.settings.read_ahead_bytes)?;
+        if self.settings.min_backoff > self.settings.max_backoff {
             return Err(Error::InvalidSetting {
-                setting: "backoff",
-                reason: "the first pause is longer than the longest".into(),
+                setting: "min_backoff",
+                reason: "it is longer than `max_backoff`".into(),
             });
         }
         Ok(())

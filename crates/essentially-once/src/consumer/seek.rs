@@ -14,9 +14,9 @@ use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Tran
 /// [`Error::Truncated`] or [`Error::OutOfRange`] if the log holds no such place; [`Error::WrongLog`] if the position belongs to
 /// another log; [`Error::Fenced`] if a running instance committed meanwhile: try again. The backend's own errors.
 pub async fn seek<S: OffsetStore>(
+    consumer: &ConsumerId,
     log: &dyn Log,
     store: &S,
-    consumer: &ConsumerId,
     to: StartAt,
 ) -> Result<Offset, Error> {
     let position = store.position(consumer).await?;

@@ -22,9 +22,9 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 ///
 /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does.
 pub async fn skip<S: OffsetStore>(
+    consumer: &ConsumerId,
     log: &dyn Log,
     store: &S,
-    consumer: &ConsumerId,
     offset: Offset,
 ) -> Result<Offset, Error> {
     let refused = |reason: String| {

@@ -30,8 +30,8 @@ struct Culprit {
 impl Supervisor {
     pub(super) fn new(id: &ConsumerId, log: &Arc<dyn Log>, settings: &Settings) -> Self {
         let backoff = ExponentialBuilder::default()
-            .with_min_delay(settings.min_pause)
-            .with_max_delay(settings.max_pause)
+            .with_min_delay(settings.min_backoff)
+            .with_max_delay(settings.max_backoff)
             .with_jitter()
             .without_max_times();
         Self {

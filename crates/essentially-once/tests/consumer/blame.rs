@@ -27,7 +27,9 @@ fn failing(error: impl Fn() -> HandlerError + Send + 'static) -> impl Handler<Me
     })
 }
 
-async fn run_without_retries(handler: impl Handler<MemoryTx> + 'static) -> Result<essentially_once::Report, Error> {
+async fn run_without_retries(
+    handler: impl Handler<MemoryTx> + 'static,
+) -> Result<essentially_once::consumer::Report, Error> {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
     log.append(&[NewRecord::new("0")]).await.unwrap();

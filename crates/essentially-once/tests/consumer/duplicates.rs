@@ -1,6 +1,9 @@
 //! Records that were sent twice.
 
-use essentially_once::{Bounds, Durability, Epoch, LogId, LogReader, Origin, async_trait};
+use essentially_once::{
+    Epoch, Origin, async_trait,
+    backend::{Bounds, Durability, LogId, LogReader},
+};
 
 use super::*;
 
@@ -63,7 +66,7 @@ async fn going_back_by_hand_handles_again_what_has_an_origin() {
             .await
             .unwrap();
         assert_eq!(report.handled, handled);
-        seek(&log, &memory.store(), &shipping(), StartAt::Earliest)
+        seek(&shipping(), &log, &memory.store(), StartAt::Earliest)
             .await
             .unwrap();
     }

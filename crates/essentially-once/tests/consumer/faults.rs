@@ -13,11 +13,12 @@ const STEPS: [Step; 7] = [
 ];
 
 /// Runs essentially-once in batches of 5 with that script, and checks that every record was counted once.
-async fn every_record_counts_once(script: Script) -> essentially_once::Report {
+async fn every_record_counts_once(script: Script) -> essentially_once::consumer::Report {
     let backend = Backend::new(RECORDS, script).await;
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
         .max_batch(5)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await
         .unwrap();
@@ -111,7 +112,7 @@ async fn retention_that_overtakes_a_consumer_is_told_and_seek_goes_on() {
     let consumer = |backend: &Backend| {
         Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter()).run_until_caught_up()
     };
-    seek(&backend.log(), &backend.store(), &shipping(), StartAt::Offset(2.into()))
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(2.into()))
         .await
         .unwrap();
     backend.memory_log().truncate(6.into());
@@ -121,15 +122,15 @@ async fn retention_that_overtakes_a_consumer_is_told_and_seek_goes_on() {
         if (requested, earliest) == (2.into(), 6.into())),
         "{error}"
     );
-    seek(&backend.log(), &backend.store(), &shipping(), StartAt::Earliest)
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
         .await
         .unwrap();
     assert_eq!(consumer(&backend).await.unwrap().handled, 6);
 
     let past = seek(
+        &shipping(),
         &backend.log(),
         &backend.store(),
-        &shipping(),
         StartAt::Offset(13.into()),
     )
     .await
@@ -141,7 +142,7 @@ async fn retention_that_overtakes_a_consumer_is_told_and_seek_goes_on() {
 async fn a_position_of_another_log_is_refused() {
     let backend = Backend::new(RECORDS, Script::default()).await;
     let other = backend.memory.log("invoices").unwrap();
-    seek(&other, &backend.memory.store(), &shipping(), StartAt::Earliest)
+    seek(&shipping(), &other, &backend.memory.store(), StartAt::Earliest)
         .await
         .unwrap();
     let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
@@ -154,7 +155,7 @@ async fn a_position_of_another_log_is_refused() {
         0,
         "no record of the wrong log is handled"
     );
-    let error = seek(&backend.log(), &backend.store(), &shipping(), StartAt::Earliest)
+    let error = seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
         .await
         .unwrap_err();
     assert!(matches!(error, Error::WrongLog { .. }), "{error}");
@@ -194,7 +195,8 @@ async fn at_least_once_loses_nothing_and_doubles_only_behind_a_lost_commit() {
         let handled = Arc::clone(&handler.in_memory);
         Consumer::at_least_once(shipping(), backend.log(), backend.store(), InMemory(handler))
             .max_batch(5)
-            .backoff(Duration::ZERO, Duration::ZERO)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
             .run_until_caught_up()
             .await
             .unwrap();
@@ -226,7 +228,8 @@ async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
         let handled = Arc::clone(&handler.in_memory);
         let report = Consumer::at_most_once(shipping(), backend.log(), backend.store(), InMemory(handler))
             .max_batch(5)
-            .backoff(Duration::ZERO, Duration::ZERO)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
             .run_until_caught_up()
             .await
             .unwrap();
@@ -246,7 +249,7 @@ async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
 struct LateStore {
     inner: essentially_once::memory::MemoryStore,
     commits: Arc<std::sync::atomic::AtomicU64>,
-    late: Arc<std::sync::Mutex<Option<(MemoryTx, essentially_once::Advance)>>>,
+    late: Arc<std::sync::Mutex<Option<(MemoryTx, essentially_once::backend::Advance)>>>,
 }
 
 struct LateTx {
@@ -258,7 +261,7 @@ struct LateTx {
 impl OffsetStore for LateStore {
     type Tx = LateTx;
 
-    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::Position>, Error> {
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::backend::Position>, Error> {
         self.inner.position(consumer).await
     }
 
@@ -269,14 +272,14 @@ impl OffsetStore for LateStore {
         })
     }
 
-    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
-        Ok(essentially_once::Durability::Durable)
+    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
+        Ok(essentially_once::backend::Durability::Durable)
     }
 }
 
 #[essentially_once::async_trait]
-impl essentially_once::Transaction for LateTx {
-    async fn commit(self, advance: essentially_once::Advance) -> Result<(), Error> {
+impl essentially_once::backend::Transaction for LateTx {
+    async fn commit(self, advance: essentially_once::backend::Advance) -> Result<(), Error> {
         let late = self.store.late.lock().unwrap().take();
         if let Some((tx, advance)) = late {
             tx.commit(advance).await?;

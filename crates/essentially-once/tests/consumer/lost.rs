@@ -3,7 +3,9 @@
 use std::sync::atomic::AtomicBool;
 
 use essentially_once::{
-    Durability, KeyValue, Position, Report,
+    KeyValue,
+    backend::{Durability, Position},
+    consumer::Report,
     memory::{MemoryLog, MemoryStore},
 };
 
@@ -18,7 +20,8 @@ async fn run_with(fault: Fault, start_at: StartAt) -> (Backend, Result<Report, E
     let result = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
         .max_batch(5)
         .start_at(start_at)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await;
     backend.script.assert_all_struck();
@@ -71,7 +74,8 @@ async fn log_and_store_that_went_back_together_go_on_with_a_count() {
     let running = Consumer::essentially_once(shipping(), failing_over, backend.store(), backend.counter())
         .accept_volatile()
         .max_batch(1)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until(stop.clone());
     let stopping = async {
         while backend.script.taken(Step::Position) < 2 {
@@ -104,7 +108,7 @@ impl FailsOver {
 
 #[essentially_once::async_trait]
 impl Log for FailsOver {
-    fn id(&self) -> &essentially_once::LogId {
+    fn id(&self) -> &essentially_once::backend::LogId {
         self.before.id()
     }
 
@@ -112,15 +116,15 @@ impl Log for FailsOver {
         self.current().append(records).await
     }
 
-    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::LogReader>, Error> {
+    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::backend::LogReader>, Error> {
         self.current().read(from).await
     }
 
-    async fn bounds(&self) -> Result<essentially_once::Bounds, Error> {
+    async fn bounds(&self) -> Result<essentially_once::backend::Bounds, Error> {
         self.current().bounds().await
     }
 
-    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
         self.current().durability().await
     }
 }
@@ -145,7 +149,7 @@ async fn a_log_restored_from_an_older_copy_that_has_grown_again_is_noticed() {
         "{error}"
     );
     let seek_to = StartAt::Offset(5.into());
-    seek(&restored, &backend.memory.store(), &shipping(), seek_to)
+    seek(&shipping(), &restored, &backend.memory.store(), seek_to)
         .await
         .unwrap();
     assert_eq!(consume(restored).await.unwrap().handled, RECORDS);
@@ -266,7 +270,7 @@ impl Shortened {
 
 #[essentially_once::async_trait]
 impl Log for Shortened {
-    fn id(&self) -> &essentially_once::LogId {
+    fn id(&self) -> &essentially_once::backend::LogId {
         self.before.id()
     }
 
@@ -274,11 +278,11 @@ impl Log for Shortened {
         self.current().append(records).await
     }
 
-    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::LogReader>, Error> {
+    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::backend::LogReader>, Error> {
         self.current().read(from).await
     }
 
-    async fn bounds(&self) -> Result<essentially_once::Bounds, Error> {
+    async fn bounds(&self) -> Result<essentially_once::backend::Bounds, Error> {
         self.current().bounds().await
     }
 

@@ -33,7 +33,8 @@ async fn a_record_is_retried_alone_as_often_as_set_then_the_run_ends() {
         let handler = backend.counter();
         let result = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler.clone())
             .retries(3)
-            .backoff(Duration::ZERO, Duration::ZERO)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
             .run_until_caught_up()
             .await;
         backend.script.assert_all_struck();
@@ -108,7 +109,8 @@ async fn a_backend_in_trouble_is_not_the_records_fault() {
     let backend = Backend::new(RECORDS, script).await;
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
         .retries(0)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await
         .unwrap();
@@ -189,7 +191,8 @@ async fn a_batch_that_fails_as_a_whole_is_taken_apart_until_the_culprit_is_known
         };
         let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
             .retries(1)
-            .backoff(Duration::ZERO, Duration::ZERO)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
             .run_until_caught_up()
             .await
             .unwrap_err();
@@ -215,7 +218,8 @@ async fn what_was_gathered_is_flushed_once_for_each_commit() {
     };
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
         .max_batch(5)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await
         .unwrap();
@@ -245,7 +249,8 @@ async fn a_wrapped_error_of_the_backend_is_not_the_records_fault() {
     });
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
         .retries(0)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await
         .unwrap();

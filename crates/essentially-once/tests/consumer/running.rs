@@ -69,8 +69,8 @@ async fn settings_that_make_no_sense_are_refused() {
     let consumer = || Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter());
     for consumer in [
         consumer().max_batch(0),
-        consumer().read_ahead(0, 1),
-        consumer().read_ahead(1, 0),
+        consumer().read_ahead_records(0).read_ahead_bytes(1),
+        consumer().read_ahead_records(1).read_ahead_bytes(0),
     ] {
         let error = consumer.run_until_caught_up().await.unwrap_err();
         assert!(matches!(error, Error::InvalidSetting { .. }), "{error}");
@@ -91,7 +91,8 @@ async fn a_log_far_larger_than_the_read_ahead_is_read_to_its_end() {
         for max_batch in [1, 2, 5, 100, 5_000] {
             let backend = Backend::new(1_000, Script::default()).await;
             let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
-                .read_ahead(records, bytes)
+                .read_ahead_records(records)
+                .read_ahead_bytes(bytes)
                 .max_batch(max_batch)
                 .run_until_caught_up();
             let report = tokio::time::timeout(Duration::from_secs(30), run).await;
@@ -109,7 +110,8 @@ async fn restart_limit_ends_the_run_with_the_last_error() {
     }
     let backend = Backend::new(RECORDS, script).await;
     let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .restart_limit(4)
         .run_until_caught_up()
         .await
@@ -128,7 +130,8 @@ async fn a_commit_starts_the_count_of_restarts_over() {
     let backend = Backend::new(RECORDS, script).await;
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
         .max_batch(3)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .restart_limit(2)
         .run_until_caught_up()
         .await
@@ -146,7 +149,8 @@ async fn pauses_grow_until_a_commit() {
     let backend = Backend::new(RECORDS, script).await;
     let started = tokio::time::Instant::now();
     Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
-        .backoff(Duration::from_secs(1), Duration::from_secs(8))
+        .min_backoff(Duration::from_secs(1))
+        .max_backoff(Duration::from_secs(8))
         .run_until_caught_up()
         .await
         .unwrap();
@@ -243,7 +247,8 @@ async fn two_instances_of_one_consumer_handle_every_record_once() {
             Consumer::essentially_once(shipping(), log.clone(), memory.store(), handler)
                 .accept_volatile()
                 .max_batch(7)
-                .backoff(Duration::ZERO, Duration::from_micros(50))
+                .min_backoff(Duration::ZERO)
+                .max_backoff(Duration::from_micros(50))
                 .run_until_caught_up(),
         )
     };
@@ -311,7 +316,10 @@ struct RejectsWhatIsThere(
 #[async_trait::async_trait]
 impl Handler<ScriptedTx> for RejectsWhatIsThere {
     async fn handle(&mut self, record: &Record, tx: &mut ScriptedTx) -> Result<(), HandlerError> {
-        use essentially_once::{Advance, KeyValue, Transaction};
+        use essentially_once::{
+            KeyValue,
+            backend::{Advance, Transaction},
+        };
 
         if let Some((log, store)) = self.0.take() {
             // Another instance handles the same record and commits first.
@@ -353,7 +361,7 @@ async fn the_verdict_of_an_overtaken_instance_counts_for_nothing_without_a_trans
         Box::pin(async move {
             if first {
                 // Another instance handles the same record and commits first.
-                seek(&log, &store, &shipping(), StartAt::Offset(behind)).await?;
+                seek(&shipping(), &log, &store, StartAt::Offset(behind)).await?;
                 return Err(HandlerError::reject("shipped already"));
             }
             Ok(())

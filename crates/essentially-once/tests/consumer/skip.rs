@@ -30,7 +30,7 @@ async fn a_skipped_record_is_passed_and_dropped_if_it_is_sent_again() {
         panic!("{error}")
     };
     let before = backend.position(&shipping()).await.unwrap();
-    let next = skip(&backend.log(), &backend.store(), &shipping(), offset)
+    let next = skip(&shipping(), &backend.log(), &backend.store(), offset)
         .await
         .unwrap();
     assert_eq!(next, 2.into());
@@ -52,10 +52,10 @@ async fn a_malformed_record_that_is_skipped_marks_nothing() {
     log.append(&[produced("0", 0)]).await.unwrap();
     let mut backend = Backend::of(memory, Script::default());
     backend.malformed = Some(0.into());
-    seek(&backend.log(), &backend.store(), &shipping(), StartAt::Earliest)
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
         .await
         .unwrap();
-    skip(&backend.log(), &backend.store(), &shipping(), 0.into())
+    skip(&shipping(), &backend.log(), &backend.store(), 0.into())
         .await
         .unwrap();
     // A later version may decode it, and then it is another record.
@@ -69,13 +69,13 @@ async fn a_malformed_record_that_is_skipped_marks_nothing() {
 async fn what_is_not_the_next_record_is_refused_and_named() {
     let backend = Backend::new(RECORDS, Script::default()).await;
     let skip_at = async |offset: u64| {
-        let error = skip(&backend.log(), &backend.store(), &shipping(), offset.into())
+        let error = skip(&shipping(), &backend.log(), &backend.store(), offset.into())
             .await
             .unwrap_err();
         error.to_string()
     };
     assert!(skip_at(0).await.contains("no position yet"), "{}", skip_at(0).await);
-    seek(&backend.log(), &backend.store(), &shipping(), StartAt::Offset(3.into()))
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(3.into()))
         .await
         .unwrap();
     let before = backend.position(&shipping()).await;

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, atomic::AtomicU64};
 
 use essentially_once::{
-    Report,
+    consumer::Report,
     memory::{MemoryLog, MemoryStore},
 };
 use tokio::{task::JoinHandle, time::Instant};
@@ -59,7 +59,7 @@ impl Shared {
         &self,
         instance: usize,
         takes: Duration,
-    ) -> Consumer<MemoryStore, Slow, essentially_once::EssentiallyOnce> {
+    ) -> Consumer<MemoryStore, Slow, essentially_once::consumer::EssentiallyOnce> {
         let handler = Slow {
             shared: self.clone(),
             instance,
@@ -129,7 +129,7 @@ struct Mute(MemoryStore);
 impl OffsetStore for Mute {
     type Tx = MemoryTx;
 
-    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::Position>, Error> {
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::backend::Position>, Error> {
         self.0.position(consumer).await
     }
 
@@ -137,7 +137,7 @@ impl OffsetStore for Mute {
         self.0.begin(consumer).await
     }
 
-    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
         self.0.durability().await
     }
 }
@@ -158,7 +158,11 @@ async fn instances_that_show_no_life_learn_patience_instead_of_displacing_each_o
 
 impl Shared {
     /// An instance on a store without beats.
-    fn mute(&self, instance: usize, takes: Duration) -> Consumer<Mute, Slow, essentially_once::EssentiallyOnce> {
+    fn mute(
+        &self,
+        instance: usize,
+        takes: Duration,
+    ) -> Consumer<Mute, Slow, essentially_once::consumer::EssentiallyOnce> {
         let handler = Slow {
             shared: self.clone(),
             instance,
@@ -231,10 +235,12 @@ async fn an_instance_that_was_displaced_while_idle_does_not_take_the_idle_time_f
     // Another one takes the position over, and dies at once.
     let position = shared.store().position(&shipping()).await.unwrap().unwrap();
     let revision = position.revision.fresh_epoch();
-    let mut advance = essentially_once::Advance::new(position.log, position.next, position.revision, revision);
-    advance.owner = Some(essentially_once::Owner::draw());
+    let mut advance = essentially_once::backend::Advance::new(position.log, position.next, position.revision, revision);
+    advance.owner = Some(essentially_once::backend::Owner::draw());
     let tx = shared.store().begin(&shipping()).await.unwrap();
-    essentially_once::Transaction::commit(tx, advance).await.unwrap();
+    essentially_once::backend::Transaction::commit(tx, advance)
+        .await
+        .unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     let gone = Instant::now();
     shared.append(1..2).await;
@@ -250,7 +256,7 @@ struct Asked(MemoryStore, Arc<AtomicU64>);
 impl OffsetStore for Asked {
     type Tx = MemoryTx;
 
-    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::Position>, Error> {
+    async fn position(&self, consumer: &ConsumerId) -> Result<Option<essentially_once::backend::Position>, Error> {
         self.1.fetch_add(1, Ordering::SeqCst);
         self.0.position(consumer).await
     }
@@ -259,11 +265,11 @@ impl OffsetStore for Asked {
         self.0.begin(consumer).await
     }
 
-    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
         self.0.durability().await
     }
 
-    async fn pulse(&self, consumer: &ConsumerId) -> Result<essentially_once::Pulse, Error> {
+    async fn pulse(&self, consumer: &ConsumerId) -> Result<essentially_once::backend::Pulse, Error> {
         self.0.pulse(consumer).await
     }
 }
@@ -405,7 +411,7 @@ async fn a_lone_instance_whose_position_is_moved_by_hand_goes_on_from_there_at_o
     shared.reached(10).await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     let moved = Instant::now();
-    seek(&shared.log(), &shared.store(), &shipping(), StartAt::Offset(4.into()))
+    seek(&shipping(), &shared.log(), &shared.store(), StartAt::Offset(4.into()))
         .await
         .unwrap();
     shared.reached(10).await;
@@ -415,7 +421,7 @@ async fn a_lone_instance_whose_position_is_moved_by_hand_goes_on_from_there_at_o
     shared.reached(30).await;
     let moved = Instant::now();
     let to = StartAt::Offset(90.into());
-    while let Err(error) = seek(&shared.log(), &shared.store(), &shipping(), to).await {
+    while let Err(error) = seek(&shipping(), &shared.log(), &shared.store(), to).await {
         assert!(matches!(error, Error::Fenced { .. }), "{error}");
     }
     shared.reached(100).await;

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use essentially_once::{Bounds, LogId, LogReader, memory::MemoryLog};
+use essentially_once::{
+    backend::{Bounds, LogId, LogReader},
+    memory::MemoryLog,
+};
 
 use super::*;
 
@@ -49,7 +52,7 @@ async fn a_place_that_an_operator_chose_is_not_begun_again() {
     );
     tokio::time::sleep(Duration::from_secs(5)).await;
     // The place where the run began, but not its position any more.
-    seek(&log, &memory.store(), &shipping(), StartAt::Offset(Offset::ZERO))
+    seek(&shipping(), &log, &memory.store(), StartAt::Offset(Offset::ZERO))
         .await
         .unwrap();
     log.truncate(5.into());
@@ -94,7 +97,7 @@ impl Log for Lazy {
         self.inner.bounds().await
     }
 
-    async fn durability(&self) -> Result<essentially_once::Durability, Error> {
+    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
         self.inner.durability().await
     }
 }

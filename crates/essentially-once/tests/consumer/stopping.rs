@@ -195,7 +195,8 @@ async fn records_that_are_deleted_during_the_run_are_not_waited_for_either() {
     });
     let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
         .max_batch(1)
-        .read_ahead(2, 1_000);
+        .read_ahead_records(2)
+        .read_ahead_bytes(1_000);
     let report = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
     assert_eq!(report.await.expect("it waits").unwrap().handled, RECORDS - 3);
 }
@@ -205,7 +206,8 @@ async fn a_new_consumer_that_retention_overtakes_begins_again_at_the_earliest_re
     for (step, nth) in [(Step::Read, 0), (Step::Next, 0)] {
         let backend = Backend::new(RECORDS, Script::default().fail(step, nth, Fault::Truncated)).await;
         let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
-            .backoff(Duration::ZERO, Duration::ZERO)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
             .run_until_caught_up()
             .await
             .unwrap();
@@ -224,7 +226,8 @@ async fn a_commit_whose_reply_was_lost_counts_as_progress_and_as_handled() {
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
         .max_batch(1)
         .restart_limit(1)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await
         .unwrap();
@@ -243,7 +246,7 @@ async fn a_fatal_error_ends_the_run_at_its_first_call_even_if_another_instance_w
         let (log, store) = (log.clone(), store.clone());
         let behind = record.offset.successor();
         Box::pin(async move {
-            seek(&log, &store, &shipping(), StartAt::Offset(behind)).await?;
+            seek(&shipping(), &log, &store, StartAt::Offset(behind)).await?;
             Err(HandlerError::fatal("the disk is gone"))
         })
     });
@@ -269,7 +272,7 @@ async fn a_fatal_error_ends_at_least_once_too_although_what_was_before_it_cannot
             if is_first {
                 return Ok(());
             }
-            seek(&log, &store, &shipping(), StartAt::Offset(5.into())).await?;
+            seek(&shipping(), &log, &store, StartAt::Offset(5.into())).await?;
             Err(HandlerError::fatal("the disk is gone"))
         })
     });
@@ -288,7 +291,8 @@ async fn without_retries_a_record_that_failed_behind_others_is_tried_alone_once(
     let handled = Arc::clone(&handler.in_memory);
     Consumer::at_least_once(shipping(), backend.log(), backend.store(), InMemory(handler))
         .retries(0)
-        .backoff(Duration::ZERO, Duration::ZERO)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
         .run_until_caught_up()
         .await
         .unwrap();

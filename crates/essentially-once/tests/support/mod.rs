@@ -12,8 +12,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    Advance, Bounds, ConsumerId, Durability, Error, Handler, HandlerError, KeyValue, Log, LogId, LogReader, NewRecord,
-    Offset, OffsetStore, Owner, Position, Pulse, Record, Revision, Transaction,
+    ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Record,
+    backend::{Advance, Bounds, Durability, LogId, LogReader, Owner, Position, Pulse, Revision, Transaction},
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
 };
 

@@ -1,6 +1,6 @@
 //! Each breaks one thing, and the checker must find it.
 
-use essentially_once::Revision;
+use essentially_once::backend::Revision;
 use stateright::{Checker, Model};
 
 use super::{

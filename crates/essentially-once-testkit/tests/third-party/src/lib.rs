@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use essentially_once::{Durability, Error, LogId};
+use essentially_once::{Error, backend::{Durability, LogId}};
 
 pub use crate::{
     log::MineLog,

@@ -3,7 +3,7 @@ use std::{
     time::SystemTime,
 };
 
-use essentially_once::{Bounds, Durability, Error, Log, LogId, LogReader, NewRecord, Offset, Record, async_trait};
+use essentially_once::{Error, Log, NewRecord, Offset, Record, async_trait, backend::{Bounds, Durability, LogId, LogReader}};
 use tokio::sync::watch;
 
 use crate::{lock, volatile};

@@ -4,10 +4,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{
-    Advance, ConsumerId, Durability, Error, KeyValue, Numbering, OffsetStore, Position, Revision, Transaction, Window,
-    async_trait,
-};
+use essentially_once::{ConsumerId, Error, KeyValue, OffsetStore, async_trait, backend::{Advance, Durability, Numbering, Position, Revision, Transaction, Window}};
 
 use crate::{lock, volatile};
 

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use essentially_once::{Error, Log, Source, async_trait};
+use essentially_once::{Error, Log, async_trait, backend::Source};
 use essentially_once_testkit::{Backend, Capabilities, Harness};
 use mine::{Mine, MineStore};
 

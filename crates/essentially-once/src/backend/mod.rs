@@ -1,0 +1,54 @@
+//! For authors of adapters: what the traits are made of, and what every backend would otherwise repeat.
+//!
+//! [`Log`](crate::Log) and [`OffsetStore`](crate::OffsetStore) state the contracts, [`memory`](crate::memory) is the
+//! reference, and `essentially-once-testkit` proves an implementation.
+//!
+//! - A log reports its [`Bounds`] and checks a reader's place with [`Bounds::check`].
+//! - A fetch stops at a [`FetchBudget`], so that a reader holds about a megabyte whatever the size of the records.
+//! - A commit is decided by [`Advance::check`].
+//! - [`check_size`] refuses oversized records, keys and values.
+//! - [`ByteReader`] decodes stored bytes without copying them, and [`NumberingCache`] parses the name of a producer once
+//!   for a run of its records.
+
+mod byte_reader;
+mod fetch_budget;
+mod numbering_cache;
+mod retention;
+
+pub use self::{
+    byte_reader::{ByteReader, CutShort},
+    fetch_budget::FetchBudget,
+    numbering_cache::NumberingCache,
+    retention::Retention,
+};
+use crate::Error;
+pub use crate::{
+    error::Source,
+    log::{Bounds, Durability, LogReader},
+    name::{LogId, Numbering},
+    passed::Passed,
+    record::Header,
+    revision::{Owner, Revision},
+    store::{Advance, Position, Pulse, Snapshot, Transaction},
+    window::Window,
+};
+
+/// Refuses anything larger than `limit` bytes. `what` names it in the error: `"record"`, `"key"` or `"value"`.
+///
+/// # Errors
+/// [`Error::TooLarge`].
+pub const fn check_size(what: &'static str, size: usize, limit: usize) -> Result<(), Error> {
+    if size > limit {
+        return Err(Error::TooLarge { what, size, limit });
+    }
+    Ok(())
+}
+
+/// Refuses a key or a value larger than `limit` bytes, as [`KeyValue::put`](crate::KeyValue::put) must.
+///
+/// # Errors
+/// [`Error::TooLarge`].
+pub fn check_entry_size(key: &[u8], value: &[u8], limit: usize) -> Result<(), Error> {
+    check_size("key", key.len(), limit)?;
+    check_size("value", value.len(), limit)
+}
