@@ -180,8 +180,10 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// How many bytes of records are read ahead of the handler, plus one fetch of the log; 8 MiB unless set. Reading stops at
-    /// this limit or at [`read_ahead_records`](Self::read_ahead_records), whichever comes first.
+    /// How many bytes of records a consumer holds, plus one fetch of the log; 8 MiB unless set. Half of them are for the
+    /// batch in hand, which has fewer than [`max_batch`](Self::max_batch) records if these are large, and half are for
+    /// records read ahead. Reading stops at this limit or at [`read_ahead_records`](Self::read_ahead_records), whichever
+    /// comes first. A single record may exceed the limit.
     #[must_use]
     pub fn read_ahead_bytes(mut self, bytes: usize) -> Self {
         self.settings.read_ahead_bytes = bytes;

@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::Notify;
 use tracing::Instrument;
 
-use crate::{Error, LogReader, Offset, Record, rt};
+use crate::{Error, LogReader, Offset, Record, backend::FetchBudget, rt};
 
 /// A fetch of so many records is short enough in any case.
 const LEAST_QUARTER: usize = 1_024;
@@ -95,7 +95,10 @@ impl Buffer {
         if state.records.is_empty() {
             return state.ended.take().map(Err);
         }
-        let mut count = state.records.len().min(max);
+        // The batch in hand and the records that wait share the bytes.
+        let mut budget = FetchBudget::of(self.max_bytes / 2);
+        let fitting = state.records.iter().take(max);
+        let mut count = fitting.take_while(|record| budget.admits(record.size())).count();
         if let Some(alone) = alone {
             let before = state
                 .records

@@ -103,6 +103,24 @@ async fn a_log_far_larger_than_the_read_ahead_is_read_to_its_end() {
 }
 
 #[tokio::test]
+async fn a_batch_of_large_records_takes_at_most_half_of_the_bytes() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    log.append(&vec![NewRecord::new(vec![0; 100]); 12]).await.unwrap();
+    // The first commit is that of the position.
+    for (bytes, commits) in [(10_000, 1 + 1), (800, 1 + 3), (199, 1 + 12)] {
+        let consumer = ConsumerId::new(format!("reads-{bytes}")).unwrap();
+        let handler = handler_fn(|_: &Record, _: &mut ()| Box::pin(async { Ok(()) }));
+        let report = Consumer::at_least_once(consumer, log.clone(), memory.store(), handler)
+            .read_ahead_bytes(bytes)
+            .run_until_caught_up()
+            .await
+            .unwrap();
+        assert_eq!((report.handled, report.commits), (12, commits), "{bytes}: {report}");
+    }
+}
+
+#[tokio::test]
 async fn restart_limit_ends_the_run_with_the_last_error() {
     let mut script = Script::default();
     for nth in 0..5 {
