@@ -175,8 +175,8 @@ impl<Tx: Send> Handler<Tx> for Deleting {
 pub(crate) async fn a_deleted_last_record_keeps_no_consumer_waiting() {
     let (server, redis, log) = orders().await;
     let server = Arc::new(server);
-    // More than a consumer reads ahead.
-    log.append(&vec![NewRecord::new(vec![0; 1_000]); 6_000])
+    // More than twice what a consumer holds.
+    log.append(&vec![NewRecord::new(vec![0; 1_000]); 20_000])
         .await
         .expect("append");
     let delete_last = {
@@ -194,7 +194,7 @@ pub(crate) async fn a_deleted_last_record_keeps_no_consumer_waiting() {
     };
     let running = consumer(Deleting(Some(Box::new(delete_last.clone()))));
     let report = soon(running.run_until_caught_up()).await.expect("caught up");
-    assert_eq!(report.handled, 5_999, "{report}");
+    assert_eq!(report.handled, 19_999, "{report}");
     log.append(&numbered(10..12)).await.expect("append");
     delete_last();
     let report = soon(consumer(Deleting(None)).run_until_caught_up())
