@@ -154,9 +154,15 @@ async fn covered() -> Result<(), Violation> {
         loop {
             active.beat(&shipping(), OWNER).await?;
             for stream in ['a', 'b'].map(|letter| place.snapshots(letter)) {
-                match other.log_with(&stream, LogOptions::new().existing()).await {
-                    Ok(log) if log.bounds().await?.end > Offset::ZERO => return Ok::<_, Error>(()),
+                let end = async {
+                    let log = other.log_with(&stream, LogOptions::new().existing()).await?;
+                    Ok(log.bounds().await?.end)
+                };
+                match end.await {
+                    Ok(end) if end > Offset::ZERO => return Ok::<_, Error>(()),
                     Ok(_) | Err(Error::Failed { .. }) => {}
+                    // RabbitMQ 3.10 may answer with INTERNAL_ERROR while the stream is being declared.
+                    Err(error) if error.is_transient() => {}
                     Err(error) => return Err(error),
                 }
             }
