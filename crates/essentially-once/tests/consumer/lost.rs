@@ -59,9 +59,11 @@ async fn log_and_store_that_went_back_together_go_on_with_a_count() {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
     log.append(&[NewRecord::new("0"), NewRecord::new("1")]).await.unwrap();
-    let script = Script::default()
-        .fail(Step::Commit, 2, Fault::Before)
-        .fail(Step::Position, 1, Fault::WentBack);
+    let mut script = Script::default().fail(Step::Commit, 2, Fault::Before);
+    // On a slow machine the consumer looks at its position again before it is stopped.
+    for nth in 1..100 {
+        script = script.fail(Step::Position, nth, Fault::WentBack);
+    }
     let backend = Backend::of(memory, script);
     // The log that fails over: from its second session on it is one that has lost everything.
     let lost = Memory::new().log("orders").unwrap();
