@@ -1,12 +1,12 @@
-//! How what SQLite has no column type for is kept as bytes.
+//! Encodes what SQLite has no column type for.
 
 use bytes::Bytes;
 use essentially_once::backend::Header;
 
 const HEADERS_VERSION: u8 = 1;
 
-/// Headers as bytes: a version, then for each the name and the value, each after its length as a big-endian u32. `None` where
-/// there are no headers.
+/// Encodes headers as a version byte and then, for each header, the name and the value, each after
+/// its length as a big-endian u32. Returns `None` for no headers.
 pub(crate) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
     if headers.is_empty() {
         return None;
@@ -24,7 +24,7 @@ pub(crate) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Reads what [`encode_headers`] wrote, without copying the values; or tells why it cannot be.
+/// Decodes the output of [`encode_headers`] without copying the values, or says why it cannot.
 pub(crate) fn decode_headers(bytes: &Bytes) -> Result<Vec<Header>, &'static str> {
     if bytes.first() != Some(&HEADERS_VERSION) {
         return Err("headers of an unknown version");

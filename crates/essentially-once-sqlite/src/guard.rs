@@ -1,10 +1,12 @@
-//! Keeps a handler's SQL from ending the transaction it runs in, and from our tables.
+//! Keeps a handler's SQL from ending its transaction and from changing this crate's tables.
 //!
-//! SQLite asks the authorizer when a statement is prepared. A prepared statement therefore belongs to
-//! whoever prepared it: a handler's are kept apart from ours in [`Prepared`].
+//! SQLite calls the authorizer when it prepares a statement. A prepared statement therefore carries
+//! the rights of the code that prepared it, and [`Prepared`] keeps a handler's statements apart
+//! from those of this crate.
 //!
-//! The authorizer does not see everything. It is given no new name of a renamed table and no parent
-//! of a foreign key, so the text of a new statement is searched for our prefix first.
+//! The authorizer does not see everything. SQLite does not pass it the new name of a renamed table
+//! or the parent of a foreign key, so this module first searches the text of a new statement for
+//! the crate's prefix.
 
 use std::sync::{
     Arc,
@@ -18,25 +20,26 @@ use rusqlite::{
 
 use crate::{prepared::Prepared, schema::PREFIX};
 
-/// A handler's SQL runs.
+/// A handler's SQL is running.
 const NATIVE: u8 = 1;
-/// Its text has our prefix in it.
+/// The SQL contains this crate's prefix.
 const NAMES_US: u8 = 2;
-/// Its text has the word REFERENCES in it.
+/// The SQL contains the word REFERENCES.
 const REFERENCES: u8 = 4;
-/// It drops a table, so SQLite itself deletes the table's row of `sqlite_sequence`.
+/// The SQL drops a table, so SQLite itself deletes the table's row in `sqlite_sequence`.
 const DROPS: u8 = 8;
-/// It alters a table, so SQLite itself may rename the table's row of `sqlite_sequence`.
+/// The SQL alters a table, so SQLite itself may rename the table's row in `sqlite_sequence`.
 const ALTERS: u8 = 16;
 
-/// Says to the authorizer whose SQL is being prepared, and what is known of it.
+/// Informs the authorizer whose SQL is being prepared, and what its text contains.
 #[derive(Clone, Default)]
 pub(crate) struct Guard {
     state: Arc<AtomicU8>,
 }
 
 impl Guard {
-    /// Installs the authorizer: once, since setting it expires all prepared statements.
+    /// Installs the authorizer. Call it once, because setting an authorizer expires all prepared
+    /// statements.
     pub(crate) fn install(&self, connection: &mut Connection) -> rusqlite::Result<()> {
         let state = Arc::clone(&self.state);
         connection.authorizer(Some(move |context: AuthContext<'_>| {
@@ -58,8 +61,8 @@ impl Guard {
         }))
     }
 
-    /// Runs a handler's SQL with the authorizer on guard: also while it runs, since a change of
-    /// schema prepares a statement again.
+    /// Runs a handler's SQL under the authorizer's restrictions. They also hold while the statement
+    /// runs, because a schema change makes SQLite prepare it again.
     pub(crate) fn run<T>(
         &self,
         connection: &mut Prepared,
@@ -67,12 +70,13 @@ impl Guard {
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         let on_guard = OnGuard::new(&self.state);
-        // A statement that was prepared once passed with its text, so it is not searched again.
+        // The text is searched only before the first preparation. A cached statement has passed
+        // already.
         connection.run_native(sql, || on_guard.know(text_of(sql)), run)
     }
 }
 
-/// Ends the guard even if a handler's closure panics.
+/// Lifts the restrictions on drop, even if a handler's closure panics.
 struct OnGuard<'a>(&'a AtomicU8);
 
 impl<'a> OnGuard<'a> {
@@ -92,7 +96,8 @@ impl Drop for OnGuard<'_> {
     }
 }
 
-/// What the text shows. A name in SQL has no escapes but doubled quotes, so it is in the text as it is.
+/// Searches the text. Quotes in a SQL name are doubled and there are no other escapes, so a name
+/// appears literally.
 fn text_of(sql: &str) -> u8 {
     let contains = |word: &str| {
         sql.as_bytes()
@@ -124,22 +129,22 @@ const HARMLESS_PRAGMAS: &[&str] = &[
     "table_xinfo",
 ];
 
-/// Functions that bring code or settings into the connection. SQLite has them switched off.
+/// Functions that load code or settings into the connection. SQLite disables them by default.
 const DANGEROUS_FUNCTIONS: &[&str] = &["fts3_tokenizer", "load_extension"];
 
-/// Gives access to pages of the file, where SQLite was built with it.
+/// A virtual table that exposes the file's pages, if SQLite was built with it.
 const PAGES: &str = "sqlite_dbpage";
 
 const SEQUENCES: &str = "sqlite_sequence";
 
-/// Goes through every action there is; one that is not known is denied.
+/// Judges every action. Unknown actions are denied.
 fn is_denied(action: &AuthAction<'_>, known: u8) -> bool {
     match *action {
         AuthAction::Select
         | AuthAction::Read { .. }
         | AuthAction::Recursive
         | AuthAction::Savepoint { .. }
-        // Both leave a table's content as it is.
+        // Neither changes a table's content.
         | AuthAction::Analyze { .. }
         | AuthAction::Reindex { .. } => false,
 
@@ -164,13 +169,14 @@ fn is_denied(action: &AuthAction<'_>, known: u8) -> bool {
                 || (known & DROPS == 0 && is_one_of(table_name, &[SEQUENCES]))
         }
 
-        // The parent of a foreign key is in the text alone. It would keep us from deleting rows.
+        // Only the text shows the parent of a foreign key, which would keep this crate from
+        // deleting rows.
         AuthAction::CreateTable { table_name } | AuthAction::CreateTempTable { table_name } => {
             is_ours(table_name) || known & REFERENCES != 0
         }
-        // So are the new name of a table and a foreign key of a new column.
+        // Only the text shows a table's new name, or a foreign key of a new column.
         AuthAction::AlterTable { table_name, .. } => is_ours(table_name) || known & NAMES_US != 0,
-        // Its shadow tables are named after it: `essentially_once` would have `essentially_once_data`.
+        // Its shadow tables take its name: `essentially_once` would create `essentially_once_data`.
         AuthAction::CreateVtable { table_name, .. } => is_ours(table_name) || table_name.eq_ignore_ascii_case(stem()),
 
         AuthAction::DropTable { table_name: name }
@@ -181,7 +187,7 @@ fn is_denied(action: &AuthAction<'_>, known: u8) -> bool {
         | AuthAction::DropView { view_name: name }
         | AuthAction::DropTempView { view_name: name } => is_ours(name),
 
-        // Tables and indexes share their names: an index in our place keeps a table from being made.
+        // Tables and indexes share a namespace, so an index could block the name of a future table.
         AuthAction::CreateIndex {
             index_name: name,
             table_name,
@@ -216,13 +222,14 @@ fn is_denied(action: &AuthAction<'_>, known: u8) -> bool {
         } => is_ours(name) || is_ours(table_name),
 
         AuthAction::Unknown { .. } => true,
-        // An action that a later version of rusqlite knows.
+        // An action that a later version of rusqlite adds.
         _ => true,
     }
 }
 
 fn is_pragma_denied(name: &str, value: Option<&str>) -> bool {
-    // Without an argument too, a checkpoint fails within a transaction: as if the file were locked.
+    // A checkpoint fails within a transaction as if the file were locked, with or without an
+    // argument.
     is_one_of(name, &["wal_checkpoint"]) || (value.is_some() && !is_one_of(name, HARMLESS_PRAGMAS))
 }
 
@@ -236,7 +243,7 @@ fn is_ours(name: &str) -> bool {
         .is_some_and(|start| start.eq_ignore_ascii_case(PREFIX.as_bytes()))
 }
 
-/// Our prefix without the underscore that joins it to a name.
+/// The prefix without its last underscore.
 fn stem() -> &'static str {
     PREFIX.trim_end_matches('_')
 }
@@ -315,7 +322,7 @@ mod tests {
             "WITH one AS (SELECT 1) INSERT INTO essentially_once_state SELECT * FROM one",
             "SELECT load_extension('other.so')",
             "SELECT fts3_tokenizer('simple', x'00')",
-            // Names in our place.
+            // Names that belong to this crate.
             "CREATE TABLE essentially_once_log_7 (x)",
             "CREATE TABLE [Essentially_Once_Log_7] AS SELECT 1",
             "CREATE VIEW essentially_once_log_7 AS SELECT 1",
@@ -333,20 +340,20 @@ mod tests {
             "ALTER TABLE mine/**/RENAME/**/TO[essentially_once_log_2]",
             "ALTER TABLE searched RENAME TO essentially_once",
             "ALTER TABLE searched RENAME TO essentially_once_log_7",
-            // Our objects.
+            // This crate's objects.
             "ALTER TABLE essentially_once_state RENAME TO mine2",
             "ALTER TABLE essentially_once_state RENAME COLUMN x TO y",
             "ALTER TABLE essentially_once_logs DROP COLUMN x",
             "DROP INDEX essentially_once_i",
             "DROP TRIGGER essentially_once_r",
             "DROP VIEW essentially_once_v",
-            // Foreign keys, which would keep us from deleting rows.
+            // Foreign keys that would keep this crate from deleting rows.
             "CREATE TABLE child (x REFERENCES essentially_once_state (x))",
             "CREATE TABLE child (x, FOREIGN KEY (x) references \"Essentially_Once_State\" (x))",
             "CREATE TABLE IF NOT EXISTS child (x REFERENCES[essentially_once_log_9](\"offset\"))",
             "CREATE TEMP TABLE child (x REFERENCES essentially_once_state (x))",
             "ALTER TABLE mine ADD COLUMN y REFERENCES essentially_once_state (x)",
-            // What SQLite counts for AUTOINCREMENT.
+            // The AUTOINCREMENT counters.
             "INSERT INTO sqlite_sequence VALUES ('essentially_once_logs', 9)",
             "UPDATE sqlite_sequence SET seq = 0",
             "UPDATE main.SQLite_Sequence SET seq = 0 WHERE name = 'essentially_once_logs'",
@@ -361,12 +368,12 @@ mod tests {
             "DELETE FROM counts",
             "INSERT INTO through DEFAULT VALUES",
             "DELETE FROM cascades",
-            // The schema itself.
+            // The schema table.
             "UPDATE sqlite_master SET sql = 'x'",
             "DELETE FROM sqlite_schema",
             "INSERT INTO sqlite_temp_master VALUES (1, 2, 3, 4, 5)",
         ] {
-            // Twice: a statement that was denied must not be found prepared.
+            // Twice, because a denied statement must not be found in the cache.
             for _ in 0..2 {
                 let result = guard.run(&mut connection, sql, |statement| {
                     statement.query([])?.next().map(|_| ())
@@ -383,7 +390,7 @@ mod tests {
                 |row| row.get(0),
             )
             .expect("count");
-        assert_eq!(schema, 5, "what was there before");
+        assert_eq!(schema, 5, "only the objects from the setup");
     }
 
     #[test]
@@ -409,7 +416,7 @@ mod tests {
         }
     }
 
-    /// A trigger that somebody else made fires within a handler's statement.
+    /// A trigger made by other code fires within a handler's statement.
     #[test]
     fn a_prepared_statement_is_denied_once_a_trigger_takes_it_to_our_tables() {
         let (guard, mut connection) = guarded();
@@ -423,7 +430,7 @@ mod tests {
             assert!(run(&mut connection).is_err());
         }
         connection.execute_batch("DROP TRIGGER r").expect("drop");
-        run(&mut connection).expect("free again");
+        run(&mut connection).expect("allowed again");
     }
 
     #[test]
@@ -440,7 +447,7 @@ mod tests {
         }
         connection
             .run_internal(sql, |statement| statement.execute([]))
-            .expect("runs for internal hands");
+            .expect("this crate may run it");
     }
 
     #[test]
@@ -459,7 +466,7 @@ mod tests {
             "PRAGMA defer_foreign_keys = ON",
             "SELECT * FROM essentially_once_state",
             "DROP TABLE IF EXISTS u",
-            // AUTOINCREMENT: SQLite writes sqlite_sequence by itself.
+            // AUTOINCREMENT: SQLite itself writes sqlite_sequence.
             "CREATE TABLE a (id INTEGER PRIMARY KEY AUTOINCREMENT, x UNIQUE, y REFERENCES t (x))",
             "INSERT INTO a (x) VALUES (1), (2)",
             "SELECT seq FROM sqlite_sequence WHERE name = 'a'",
@@ -481,7 +488,7 @@ mod tests {
             "SELECT seq FROM sqlite_sequence",
             "ALTER TABLE mine RENAME TO yours",
             "DROP TABLE yours",
-            // Reading our tables, in any way.
+            // Reading this crate's tables, in any way.
             "CREATE VIEW v AS SELECT x FROM essentially_once_state",
             "SELECT * FROM v",
             "CREATE TABLE copied AS SELECT * FROM essentially_once_state",
@@ -535,9 +542,7 @@ mod tests {
             assert!(result.is_ok(), "{sql}: {result:?}");
         }
         assert!(!connection.is_autocommit());
-        connection
-            .execute_batch("COMMIT")
-            .expect("internal COMMIT is free again");
+        connection.execute_batch("COMMIT").expect("this crate may COMMIT again");
     }
 
     #[test]
@@ -549,6 +554,6 @@ mod tests {
             })
         }));
         assert!(caught.is_err());
-        connection.execute_batch("COMMIT").expect("internal COMMIT is free");
+        connection.execute_batch("COMMIT").expect("this crate may COMMIT");
     }
 }

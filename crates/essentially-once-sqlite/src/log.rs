@@ -1,4 +1,4 @@
-//! The log: one table per log, and one row that knows where it ends.
+//! The log: one table per log, and one row that records where the log ends.
 
 use std::{fmt, sync::Arc};
 
@@ -20,27 +20,29 @@ use crate::{
     shared::{Shared, WriteTx, on_a_thread},
 };
 
-/// Appends up to this many records and bytes run on the caller's thread: handing them over would take longer.
+/// Appends up to this many records and bytes run on the caller's thread, which is faster than
+/// handing them to another one.
 const INLINE_RECORDS: usize = 256;
 const INLINE_BYTES: usize = 1024 * 1024;
 
-/// How many records [`SqliteLog::trim`] removes per transaction, so that nobody waits long for the lock.
+/// Records that [`SqliteLog::trim`] removes per transaction. The bound keeps other writers from
+/// waiting long.
 const TRIM_CHUNK: u64 = 10_000;
 
-/// How a log is opened; see [`Sqlite::log_with`](crate::Sqlite::log_with).
+/// Settings for opening a log. See [`Sqlite::log_with`](crate::Sqlite::log_with).
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct LogOptions {
     existing: bool,
 }
 
 impl LogOptions {
-    /// A log that is created if it is missing.
+    /// Creates the log if it is missing.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Creates nothing, and fails if there is no log of that name: a consumer whose log's name is
-    /// mistyped would otherwise wait at an empty log.
+    /// Fails if the log does not exist, instead of creating it. Without this, a consumer with a
+    /// mistyped log name would wait on an empty log.
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
@@ -48,16 +50,18 @@ impl LogOptions {
     }
 }
 
-/// A log in a SQLite file; see [`Sqlite::log`](crate::Sqlite::log). Offsets are dense, begin at 0 and are never used twice.
+/// A log in a SQLite file. See [`Sqlite::log`](crate::Sqlite::log). Offsets are dense, begin at 0
+/// and are never reused.
 ///
-/// A record is a row of the table `essentially_once_log_<id>`, with the id from `essentially_once_logs`. Rows may be read with
-/// any tool. What was inserted by hand is read too, and what of it cannot be decoded is yielded as malformed.
-/// The column `producer` holds the producer's name, followed by `#` and the epoch where that is not the stable one:
-/// `web#17`. A version before 0.2 yields such a record as malformed rather than mix up epochs.
+/// Each record is a row of the table `essentially_once_log_<id>`, with the id from
+/// `essentially_once_logs`. Any tool may read the rows. The log also reads rows that were inserted
+/// by hand, and yields a row that it cannot decode as malformed. The column `producer` holds the
+/// producer's name, followed by `#` and the epoch unless it is the stable one, as in `web#17`.
+/// Versions before 0.2 yield such a record as malformed rather than mix up epochs.
 ///
-/// An append is one transaction: a failed one left nothing behind. Within a handler's transaction
-/// on the same file, an append waits for the handler's own lock. It ends as [`Error::Failed`] after
-/// the `busy_timeout`, and says what to do instead.
+/// An append is one transaction, so a failed append leaves no records behind. An append within a
+/// handler's transaction on the same file waits for the handler's own lock. It ends with
+/// [`Error::Failed`] after the `busy_timeout`, and the error says what to do instead.
 #[derive(Clone)]
 pub struct SqliteLog {
     pub(crate) inner: Arc<Inner>,
@@ -70,7 +74,7 @@ pub(crate) struct Inner {
     pub(crate) wake: Arc<watch::Sender<()>>,
 }
 
-/// The statements on one log's table.
+/// The SQL statements on one log's table.
 pub(crate) struct Statements {
     insert: String,
     status: String,
@@ -89,7 +93,8 @@ impl Statements {
                      (SELECT min(\"offset\") FROM {table} WHERE \"offset\" >= 0), (SELECT max(\"offset\") FROM {table})
                  FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
             ),
-            // The log's row is looked at once per fetch, so that a log made anew is not read as the old one.
+            // Checks the log's row once per fetch, so that a recreated log is not read as the old
+            // one.
             fetch: format!(
                 "SELECT {COLUMNS} FROM {table}
                  WHERE \"offset\" >= ?1
@@ -105,22 +110,22 @@ impl Statements {
     }
 }
 
-/// What a log holds, read in one statement and so at one moment.
+/// The state of a log, read in one statement and therefore consistent.
 #[derive(Clone, Copy)]
 pub(crate) struct Status {
     pub(crate) earliest: u64,
-    /// The last record's offset, if there is any.
+    /// The last record's offset. `None` if the log is empty.
     pub(crate) last: Option<u64>,
     pub(crate) end: u64,
     pub(crate) retention: Retention,
 }
 
-/// Where a reader stands that found no record.
+/// What a reader that found no record should do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Standing {
-    /// There are records by now.
+    /// Read again: records have arrived meanwhile.
     Before,
-    /// It has to wait.
+    /// Wait for an append.
     AtEnd,
 }
 
@@ -151,11 +156,13 @@ impl SqliteLog {
         })
     }
 
-    /// Sets what the log keeps. It is kept in the file: every append, by whatever process, removes some of the records that are
-    /// no longer kept, about twice as many as it adds; [`trim`](Self::trim) removes all of them at once.
+    /// Sets what the log keeps. The file stores the setting, so it applies to appends of every
+    /// process. Each append removes about twice as many expired records as it adds.
+    /// [`trim`](Self::trim) removes all expired records at once.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for a retention that keeps nothing; [`Error::Unavailable`], [`Error::Failed`].
+    /// [`Error::InvalidSetting`] if the retention would keep no records. [`Error::Unavailable`] and
+    /// [`Error::Failed`].
     pub async fn set_retention(&self, retention: Retention) -> Result<(), Error> {
         retention.check()?;
         retention.refuse_bytes("SQLite")?;
@@ -173,20 +180,20 @@ impl SqliteLog {
         tx.commit(|| self.inner.shared.on(action()))
     }
 
-    /// What the log keeps.
+    /// Returns what the log keeps.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`].
+    /// [`Error::Unavailable`] and [`Error::Failed`].
     pub async fn retention(&self) -> Result<Retention, Error> {
         Ok(self.inner.current_status("read retention of").await?.retention)
     }
 
-    /// Removes every record that the log's retention no longer keeps, and returns how many.
+    /// Removes all records that have expired under the log's retention, and returns their number.
     ///
-    /// Dropping the future may leave some of the work undone.
+    /// Dropping the future may leave some expired records in place.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`].
+    /// [`Error::Unavailable`] and [`Error::Failed`].
     pub async fn trim(&self) -> Result<u64, Error> {
         let mut total = 0;
         loop {
@@ -210,7 +217,8 @@ impl Inner {
         self.id.incarnation().unwrap_or_default()
     }
 
-    /// What the log holds; `None` if it is gone, or was made anew since this handle was opened.
+    /// Reads the log's state. Returns `None` if the log was deleted or recreated since this handle
+    /// opened it.
     pub(crate) fn status(&self, connection: &Connection) -> rusqlite::Result<Option<Status>> {
         let read = connection.prepare_cached(&self.sql.status).and_then(|mut statement| {
             statement
@@ -219,7 +227,7 @@ impl Inner {
                     let first = first.map(|first| u64::try_from(first).unwrap_or(0));
                     let last = last.and_then(|last| u64::try_from(last).ok());
                     let next = u64::try_from(row.get::<_, i64>(0)?).unwrap_or(0);
-                    // Rows inserted by hand count, although nobody raised `next` for them.
+                    // Rows inserted by hand count too, although they do not update `next`.
                     let end = last.map_or(next, |last| next.max(last + 1));
                     Ok(Status {
                         earliest: first.unwrap_or(end),
@@ -231,7 +239,8 @@ impl Inner {
                 .optional()
         });
         match read {
-            // Without the log's table the statement cannot be prepared; is the log gone as a whole?
+            // The statement cannot be prepared without the log's table, so check whether the log
+            // itself is gone.
             Err(error) if !is_busy(&error) => match find(connection, self.id.name())? {
                 Some((_, incarnation)) if incarnation == self.incarnation() => Err(error),
                 _ => Ok(None),
@@ -240,7 +249,8 @@ impl Inner {
         }
     }
 
-    /// Whether a reader that wants `requested` next finds a record, or has to wait, or never will find one.
+    /// Decides whether a reader at `requested` has records to read, must wait, or can never
+    /// continue.
     pub(crate) fn standing(&self, requested: Offset, status: Option<&Status>) -> Result<Standing, Error> {
         let out_of_range = |end: u64| Error::OutOfRange {
             log: self.id.clone(),
@@ -252,11 +262,11 @@ impl Inner {
             requested,
             earliest: earliest.into(),
         };
-        // Nothing is left of this incarnation.
+        // The log was deleted, or recreated with another incarnation.
         let Some(status) = status else {
             return Err(out_of_range(0));
         };
-        // Only `lo` counts here; an offset with a `hi` is past any end.
+        // Offsets in this log have no `hi` part, so an offset that has one is past the end.
         let wanted = if requested.hi() == 0 { requested.lo() } else { u64::MAX };
         if wanted > status.end {
             Err(out_of_range(status.end))
@@ -271,7 +281,7 @@ impl Inner {
         }
     }
 
-    /// The status, or an error if the log is gone.
+    /// Returns the log's state, or an error if the log is gone.
     fn require(&self, connection: &Connection, action: impl Fn() -> String) -> Result<Status, Error> {
         match self.status(connection) {
             Ok(Some(status)) => Ok(status),
@@ -289,11 +299,11 @@ impl Inner {
     fn gone(&self, action: String) -> Error {
         Error::failed(
             self.shared.on(action),
-            "the log was deleted or made anew since it was opened; open it again",
+            "the log was deleted or recreated after this handle opened it; open it again",
         )
     }
 
-    /// Appends in the open transaction and commits it.
+    /// Appends in the open transaction, and commits it.
     fn append(&self, tx: WriteTx, records: &[NewRecord]) -> Result<Offset, Error> {
         let action = || format!("append to log {}", self.id);
         let status = self.require(tx.connection(), action)?;
@@ -301,7 +311,7 @@ impl Inner {
             return Err(Error::failed(
                 self.shared.on(action()),
                 format!(
-                    "its next offset would be {}, and SQLite counts to {}; use a new log",
+                    "the next offset would be {}, but SQLite's largest is {}; use a new log",
                     status.end,
                     i64::MAX
                 ),
@@ -339,13 +349,14 @@ impl Inner {
             .execute((end as i64, self.id.name(), self.incarnation()))?;
         if before.retention != Retention::default() {
             let after = Status { end, ..before };
-            // More than was added, so that a backlog shrinks; not everything, so that no append takes long.
+            // Removes more records than were added, so that a backlog shrinks, but not all, so that
+            // appends stay fast.
             trim(connection, &self.sql, &after, now, 2 * records.len() as u64 + 64)?;
         }
         Ok(end)
     }
 
-    /// Removes up to a chunk in the open transaction and commits it.
+    /// Removes one chunk of expired records in the open transaction, and commits it.
     fn trim_chunk(&self, tx: WriteTx) -> Result<u64, Error> {
         let action = || format!("trim log {}", self.id);
         let status = self.require(tx.connection(), action)?;
@@ -356,7 +367,7 @@ impl Inner {
     }
 }
 
-/// The id and incarnation of the log of that name.
+/// Returns the id and incarnation of the log of that name.
 fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<(i64, String)>> {
     connection
         .prepare_cached("SELECT id, incarnation FROM main.essentially_once_logs WHERE name = ?1")?
@@ -364,10 +375,10 @@ fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<(i64, St
         .optional()
 }
 
-/// How many logs an error names.
+/// The number of logs that an error lists.
 const NAMED: usize = 20;
 
-/// The names of the logs, in order: one more than an error names at most.
+/// Returns the names of the logs in order, at most one more than an error lists.
 fn names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
     connection
         .prepare_cached("SELECT name FROM main.essentially_once_logs ORDER BY name LIMIT ?1")?
@@ -377,19 +388,19 @@ fn names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
 
 fn no_such_log(names: &[String]) -> String {
     if names.is_empty() {
-        return "there is no log of that name, nor any other, in this file; check the path, or open it without `existing()` to \
-                create the log"
+        return "no log has that name, and the file holds no other log; check the path, or open the log without \
+                `existing()` to create it"
             .into();
     }
     let rest = if names.len() > NAMED { " and others" } else { "" };
     let names = names[..names.len().min(NAMED)].join(", ");
     format!(
-        "there is no log of that name; the file holds {names}{rest}; check the name, or open it without `existing()` to create it"
+        "no log has that name; the file holds {names}{rest}; check the name, or open the log without `existing()` to create it"
     )
 }
 
 fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)> {
-    // Another handle may have created it while this one waited for the lock.
+    // Another handle may have created the log while this one waited for the lock.
     if let Some(found) = find(connection, name)? {
         return Ok(found);
     }
@@ -413,7 +424,7 @@ fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)
     Ok((id, incarnation))
 }
 
-/// Runs what takes long beside the caller. If the caller goes, it is done nevertheless.
+/// Runs slow work on another thread. The work completes even if the caller gives up.
 async fn run_beside<T: Send + 'static>(
     log: &SqliteLog,
     verb: &str,
@@ -445,7 +456,8 @@ impl Log for SqliteLog {
             .shared
             .begin_append(|| format!("append to log {}", inner.id))
             .await?;
-        // From here to the commit nothing is awaited on this thread, so a dropped future leaves no half of an append.
+        // No await from here to the commit on this thread, so a dropped future leaves no partial
+        // append.
         let last = if records.len() <= INLINE_RECORDS && bytes <= INLINE_BYTES {
             inner.append(tx, records)?
         } else {

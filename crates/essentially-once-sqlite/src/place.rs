@@ -1,4 +1,4 @@
-//! What all handles of this process on one file have in common.
+//! State that all handles of this process on one file share.
 
 use std::{
     collections::HashMap,
@@ -15,14 +15,14 @@ use tokio::{sync::watch, task};
 
 use crate::turnstile::Turnstile;
 
-/// Every file that a handle of this process has open.
+/// The files that handles of this process have open.
 static PLACES: Mutex<Option<HashMap<PathBuf, Weak<Place>>>> = Mutex::new(None);
 
 pub(crate) struct Place {
     pub(crate) turnstile: Arc<Turnstile>,
-    /// Sees each commit of this process.
+    /// Notified at each commit of this process.
     pub(crate) commits: watch::Sender<()>,
-    /// Whose transaction is open. There is one at most, since it holds the file's write lock.
+    /// The open transaction. At most one exists, because it holds the file's write lock.
     holder: Mutex<Option<Holder>>,
     transactions: AtomicU64,
     appends: Mutex<HashMap<i64, Arc<watch::Sender<()>>>>,
@@ -35,7 +35,7 @@ pub(crate) struct Holder {
     began: Runner,
 }
 
-/// What polls a future: a task, or the thread in `block_on`.
+/// What polls a future: a task, or a thread in `block_on`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Runner {
     Task(task::Id),
@@ -49,10 +49,10 @@ impl Runner {
 }
 
 impl Place {
-    /// The place of the file at `path`, which exists.
+    /// Returns the shared state of the file at `path`. The file must exist.
     pub(crate) fn of(path: &Path) -> Arc<Self> {
-        // Another name of the same file leads to the same place. Where the name cannot be resolved,
-        // the cost is fairness alone.
+        // Different names of one file resolve to the same state. If the path cannot be resolved,
+        // only fairness suffers.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let mut places = lock(&PLACES);
         let places = places.get_or_insert_default();
@@ -71,12 +71,12 @@ impl Place {
         place
     }
 
-    /// Where appends to the log of that id in this process are announced.
+    /// Returns the channel on which this process announces appends to the log of that id.
     pub(crate) fn appends(&self, log: i64) -> Arc<watch::Sender<()>> {
         Arc::clone(lock(&self.appends).entry(log).or_default())
     }
 
-    /// Notes that the current task has begun a transaction, until [`ended`](Self::ended).
+    /// Records that the current task has begun a transaction, until [`ended`](Self::ended).
     pub(crate) fn began(&self) -> Holder {
         let holder = Holder {
             number: self.transactions.fetch_add(1, Ordering::Relaxed),
@@ -88,7 +88,7 @@ impl Place {
 
     pub(crate) fn ended(&self, ended: Holder) {
         let mut holder = lock(&self.holder);
-        // After the lock was given back, another transaction may have begun already.
+        // Another transaction may have begun since the lock was released.
         if *holder == Some(ended) {
             *holder = None;
         }
@@ -100,13 +100,13 @@ impl Place {
 }
 
 impl Holder {
-    /// Whether the task that asks is the one that began the transaction.
+    /// Whether the current task began the transaction.
     pub(crate) fn is_this_task(self) -> bool {
         self.began == Runner::current()
     }
 }
 
-/// A panic elsewhere leaves no half-made change behind these locks, so poisoning is of no interest.
+/// Ignores poisoning: no panic leaves a partial change behind these locks.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -125,7 +125,7 @@ mod tests {
         assert!(Arc::ptr_eq(&one, &Place::of(&other_name)));
         let weak = Arc::downgrade(&one);
         drop(one);
-        assert!(weak.upgrade().is_none(), "nothing is kept of it");
+        assert!(weak.upgrade().is_none(), "the last handle frees it");
         Place::of(&path);
     }
 

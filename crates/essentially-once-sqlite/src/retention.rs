@@ -1,4 +1,4 @@
-//! Removing old records.
+//! Removes expired records.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -28,7 +28,7 @@ pub(crate) fn now_millis() -> i64 {
         .map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// Removes up to `limit` of the records that `status.retention` no longer keeps, the oldest first, and returns how many.
+/// Removes up to `limit` expired records, oldest first, and returns their number.
 pub(crate) fn trim(
     connection: &Connection,
     sql: &Statements,
@@ -54,7 +54,8 @@ pub(crate) fn trim(
     Ok(removed as u64)
 }
 
-/// The first offset from `from` on, and up to `bound`, whose record is younger than the newest one that expired.
+/// Returns the first offset from `from` up to `bound` whose record is younger than the newest
+/// expired one.
 fn first_kept(
     connection: &Connection,
     sql: &Statements,
@@ -66,7 +67,7 @@ fn first_kept(
     let mut rows = statement.query([from as i64, bound as i64])?;
     let mut cut = from;
     while let Some(row) = rows.next()? {
-        // A time that is none counts as old, or one bad row would keep all later ones for ever.
+        // An invalid time counts as old. Otherwise one bad row would keep all later ones forever.
         if matches!(row.get_ref(1)?, ValueRef::Integer(time) if time > newest_expired) {
             return Ok(cut);
         }

@@ -1,4 +1,5 @@
-//! From a row to a record. Whoever edited the table by hand gets a malformed record, never an error or a panic.
+//! Decodes rows into records. A row edited by hand becomes a malformed record, never an error or a
+//! panic.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,16 +9,17 @@ use rusqlite::{Row, types::ValueRef};
 
 use crate::codec::decode_headers;
 
-/// The columns in the order that [`Decoder`] reads them.
+/// The columns in the order in which [`Columns`] reads them.
 pub(crate) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";
 
-/// A column `producer` and its meaning.
+/// A `producer` column and its meaning.
 pub(crate) type Seen = (Box<str>, Numbering);
 
-/// Above this a value gets an allocation of its own, so that one small record kept does not keep large neighbours alive.
+/// A larger value gets its own allocation, so that one small record does not keep large neighbours
+/// in memory.
 const OWN_ALLOCATION: usize = 64 * 1024;
 
-/// One row, each column asked for once: this is done for every record that is read.
+/// One row. Each column is fetched once, because this runs for every record.
 pub(crate) struct Columns<'r> {
     pub(crate) offset: u64,
     appended_at: ValueRef<'r>,
@@ -29,7 +31,7 @@ pub(crate) struct Columns<'r> {
 }
 
 impl<'r> Columns<'r> {
-    /// The row that a query for [`COLUMNS`] stands on.
+    /// Reads the current row of a query for [`COLUMNS`].
     pub(crate) fn of(row: &'r Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             offset: row.get::<_, i64>(0)? as u64,
@@ -42,7 +44,7 @@ impl<'r> Columns<'r> {
         })
     }
 
-    /// Bytes of key, headers and payload.
+    /// The size of key, headers and payload, in bytes.
     pub(crate) fn size(&self) -> usize {
         [self.key, self.headers, self.payload]
             .iter()
@@ -54,16 +56,17 @@ impl<'r> Columns<'r> {
     }
 }
 
-/// A u64 is kept as the i64 of the same bits.
+/// Reads a u64 that is stored as the i64 with the same bits.
 pub(crate) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     row.get::<_, i64>(column).map(|number| number as u64)
 }
 
-/// Copies the rows of one fetch into one buffer, of which the records hold slices: one allocation per fetch, not per record.
+/// Copies the rows of one fetch into one buffer, which the records share. That makes one allocation
+/// per fetch instead of one per record.
 pub(crate) struct Decoder<'a> {
     buffer: BytesMut,
     buffered: usize,
-    /// The last column `producer` seen, and what it means: records of one producer come in runs.
+    /// The last `producer` column and its meaning. Records of one producer come in runs.
     numbering: &'a mut Option<Seen>,
 }
 
@@ -76,7 +79,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// How many bytes went into the buffer: a guess at the capacity that the next one needs.
+    /// The number of bytes in the buffer, as an estimate for the next fetch.
     pub(crate) fn buffered(&self) -> usize {
         self.buffered
     }
@@ -93,7 +96,7 @@ impl<'a> Decoder<'a> {
         let key = match columns.key {
             ValueRef::Null => None,
             value => Some(self.bytes(value).unwrap_or_else(|raw| {
-                note("key is neither BLOB nor TEXT");
+                note("the key is neither BLOB nor TEXT");
                 raw
             })),
         };
@@ -101,7 +104,7 @@ impl<'a> Decoder<'a> {
             ValueRef::Null => Ok(Vec::new()),
             value => match self.bytes(value) {
                 Ok(bytes) => decode_headers(&bytes),
-                Err(_) => Err("headers are no BLOB"),
+                Err(_) => Err("the headers are not a BLOB"),
             },
         };
         let headers = headers.unwrap_or_else(|reason| {
@@ -109,7 +112,7 @@ impl<'a> Decoder<'a> {
             Vec::new()
         });
         let payload = self.bytes(columns.payload).unwrap_or_else(|raw| {
-            note("payload is neither BLOB nor TEXT");
+            note("the payload is neither BLOB nor TEXT");
             raw
         });
         let origin = self
@@ -126,7 +129,7 @@ impl<'a> Decoder<'a> {
         record
     }
 
-    /// The bytes of a BLOB or TEXT; `Err` with something to look at for another type.
+    /// The bytes of a BLOB or TEXT. For another type, `Err` with a readable form of the value.
     fn bytes(&mut self, value: ValueRef<'_>) -> Result<Bytes, Bytes> {
         match value {
             ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Ok(self.copy(bytes)),
@@ -151,10 +154,10 @@ impl<'a> Decoder<'a> {
             (ValueRef::Text(name), ValueRef::Integer(sequence)) => (name, sequence as u64),
             _ => return Err("producer and sequence are not TEXT and INTEGER"),
         };
-        let name = str::from_utf8(name).map_err(|_| "producer is not UTF-8")?;
+        let name = str::from_utf8(name).map_err(|_| "the producer is not UTF-8")?;
         let is_last = self.numbering.as_ref().is_some_and(|(last, _)| **last == *name);
         if !is_last {
-            let numbering = name.parse().map_err(|_| "producer is no valid name")?;
+            let numbering = name.parse().map_err(|_| "the producer is not valid")?;
             *self.numbering = Some((name.into(), numbering));
         }
         let Some((_, numbering)) = &self.numbering else {
@@ -171,7 +174,7 @@ fn time(value: ValueRef<'_>) -> Result<SystemTime, &'static str> {
             .ok()
             .and_then(|millis| UNIX_EPOCH.checked_add(Duration::from_millis(millis)))
             .ok_or("appended_at is before 1970"),
-        _ => Err("appended_at is no INTEGER"),
+        _ => Err("appended_at is not an INTEGER"),
     }
 }
 
@@ -181,7 +184,7 @@ mod tests {
 
     use super::*;
 
-    /// The record of one row of values, read as from a log's table.
+    /// Reads one row of these values as from a log's table.
     fn record(values: &str) -> Record {
         let connection = Connection::open_in_memory().expect("open");
         connection
@@ -196,7 +199,7 @@ mod tests {
             .query_row(&format!("SELECT {COLUMNS} FROM t"), [], |row| {
                 Ok(Decoder::new(16, &mut producer).record(&Columns::of(row)?))
             })
-            .expect("never an error")
+            .expect("a record")
     }
 
     #[test]
@@ -214,20 +217,20 @@ mod tests {
     fn what_cannot_be_decoded_is_malformed_with_its_payload() {
         for (values, reason) in [
             ("-1, NULL, NULL, x'ff00', NULL, NULL", "before 1970"),
-            ("'soon', NULL, NULL, x'ff00', NULL, NULL", "no INTEGER"),
-            ("NULL, NULL, NULL, x'ff00', NULL, NULL", "no INTEGER"),
+            ("'soon', NULL, NULL, x'ff00', NULL, NULL", "not an INTEGER"),
+            ("NULL, NULL, NULL, x'ff00', NULL, NULL", "not an INTEGER"),
             ("1, 5, NULL, x'ff00', NULL, NULL", "key"),
             ("1, NULL, x'09', x'ff00', NULL, NULL", "unknown version"),
             ("1, NULL, x'', x'ff00', NULL, NULL", "unknown version"),
             ("1, NULL, x'01000000ff', x'ff00', NULL, NULL", "cut short"),
             ("1, NULL, x'0100000001ff00000000', x'ff00', NULL, NULL", "UTF-8"),
-            ("1, NULL, 3.5, x'ff00', NULL, NULL", "headers are no BLOB"),
+            ("1, NULL, 3.5, x'ff00', NULL, NULL", "headers are not a BLOB"),
             ("1, NULL, NULL, x'ff00', 'p', NULL", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', NULL, 4", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', 'p', 'x'", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', x'ff', 4", "producer and sequence"),
-            ("1, NULL, NULL, x'ff00', 'a b', 4", "no valid name"),
-            ("1, NULL, NULL, x'ff00', 'a#0', 4", "no valid name"),
+            ("1, NULL, NULL, x'ff00', 'a b', 4", "not valid"),
+            ("1, NULL, NULL, x'ff00', 'a#0', 4", "not valid"),
             ("1, NULL, NULL, x'ff00', CAST(x'ff' AS TEXT), 4", "not UTF-8"),
         ] {
             let record = record(values);

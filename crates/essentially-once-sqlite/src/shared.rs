@@ -1,5 +1,5 @@
-//! What the clones of one handle share: the writer connection, a connection for short reads, and
-//! the readers' connections.
+//! The connections that the clones of one handle share: one for writing, one for short reads, and
+//! those of the readers.
 
 use std::{
     fmt,
@@ -30,34 +30,36 @@ use crate::{
 
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 pub(crate) const LONGEST_PAUSE: Duration = Duration::from_millis(20);
-/// The one whose turn it is asks often: he alone does, and while he pauses nobody writes.
+/// The writer whose turn it is polls often. It is the only one that polls, and nobody writes while
+/// it sleeps.
 const LONGEST_PAUSE_IN_TURN: Duration = Duration::from_millis(2);
 
-/// Whoever has passed the turnstile may write again without passing it for this long. It spares
-/// system calls where commits take microseconds, and costs those who wait no more than this for
-/// each one in front of them.
+/// A writer that has passed the turnstile may write again for this long without passing it again.
+/// That saves system calls if commits take microseconds. Each waiting writer waits at most this
+/// much longer for each writer ahead of it.
 const TENURE: Duration = Duration::from_millis(2);
 
-/// How long to wait for one's turn before looking whether whoever is in the turnstile still moves.
+/// How long to wait for a turn before checking whether the writer inside the turnstile still makes
+/// progress.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// Long enough for whoever is in the turnstile to ask for the write lock many times.
+/// Long enough for the writer inside the turnstile to ask for the write lock many times.
 const SECOND_LOOK: Duration = Duration::from_millis(30);
 
 pub(crate) struct Shared {
     pub(crate) path: PathBuf,
     pub(crate) options: SqliteOptions,
     pub(crate) place: Arc<Place>,
-    /// Fair among the tasks of this handle. `None` once it is closed.
+    /// Fair among the tasks of this handle. `None` once the handle is closed.
     writer: Arc<sync::Mutex<Option<Writer>>>,
-    /// In WAL mode reading never waits for the writer. `None` once it is closed.
+    /// Reads never wait for the writer in WAL mode. `None` once the handle is closed.
     reader: Mutex<Option<Connection>>,
-    /// Opened when a standby first looks.
+    /// Opened when a standby first asks for a pulse.
     observer: Mutex<Option<Observer>>,
-    /// The readers of logs, each with a connection. `None` once the handle is closed.
+    /// The readers of logs, each with its own connection. `None` once the handle is closed.
     cursors: Mutex<Option<Vec<Weak<Mutex<Cursor>>>>>,
 }
 
-/// What the write lock is wanted for.
+/// The purpose of a write transaction.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Errand {
     Append,
@@ -65,7 +67,8 @@ enum Errand {
 }
 
 impl Shared {
-    /// Opens the file. It blocks, waiting for locks too, until `given_up`.
+    /// Opens the file. It blocks the thread, also while it waits for locks, until `given_up` is
+    /// set.
     pub(crate) fn open(path: PathBuf, options: SqliteOptions, given_up: &AtomicBool) -> Result<Self, Error> {
         let guard = Guard::default();
         let connection = connect::create(&path, &guard, &options, given_up)?;
@@ -82,17 +85,18 @@ impl Shared {
         })
     }
 
-    /// `what` and the file, for an error's text.
+    /// Adds the file to an error's action.
     pub(crate) fn on(&self, what: impl fmt::Display) -> String {
         on(what, &self.path)
     }
 
-    /// Opens a write transaction, waiting for the lock without blocking the thread.
+    /// Opens a write transaction. Waits for the lock without blocking the thread.
     pub(crate) async fn begin(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {
         self.begin_for(Errand::Other, action).await
     }
 
-    /// The same for an append, which a handler may wait for while it holds the lock itself.
+    /// Like [`begin`](Self::begin), for an append. A handler that holds the lock may be the one
+    /// that waits.
     pub(crate) async fn begin_append(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {
         self.begin_for(Errand::Append, action).await
     }
@@ -117,7 +121,7 @@ impl Shared {
         }
     }
 
-    /// Takes the file's write lock when it is this one's turn.
+    /// Takes the file's write lock in turn.
     async fn lock_file(&self, writer: &mut Writer, deadline: Instant) -> rusqlite::Result<()> {
         if writer.passed.is_some_and(|passed| passed.elapsed() < TENURE) {
             match writer.begin() {
@@ -130,8 +134,8 @@ impl Shared {
         };
         let mut patience = PATIENCE;
         while !turn.comes_within(patience.min(deadline - Instant::now())).await {
-            // Whoever is in the turnstile takes the lock as soon as it is free. One who lets it lie
-            // twice is frozen.
+            // The writer inside takes the lock as soon as it is free. If it leaves a free lock
+            // alone twice, it is frozen.
             match writer.begin() {
                 Ok(()) if patience == SECOND_LOOK => return Ok(()),
                 Ok(()) => {
@@ -148,11 +152,12 @@ impl Shared {
         Ok(())
     }
 
-    /// The error of one who did not get the write lock in time. `held` is whose it was when he
-    /// began to wait.
+    /// Builds the error for a writer that did not get the lock in time. `held` is the transaction
+    /// that was open when the wait began.
     ///
-    /// A task that waits for itself would do so again at every try. But one task may also run two consumers side by side
-    /// (`join!`), where one waits for the other's slow handler. So only an append is refused for good.
+    /// A task that waits for itself would do so at every attempt. But one task may also run two
+    /// consumers concurrently (`join!`), where one waits for the other's slow handler. So only an
+    /// append fails permanently.
     fn kept_waiting(
         &self,
         errand: Errand,
@@ -165,23 +170,23 @@ impl Shared {
             (Some(holder), _) if errand == Errand::Append && holder.is_this_task() => Error::failed(
                 action,
                 format!(
-                    "this task has an open transaction on the same file, which has held the write lock for {timeout:?}, and \
-                     so waits for itself; within a handler, use the handler's own transaction (a table of yours in place of \
-                     a log, sent on by another consumer), or append to a log in another file"
+                    "this task waits for itself: its own open transaction on the same file has held the write lock for {timeout:?}; \
+                     within a handler, use the handler's transaction and insert into a table of yours, from which another consumer \
+                     appends, or append to a log in another file"
                 ),
             ),
             (Some(_), _) | (None, None) => Error::unavailable(
                 action,
                 format!(
-                    "another transaction of this process has held the write lock for {timeout:?}: perhaps a handler \
-                     appends to a log of this file in another task, or opens a second transaction, and waits for itself"
+                    "another transaction of this process has held the write lock for {timeout:?}; check whether a handler waits for \
+                     itself because another task appends to a log of this file or opens a second transaction"
                 ),
             ),
             (None, Some(error)) => classify(action, error),
         }
     }
 
-    /// The error of whatever is done after [`close`](Self::close).
+    /// The error of any call after [`close`](Self::close).
     fn closed(&self, action: String) -> Error {
         Error::failed(
             self.on(action),
@@ -206,7 +211,7 @@ impl Shared {
         }
     }
 
-    /// Opens a write transaction if nobody holds the lock; it waits for nobody, and for no turn.
+    /// Opens a write transaction if the lock is free. Does not wait, and does not queue.
     pub(crate) fn try_begin(&self, action: impl Fn() -> String) -> Result<Option<WriteTx>, Error> {
         let Ok(writer) = Arc::clone(&self.writer).try_lock_owned() else {
             return Ok(None);
@@ -232,7 +237,8 @@ impl Shared {
         }
     }
 
-    /// Runs a short query on the connection that looks at positions, which is opened at the first.
+    /// Runs a short query on the connection for pulses, and opens that connection first if
+    /// necessary.
     pub(crate) async fn observe<T>(
         &self,
         action: impl Fn() -> String,
@@ -257,7 +263,7 @@ impl Shared {
         }
     }
 
-    /// Opens a connection for a reader, which [`close`](Self::close) closes as well.
+    /// Opens a connection for a reader. [`close`](Self::close) closes it too.
     pub(crate) async fn cursor(
         &self,
         action: impl Fn() -> String,
@@ -274,28 +280,28 @@ impl Shared {
         Ok(cursor)
     }
 
-    /// Closes every connection of the handle, after the transaction that is open, and empties the
-    /// WAL into the file.
+    /// Waits for the open transaction, closes every connection of the handle, and copies the WAL
+    /// into the file.
     pub(crate) async fn close(&self) -> Result<(), Error> {
         let action = || self.on("close SQLite file");
         let deadline = Instant::now() + self.options.busy_timeout;
         let Ok(mut writer) = time::timeout_at(deadline, self.writer.lock()).await else {
             return Err(Error::unavailable(
                 action(),
-                "a transaction of this handle is still open; nothing was closed: end it, then close again",
+                "a transaction of this handle is still open, so nothing was closed; end the transaction, then close again",
             ));
         };
         let Some(writer) = writer.take() else {
             return Ok(());
         };
-        // The reader's first: without it no observer is opened again.
+        // The reader must go first. Without it, no observer is opened again.
         let reader = lock(&self.reader).take();
         let observer = lock(&self.observer).take();
         let cursors = lock(&self.cursors).take().unwrap_or_default();
         let emptied = on_a_thread(move || {
             drop((reader, observer));
             for cursor in cursors.iter().filter_map(Weak::upgrade) {
-                // A fetch that is under way ends first.
+                // The lock waits for a running fetch.
                 lock(&cursor).close();
             }
             while !writer.wal.empty(&writer.connection)? {
@@ -310,16 +316,16 @@ impl Shared {
             Ok(Ok(true)) => Ok(()),
             Ok(Ok(false)) => Err(Error::unavailable(
                 action(),
-                "it is closed, and all that was committed is safe, but a part is still in the WAL, because another handle or \
-                 process reads or writes the file; copy it with `VACUUM INTO`, or together with its -wal file once nobody \
-                 has it open",
+                "the file is closed and all commits are safe, but part of the data is still in the WAL, because another handle or \
+                 process reads or writes the file; copy it with `VACUUM INTO`, or together with its -wal file once nobody has it \
+                 open",
             )),
             Ok(Err(error)) => Err(classify(action(), error)),
             Err(error) => Err(Error::unavailable(action(), error)),
         }
     }
 
-    /// Opens another connection to write on, which SQLite interrupts while the flag is set.
+    /// Replaces the writer connection with one that SQLite interrupts while the flag is set.
     #[cfg(test)]
     pub(crate) async fn interruptible(&self) -> Arc<AtomicBool> {
         let interrupted = Arc::new(AtomicBool::new(false));
@@ -337,28 +343,28 @@ impl Shared {
     }
 }
 
-/// A panic elsewhere leaves no half-made change behind these locks, so poisoning is of no interest.
+/// Ignores poisoning: no panic leaves a partial change behind these locks.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs what takes long on a thread of its own. The runtime's blocking pool may be full, and what
-/// holds the file's write lock must not wait for a place in it.
+/// Runs slow work on its own thread. The runtime's blocking pool may be full, and a holder of the
+/// file's write lock must not wait for it.
 ///
-/// Dropping the future leaves the work running.
+/// Dropping the future does not stop the work.
 pub(crate) async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, essentially_once::backend::Source> {
     let (done, result) = oneshot::channel();
     let thread = thread::Builder::new().name("essentially-once-sqlite".into());
     thread.spawn(move || {
-        // Nobody waits for it any more.
+        // The send fails if the caller gave up.
         let _ = done.send(work());
     })?;
     result.await.map_err(|_| "the thread that did it panicked".into())
 }
 
-/// Tries again while another connection holds the lock, after short pauses in which other tasks run.
+/// Retries while another connection holds the lock. Other tasks run during the short pauses.
 pub(crate) async fn retry_busy<T>(
     deadline: Instant,
     longest_pause: Duration,
@@ -376,20 +382,20 @@ pub(crate) async fn retry_busy<T>(
     }
 }
 
-/// Half to all of `pause`, so that two processes do not go on asking in step.
+/// Returns half to all of `pause`, at random, so that two processes do not poll in lockstep.
 fn jittered(pause: Duration) -> Duration {
     let random = RandomState::new().hash_one(0u8) as u32;
     pause / 2 + (pause / 2).mul_f64(f64::from(random) / f64::from(u32::MAX))
 }
 
-/// The one connection of a handle that writes.
+/// The only connection of a handle that writes.
 struct Writer {
     connection: Prepared,
     guard: Guard,
     wal: Wal,
-    /// When this connection last got the lock in its turn.
+    /// When this connection last got the lock in turn.
     passed: Option<Instant>,
-    /// A rollback failed, so nothing is known of the connection's state.
+    /// A rollback failed, so the connection's state is unknown.
     broken: bool,
 }
 
@@ -412,12 +418,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Takes `&mut self` so that a future which calls it again and again is `Send`: a connection is not `Sync`.
+    /// Takes `&mut self` so that a future that holds the writer is `Send`. A connection is not
+    /// `Sync`.
     fn begin(&mut self) -> rusqlite::Result<()> {
         self.run("BEGIN IMMEDIATE")
     }
 
-    /// Lets the WAL begin again if it has grown too large. Whoever calls is the next to write.
+    /// Restarts the WAL if it has grown too large. The caller must be the next to write.
     async fn restart_wal(&mut self, deadline: Instant) {
         let Some(patience) = self.wal.restart_within() else {
             return;
@@ -435,7 +442,7 @@ impl Writer {
         }
     }
 
-    /// Runs SQL of ours that has no parameters.
+    /// Runs SQL of this crate that has no parameters.
     fn run(&mut self, sql: &str) -> rusqlite::Result<()> {
         self.connection
             .run_internal(sql, |statement| statement.execute([]))
@@ -443,7 +450,7 @@ impl Writer {
     }
 }
 
-/// A write transaction. Dropping it rolls back.
+/// An open write transaction. Dropping it rolls back.
 pub(crate) struct WriteTx {
     writer: OwnedMappedMutexGuard<Option<Writer>, Writer>,
     place: Arc<Place>,
@@ -455,7 +462,7 @@ impl WriteTx {
         &self.writer.connection
     }
 
-    /// Runs SQL of ours.
+    /// Runs SQL of this crate.
     pub(crate) fn run_internal<T>(
         &mut self,
         sql: &str,
@@ -464,7 +471,7 @@ impl WriteTx {
         self.writer.connection.run_internal(sql, run)
     }
 
-    /// Runs a handler's SQL, with the authorizer on guard.
+    /// Runs a handler's SQL under the authorizer's restrictions.
     pub(crate) fn run_native<T>(
         &mut self,
         sql: &str,
@@ -474,13 +481,13 @@ impl WriteTx {
         guard.run(connection, sql, run)
     }
 
-    /// False once SQLite has rolled back by itself, as `INSERT OR ROLLBACK` or a full disk makes it do. Whatever ran then would
-    /// be committed on the spot.
+    /// False once SQLite itself has rolled back, for example because of `INSERT OR ROLLBACK` or a
+    /// full disk. A statement that ran then would be committed immediately.
     pub(crate) fn is_open(&self) -> bool {
         !self.writer.connection.is_autocommit()
     }
 
-    /// Commits, with `action` for an error's text.
+    /// Commits. `action` becomes the action of an error.
     pub(crate) fn commit(mut self, action: impl FnOnce() -> String) -> Result<(), Error> {
         self.writer
             .run("COMMIT")
@@ -542,7 +549,7 @@ mod tests {
         assert!(!tx.writer.broken && tx.is_open());
         assert!(
             tx.connection().prepare("SELECT * FROM temp.old").is_err(),
-            "a new connection"
+            "the connection is new"
         );
     }
 
@@ -602,7 +609,7 @@ mod tests {
         assert!(matches!(tx.put(b"big", &big).await, Err(Error::Failed { .. })));
         assert!(
             matches!(tx.commit(advance.clone()).await, Err(Error::Failed { .. })),
-            "rolled back by SQLite"
+            "SQLite rolled back"
         );
         assert_eq!(store.position(&consumer).await.expect("position"), None);
 

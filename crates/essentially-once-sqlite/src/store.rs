@@ -1,4 +1,5 @@
-//! The store: positions, windows and state, written in the transaction that a handler's SQL runs in.
+//! The store. It writes positions, windows and state in the transaction in which a handler's SQL
+//! runs.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -19,20 +20,20 @@ use crate::{
     shared::{Shared, WriteTx},
 };
 
-/// How often to ask whether another process wrote to the file.
+/// How often to check whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
 
-/// How long to leave the file alone after a commit that was another consumer's.
+/// How long to pause after a commit of another consumer.
 const NOT_OURS: Duration = Duration::from_millis(2);
 
-/// How long a beat tries to find the write lock free, and how often. The next one is due a little later.
+/// How long a beat tries to get the write lock, and how often. The next beat is due a little later.
 const BEAT_WITHIN: Duration = Duration::from_millis(200);
 const BEAT_AGAIN: Duration = Duration::from_millis(5);
 
-/// Far enough away to be never, and near enough to compute with.
+/// Long enough to mean never, and short enough to add to an instant.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Positions and state in a SQLite file; see [`Sqlite::store`](crate::Sqlite::store).
+/// Positions and state in a SQLite file. See [`Sqlite::store`](crate::Sqlite::store).
 #[derive(Clone)]
 pub struct SqliteStore {
     shared: Arc<Shared>,
@@ -97,8 +98,8 @@ impl OffsetStore for SqliteStore {
         self.shared.read(|| "read durability".into(), connect::durability).await
     }
 
-    /// A write lock that is held by one transaction counts as a beat: whoever handles for long
-    /// holds it, and cannot write.
+    /// A write lock that one transaction holds counts as a beat, because an owner that handles a
+    /// record for long holds it and cannot write one.
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
         let action = || format!("read pulse of consumer {consumer}");
         let is_held = self.shared.place.holder().is_some();
@@ -116,8 +117,8 @@ impl OffsetStore for SqliteStore {
         let until = Instant::now() + interval.min(NEVER);
         let mut commits = self.shared.place.commits.subscribe();
         loop {
-            // In this order: what is committed after this pulse was taken changes the version after
-            // it was.
+            // The version must be read before the pulse, so that a commit after the pulse changes
+            // it.
             let version = self.shared.observe(action, |observer| observer.data_version()).await?;
             let pulse = self.pulse(consumer).await?;
             if pulse != *seen || Instant::now() >= until {
@@ -125,7 +126,7 @@ impl OffsetStore for SqliteStore {
             }
             loop {
                 let poll = until.min(Instant::now() + POLL);
-                // The place outlives this call, so an answer means that something was committed.
+                // The sender outlives this call, so `Ok` always means a commit.
                 let committed = time::timeout_at(poll, commits.changed()).await.is_ok();
                 if committed
                     || Instant::now() >= until
@@ -140,9 +141,9 @@ impl OffsetStore for SqliteStore {
         }
     }
 
-    /// Writes as soon as the write lock is free, and gives up after a while: one that is held by one
-    /// transaction all the time shows life by itself, and one that many hold in turn is free between
-    /// them.
+    /// Writes as soon as the write lock is free, and gives up after a while. A lock that one
+    /// transaction holds all that time is itself a sign of life. A lock that many transactions hold
+    /// in turn is free between them.
     async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
         let action = || format!("beat for consumer {consumer}");
         let given_up = Instant::now() + BEAT_WITHIN;
@@ -162,7 +163,7 @@ impl OffsetStore for SqliteStore {
     async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
         let action = || format!("give up the position of consumer {consumer}");
         let owner = owner.to_string();
-        // Who has been overtaken writes nothing, and waits for nobody.
+        // An owner that was overtaken writes nothing, so it must not wait for the write lock.
         let stored = self
             .shared
             .read(action, |connection| position_row(connection, consumer))
@@ -198,24 +199,28 @@ impl ReadState for SqliteStore {
     }
 }
 
-/// An open transaction on the file. It holds the file's write lock until it is committed, rolled back or dropped.
+/// An open transaction on the file. It holds the file's write lock until it is committed, rolled
+/// back or dropped.
 ///
-/// Besides the portable [`KeyValue`] state it takes SQL on tables of your own, which other consumers and programs see as well.
-/// Statements are prepared once and kept, so give values as parameters rather than in the text. SQL may use savepoints and
-/// change the schema. It may not begin or end transactions, attach databases, set pragmas (except `defer_foreign_keys`) or write
-/// to `sqlite_sequence` and the tables of this crate. It may read those tables, but not refer to them by foreign key, and no
+/// Besides the portable [`KeyValue`] state, it runs SQL on your own tables, which other consumers
+/// and programs can also see. Each statement is prepared once and cached, so pass values as
+/// parameters instead of writing them into the text.
+///
+/// SQL may use savepoints and change the schema. It may not begin or end transactions, attach
+/// databases, set pragmas (except `defer_foreign_keys`), or write to `sqlite_sequence` or this
+/// crate's tables. It may read this crate's tables, but not reference them with a foreign key. No
 /// name may begin with `essentially_once_`.
 ///
-/// After an error of SQLite itself (disk, memory, a lock, a damaged file) everything that follows fails
-/// with the same kind of error, the commit included, even if the handler ignored the error. So it does
-/// once SQLite rolled back by itself, as `INSERT OR ROLLBACK` makes it do. A mistake in the SQL or a
-/// violated constraint only fails its own statement.
+/// After an error of SQLite itself (disk, memory, a lock, a damaged file), every later operation
+/// fails with the same kind of error, even if the handler ignored the first one. That includes the
+/// commit. The same holds after SQLite itself rolls back, for example because of `INSERT OR
+/// ROLLBACK`. A mistake in the SQL or a violated constraint fails only its own statement.
 pub struct SqliteTx {
     tx: WriteTx,
     shared: Arc<Shared>,
     consumer: ConsumerId,
-    /// The first operation that failed by trouble of the backend. Its handler may have ignored it, so
-    /// from there on the transaction can only be rolled back.
+    /// The first operation that failed because of the backend. The handler may have ignored the
+    /// error, so the transaction can only be rolled back.
     failed: Option<Failure>,
 }
 
@@ -225,7 +230,7 @@ struct Failure {
 }
 
 impl SqliteTx {
-    /// Runs a statement that returns no rows, and tells how many rows it changed.
+    /// Runs a statement that returns no rows, and returns the number of rows it changed.
     ///
     /// ```
     /// # use essentially_once::Error;
@@ -237,14 +242,16 @@ impl SqliteTx {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Failed`] for a mistake in the SQL, a violated constraint, or more than one statement; [`Error::Unavailable`].
-    /// [`sqlite_error`](crate::sqlite_error) tells them apart. The transaction can go on after a mistake
-    /// or a violated constraint, unless SQLite rolled it back; what a statement did that returned rows, and failed for that, stays in it.
+    /// [`Error::Failed`] for a mistake in the SQL, a violated constraint, or more than one
+    /// statement. [`Error::Unavailable`] if SQLite cannot run it now.
+    /// [`sqlite_error`](crate::sqlite_error) returns the cause. The transaction can continue after
+    /// a mistake or a violated constraint, unless SQLite rolled it back. A statement that returns
+    /// rows fails, but its changes stay in the transaction.
     pub fn execute(&mut self, sql: &str, params: impl Params) -> Result<usize, Error> {
         self.native(sql, |statement| statement.execute(params))
     }
 
-    /// Runs a statement and returns what `row` makes of each row.
+    /// Runs a statement, and returns the results of `row` for all rows.
     ///
     /// ```
     /// # use essentially_once::Error;
@@ -256,7 +263,7 @@ impl SqliteTx {
     /// ```
     ///
     /// # Errors
-    /// As [`execute`](Self::execute), and whatever `row` fails with, as [`Error::Failed`].
+    /// Like [`execute`](Self::execute). An error from `row` becomes [`Error::Failed`].
     pub fn query<T>(
         &mut self,
         sql: &str,
@@ -266,10 +273,11 @@ impl SqliteTx {
         self.native(sql, |statement| statement.query_map(params, row)?.collect())
     }
 
-    /// Runs a statement and returns what `row` makes of the first row, if there is one.
+    /// Runs a statement, and returns the result of `row` for the first row, or `None` if there are
+    /// no rows.
     ///
     /// # Errors
-    /// As [`query`](Self::query).
+    /// Like [`query`](Self::query).
     pub fn query_one<T>(
         &mut self,
         sql: &str,
@@ -279,7 +287,7 @@ impl SqliteTx {
         self.native(sql, |statement| statement.query_row(params, row).optional())
     }
 
-    /// The consumer whose transaction this is.
+    /// Returns the consumer that this transaction belongs to.
     pub fn consumer(&self) -> &ConsumerId {
         &self.consumer
     }
@@ -297,7 +305,7 @@ impl SqliteTx {
         })
     }
 
-    /// Runs a statement of ours, given the consumer's name.
+    /// Runs a statement of this crate with the consumer's name.
     fn internal<T>(
         &mut self,
         sql: &str,
@@ -309,7 +317,7 @@ impl SqliteTx {
         result.map_err(|error| self.fail(verb, error))
     }
 
-    /// The error of an operation after which the transaction can only be rolled back.
+    /// Builds the error of an operation after which the transaction can only be rolled back.
     fn fail(&mut self, verb: &str, error: rusqlite::Error) -> Error {
         let error = classify(self.action(verb), error);
         self.failed.get_or_insert_with(|| Failure {
@@ -319,12 +327,12 @@ impl SqliteTx {
         error
     }
 
-    /// Refuses to go on after a failure, and without an open transaction: whatever ran then would be
-    /// committed on the spot.
+    /// Refuses to continue after a failure, or without an open transaction. A statement that ran
+    /// without one would be committed immediately.
     fn check_usable(&self, verb: &str) -> Result<(), Error> {
         if let Some(failure) = &self.failed {
             let cause = format!(
-                "the transaction can only be rolled back, because an operation in it failed before: {}",
+                "the transaction can only be rolled back, because an earlier operation in it failed: {}",
                 failure.text
             );
             return Err(match failure.is_transient {
@@ -337,8 +345,8 @@ impl SqliteTx {
         }
         Err(Error::failed(
             self.action(verb),
-            "SQLite rolled the transaction back after an earlier error (OR ROLLBACK, RAISE(ROLLBACK), a full disk); nothing \
-             of it is applied",
+            "SQLite rolled the transaction back after an earlier error (OR ROLLBACK, RAISE(ROLLBACK), a full disk), so nothing \
+             of it was applied",
         ))
     }
 
@@ -354,7 +362,7 @@ impl SqliteTx {
             .on(format!("{verb} in a transaction of consumer {}", self.consumer))
     }
 
-    /// Moves the position, if it is where `advance` says.
+    /// Moves the position if it is at the revision and log that `advance` expects.
     fn advance(&mut self, advance: &Advance) -> Result<(), Error> {
         let (log, incarnation) = (advance.log.name(), advance.log.incarnation());
         let (hi, lo) = (advance.next.hi() as i64, advance.next.lo() as i64);
@@ -412,7 +420,7 @@ impl SqliteTx {
         Ok(())
     }
 
-    /// Why a position did not move: another revision, or else another log.
+    /// Explains why a position did not move: its revision or its log differs.
     fn refusal(&self, advance: &Advance) -> Result<Error, Error> {
         let stored = position_row(self.tx.connection(), &self.consumer)
             .map_err(|error| classify(self.action("commit"), error))?;
@@ -500,7 +508,7 @@ struct PositionRow {
 }
 
 impl PositionRow {
-    /// The position, without its windows.
+    /// Returns the position without its windows.
     fn position(&self) -> Result<Position, Error> {
         let mut position = Position::new(self.log()?, self.next, self.revision);
         position.owner = self.owner.as_deref().map(str::parse).transpose()?;
@@ -542,13 +550,13 @@ fn bytes_of_first(row: &Row<'_>) -> rusqlite::Result<Bytes> {
     Ok(Bytes::copy_from_slice(row.get_ref(0)?.as_bytes()?))
 }
 
-/// The position and its windows as of one moment.
+/// Reads the position and its windows in one read transaction.
 fn read_position(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<StoredPosition>> {
     let snapshot = connection.unchecked_transaction()?;
     stored_position(&snapshot, consumer)
 }
 
-/// The same, within a transaction.
+/// Reads the position and its windows within the caller's transaction.
 fn stored_position(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<StoredPosition>> {
     let Some(row) = position_row(connection, consumer)? else {
         return Ok(None);
@@ -578,7 +586,8 @@ mod tests {
         (folder, sqlite, interrupt)
     }
 
-    /// Commits a first position; then gives a transaction with a write staged, and how to advance it.
+    /// Commits a first position. Returns a transaction with a staged write, and the advance to
+    /// commit it with.
     async fn staged(sqlite: &Sqlite) -> (SqliteTx, Advance) {
         let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
         let consumer = ConsumerId::new("c").expect("name");
@@ -608,12 +617,9 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("get a key") && text.contains("interrupted"), "{text}");
         let store = sqlite.store();
-        let mut tx = store
-            .begin(&ConsumerId::new("c").expect("name"))
-            .await
-            .expect("begin again");
+        let mut tx = store.begin(&ConsumerId::new("c").expect("name")).await.expect("begin");
         assert_eq!(tx.get(b"k").await.expect("get").as_deref(), Some(&b"1"[..]));
-        tx.commit(advance).await.expect("the next one commits");
+        tx.commit(advance).await.expect("a new transaction commits");
     }
 
     #[tokio::test]
