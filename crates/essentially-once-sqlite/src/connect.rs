@@ -224,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn read_only_connections_are_durable_by_sqlites_word() {
+    fn sqlite_reports_read_only_connections_as_durable() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         let options = SqliteOptions::new();
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn who_gave_up_waits_for_no_lock() {
+    fn an_abandoned_open_waits_for_no_lock() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         let other = Connection::open(&path).expect("open");

@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn trouble_of_the_backend_is_told_from_a_handlers_mistake() {
+    fn backend_errors_are_not_a_handlers_mistakes() {
         for code in [
             ffi::SQLITE_ERROR,
             ffi::SQLITE_ERROR_MISSING_COLLSEQ,
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sqlite_error_can_be_had_with_and_without_a_hint() {
+    fn the_sqlite_error_is_returned_with_and_without_a_hint() {
         for code in [ffi::SQLITE_FULL, ffi::SQLITE_CONSTRAINT_UNIQUE, ffi::SQLITE_BUSY] {
             let error = classify("write", sqlite(code));
             let found = sqlite_error(&error).and_then(rusqlite::Error::sqlite_extended_error_code);

@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passed_once_passes_again_after_a_change_of_schema() {
+    fn an_allowed_statement_stays_allowed_after_a_schema_change() {
         let (guard, mut connection) = guarded();
         let add = "CREATE TABLE IF NOT EXISTS copy AS SELECT x FROM essentially_once_state";
         let alter = "ALTER TABLE t RENAME TO t";
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn statements_cached_by_internal_hands_are_not_found_by_a_handler() {
+    fn a_handler_does_not_find_cached_internal_statements() {
         let (guard, mut connection) = guarded();
         let sql = "/*essentially-once*/ INSERT INTO essentially_once_state VALUES (1)";
         connection.run_internal(sql, |_| Ok(())).expect("internal");
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn ordinary_sql_is_free() {
+    fn ordinary_sql_is_allowed() {
         let (guard, mut connection) = guarded();
         for sql in [
             "INSERT INTO t VALUES (1) RETURNING x",
@@ -546,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_row_closure_ends_the_guard() {
+    fn a_panic_in_a_row_closure_lifts_the_restrictions() {
         let (guard, mut connection) = guarded();
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             guard.run(&mut connection, "SELECT 1", |_| -> rusqlite::Result<()> {

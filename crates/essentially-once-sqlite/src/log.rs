@@ -203,7 +203,7 @@ impl SqliteLog {
                 .begin(|| format!("trim log {}", self.inner.id))
                 .await?;
             let inner = Arc::clone(&self.inner);
-            let removed = run_beside(self, "trim", move || inner.trim_chunk(tx)).await?;
+            let removed = run_on_thread(self, "trim", move || inner.trim_chunk(tx)).await?;
             total += removed;
             if removed < TRIM_CHUNK {
                 return Ok(total);
@@ -425,7 +425,7 @@ fn create(connection: &Connection, name: &str) -> rusqlite::Result<(i64, String)
 }
 
 /// Runs slow work on another thread. The work completes even if the caller gives up.
-async fn run_beside<T: Send + 'static>(
+async fn run_on_thread<T: Send + 'static>(
     log: &SqliteLog,
     verb: &str,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
@@ -462,7 +462,7 @@ impl Log for SqliteLog {
             inner.append(tx, records)?
         } else {
             let (inner, records) = (Arc::clone(inner), records.to_vec());
-            run_beside(self, "append to", move || inner.append(tx, &records)).await?
+            run_on_thread(self, "append to", move || inner.append(tx, &records)).await?
         };
         Ok(Some(last))
     }

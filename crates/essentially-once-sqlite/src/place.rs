@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_has_one_place_while_anyone_is_there() {
+    fn handles_on_one_file_share_its_state() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         fs::write(&path, "").expect("file");

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn ever_new_sql_does_not_fill_the_memory() {
+    fn distinct_sql_texts_do_not_fill_the_memory() {
         let mut prepared = prepared();
         for n in 0..3 * MOST {
             prepared

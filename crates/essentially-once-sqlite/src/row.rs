@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_decoded_is_malformed_with_its_payload() {
+    fn an_undecodable_row_is_malformed_and_keeps_its_payload() {
         for (values, reason) in [
             ("-1, NULL, NULL, x'ff00', NULL, NULL", "before 1970"),
             ("'soon', NULL, NULL, x'ff00', NULL, NULL", "not an INTEGER"),

@@ -53,12 +53,12 @@ pub(crate) struct Turn {
 impl Turnstile {
     /// Opens the turnstile of the database at `path`. The database must exist.
     pub(crate) fn open(path: &Path) -> Self {
-        let beside = beside(path, "-turn");
-        let file = match open_or_create(&beside, path) {
+        let sibling = sibling(path, "-turn");
+        let file = match open_or_create(&sibling, path) {
             Ok(file) => Some(file),
             Err(error) => {
                 tracing::debug!(
-                    path = %beside.display(), %error,
+                    path = %sibling.display(), %error,
                     "cannot create the file that queues writers; a busy process may keep other processes waiting"
                 );
                 None
@@ -178,7 +178,7 @@ impl Drop for Turn {
 }
 
 /// Appends `ending` to the database's file name, as SQLite does for its own files.
-pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
+pub(crate) fn sibling(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
     name.into()
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_gave_up_is_in_nobodys_way_and_leaves_his_place_to_his_own() {
+    async fn an_abandoned_turn_blocks_nobody_and_its_place_goes_to_the_next_task() {
         let (_folder, one, two) = two();
         let inside = one.line_up().await;
         drop(two.line_up().await);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_no_file_can_be_everyone_passes() {
+    async fn everyone_passes_if_the_file_cannot_be_created() {
         let folder = tempfile::tempdir().expect("folder");
         let nowhere = Arc::new(Turnstile::open(&folder.path().join("missing/a.db")));
         assert!(nowhere.line_up().await.comes_within(NOT_YET).await);
@@ -277,7 +277,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn the_file_has_the_rights_of_the_database() {
+    fn the_file_has_the_permissions_of_the_database() {
         use std::os::unix::fs::PermissionsExt;
 
         let folder = tempfile::tempdir().expect("folder");
@@ -285,7 +285,7 @@ mod tests {
         fs::write(&path, "").expect("file");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).expect("chmod");
         Turnstile::open(&path);
-        let metadata = fs::metadata(beside(&path, "-turn")).expect("made");
+        let metadata = fs::metadata(sibling(&path, "-turn")).expect("the file");
         assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
     }
 }

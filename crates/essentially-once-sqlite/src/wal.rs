@@ -8,7 +8,7 @@ use std::{
 
 use rusqlite::Connection;
 
-use crate::turnstile::beside;
+use crate::turnstile::sibling;
 
 /// Checking the file's size costs a system call, so only every 16th commit does it.
 const COMMITS_BETWEEN_LOOKS: u32 = 16;
@@ -40,7 +40,7 @@ impl Wal {
         // SQLite resolves links, and puts the WAL next to the resolved file.
         let database = fs::canonicalize(database).unwrap_or_else(|_| database.to_owned());
         Self {
-            path: beside(&database, "-wal"),
+            path: sibling(&database, "-wal"),
             limit,
             commits: 0,
             bytes: 0,

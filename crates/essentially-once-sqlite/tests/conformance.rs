@@ -1,4 +1,4 @@
-//! SQLite under all conformance cases of the test kit.
+//! Runs all conformance cases of the test kit on SQLite.
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
@@ -52,7 +52,7 @@ impl Harness for SqliteHarness {
     }
 }
 
-/// A file in a folder of its own, which goes with it.
+/// A file in a temporary folder.
 struct File {
     folder: TempDir,
 }
@@ -62,7 +62,7 @@ impl File {
         self.folder.path().join("test.db")
     }
 
-    /// A handle of its own for each caller: they meet in the file only, as processes do.
+    /// Opens a new handle for each caller, so that callers share only the file, as processes do.
     async fn open(&self) -> Result<Sqlite, Error> {
         SqliteOptions::new()
             .record_limit(RECORD_LIMIT)
@@ -71,7 +71,8 @@ impl File {
             .await
     }
 
-    /// A connection for what only someone else would do, and the name of the log's table.
+    /// Opens a connection for actions of a foreign program, and returns it with the name of the
+    /// log's table.
     fn as_someone_else(&self, log: &str) -> Result<(Connection, String), Source> {
         let connection = Connection::open(self.path())?;
         connection.busy_timeout(Duration::from_secs(30))?;
@@ -93,12 +94,13 @@ impl Backend for File {
         Ok(self.open().await?.store())
     }
 
-    /// There is no server. What a crash leaves, the files alone, is copied while work goes on, and must open as a sound
-    /// database; a crash of the working process itself is tested with real processes.
+    /// SQLite has no server to restart. This copies the files that a crash would leave, while work
+    /// goes on, and checks that the copy is a sound database. Other tests crash the working process
+    /// itself.
     async fn restart(&self) -> Result<(), Source> {
         let crashed = tempfile::tempdir()?;
         let copy = crashed.path().join("test.db");
-        // A lock keeps the two files of one moment together, as a crash does.
+        // The lock keeps the two files consistent, as a crash does.
         let connection = Connection::open(self.path())?;
         connection.busy_timeout(Duration::from_secs(30))?;
         connection.execute_batch("BEGIN IMMEDIATE")?;
@@ -116,7 +118,7 @@ impl Backend for File {
         let log = self.open().await?.log(log).await?;
         let keep = log.bounds().await?.end.lo() - before.lo();
         let retention = match keep {
-            // By number one is kept at least; by age all are removed.
+            // A limit on the number keeps at least one record. A limit on the age removes all.
             0 => Retention::new().max_age(Duration::from_millis(1)),
             keep => Retention::new().max_records(keep),
         };
@@ -140,7 +142,7 @@ impl Backend for File {
         Ok(())
     }
 
-    /// By a trigger, with the words of a full disk.
+    /// Refuses the payload with a trigger that reports a full disk.
     async fn refuse(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
         let (connection, table) = self.as_someone_else(log)?;
         let hex: String = payload.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -146,13 +146,13 @@ async fn a_fetch_is_about_a_megabyte_unless_one_record_is_larger() {
     assert_eq!(counts, [2, 1, 1, 1]);
 }
 
-/// By what the records before them took, thousands of the large ones would be asked for at once.
+/// A fetch sized by the small records before them would ask for thousands of large records.
 #[tokio::test]
 async fn a_fetch_stays_small_when_records_grow_suddenly() {
     let (_folder, _, log) = orders().await;
     log.append(&numbered(0..12_000)).await.expect("append");
     let large = NewRecord::new(vec![1; 1024 * 1024]);
-    // The bytes of headers count as well.
+    // Headers count towards the size too.
     let headed = NewRecord::new("").header("h", vec![1; 1024 * 1024]);
     for _ in 0..4 {
         log.append(&[large.clone(), headed.clone()]).await.expect("append");
@@ -178,7 +178,7 @@ async fn a_fetch_stays_small_when_records_grow_suddenly() {
     }
 }
 
-/// They have no bytes of their own, but each takes memory.
+/// An empty record has no bytes of its own, but takes memory.
 #[tokio::test]
 async fn a_fetch_of_empty_records_ends_as_well() {
     let (_folder, _, log) = orders().await;
@@ -274,13 +274,13 @@ async fn all_readers_see_one_order_while_two_handles_append() {
     }
 }
 
-/// The median, since another program may hold up any one of them, and hardly half of them.
+/// Returns the median. Another program may delay single wake-ups, but hardly half of them.
 async fn typical_wake(reader: &mut dyn LogReader, log: &SqliteLog) -> Duration {
     let mut wakes = Vec::new();
     for _ in 0..20 {
         let (appended, read) = tokio::join!(
             async {
-                // Until the reader surely waits: only its silence could tell.
+                // Nothing reports that the reader waits, so give it time to start.
                 tokio::time::sleep(Duration::from_millis(3)).await;
                 log.append(&numbered(0..1)).await.expect("append");
                 Instant::now()
@@ -309,7 +309,7 @@ async fn readers_wake_at_once_in_process_and_soon_across_handles() {
         .expect("log");
     let across = typical_wake(&mut *reader, &other).await;
     eprintln!("typical wake: {within:?} within a handle, {across:?} across handles");
-    // The bars are 1 ms and 20 ms on an idle machine.
+    // On an idle machine, the targets are 1 ms and 20 ms.
     assert!(within < Duration::from_millis(100), "{within:?}");
     assert!(across < Duration::from_millis(200), "{across:?}");
 }
@@ -350,7 +350,7 @@ async fn a_backlog_is_trimmed_bit_by_bit_or_at_once() {
 }
 
 #[tokio::test]
-async fn offsets_are_not_used_again_after_all_was_trimmed_by_age() {
+async fn offsets_are_not_reused_after_all_records_expired() {
     let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..5)).await.expect("append");
     let second = Retention::new().max_age(Duration::from_secs(1));
@@ -368,7 +368,7 @@ async fn offsets_are_not_used_again_after_all_was_trimmed_by_age() {
 }
 
 #[tokio::test]
-async fn a_reader_that_retention_overtook_is_told() {
+async fn a_reader_that_retention_overtook_gets_an_error() {
     let (_folder, _, log) = orders().await;
     log.append(&numbered(0..10)).await.expect("append");
     let mut reader = log.read(Offset::ZERO).await.expect("read");
@@ -422,13 +422,13 @@ async fn a_hole_made_by_hand_is_not_skipped() {
     assert_eq!(reader.next(10).await.expect("before the hole").len(), 2);
     assert!(matches!(reader.next(10).await, Err(Error::Truncated { earliest, .. }) if earliest == 3.into()));
     let mut reader = log.read(3.into()).await.expect("read");
-    assert_eq!(reader.next(10).await.expect("behind the hole").len(), 2);
+    assert_eq!(reader.next(10).await.expect("after the hole").len(), 2);
     let lost = timeout(SOON, reader.next(10)).await.expect("no silence");
     assert!(matches!(lost, Err(Error::Truncated { requested, .. }) if requested == 5.into()));
 }
 
 #[tokio::test]
-async fn a_log_made_anew_is_another_log() {
+async fn a_recreated_log_is_another_log() {
     let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..3)).await.expect("append");
     let mut reading = log.read(Offset::ZERO).await.expect("read");
@@ -437,9 +437,9 @@ async fn a_log_made_anew_is_another_log() {
     shell
         .execute_batch("DELETE FROM essentially_once_logs; DROP TABLE essentially_once_log_1")
         .expect("delete");
-    let anew = sqlite.log("orders").await.expect("log");
-    assert!(!anew.id().is_same_log(log.id()));
-    anew.append(&numbered(0..9)).await.expect("append");
+    let recreated = sqlite.log("orders").await.expect("log");
+    assert!(!recreated.id().is_same_log(log.id()));
+    recreated.append(&numbered(0..9)).await.expect("append");
     for reader in [&mut reading, &mut waiting] {
         let next = timeout(SOON, reader.next(5)).await.expect("no silence");
         assert!(matches!(next, Err(Error::OutOfRange { .. })), "{next:?}");
@@ -453,11 +453,11 @@ async fn a_log_made_anew_is_another_log() {
         let error = error.expect("gone").to_string();
         assert!(error.contains("open it again"), "{error}");
     }
-    assert_eq!(read_to_end(&anew, 0, 10).await.len(), 9);
+    assert_eq!(read_to_end(&recreated, 0, 10).await.len(), 9);
 }
 
-/// What an old handle appends must not come back as rows that nobody finds, or in the log that has
-/// its place.
+/// Records appended through an old handle must not become orphaned rows, or rows of a log that
+/// replaced the old one.
 #[tokio::test]
 async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
     let (_folder, sqlite, log) = orders().await;
@@ -474,7 +474,7 @@ async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
         assert!(log.set_retention(retention).await.is_err());
         assert!(log.trim().await.is_err());
     };
-    // Its row alone is deleted, as a careless hand would do it.
+    // Deletes only the log's row, as a careless user might.
     shell.execute("DELETE FROM essentially_once_logs", []).expect("delete");
     for records in [1, 1_000] {
         refused(records).await;
@@ -485,7 +485,7 @@ async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
     refused(1).await;
     assert!(
         count("SELECT count(*) FROM essentially_once_log_1").is_err(),
-        "no table comes back"
+        "the table is not recreated"
     );
 
     let again = sqlite.log("orders").await.expect("log");
@@ -497,7 +497,7 @@ async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
 }
 
 #[tokio::test]
-async fn names_that_differ_in_case_or_late_are_apart() {
+async fn names_that_differ_in_case_or_at_the_end_are_distinct() {
     let (_folder, sqlite, _) = orders().await;
     let long = "x".repeat(100);
     let names = ["Orders", "orders", "ORDERS", "orders1", "orders2"].map(String::from);
@@ -527,13 +527,13 @@ async fn a_log_that_must_exist_is_not_created() {
         error.to_string()
     };
     let text = refusal("orders").await;
-    assert!(text.contains("nor any other") && text.contains("a.db"), "{text}");
+    assert!(text.contains("holds no other log") && text.contains("a.db"), "{text}");
     let log = sqlite.log("orders").await.expect("created");
     sqlite.log_with("payments", LogOptions::new()).await.expect("created");
     let text = refusal("ordres").await;
     assert!(text.contains("orders, payments;"), "{text}");
     refusal("Orders").await;
-    let opened = sqlite.log_with("orders", existing()).await.expect("it is there");
+    let opened = sqlite.log_with("orders", existing()).await.expect("it exists");
     assert_eq!(opened.id(), log.id());
     for n in 0..30 {
         sqlite.log(&format!("log-{n:02}")).await.expect("created");
@@ -543,7 +543,7 @@ async fn a_log_that_must_exist_is_not_created() {
 }
 
 #[tokio::test]
-async fn logs_of_one_file_are_apart_and_reopen() {
+async fn logs_of_one_file_are_separate_and_reopen() {
     let (_folder, sqlite, log) = orders().await;
     let other = sqlite.log("payments").await.expect("log");
     log.append(&numbered(0..2)).await.expect("append");
@@ -579,7 +579,7 @@ async fn a_dropped_append_leaves_all_or_nothing() {
     for micros in [0, 1, 50, 200, 1000, 5000] {
         let before = log.bounds().await.expect("bounds").end.lo();
         let _ = timeout(Duration::from_micros(micros), log.append(&numbered(0..2000))).await;
-        // The next append waits for the dropped one, if it still runs.
+        // The next append waits for the dropped one if that still runs.
         log.append(&[NewRecord::new(Bytes::new())]).await.expect("append");
         let added = log.bounds().await.expect("bounds").end.lo() - before;
         assert!(added == 1 || added == 2001, "{added}");
@@ -587,12 +587,12 @@ async fn a_dropped_append_leaves_all_or_nothing() {
 }
 
 #[tokio::test]
-async fn offsets_at_the_ends_of_what_sqlite_counts_lose_nothing() {
+async fn offsets_at_the_limits_of_sqlite_integers_lose_nothing() {
     let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..2)).await.expect("append");
     let by_hand = Connection::open(sqlite.path()).expect("open");
     let insert = "INSERT INTO essentially_once_log_1 (\"offset\", payload) VALUES (?1, 'by hand')";
-    by_hand.execute(insert, [-5]).expect("before all offsets");
+    by_hand.execute(insert, [-5]).expect("below all offsets");
     assert_eq!(log.bounds().await.expect("bounds").earliest, Offset::ZERO);
     assert_eq!(payloads(&read_to_end(&log, 0, 10).await), ["0", "1"]);
 

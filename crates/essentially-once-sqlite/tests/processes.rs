@@ -1,5 +1,5 @@
-//! Several processes on one file, some of them killed. A test starts this test program again, as a child that runs one of the
-//! ignored tests below; `Child::kill` is SIGKILL on Unix.
+//! Several processes on one file, some of which are killed. A test starts this program again as a
+//! child, which runs one of the ignored tests below. `Child::kill` is SIGKILL on Unix.
 
 use std::{
     env,
@@ -24,7 +24,7 @@ use tokio::time::{sleep, timeout};
 const FILE: &str = "ESSENTIALLY_ONCE_SQLITE_TEST_FILE";
 const LONG: Duration = Duration::from_secs(60);
 
-/// A child process that ends with the test.
+/// A child process that is killed at the end of the test.
 struct Process(Child);
 
 impl Process {
@@ -38,7 +38,7 @@ impl Process {
         Self(child)
     }
 
-    /// Starts one that may have only so many files open.
+    /// Starts a child with a limit on open files.
     #[cfg(unix)]
     fn start_with_few_descriptors(role: &str, path: &Path, limit: u32) -> Self {
         let child = Command::new("sh")
@@ -52,7 +52,7 @@ impl Process {
         Self(child)
     }
 
-    /// Stops it, or lets it go on.
+    /// Sends a signal, to stop or to continue the child.
     #[cfg(unix)]
     fn signal(&self, signal: &str) {
         let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
@@ -82,7 +82,7 @@ impl Drop for Process {
     }
 }
 
-/// The file that a child was started for; `None` if someone runs the ignored tests by hand.
+/// The file that this child was started for. `None` if a person runs the ignored tests by hand.
 fn given_file() -> Option<PathBuf> {
     env::var_os(FILE).map(PathBuf::from)
 }
@@ -91,7 +91,7 @@ fn counting() -> ConsumerId {
     ConsumerId::new("counting").expect("name")
 }
 
-/// What the handlers below keep in tables of their own: how often each record was handled.
+/// Counts in the user's own tables how often each record was handled.
 fn count(tx: &mut SqliteTx, record: &Record) -> Result<(), Error> {
     tx.execute("UPDATE total SET handled = handled + 1", [])?;
     let upsert = "INSERT INTO counts VALUES (?1, 1) ON CONFLICT (record) DO UPDATE SET times = times + 1";
@@ -111,7 +111,8 @@ fn create_counts(path: &Path) -> Connection {
     shell
 }
 
-/// Total handled, records seen, and the most times that one was handled.
+/// Returns the total, the number of distinct records, and how often the most frequent one was
+/// handled.
 fn counts(shell: &Connection) -> (i64, i64, i64) {
     shell
         .query_row(
@@ -122,8 +123,8 @@ fn counts(shell: &Connection) -> (i64, i64, i64) {
         .expect("counts")
 }
 
-/// Holds the ledger of the file's consumer, at a moment when no worker runs, against log and position; returns how many records
-/// were applied.
+/// Checks the ledger of the file's consumer against log and position, while no worker runs. Returns
+/// the number of applied records.
 async fn check(sqlite: &Sqlite, drained: bool) -> usize {
     let log = sqlite.log("orders").await.expect("log");
     let records = read_log(&log).await.expect("records");
@@ -138,7 +139,8 @@ async fn check(sqlite: &Sqlite, drained: bool) -> usize {
     applied.len()
 }
 
-/// Records of seven keys, each with an origin; every tenth is sent again fifty records later.
+/// Records of seven keys, each with an origin. Every tenth record is sent again fifty records
+/// later.
 fn keyed(count: u64) -> Vec<NewRecord> {
     let producer = ProducerId::new("web").expect("name");
     let record = |n: u64| {
@@ -156,7 +158,7 @@ fn keyed(count: u64) -> Vec<NewRecord> {
         .collect()
 }
 
-/// Waits for what another process does: nothing tells, so asking is the only way to know.
+/// Polls for an effect of another process, which sends no notification.
 async fn until(mut condition: impl FnMut() -> bool) {
     let asking = async {
         while !condition() {
@@ -166,7 +168,7 @@ async fn until(mut condition: impl FnMut() -> bool) {
     timeout(LONG, asking).await.expect("in time");
 }
 
-/// Kills a worker at a moment that nobody chose, within about a batch of it.
+/// Kills a worker at a random moment, within about a batch.
 async fn kill_at_random(child: &mut Process) {
     let micros = RandomState::new().hash_one(0u8) % 40_000;
     sleep(Duration::from_micros(micros)).await;
@@ -223,7 +225,7 @@ async fn two_processes_append_and_read_one_log() {
 
 #[tokio::test]
 #[ignore = "a child process of state_and_position_agree_after_kills"]
-async fn child_commits_for_ever() {
+async fn child_commits_forever() {
     let Some(path) = given_file() else { return };
     let sqlite = Sqlite::open(path).await.expect("open");
     let (log, store) = (sqlite.log("orders").await.expect("log"), sqlite.store());
@@ -251,7 +253,7 @@ async fn state_and_position_agree_after_kills() {
     let path = folder.path().join("a.db");
     let sqlite = Sqlite::open(&path).await.expect("open");
     let log = sqlite.log("orders").await.expect("log");
-    // More than any worker gets through, so that each is killed at work.
+    // More records than a worker handles before it is killed.
     let records: Vec<_> = (0..20_000)
         .map(|n| NewRecord::new("").key((n % 7).to_string()))
         .collect();
@@ -259,7 +261,7 @@ async fn state_and_position_agree_after_kills() {
     let shell = create_counts(&path);
     let mut before = 0;
     for round in 0..6 {
-        let mut child = Process::start("child_commits_for_ever", &path);
+        let mut child = Process::start("child_commits_forever", &path);
         until(|| counts(&shell).0 >= before + 20 + 7 * round).await;
         kill_at_random(&mut child).await;
         let position = sqlite
@@ -276,7 +278,7 @@ async fn state_and_position_agree_after_kills() {
     }
 }
 
-/// Has a byte for each time that a record was handled, committed or not: no transaction takes one back.
+/// Holds a byte for each time a record was handled. No rollback removes one.
 fn tries_file(path: &Path) -> PathBuf {
     path.with_extension("tries")
 }
@@ -293,14 +295,14 @@ async fn child_consumes() {
             tries.write_all(b".").expect("write");
             count(tx, record)?;
             Ledger.handle(record, tx).await?;
-            // Gives the parent time to kill in the middle of a batch.
+            // Gives the parent time to kill this process in the middle of a batch.
             sleep(Duration::from_micros(300)).await;
             Ok(())
         })
     });
     let consumer = Consumer::essentially_once(counting(), log, sqlite.store(), handler)
         .max_batch(32)
-        // The worker before this one is dead.
+        // The previous worker is dead.
         .standby_after(Duration::ZERO);
     consumer.run_until_caught_up().await.expect("run");
 }
@@ -314,7 +316,7 @@ async fn each_record_counts_once_however_often_the_worker_is_killed() {
     let sqlite = Sqlite::open(&path).await.expect("open");
     let log = sqlite.log("orders").await.expect("log");
     let records = keyed(RECORDS);
-    assert!(records.len() > RECORDS as usize, "some are sent twice");
+    assert!(records.len() > RECORDS as usize, "some records are sent twice");
     log.append(&records).await.expect("append");
     fs::write(tries_file(&path), "").expect("write");
     let shell = create_counts(&path);
@@ -387,13 +389,13 @@ async fn two_consumers_of_one_name_count_each_record_once() {
     assert_eq!(counts(&shell), (RECORDS as i64, RECORDS as i64, 1));
 }
 
-/// Where an appender writes of each append how long it took, in microseconds, and how many commits
-/// of others came before its own.
+/// The file in which an appender records, for each append, its duration in microseconds and the
+/// number of commits by others ahead of it.
 fn waits_file(path: &Path, process: u32) -> PathBuf {
     path.with_extension(format!("waits-{process}"))
 }
 
-/// A batch of ten that takes 50 ms, again and again, under a name of its own.
+/// Commits batches of ten that take 50 ms, under its own consumer name.
 #[tokio::test]
 #[ignore = "a child process of contend"]
 async fn child_consumes_slowly() {
@@ -431,30 +433,28 @@ async fn child_appends_and_notes_how_long_it_waits() {
         let (before, started) = (commits(), Instant::now());
         log.append(&[NewRecord::new("x")]).await.expect("append");
         let took = started.elapsed().as_micros();
-        // One write, so that nothing is cut off by the kill.
+        // One write per line, so that a kill truncates no line.
         let line = format!("{took} {}\n", commits() - before - 1.0);
         waits.write_all(line.as_bytes()).expect("write");
         sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// What appends went through: how long each took, and how many commits of others came before its
-/// own. Both in order.
+/// The duration of each append and the number of commits by others ahead of it, both sorted.
 struct Waits {
     took: Vec<Duration>,
     overtaken: Vec<u64>,
 }
 
 impl Waits {
-    /// The value that so many percent of the appends do not exceed.
+    /// The value that this percentage of the appends does not exceed.
     fn percentile<T: Copy>(sorted: &[T], percent: usize) -> Option<T> {
         let place = sorted.len() * percent / 100;
         sorted.get(place.min(sorted.len().saturating_sub(1))).copied()
     }
 }
 
-/// Has that many consumers with a backlog and appenders work on one file, each in a process of its
-/// own.
+/// Runs that many consumers with a backlog and appenders on one file, each in its own process.
 async fn contend(consumers: usize, appenders: usize, time: Duration) -> Waits {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
@@ -520,13 +520,13 @@ async fn contend(consumers: usize, appenders: usize, time: Duration) -> Waits {
     waits
 }
 
-/// A busy consumer used to keep others out for longer than the busy timeout.
+/// A busy consumer used to lock others out for longer than the busy timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_appender_gets_its_turn_beside_busy_consumers() {
+async fn an_appender_gets_its_turn_next_to_busy_consumers() {
     let waits = contend(2, 2, Duration::from_secs(4)).await;
     assert!(waits.took.len() >= 12, "only {} appends", waits.took.len());
-    // Two batches and another append are in front of it; one more is under way when it begins to
-    // wait.
+    // Two batches and another append are ahead of it, and one more may be running when the wait
+    // begins.
     let overtaken = Waits::percentile(&waits.overtaken, 75).expect("some");
     assert!(overtaken <= 4, "{:?}", waits.overtaken);
 }
@@ -539,14 +539,14 @@ async fn measure_how_long_appenders_wait() {
     }
 }
 
-/// Whether someone is in the turnstile.
+/// Whether a process is inside the turnstile.
 fn someone_waits(path: &Path) -> bool {
-    let turnstile = fs::File::open(path.with_extension("db-turn")).expect("made with the file");
+    let turnstile = fs::File::open(path.with_extension("db-turn")).expect("the turnstile");
     turnstile.try_lock().is_err()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_waiter_that_was_killed_is_in_nobodys_way() {
+async fn a_killed_waiter_blocks_nobody() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let log = Sqlite::open(&path)
@@ -575,7 +575,7 @@ async fn a_waiter_that_was_killed_is_in_nobodys_way() {
 
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_waiter_that_is_frozen_is_passed_by() {
+async fn a_frozen_waiter_is_bypassed() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let log = Sqlite::open(&path)
@@ -630,9 +630,9 @@ async fn child_runs_out_of_descriptors() {
         .await
         .expect("the connection is open");
     drop(taken);
-    let mut reader = log.read(Offset::ZERO).await.expect("it has passed");
+    let mut reader = log.read(Offset::ZERO).await.expect("descriptors are free again");
     assert_eq!(reader.next(9).await.expect("next").len(), 2);
-    Sqlite::open(&other).await.expect("it has passed");
+    Sqlite::open(&other).await.expect("descriptors are free again");
 }
 
 #[cfg(unix)]

@@ -36,7 +36,7 @@ fn orders() -> LogId {
     LogId::new("orders").expect("name")
 }
 
-/// The revision after that many commits of one session.
+/// The revision after this many commits of one session.
 fn revision(commits: u64) -> Revision {
     match commits {
         0 => Revision::NONE,
@@ -106,14 +106,14 @@ async fn late_writer_is_fenced() {
     assert_eq!(state(&store, &shipping(), "k").await.as_deref(), Some("second"));
     let position = store.position(&shipping()).await.expect("position").expect("some");
     assert_eq!((position.next, position.revision), (2.into(), revision(2)));
-    // A position that nobody ever stored cannot be advanced from.
+    // A position that was never stored cannot be advanced.
     let nobody = ConsumerId::new("nobody").expect("name");
     let tx = store.begin(&nobody).await.expect("begin");
     assert!(matches!(tx.commit(advance(1, 1)).await, Err(Error::Fenced { .. })));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_handles_that_race_each_revision_has_one_winner() {
+async fn each_revision_has_one_winner_when_two_handles_race() {
     let (_folder, sqlite, store) = open().await;
     let other = Sqlite::open(sqlite.path()).await.expect("open").store();
     let race = |store: SqliteStore| async move {
@@ -173,7 +173,7 @@ async fn a_position_remembers_its_log() {
         matches!(commit(with(Some("b2"), 1)).await, Err(Error::Fenced { .. })),
         "fenced comes first"
     );
-    commit(with(None, 2)).await.expect("an unknown incarnation passes");
+    commit(with(None, 2)).await.expect("an unknown incarnation is accepted");
     assert_eq!(
         store
             .position(&shipping())
@@ -236,7 +236,7 @@ async fn consumers_never_see_each_other() {
 }
 
 #[tokio::test]
-async fn consumers_whose_names_differ_in_case_or_late_are_apart() {
+async fn consumers_whose_names_differ_in_case_or_at_the_end_are_distinct() {
     let (_folder, _, store) = open().await;
     let long = "x".repeat(100);
     let names = [
@@ -251,7 +251,7 @@ async fn consumers_whose_names_differ_in_case_or_late_are_apart() {
         tx.put(b"k", name.as_bytes()).await.expect("put");
         tx.commit(advance(n as u64 + 1, 0))
             .await
-            .expect("the first of its name");
+            .expect("the consumer's first commit");
     }
     for (n, name) in names.iter().enumerate() {
         let consumer = ConsumerId::new(name).expect("name");
@@ -283,10 +283,10 @@ async fn keys_and_values_over_the_limit_are_refused() {
         tx.put(&[], &[1; 11]).await,
         Err(Error::TooLarge { what: "value", .. })
     ));
-    tx.commit(advance(1, 0)).await.expect("goes on");
+    tx.commit(advance(1, 0)).await.expect("the transaction continues");
 }
 
-/// A window as the core makes it: version, highest, hi, lo, two times, and 17 blocks.
+/// A window as the core encodes it: version, highest, hi, lo, two times, and 17 blocks.
 fn window(highest: u8) -> Window {
     let mut bytes = [0; Window::ENCODED_LEN];
     (bytes[0], bytes[8]) = (2, highest);
@@ -388,7 +388,7 @@ async fn mistakes_in_sql_fail_and_the_transaction_goes_on() {
         assert!(matches!(tx.execute(sql, []), Err(Error::Failed { .. })), "{sql:?}");
     }
     let text: Result<Option<String>, _> = tx.query_one("SELECT x FROM t", [], |row| row.get(0));
-    assert!(matches!(text, Err(Error::Failed { .. })), "a number is no text");
+    assert!(matches!(text, Err(Error::Failed { .. })), "a number is not text");
     tx.commit(advance(1, 0)).await.expect("commit");
     let mut tx = store.begin(&shipping()).await.expect("begin");
     assert_eq!(
@@ -398,7 +398,7 @@ async fn mistakes_in_sql_fail_and_the_transaction_goes_on() {
     );
 }
 
-/// Overwrites the root page of a table, as a bad disk does.
+/// Overwrites the root page of a table, as a faulty disk might.
 fn damage(sqlite: &Sqlite, table: &str) {
     let shell = Connection::open(sqlite.path()).expect("open");
     let (root, size): (u64, u64) = shell
@@ -490,7 +490,7 @@ async fn a_handler_cannot_end_its_transaction() {
 }
 
 #[tokio::test]
-async fn a_handler_cannot_keep_logs_from_being_made_or_trimmed() {
+async fn a_handler_cannot_keep_logs_from_being_created_or_trimmed() {
     let (_folder, sqlite, store) = open().await;
     let log = sqlite.log("orders").await.expect("log");
     let mut tx = store.begin(&shipping()).await.expect("begin");
@@ -519,7 +519,7 @@ async fn a_handler_cannot_keep_logs_from_being_made_or_trimmed() {
 }
 
 #[tokio::test]
-async fn nothing_runs_after_sqlite_rolled_back_by_itself() {
+async fn nothing_runs_after_sqlite_itself_rolled_back() {
     let (_folder, _, store) = open().await;
     let mut tx = store.begin(&shipping()).await.expect("begin");
     tx.execute("CREATE TABLE t (x UNIQUE)", []).expect("create");
@@ -576,7 +576,7 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     let log = sqlite.log("orders").await.expect("log");
     let tx = staged(&sqlite.store(), "x").await;
     let error = log.append(&[NewRecord::new("y")]).await.expect_err("waits for itself");
-    assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
+    assert!(matches!(error, Error::Failed { .. }), "it can never succeed: {error:?}");
     assert!(error.to_string().contains("waits for itself"), "{error}");
     // Another handle on the same file waits for the same lock.
     let other = options.open(folder.path().join(".").join("a.db")).await.expect("open");
@@ -585,14 +585,14 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
         .append(&[NewRecord::new("y")])
         .await
         .expect_err("waits for itself");
-    assert!(matches!(error, Error::Failed { .. }), "it would never pass: {error:?}");
-    // Another task may be served once the handler is done.
+    assert!(matches!(error, Error::Failed { .. }), "it can never succeed: {error:?}");
+    // Another task can succeed once the handler is done.
     let (store, waiting) = (other.store(), shipping());
     let elsewhere = tokio::spawn(async move { store.begin(&waiting).await.map(drop) });
     let error = elsewhere.await.expect("no panic").expect_err("locked");
     assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
     tx.commit(advance(1, 0)).await.expect("commit");
-    log.append(&[NewRecord::new("y")]).await.expect("free again");
+    log.append(&[NewRecord::new("y")]).await.expect("the lock is free");
 }
 
 #[tokio::test]
@@ -615,13 +615,13 @@ async fn a_consumer_whose_handler_appends_to_its_own_file_ends_and_says_why() {
         .max_backoff(Duration::from_millis(1));
     let ended = tokio::time::timeout(Duration::from_secs(20), consumer.run()).await;
     let error = ended
-        .expect("it is not tried again without end")
-        .expect_err("it never works");
+        .expect("the run does not retry forever")
+        .expect_err("the append can never succeed");
     assert!(error.to_string().contains("waits for itself"), "{error}");
 }
 
 #[tokio::test]
-async fn of_two_runs_in_one_task_neither_ends_because_the_other_is_slow() {
+async fn a_run_does_not_end_because_another_run_in_its_task_is_slow() {
     let folder = tempfile::tempdir().expect("folder");
     let options = SqliteOptions::new().busy_timeout(Duration::from_millis(50));
     let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
@@ -650,7 +650,7 @@ async fn of_two_runs_in_one_task_neither_ends_because_the_other_is_slow() {
         .run_until_caught_up()
     };
     let quick = async {
-        // The other one holds the lock now.
+        // The slow run holds the lock now.
         entered.notified().await;
         run("quick", Duration::ZERO).await
     };
@@ -658,7 +658,7 @@ async fn of_two_runs_in_one_task_neither_ends_because_the_other_is_slow() {
     assert_eq!((slow.expect("run").handled, quick.expect("run").handled), (2, 2));
 }
 
-/// The lock changed hands within the task, so nobody waited for himself.
+/// The lock changed hands within the task, so the task did not wait for itself.
 #[tokio::test]
 async fn a_task_that_does_two_things_at_once_does_not_wait_for_itself() {
     let folder = tempfile::tempdir().expect("folder");
@@ -678,7 +678,8 @@ async fn a_task_that_does_two_things_at_once_does_not_wait_for_itself() {
     appended.expect("append");
 }
 
-/// Holds the file's write lock from another connection until told to let go, and returns whether it was told.
+/// Holds the file's write lock on another connection until the sender is used or dropped. The
+/// thread returns whether that happened in time.
 fn hold_lock(sqlite: &Sqlite) -> (mpsc::Sender<()>, thread::JoinHandle<bool>) {
     let (locked, wait) = mpsc::channel();
     let (release, released) = mpsc::channel::<()>();
@@ -702,12 +703,12 @@ async fn waiting_for_the_lock_never_blocks_the_runtime() {
     let (release, holder) = hold_lock(&sqlite);
     let released = Cell::new(false);
     let ticking = async {
-        // The lock is let go by this task, which has a turn only if the others do not block.
+        // This task releases the lock. It gets to run only if the others do not block the thread.
         for _ in 0..50 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         released.set(true);
-        // It may have given up, which shows below.
+        // The send fails if the holder gave up, which the last assertion reports.
         let _ = release.send(());
     };
     let committing = async {
@@ -719,7 +720,7 @@ async fn waiting_for_the_lock_never_blocks_the_runtime() {
         assert!(released.get(), "it had to wait");
     };
     tokio::join!(committing, appending, ticking);
-    assert!(holder.join().expect("holder"), "the other task had no turn");
+    assert!(holder.join().expect("holder"), "the other task could not run");
 }
 
 #[tokio::test]
@@ -741,5 +742,5 @@ async fn a_lock_held_too_long_is_unavailable_and_reading_goes_on() {
     assert_eq!(store.position(&shipping()).await.expect("position"), None);
     drop(release);
     holder.join().expect("holder");
-    store.begin(&shipping()).await.expect("free again");
+    store.begin(&shipping()).await.expect("the lock is free");
 }
