@@ -99,22 +99,10 @@
 //! running. A run whose position went back ends with [`Error::PositionLost`], unless the log went
 //! back with it and has not grown since. Start the run again.
 
-mod codec;
-mod connect;
+mod connection;
 mod error;
-mod guard;
 mod log;
-mod place;
-mod prepared;
-mod pulse;
-mod reader;
-mod retention;
-mod row;
-mod schema;
-mod shared;
 mod store;
-mod turnstile;
-mod wal;
 
 use std::{
     fmt,
@@ -130,7 +118,7 @@ use essentially_once::Error;
 pub use essentially_once::backend::Retention;
 pub use rusqlite;
 
-use crate::shared::{Shared, on_a_thread};
+use crate::connection::{Shared, on_a_thread};
 pub use crate::{
     error::sqlite_error,
     log::{LogOptions, SqliteLog},
@@ -299,7 +287,7 @@ impl SqliteOptions {
                 ),
             });
         }
-        let path = connect::check_path(path.as_ref())?;
+        let path = connection::open::check_path(path.as_ref())?;
         let action = error::on("open SQLite file", &path);
         let given_up = GivenUp(Arc::default());
         let flag = Arc::clone(&given_up.0);

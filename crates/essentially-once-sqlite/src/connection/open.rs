@@ -16,8 +16,8 @@ use tokio::time;
 use crate::{
     SqliteOptions,
     error::{classify, classify_reopening, is_busy, on},
-    guard::Guard,
-    schema,
+    store::authorizer::Guard,
+    store::schema,
 };
 
 /// Prepared statements kept per connection, enough for this crate and a handler with a rich schema.

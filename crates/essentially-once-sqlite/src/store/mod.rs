@@ -1,6 +1,10 @@
 //! The store. It writes positions, windows and state in the transaction in which a handler's SQL
 //! runs.
 
+pub(crate) mod authorizer;
+pub(crate) mod pulse;
+pub(crate) mod schema;
+
 use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
@@ -13,11 +17,11 @@ use rusqlite::{Connection, OptionalExtension, Params, Row, Statement};
 use tokio::time::{self, Instant};
 
 use crate::{
-    connect,
+    connection::open,
+    connection::{Shared, WriteTx},
     error::{classify, is_handlers_mistake},
-    pulse::BEAT_SQL,
-    row::unsigned,
-    shared::{Shared, WriteTx},
+    log::codec::unsigned,
+    store::pulse::BEAT_SQL,
 };
 
 /// How often to check whether another process wrote to the file.
@@ -95,7 +99,7 @@ impl OffsetStore for SqliteStore {
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
-        self.shared.read(|| "read durability".into(), connect::durability).await
+        self.shared.read(|| "read durability".into(), open::durability).await
     }
 
     /// A write lock that one transaction holds counts as a beat, because an owner that handles a

@@ -1,5 +1,10 @@
 //! The log: one table per log, and one row that records where the log ends.
 
+pub(crate) mod codec;
+pub(crate) mod headers;
+pub(crate) mod reader;
+pub(crate) mod retention;
+
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
@@ -11,13 +16,13 @@ use rusqlite::{Connection, OptionalExtension};
 use tokio::sync::watch;
 
 use crate::{
-    codec::encode_headers,
-    connect,
+    connection::open,
+    connection::{Shared, WriteTx, on_a_thread},
     error::{classify, is_busy},
-    reader::{Cursor, SqliteReader},
-    retention::{from_columns, now_millis, to_columns, trim},
-    row::COLUMNS,
-    shared::{Shared, WriteTx, on_a_thread},
+    log::codec::COLUMNS,
+    log::headers::encode_headers,
+    log::reader::{Cursor, SqliteReader},
+    log::retention::{from_columns, now_millis, to_columns, trim},
 };
 
 /// Appends up to this many records and bytes run on the caller's thread, which is faster than
@@ -496,7 +501,7 @@ impl Log for SqliteLog {
 
     async fn durability(&self) -> Result<Durability, Error> {
         let action = || format!("read durability of log {}", self.inner.id);
-        self.inner.shared.read(action, connect::durability).await
+        self.inner.shared.read(action, open::durability).await
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{sync::watch, task};
 
-use crate::turnstile::Turnstile;
+use crate::connection::turnstile::Turnstile;
 
 /// The files that handles of this process have open.
 static PLACES: Mutex<Option<HashMap<PathBuf, Weak<Place>>>> = Mutex::new(None);

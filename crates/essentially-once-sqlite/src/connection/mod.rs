@@ -1,6 +1,12 @@
 //! The connections that the clones of one handle share: one for writing, one for short reads, and
 //! those of the readers.
 
+pub(crate) mod file;
+pub(crate) mod open;
+pub(crate) mod prepared;
+pub(crate) mod turnstile;
+pub(crate) mod wal;
+
 use std::{
     fmt,
     hash::{BuildHasher, RandomState},
@@ -18,14 +24,14 @@ use tokio::{
 };
 
 use crate::{
-    SqliteOptions, connect,
+    SqliteOptions,
+    connection::file::{Holder, Place},
+    connection::prepared::Prepared,
+    connection::wal::Wal,
     error::{classify, classify_commit, is_busy, on},
-    guard::Guard,
-    place::{Holder, Place},
-    prepared::Prepared,
-    pulse::Observer,
-    reader::Cursor,
-    wal::Wal,
+    log::reader::Cursor,
+    store::authorizer::Guard,
+    store::pulse::Observer,
 };
 
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
@@ -71,9 +77,9 @@ impl Shared {
     /// set.
     pub(crate) fn open(path: PathBuf, options: SqliteOptions, given_up: &AtomicBool) -> Result<Self, Error> {
         let guard = Guard::default();
-        let connection = connect::create(&path, &guard, &options, given_up)?;
+        let connection = open::create(&path, &guard, &options, given_up)?;
         let writer = Writer::new(Prepared::new(connection), guard, Wal::of(&path, options.wal_limit));
-        let reader = connect::read_only(&path, &options)?;
+        let reader = open::read_only(&path, &options)?;
         Ok(Self {
             place: Place::of(&path),
             path,
@@ -245,7 +251,7 @@ impl Shared {
         mut query: impl FnMut(&mut Observer) -> rusqlite::Result<T>,
     ) -> Result<T, Error> {
         if lock(&self.observer).is_none() {
-            let opened = Observer::new(connect::observer(&self.path, &self.options).await?);
+            let opened = Observer::new(open::observer(&self.path, &self.options).await?);
             let mut observer = lock(&self.observer);
             if lock(&self.reader).is_none() {
                 return Err(self.closed(action()));
@@ -269,7 +275,7 @@ impl Shared {
         action: impl Fn() -> String,
         cursor: impl FnOnce(Connection) -> Cursor,
     ) -> Result<Arc<Mutex<Cursor>>, Error> {
-        let connection = connect::reader(&self.path, &self.options).await?;
+        let connection = open::reader(&self.path, &self.options).await?;
         let cursor = Arc::new(Mutex::new(cursor(connection)));
         let mut cursors = lock(&self.cursors);
         let Some(cursors) = &mut *cursors else {
@@ -330,9 +336,7 @@ impl Shared {
     pub(crate) async fn interruptible(&self) -> Arc<AtomicBool> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let guard = Guard::default();
-        let mut connection = connect::writer(&self.path, &guard, &self.options)
-            .await
-            .expect("writer");
+        let mut connection = open::writer(&self.path, &guard, &self.options).await.expect("writer");
         let flag = Arc::clone(&interrupted);
         connection
             .progress_handler(1, Some(move || flag.load(std::sync::atomic::Ordering::Relaxed)))
@@ -412,7 +416,7 @@ impl Writer {
 
     async fn reopen(&mut self, shared: &Shared) -> Result<(), Error> {
         let guard = Guard::default();
-        self.connection = Prepared::new(connect::writer(&shared.path, &guard, &shared.options).await?);
+        self.connection = Prepared::new(open::writer(&shared.path, &guard, &shared.options).await?);
         self.guard = guard;
         self.broken = false;
         Ok(())

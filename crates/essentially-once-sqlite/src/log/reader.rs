@@ -19,10 +19,10 @@ use tokio::{
 };
 
 use crate::{
+    connection::{LONGEST_PAUSE, retry_busy},
     error::{classify, is_busy},
+    log::codec::{Columns, Decoder, Seen},
     log::{Inner, Standing},
-    row::{Columns, Decoder, Seen},
-    shared::{LONGEST_PAUSE, retry_busy},
 };
 
 /// The approximate number of bytes that one `next` returns. Each record also counts its own size in

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use essentially_once::{Origin, Record, backend::Numbering};
 use rusqlite::{Row, types::ValueRef};
 
-use crate::codec::decode_headers;
+use crate::log::headers::decode_headers;
 
 /// The columns in the order in which [`Columns`] reads them.
 pub(crate) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";

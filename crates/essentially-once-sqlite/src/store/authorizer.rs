@@ -18,7 +18,7 @@ use rusqlite::{
     hooks::{AuthAction, AuthContext, Authorization},
 };
 
-use crate::{prepared::Prepared, schema::PREFIX};
+use crate::{connection::prepared::Prepared, store::schema::PREFIX};
 
 /// A handler's SQL is running.
 const NATIVE: u8 = 1;

@@ -11,7 +11,7 @@ use essentially_once::{
 };
 use rusqlite::{Connection, OptionalExtension};
 
-use crate::{error::is_busy, row::unsigned};
+use crate::{error::is_busy, log::codec::unsigned};
 
 /// A held lock counts as a beat at most this often, however often a standby looks.
 const BEAT: Duration = Duration::from_millis(20);
