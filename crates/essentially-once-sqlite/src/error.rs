@@ -171,6 +171,19 @@ pub(crate) fn is_handlers_mistake(error: &rusqlite::Error) -> bool {
     }
 }
 
+/// Explains a call after [`Sqlite::close`](crate::Sqlite::close).
+const CLOSED: &str = "the file was closed with `Sqlite::close`; open it again";
+
+/// The error of a call after [`Sqlite::close`](crate::Sqlite::close).
+pub(crate) fn closed(action: impl Into<String>) -> Error {
+    Error::failed(action, CLOSED)
+}
+
+/// The same as an error of SQLite, for a query without a connection.
+pub(crate) fn closed_connection() -> rusqlite::Error {
+    rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_MISUSE), Some(CLOSED.into()))
+}
+
 /// Adds the file to an error's action, as in `read log orders (/var/lib/x.db)`.
 pub(crate) fn on(what: impl fmt::Display, path: &Path) -> String {
     format!("{what} ({})", path.display())

@@ -48,6 +48,11 @@
 //! # }
 //! ```
 //!
+//! # Features
+//!
+//! - `bundled` (default): compiles SQLite into the program, which needs a C compiler. Without it,
+//!   the program links the SQLite library of the system, which must be version 3.35 or later.
+//!
 //! # Several processes
 //!
 //! Several processes can use one file, on one machine and a local disk. Only one transaction writes
@@ -102,26 +107,26 @@
 mod connection;
 mod error;
 mod log;
+mod options;
 mod store;
 
 use std::{
-    fmt,
     path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use essentially_once::Error;
 pub use essentially_once::backend::Retention;
 pub use rusqlite;
 
-use crate::connection::{Shared, on_a_thread};
+use crate::connection::{Connections, open, thread::on_a_thread};
 pub use crate::{
     error::sqlite_error,
-    log::{LogOptions, SqliteLog},
+    log::SqliteLog,
+    options::{LogOptions, SqliteOptions},
     store::{SqliteStore, SqliteTx},
 };
 
@@ -137,9 +142,9 @@ pub use crate::{
 ///
 /// The file must stay in place while it is open. SQLite keeps writing to a file that was moved or
 /// deleted.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Sqlite {
-    shared: Arc<Shared>,
+    connections: Arc<Connections>,
 }
 
 impl Sqlite {
@@ -159,20 +164,20 @@ impl Sqlite {
         self.log_with(name, LogOptions::new()).await
     }
 
-    /// Opens the log of that name with options. [`LogOptions::existing`] never creates a log.
+    /// Opens the log of that name with options, such as a [retention](LogOptions::retention).
     ///
     /// Dropping the future may leave the log created, and has no other effect.
     ///
     /// # Errors
-    /// [`Error::InvalidName`] and [`Error::Unavailable`]. [`Error::Failed`], also if the log must
+    /// [`Error::InvalidName`], [`Error::InvalidSetting`] and [`Error::Unavailable`]. [`Error::Failed`], also if the log must
     /// exist and does not; the error then lists the logs of the file.
     pub async fn log_with(&self, name: &str, options: LogOptions) -> Result<SqliteLog, Error> {
-        SqliteLog::open(Arc::clone(&self.shared), name, options).await
+        SqliteLog::open(Arc::clone(&self.connections), name, options).await
     }
 
     /// Returns the store of positions and state.
     pub fn store(&self) -> SqliteStore {
-        SqliteStore::new(Arc::clone(&self.shared))
+        SqliteStore::new(Arc::clone(&self.connections))
     }
 
     /// Closes the file. It waits for the open transaction, closes every connection of this handle
@@ -191,82 +196,16 @@ impl Sqlite {
     /// closed then. Also [`Error::Unavailable`] if other handles or processes read and write the
     /// file for that long; the file is closed then, and part of the data stays in the WAL.
     pub async fn close(&self) -> Result<(), Error> {
-        self.shared.close().await
+        self.connections.close().await
     }
 
     /// Returns the file's absolute path.
     pub fn path(&self) -> &Path {
-        &self.shared.path
+        &self.connections.path
     }
-}
-
-impl fmt::Debug for Sqlite {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sqlite")
-            .field("path", &self.shared.path)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Settings for opening a file. See [`Sqlite::open`].
-///
-/// ```no_run
-/// # use essentially_once_sqlite::SqliteOptions;
-/// # use std::time::Duration;
-/// # async fn example() -> Result<(), essentially_once::Error> {
-/// let sqlite = SqliteOptions::new()
-///     .busy_timeout(Duration::from_secs(2))
-///     .record_limit(64 * 1024)
-///     .open("/var/lib/shop/shop.db")
-///     .await?;
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, Copy, Debug)]
-pub struct SqliteOptions {
-    pub(crate) busy_timeout: Duration,
-    pub(crate) record_limit: usize,
-    pub(crate) wal_limit: u64,
 }
 
 impl SqliteOptions {
-    /// The defaults: a timeout of 10 seconds, records of up to 16 MiB, a WAL of 64 MiB.
-    pub fn new() -> Self {
-        Self {
-            busy_timeout: Duration::from_secs(10),
-            record_limit: 16 * 1024 * 1024,
-            wal_limit: 64 * 1024 * 1024,
-        }
-    }
-
-    /// How long to wait for the write lock before [`Error::Unavailable`]; a year at most.
-    #[must_use]
-    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
-        // Points in time are computed with it, which a longer one could overflow.
-        self.busy_timeout = timeout.min(Duration::from_secs(365 * 24 * 60 * 60));
-        self
-    }
-
-    /// Sets the size limit of a record (key, headers and payload together), a state key and a state
-    /// value, in bytes.
-    #[must_use]
-    pub fn record_limit(mut self, bytes: usize) -> Self {
-        self.record_limit = bytes;
-        self
-    }
-
-    /// Sets how large the WAL (`-wal`, next to the file) may grow, in bytes. SQLite usually copies
-    /// it into the file every 4 MiB, or at this limit if it is lower.
-    ///
-    /// The WAL exceeds the limit if a single transaction is larger, or while a read transaction on
-    /// the file stays open, because SQLite cannot remove pages that a reader may still need. A
-    /// warning reports that. After the read transaction ends, a commit cuts the WAL back.
-    #[must_use]
-    pub fn wal_limit(mut self, bytes: u64) -> Self {
-        self.wal_limit = bytes;
-        self
-    }
-
     /// Opens the file, and creates it if it is missing. Its folder must exist.
     ///
     /// Dropping the future may leave the file created, and keeps nothing open.
@@ -278,22 +217,14 @@ impl SqliteOptions {
     /// do. [`Error::Unavailable`] if another process keeps the file locked. A refused file stays
     /// unchanged.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<Sqlite, Error> {
-        if self.record_limit > MAX_RECORD_LIMIT {
-            return Err(Error::InvalidSetting {
-                setting: "record_limit",
-                reason: format!(
-                    "{} bytes is more than SQLite's limit of {MAX_RECORD_LIMIT}",
-                    self.record_limit
-                ),
-            });
-        }
-        let path = connection::open::check_path(path.as_ref())?;
+        self.check()?;
+        let path = open::check_path(path.as_ref())?;
         let action = error::on("open SQLite file", &path);
         let given_up = GivenUp(Arc::default());
         let flag = Arc::clone(&given_up.0);
-        match on_a_thread(move || Shared::open(path, self, &flag)).await {
-            Ok(shared) => Ok(Sqlite {
-                shared: Arc::new(shared?),
+        match on_a_thread(move || Connections::open(path, self, &flag)).await {
+            Ok(connections) => Ok(Sqlite {
+                connections: Arc::new(connections?),
             }),
             Err(error) => Err(Error::unavailable(action, error)),
         }
@@ -306,16 +237,6 @@ struct GivenUp(Arc<AtomicBool>);
 impl Drop for GivenUp {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// SQLite limits a row to 1,000,000,000 bytes. The rest is room for other columns and for encoded
-/// headers.
-const MAX_RECORD_LIMIT: usize = 900_000_000;
-
-impl Default for SqliteOptions {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

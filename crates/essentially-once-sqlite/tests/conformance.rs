@@ -4,7 +4,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use essentially_once::{Error, Log, Offset, async_trait, backend::Source};
 use essentially_once_sqlite::{
-    Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
+    LogOptions, Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, params},
 };
 use essentially_once_testkit::{Backend, Capabilities, Harness, StateReader, Suite, Support};
@@ -115,17 +115,18 @@ impl Backend for File {
     }
 
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
-        let log = self.open().await?.log(log).await?;
-        let keep = log.bounds().await?.end.lo() - before.lo();
+        let sqlite = self.open().await?;
+        let with = |retention| LogOptions::new().existing().retention(retention);
+        let keep = sqlite.log(log).await?.bounds().await?.end.lo() - before.lo();
         let retention = match keep {
             // A limit on the number keeps at least one record. A limit on the age removes all.
             0 => Retention::new().max_age(Duration::from_millis(1)),
             keep => Retention::new().max_records(keep),
         };
-        log.set_retention(retention).await?;
+        let trimmed = sqlite.log_with(log, with(retention)).await?;
         tokio::time::sleep(Duration::from_millis(5)).await;
-        log.trim().await?;
-        log.set_retention(Retention::default()).await?;
+        trimmed.trim().await?;
+        sqlite.log_with(log, with(Retention::new())).await?;
         Ok(())
     }
 

@@ -24,6 +24,11 @@ fn numbered(range: std::ops::Range<u64>) -> Vec<NewRecord> {
     range.map(|n| NewRecord::new(n.to_string())).collect()
 }
 
+/// Opens the log `orders` with a retention.
+async fn set_retention(sqlite: &Sqlite, retention: Retention) -> Result<SqliteLog, Error> {
+    sqlite.log_with("orders", LogOptions::new().retention(retention)).await
+}
+
 async fn read_to_end(log: &SqliteLog, from: u64, step: usize) -> Vec<Record> {
     let end = log.bounds().await.expect("bounds").end;
     let mut reader = log.read(from.into()).await.expect("read");
@@ -319,7 +324,7 @@ async fn retention_by_count_applies_to_every_appender() {
     let (_folder, sqlite, log) = orders().await;
     assert_eq!(log.retention().await.expect("retention"), Retention::default());
     let keep = Retention::new().max_records(10);
-    log.set_retention(keep).await.expect("set");
+    set_retention(&sqlite, keep).await.expect("set");
     let other = Sqlite::open(sqlite.path())
         .await
         .expect("open")
@@ -332,15 +337,15 @@ async fn retention_by_count_applies_to_every_appender() {
     }
     let bounds = log.bounds().await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.end), (20.into(), 30.into()));
-    assert!(log.set_retention(Retention::new().max_records(0)).await.is_err());
+    assert!(set_retention(&sqlite, Retention::new().max_records(0)).await.is_err());
 }
 
 #[tokio::test]
 async fn a_backlog_is_trimmed_bit_by_bit_or_at_once() {
-    let (_folder, _, log) = orders().await;
+    let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..25_000)).await.expect("append");
     let keep = |records| Retention::new().max_records(records);
-    log.set_retention(keep(100)).await.expect("set");
+    set_retention(&sqlite, keep(100)).await.expect("set");
     log.append(&numbered(0..1)).await.expect("append");
     let earliest = log.bounds().await.expect("bounds").earliest.lo();
     assert!(earliest > 0 && earliest < 1000, "a bounded part: {earliest}");
@@ -354,7 +359,7 @@ async fn offsets_are_not_reused_after_all_records_expired() {
     let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..5)).await.expect("append");
     let second = Retention::new().max_age(Duration::from_secs(1));
-    log.set_retention(second).await.expect("set");
+    set_retention(&sqlite, second).await.expect("set");
     assert_eq!(log.trim().await.expect("trim"), 0, "too young");
     let edit = Connection::open(sqlite.path()).expect("open");
     edit.execute_batch("UPDATE essentially_once_log_1 SET appended_at = appended_at - 5000; UPDATE essentially_once_log_1 SET appended_at = 'x' WHERE \"offset\" = 1")
@@ -369,11 +374,13 @@ async fn offsets_are_not_reused_after_all_records_expired() {
 
 #[tokio::test]
 async fn a_reader_that_retention_overtook_gets_an_error() {
-    let (_folder, _, log) = orders().await;
+    let (_folder, sqlite, log) = orders().await;
     log.append(&numbered(0..10)).await.expect("append");
     let mut reader = log.read(Offset::ZERO).await.expect("read");
     assert_eq!(reader.next(2).await.expect("next").len(), 2);
-    log.set_retention(Retention::new().max_records(3)).await.expect("set");
+    set_retention(&sqlite, Retention::new().max_records(3))
+        .await
+        .expect("set");
     log.trim().await.expect("trim");
     assert!(matches!(
         reader.next(2).await,
@@ -470,8 +477,7 @@ async fn an_append_to_a_deleted_log_fails_and_leaves_no_row() {
             matches!(error, Error::Failed { .. }) && error.to_string().contains("open it again"),
             "{error}"
         );
-        let retention = Retention::new().max_records(1);
-        assert!(log.set_retention(retention).await.is_err());
+        assert!(log.retention().await.is_err());
         assert!(log.trim().await.is_err());
     };
     // Deletes only the log's row, as a careless user might.
@@ -609,7 +615,8 @@ async fn offsets_at_the_limits_of_sqlite_integers_lose_nothing() {
 #[tokio::test]
 async fn the_longest_busy_timeout_overflows_nothing() {
     let folder = tempfile::tempdir().expect("folder");
-    let options = SqliteOptions::new().busy_timeout(Duration::MAX);
+    let longest = Duration::from_secs(365 * 24 * 60 * 60);
+    let options = SqliteOptions::new().busy_timeout(longest);
     let log = options
         .open(folder.path().join("a.db"))
         .await
@@ -619,4 +626,62 @@ async fn the_longest_busy_timeout_overflows_nothing() {
         .expect("log");
     log.append(&numbered(0..1)).await.expect("append");
     assert_eq!(payloads(&read_to_end(&log, 0, 1).await), ["0"]);
+    let longer = options.busy_timeout(longest + Duration::from_nanos(1));
+    let error = longer.open(folder.path().join("b.db")).await.expect_err("too long");
+    assert!(
+        matches!(
+            error,
+            Error::InvalidSetting {
+                setting: "busy_timeout",
+                ..
+            }
+        ) && error.to_string().contains("365 days"),
+        "{error}"
+    );
+    assert!(!folder.path().join("b.db").exists());
+}
+
+#[tokio::test]
+async fn retention_is_stored_in_the_file_until_it_is_set_again() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("a.db");
+    let keep = Retention::new().max_records(5).max_age(Duration::from_secs(60));
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let log = set_retention(&sqlite, keep).await.expect("created with a retention");
+    assert_eq!(log.retention().await.expect("retention"), keep);
+    drop((sqlite, log));
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let existing = LogOptions::new().existing();
+    let log = sqlite.log_with("orders", existing.clone()).await.expect("log");
+    assert_eq!(log.retention().await.expect("retention"), keep, "the stored one stays");
+    for refused in [
+        Retention::new().max_bytes(1_000),
+        Retention::new().max_age(Duration::ZERO),
+        Retention::new().max_records(u64::MAX),
+    ] {
+        let error = set_retention(&sqlite, refused).await.expect_err("refused");
+        assert!(
+            matches!(
+                error,
+                Error::InvalidSetting {
+                    setting: "retention",
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+        assert_eq!(log.retention().await.expect("retention"), keep);
+    }
+    let none = existing.clone().retention(Retention::new());
+    sqlite.log_with("orders", none).await.expect("set");
+    assert_eq!(log.retention().await.expect("retention"), Retention::new());
+    let missing = existing.retention(keep);
+    sqlite
+        .log_with("ordres", missing.clone())
+        .await
+        .expect_err("it does not exist");
+    sqlite
+        .log_with("ordres", missing)
+        .await
+        .expect_err("it was not created");
 }

@@ -15,7 +15,7 @@ use essentially_once::{
     handler_fn,
 };
 use essentially_once_sqlite::{
-    Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
+    LogOptions, Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, ErrorCode},
     sqlite_error,
 };
@@ -512,9 +512,8 @@ async fn a_handler_cannot_keep_logs_from_being_created_or_trimmed() {
     log.append(&[NewRecord::new("a"), NewRecord::new("b")])
         .await
         .expect("append");
-    log.set_retention(Retention::new().max_records(1))
-        .await
-        .expect("retention");
+    let keep = LogOptions::new().retention(Retention::new().max_records(1));
+    let log = sqlite.log_with("orders", keep).await.expect("retention");
     assert_eq!(log.trim().await.expect("trim"), 1);
 }
 

@@ -13,12 +13,12 @@ use std::{
 
 use tokio::{sync::watch, task};
 
-use crate::connection::turnstile::Turnstile;
+use super::turnstile::Turnstile;
 
 /// The files that handles of this process have open.
-static PLACES: Mutex<Option<HashMap<PathBuf, Weak<Place>>>> = Mutex::new(None);
+static OPEN_FILES: Mutex<Option<HashMap<PathBuf, Weak<OpenFile>>>> = Mutex::new(None);
 
-pub(crate) struct Place {
+pub(crate) struct OpenFile {
     pub(crate) turnstile: Arc<Turnstile>,
     /// Notified at each commit of this process.
     pub(crate) commits: watch::Sender<()>,
@@ -48,27 +48,27 @@ impl Runner {
     }
 }
 
-impl Place {
+impl OpenFile {
     /// Returns the shared state of the file at `path`. The file must exist.
     pub(crate) fn of(path: &Path) -> Arc<Self> {
         // Different names of one file resolve to the same state. If the path cannot be resolved,
         // only fairness suffers.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let mut places = lock(&PLACES);
-        let places = places.get_or_insert_default();
-        if let Some(place) = places.get(&path).and_then(Weak::upgrade) {
-            return place;
+        let mut files = lock(&OPEN_FILES);
+        let files = files.get_or_insert_default();
+        if let Some(file) = files.get(&path).and_then(Weak::upgrade) {
+            return file;
         }
-        places.retain(|_, place| place.strong_count() > 0);
-        let place = Arc::new(Self {
+        files.retain(|_, file| file.strong_count() > 0);
+        let file = Arc::new(Self {
             turnstile: Arc::new(Turnstile::open(&path)),
             commits: watch::Sender::default(),
             holder: Mutex::default(),
             transactions: AtomicU64::new(0),
             appends: Mutex::default(),
         });
-        places.insert(path, Arc::downgrade(&place));
-        place
+        files.insert(path, Arc::downgrade(&file));
+        file
     }
 
     /// Returns the channel on which this process announces appends to the log of that id.
@@ -120,30 +120,26 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         fs::write(&path, "").expect("file");
-        let one = Place::of(&path);
+        let one = OpenFile::of(&path);
         let other_name = folder.path().join(".").join("a.db");
-        assert!(Arc::ptr_eq(&one, &Place::of(&other_name)));
+        assert!(Arc::ptr_eq(&one, &OpenFile::of(&other_name)));
         let weak = Arc::downgrade(&one);
         drop(one);
         assert!(weak.upgrade().is_none(), "the last handle frees it");
-        Place::of(&path);
+        OpenFile::of(&path);
     }
 
     #[tokio::test]
     async fn a_transaction_knows_its_task() {
         let folder = tempfile::tempdir().expect("folder");
-        let place = Place::of(&folder.path().join("a.db"));
-        let first = place.began();
+        let file = OpenFile::of(&folder.path().join("a.db"));
+        let first = file.began();
         assert!(first.is_this_task());
         let elsewhere = tokio::spawn(async move { first.is_this_task() });
         assert!(!elsewhere.await.expect("no panic"));
-        place.ended(first);
-        let second = place.began();
-        place.ended(first);
-        assert_eq!(
-            place.holder(),
-            Some(second),
-            "the end of an earlier one changes nothing"
-        );
+        file.ended(first);
+        let second = file.began();
+        file.ended(first);
+        assert_eq!(file.holder(), Some(second), "the end of an earlier one changes nothing");
     }
 }

@@ -14,10 +14,9 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::time;
 
 use crate::{
-    SqliteOptions,
     error::{classify, classify_reopening, is_busy, on},
-    store::authorizer::Guard,
-    store::schema,
+    options::SqliteOptions,
+    store::{authorizer::Authorizer, schema},
 };
 
 /// Prepared statements kept per connection, enough for this crate and a handler with a rich schema.
@@ -61,13 +60,13 @@ pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
 /// It blocks the thread, also while it waits for locks, until `given_up` is set.
 pub(crate) fn create(
     path: &Path,
-    guard: &Guard,
+    authorizer: &Authorizer,
     options: &SqliteOptions,
     given_up: &AtomicBool,
 ) -> Result<Connection, Error> {
     let started = Instant::now();
     loop {
-        match create_once(path, guard, options) {
+        match create_once(path, authorizer, options) {
             Err(error)
                 if may_pass_soon(&error)
                     && started.elapsed() < options.busy_timeout
@@ -82,10 +81,10 @@ pub(crate) fn create(
 
 /// Opens another connection for writing, to a file that [`create`] has set up. Waits for locks
 /// without blocking the thread.
-pub(crate) async fn writer(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
+pub(crate) async fn writer(path: &Path, authorizer: &Authorizer, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || {
         let mut connection = existing(path, options)?;
-        install(guard, &mut connection, path)?;
+        install(authorizer, &mut connection, path)?;
         Ok(connection)
     })
     .await
@@ -127,13 +126,13 @@ pub(crate) fn durability(connection: &Connection) -> rusqlite::Result<Durability
     })
 }
 
-fn install(guard: &Guard, connection: &mut Connection, path: &Path) -> Result<(), Error> {
-    guard
+fn install(authorizer: &Authorizer, connection: &mut Connection, path: &Path) -> Result<(), Error> {
+    authorizer
         .install(connection)
         .map_err(|error| classify(on("open SQLite file", path), error))
 }
 
-fn create_once(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
+fn create_once(path: &Path, authorizer: &Authorizer, options: &SqliteOptions) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = connect(path, flags).map_err(|error| classify(on("open SQLite file", path), error))?;
     if connection.is_readonly("main").unwrap_or(false) {
@@ -147,7 +146,7 @@ fn create_once(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Co
     schema::check(&connection, path)?;
     configure(&connection, path, options)?;
     schema::migrate(&connection, path)?;
-    install(guard, &mut connection, path)?;
+    install(authorizer, &mut connection, path)?;
     Ok(connection)
 }
 
@@ -193,7 +192,7 @@ fn configure(connection: &Connection, path: &Path, options: &SqliteOptions) -> R
     connection
         .pragma_update(Some("main"), "synchronous", "FULL")
         .map_err(failed)?;
-    let limit = i64::try_from(options.wal_limit).unwrap_or(i64::MAX);
+    let limit = options.wal_limit as i64;
     let pages = (options.wal_limit / PAGE).clamp(1, CHECKPOINT_PAGES) as i64;
     for (pragma, value) in [("main.journal_size_limit", limit), ("wal_autocheckpoint", pages)] {
         connection
@@ -228,7 +227,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         let options = SqliteOptions::new();
-        create(&path, &Guard::default(), &options, &AtomicBool::new(false)).expect("create");
+        create(&path, &Authorizer::default(), &options, &AtomicBool::new(false)).expect("create");
         let connection = read_only(&path, &options).expect("reader");
         assert_eq!(durability(&connection).expect("pragmas"), Durability::Durable);
         assert!(connection.execute_batch("CREATE TABLE t (x)").is_err());
@@ -257,7 +256,7 @@ mod tests {
             .expect("lock");
         let options = SqliteOptions::new().busy_timeout(Duration::from_secs(60));
         let started = Instant::now();
-        let error = create(&path, &Guard::default(), &options, &AtomicBool::new(true)).expect_err("locked");
+        let error = create(&path, &Authorizer::default(), &options, &AtomicBool::new(true)).expect_err("locked");
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
         assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     }

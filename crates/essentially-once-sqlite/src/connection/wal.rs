@@ -8,7 +8,7 @@ use std::{
 
 use rusqlite::Connection;
 
-use crate::connection::turnstile::sibling;
+use super::turnstile::sibling;
 
 /// Checking the file's size costs a system call, so only every 16th commit does it.
 const COMMITS_BETWEEN_LOOKS: u32 = 16;

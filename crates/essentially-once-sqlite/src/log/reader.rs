@@ -10,24 +10,28 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, Record, backend::LogReader};
-use rusqlite::{Connection, ffi};
+use essentially_once::{
+    Error, Record,
+    backend::{FetchBudget, LogReader, NumberingCache},
+};
+use rusqlite::Connection;
 use tokio::{
     sync::watch,
     task,
     time::{self, Instant},
 };
 
-use crate::{
-    connection::{LONGEST_PAUSE, retry_busy},
-    error::{classify, is_busy},
-    log::codec::{Columns, Decoder, Seen},
-    log::{Inner, Standing},
+use super::{
+    codec::{Columns, Decoder},
+    table::{Standing, Table},
 };
-
-/// The approximate number of bytes that one `next` returns. Each record also counts its own size in
-/// memory, so that one fetch does not return a million empty records.
-const FETCH_BYTES: usize = 1024 * 1024;
+use crate::{
+    connection::{
+        Close,
+        retry::{LONGEST_PAUSE, retry_busy},
+    },
+    error::{classify, closed_connection, is_busy},
+};
 
 /// How long to wait for a thread of the blocking pool before fetching on the caller's thread.
 const POOL_PATIENCE: Duration = Duration::from_millis(20);
@@ -44,9 +48,9 @@ const BACKLOG: usize = 64;
 /// With a backlog, the reader fetches on a thread of the blocking pool. That decodes records while
 /// the task handles the previous ones. Without a backlog it fetches on the caller's thread, which
 /// has less latency.
-pub(crate) struct SqliteReader {
+pub(super) struct SqliteReader {
     cursor: Arc<Mutex<Cursor>>,
-    log: Arc<Inner>,
+    log: Arc<Table>,
     wake: watch::Receiver<()>,
     next: u64,
     has_backlog: bool,
@@ -54,13 +58,13 @@ pub(crate) struct SqliteReader {
 
 /// The half that queries SQLite. It does not store the reader's position, so an abandoned fetch
 /// changes nothing.
-pub(crate) struct Cursor {
-    log: Arc<Inner>,
+pub(super) struct Cursor {
+    log: Arc<Table>,
     /// `None` once the handle is closed.
     connection: Option<Connection>,
     /// The file's `data_version` before the reader found no records.
     version: i64,
-    numbering: Option<Seen>,
+    numberings: NumberingCache,
     /// The size of the last fetch, as an estimate for the next one.
     fetched_bytes: usize,
     fetched_records: usize,
@@ -72,26 +76,19 @@ enum Found {
 }
 
 impl Cursor {
-    pub(crate) fn new(log: Arc<Inner>, connection: Connection) -> Self {
+    pub(super) fn new(log: Arc<Table>, connection: Connection) -> Self {
         Self {
             log,
             connection: Some(connection),
             version: 0,
-            numbering: None,
+            numberings: NumberingCache::new(),
             fetched_bytes: 0,
             fetched_records: 0,
         }
     }
 
-    pub(crate) fn close(&mut self) {
-        self.connection = None;
-    }
-
     fn connection(connection: &Option<Connection>) -> rusqlite::Result<&Connection> {
-        connection.as_ref().ok_or_else(|| {
-            let closed = "the file was closed with `Sqlite::close`; open it again";
-            rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_MISUSE), Some(closed.into()))
-        })
+        connection.as_ref().ok_or_else(closed_connection)
     }
 
     /// Reads the records from `next` on, or the reason why there are none.
@@ -126,22 +123,23 @@ impl Cursor {
 
     /// Reads the records from `next` on, up to the first hole.
     fn fetch(&mut self, next: u64, max: usize) -> rusqlite::Result<Vec<Record>> {
-        let mut statement = Self::connection(&self.connection)?.prepare_cached(&self.log.sql.fetch)?;
+        let mut statement = Self::connection(&self.connection)?.prepare_cached(self.log.fetch_sql())?;
         let limit = i64::try_from(max).unwrap_or(i64::MAX);
         let mut rows = statement.query((next as i64, limit, self.log.incarnation()))?;
-        let mut decoder = Decoder::new(self.fetched_bytes, &mut self.numbering);
+        let mut decoder = Decoder::new(self.fetched_bytes, &mut self.numberings);
         let mut records = Vec::with_capacity(max.min(self.fetched_records));
-        let mut bytes = 0;
+        let mut budget = FetchBudget::new();
         let mut expected = None;
         while let Some(row) = rows.next()? {
             let columns = Columns::of(row)?;
+            // The record's own size in memory counts too, so that one fetch does not return a million
+            // empty records.
             let size = columns.size() + mem::size_of::<Record>();
-            let behind_a_hole = expected.is_some_and(|expected| columns.offset != expected);
-            if behind_a_hole || (!records.is_empty() && bytes + size > FETCH_BYTES) {
+            let after_a_hole = expected.is_some_and(|expected| columns.offset != expected);
+            if after_a_hole || !budget.admits(size) {
                 break;
             }
             records.push(decoder.record(&columns));
-            bytes += size;
             expected = Some(columns.offset + 1);
         }
         self.fetched_bytes = decoder.buffered();
@@ -156,8 +154,14 @@ impl Cursor {
     }
 }
 
+impl Close for Mutex<Cursor> {
+    fn close(&self) {
+        lock(self).connection = None;
+    }
+}
+
 impl SqliteReader {
-    pub(crate) fn new(log: Arc<Inner>, cursor: Arc<Mutex<Cursor>>, next: u64) -> Self {
+    pub(super) fn new(log: Arc<Table>, cursor: Arc<Mutex<Cursor>>, next: u64) -> Self {
         Self {
             cursor,
             wake: log.wake.subscribe(),
@@ -175,7 +179,7 @@ impl SqliteReader {
             return Ok(found);
         }
         let (next, cursor) = (self.next, &self.cursor);
-        let deadline = Instant::now() + self.log.shared.options.busy_timeout;
+        let deadline = Instant::now() + self.log.connections.options.busy_timeout;
         let found = retry_busy(deadline, LONGEST_PAUSE, || lock(cursor).look(next, max)).await;
         found.map_err(|error| self.failed(error))
     }
@@ -227,7 +231,7 @@ impl SqliteReader {
     }
 
     fn action(&self) -> String {
-        self.log.shared.on(format!("read log {}", self.log.id))
+        self.log.connections.on(format!("read log {}", self.log.id))
     }
 }
 

@@ -11,14 +11,11 @@ use essentially_once::{
 };
 use rusqlite::{Connection, OptionalExtension};
 
-use crate::{error::is_busy, log::codec::unsigned};
+use super::statements::unsigned;
+use crate::error::is_busy;
 
 /// A held lock counts as a beat at most this often, however often a standby looks.
 const BEAT: Duration = Duration::from_millis(20);
-
-/// Writes a beat. An owner that is handling a record holds the write lock, so it cannot run this.
-pub(crate) const BEAT_SQL: &str =
-    "UPDATE main.essentially_once_consumers SET beats = beats + 1 WHERE consumer = ?1 AND owner = ?2";
 
 /// A connection that asks for the write lock to see whether it is free, and never writes.
 pub(crate) struct Observer {
