@@ -59,6 +59,25 @@ impl Process {
         assert!(sent.expect("kill").success());
     }
 
+    /// Stops it, and waits until each of its threads has stopped. A thread that still ran could take
+    /// the lock first.
+    #[cfg(unix)]
+    async fn freeze(&self) {
+        self.signal("-STOP");
+        let threads = format!("/proc/{}/task", self.0.id());
+        // Only Linux shows the threads.
+        if let Ok(threads) = fs::read_dir(threads) {
+            let threads: Vec<_> = threads.map(|thread| thread.expect("thread").path()).collect();
+            until(|| {
+                threads.iter().all(|thread| {
+                    let status = fs::read_to_string(thread.join("status"));
+                    status.is_ok_and(|status| status.contains("State:\tT"))
+                })
+            })
+            .await;
+        }
+    }
+
     fn kill(&mut self) {
         self.0.kill().expect("kill");
         self.0.wait().expect("wait");
@@ -588,7 +607,7 @@ async fn a_frozen_waiter_is_bypassed() {
     shell.execute_batch("BEGIN IMMEDIATE").expect("lock");
     let mut waiter = Process::start("child_appends", &path);
     until(|| someone_waits(&path)).await;
-    waiter.signal("-STOP");
+    waiter.freeze().await;
     shell.execute_batch("COMMIT").expect("unlock");
     assert!(someone_waits(&path), "it was stopped inside");
     for _ in 0..3 {
