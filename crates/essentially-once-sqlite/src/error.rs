@@ -12,7 +12,8 @@ use rusqlite::{ErrorCode, ffi};
 /// ```
 /// # use essentially_once_sqlite::rusqlite::ErrorCode;
 /// # fn example(error: &essentially_once::Error) -> bool {
-/// let code = essentially_once_sqlite::sqlite_error(error).and_then(|error| error.sqlite_error_code());
+/// let cause = essentially_once_sqlite::sqlite_error(error);
+/// let code = cause.and_then(|cause| cause.sqlite_error_code());
 /// code == Some(ErrorCode::ConstraintViolation)
 /// # }
 /// ```
@@ -104,8 +105,8 @@ fn judge(extended: i32, is_out_of_descriptors: fn() -> bool) -> Verdict {
         ffi::SQLITE_IOERR => Stays("the disk or file system reported an error; check its health and free space"),
         ffi::SQLITE_AUTH => Stays(
             "a handler cannot begin or end transactions, attach databases, set pragmas, write to sqlite_sequence, \
-             use names that begin with essentially_once_, or write to tables with such names or reference them with a foreign \
-             key; savepoints are allowed",
+             use names that begin with essentially_once_, or write to tables with such names or reference them with \
+             a foreign key; savepoints are allowed",
         ),
         _ => Stays(""),
     }

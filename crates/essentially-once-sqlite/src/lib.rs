@@ -11,7 +11,10 @@
 //! `essentially_once_*`. The rest of the file, and `user_version`, is yours.
 //!
 //! ```
-//! use essentially_once::{ConsumerId, Log, NewRecord, Offset, OffsetStore, backend::{Advance, Revision, Transaction}};
+//! use essentially_once::{
+//!     ConsumerId, Log, NewRecord, Offset, OffsetStore,
+//!     backend::{Advance, Revision, Transaction},
+//! };
 //! use essentially_once_sqlite::Sqlite;
 //!
 //! # #[tokio::main(flavor = "current_thread")]
@@ -22,8 +25,7 @@
 //! let orders = sqlite.log("orders").await?;
 //! orders.append(&[NewRecord::new("32.38"), NewRecord::new("11.61")]).await?;
 //!
-//! // A consumer's loop does this: it reads, changes state, and commits the change with the new
-//! position.
+//! // A consumer's loop reads, changes state, and commits the change with the new position.
 //! let shipping = ConsumerId::new("shipping")?;
 //! let store = sqlite.store();
 //! let mut reader = orders.read(Offset::ZERO).await?;
@@ -51,7 +53,8 @@
 //! # Features
 //!
 //! - `bundled` (default): compiles SQLite into the program, which needs a C compiler. Without it,
-//!   the program links the SQLite library of the system, which must be version 3.35 or later.
+//!   the program links the SQLite library of the system, which must be version 3.45.3 or
+//!   later.
 //!
 //! # Several processes
 //!
@@ -169,8 +172,9 @@ impl Sqlite {
     /// Dropping the future may leave the log created, and has no other effect.
     ///
     /// # Errors
-    /// [`Error::InvalidName`], [`Error::InvalidSetting`] and [`Error::Unavailable`]. [`Error::Failed`], also if the log must
-    /// exist and does not; the error then lists the logs of the file.
+    /// [`Error::InvalidName`], [`Error::InvalidSetting`] and [`Error::Unavailable`].
+    /// [`Error::Failed`], also if the log must exist and does not; the error then lists the logs of
+    /// the file.
     pub async fn log_with(&self, name: &str, options: LogOptions) -> Result<SqliteLog, Error> {
         SqliteLog::open(Arc::clone(&self.connections), name, options).await
     }

@@ -11,7 +11,7 @@ const MAX_RECORD_LIMIT: usize = 900_000_000;
 /// The deadlines computed from a longer timeout could overflow.
 const MAX_BUSY_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Settings for opening a file. See [`Sqlite::open`].
+/// Settings for opening a file. See [`Sqlite::open`](crate::Sqlite::open).
 ///
 /// ```no_run
 /// # use essentially_once_sqlite::SqliteOptions;
@@ -50,7 +50,7 @@ impl SqliteOptions {
     }
 
     /// Sets the size limit of a record (key, headers and payload together), a state key and a state
-    /// value, in bytes.
+    /// value, in bytes; at most 900,000,000.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;
@@ -58,8 +58,7 @@ impl SqliteOptions {
     }
 
     /// Sets how large the WAL (`-wal`, next to the file) may grow, in bytes; at most [`i64::MAX`].
-    /// SQLite usually copies
-    /// it into the file every 4 MiB, or at this limit if it is lower.
+    /// SQLite usually copies it into the file every 4 MiB, or at this limit if it is lower.
     ///
     /// The WAL exceeds the limit if a single transaction is larger, or while a read transaction on
     /// the file stays open, because SQLite cannot remove pages that a reader may still need. A
@@ -69,6 +68,7 @@ impl SqliteOptions {
         self.wal_limit = bytes;
         self
     }
+
     /// Refuses a setting out of its bounds.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let invalid = |setting, reason| Err(Error::InvalidSetting { setting, reason });

@@ -362,8 +362,11 @@ async fn offsets_are_not_reused_after_all_records_expired() {
     set_retention(&sqlite, second).await.expect("set");
     assert_eq!(log.trim().await.expect("trim"), 0, "too young");
     let edit = Connection::open(sqlite.path()).expect("open");
-    edit.execute_batch("UPDATE essentially_once_log_1 SET appended_at = appended_at - 5000; UPDATE essentially_once_log_1 SET appended_at = 'x' WHERE \"offset\" = 1")
-        .expect("age");
+    edit.execute_batch(
+        "UPDATE essentially_once_log_1 SET appended_at = appended_at - 5000;
+         UPDATE essentially_once_log_1 SET appended_at = 'x' WHERE \"offset\" = 1",
+    )
+    .expect("age");
     assert_eq!(log.trim().await.expect("trim"), 5);
     let bounds = log.bounds().await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.end), (5.into(), 5.into()));

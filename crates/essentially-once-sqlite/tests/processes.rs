@@ -59,7 +59,7 @@ impl Process {
         assert!(sent.expect("kill").success());
     }
 
-    /// Stops it, and waits until each of its threads has stopped. A thread that still ran could take
+    /// Stops it, and waits until all its threads have stopped. A thread that still ran could take
     /// the lock first.
     #[cfg(unix)]
     async fn freeze(&self) {
@@ -445,7 +445,10 @@ async fn child_appends_and_notes_how_long_it_waits() {
         .expect("log");
     let shell = Connection::open(&path).expect("open");
     let mut commits = shell
-        .prepare("SELECT total(count) + (SELECT max(next) FROM essentially_once_logs WHERE name = 'incoming') FROM essentially_once_consumers")
+        .prepare(
+            "SELECT total(count) + (SELECT max(next) FROM essentially_once_logs WHERE name = 'incoming')
+             FROM essentially_once_consumers",
+        )
         .expect("prepare");
     let mut commits = || commits.query_row([], |row| row.get::<_, f64>(0)).expect("count");
     loop {

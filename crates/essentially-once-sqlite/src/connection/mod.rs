@@ -160,7 +160,7 @@ impl Connections {
         let Ok(mut writer) = self.writer.lock(deadline).await else {
             return Err(Error::unavailable(
                 action(),
-                "a transaction of this handle is still open, so nothing was closed; end the transaction, then close again",
+                "a transaction of this handle is still open, so nothing was closed; end it, then close again",
             ));
         };
         let Some(writer) = writer.take() else {
@@ -187,9 +187,9 @@ impl Connections {
             Ok(Ok(true)) => Ok(()),
             Ok(Ok(false)) => Err(Error::unavailable(
                 action(),
-                "the file is closed and all commits are safe, but part of the data is still in the WAL, because another handle or \
-                 process reads or writes the file; copy it with `VACUUM INTO`, or together with its -wal file once nobody has it \
-                 open",
+                "the file is closed and all commits are safe, but part of the data is still in the WAL, because \
+                 another handle or process reads or writes the file; copy it with `VACUUM INTO`, or together with \
+                 its -wal file once nobody has it open",
             )),
             Ok(Err(error)) => Err(classify(action(), error)),
             Err(error) => Err(Error::unavailable(action(), error)),

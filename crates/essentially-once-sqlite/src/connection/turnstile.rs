@@ -139,7 +139,7 @@ impl Turnstile {
         if let Some(file) = &self.file
             && let Err(error) = file.unlock()
         {
-            tracing::warn!(%error, "cannot leave the queue for the write lock; other processes may wait for a long time");
+            tracing::warn!(%error, "cannot leave the queue for the write lock; other processes may wait long");
         }
     }
 

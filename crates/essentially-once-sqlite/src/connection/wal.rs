@@ -83,8 +83,8 @@ impl Wal {
         self.warned = Some(now);
         tracing::warn!(
             path = %self.path.display(), bytes = self.bytes, limit = self.limit,
-            "the WAL exceeds its limit and keeps growing, because a read transaction on the file has been open for a long time; \
-             end it (a query whose rows are not fetched, an open shell, a backup)"
+            "the WAL exceeds its limit and keeps growing, because a read transaction on the file has been open for \
+             a long time; end it (a query whose rows are not fetched, an open shell, a backup)"
         );
     }
 

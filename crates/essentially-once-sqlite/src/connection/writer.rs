@@ -173,16 +173,17 @@ impl Writer {
             (Some(holder), _) if errand == Errand::Append && holder.is_this_task() => Error::failed(
                 action,
                 format!(
-                    "this task waits for itself: its own open transaction on the same file has held the write lock for {timeout:?}; \
-                     within a handler, use the handler's transaction and insert into a table of yours, from which another consumer \
-                     appends, or append to a log in another file"
+                    "this task waits for itself: its own open transaction on the same file has held the write lock \
+                     for {timeout:?}; within a handler, use the handler's transaction and insert into a table of \
+                     yours, from which another consumer appends, or append to a log in another file"
                 ),
             ),
             (Some(_), _) | (None, None) => Error::unavailable(
                 action,
                 format!(
-                    "another transaction of this process has held the write lock for {timeout:?}; check whether a handler waits for \
-                     itself because another task appends to a log of this file or opens a second transaction"
+                    "another transaction of this process has held the write lock for {timeout:?}; check whether a \
+                     handler waits for itself because another task appends to a log of this file or opens a second \
+                     transaction"
                 ),
             ),
             (None, Some(error)) => classify(action, error),

@@ -96,6 +96,7 @@ pub(super) fn no_such_log(names: &[String]) -> String {
     let rest = if names.len() > NAMED { " and others" } else { "" };
     let names = names[..names.len().min(NAMED)].join(", ");
     format!(
-        "no log has that name; the file holds {names}{rest}; check the name, or open the log without `existing()` to create it"
+        "no log has that name; the file holds {names}{rest}; check the name, or open the log without \
+         `existing()` to create it"
     )
 }

@@ -132,8 +132,8 @@ impl Cursor {
         let mut expected = None;
         while let Some(row) = rows.next()? {
             let columns = Columns::of(row)?;
-            // The record's own size in memory counts too, so that one fetch does not return a million
-            // empty records.
+            // The record's own size in memory counts too. Otherwise one fetch could return a
+            // million empty records.
             let size = columns.size() + mem::size_of::<Record>();
             let after_a_hole = expected.is_some_and(|expected| columns.offset != expected);
             if after_a_hole || !budget.admits(size) {

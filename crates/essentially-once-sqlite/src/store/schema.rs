@@ -141,8 +141,8 @@ fn refuse_newer(version: i64, path: &Path) -> Result<(), Error> {
     Err(Error::failed(
         on("open SQLite file", path),
         format!(
-            "the essentially_once tables have schema version {version}, but this program supports versions up to {known}; \
-             use a newer essentially-once-sqlite, or another file"
+            "the essentially_once tables have schema version {version}, but this program supports versions up to \
+             {known}; use a newer essentially-once-sqlite, or another file"
         ),
     ))
 }

@@ -19,7 +19,8 @@ pub(super) const UPDATE_POSITION: &str = "UPDATE main.essentially_once_consumers
      WHERE consumer = ?1 AND epoch = ?10 AND count = ?11 AND log = ?2 \
      AND (incarnation = ?3 OR incarnation IS NULL OR ?3 IS NULL)";
 
-pub(super) const PUT_WINDOW: &str = "INSERT INTO main.essentially_once_windows (consumer, producer, \"window\") VALUES (?1, ?2, ?3) \
+pub(super) const PUT_WINDOW: &str = "INSERT INTO main.essentially_once_windows \
+     (consumer, producer, \"window\") VALUES (?1, ?2, ?3) \
      ON CONFLICT (consumer, producer) DO UPDATE SET \"window\" = excluded.\"window\"";
 
 pub(super) const DELETE_WINDOW: &str =
@@ -27,7 +28,8 @@ pub(super) const DELETE_WINDOW: &str =
 
 pub(super) const GET_VALUE: &str = "SELECT value FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";
 
-pub(super) const PUT_VALUE: &str = "INSERT INTO main.essentially_once_state (consumer, key, value) VALUES (?1, ?2, ?3) \
+pub(super) const PUT_VALUE: &str = "INSERT INTO main.essentially_once_state \
+     (consumer, key, value) VALUES (?1, ?2, ?3) \
      ON CONFLICT (consumer, key) DO UPDATE SET value = excluded.value";
 
 pub(super) const DELETE_VALUE: &str = "DELETE FROM main.essentially_once_state WHERE consumer = ?1 AND key = ?2";

@@ -85,7 +85,8 @@ impl SqliteTx {
     /// # use essentially_once::Error;
     /// # use essentially_once_sqlite::SqliteTx;
     /// # fn example(tx: &mut SqliteTx) -> Result<(), Error> {
-    /// let countries: Vec<String> = tx.query("SELECT country FROM freight ORDER BY country", [], |row| row.get(0))?;
+    /// let sql = "SELECT country FROM freight ORDER BY country";
+    /// let countries: Vec<String> = tx.query(sql, [], |row| row.get(0))?;
     /// # Ok(())
     /// # }
     /// ```
@@ -173,8 +174,8 @@ impl SqliteTx {
         }
         Err(Error::failed(
             self.action(verb),
-            "SQLite rolled the transaction back after an earlier error (OR ROLLBACK, RAISE(ROLLBACK), a full disk), so nothing \
-             of it was applied",
+            "SQLite rolled the transaction back after an earlier error (OR ROLLBACK, RAISE(ROLLBACK), a full disk), \
+             so nothing of it was applied",
         ))
     }
 
