@@ -33,7 +33,7 @@ impl Harness for SqliteHarness {
         capabilities.delete = Support::Yes;
         capabilities.delete_record = Support::No("records are removed from the front only, and a hole is `Truncated`");
         capabilities.refuse = Support::Yes;
-        capabilities.wire = Support::No("there is no wire: the file is opened by this process");
+        capabilities.wire = Support::No("this process opens the file itself, without a wire");
         capabilities.native = Support::Yes;
         capabilities.read_state = Support::Yes;
         capabilities.beats = Support::Yes;

@@ -109,9 +109,9 @@ async fn an_owner_beats_although_others_hold_the_lock_most_of_the_time() {
                 .execute_batch("BEGIN IMMEDIATE; INSERT INTO others VALUES (1)")
                 .expect("lock");
             let _ = begun.take().map(|begun| begun.send(()));
-            let told = stopped.recv_timeout(Duration::from_millis(60));
+            let ended = stopped.recv_timeout(Duration::from_millis(60));
             others.execute_batch("COMMIT").expect("unlock");
-            if told != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            if ended != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(20));

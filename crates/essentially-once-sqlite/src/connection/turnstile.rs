@@ -252,7 +252,7 @@ mod tests {
         let inside = one.line_up().await;
         drop(two.line_up().await);
         let next = two.line_up().await;
-        assert!(two.state().queued, "one thread waits, for whoever comes");
+        assert!(two.state().queued, "the thread still waits");
         drop(inside);
         assert!(next.comes_within(SOON).await);
         drop(next);
