@@ -5,7 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, ThreadId},
@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{sync::watch, task};
 
-use super::turnstile::Turnstile;
+use super::{lock::lock, turnstile::Turnstile};
 
 /// The files that handles of this process have open.
 static OPEN_FILES: Mutex<Option<HashMap<PathBuf, Weak<OpenFile>>>> = Mutex::new(None);
@@ -104,11 +104,6 @@ impl Holder {
     pub(crate) fn is_this_task(self) -> bool {
         self.began == Runner::current()
     }
-}
-
-/// Ignores poisoning: no panic leaves a partial change behind these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

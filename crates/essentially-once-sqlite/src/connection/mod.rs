@@ -2,6 +2,7 @@
 //! for pulses, and those of the readers.
 
 mod file;
+pub(crate) mod lock;
 pub(crate) mod open;
 pub(crate) mod prepared;
 pub(crate) mod retry;
@@ -14,7 +15,7 @@ mod writer;
 use std::{
     fmt,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicBool},
+    sync::{Arc, Mutex, Weak, atomic::AtomicBool},
 };
 
 use essentially_once::Error;
@@ -24,6 +25,7 @@ use tokio::time::Instant;
 pub(crate) use self::transaction::WriteTx;
 use self::{
     file::OpenFile,
+    lock::lock,
     retry::{LONGEST_PAUSE, SHORTEST_PAUSE, retry_busy},
     thread::on_a_thread,
     writer::{Errand, Writer},
@@ -225,11 +227,6 @@ impl fmt::Debug for Connections {
             .field("path", &self.path)
             .finish_non_exhaustive()
     }
-}
-
-/// Ignores poisoning: no panic leaves a partial change behind these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     thread,
     time::Duration,
 };
@@ -23,6 +23,8 @@ use tokio::{
     sync::{self, Notify, OwnedMutexGuard},
     time::{self, Instant},
 };
+
+use super::lock::lock;
 
 pub(crate) struct Turnstile {
     /// Queues the tasks of this process.
@@ -144,7 +146,7 @@ impl Turnstile {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

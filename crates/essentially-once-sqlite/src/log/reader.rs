@@ -3,7 +3,7 @@
 use std::{
     mem,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -28,6 +28,7 @@ use super::{
 use crate::{
     connection::{
         Close,
+        lock::lock,
         retry::{LONGEST_PAUSE, retry_busy},
     },
     error::{classify, closed_connection, is_busy},
@@ -233,11 +234,6 @@ impl SqliteReader {
     fn action(&self) -> String {
         self.log.connections.on(format!("read log {}", self.log.id))
     }
-}
-
-/// Ignores poisoning: no panic leaves a partial change in a cursor.
-fn lock(cursor: &Mutex<Cursor>) -> MutexGuard<'_, Cursor> {
-    cursor.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[async_trait]
