@@ -1,16 +1,19 @@
-//! What SQLite's result codes mean to a caller: try again, change something, or look at the position.
+//! Maps SQLite's result codes to what a caller can do: try again, change something, or check the
+//! position.
 
 use std::{error, fmt, fs::File, path::Path};
 
 use essentially_once::Error;
 use rusqlite::{ErrorCode, ffi};
 
-/// The SQLite error beneath an error of this crate, to tell a constraint violation from a mistake in the SQL.
+/// Returns the SQLite error beneath an error of this crate. Use it to tell a constraint violation
+/// from a mistake in the SQL.
 ///
 /// ```
 /// # use essentially_once_sqlite::rusqlite::ErrorCode;
 /// # fn example(error: &essentially_once::Error) -> bool {
-/// let code = essentially_once_sqlite::sqlite_error(error).and_then(|error| error.sqlite_error_code());
+/// let cause = essentially_once_sqlite::sqlite_error(error);
+/// let code = cause.and_then(|cause| cause.sqlite_error_code());
 /// code == Some(ErrorCode::ConstraintViolation)
 /// # }
 /// ```
@@ -25,7 +28,7 @@ pub fn sqlite_error(error: &Error) -> Option<&rusqlite::Error> {
     None
 }
 
-/// An error from anywhere but a COMMIT: nothing was applied.
+/// Classifies an error from anywhere but a COMMIT. Nothing was applied.
 pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Error {
     let Some(failure) = error.sqlite_error() else {
         return Error::failed(action, error);
@@ -38,8 +41,8 @@ pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Err
     }
 }
 
-/// An error from opening again a file that is there and was open before. If SQLite cannot open
-/// that, the process or the system may have run out of descriptors, and have some again by now.
+/// Classifies an error from reopening a file that exists and was open before. If SQLite cannot open
+/// such a file, the process or the system may be out of file descriptors, which can pass.
 pub(crate) fn classify_reopening(action: impl Into<String>, error: rusqlite::Error) -> Error {
     match error.sqlite_extended_error_code() {
         Some(ffi::SQLITE_CANTOPEN) => Error::unavailable(action, Cause::new(error, OUT_OF_DESCRIPTORS)),
@@ -47,7 +50,7 @@ pub(crate) fn classify_reopening(action: impl Into<String>, error: rusqlite::Err
     }
 }
 
-/// Whether what SQLite reports can pass by itself, and what to do about it.
+/// Whether an error can pass on its own, and a hint what to do about it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Verdict {
     Passes(&'static str),
@@ -55,30 +58,32 @@ enum Verdict {
 }
 
 const OUT_OF_DESCRIPTORS: &str =
-    "the process or the system may be out of file descriptors: raise the limit (`ulimit -n`), or open fewer files";
+    "the process or the system may be out of file descriptors; raise the limit (`ulimit -n`), or open fewer files";
 
 fn judge(extended: i32, is_out_of_descriptors: fn() -> bool) -> Verdict {
     use Verdict::{Passes, Stays};
 
-    // What the primary code alone would get wrong.
+    // Extended codes that differ from their primary code.
     match extended {
         ffi::SQLITE_CANTOPEN | ffi::SQLITE_IOERR_SHMOPEN | ffi::SQLITE_IOERR_GETTEMPPATH if is_out_of_descriptors() => {
             return Passes(OUT_OF_DESCRIPTORS);
         }
         ffi::SQLITE_IOERR_NOMEM | ffi::SQLITE_IOERR_SHMMAP | ffi::SQLITE_IOERR_MMAP => {
-            return Passes("the system is short of memory");
+            return Passes("the system is short of memory; the call may succeed later");
         }
         ffi::SQLITE_IOERR_LOCK
         | ffi::SQLITE_IOERR_RDLOCK
         | ffi::SQLITE_IOERR_UNLOCK
         | ffi::SQLITE_IOERR_CHECKRESERVEDLOCK
         | ffi::SQLITE_IOERR_SHMLOCK
-        | ffi::SQLITE_IOERR_BLOCKED => return Passes("the system could not lock the file: it may be out of locks"),
-        // The transaction is gone; the next one may get through.
+        | ffi::SQLITE_IOERR_BLOCKED => {
+            return Passes("the system could not lock the file, perhaps because it is out of locks");
+        }
+        // The transaction is gone, but the next one may succeed.
         ffi::SQLITE_ABORT_ROLLBACK | ffi::SQLITE_ERROR_RETRY | ffi::SQLITE_ERROR_SNAPSHOT => return Passes(""),
         ffi::SQLITE_LOCKED_SHAREDCACHE => return Passes(HELD),
         ffi::SQLITE_READONLY_DBMOVED => {
-            return Stays("the file was moved or deleted while it was open: put it back and open it again");
+            return Stays("the file was moved or deleted while it was open; put it back and open it again");
         }
         ffi::SQLITE_IOERR_SHMSIZE => return Stays(FULL),
         _ => {}
@@ -86,31 +91,34 @@ fn judge(extended: i32, is_out_of_descriptors: fn() -> bool) -> Verdict {
     match extended & 0xff {
         ffi::SQLITE_BUSY | ffi::SQLITE_PROTOCOL => Passes(HELD),
         ffi::SQLITE_INTERRUPT | ffi::SQLITE_NOMEM | ffi::SQLITE_SCHEMA => Passes(""),
-        // No statement of ours outlives its call, so it is one of the same transaction.
-        ffi::SQLITE_LOCKED => Stays("a statement of this transaction still uses the table that this one changes"),
+        // No statement of this crate outlives its call, so the table is in use within this
+        // transaction.
+        ffi::SQLITE_LOCKED => {
+            Stays("another statement of this transaction still uses the table; finish reading its rows first")
+        }
         ffi::SQLITE_READONLY => Stays("make the file and its folder writable for this user"),
-        ffi::SQLITE_PERM => Stays("give this user the right to read and write the file and its folder"),
+        ffi::SQLITE_PERM => Stays("allow this user to read and write the file and its folder"),
         ffi::SQLITE_CANTOPEN => Stays("check that the folder exists and that this user may create files in it"),
-        ffi::SQLITE_NOTADB => Stays("the file is no SQLite database (or an encrypted one): choose another path"),
-        ffi::SQLITE_CORRUPT => Stays("the file is damaged: stop all writers and restore it from a backup"),
+        ffi::SQLITE_NOTADB => Stays("the file is not a SQLite database, or it is encrypted; choose another path"),
+        ffi::SQLITE_CORRUPT => Stays("the file is damaged; stop all writers and restore it from a backup"),
         ffi::SQLITE_FULL => Stays(FULL),
-        ffi::SQLITE_IOERR => Stays("the disk or file system reported an error: check its health and free space"),
+        ffi::SQLITE_IOERR => Stays("the disk or file system reported an error; check its health and free space"),
         ffi::SQLITE_AUTH => Stays(
             "a handler cannot begin or end transactions, attach databases, set pragmas, write to sqlite_sequence, \
-             use names that begin with essentially_once_, or write to such tables or refer to them by foreign \
-             key; savepoints are allowed",
+             use names that begin with essentially_once_, or write to tables with such names or reference them with \
+             a foreign key; savepoints are allowed",
         ),
         _ => Stays(""),
     }
 }
 
-const HELD: &str = "another process or connection holds the lock; a longer busy_timeout waits longer";
-const FULL: &str = "the disk (or max_page_count) is full: make room, then go on";
+const HELD: &str = "another process or connection holds the lock; raise `busy_timeout` to wait longer";
+const FULL: &str = "the disk is full, or the file has reached max_page_count; make room, then try again";
 
-/// Whether no file can be opened now. SQLite reports that as it reports a folder that is missing.
+/// Whether the process cannot open any file now. SQLite reports that like a missing folder.
 fn is_out_of_descriptors() -> bool {
-    // Unix takes a descriptor before it looks at the path, and never the database: closing that
-    // would drop our locks on it.
+    // Unix takes a descriptor before it looks at the path. This must not open the database: closing
+    // it would release this process's locks on it.
     let opened = File::open("/");
     match opened.map_err(|error| error.raw_os_error()) {
         // ENFILE and EMFILE; ERROR_TOO_MANY_OPEN_FILES.
@@ -119,7 +127,7 @@ fn is_out_of_descriptors() -> bool {
     }
 }
 
-/// An error from a COMMIT: only some codes promise that nothing was applied.
+/// Classifies an error from a COMMIT. Only some codes guarantee that nothing was applied.
 pub(crate) fn classify_commit(action: impl Into<String>, error: rusqlite::Error) -> Error {
     match error.sqlite_error_code() {
         Some(
@@ -127,14 +135,14 @@ pub(crate) fn classify_commit(action: impl Into<String>, error: rusqlite::Error)
             | ErrorCode::DatabaseLocked
             | ErrorCode::DiskFull
             | ErrorCode::ReadOnly
-            // A deferred foreign key that is still violated.
+            // A deferred foreign key is still violated.
             | ErrorCode::ConstraintViolation,
         ) => classify(action, error),
         _ => Error::indeterminate(action, error),
     }
 }
 
-/// Whether waiting for a lock may help. It includes a lock that recovery holds for a moment after a crash.
+/// Whether waiting for a lock may help. Recovery after a crash also holds a lock for a moment.
 pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
     error.sqlite_error().is_some_and(|failure| {
         failure.extended_code == ffi::SQLITE_LOCKED_SHAREDCACHE
@@ -142,9 +150,10 @@ pub(crate) fn is_busy(error: &rusqlite::Error) -> bool {
     })
 }
 
-/// Whether a handler's statement failed by its own mistake: one in the SQL, the parameters or the
-/// reading of a row, a violated constraint, or a refusal by the guard. Everything else is trouble of the
-/// backend, after which nothing is known of what the statement would have read or written.
+/// Whether a handler's statement failed through the handler's own mistake: in the SQL, the
+/// parameters or the reading of a row, a violated constraint, or a refusal by the authorizer. After
+/// any other error, the backend is in trouble and nothing is known of what the statement would have
+/// read or written.
 pub(crate) fn is_handlers_mistake(error: &rusqlite::Error) -> bool {
     let Some(failure) = error.sqlite_error() else {
         return true;
@@ -156,18 +165,32 @@ pub(crate) fn is_handlers_mistake(error: &rusqlite::Error) -> bool {
         | ErrorCode::ParameterOutOfRange
         | ErrorCode::ApiMisuse
         | ErrorCode::AuthorizationForStatementDenied => true,
-        // A mistake in the SQL has a code, and no name of its own; so has every unknown code.
+        // A mistake in the SQL has the code SQLITE_ERROR but no variant of its own, like every
+        // unknown code.
         ErrorCode::Unknown => failure.extended_code & 0xff == ffi::SQLITE_ERROR,
         _ => false,
     }
 }
 
-/// `orders of /var/lib/x.db`, so that every error names the file.
+/// Explains a call after [`Sqlite::close`](crate::Sqlite::close).
+const CLOSED: &str = "the file was closed with `Sqlite::close`; open it again";
+
+/// The error of a call after [`Sqlite::close`](crate::Sqlite::close).
+pub(crate) fn closed(action: impl Into<String>) -> Error {
+    Error::failed(action, CLOSED)
+}
+
+/// The same as an error of SQLite, for a query without a connection.
+pub(crate) fn closed_connection() -> rusqlite::Error {
+    rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_MISUSE), Some(CLOSED.into()))
+}
+
+/// Adds the file to an error's action, as in `read log orders (/var/lib/x.db)`.
 pub(crate) fn on(what: impl fmt::Display, path: &Path) -> String {
     format!("{what} ({})", path.display())
 }
 
-/// A SQLite error with what to do about it.
+/// A SQLite error with a hint.
 #[derive(Debug)]
 struct Cause {
     error: rusqlite::Error,
@@ -200,12 +223,12 @@ mod tests {
         rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)
     }
 
-    /// What a caller is to do after an error.
+    /// What a caller should do after an error.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     enum Meaning {
-        /// It can pass by itself: try again.
+        /// It can pass on its own: try again.
         Passes,
-        /// It cannot: someone must change something.
+        /// It cannot pass: someone must change something.
         Stays,
         /// It may have happened: look at the position.
         Doubt,
@@ -222,7 +245,7 @@ mod tests {
         }
     }
 
-    /// Can this pass by itself, outside a COMMIT and in one?
+    /// Can the error pass on its own, outside a COMMIT and in one?
     #[test]
     fn each_code_means_what_it_should() {
         use Meaning::{Doubt, Passes, Stays};
@@ -313,7 +336,7 @@ mod tests {
             let found = Meaning::of(&classify_commit("commit", sqlite(code)));
             assert_eq!(found, in_a_commit, "{code} in a commit: {}", sqlite(code));
             let waits = is_busy(&sqlite(code));
-            assert!(!waits || outside == Passes, "{code}: nobody waits for what stays");
+            assert!(!waits || outside == Passes, "{code}: waiting for a lasting error");
         }
     }
 
@@ -334,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn trouble_of_the_backend_is_told_from_a_handlers_mistake() {
+    fn backend_errors_are_not_a_handlers_mistakes() {
         for code in [
             ffi::SQLITE_ERROR,
             ffi::SQLITE_ERROR_MISSING_COLLSEQ,
@@ -370,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sqlite_error_can_be_had_with_and_without_a_hint() {
+    fn the_sqlite_error_is_returned_with_and_without_a_hint() {
         for code in [ffi::SQLITE_FULL, ffi::SQLITE_CONSTRAINT_UNIQUE, ffi::SQLITE_BUSY] {
             let error = classify("write", sqlite(code));
             let found = sqlite_error(&error).and_then(rusqlite::Error::sqlite_extended_error_code);

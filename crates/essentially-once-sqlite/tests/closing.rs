@@ -44,14 +44,14 @@ async fn consume(sqlite: &Sqlite) -> Result<u64, Error> {
     Ok(consumer.run_until_caught_up().await?.handled)
 }
 
-/// How many records were handled, by the file at `path` alone.
+/// The number of handled records, according to the file at `path` alone.
 fn handled(path: &Path) -> i64 {
     let copy = Connection::open(path).expect("open");
     copy.query_row("SELECT count(*) FROM handled", [], |row| row.get(0))
         .expect("handled")
 }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
+fn sibling(path: &Path, ending: &str) -> PathBuf {
     format!("{}{ending}", path.display()).into()
 }
 
@@ -65,10 +65,10 @@ async fn after_closing_the_file_alone_holds_everything() {
         log.append(&numbered(0..2_000)).await.expect("append");
         assert_eq!(consume(&sqlite).await.expect("run"), 2_000);
         sqlite.store().pulse(&counting()).await.expect("pulse");
-        // A reader that nobody asks any more, and one that is asked later.
+        // This reader is used again only after the file was closed.
         let mut reader = log.read(Offset::ZERO).await.expect("read");
         sqlite.close().await.expect("close");
-        assert!(!beside(&path, "-wal").exists(), "nobody has it open");
+        assert!(!sibling(&path, "-wal").exists(), "no connection has it open");
         let copy = folder.path().join("copy.db");
         fs::copy(&path, &copy).expect("copy");
         assert_eq!(handled(&copy), 2_000);
@@ -120,7 +120,7 @@ async fn closing_reports_who_keeps_the_wal() {
         .execute_batch("BEGIN; SELECT count(*) FROM essentially_once_logs")
         .expect("read");
     log.append(&numbered(1..2)).await.expect("append");
-    let error = sqlite.close().await.expect_err("someone reads");
+    let error = sqlite.close().await.expect_err("another connection reads");
     assert!(
         matches!(error, Error::Unavailable { .. }) && error.to_string().contains("VACUUM INTO"),
         "{error}"
@@ -129,14 +129,11 @@ async fn closing_reports_who_keeps_the_wal() {
     let again = options.open(&path).await.expect("open");
     let log = again.log("orders").await.expect("log");
     assert_eq!(log.bounds().await.expect("bounds").end, 2.into(), "nothing is lost");
-    again
-        .close()
-        .await
-        .expect("an idle connection of others is in nobody's way");
-    assert_eq!(fs::metadata(beside(&path, "-wal")).map_or(0, |wal| wal.len()), 0);
+    again.close().await.expect("another connection is open but idle");
+    assert_eq!(fs::metadata(sibling(&path, "-wal")).map_or(0, |wal| wal.len()), 0);
 }
 
-/// Keeps the texts of warnings.
+/// Collects the texts of warnings.
 #[derive(Clone, Default)]
 struct Warnings(Arc<Mutex<Vec<String>>>, Arc<AtomicU64>);
 
@@ -179,7 +176,7 @@ async fn a_wal_over_its_limit_is_warned_about_while_someone_reads_and_cut_back_a
     let path = folder.path().join("a.db");
     let sqlite = SqliteOptions::new().wal_limit(LIMIT).open(&path).await.expect("open");
     let log = sqlite.log("orders").await.expect("log");
-    let wal = || fs::metadata(beside(&path, "-wal")).map_or(0, |wal| wal.len());
+    let wal = || fs::metadata(sibling(&path, "-wal")).map_or(0, |wal| wal.len());
     let append = async || {
         let record = [NewRecord::new(vec![7; 10_000])];
         for _ in 0..100 {
@@ -187,7 +184,7 @@ async fn a_wal_over_its_limit_is_warned_about_while_someone_reads_and_cut_back_a
         }
     };
     append().await;
-    assert!(wal() <= 2 * LIMIT, "{} bytes with nobody reading", wal());
+    assert!(wal() <= 2 * LIMIT, "{} bytes without readers", wal());
     assert!(warnings.0.lock().expect("lock").is_empty());
 
     let other = Connection::open(&path).expect("open");
@@ -208,8 +205,8 @@ async fn a_wal_over_its_limit_is_warned_about_while_someone_reads_and_cut_back_a
     assert!(wal() <= 2 * LIMIT, "{} bytes afterwards", wal());
 }
 
-/// The steps of the guide in the crate's documentation: copying while a consumer works, and putting
-/// the copy back.
+/// Follows the guide in the crate's documentation: copies a file while a consumer works, and
+/// restores the copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_of_a_file_in_use_is_whole_and_can_be_put_back() {
     let folder: TempDir = tempfile::tempdir().expect("folder");
@@ -231,7 +228,7 @@ async fn a_copy_of_a_file_in_use_is_whole_and_can_be_put_back() {
     let copying = tokio::task::spawn_blocking(move || {
         let shell = Connection::open(source).expect("open");
         shell.busy_timeout(Duration::from_secs(30)).expect("timeout");
-        // In the midst of the work.
+        // Waits until the consumer is at work.
         while shell
             .query_row("SELECT count(*) FROM handled", [], |row| row.get::<_, i64>(0))
             .map_or(true, |handled| handled < 100)
@@ -253,13 +250,13 @@ async fn a_copy_of_a_file_in_use_is_whole_and_can_be_put_back() {
         .expect("lost with the restore");
     sqlite.close().await.expect("close");
     for ending in ["", "-wal", "-shm"] {
-        let _ = fs::remove_file(beside(&path, ending));
+        let _ = fs::remove_file(sibling(&path, ending));
     }
-    fs::copy(&copy, &path).expect("put back");
+    fs::copy(&copy, &path).expect("restore");
     let sqlite = Sqlite::open(&path).await.expect("open");
     let log = sqlite.log("orders").await.expect("log");
     assert_eq!(log.bounds().await.expect("bounds").end, 3_000.into());
-    assert_eq!(consume(&sqlite).await.expect("goes on"), 3_000 - at_the_copy as u64);
+    assert_eq!(consume(&sqlite).await.expect("run"), 3_000 - at_the_copy as u64);
     sqlite.close().await.expect("close");
     assert_eq!(handled(&path), 3_000);
 }

@@ -1,10 +1,10 @@
-//! SQLite under all conformance cases of the test kit.
+//! Runs all conformance cases of the test kit on SQLite.
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use essentially_once::{Error, Log, Offset, async_trait, backend::Source};
 use essentially_once_sqlite::{
-    Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
+    LogOptions, Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, params},
 };
 use essentially_once_testkit::{Backend, Capabilities, Harness, StateReader, Suite, Support};
@@ -33,7 +33,7 @@ impl Harness for SqliteHarness {
         capabilities.delete = Support::Yes;
         capabilities.delete_record = Support::No("records are removed from the front only, and a hole is `Truncated`");
         capabilities.refuse = Support::Yes;
-        capabilities.wire = Support::No("there is no wire: the file is opened by this process");
+        capabilities.wire = Support::No("this process opens the file itself, without a wire");
         capabilities.native = Support::Yes;
         capabilities.read_state = Support::Yes;
         capabilities.beats = Support::Yes;
@@ -52,7 +52,7 @@ impl Harness for SqliteHarness {
     }
 }
 
-/// A file in a folder of its own, which goes with it.
+/// A file in a temporary folder.
 struct File {
     folder: TempDir,
 }
@@ -62,7 +62,7 @@ impl File {
         self.folder.path().join("test.db")
     }
 
-    /// A handle of its own for each caller: they meet in the file only, as processes do.
+    /// Opens a new handle for each caller, so that callers share only the file, as processes do.
     async fn open(&self) -> Result<Sqlite, Error> {
         SqliteOptions::new()
             .record_limit(RECORD_LIMIT)
@@ -71,7 +71,8 @@ impl File {
             .await
     }
 
-    /// A connection for what only someone else would do, and the name of the log's table.
+    /// Opens a connection for actions of a foreign program, and returns it with the name of the
+    /// log's table.
     fn as_someone_else(&self, log: &str) -> Result<(Connection, String), Source> {
         let connection = Connection::open(self.path())?;
         connection.busy_timeout(Duration::from_secs(30))?;
@@ -93,12 +94,13 @@ impl Backend for File {
         Ok(self.open().await?.store())
     }
 
-    /// There is no server. What a crash leaves, the files alone, is copied while work goes on, and must open as a sound
-    /// database; a crash of the working process itself is tested with real processes.
+    /// SQLite has no server to restart. This copies the files that a crash would leave, while work
+    /// goes on, and checks that the copy is a sound database. Other tests crash the working process
+    /// itself.
     async fn restart(&self) -> Result<(), Source> {
         let crashed = tempfile::tempdir()?;
         let copy = crashed.path().join("test.db");
-        // A lock keeps the two files of one moment together, as a crash does.
+        // The lock keeps the two files consistent, as a crash does.
         let connection = Connection::open(self.path())?;
         connection.busy_timeout(Duration::from_secs(30))?;
         connection.execute_batch("BEGIN IMMEDIATE")?;
@@ -113,17 +115,18 @@ impl Backend for File {
     }
 
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
-        let log = self.open().await?.log(log).await?;
-        let keep = log.bounds().await?.end.lo() - before.lo();
+        let sqlite = self.open().await?;
+        let with = |retention| LogOptions::new().existing().retention(retention);
+        let keep = sqlite.log(log).await?.bounds().await?.end.lo() - before.lo();
         let retention = match keep {
-            // By number one is kept at least; by age all are removed.
+            // A limit on the number keeps at least one record. A limit on the age removes all.
             0 => Retention::new().max_age(Duration::from_millis(1)),
             keep => Retention::new().max_records(keep),
         };
-        log.set_retention(retention).await?;
+        let trimmed = sqlite.log_with(log, with(retention)).await?;
         tokio::time::sleep(Duration::from_millis(5)).await;
-        log.trim().await?;
-        log.set_retention(Retention::default()).await?;
+        trimmed.trim().await?;
+        sqlite.log_with(log, with(Retention::new())).await?;
         Ok(())
     }
 
@@ -140,7 +143,7 @@ impl Backend for File {
         Ok(())
     }
 
-    /// By a trigger, with the words of a full disk.
+    /// Refuses the payload with a trigger that reports a full disk.
     async fn refuse(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
         let (connection, table) = self.as_someone_else(log)?;
         let hex: String = payload.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -1,4 +1,4 @@
-//! Opening: what is refused, with words that help, and what is left untouched.
+//! Opening a file: which files are refused, with which advice, and that they stay unchanged.
 
 use std::{fs, path::Path, sync::Barrier, thread, time::Duration};
 
@@ -32,7 +32,7 @@ async fn memory_is_refused_with_the_backend_to_use_instead() {
 }
 
 #[tokio::test]
-async fn what_is_no_place_for_a_file_is_refused_and_nothing_is_created() {
+async fn an_impossible_path_is_refused_and_nothing_is_created() {
     let folder = tempfile::tempdir().expect("folder");
     assert!(refusal(folder.path()).await.contains("folder"));
     let text = refusal(folder.path().join("missing/a.db")).await;
@@ -41,13 +41,13 @@ async fn what_is_no_place_for_a_file_is_refused_and_nothing_is_created() {
 }
 
 #[tokio::test]
-async fn what_is_no_database_is_refused_and_unchanged() {
+async fn a_file_that_is_not_a_database_is_refused_and_unchanged() {
     let folder = tempfile::tempdir().expect("folder");
     for content in ["hello".to_owned(), "x".repeat(100_000)] {
         let path = folder.path().join("notes.txt");
         fs::write(&path, &content).expect("write");
         let text = refusal(&path).await;
-        assert!(text.contains("no SQLite database"), "{text}");
+        assert!(text.contains("not a SQLite database"), "{text}");
         assert_eq!(fs::read_to_string(&path).expect("read"), content);
         assert_eq!(names(folder.path()), ["notes.txt"]);
     }
@@ -94,7 +94,7 @@ async fn a_read_only_file_is_refused() {
     drop(Sqlite::open(&path).await.expect("open"));
     fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).expect("chmod");
     if fs::OpenOptions::new().append(true).open(&path).is_ok() {
-        eprintln!("this user may write to any file: nothing to see");
+        eprintln!("this user may write to any file, so this test cannot check anything");
         return;
     }
     let text = refusal(&path).await;
@@ -114,7 +114,7 @@ async fn a_relative_path_survives_as_an_absolute_one() {
 }
 
 #[tokio::test]
-async fn the_users_own_database_is_taken_as_it_is() {
+async fn the_users_own_database_is_left_as_it_is() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("shop.db");
     let shop = Connection::open(&path).expect("open");
@@ -139,7 +139,7 @@ async fn the_users_own_database_is_taken_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_locked_file_is_waited_for_and_then_unavailable() {
+async fn opening_waits_for_a_locked_file_and_then_is_unavailable() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let shell = Connection::open(&path).expect("open");
@@ -201,7 +201,8 @@ impl Handler<SqliteTx> for Nothing {
     }
 }
 
-/// The log's file alone is restored, and grows past the consumer before that reads again.
+/// Restores only the log's file, which then grows past the consumer's position before it reads
+/// again.
 #[tokio::test]
 async fn a_log_restored_from_an_older_copy_is_noticed_by_a_store_in_another_file() {
     let folder = tempfile::tempdir().expect("folder");
@@ -230,7 +231,7 @@ async fn a_log_restored_from_an_older_copy_is_noticed_by_a_store_in_another_file
             .await
     };
     append(0..50).await;
-    // A copy that SQLite makes itself is whole, whatever the WAL still holds.
+    // SQLite copies a consistent state, whatever the WAL still holds.
     let source = Connection::open(at("log.db")).expect("open");
     let copy = format!("VACUUM INTO '{}'", at("copy.db").display());
     source.execute_batch(&copy).expect("copy");
@@ -242,7 +243,7 @@ async fn a_log_restored_from_an_older_copy_is_noticed_by_a_store_in_another_file
     }
     std::fs::copy(at("copy.db"), at("log.db")).expect("restore");
     append(1_000..1_080).await;
-    let error = consume().await.expect_err("30 records would never be handled");
+    let error = consume().await.expect_err("otherwise 30 records would be skipped");
     assert!(
         matches!(error, Error::LogChanged { offset, .. } if offset == 99.into()),
         "{error}"

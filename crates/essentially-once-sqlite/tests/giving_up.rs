@@ -1,4 +1,4 @@
-//! Whoever gives up waiting is free at once, and leaves nothing open behind.
+//! An abandoned call returns immediately, and leaves nothing open behind.
 
 use std::{
     fs::{self, File},
@@ -21,8 +21,7 @@ fn shipping() -> ConsumerId {
     ConsumerId::new("shipping").expect("name")
 }
 
-/// What takes long has threads of its own, so a service that keeps the pool busy keeps no lock
-/// held.
+/// Slow work runs on its own threads, so a service with a full blocking pool holds no lock.
 #[test]
 fn everything_works_while_the_blocking_pool_is_full() {
     let runtime = Builder::new_current_thread()
@@ -62,7 +61,7 @@ fn everything_works_while_the_blocking_pool_is_full() {
     });
 }
 
-/// How many descriptors of this process are open on files whose paths begin with this.
+/// The number of descriptors of this process for files whose paths begin with `path`.
 #[cfg(target_os = "linux")]
 fn descriptors(path: &Path) -> usize {
     let path = path.to_str().expect("text");
@@ -73,12 +72,13 @@ fn descriptors(path: &Path) -> usize {
         .count()
 }
 
-/// While someone holds a lock on a file, SQLite keeps what is closed meanwhile to reuse it, since
-/// closing it would drop that lock: as many as were open at the same time, however often that was.
+/// SQLite does not close a file while a lock on it is held, because closing it would release the
+/// lock. It keeps the descriptors for reuse instead, as many as were open at the same time.
 #[cfg(target_os = "linux")]
 const KEPT: usize = 12;
 
-/// Waits until no more are open than that: threads that are done close their files a moment later.
+/// Waits until at most `limit` descriptors are open. Finished threads close their files a moment
+/// later.
 #[cfg(target_os = "linux")]
 async fn at_most(limit: usize, path: &Path) {
     let started = Instant::now();
@@ -88,7 +88,7 @@ async fn at_most(limit: usize, path: &Path) {
     }
 }
 
-/// How many threads of this process are ours; other tests have some as well.
+/// The number of threads of this crate, including those of other tests.
 #[cfg(target_os = "linux")]
 fn threads() -> usize {
     fs::read_dir("/proc/self/task")
@@ -98,7 +98,7 @@ fn threads() -> usize {
         .count()
 }
 
-/// Gives up the same 60 times, after 1 to 20 ms, and never later than that.
+/// Abandons the call 60 times, after 1 to 20 ms, and checks that it ends in time.
 async fn give_up<T>(mut what: impl AsyncFnMut() -> T) {
     for millis in (1..=20).cycle().take(60) {
         let limit = Duration::from_millis(millis);
@@ -114,7 +114,7 @@ async fn give_up<T>(mut what: impl AsyncFnMut() -> T) {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn opening_that_was_given_up_leaves_no_descriptor() {
+async fn an_abandoned_open_leaves_no_descriptor() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let shell = Connection::open(&path).expect("open");
@@ -122,13 +122,13 @@ async fn opening_that_was_given_up_leaves_no_descriptor() {
         .execute_batch("BEGIN EXCLUSIVE; CREATE TABLE t (x)")
         .expect("lock");
     let before = descriptors(&path);
-    // Far longer than the test waits for it.
+    // Far longer than this test waits.
     let options = SqliteOptions::new().busy_timeout(10 * SOON);
     give_up(async || options.open(&path).await.map(drop)).await;
     at_most(before + KEPT, &path).await;
     let started = Instant::now();
     while threads() > KEPT {
-        assert!(started.elapsed() < SOON, "{} threads wait for nobody", threads());
+        assert!(started.elapsed() < SOON, "{} abandoned threads", threads());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     shell.execute_batch("COMMIT").expect("unlock");
@@ -139,7 +139,7 @@ async fn opening_that_was_given_up_leaves_no_descriptor() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn what_was_given_up_while_another_process_holds_the_lock_leaves_nothing_behind() {
+async fn calls_abandoned_while_another_process_holds_the_lock_leave_nothing_behind() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let sqlite = Sqlite::open(&path).await.expect("open");
@@ -148,8 +148,8 @@ async fn what_was_given_up_while_another_process_holds_the_lock_leaves_nothing_b
     drop(log.read(Offset::ZERO).await.expect("read"));
     let shell = Connection::open(&path).expect("open");
     shell.execute_batch("BEGIN IMMEDIATE").expect("lock");
-    // A process that was frozen while it was next.
-    let turnstile = File::open(turn(&path)).expect("made with the file");
+    // In the second round, a process was frozen inside the turnstile.
+    let turnstile = File::open(turn(&path)).expect("the turnstile");
     for frozen in [false, true] {
         if frozen {
             turnstile.lock().expect("free");
@@ -171,14 +171,12 @@ async fn what_was_given_up_while_another_process_holds_the_lock_leaves_nothing_b
     }
     turnstile.unlock().expect("unlock");
     shell.execute_batch("COMMIT").expect("unlock");
-    let appended = timeout(SOON, log.append(&numbered(1)))
-        .await
-        .expect("nobody is in the way");
+    let appended = timeout(SOON, log.append(&numbered(1))).await.expect("the lock is free");
     appended.expect("append");
     assert_eq!(
         log.bounds().await.expect("bounds").end,
         11.into(),
-        "what was given up did not happen"
+        "abandoned appends did not happen"
     );
     drop((sqlite, log, store, shell, turnstile));
     at_most(0, &path).await;
@@ -189,7 +187,7 @@ fn turn(path: &Path) -> PathBuf {
 }
 
 #[tokio::test]
-async fn an_append_that_was_given_up_lets_go_of_the_lock() {
+async fn an_abandoned_append_releases_the_lock() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
     let sqlite = Sqlite::open(&path).await.expect("open");
@@ -201,6 +199,6 @@ async fn an_append_that_was_given_up_lets_go_of_the_lock() {
     assert_eq!(
         log.bounds().await.expect("bounds").end.lo() % 3_000,
         1,
-        "each whole or not at all"
+        "each append is applied completely or not at all"
     );
 }

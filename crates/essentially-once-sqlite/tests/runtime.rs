@@ -1,4 +1,4 @@
-//! A consumer with a backlog on a runtime with one thread, beside other tasks.
+//! A consumer with a backlog next to other tasks, on a runtime with one thread.
 
 use std::{
     sync::{
@@ -18,20 +18,20 @@ use tokio::{
 
 const RECORDS: u64 = 2_000;
 const MAX_BATCH: usize = 10;
-/// How many records may be handled between two turns of a task that is always ready: a few commits of them.
+/// How many records may be handled between two turns of a task that is always ready: a few commits.
 const MOST_BETWEEN_TURNS: u64 = 5 * MAX_BATCH as u64;
-/// How long a task that sleeps may be kept waiting: a few commits on a slow disk.
+/// How long a sleeping task may be delayed: a few commits on a slow disk.
 const LONGEST_GAP: Duration = Duration::from_millis(250);
-/// On a busy machine everything takes longer, and the task may wait as long as this part of it.
+/// On a busy machine the task may be delayed by this fraction of the total time.
 const LONGEST_PART: u32 = 5;
-/// How long it may be kept waiting on average.
+/// How long a task may be delayed on average.
 const MEAN_GAP: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_millis(5);
 
-/// What another task saw of how often it could run.
+/// What another task observed of its turns.
 #[derive(Default)]
 struct Turns {
-    /// The most that came between two turns: microseconds, or records.
+    /// The largest gap between two turns, in microseconds or records.
     most: AtomicU64,
     count: AtomicU64,
 }
@@ -68,7 +68,7 @@ async fn take_turns(turns: Arc<Turns>, handled: Arc<AtomicU64>) {
     }
 }
 
-/// Consumes the backlog beside other tasks, and tells how long it took.
+/// Consumes the backlog next to other tasks, and returns how long it took.
 async fn consume(sqlite: &Sqlite, handled: Arc<AtomicU64>) -> Duration {
     let log = sqlite.log("orders").await.expect("log");
     let records: Vec<_> = (0..RECORDS).map(|n| NewRecord::new(n.to_string())).collect();

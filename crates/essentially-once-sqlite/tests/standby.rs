@@ -1,4 +1,4 @@
-//! What standbys see of an owner, and what others see of state, without waiting for it.
+//! What a standby sees of an owner, and what readers see of state, without waiting for the owner.
 
 use std::{
     sync::{
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 
 const SOON: Duration = Duration::from_secs(10);
-/// A lock that is held counts as a beat at most this often.
+/// A held lock counts as a beat at most this often.
 const BEAT: Duration = Duration::from_millis(25);
 
 async fn open() -> (TempDir, Sqlite, SqliteStore) {
@@ -32,7 +32,7 @@ fn shipping() -> ConsumerId {
     ConsumerId::new("shipping").expect("name")
 }
 
-/// Commits once more than `commits` times, with `owner`.
+/// Makes the commit that follows `commits` others, with `owner`.
 async fn commit(store: &SqliteStore, commits: u64, owner: Option<Owner>) {
     let mut tx = store.begin(&shipping()).await.expect("begin");
     tx.put(b"k", commits.to_string().as_bytes()).await.expect("put");
@@ -109,9 +109,9 @@ async fn an_owner_beats_although_others_hold_the_lock_most_of_the_time() {
                 .execute_batch("BEGIN IMMEDIATE; INSERT INTO others VALUES (1)")
                 .expect("lock");
             let _ = begun.take().map(|begun| begun.send(()));
-            let told = stopped.recv_timeout(Duration::from_millis(60));
+            let ended = stopped.recv_timeout(Duration::from_millis(60));
             others.execute_batch("COMMIT").expect("unlock");
-            if told != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            if ended != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -128,9 +128,9 @@ async fn an_owner_beats_although_others_hold_the_lock_most_of_the_time() {
         store.beat(&shipping(), owner).await.expect("beat");
     }
     let counted = beats() - before;
-    stop.send(()).expect("still there");
+    stop.send(()).expect("the thread runs");
     busy.join().expect("no panic");
-    // One that tried once would come through one time in four.
+    // A single attempt would succeed one time in four.
     assert!(counted >= 7, "{counted} of 10");
 }
 
@@ -141,7 +141,7 @@ async fn a_lock_that_stays_held_is_a_sign_of_life() {
     commit(&store, 0, Some(owner)).await;
     let other = Sqlite::open(sqlite.path()).await.expect("open").store();
     let free = pulse(&other).await;
-    // Another process would look the same: its lock is SQLite's own.
+    // Another process looks the same, because its lock is SQLite's own.
     let process = Connection::open(sqlite.path()).expect("open");
     for shell in [false, true] {
         let mut tx = None;
@@ -183,13 +183,13 @@ async fn a_watch_ends_soon_after_a_commit_and_at_its_interval() {
     assert!(started.elapsed() >= interval);
     let consumer = shipping();
     let (watched, ()) = tokio::join!(store.watch(&consumer, &seen, Duration::MAX), async {
-        // Until the watch surely waits: only its silence could tell.
+        // Nothing reports that the watch waits, so give it time to start.
         sleep(Duration::from_millis(30)).await;
         commit(&store, 1, Some(owner)).await;
     });
     let seen = watched.expect("watch");
     assert_eq!(seen.revision, Revision::new(1, 2));
-    // By another process, and first something that concerns another consumer.
+    // Commits of another process, of which only the second concerns this consumer.
     let path = sqlite.path().to_owned();
     let process = tokio::task::spawn_blocking(move || {
         let shell = Connection::open(path).expect("open");
@@ -206,7 +206,7 @@ async fn a_watch_ends_soon_after_a_commit_and_at_its_interval() {
 }
 
 #[tokio::test]
-async fn state_is_read_beside_an_open_transaction_as_one_commit_left_it() {
+async fn state_is_read_during_an_open_transaction_as_one_commit_left_it() {
     let (_folder, _, store) = open().await;
     let keys: [&[u8]; 3] = [b"missing", b"k", b"k"];
     let empty = store.read_state(&shipping(), &keys).await.expect("read");
@@ -247,7 +247,7 @@ async fn position_and_values_are_never_of_two_commits() {
     writing.await.expect("no panic");
 }
 
-/// The owner holds the lock, and so cannot beat; the standby must not take that for death.
+/// The owner holds the lock and cannot beat. The standby must not conclude that the owner is dead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_owner_that_handles_for_long_is_left_alone() {
     let (_folder, sqlite, _) = open().await;

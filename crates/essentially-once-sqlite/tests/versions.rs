@@ -1,4 +1,5 @@
-//! Files that earlier versions wrote: what is in them goes on, and a process that still runs the old version fails.
+//! Files written by earlier versions. Their data stays usable, and a process that still runs the
+//! old version fails safely.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -11,12 +12,12 @@ use essentially_once_sqlite::{Sqlite, SqliteTx};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
-/// A copy of the file that schema version 1 wrote; `fixtures/README.md` says what is in it.
+/// A copy of a file that schema version 1 wrote. `fixtures/README.md` lists its content.
 fn schema_1() -> (TempDir, PathBuf) {
     copy_of("schema-1.db")
 }
 
-/// The same of schema version 2.
+/// A copy of a file that schema version 2 wrote.
 fn schema_2() -> (TempDir, PathBuf) {
     copy_of("schema-2.db")
 }
@@ -58,7 +59,7 @@ async fn positions_of_schema_1_are_kept() {
             .position(&consumer(name))
             .await
             .expect("position")
-            .expect("it is there");
+            .expect("a position");
         assert_eq!(
             (position.next, position.revision),
             (next, Revision::new(0, revision)),
@@ -101,7 +102,7 @@ async fn a_consumer_of_schema_1_goes_on_where_it_was_and_knows_its_duplicates() 
     assert!(position.revision.epoch() > 0, "the first new session opens an epoch");
 }
 
-/// What the old version runs at each commit.
+/// Runs the statements of the old version's commits.
 #[tokio::test]
 async fn a_process_of_schema_1_that_still_runs_fails_at_its_next_commit() {
     let (_folder, path) = schema_1();
@@ -119,7 +120,8 @@ async fn a_process_of_schema_1_that_still_runs_fails_at_its_next_commit() {
     }
 }
 
-/// A user may have referred to any table of ours: with a cascade, a table that is dropped would take the user's rows along.
+/// A user's foreign key may refer to any table of this crate. With ON DELETE CASCADE, dropping the
+/// table would delete the user's rows.
 #[tokio::test]
 async fn views_and_foreign_keys_of_the_user_outlive_the_migration() {
     let (_folder, path) = schema_1();
@@ -130,13 +132,13 @@ async fn views_and_foreign_keys_of_the_user_outlive_the_migration() {
          INSERT INTO notes VALUES ('shipping', 'mine');
          CREATE VIEW standing AS SELECT consumer, next_lo FROM essentially_once_positions",
     )
-    .expect("the user's own");
+    .expect("the user's own schema");
     drop(Sqlite::open(&path).await.expect("open"));
     let count = |sql: &str| user.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("count");
     assert_eq!(count("SELECT count(*) FROM notes"), 1);
     assert_eq!(count("SELECT count(*) FROM standing"), 3);
     user.execute_batch("ALTER TABLE notes RENAME TO remarks")
-        .expect("nothing is left unresolved");
+        .expect("all references resolve");
 }
 
 #[tokio::test]
@@ -190,7 +192,7 @@ async fn positions_of_schema_2_are_kept_and_can_beat() {
         .position(&consumer("shipping"))
         .await
         .expect("position")
-        .expect("it is there");
+        .expect("a position");
     assert_eq!((shipping.next, shipping.revision), (250.into(), Revision::new(1, 6)));
     assert_eq!(shipping.passed.map(|passed| passed.offset()), Some(249.into()));
     assert_eq!(shipping.windows.len(), 3);
@@ -203,7 +205,7 @@ async fn positions_of_schema_2_are_kept_and_can_beat() {
         .position(&consumer("billing"))
         .await
         .expect("position")
-        .expect("it is there");
+        .expect("a position");
     assert_eq!((billing.next, billing.revision), (90.into(), Revision::new(1, 1)));
     assert_eq!((billing.owner, billing.passed), (None, None));
 }
@@ -220,7 +222,7 @@ async fn a_consumer_of_schema_2_goes_on_where_it_was_and_knows_its_duplicates() 
         .await
         .expect("append");
     let report = Consumer::essentially_once(consumer("shipping"), orders, sqlite.store(), Count)
-        // Its owner of then cannot show life any more.
+        // The former owner can no longer show life.
         .standby_after(Duration::from_millis(50))
         .run_until_caught_up()
         .await
@@ -237,9 +239,9 @@ async fn a_consumer_of_schema_2_goes_on_where_it_was_and_knows_its_duplicates() 
     assert_eq!(users(&mut tx, "PRAGMA user_version"), Some(42));
 }
 
-/// What a process of schema 2 runs at each commit: it goes on, fenced as ever.
+/// Runs the statements of schema 2's commits. They still work, and fencing still applies.
 #[tokio::test]
-async fn a_process_of_schema_2_goes_on_beside_newer_ones() {
+async fn a_process_of_schema_2_continues_next_to_newer_ones() {
     let (_folder, path) = schema_2();
     let old = Connection::open(&path).expect("open");
     let mut update = old
@@ -261,7 +263,7 @@ async fn a_process_of_schema_2_goes_on_beside_newer_ones() {
     let store = Sqlite::open(&path).await.expect("open").store();
     let none: Option<&str> = None;
     let moved = update.execute((&"billing", &"payments", none, 0, 91, 1, 2, none, none, 1, 1));
-    assert_eq!(moved.expect("the new column is none of its business"), 1);
+    assert_eq!(moved.expect("the statement ignores the new column"), 1);
     let added = insert.execute((&"new", &"orders", none, 0, 5, 1, 1, none, none));
     assert_eq!(added.expect("insert"), 1);
     for (name, next) in [("billing", 91), ("new", 5)] {

@@ -1,4 +1,4 @@
-//! The tables, and how a file gets them. The user's own tables and `user_version` are left alone.
+//! Creates and migrates this crate's tables. It leaves the user's tables and `user_version` alone.
 
 use std::path::Path;
 
@@ -7,16 +7,17 @@ use rusqlite::{Connection, OptionalExtension};
 
 use crate::error::{classify, on};
 
-/// Begins the name of every table of ours.
+/// The prefix of this crate's table names.
 pub(crate) const PREFIX: &str = "essentially_once_";
 
-/// Each entry brings a file from the version of its index to the next one.
+/// Each entry migrates a file from the version of its index to the next one.
 ///
-/// A user's view may read our tables, and SQLite refuses to rename a table or column while a view
-/// anywhere in the file cannot be resolved: an entry creates tables and adds columns, no more.
+/// An entry may only create tables and add columns. A user's view may read this crate's tables, and
+/// SQLite refuses to rename a table or column while any view in the file cannot be resolved.
 const MIGRATIONS: &[&str] = &[
-    // A u64 is kept as the i64 of the same bits; `next` is one past the last record ever appended. An id is never used twice,
-    // so that what is left of a deleted log's table is never read as another log's.
+    // A u64 is stored as the i64 with the same bits. `next` is one past the last record ever
+    // appended. Ids are never reused, so that the remains of a deleted log's table are never read
+    // as another log.
     "CREATE TABLE main.essentially_once_logs (
          id INTEGER PRIMARY KEY AUTOINCREMENT,
          name TEXT NOT NULL UNIQUE,
@@ -45,8 +46,9 @@ const MIGRATIONS: &[&str] = &[
          value BLOB NOT NULL,
          PRIMARY KEY (consumer, key)
      ) WITHOUT ROWID;",
-    // A process of the version before compares counts without epochs, so it must not commit any more: the triggers say so. The
-    // old table stays as it is, since views and foreign keys of the user may refer to it.
+    // A process of the previous version compares counts without epochs, so it must not commit any
+    // more. The triggers stop it. The old table stays unchanged, because views and foreign keys of
+    // the user may refer to it.
     "CREATE TABLE main.essentially_once_consumers (
          consumer TEXT NOT NULL PRIMARY KEY,
          log TEXT NOT NULL,
@@ -64,31 +66,32 @@ const MIGRATIONS: &[&str] = &[
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;
      CREATE TRIGGER main.essentially_once_positions_update BEFORE UPDATE ON essentially_once_positions
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite uses this file: upgrade this program'); END;",
-    // A process of the version before names its columns, so it goes on beside newer ones. It beats
-    // for nobody.
+    // A process of the previous version names its columns, so it keeps working next to newer ones.
+    // It writes no beats.
     "ALTER TABLE main.essentially_once_consumers ADD COLUMN beats INTEGER NOT NULL DEFAULT 0;",
 ];
 
-/// Refuses a file that a newer version of this crate made; reads only.
+/// Refuses a file that a newer version of this crate made. Only reads.
 pub(crate) fn check(connection: &Connection, path: &Path) -> Result<(), Error> {
     let failed = |error| classify(on("open SQLite file", path), error);
     refuse_newer(version(connection).map_err(failed)?, path)
 }
 
-/// Brings the file to this crate's schema in one transaction, whoever else opens it at the same time.
+/// Migrates the file to this crate's schema in one transaction. Several processes may do this
+/// concurrently.
 pub(crate) fn migrate(connection: &Connection, path: &Path) -> Result<(), Error> {
     let failed = |error| classify(on("create tables in SQLite file", path), error);
     if version(connection).map_err(failed)? == MIGRATIONS.len() as i64 {
         return Ok(());
     }
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
-    // Another process may have migrated while this one waited for the lock.
+    // Another process may have migrated the file while this one waited for the lock.
     let migrated = version(connection).map_err(failed).and_then(|version| {
         refuse_newer(version, path)?;
         apply_from(connection, version).map_err(failed)
     });
     if migrated.is_err() {
-        // The connection is thrown away with the error, which rolls back in any case.
+        // The caller drops the connection on error, which also rolls back.
         let _ = connection.execute_batch("ROLLBACK");
     }
     migrated
@@ -138,8 +141,8 @@ fn refuse_newer(version: i64, path: &Path) -> Result<(), Error> {
     Err(Error::failed(
         on("open SQLite file", path),
         format!(
-            "its essentially_once tables have schema version {version}, this program knows versions up to {known}; \
-             use a newer essentially-once-sqlite, or another file"
+            "the essentially_once tables have schema version {version}, but this program supports versions up to \
+             {known}; use a newer essentially-once-sqlite, or another file"
         ),
     ))
 }

@@ -1,8 +1,9 @@
-//! A connection together with the statements prepared on it: the only unsafe code of the workspace.
+//! A connection and the statements prepared on it. This is the only unsafe code in the workspace.
 //!
-//! `rusqlite` has a cache of its own, but takes a statement out and puts it back with two hashes, an allocation and a list
-//! insertion each time, which costs as much as a small `UPDATE` itself: a loop written by hand, which holds its statements,
-//! would be faster. Holding a [`Statement`] beside the [`Connection`] that it borrows from cannot be said in safe Rust.
+//! The statement cache of `rusqlite` takes a statement out and puts it back at each use. That costs
+//! two hashes, an allocation and a list insertion, as much as a small `UPDATE` itself, so a
+//! hand-written loop that holds its statements would be faster. Safe Rust cannot express a
+//! [`Statement`] stored next to the [`Connection`] it borrows from.
 
 #![allow(
     unsafe_code,
@@ -13,30 +14,34 @@ use std::{collections::HashMap, ops::Deref, ptr::NonNull};
 
 use rusqlite::{Connection, Statement};
 
-/// Beyond this many statements all are dropped: SQL with values in its text would otherwise fill the memory.
+/// The cache drops all statements when it reaches this number. Otherwise SQL with values in its
+/// text would fill the memory.
 const MOST: usize = 256;
 
-/// A connection, and statements on it that stay prepared. A handler's are kept apart, so that its SQL never finds one of ours.
+/// A connection and its prepared statements. A handler's statements are kept apart, so that its SQL
+/// never finds one of this crate.
 pub(crate) struct Prepared {
-    // Both are emptied before the connection that they borrow from is freed.
+    // `drop` empties both before it frees the connection that they borrow from.
     native: Statements,
     internal: Statements,
-    /// Owned: made by `Box::leak` in `new`, freed in `drop`, and never moved or freed between.
+    /// Owned: created by `Box::leak` in `new`, freed in `drop`, and not moved or freed in between.
     connection: NonNull<Connection>,
 }
 
 #[derive(Default)]
 struct Statements {
     statements: Vec<(Box<str>, Statement<'static>)>,
-    /// Where in `statements` each SQL is.
+    /// The index in `statements` of each SQL text.
     places: HashMap<Box<str>, usize>,
-    /// The statement that ran last: the same few run in the same order, so what comes next is seldom searched for.
+    /// The statement that ran last. The same few run in the same order, so guessing the next one
+    /// avoids most lookups.
     last: usize,
 }
 
-// SAFETY: a `Connection` is `Send`. A `Statement` is not, only because it borrows a connection, which is not `Sync`; here both
-// always move together, no statement leaves this struct, and both are reached through one owner: shared access gives out the
-// connection alone, and `Prepared` is not `Sync`, so at most one thread uses either at a time.
+// SAFETY: a `Connection` is `Send`. A `Statement` is not, but only because it borrows a connection,
+// which is not `Sync`. Here both always move together, and no statement leaves this struct. Both
+// are reached through one owner: shared access exposes only the connection, and `Prepared` is not
+// `Sync`. At most one thread at a time therefore uses either.
 unsafe impl Send for Prepared {}
 
 impl Prepared {
@@ -48,8 +53,8 @@ impl Prepared {
         }
     }
 
-    /// Runs a handler's statement, prepared at the first call, and then after `before_prepare`. Its
-    /// parameters are unbound afterwards.
+    /// Runs a handler's statement. The first call for a SQL text invokes `before_prepare` and
+    /// prepares the statement. Its parameters are unbound afterwards.
     pub(crate) fn run_native<T>(
         &mut self,
         sql: &str,
@@ -61,14 +66,15 @@ impl Prepared {
             .run(unsafe { self.connection.as_ref() }, sql, before_prepare, run)
     }
 
-    /// Runs a statement of this crate, prepared at the first call. Its parameters are unbound afterwards.
+    /// Runs a statement of this crate, which the first call prepares. Its parameters are unbound
+    /// afterwards.
     pub(crate) fn run_internal<T>(
         &mut self,
         sql: &str,
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        // SAFETY: the pointer is valid until `drop`, which drops all statements first; no statement is seen outside with this
-        // lifetime, since `run` takes one of a lifetime that it cannot name.
+        // SAFETY: the pointer is valid until `drop`, which drops all statements first. No caller
+        // sees a statement with this lifetime, because `run` must accept any lifetime.
         self.internal.run(unsafe { self.connection.as_ref() }, sql, || (), run)
     }
 }
@@ -86,7 +92,7 @@ impl Statements {
         run(&mut *statement.0)
     }
 
-    /// Where the statement of that SQL is; prepared if it is not there yet.
+    /// Returns the index of the statement, and prepares it if it is new.
     fn place(
         &mut self,
         connection: &'static Connection,
@@ -114,8 +120,8 @@ impl Statements {
     }
 }
 
-/// Unbinds the parameters as it goes, also where a handler's closure panics: values that stayed bound
-/// would be those of the next execution. The rows of a statement reset it as they are dropped.
+/// Unbinds the parameters on drop, even if a handler's closure panics, so that the next execution
+/// does not see the old values. Dropping the rows of a statement resets it.
 struct Unbound<'a>(&'a mut Statement<'static>);
 
 impl Drop for Unbound<'_> {
@@ -130,7 +136,7 @@ impl Deref for Prepared {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        // SAFETY: valid until `drop`, and only ever borrowed shared.
+        // SAFETY: valid until `drop`, and only borrowed as shared.
         unsafe { self.connection.as_ref() }
     }
 }
@@ -139,7 +145,8 @@ impl Drop for Prepared {
     fn drop(&mut self) {
         self.native.statements.clear();
         self.internal.statements.clear();
-        // SAFETY: from `Box::leak` in `new`, freed here only, and nothing borrows from it any more.
+        // SAFETY: created by `Box::leak` in `new` and freed only here, when nothing borrows from it
+        // any more.
         drop(unsafe { Box::from_raw(self.connection.as_ptr()) });
     }
 }
@@ -225,10 +232,10 @@ mod tests {
             )
         }));
         assert!(panicked.is_err());
-        // A table cannot be dropped while a statement reads it.
+        // SQLite refuses to drop a table while a statement reads it.
         prepared
             .execute_batch("CREATE TABLE u AS SELECT * FROM t; DROP TABLE t; ALTER TABLE u RENAME TO t")
-            .expect("nothing runs");
+            .expect("no statement is running");
         let found: (String, Option<String>) = prepared
             .run_native(
                 select,
@@ -240,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn ever_new_sql_does_not_fill_the_memory() {
+    fn distinct_sql_texts_do_not_fill_the_memory() {
         let mut prepared = prepared();
         for n in 0..3 * MOST {
             prepared

@@ -1,19 +1,20 @@
-//! The order in which those who wait for a file's write lock get it, across tasks and processes.
+//! Queues the writers of a file, across tasks and processes.
 //!
-//! SQLite keeps no queue: its lock goes to whoever asks first after it was given back, and that is
-//! the process which has just given it back. A busy consumer would so keep everyone else out.
-//! Therefore each one passes a turnstile first, which the kernel keeps as a lock on a file beside
-//! the database. Whoever is in it is the next to write, and leaves it once he has the write lock.
-//! Who has just committed must pass again, and finds those who waited in front of him.
+//! SQLite has no queue for its write lock. The next process that asks gets the lock, which is
+//! usually the process that has just released it. A busy consumer would lock everyone else out. So
+//! each writer first passes a turnstile: a lock on a file next to the database, for which the
+//! kernel keeps a queue. The writer inside the turnstile is the next to get the write lock, and
+//! then leaves the turnstile. A writer that has just committed must pass again, behind the waiting
+//! ones.
 //!
-//! The turnstile decides about the order alone: without it, or beside programs that do not know it,
+//! The turnstile only decides the order. Without it, or next to programs that do not use it,
 //! everything stays correct.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     thread,
     time::Duration,
 };
@@ -23,10 +24,12 @@ use tokio::{
     time::{self, Instant},
 };
 
+use super::lock::lock;
+
 pub(crate) struct Turnstile {
-    /// The tasks of this process, in the order of asking.
+    /// Queues the tasks of this process.
     queue: Arc<sync::Mutex<()>>,
-    /// `None` where there can be none.
+    /// `None` if the file cannot be opened or created.
     file: Option<File>,
     state: Mutex<State>,
     granted: Notify,
@@ -34,31 +37,31 @@ pub(crate) struct Turnstile {
 
 #[derive(Default)]
 struct State {
-    /// A thread waits in the kernel's queue. It stays there if its task goes, and the next task
-    /// takes the place over.
+    /// A thread waits in the kernel's queue. If its task gives up, the thread keeps its place for
+    /// the next task.
     queued: bool,
-    /// A task wants to have what that thread waits for.
+    /// A task wants the lock that the thread waits for.
     wanted: bool,
-    /// This process is in the turnstile.
+    /// This process is inside the turnstile.
     inside: bool,
 }
 
-/// One who wants to pass. Dropping it makes way for the next.
+/// A task's place in the queue. Dropping it lets the next task through.
 pub(crate) struct Turn {
     turnstile: Arc<Turnstile>,
     _first: OwnedMutexGuard<()>,
 }
 
 impl Turnstile {
-    /// The turnstile of the database at `path`, which exists.
+    /// Opens the turnstile of the database at `path`. The database must exist.
     pub(crate) fn open(path: &Path) -> Self {
-        let beside = beside(path, "-turn");
-        let file = match open_or_create(&beside, path) {
+        let sibling = sibling(path, "-turn");
+        let file = match open_or_create(&sibling, path) {
             Ok(file) => Some(file),
             Err(error) => {
                 tracing::debug!(
-                    path = %beside.display(), %error,
-                    "no file to queue at for the write lock: a busy process may keep others waiting"
+                    path = %sibling.display(), %error,
+                    "cannot create the file that queues writers; a busy process may keep other processes waiting"
                 );
                 None
             }
@@ -71,7 +74,7 @@ impl Turnstile {
         }
     }
 
-    /// Waits behind the tasks of this process, and gets in line with the other processes.
+    /// Waits for the tasks of this process that came first, and then joins the queue of processes.
     pub(crate) async fn line_up(self: &Arc<Self>) -> Turn {
         let first = Arc::clone(&self.queue).lock_owned().await;
         let turn = Turn {
@@ -82,8 +85,8 @@ impl Turnstile {
         turn
     }
 
-    /// Enters at once if nobody is in the way; otherwise a thread waits, since the kernel lets only
-    /// a thread wait.
+    /// Enters immediately if the turnstile is free. Otherwise a thread waits, because the kernel
+    /// only lets threads wait.
     fn enter(self: &Arc<Self>) {
         let Some(file) = &self.file else {
             return;
@@ -127,9 +130,9 @@ impl Turnstile {
         self.granted.notify_one();
     }
 
-    /// Goes on without a turn: that costs fairness alone.
+    /// Continues without a turn, which only costs fairness.
     fn give_up(&self, state: &mut State, error: &io::Error) {
-        tracing::debug!(%error, "cannot queue for the write lock: asking for it without a turn");
+        tracing::debug!(%error, "cannot queue for the write lock; asking for it without a turn");
         state.inside = false;
         state.queued = false;
     }
@@ -138,18 +141,18 @@ impl Turnstile {
         if let Some(file) = &self.file
             && let Err(error) = file.unlock()
         {
-            tracing::warn!(%error, "cannot leave the queue for the write lock: other processes may wait for long");
+            tracing::warn!(%error, "cannot leave the queue for the write lock; other processes may wait long");
         }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
 impl Turn {
-    /// Whether it is this one's turn, after waiting `patience` for it at most. It also is where the
-    /// kernel keeps no queue.
+    /// Waits up to `patience`, and returns whether it is this task's turn. If the kernel keeps no
+    /// queue, it always is.
     pub(crate) async fn comes_within(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         loop {
@@ -176,14 +179,14 @@ impl Drop for Turn {
     }
 }
 
-/// The name of a file that belongs to the database, as SQLite itself forms such names.
-pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
+/// Appends `ending` to the database's file name, as SQLite does for its own files.
+pub(crate) fn sibling(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
     name.into()
 }
 
-/// To lock a file it need only be readable, so each user who may read the database can queue.
+/// Locking needs only read access, so each user who can read the database can queue.
 fn open_or_create(path: &Path, database: &Path) -> io::Result<File> {
     loop {
         match File::open(path) {
@@ -195,27 +198,27 @@ fn open_or_create(path: &Path, database: &Path) -> io::Result<File> {
                 like_the_database(&file, database);
                 return Ok(file);
             }
-            // Another process was faster.
+            // Another process created it first.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Gives the file the rights and the owner of the database, as SQLite does with its own.
+/// Gives the file the permissions and owner of the database, as SQLite does with its own files.
 fn like_the_database(file: &File, database: &Path) {
     let done = fs::metadata(database).and_then(|metadata| {
         #[cfg(unix)]
         {
             use std::os::unix::fs::{MetadataExt, fchown};
 
-            // Only root may give files away, and only root needs to.
+            // Only root can change the owner, and only root needs to.
             let _ = fchown(file, Some(metadata.uid()), Some(metadata.gid()));
         }
         file.set_permissions(metadata.permissions())
     });
     if let Err(error) = done {
-        tracing::debug!(%error, "the queue for the write lock may be closed to other users");
+        tracing::debug!(%error, "the queue for the write lock may be inaccessible to other users");
     }
 }
 
@@ -246,12 +249,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_gave_up_is_in_nobodys_way_and_leaves_his_place_to_his_own() {
+    async fn an_abandoned_turn_blocks_nobody_and_its_place_goes_to_the_next_task() {
         let (_folder, one, two) = two();
         let inside = one.line_up().await;
         drop(two.line_up().await);
         let next = two.line_up().await;
-        assert!(two.state().queued, "one thread waits, for whoever comes");
+        assert!(two.state().queued, "the thread still waits");
         drop(inside);
         assert!(next.comes_within(SOON).await);
         drop(next);
@@ -259,7 +262,7 @@ mod tests {
         let inside = one.line_up().await;
         drop(two.line_up().await);
         drop(inside);
-        // The thread gets what nobody wants any more.
+        // The abandoned thread gets the lock and releases it.
         while two.state().queued {
             time::sleep(Duration::from_millis(1)).await;
         }
@@ -268,7 +271,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_no_file_can_be_everyone_passes() {
+    async fn everyone_passes_if_the_file_cannot_be_created() {
         let folder = tempfile::tempdir().expect("folder");
         let nowhere = Arc::new(Turnstile::open(&folder.path().join("missing/a.db")));
         assert!(nowhere.line_up().await.comes_within(NOT_YET).await);
@@ -276,7 +279,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn the_file_has_the_rights_of_the_database() {
+    fn the_file_has_the_permissions_of_the_database() {
         use std::os::unix::fs::PermissionsExt;
 
         let folder = tempfile::tempdir().expect("folder");
@@ -284,7 +287,7 @@ mod tests {
         fs::write(&path, "").expect("file");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).expect("chmod");
         Turnstile::open(&path);
-        let metadata = fs::metadata(beside(&path, "-turn")).expect("made");
+        let metadata = fs::metadata(sibling(&path, "-turn")).expect("the file");
         assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
     }
 }

@@ -1,64 +1,72 @@
-//! Reading a log: in order, without holes, and awake soon after an append.
+//! Reads a log in order and without holes, and wakes soon after an append.
 
 use std::{
     mem,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, Record, backend::LogReader};
-use rusqlite::{Connection, ffi};
+use essentially_once::{
+    Error, Record,
+    backend::{FetchBudget, LogReader, NumberingCache},
+};
+use rusqlite::Connection;
 use tokio::{
     sync::watch,
     task,
     time::{self, Instant},
 };
 
+use super::{
+    codec::{Columns, Decoder},
+    table::{Standing, Table},
+};
 use crate::{
-    error::{classify, is_busy},
-    log::{Inner, Standing},
-    row::{Columns, Decoder, Seen},
-    shared::{LONGEST_PAUSE, retry_busy},
+    connection::{
+        Close,
+        lock::lock,
+        retry::{LONGEST_PAUSE, retry_busy},
+    },
+    error::{classify, closed_connection, is_busy},
 };
 
-/// About how many bytes of records one `next` returns at most. Each counts with what it takes in
-/// memory, so that a million empty records are not one fetch.
-const FETCH_BYTES: usize = 1024 * 1024;
-
-/// How long to wait for a thread of the blocking pool before fetching on the spot.
+/// How long to wait for a thread of the blocking pool before fetching on the caller's thread.
 const POOL_PATIENCE: Duration = Duration::from_millis(20);
 
-/// How often to ask whether another process wrote to the file.
+/// How often to check whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
 
-/// A reader that got at least so many records at once has a backlog: its next fetch is worth handing to another thread.
+/// A fetch of at least this many records indicates a backlog, so the next fetch runs on another
+/// thread.
 const BACKLOG: usize = 64;
 
-/// A reader with a connection of its own, on which no transaction stays open between calls.
+/// A reader with its own connection, which has no open transaction between calls.
 ///
-/// With a backlog it fetches on a thread of the blocking pool, so that records are decoded while the task that handles the last ones
-/// goes on; without one it fetches on the spot, which is sooner.
-pub(crate) struct SqliteReader {
+/// With a backlog, the reader fetches on a thread of the blocking pool. That decodes records while
+/// the task handles the previous ones. Without a backlog it fetches on the caller's thread, which
+/// has less latency.
+pub(super) struct SqliteReader {
     cursor: Arc<Mutex<Cursor>>,
-    log: Arc<Inner>,
+    log: Arc<Table>,
     wake: watch::Receiver<()>,
     next: u64,
     has_backlog: bool,
 }
 
-/// The half that asks SQLite. It has no place of its own, so a fetch whose caller is gone changes nothing.
-pub(crate) struct Cursor {
-    log: Arc<Inner>,
+/// The half that queries SQLite. It does not store the reader's position, so an abandoned fetch
+/// changes nothing.
+pub(super) struct Cursor {
+    log: Arc<Table>,
     /// `None` once the handle is closed.
     connection: Option<Connection>,
-    /// The file's `data_version` before it was found that there is nothing to read.
+    /// The file's `data_version` before the reader found no records.
     version: i64,
-    numbering: Option<Seen>,
-    /// What the last fetch needed, as a guess at what the next one will.
+    numberings: NumberingCache,
+    /// The size of the last fetch, as an estimate for the next one.
     fetched_bytes: usize,
     fetched_records: usize,
 }
@@ -69,29 +77,22 @@ enum Found {
 }
 
 impl Cursor {
-    pub(crate) fn new(log: Arc<Inner>, connection: Connection) -> Self {
+    pub(super) fn new(log: Arc<Table>, connection: Connection) -> Self {
         Self {
             log,
             connection: Some(connection),
             version: 0,
-            numbering: None,
+            numberings: NumberingCache::new(),
             fetched_bytes: 0,
             fetched_records: 0,
         }
     }
 
-    pub(crate) fn close(&mut self) {
-        self.connection = None;
-    }
-
     fn connection(connection: &Option<Connection>) -> rusqlite::Result<&Connection> {
-        connection.as_ref().ok_or_else(|| {
-            let closed = "the file was closed with `Sqlite::close`; open it again";
-            rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_MISUSE), Some(closed.into()))
-        })
+        connection.as_ref().ok_or_else(closed_connection)
     }
 
-    /// The records from `next` on, or why there are none.
+    /// Reads the records from `next` on, or the reason why there are none.
     fn look(&mut self, next: u64, max: usize) -> rusqlite::Result<Found> {
         let fetched = match self.fetch(next, max) {
             Ok(records) if !records.is_empty() => {
@@ -108,35 +109,38 @@ impl Cursor {
             Err(error) if is_busy(&error) => return Err(error),
             fetched => fetched.map(|_| ()),
         };
-        // In this order: what is appended after the status was read changes the version after it was.
+        // The version must be read before the status, so that an append after the status changes
+        // it.
         self.version = self.data_version()?;
         let status = self.log.status(Self::connection(&self.connection)?)?;
         let standing = self.log.standing(next.into(), status.as_ref());
-        // A fetch fails where the table is gone: then the standing says so, or the fetch's error stands.
+        // A fetch fails if the table is gone. The standing reports that. Otherwise the fetch's own
+        // error counts.
         if standing.is_ok() {
             fetched?;
         }
         Ok(Found::Nothing(standing))
     }
 
-    /// The records from `next` on, up to the first hole.
+    /// Reads the records from `next` on, up to the first hole.
     fn fetch(&mut self, next: u64, max: usize) -> rusqlite::Result<Vec<Record>> {
-        let mut statement = Self::connection(&self.connection)?.prepare_cached(&self.log.sql.fetch)?;
+        let mut statement = Self::connection(&self.connection)?.prepare_cached(self.log.fetch_sql())?;
         let limit = i64::try_from(max).unwrap_or(i64::MAX);
         let mut rows = statement.query((next as i64, limit, self.log.incarnation()))?;
-        let mut decoder = Decoder::new(self.fetched_bytes, &mut self.numbering);
+        let mut decoder = Decoder::new(self.fetched_bytes, &mut self.numberings);
         let mut records = Vec::with_capacity(max.min(self.fetched_records));
-        let mut bytes = 0;
+        let mut budget = FetchBudget::new();
         let mut expected = None;
         while let Some(row) = rows.next()? {
             let columns = Columns::of(row)?;
+            // The record's own size in memory counts too. Otherwise one fetch could return a
+            // million empty records.
             let size = columns.size() + mem::size_of::<Record>();
-            let behind_a_hole = expected.is_some_and(|expected| columns.offset != expected);
-            if behind_a_hole || (!records.is_empty() && bytes + size > FETCH_BYTES) {
+            let after_a_hole = expected.is_some_and(|expected| columns.offset != expected);
+            if after_a_hole || !budget.admits(size) {
                 break;
             }
             records.push(decoder.record(&columns));
-            bytes += size;
             expected = Some(columns.offset + 1);
         }
         self.fetched_bytes = decoder.buffered();
@@ -151,8 +155,14 @@ impl Cursor {
     }
 }
 
+impl Close for Mutex<Cursor> {
+    fn close(&self) {
+        lock(self).connection = None;
+    }
+}
+
 impl SqliteReader {
-    pub(crate) fn new(log: Arc<Inner>, cursor: Arc<Mutex<Cursor>>, next: u64) -> Self {
+    pub(super) fn new(log: Arc<Table>, cursor: Arc<Mutex<Cursor>>, next: u64) -> Self {
         Self {
             cursor,
             wake: log.wake.subscribe(),
@@ -170,16 +180,17 @@ impl SqliteReader {
             return Ok(found);
         }
         let (next, cursor) = (self.next, &self.cursor);
-        let deadline = Instant::now() + self.log.shared.options.busy_timeout;
+        let deadline = Instant::now() + self.log.connections.options.busy_timeout;
         let found = retry_busy(deadline, LONGEST_PAUSE, || lock(cursor).look(next, max)).await;
         found.map_err(|error| self.failed(error))
     }
 
-    /// What a thread of the blocking pool finds; `None` if none is free, or the file is locked for
-    /// a moment.
+    /// Fetches on a thread of the blocking pool. Returns `None` if no thread is free, or if the
+    /// file is briefly locked.
     async fn look_in_pool(&self, max: usize) -> Result<Option<Found>, Error> {
         let next = self.next;
-        // What waits in the pool keeps no connection open, and does nothing once it was given up.
+        // A queued fetch must not keep the connection open, and must not run after its caller gave
+        // up.
         let (cursor, taken) = (Arc::downgrade(&self.cursor), Arc::new(AtomicBool::new(false)));
         let begun = Arc::clone(&taken);
         let mut fetch = task::spawn_blocking(move || {
@@ -199,10 +210,10 @@ impl SqliteReader {
         }
     }
 
-    /// Waits for an append through this handle, or a write to the file by anyone else.
+    /// Waits for an append through this process, or a write to the file by another connection.
     async fn changed(&mut self) -> Result<(), Error> {
         loop {
-            // The log holds the sender, so an answer means that something was appended.
+            // The log holds the sender, so `Ok` always means an append.
             if time::timeout(POLL, self.wake.changed()).await.is_ok() {
                 return Ok(());
             }
@@ -221,13 +232,8 @@ impl SqliteReader {
     }
 
     fn action(&self) -> String {
-        self.log.shared.on(format!("read log {}", self.log.id))
+        self.log.connections.on(format!("read log {}", self.log.id))
     }
-}
-
-/// A panic leaves no half-made change in a cursor, so poisoning is of no interest.
-fn lock(cursor: &Mutex<Cursor>) -> MutexGuard<'_, Cursor> {
-    cursor.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[async_trait]
@@ -238,7 +244,7 @@ impl LogReader for SqliteReader {
             match self.look(max).await? {
                 Found::Records(records) => {
                     self.has_backlog = records.len() >= BACKLOG;
-                    // A change of place, with no await behind it: a dropped call changed nothing.
+                    // No await follows this change, so a dropped call loses no record.
                     self.next += records.len() as u64;
                     return Ok(records);
                 }

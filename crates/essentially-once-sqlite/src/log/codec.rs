@@ -1,25 +1,25 @@
-//! From a row to a record. Whoever edited the table by hand gets a malformed record, never an error or a panic.
+//! Decodes rows into records, and encodes headers. A row edited by hand becomes a malformed record,
+//! never an error or a panic.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
-use essentially_once::{Origin, Record, backend::Numbering};
+use essentially_once::{
+    Origin, Record,
+    backend::{ByteReader, Header, NumberingCache},
+};
 use rusqlite::{Row, types::ValueRef};
 
-use crate::codec::decode_headers;
+/// The columns in the order in which [`Columns`] reads them.
+pub(super) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";
 
-/// The columns in the order that [`Decoder`] reads them.
-pub(crate) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";
-
-/// A column `producer` and its meaning.
-pub(crate) type Seen = (Box<str>, Numbering);
-
-/// Above this a value gets an allocation of its own, so that one small record kept does not keep large neighbours alive.
+/// A larger value gets its own allocation, so that one small record does not keep large neighbours
+/// in memory.
 const OWN_ALLOCATION: usize = 64 * 1024;
 
-/// One row, each column asked for once: this is done for every record that is read.
-pub(crate) struct Columns<'r> {
-    pub(crate) offset: u64,
+/// One row. Each column is fetched once, because this runs for every record.
+pub(super) struct Columns<'r> {
+    pub(super) offset: u64,
     appended_at: ValueRef<'r>,
     key: ValueRef<'r>,
     headers: ValueRef<'r>,
@@ -29,8 +29,8 @@ pub(crate) struct Columns<'r> {
 }
 
 impl<'r> Columns<'r> {
-    /// The row that a query for [`COLUMNS`] stands on.
-    pub(crate) fn of(row: &'r Row<'_>) -> rusqlite::Result<Self> {
+    /// Reads the current row of a query for [`COLUMNS`].
+    pub(super) fn of(row: &'r Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             offset: row.get::<_, i64>(0)? as u64,
             appended_at: row.get_ref(1)?,
@@ -42,8 +42,8 @@ impl<'r> Columns<'r> {
         })
     }
 
-    /// Bytes of key, headers and payload.
-    pub(crate) fn size(&self) -> usize {
+    /// The size of key, headers and payload, in bytes.
+    pub(super) fn size(&self) -> usize {
         [self.key, self.headers, self.payload]
             .iter()
             .map(|value| match value {
@@ -54,34 +54,29 @@ impl<'r> Columns<'r> {
     }
 }
 
-/// A u64 is kept as the i64 of the same bits.
-pub(crate) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
-    row.get::<_, i64>(column).map(|number| number as u64)
-}
-
-/// Copies the rows of one fetch into one buffer, of which the records hold slices: one allocation per fetch, not per record.
-pub(crate) struct Decoder<'a> {
+/// Copies the rows of one fetch into one buffer, which the records share. That makes one allocation
+/// per fetch instead of one per record.
+pub(super) struct Decoder<'a> {
     buffer: BytesMut,
     buffered: usize,
-    /// The last column `producer` seen, and what it means: records of one producer come in runs.
-    numbering: &'a mut Option<Seen>,
+    numberings: &'a mut NumberingCache,
 }
 
 impl<'a> Decoder<'a> {
-    pub(crate) fn new(capacity: usize, numbering: &'a mut Option<Seen>) -> Self {
+    pub(super) fn new(capacity: usize, numberings: &'a mut NumberingCache) -> Self {
         Self {
             buffer: BytesMut::with_capacity(capacity),
             buffered: 0,
-            numbering,
+            numberings,
         }
     }
 
-    /// How many bytes went into the buffer: a guess at the capacity that the next one needs.
-    pub(crate) fn buffered(&self) -> usize {
+    /// The number of bytes in the buffer, as an estimate for the next fetch.
+    pub(super) fn buffered(&self) -> usize {
         self.buffered
     }
 
-    pub(crate) fn record(&mut self, columns: &Columns<'_>) -> Record {
+    pub(super) fn record(&mut self, columns: &Columns<'_>) -> Record {
         let mut malformed = None;
         let mut note = |reason: &str| {
             malformed.get_or_insert_with(|| reason.into());
@@ -93,7 +88,7 @@ impl<'a> Decoder<'a> {
         let key = match columns.key {
             ValueRef::Null => None,
             value => Some(self.bytes(value).unwrap_or_else(|raw| {
-                note("key is neither BLOB nor TEXT");
+                note("the key is neither BLOB nor TEXT");
                 raw
             })),
         };
@@ -101,7 +96,7 @@ impl<'a> Decoder<'a> {
             ValueRef::Null => Ok(Vec::new()),
             value => match self.bytes(value) {
                 Ok(bytes) => decode_headers(&bytes),
-                Err(_) => Err("headers are no BLOB"),
+                Err(_) => Err("the headers are not a BLOB"),
             },
         };
         let headers = headers.unwrap_or_else(|reason| {
@@ -109,13 +104,13 @@ impl<'a> Decoder<'a> {
             Vec::new()
         });
         let payload = self.bytes(columns.payload).unwrap_or_else(|raw| {
-            note("payload is neither BLOB nor TEXT");
+            note("the payload is neither BLOB nor TEXT");
             raw
         });
         let origin = self
             .origin(columns.producer, columns.sequence)
             .unwrap_or_else(|reason| {
-                note(reason);
+                note(&reason);
                 None
             });
         let mut record = Record::new(columns.offset.into(), appended_at, payload);
@@ -126,7 +121,7 @@ impl<'a> Decoder<'a> {
         record
     }
 
-    /// The bytes of a BLOB or TEXT; `Err` with something to look at for another type.
+    /// The bytes of a BLOB or TEXT. For another type, `Err` with a readable form of the value.
     fn bytes(&mut self, value: ValueRef<'_>) -> Result<Bytes, Bytes> {
         match value {
             ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Ok(self.copy(bytes)),
@@ -145,23 +140,15 @@ impl<'a> Decoder<'a> {
         self.buffer.split().freeze()
     }
 
-    fn origin(&mut self, producer: ValueRef<'_>, sequence: ValueRef<'_>) -> Result<Option<Origin>, &'static str> {
-        let (name, sequence) = match (producer, sequence) {
-            (ValueRef::Null, ValueRef::Null) => return Ok(None),
-            (ValueRef::Text(name), ValueRef::Integer(sequence)) => (name, sequence as u64),
-            _ => return Err("producer and sequence are not TEXT and INTEGER"),
-        };
-        let name = str::from_utf8(name).map_err(|_| "producer is not UTF-8")?;
-        let is_last = self.numbering.as_ref().is_some_and(|(last, _)| **last == *name);
-        if !is_last {
-            let numbering = name.parse().map_err(|_| "producer is no valid name")?;
-            *self.numbering = Some((name.into(), numbering));
+    fn origin(&mut self, producer: ValueRef<'_>, sequence: ValueRef<'_>) -> Result<Option<Origin>, String> {
+        match (producer, sequence) {
+            (ValueRef::Null, ValueRef::Null) => Ok(None),
+            (ValueRef::Text(name), ValueRef::Integer(sequence)) => {
+                let numbering = self.numberings.parse(name)?;
+                Ok(Some(Origin::of(numbering, sequence as u64)))
+            }
+            _ => Err("producer and sequence are not TEXT and INTEGER".into()),
         }
-        let Some((_, numbering)) = &self.numbering else {
-            return Ok(None);
-        };
-        let (producer, epoch) = (numbering.producer().clone(), numbering.epoch());
-        Ok(Some(Origin::new(producer, epoch, sequence)))
     }
 }
 
@@ -171,17 +158,82 @@ fn time(value: ValueRef<'_>) -> Result<SystemTime, &'static str> {
             .ok()
             .and_then(|millis| UNIX_EPOCH.checked_add(Duration::from_millis(millis)))
             .ok_or("appended_at is before 1970"),
-        _ => Err("appended_at is no INTEGER"),
+        _ => Err("appended_at is not an INTEGER"),
     }
+}
+
+const HEADERS_VERSION: u8 = 1;
+
+/// Encodes headers as a version byte and then, for each header, the name and the value, each after
+/// its length as a big-endian u32. Returns `None` for no headers.
+pub(super) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
+    if headers.is_empty() {
+        return None;
+    }
+    let size: usize = headers.iter().map(|(name, value)| 8 + name.len() + value.len()).sum();
+    let mut bytes = Vec::with_capacity(1 + size);
+    bytes.push(HEADERS_VERSION);
+    for (name, value) in headers {
+        for part in [name.as_bytes(), value] {
+            // The record limit keeps every length far below 4 GiB.
+            bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
+            bytes.extend_from_slice(part);
+        }
+    }
+    Some(bytes)
+}
+
+/// Decodes the output of [`encode_headers`] without copying the values, or says why it cannot.
+pub(super) fn decode_headers(bytes: &Bytes) -> Result<Vec<Header>, &'static str> {
+    if bytes.first() != Some(&HEADERS_VERSION) {
+        return Err("headers of an unknown version");
+    }
+    let cut_short = |_| "headers are cut short";
+    let mut rest = ByteReader::new(bytes.slice(1..));
+    let mut headers = Vec::new();
+    while !rest.is_empty() {
+        let name = rest.bytes().map_err(cut_short)?;
+        let name = str::from_utf8(&name).map_err(|_| "a header's name is not UTF-8")?;
+        headers.push((name.to_owned(), rest.bytes().map_err(cut_short)?));
+    }
+    Ok(headers)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use rusqlite::Connection;
 
     use super::*;
 
-    /// The record of one row of values, read as from a log's table.
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn headers_round_trip(headers in prop::collection::vec((".{0,20}", prop::collection::vec(any::<u8>(), 0..40)), 1..8)) {
+            let headers: Vec<Header> = headers.into_iter().map(|(name, value)| (name, value.into())).collect();
+            let bytes = Bytes::from(encode_headers(&headers).expect("some"));
+            prop_assert_eq!(decode_headers(&bytes).expect("decodes"), headers);
+        }
+
+        #[test]
+        fn foreign_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
+            let _ = decode_headers(&bytes.clone().into());
+            let versioned = [vec![HEADERS_VERSION, 0, 0, 0], bytes].concat();
+            let _ = decode_headers(&versioned.into());
+        }
+    }
+
+    #[test]
+    fn a_cut_anywhere_is_seen() {
+        let bytes = Bytes::from(encode_headers(&[("name".into(), "value".into())]).expect("some"));
+        for cut in 2..bytes.len() {
+            assert!(decode_headers(&bytes.slice(..cut)).is_err(), "{cut}");
+        }
+        assert!(encode_headers(&[]).is_none());
+    }
+
+    /// Reads one row of these values as from a log's table.
     fn record(values: &str) -> Record {
         let connection = Connection::open_in_memory().expect("open");
         connection
@@ -191,12 +243,12 @@ mod tests {
                  INSERT INTO t VALUES (7, {values})"
             ))
             .expect("row");
-        let mut producer = None;
+        let mut numberings = NumberingCache::new();
         connection
             .query_row(&format!("SELECT {COLUMNS} FROM t"), [], |row| {
-                Ok(Decoder::new(16, &mut producer).record(&Columns::of(row)?))
+                Ok(Decoder::new(16, &mut numberings).record(&Columns::of(row)?))
             })
-            .expect("never an error")
+            .expect("a record")
     }
 
     #[test]
@@ -211,23 +263,23 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_decoded_is_malformed_with_its_payload() {
+    fn an_undecodable_row_is_malformed_and_keeps_its_payload() {
         for (values, reason) in [
             ("-1, NULL, NULL, x'ff00', NULL, NULL", "before 1970"),
-            ("'soon', NULL, NULL, x'ff00', NULL, NULL", "no INTEGER"),
-            ("NULL, NULL, NULL, x'ff00', NULL, NULL", "no INTEGER"),
+            ("'soon', NULL, NULL, x'ff00', NULL, NULL", "not an INTEGER"),
+            ("NULL, NULL, NULL, x'ff00', NULL, NULL", "not an INTEGER"),
             ("1, 5, NULL, x'ff00', NULL, NULL", "key"),
             ("1, NULL, x'09', x'ff00', NULL, NULL", "unknown version"),
             ("1, NULL, x'', x'ff00', NULL, NULL", "unknown version"),
             ("1, NULL, x'01000000ff', x'ff00', NULL, NULL", "cut short"),
             ("1, NULL, x'0100000001ff00000000', x'ff00', NULL, NULL", "UTF-8"),
-            ("1, NULL, 3.5, x'ff00', NULL, NULL", "headers are no BLOB"),
+            ("1, NULL, 3.5, x'ff00', NULL, NULL", "headers are not a BLOB"),
             ("1, NULL, NULL, x'ff00', 'p', NULL", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', NULL, 4", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', 'p', 'x'", "producer and sequence"),
             ("1, NULL, NULL, x'ff00', x'ff', 4", "producer and sequence"),
-            ("1, NULL, NULL, x'ff00', 'a b', 4", "no valid name"),
-            ("1, NULL, NULL, x'ff00', 'a#0', 4", "no valid name"),
+            ("1, NULL, NULL, x'ff00', 'a b', 4", "not valid"),
+            ("1, NULL, NULL, x'ff00', 'a#0', 4", "not valid"),
             ("1, NULL, NULL, x'ff00', CAST(x'ff' AS TEXT), 4", "not UTF-8"),
         ] {
             let record = record(values);

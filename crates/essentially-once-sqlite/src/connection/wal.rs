@@ -1,4 +1,4 @@
-//! Keeps the write-ahead log from growing without end, and says what keeps it from doing so.
+//! Keeps the write-ahead log from growing without bound, and reports what prevents that.
 
 use std::{
     fs,
@@ -8,23 +8,23 @@ use std::{
 
 use rusqlite::Connection;
 
-use crate::turnstile::beside;
+use super::turnstile::sibling;
 
-/// Asking for the file's size costs a system call, so not every commit does.
+/// Checking the file's size costs a system call, so only every 16th commit does it.
 const COMMITS_BETWEEN_LOOKS: u32 = 16;
 
-/// How long one who is about to write waits for readers that use the WAL.
+/// How long a writer waits for readers that use the WAL before it writes.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// How long to leave a WAL alone that could not begin again.
+/// How long to leave a WAL alone after an attempt to restart it failed.
 const PAUSE: Duration = Duration::from_secs(5);
 const BETWEEN_WARNINGS: Duration = Duration::from_secs(60);
 
-/// What a connection that writes knows of the WAL.
+/// What a connection that writes knows about the WAL.
 ///
-/// SQLite copies the WAL into the database after commits, and then writes it again from its
-/// beginning: but only if a commit finds all of it copied, and nobody reading it. With writers in
-/// several processes there is always one that has just added something, so a writer whose turn it
-/// is makes it begin again where it has grown over the limit.
+/// SQLite copies the WAL into the database after commits, and then overwrites it from the start. It
+/// can do so only if a commit finds the WAL completely copied and unread. With writers in several
+/// processes, one of them has always just added a page. So a writer whose turn it is restarts a WAL
+/// that exceeds the limit.
 pub(crate) struct Wal {
     path: PathBuf,
     limit: u64,
@@ -35,12 +35,12 @@ pub(crate) struct Wal {
 }
 
 impl Wal {
-    /// That of a database, which exists.
+    /// Describes the WAL of a database. The database must exist.
     pub(crate) fn of(database: &Path, limit: u64) -> Self {
-        // SQLite follows links, and puts it beside the file itself.
+        // SQLite resolves links, and puts the WAL next to the resolved file.
         let database = fs::canonicalize(database).unwrap_or_else(|_| database.to_owned());
         Self {
-            path: beside(&database, "-wal"),
+            path: sibling(&database, "-wal"),
             limit,
             commits: 0,
             bytes: 0,
@@ -49,7 +49,7 @@ impl Wal {
         }
     }
 
-    /// Looks from time to time how large it is.
+    /// Checks the size of the WAL after some of the commits.
     pub(crate) fn committed(&mut self) {
         self.commits = self.commits.wrapping_add(1);
         if self.commits.is_multiple_of(COMMITS_BETWEEN_LOOKS) {
@@ -57,16 +57,15 @@ impl Wal {
         }
     }
 
-    /// How long to try to let it begin again, if it should.
+    /// Returns how long to try to restart the WAL, if a restart is due.
     pub(crate) fn restart_within(&self) -> Option<Duration> {
         let is_due = self.bytes > self.limit && self.tried.is_none_or(|tried| tried.elapsed() > PAUSE);
         is_due.then_some(PATIENCE)
     }
 
-    /// Lets it begin again, and returns whether that was possible: not while anyone writes, or
-    /// reads what is in it.
+    /// Restarts the WAL. Returns false while another connection writes, or reads from the WAL.
     pub(crate) fn restart(&mut self, connection: &Connection) -> bool {
-        // An error shows at the next statement as well, whose caller can be told.
+        // The next statement reports the same error to a caller that can handle it.
         let done = checkpoint(connection, "RESTART").unwrap_or(true);
         if done {
             self.bytes = 0;
@@ -74,7 +73,7 @@ impl Wal {
         done
     }
 
-    /// Says that it could not begin again.
+    /// Warns that the WAL could not be restarted.
     pub(crate) fn starves(&mut self) {
         let now = Instant::now();
         self.tried = Some(now);
@@ -84,13 +83,13 @@ impl Wal {
         self.warned = Some(now);
         tracing::warn!(
             path = %self.path.display(), bytes = self.bytes, limit = self.limit,
-            "the WAL is over its limit and grows on, because a read transaction on the file has been open for long: end it \
-             (a query whose rows nobody fetches, a shell left open, a backup)"
+            "the WAL exceeds its limit and keeps growing, because a read transaction on the file has been open for \
+             a long time; end it (a query whose rows are not fetched, an open shell, a backup)"
         );
     }
 
-    /// Copies all of it into the database and empties it; `false` while anyone writes, or reads
-    /// what is in it.
+    /// Copies the whole WAL into the database and empties it. Returns false while another
+    /// connection writes, or reads from the WAL.
     pub(crate) fn empty(&self, connection: &Connection) -> rusqlite::Result<bool> {
         checkpoint(connection, "TRUNCATE")
     }

@@ -1,5 +1,4 @@
-//! Looking at positions from outside, for standbys: whether the owner lives, without waiting for
-//! it.
+//! Lets a standby see whether a position's owner is alive, without waiting for the owner.
 
 use std::{
     collections::HashMap,
@@ -12,15 +11,11 @@ use essentially_once::{
 };
 use rusqlite::{Connection, OptionalExtension};
 
-use crate::{error::is_busy, row::unsigned};
+use super::statements::unsigned;
+use crate::error::is_busy;
 
-/// A lock that is held still counts as a beat no more often than this, however often someone looks.
+/// A held lock counts as a beat at most this often, however often a standby looks.
 const BEAT: Duration = Duration::from_millis(20);
-
-/// Beats in place of an owner that handles for long: it holds the write lock, and so cannot write
-/// that it lives.
-pub(crate) const BEAT_SQL: &str =
-    "UPDATE main.essentially_once_consumers SET beats = beats + 1 WHERE consumer = ?1 AND owner = ?2";
 
 /// A connection that asks for the write lock to see whether it is free, and never writes.
 pub(crate) struct Observer {
@@ -28,15 +23,15 @@ pub(crate) struct Observer {
     looks: HashMap<ConsumerId, Look>,
 }
 
-/// What was seen when someone last looked at a consumer.
+/// The result of the last look at a consumer.
 struct Look {
     at: Instant,
     version: i64,
-    /// How often the lock was found held, by a transaction that had begun before the look before.
+    /// How often the lock was held with no commit since the look before.
     held: u64,
 }
 
-/// A pulse, with an owner that is still to be parsed.
+/// A pulse whose owner is not parsed yet.
 pub(crate) struct Seen {
     next: Offset,
     revision: Revision,
@@ -52,15 +47,15 @@ impl Observer {
         }
     }
 
-    /// Changes with each commit to the file by anyone.
+    /// Returns a number that changes with each commit to the file by another connection.
     pub(crate) fn data_version(&self) -> rusqlite::Result<i64> {
         self.connection
             .prepare_cached("PRAGMA main.data_version")?
             .query_row([], |row| row.get(0))
     }
 
-    /// What shows life of the consumer's owner. `is_held` says that a transaction of this process
-    /// holds the lock.
+    /// Reads the signs of life of the consumer's owner. `is_held` says that a transaction of this
+    /// process holds the lock.
     pub(crate) fn look(&mut self, consumer: &ConsumerId, is_held: bool) -> rusqlite::Result<Option<Seen>> {
         let version = self.data_version()?;
         let seen = self
@@ -92,7 +87,8 @@ impl Observer {
             last.at = now;
         } else if now - last.at >= BEAT {
             last.at = now;
-            // One transaction, whoever's: while it lasts no other instance could commit anything.
+            // One transaction holds the lock. Whoever owns it, no other instance could commit
+            // meanwhile.
             if is_held || is_locked(&self.connection)? {
                 last.held = last.held.wrapping_add(1);
             }
@@ -113,8 +109,8 @@ impl Seen {
     }
 }
 
-/// Whether someone holds the write lock. To know it one must take it, for a moment in which nothing
-/// is written.
+/// Whether a transaction holds the write lock. The only way to know is to take it, briefly and
+/// without writing.
 fn is_locked(connection: &Connection) -> rusqlite::Result<bool> {
     match connection.execute_batch("BEGIN IMMEDIATE") {
         Ok(()) => connection.execute_batch("ROLLBACK").map(|()| false),

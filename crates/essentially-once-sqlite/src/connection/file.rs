@@ -1,11 +1,11 @@
-//! What all handles of this process on one file have in common.
+//! State that all handles of this process on one file share.
 
 use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, ThreadId},
@@ -13,16 +13,16 @@ use std::{
 
 use tokio::{sync::watch, task};
 
-use crate::turnstile::Turnstile;
+use super::{lock::lock, turnstile::Turnstile};
 
-/// Every file that a handle of this process has open.
-static PLACES: Mutex<Option<HashMap<PathBuf, Weak<Place>>>> = Mutex::new(None);
+/// The files that handles of this process have open.
+static OPEN_FILES: Mutex<Option<HashMap<PathBuf, Weak<OpenFile>>>> = Mutex::new(None);
 
-pub(crate) struct Place {
+pub(crate) struct OpenFile {
     pub(crate) turnstile: Arc<Turnstile>,
-    /// Sees each commit of this process.
+    /// Notified at each commit of this process.
     pub(crate) commits: watch::Sender<()>,
-    /// Whose transaction is open. There is one at most, since it holds the file's write lock.
+    /// The open transaction. At most one exists, because it holds the file's write lock.
     holder: Mutex<Option<Holder>>,
     transactions: AtomicU64,
     appends: Mutex<HashMap<i64, Arc<watch::Sender<()>>>>,
@@ -35,7 +35,7 @@ pub(crate) struct Holder {
     began: Runner,
 }
 
-/// What polls a future: a task, or the thread in `block_on`.
+/// What polls a future: a task, or a thread in `block_on`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Runner {
     Task(task::Id),
@@ -48,35 +48,35 @@ impl Runner {
     }
 }
 
-impl Place {
-    /// The place of the file at `path`, which exists.
+impl OpenFile {
+    /// Returns the shared state of the file at `path`. The file must exist.
     pub(crate) fn of(path: &Path) -> Arc<Self> {
-        // Another name of the same file leads to the same place. Where the name cannot be resolved,
-        // the cost is fairness alone.
+        // Different names of one file resolve to the same state. If the path cannot be resolved,
+        // only fairness suffers.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let mut places = lock(&PLACES);
-        let places = places.get_or_insert_default();
-        if let Some(place) = places.get(&path).and_then(Weak::upgrade) {
-            return place;
+        let mut files = lock(&OPEN_FILES);
+        let files = files.get_or_insert_default();
+        if let Some(file) = files.get(&path).and_then(Weak::upgrade) {
+            return file;
         }
-        places.retain(|_, place| place.strong_count() > 0);
-        let place = Arc::new(Self {
+        files.retain(|_, file| file.strong_count() > 0);
+        let file = Arc::new(Self {
             turnstile: Arc::new(Turnstile::open(&path)),
             commits: watch::Sender::default(),
             holder: Mutex::default(),
             transactions: AtomicU64::new(0),
             appends: Mutex::default(),
         });
-        places.insert(path, Arc::downgrade(&place));
-        place
+        files.insert(path, Arc::downgrade(&file));
+        file
     }
 
-    /// Where appends to the log of that id in this process are announced.
+    /// Returns the channel on which this process announces appends to the log of that id.
     pub(crate) fn appends(&self, log: i64) -> Arc<watch::Sender<()>> {
         Arc::clone(lock(&self.appends).entry(log).or_default())
     }
 
-    /// Notes that the current task has begun a transaction, until [`ended`](Self::ended).
+    /// Records that the current task has begun a transaction, until [`ended`](Self::ended).
     pub(crate) fn began(&self) -> Holder {
         let holder = Holder {
             number: self.transactions.fetch_add(1, Ordering::Relaxed),
@@ -88,7 +88,7 @@ impl Place {
 
     pub(crate) fn ended(&self, ended: Holder) {
         let mut holder = lock(&self.holder);
-        // After the lock was given back, another transaction may have begun already.
+        // Another transaction may have begun since the lock was released.
         if *holder == Some(ended) {
             *holder = None;
         }
@@ -100,15 +100,10 @@ impl Place {
 }
 
 impl Holder {
-    /// Whether the task that asks is the one that began the transaction.
+    /// Whether the current task began the transaction.
     pub(crate) fn is_this_task(self) -> bool {
         self.began == Runner::current()
     }
-}
-
-/// A panic elsewhere leaves no half-made change behind these locks, so poisoning is of no interest.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -116,34 +111,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_has_one_place_while_anyone_is_there() {
+    fn handles_on_one_file_share_its_state() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         fs::write(&path, "").expect("file");
-        let one = Place::of(&path);
+        let one = OpenFile::of(&path);
         let other_name = folder.path().join(".").join("a.db");
-        assert!(Arc::ptr_eq(&one, &Place::of(&other_name)));
+        assert!(Arc::ptr_eq(&one, &OpenFile::of(&other_name)));
         let weak = Arc::downgrade(&one);
         drop(one);
-        assert!(weak.upgrade().is_none(), "nothing is kept of it");
-        Place::of(&path);
+        assert!(weak.upgrade().is_none(), "the last handle frees it");
+        OpenFile::of(&path);
     }
 
     #[tokio::test]
     async fn a_transaction_knows_its_task() {
         let folder = tempfile::tempdir().expect("folder");
-        let place = Place::of(&folder.path().join("a.db"));
-        let first = place.began();
+        let file = OpenFile::of(&folder.path().join("a.db"));
+        let first = file.began();
         assert!(first.is_this_task());
         let elsewhere = tokio::spawn(async move { first.is_this_task() });
         assert!(!elsewhere.await.expect("no panic"));
-        place.ended(first);
-        let second = place.began();
-        place.ended(first);
-        assert_eq!(
-            place.holder(),
-            Some(second),
-            "the end of an earlier one changes nothing"
-        );
+        file.ended(first);
+        let second = file.began();
+        file.ended(first);
+        assert_eq!(file.holder(), Some(second), "the end of an earlier one changes nothing");
     }
 }

@@ -1,4 +1,4 @@
-//! Opening connections: what must hold of the path, the file and the settings before one is used.
+//! Opens connections, and checks the path, the file and the settings first.
 
 use std::{
     ffi::OsStr,
@@ -14,25 +14,24 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::time;
 
 use crate::{
-    SqliteOptions,
     error::{classify, classify_reopening, is_busy, on},
-    guard::Guard,
-    schema,
+    options::SqliteOptions,
+    store::{authorizer::Authorizer, schema},
 };
 
-/// Statements kept prepared per connection: ours, and those of a handler with a rich schema.
+/// Prepared statements kept per connection, enough for this crate and a handler with a rich schema.
 const STATEMENT_CACHE: usize = 256;
 
-/// How long to pause before asking again for a lock while opening.
+/// The pause between attempts to get a lock while opening.
 const OPEN_PAUSE: Duration = Duration::from_millis(5);
 
-/// What a full WAL is cut back to costs this many bytes per page of SQLite's default size.
+/// SQLite's default page size, in bytes.
 const PAGE: u64 = 4096;
 
-/// SQLite's own default: it copies the WAL into the file whenever this many pages are in it.
+/// SQLite copies the WAL into the file by default once the WAL holds this many pages.
 const CHECKPOINT_PAGES: u64 = 1000;
 
-/// Checks what can be told without opening the file, and makes the path independent of the current folder.
+/// Checks the path without opening the file, and makes it independent of the current folder.
 pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
     let refuse = |reason: &str| Err(Error::failed(on("open SQLite file", given), reason));
     if given.as_os_str().is_empty() || given == Path::new(":memory:") {
@@ -42,31 +41,32 @@ pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
         );
     }
     if given.as_os_str().as_encoded_bytes().starts_with(b"file:") {
-        return refuse("give the path of a file; URIs are not taken");
+        return refuse("this looks like a URI; give the path of a file instead");
     }
     let path = path::absolute(given).map_err(|error| Error::failed(on("open SQLite file", given), error))?;
-    // Metadata only: opening and closing the file here would drop this process's locks on it (POSIX).
+    // Metadata only: opening and closing the file here would release this process's locks on it
+    // (POSIX).
     if fs::metadata(&path).is_ok_and(|found| found.is_dir()) {
         return refuse("this is a folder; give the path of a file in it");
     }
     let parent = path.parent().unwrap_or(Path::new(OsStr::new("/")));
     if !fs::metadata(parent).is_ok_and(|found| found.is_dir()) {
-        return refuse("its folder does not exist (or may not be entered); create the folder first");
+        return refuse("the folder does not exist or cannot be entered; create the folder first");
     }
     Ok(path)
 }
 
-/// Opens the file to write, created if missing, and brings it to our schema. It blocks, waiting for
-/// locks too, until `given_up`.
+/// Opens the file for writing, creates it if it is missing, and migrates it to this crate's schema.
+/// It blocks the thread, also while it waits for locks, until `given_up` is set.
 pub(crate) fn create(
     path: &Path,
-    guard: &Guard,
+    authorizer: &Authorizer,
     options: &SqliteOptions,
     given_up: &AtomicBool,
 ) -> Result<Connection, Error> {
     let started = Instant::now();
     loop {
-        match create_once(path, guard, options) {
+        match create_once(path, authorizer, options) {
             Err(error)
                 if may_pass_soon(&error)
                     && started.elapsed() < options.busy_timeout
@@ -79,26 +79,26 @@ pub(crate) fn create(
     }
 }
 
-/// Another connection that writes, to a file that [`create`] has seen. Waits for locks without
-/// blocking the thread.
-pub(crate) async fn writer(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
+/// Opens another connection for writing, to a file that [`create`] has set up. Waits for locks
+/// without blocking the thread.
+pub(crate) async fn writer(path: &Path, authorizer: &Authorizer, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || {
         let mut connection = existing(path, options)?;
-        install(guard, &mut connection, path)?;
+        install(authorizer, &mut connection, path)?;
         Ok(connection)
     })
     .await
 }
 
-/// A connection that only reads. Waits for locks without blocking the thread.
+/// Opens a connection for reading. Waits for locks without blocking the thread.
 ///
-/// It is opened on the caller's thread: that takes a fraction of a millisecond, and leaves nothing
-/// half-made where nobody would close it if the caller gives up.
+/// The caller's thread opens it. That takes a fraction of a millisecond, and leaves no half-open
+/// connection behind if the caller gives up.
 pub(crate) async fn reader(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || read_only(path, options)).await
 }
 
-/// As [`reader`], at once.
+/// Like [`reader`], without waiting for locks.
 pub(crate) fn read_only(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     let connection = existing(path, options)?;
     connection
@@ -107,13 +107,13 @@ pub(crate) fn read_only(path: &Path, options: &SqliteOptions) -> Result<Connecti
     Ok(connection)
 }
 
-/// A connection that can ask for the write lock, and never writes. Waits for locks without blocking
-/// the thread.
+/// Opens a connection that can ask for the write lock but never writes. Waits for locks without
+/// blocking the thread.
 pub(crate) async fn observer(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     wait_for_locks(options, || existing(path, options)).await
 }
 
-/// Whether commits through connections such as this one survive a crash, by SQLite's own word.
+/// Reads from SQLite whether commits on this crate's connections survive a crash.
 pub(crate) fn durability(connection: &Connection) -> rusqlite::Result<Durability> {
     let journal: String = connection.query_row("PRAGMA main.journal_mode", [], |row| row.get(0))?;
     let synchronous: i64 = connection.query_row("PRAGMA main.synchronous", [], |row| row.get(0))?;
@@ -126,37 +126,38 @@ pub(crate) fn durability(connection: &Connection) -> rusqlite::Result<Durability
     })
 }
 
-fn install(guard: &Guard, connection: &mut Connection, path: &Path) -> Result<(), Error> {
-    guard
+fn install(authorizer: &Authorizer, connection: &mut Connection, path: &Path) -> Result<(), Error> {
+    authorizer
         .install(connection)
         .map_err(|error| classify(on("open SQLite file", path), error))
 }
 
-fn create_once(path: &Path, guard: &Guard, options: &SqliteOptions) -> Result<Connection, Error> {
+fn create_once(path: &Path, authorizer: &Authorizer, options: &SqliteOptions) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = connect(path, flags).map_err(|error| classify(on("open SQLite file", path), error))?;
     if connection.is_readonly("main").unwrap_or(false) {
         return Err(Error::failed(
             on("open SQLite file", path),
-            "it can be read only; make the file and its folder writable for this user",
+            "the file is read-only; make the file and its folder writable for this user",
         ));
     }
-    // Before anything is changed in it: the file may be something else, or of a newer version.
+    // Must come before the first write: the file may not be a database, or may be from a newer
+    // version.
     schema::check(&connection, path)?;
     configure(&connection, path, options)?;
     schema::migrate(&connection, path)?;
-    install(guard, &mut connection, path)?;
+    install(authorizer, &mut connection, path)?;
     Ok(connection)
 }
 
-/// Never creates the file: one that was deleted since must not come back empty.
+/// Opens the file without creating it. A deleted file must not come back empty.
 fn existing(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let action = || on("open SQLite file", path);
     let connection = connect(path, flags).map_err(|error| match fs::metadata(path) {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Error::failed(
             action(),
-            "the file was moved or deleted while it was open; put it back, or open its new place",
+            "the file was moved or deleted while it was open; put it back, or open it at its new path",
         ),
         Err(_) => classify(action(), error),
         Ok(_) => classify_reopening(action(), error),
@@ -167,7 +168,7 @@ fn existing(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
 
 fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, flags)?;
-    // SQLite would wait by blocking the thread; locks are waited for elsewhere.
+    // SQLite would block the thread while it waits. This crate waits elsewhere, without blocking.
     connection.busy_timeout(Duration::ZERO)?;
     connection.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
     Ok(connection)
@@ -182,16 +183,16 @@ fn configure(connection: &Connection, path: &Path, options: &SqliteOptions) -> R
         return Err(Error::failed(
             on("set up SQLite file", path),
             format!(
-                "journal_mode stays {journal} when asked for wal; put the file on a local file system with shared memory"
+                "journal_mode stays {journal} instead of wal; put the file on a local file system with shared memory"
             ),
         ));
     }
-    // On macOS a sync reaches the disk only so; elsewhere it changes nothing.
+    // On macOS, only a full sync reaches the disk. Elsewhere this changes nothing.
     connection.pragma_update(None, "fullfsync", true).map_err(failed)?;
     connection
         .pragma_update(Some("main"), "synchronous", "FULL")
         .map_err(failed)?;
-    let limit = i64::try_from(options.wal_limit).unwrap_or(i64::MAX);
+    let limit = options.wal_limit as i64;
     let pages = (options.wal_limit / PAGE).clamp(1, CHECKPOINT_PAGES) as i64;
     for (pragma, value) in [("main.journal_size_limit", limit), ("wal_autocheckpoint", pages)] {
         connection
@@ -222,11 +223,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn read_only_connections_are_durable_by_sqlites_word() {
+    fn sqlite_reports_read_only_connections_as_durable() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         let options = SqliteOptions::new();
-        create(&path, &Guard::default(), &options, &AtomicBool::new(false)).expect("create");
+        create(&path, &Authorizer::default(), &options, &AtomicBool::new(false)).expect("create");
         let connection = read_only(&path, &options).expect("reader");
         assert_eq!(durability(&connection).expect("pragmas"), Durability::Durable);
         assert!(connection.execute_batch("CREATE TABLE t (x)").is_err());
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn who_gave_up_waits_for_no_lock() {
+    fn an_abandoned_open_waits_for_no_lock() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.db");
         let other = Connection::open(&path).expect("open");
@@ -255,7 +256,7 @@ mod tests {
             .expect("lock");
         let options = SqliteOptions::new().busy_timeout(Duration::from_secs(60));
         let started = Instant::now();
-        let error = create(&path, &Guard::default(), &options, &AtomicBool::new(true)).expect_err("locked");
+        let error = create(&path, &Authorizer::default(), &options, &AtomicBool::new(true)).expect_err("locked");
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
         assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     }

@@ -1,0 +1,182 @@
+//! The log: one table per log, and one row that records where the log ends.
+
+mod catalog;
+mod codec;
+mod reader;
+mod retention;
+mod table;
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use essentially_once::{
+    Error, Log, NewRecord, Offset,
+    backend::{Bounds, Durability, LogId, LogReader, Retention},
+};
+
+use self::{
+    reader::{Cursor, SqliteReader},
+    table::Table,
+};
+use crate::{
+    connection::{Connections, open, thread::on_a_thread},
+    error::classify,
+    options::LogOptions,
+};
+
+/// Appends up to this many records and bytes run on the caller's thread, which is faster than
+/// handing them to another one.
+const INLINE_RECORDS: usize = 256;
+const INLINE_BYTES: usize = 1024 * 1024;
+
+/// Records that [`SqliteLog::trim`] removes per transaction. The bound keeps other writers from
+/// waiting long.
+const TRIM_CHUNK: u64 = 10_000;
+
+/// A log in a SQLite file. See [`Sqlite::log`](crate::Sqlite::log). Offsets are dense, begin at 0
+/// and are never reused.
+///
+/// Each record is a row of the table `essentially_once_log_<id>`, with the id from
+/// `essentially_once_logs`. Any tool may read the rows. The log also reads rows that were inserted
+/// by hand, and yields a row that it cannot decode as malformed. The column `producer` holds the
+/// producer's name, followed by `#` and the epoch unless it is the stable one, as in `web#17`.
+/// Versions before 0.2 yield such a record as malformed rather than mix up epochs.
+///
+/// An append is one transaction, so a failed append leaves no records behind. An append within a
+/// handler's transaction on the same file waits for the handler's own lock. It ends with
+/// [`Error::Failed`] after the `busy_timeout`, and the error says what to do instead.
+#[derive(Clone, Debug)]
+pub struct SqliteLog {
+    table: Arc<Table>,
+}
+
+impl SqliteLog {
+    pub(crate) async fn open(connections: Arc<Connections>, name: &str, options: LogOptions) -> Result<Self, Error> {
+        let id = LogId::new(name)?;
+        let wanted = options.retention.map(retention::to_columns).transpose()?;
+        let action = || format!("open log {name}");
+        let failed = |error| classify(connections.on(action()), error);
+        let mut found = connections
+            .read(action, |connection| catalog::find(connection, name))
+            .await?;
+        let is_complete = match &found {
+            Some(found) => wanted.is_none_or(|wanted| wanted == found.retention),
+            None => options.existing,
+        };
+        if !is_complete {
+            let tx = connections.begin(action).await?;
+            found = catalog::open(tx.connection(), name, options.existing, wanted).map_err(failed)?;
+            tx.commit(|| connections.on(action()))?;
+        }
+        let Some(found) = found else {
+            let names = connections.read(action, catalog::names).await?;
+            return Err(Error::failed(connections.on(action()), catalog::no_such_log(&names)));
+        };
+        let id = id.with_incarnation(&found.incarnation)?;
+        Ok(Self {
+            table: Arc::new(Table::new(connections, id, found.id)),
+        })
+    }
+
+    /// Returns what the log keeps.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] and [`Error::Failed`].
+    pub async fn retention(&self) -> Result<Retention, Error> {
+        Ok(self.table.current_status("read retention of").await?.retention)
+    }
+
+    /// Removes all records that have expired under the log's retention, and returns their number.
+    ///
+    /// Dropping the future may leave some expired records in place.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] and [`Error::Failed`].
+    pub async fn trim(&self) -> Result<u64, Error> {
+        let mut total = 0;
+        loop {
+            let action = || format!("trim log {}", self.table.id);
+            let tx = self.table.connections.begin(action).await?;
+            let table = Arc::clone(&self.table);
+            let removed = run_on_thread(self, "trim", move || table.trim(tx, TRIM_CHUNK)).await?;
+            total += removed;
+            if removed < TRIM_CHUNK {
+                return Ok(total);
+            }
+        }
+    }
+}
+
+/// Runs slow work on another thread. The work completes even if the caller gives up.
+async fn run_on_thread<T: Send + 'static>(
+    log: &SqliteLog,
+    verb: &str,
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    on_a_thread(work).await.unwrap_or_else(|error| {
+        let action = log.table.connections.on(format!("{verb} log {}", log.table.id));
+        Err(Error::indeterminate(action, error))
+    })
+}
+
+#[async_trait]
+impl Log for SqliteLog {
+    fn id(&self) -> &LogId {
+        &self.table.id
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let table = &self.table;
+        let mut bytes = 0;
+        for record in records {
+            record.check_size(table.connections.options.record_limit)?;
+            bytes += record.size();
+        }
+        if records.is_empty() {
+            return Ok(None);
+        }
+        let tx = table
+            .connections
+            .begin_append(|| format!("append to log {}", table.id))
+            .await?;
+        // No await from here to the commit on this thread, so a dropped future leaves no partial
+        // append.
+        let last = if records.len() <= INLINE_RECORDS && bytes <= INLINE_BYTES {
+            table.append(tx, records)?
+        } else {
+            let (table, records) = (Arc::clone(table), records.to_vec());
+            run_on_thread(self, "append to", move || table.append(tx, &records)).await?
+        };
+        Ok(Some(last))
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        let status = self.table.current_status("read").await?;
+        self.table.standing(from, Some(&status))?;
+        let action = || format!("read log {}", self.table.id);
+        let cursor = self
+            .table
+            .connections
+            .reader(action, |connection| {
+                Mutex::new(Cursor::new(Arc::clone(&self.table), connection))
+            })
+            .await?;
+        Ok(Box::new(SqliteReader::new(Arc::clone(&self.table), cursor, from.lo())))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        Ok(self.table.current_status("read bounds of").await?.bounds())
+    }
+
+    /// Exact, unless rows were deleted by hand.
+    async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
+        let status = self.table.current_status("count records of").await?;
+        let from = if from.hi() == 0 { from.lo() } else { u64::MAX };
+        Ok(Some(status.end.saturating_sub(from.max(status.earliest))))
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        let action = || format!("read durability of log {}", self.table.id);
+        self.table.connections.read(action, open::durability).await
+    }
+}

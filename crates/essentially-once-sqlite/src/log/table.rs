@@ -1,0 +1,269 @@
+//! The table of one log: its state, its SQL statements, and appends.
+
+use std::{fmt, sync::Arc};
+
+use essentially_once::{
+    Error, NewRecord, Offset,
+    backend::{Bounds, LogId, Retention},
+};
+use rusqlite::{Connection, OptionalExtension};
+use tokio::sync::watch;
+
+use super::{
+    catalog::find,
+    codec::{COLUMNS, encode_headers},
+    retention::{TrimStatements, from_columns, now_millis},
+};
+use crate::{
+    connection::{Connections, WriteTx},
+    error::{classify, is_busy},
+};
+
+/// The table of one log.
+pub(super) struct Table {
+    pub(super) connections: Arc<Connections>,
+    pub(super) id: LogId,
+    sql: Statements,
+    pub(super) wake: Arc<watch::Sender<()>>,
+}
+
+/// The SQL statements on one log's table.
+struct Statements {
+    insert: String,
+    status: String,
+    fetch: String,
+    trim: TrimStatements,
+}
+
+impl Statements {
+    fn new(log: i64) -> Self {
+        let table = format!("main.essentially_once_log_{log}");
+        Self {
+            insert: format!("INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
+            status: format!(
+                "SELECT next, keep_records, keep_age_ms,
+                     (SELECT min(\"offset\") FROM {table} WHERE \"offset\" >= 0), (SELECT max(\"offset\") FROM {table})
+                 FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
+            ),
+            // Checks the log's row once per fetch, so that a recreated log is not read as the old
+            // one.
+            fetch: format!(
+                "SELECT {COLUMNS} FROM {table}
+                 WHERE \"offset\" >= ?1
+                     AND EXISTS (SELECT 1 FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?3)
+                 ORDER BY \"offset\" LIMIT ?2"
+            ),
+            trim: TrimStatements::new(&table),
+        }
+    }
+}
+
+/// The state of a log, read in one statement and therefore consistent.
+#[derive(Clone, Copy)]
+pub(super) struct Status {
+    pub(super) earliest: u64,
+    /// The last record's offset. `None` if the log is empty.
+    pub(super) last: Option<u64>,
+    pub(super) end: u64,
+    pub(super) retention: Retention,
+}
+
+impl Status {
+    pub(super) fn bounds(&self) -> Bounds {
+        Bounds {
+            earliest: self.earliest.into(),
+            end: self.end.into(),
+        }
+    }
+}
+
+/// What a reader that found no record should do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Standing {
+    /// Read again: records arrived meanwhile.
+    Readable,
+    /// Wait for an append.
+    AtEnd,
+}
+
+impl Table {
+    /// The table of the log with that row id.
+    pub(super) fn new(connections: Arc<Connections>, id: LogId, row: i64) -> Self {
+        Self {
+            id,
+            sql: Statements::new(row),
+            wake: connections.file.appends(row),
+            connections,
+        }
+    }
+
+    /// The SQL that fetches records.
+    pub(super) fn fetch_sql(&self) -> &str {
+        &self.sql.fetch
+    }
+
+    pub(super) fn incarnation(&self) -> &str {
+        self.id.incarnation().unwrap_or_default()
+    }
+
+    /// Reads the log's state. Returns `None` if the log was deleted or recreated since this handle
+    /// opened it.
+    pub(super) fn status(&self, connection: &Connection) -> rusqlite::Result<Option<Status>> {
+        let read = connection.prepare_cached(&self.sql.status).and_then(|mut statement| {
+            statement
+                .query_row([self.incarnation()], |row| {
+                    let (first, last): (Option<i64>, Option<i64>) = (row.get(3)?, row.get(4)?);
+                    let first = first.map(|first| u64::try_from(first).unwrap_or(0));
+                    let last = last.and_then(|last| u64::try_from(last).ok());
+                    let next = u64::try_from(row.get::<_, i64>(0)?).unwrap_or(0);
+                    // Rows inserted by hand count too, although they do not update `next`.
+                    let end = last.map_or(next, |last| next.max(last + 1));
+                    Ok(Status {
+                        earliest: first.unwrap_or(end),
+                        last,
+                        end,
+                        retention: from_columns((row.get(1)?, row.get(2)?)),
+                    })
+                })
+                .optional()
+        });
+        match read {
+            // The statement cannot be prepared without the log's table, so check whether the log
+            // itself is gone.
+            Err(error) if !is_busy(&error) => match find(connection, self.id.name())? {
+                Some(found) if found.incarnation == self.incarnation() => Err(error),
+                _ => Ok(None),
+            },
+            read => read,
+        }
+    }
+
+    /// Decides whether a reader at `requested` has records to read, must wait, or can never
+    /// continue.
+    pub(super) fn standing(&self, requested: Offset, status: Option<&Status>) -> Result<Standing, Error> {
+        let Some(status) = status else {
+            // The log was deleted, or recreated with another incarnation.
+            return Err(Error::OutOfRange {
+                log: self.id.clone(),
+                requested,
+                end: Offset::ZERO,
+            });
+        };
+        let bounds = status.bounds();
+        bounds.check(&self.id, requested)?;
+        if requested == bounds.end {
+            return Ok(Standing::AtEnd);
+        }
+        if status.last.is_none_or(|last| requested > last.into()) {
+            // The records before the end were deleted.
+            return Err(Error::Truncated {
+                log: self.id.clone(),
+                requested,
+                earliest: bounds.end,
+            });
+        }
+        Ok(Standing::Readable)
+    }
+
+    /// Returns the log's state, or an error if the log is gone.
+    fn require(&self, connection: &Connection, action: impl Fn() -> String) -> Result<Status, Error> {
+        match self.status(connection) {
+            Ok(Some(status)) => Ok(status),
+            Ok(None) => Err(self.gone(action())),
+            Err(error) => Err(classify(self.connections.on(action()), error)),
+        }
+    }
+
+    pub(super) async fn current_status(&self, verb: &str) -> Result<Status, Error> {
+        let action = || format!("{verb} log {}", self.id);
+        let status = self
+            .connections
+            .read(action, |connection| self.status(connection))
+            .await?;
+        status.ok_or_else(|| self.gone(action()))
+    }
+
+    fn gone(&self, action: String) -> Error {
+        Error::failed(
+            self.connections.on(action),
+            "the log was deleted or recreated after this handle opened it; open it again",
+        )
+    }
+
+    /// Appends in the open transaction, and commits it.
+    pub(super) fn append(&self, tx: WriteTx, records: &[NewRecord]) -> Result<Offset, Error> {
+        let action = || format!("append to log {}", self.id);
+        let status = self.require(tx.connection(), action)?;
+        if status.end.saturating_add(records.len() as u64) > i64::MAX as u64 {
+            return Err(Error::failed(
+                self.connections.on(action()),
+                format!(
+                    "the next offset would be {}, but SQLite's largest is {}; use a new log",
+                    status.end,
+                    i64::MAX
+                ),
+            ));
+        }
+        let end = self
+            .insert(tx.connection(), status, records)
+            .map_err(|error| classify(self.connections.on(action()), error))?;
+        tx.commit(|| self.connections.on(action()))?;
+        self.wake.send_replace(());
+        Ok((end - 1).into())
+    }
+
+    fn insert(&self, connection: &Connection, before: Status, records: &[NewRecord]) -> rusqlite::Result<u64> {
+        let now = now_millis();
+        let mut end = before.end;
+        {
+            let mut insert = connection.prepare_cached(&self.sql.insert)?;
+            for record in records {
+                let origin = record.origin.as_ref();
+                insert.execute((
+                    end as i64,
+                    now,
+                    record.key.as_deref(),
+                    encode_headers(&record.headers),
+                    &record.payload[..],
+                    origin.map(|origin| origin.numbering.to_string()),
+                    origin.map(|origin| origin.sequence as i64),
+                ))?;
+                end += 1;
+            }
+        }
+        connection
+            .prepare_cached("UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3")?
+            .execute((end as i64, self.id.name(), self.incarnation()))?;
+        if before.retention != Retention::default() {
+            // Removes more records than were added, so that a backlog shrinks, but not all, so that
+            // appends stay fast.
+            let limit = 2 * records.len() as u64 + 64;
+            let held = before.earliest..end;
+            self.sql.trim.trim(connection, before.retention, held, now, limit)?;
+        }
+        Ok(end)
+    }
+
+    /// Removes up to `limit` expired records in the open transaction, and commits it.
+    pub(super) fn trim(&self, tx: WriteTx, limit: u64) -> Result<u64, Error> {
+        let action = || format!("trim log {}", self.id);
+        let status = self.require(tx.connection(), action)?;
+        let held = status.earliest..status.end;
+        let removed = self
+            .sql
+            .trim
+            .trim(tx.connection(), status.retention, held, now_millis(), limit)
+            .map_err(|error| classify(self.connections.on(action()), error))?;
+        tx.commit(|| self.connections.on(action()))?;
+        Ok(removed)
+    }
+}
+
+impl fmt::Debug for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table")
+            .field("id", &self.id)
+            .field("path", &self.connections.path)
+            .finish_non_exhaustive()
+    }
+}
