@@ -1,0 +1,23 @@
+//! Compiles the code of every Markdown page: `cargo test -p docs --doc`.
+
+macro_rules! pages {
+    ($($name:ident: $path:literal,)+) => {$(
+        #[cfg(doctest)]
+        #[doc = include_str!(concat!("../../", $path))]
+        pub struct $name;
+    )+};
+}
+
+pages! {
+    Readme: "README.md",
+    Backends: "docs/backends.md",
+    Benchmarks: "docs/benchmarks.md",
+    Guarantees: "docs/guarantees.md",
+    Operations: "docs/operations.md",
+    Examples: "examples/README.md",
+    Core: "crates/essentially-once/README.md",
+    Rabbitmq: "crates/essentially-once-rabbitmq/README.md",
+    Redis: "crates/essentially-once-redis/README.md",
+    Sqlite: "crates/essentially-once-sqlite/README.md",
+    Testkit: "crates/essentially-once-testkit/README.md",
+}

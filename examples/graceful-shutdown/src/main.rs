@@ -1,0 +1,108 @@
+//! Consumes until Ctrl-C, and answers a health check until then.
+//!
+//! ```text
+//! cargo run -p graceful-shutdown                              # on a file in the temporary folder
+//! cargo run -p graceful-shutdown -- shop.db 127.0.0.1:8080
+//! curl -i http://127.0.0.1:8080/                              # 200, or 503 with the reason
+//! ```
+#![expect(clippy::print_stdout, reason = "an example shows what it does")]
+
+use std::{env, io, path::PathBuf, process::ExitCode, time::{Duration, SystemTime, UNIX_EPOCH}};
+
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait,
+};
+use essentially_once_sqlite::Sqlite;
+// A service installs the exporter of its metrics system here. This one serves tests and examples.
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
+use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::{TcpListener, TcpStream}, signal, time};
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// How long a record may wait before the consumer counts as stuck.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Ship;
+
+#[async_trait]
+impl<Tx: KeyValue> Handler<Tx> for Ship {
+    async fn handle(&mut self, order: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        tx.put(b"last order", &order.payload).await?;
+        println!("shipped order {}", order.payload.escape_ascii());
+        Ok(())
+    }
+}
+
+async fn run(path: PathBuf, address: &str) -> Result<(), Failure> {
+    let recorder = DebuggingRecorder::new();
+    let metrics = recorder.snapshotter();
+    recorder.install()?;
+    let health = TcpListener::bind(address).await?;
+    let sqlite = Sqlite::open(&path).await?;
+    let orders = sqlite.log("orders").await?;
+    println!("consuming from {}; health at http://{address}/; Ctrl-C stops", path.display());
+
+    let stop = CancellationToken::new();
+    let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders.clone(), sqlite.store(), Ship);
+    let mut consumer = tokio::spawn(consumer.run_until(stop.clone()));
+    let mut every_second = time::interval(Duration::from_secs(1));
+    let mut number = 0;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut consumer => break ended?, // by an error: nobody has stopped it
+            pressed = signal::ctrl_c() => {
+                pressed?;
+                println!("stopping: the record in hand is finished, and what was handled is committed");
+                stop.cancel();
+                break consumer.await?;
+            }
+            Ok((connection, _)) = health.accept() => drop(tokio::spawn(answer(connection, metrics.clone()))),
+            _ = every_second.tick() => {
+                number += 1;
+                orders.append(&[NewRecord::new(number.to_string())]).await?;
+            }
+        }
+    };
+    println!("{}", ended?);
+    sqlite.close().await?;
+    Ok(())
+}
+
+async fn answer(mut connection: TcpStream, metrics: Snapshotter) -> io::Result<()> {
+    connection.read(&mut [0; 1024]).await?; // whatever was asked, the answer is the same
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let oldest = gauge(&metrics, "essentially_once_oldest_waiting_timestamp_seconds"); // 0: no record waits
+    let (status, text) = if gauge(&metrics, "essentially_once_running") < 1.0 {
+        ("503 Service Unavailable", "the consumer has ended\n")
+    } else if oldest > 0.0 && now.as_secs_f64() - oldest > PATIENCE.as_secs_f64() {
+        ("503 Service Unavailable", "a record has waited for too long\n")
+    } else {
+        ("200 OK", "the consumer runs\n")
+    };
+    let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", text.len());
+    connection.write_all(format!("{head}{text}").as_bytes()).await
+}
+
+fn gauge(metrics: &Snapshotter, name: &str) -> f64 {
+    let all = metrics.snapshot().into_vec().into_iter();
+    let mut found = all.filter(|(key, ..)| key.key().name() == name);
+    match found.next() {
+        Some((.., DebugValue::Gauge(value))) => value.into_inner(),
+        _ => 0.0,
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let mut arguments = env::args().skip(1);
+    let path = arguments.next().map(PathBuf::from);
+    let path = path.unwrap_or_else(|| env::temp_dir().join("essentially-once-shutdown.db"));
+    let address = arguments.next().unwrap_or_else(|| "127.0.0.1:8080".into());
+    match run(path, &address).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("graceful-shutdown: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
