@@ -7,7 +7,12 @@
 //! ```
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
-use std::{env, io, path::PathBuf, process::ExitCode, time::{Duration, SystemTime, UNIX_EPOCH}};
+use std::{
+    env, io,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait,
@@ -15,7 +20,11 @@ use essentially_once::{
 use essentially_once_sqlite::Sqlite;
 // A service installs the exporter of its metrics system here. This one serves tests and examples.
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
-use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::{TcpListener, TcpStream}, signal, time};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    signal, time,
+};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -40,7 +49,10 @@ async fn run(path: PathBuf, address: &str) -> Result<(), Failure> {
     let health = TcpListener::bind(address).await?;
     let sqlite = Sqlite::open(&path).await?;
     let orders = sqlite.log("orders").await?;
-    println!("consuming from {}; health at http://{address}/; Ctrl-C stops", path.display());
+    println!(
+        "consuming from {}; health at http://{address}/; Ctrl-C stops",
+        path.display()
+    );
 
     let stop = CancellationToken::new();
     let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders.clone(), sqlite.store(), Ship);
@@ -79,7 +91,10 @@ async fn answer(mut connection: TcpStream, metrics: Snapshotter) -> io::Result<(
     } else {
         ("200 OK", "the consumer runs\n")
     };
-    let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", text.len());
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        text.len()
+    );
     connection.write_all(format!("{head}{text}").as_bytes()).await
 }
 

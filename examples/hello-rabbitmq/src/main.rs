@@ -38,7 +38,9 @@ impl Handler<RabbitTx> for Ship {
 async fn run(url: &str) -> Result<(), Error> {
     let rabbit = Rabbit::connect(url).await?;
     let orders = rabbit.log("hello-orders").await?;
-    orders.append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new)).await?;
+    orders
+        .append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new))
+        .await?;
     println!("appended three orders, and the broker confirmed them");
 
     let (id, store) = (ConsumerId::new("hello-rabbitmq")?, rabbit.store());
@@ -52,7 +54,9 @@ async fn run(url: &str) -> Result<(), Error> {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let url = env::args().nth(1).unwrap_or_else(|| "amqp://guest:guest@127.0.0.1/%2f".into());
+    let url = env::args()
+        .nth(1)
+        .unwrap_or_else(|| "amqp://guest:guest@127.0.0.1/%2f".into());
     match run(&url).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

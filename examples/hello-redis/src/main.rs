@@ -34,8 +34,13 @@ impl Handler<RedisTx> for Ship {
 async fn run(url: &str) -> Result<(), Error> {
     let redis = Redis::connect(url).await?;
     let orders = redis.log("hello-orders").await?;
-    let last = orders.append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new)).await?;
-    println!("appended three orders, the last one at offset {}", last.unwrap_or_default());
+    let last = orders
+        .append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new))
+        .await?;
+    println!(
+        "appended three orders, the last one at offset {}",
+        last.unwrap_or_default()
+    );
 
     let (id, store) = (ConsumerId::new("hello-redis")?, redis.store());
     let consumer = Consumer::essentially_once(id.clone(), orders, store.clone(), Ship);

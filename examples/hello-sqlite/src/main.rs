@@ -31,8 +31,13 @@ async fn run(path: PathBuf) -> Result<(), Failure> {
     shop.execute_batch("CREATE TABLE IF NOT EXISTS shipments (country TEXT NOT NULL)")?;
     let sqlite = Sqlite::open(&path).await?;
     let orders = sqlite.log("orders").await?;
-    let last = orders.append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new)).await?;
-    println!("appended three orders, the last one at offset {}", last.unwrap_or_default());
+    let last = orders
+        .append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new))
+        .await?;
+    println!(
+        "appended three orders, the last one at offset {}",
+        last.unwrap_or_default()
+    );
 
     let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, sqlite.store(), Ship);
     let report = consumer.run_until_caught_up().await?;

@@ -11,8 +11,8 @@
 use std::{env, path::PathBuf, process::ExitCode, time::Duration};
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, ReadState,
-    Record, async_trait,
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, ReadState, Record,
+    async_trait,
 };
 use essentially_once_sqlite::Sqlite;
 use tokio::task::JoinSet;

@@ -52,7 +52,10 @@ mod tests {
     #[tokio::test]
     async fn an_order_without_a_country_is_rejected() -> Result<(), Error> {
         let mut tx = Memory::new().store().begin(&ConsumerId::new("test")?).await?;
-        let error = CountByCountry.handle(&order(""), &mut tx).await.expect_err("no country");
+        let error = CountByCountry
+            .handle(&order(""), &mut tx)
+            .await
+            .expect_err("no country");
         assert_eq!(error.kind(), HandlerErrorKind::Reject);
         Ok(())
     }
