@@ -7,9 +7,12 @@
 //! ```
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
+mod gauges;
+
 use std::{
     env, io,
     path::PathBuf,
+    pin::pin,
     process::ExitCode,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -18,13 +21,13 @@ use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait,
 };
 use essentially_once_sqlite::Sqlite;
-// A service installs the exporter of its metrics system here. This one serves tests and examples.
-use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     signal, time,
 };
+
+use crate::gauges::Gauges;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -43,9 +46,8 @@ impl<Tx: KeyValue> Handler<Tx> for Ship {
 }
 
 async fn run(path: PathBuf, address: &str) -> Result<(), Failure> {
-    let recorder = DebuggingRecorder::new();
-    let metrics = recorder.snapshotter();
-    recorder.install()?;
+    let gauges = Gauges::default();
+    metrics::set_global_recorder(gauges.clone())?;
     let health = TcpListener::bind(address).await?;
     let sqlite = Sqlite::open(&path).await?;
     let orders = sqlite.log("orders").await?;
@@ -57,18 +59,19 @@ async fn run(path: PathBuf, address: &str) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders.clone(), sqlite.store(), Ship);
     let mut consumer = tokio::spawn(consumer.run_until(stop.clone()));
+    let mut pressed = pin!(signal::ctrl_c()); // in a container, `signal::unix` with SIGTERM
     let mut every_second = time::interval(Duration::from_secs(1));
     let mut number = 0;
     let ended = loop {
         tokio::select! {
             ended = &mut consumer => break ended?, // by an error: nobody has stopped it
-            pressed = signal::ctrl_c() => {
+            pressed = &mut pressed => {
                 pressed?;
                 println!("stopping: the record in hand is finished, and what was handled is committed");
                 stop.cancel();
                 break consumer.await?;
             }
-            Ok((connection, _)) = health.accept() => drop(tokio::spawn(answer(connection, metrics.clone()))),
+            Ok((connection, _)) = health.accept() => drop(tokio::spawn(answer(connection, gauges.clone()))),
             _ = every_second.tick() => {
                 number += 1;
                 orders.append(&[NewRecord::new(number.to_string())]).await?;
@@ -80,11 +83,11 @@ async fn run(path: PathBuf, address: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn answer(mut connection: TcpStream, metrics: Snapshotter) -> io::Result<()> {
-    connection.read(&mut [0; 1024]).await?; // whatever was asked, the answer is the same
+async fn answer(mut connection: TcpStream, gauges: Gauges) -> io::Result<()> {
+    let _request = connection.read(&mut [0; 1024]).await?; // whatever it is, the answer is the same
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let oldest = gauge(&metrics, "essentially_once_oldest_waiting_timestamp_seconds"); // 0: no record waits
-    let (status, text) = if gauge(&metrics, "essentially_once_running") < 1.0 {
+    let oldest = gauges.value("essentially_once_oldest_waiting_timestamp_seconds"); // 0: no record waits
+    let (status, text) = if gauges.value("essentially_once_running") < 1.0 {
         ("503 Service Unavailable", "the consumer has ended\n")
     } else if oldest > 0.0 && now.as_secs_f64() - oldest > PATIENCE.as_secs_f64() {
         ("503 Service Unavailable", "a record has waited for too long\n")
@@ -96,15 +99,6 @@ async fn answer(mut connection: TcpStream, metrics: Snapshotter) -> io::Result<(
         text.len()
     );
     connection.write_all(format!("{head}{text}").as_bytes()).await
-}
-
-fn gauge(metrics: &Snapshotter, name: &str) -> f64 {
-    let all = metrics.snapshot().into_vec().into_iter();
-    let mut found = all.filter(|(key, ..)| key.key().name() == name);
-    match found.next() {
-        Some((.., DebugValue::Gauge(value))) => value.into_inner(),
-        _ => 0.0,
-    }
 }
 
 #[tokio::main]
