@@ -1,4 +1,5 @@
-//! A recorder that keeps gauges in memory. A service installs the exporter of its metrics system instead.
+//! A recorder that keeps gauges in memory. A service installs the exporter of its metrics system
+//! instead.
 
 use std::{
     collections::HashMap,

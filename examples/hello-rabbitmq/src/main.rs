@@ -1,10 +1,12 @@
-//! Appends three orders to a RabbitMQ stream, handles each once, and shows the result. No database is involved.
+//! Appends three orders to a RabbitMQ stream, handles each once, and shows the result. It uses no
+//! database.
 //!
 //! ```text
 //! cargo run -p hello-rabbitmq -- amqp://guest:guest@127.0.0.1/%2f   # RabbitMQ 3.10 or later
 //! ```
 //!
-//! It leaves the stream `hello-orders` and up to three streams `essentially-once.hello-rabbitmq.*` on the broker.
+//! It leaves the stream `hello-orders` and up to three streams `essentially-once.hello-rabbitmq.*`
+//! on the broker.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::{env, process::ExitCode};

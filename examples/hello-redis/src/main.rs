@@ -5,7 +5,8 @@
 //! cargo run -p hello-redis -- redis://127.0.0.1/
 //! ```
 //!
-//! It leaves the stream `hello-orders`, the hash `{hello-redis}:shipped`, and its position on the server.
+//! It leaves three keys on the server: the stream `hello-orders`, the hash
+//! `{hello-redis}:shipped`, and its position.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::{collections::BTreeMap, env, process::ExitCode};

@@ -1,6 +1,7 @@
 //! A handler that is tested without a database: `cargo test -p unit-test-a-handler`.
 //!
-//! The handler writes through the portable [`KeyValue`], so the tests hand it a transaction in memory.
+//! The handler writes through the portable [`KeyValue`], so the tests hand it a transaction in
+//! memory.
 
 use essentially_once::{Handler, HandlerError, KeyValue, Record, async_trait};
 
