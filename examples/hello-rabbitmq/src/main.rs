@@ -16,9 +16,11 @@ use essentially_once::{
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitTx};
 
-const MISSING: &str = "This example needs RabbitMQ 3.10 or later. Start one, for instance with\n    \
-                       docker run --rm -p 5672:5672 rabbitmq:4\nor name yours: \
-                       cargo run -p hello-rabbitmq -- amqp://user:password@host/%2f";
+const MISSING: &str = "\
+This example needs RabbitMQ 3.10 or later. Start one, for instance:
+    docker run --rm -p 5672:5672 rabbitmq:4
+or name yours:
+    cargo run -p hello-rabbitmq -- amqp://user:password@host/%2f";
 
 struct Ship;
 

@@ -16,8 +16,11 @@ use essentially_once::{
 };
 use essentially_once_redis::{Redis, RedisTx, redis::Cmd};
 
-const MISSING: &str = "This example needs Redis 7.0 or later, or Valkey. Start one in an empty folder with\n    \
-                       redis-server --appendonly yes --appendfsync always\nor name yours: cargo run -p hello-redis -- redis://host/";
+const MISSING: &str = "\
+This example needs Redis 7.0 or later, or Valkey. Start one in an empty folder:
+    redis-server --appendonly yes --appendfsync always
+or name yours:
+    cargo run -p hello-redis -- redis://host/";
 
 struct Ship;
 
@@ -37,11 +40,9 @@ async fn run(url: &str) -> Result<(), Error> {
     let orders = redis.log("hello-orders").await?;
     let last = orders
         .append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new))
-        .await?;
-    println!(
-        "appended three orders, the last one at offset {}",
-        last.unwrap_or_default()
-    );
+        .await?
+        .unwrap_or_default();
+    println!("appended three orders, the last one at offset {last}");
 
     let (id, store) = (ConsumerId::new("hello-redis")?, redis.store());
     let consumer = Consumer::essentially_once(id.clone(), orders, store.clone(), Ship);

@@ -33,11 +33,9 @@ async fn run(path: PathBuf) -> Result<(), Failure> {
     let orders = sqlite.log("orders").await?;
     let last = orders
         .append(&["Brazil", "Chile", "Brazil"].map(NewRecord::new))
-        .await?;
-    println!(
-        "appended three orders, the last one at offset {}",
-        last.unwrap_or_default()
-    );
+        .await?
+        .unwrap_or_default();
+    println!("appended three orders, the last one at offset {last}");
 
     let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, sqlite.store(), Ship);
     let report = consumer.run_until_caught_up().await?;
