@@ -243,8 +243,3 @@ impl Drop for GivenUp {
         self.0.store(true, Ordering::Relaxed);
     }
 }
-
-/// Compiles the README's examples as documentation tests.
-#[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
-struct Readme;
