@@ -1,4 +1,5 @@
-//! What a consumer reports to the process's metrics recorder. A test binary of its own, since the recorder is global.
+//! What a consumer reports to the process's metrics recorder. A test binary of its own, since the
+//! recorder is global.
 
 #![allow(
     missing_docs,
@@ -24,7 +25,8 @@ use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, Share
 use metrics_util::registry::{AtomicStorage, Registry};
 use support::{Backend, Fault, Script, Step};
 
-/// Keeps the values. The debugging recorder of `metrics-util` sets gauges to zero whenever it is read.
+/// Keeps the values. The debugging recorder of `metrics-util` sets gauges to zero whenever it is
+/// read.
 #[derive(Clone)]
 struct Kept {
     registry: Arc<Registry<Key, AtomicStorage>>,

@@ -1,8 +1,9 @@
-//! Revisions under a model checker: two sessions and an operator, commits that overlap, arrive late, in any order or never,
-//! and a store that loses everything.
+//! Revisions under a model checker: two sessions and an operator, commits that overlap, arrive
+//! late, in any order or never, and a store that loses everything.
 //!
-//! What must hold is that a commit applies only to the state that its handler saw. The model uses the very [`Revision`] that
-//! the consumer uses, and each mutant breaks one rule of how revisions are chosen.
+//! What must hold is that a commit applies only to the state that its handler saw. The model uses
+//! the very [`Revision`] that the consumer uses, and each mutant breaks one rule of how revisions
+//! are chosen.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
@@ -166,7 +167,8 @@ impl Model for Rules {
             Action::Arrive(index) => {
                 let commit = world.under_way.remove(index);
                 let applied = apply(&mut world, &commit);
-                // An answer is for the session that sent it, if that still waits. A fenced session begins again.
+                // An answer is for the session that sent it, if that still waits. A fenced session
+                // begins again.
                 let waiting = world.sessions[commit.session].as_mut();
                 if let Some(session) = waiting.filter(|session| session.waits_for.contains(&commit.makes)) {
                     session.waits_for.retain(|state| *state != commit.makes);
@@ -271,7 +273,8 @@ fn mutant_a_change_by_hand_opens_no_epoch() {
     });
 }
 
-/// Nobody else supplies the revision that the second commit expects, so it need not wait for the first one's answer.
+/// Nobody else supplies the revision that the second commit expects, so it need not wait for the
+/// first one's answer.
 #[test]
 fn a_session_may_overlap_commits_from_its_first_on() {
     let rules = Rules {

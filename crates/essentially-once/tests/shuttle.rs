@@ -1,7 +1,9 @@
-//! The consumer loop under a model checker: two instances of one consumer, a crash anywhere in each, many interleavings.
+//! The consumer loop under a model checker: two instances of one consumer, a crash anywhere in
+//! each, many interleavings.
 //!
-//! Built only with `--cfg shuttle`, which gives the loop's two runtime services to the checker (`src/rt.rs`);
-//! `cargo xtask test` does so. A failure prints the schedule, which `shuttle::replay` repeats.
+//! Built only with `--cfg shuttle`, which gives the loop's two runtime services to the checker
+//! (`src/rt.rs`); `cargo xtask test` does so. A failure prints the schedule, which
+//! `shuttle::replay` repeats.
 
 #![cfg(shuttle)]
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
@@ -21,7 +23,8 @@ use shuttle::{
     scheduler::{PctScheduler, RandomScheduler, Scheduler, UncontrolledNondeterminismCheckScheduler},
 };
 
-/// Random schedules and PCT schedules (Burckhardt et al., ASPLOS 2010) each; `ESSENTIALLY_ONCE_SCHEDULES` overrides.
+/// Random schedules and PCT schedules (Burckhardt et al., ASPLOS 2010) each;
+/// `ESSENTIALLY_ONCE_SCHEDULES` overrides.
 const SCHEDULES: usize = 5_000;
 const RECORDS: u64 = 4;
 
@@ -127,7 +130,8 @@ async fn run_with_a_crash(memory: Memory, fenced: bool) {
         Consumer::essentially_once(shipping(), memory.log("orders").unwrap(), store, Journal)
             .accept_volatile()
             .max_batch(2)
-            // Smaller than the log, so that a wake-up lost between reading and taking shows as a deadlock.
+            // Smaller than the log, so that a wake-up lost between reading and taking shows as a
+            // deadlock.
             .read_ahead_records(2)
             .read_ahead_bytes(1_000)
             // Time does not pass here, so that no standby would ever take over.

@@ -27,29 +27,30 @@ use crate::{
     window::{Silence, Windows},
 };
 
-/// How often a running consumer looks for producers to forget.
+/// How often a running consumer checks for producers to forget.
 const FORGET_EVERY: Duration = Duration::from_secs(60 * 60);
 
-/// How often a consumer that waits for records looks whether its position was moved by hand.
+/// How often a consumer that waits for records checks whether its position was moved by hand.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
-/// How often a consumer that waits for the last records of its run looks whether they are still there.
+/// How often a consumer that waits for the last records of its run checks whether they still exist.
 const LOOK_FOR_END_EVERY: Duration = Duration::from_millis(100);
 
 /// How often the records behind the position are counted.
 const COUNT_EVERY: Duration = Duration::from_secs(10);
 
-/// How often a new consumer begins again at the earliest record before retention has overtaken it for good.
+/// How many times a new consumer tries to begin at the earliest record before it gives up the race
+/// with retention.
 const MAX_STARTS: usize = 10;
 
 /// Why a session ended early.
 #[derive(Debug)]
 pub enum Failure {
-    /// The run is to stop.
+    /// The run was stopped.
     Stopped,
     Backend(Error),
     Record(FailedRecord),
-    /// Some record of a batch, up to that offset; which one is not known.
+    /// Some record of a batch failed, up to and including this offset. Which one is not known.
     Batch(Offset, HandlerError),
 }
 
@@ -58,11 +59,12 @@ pub enum Failure {
 pub struct FailedRecord {
     pub(super) offset: Offset,
     pub(super) error: HandlerError,
-    /// Whether it was the first of its batch, so that no record before it can have had a part in the failure.
+    /// Whether it was the first of its batch, so that no record before it can have contributed to
+    /// the failure.
     pub(super) is_first: bool,
     /// Whether the position points to it.
     pub(super) is_next: bool,
-    /// What to say of it if the error is fatal.
+    /// The outcome to report if the error is fatal.
     pub(super) fatal_outcome: &'static str,
 }
 
@@ -72,7 +74,8 @@ impl From<Error> for Failure {
     }
 }
 
-/// What a session works with. All that it learns is dropped with it: only the stored position outlives a failure.
+/// What a session works with. Everything that a session learns is dropped with it: only the stored
+/// position outlives a failure.
 pub struct Session<'a, S> {
     pub(super) id: &'a ConsumerId,
     pub(super) log: &'a Arc<dyn Log>,
@@ -85,43 +88,46 @@ pub struct Session<'a, S> {
     pub(super) owner: Owner,
     /// The record that failed last, to be handled in a batch of its own.
     pub(super) alone: Option<Offset>,
-    /// Records up to this one are handled one by one: one of them made its batch fail.
+    /// Records up to this one are handled individually, because one of them made its batch fail.
     pub(super) apart_until: Option<Offset>,
     pub(super) place: Place,
     pub(super) windows: Windows,
-    /// When the batch in hand was taken.
+    /// When the current batch was taken.
     pub(super) now: SystemTime,
     pub(super) silent: LookForSilent,
     pub(super) counted: Option<Instant>,
 }
 
-/// What outlives the sessions of a run. None of it decides what is handled; the stored position alone does.
+/// The state of a run that outlives its sessions. It never decides which records are handled. Only
+/// the stored position does.
 #[derive(Default)]
 pub(super) struct Run {
     pub(super) report: Report,
     pub(super) duplicates: Duplicates,
     pub(super) silences: Silences,
-    /// The newest position that this run has seen, so that a loss is noticed.
+    /// The newest position that this run has seen, to detect a loss.
     seen: Option<Seen>,
-    /// Commits whose replies were lost, all based on the same revision: at most one of them applies.
+    /// Commits whose replies were lost, all based on the same revision. At most one of them
+    /// applies.
     unanswered: Vec<Unanswered>,
-    /// The first position of a new consumer, until it was given a record.
+    /// The first position of a new consumer, until it receives a record.
     started_at: Option<(Revision, Offset)>,
     /// Whether retention has overtaken that position.
     is_overtaken: bool,
     /// When this instance last committed, or began to work on a batch.
     last_sign: Option<Instant>,
-    /// Whether the stored position belongs to this run, as far as it knows.
+    /// Whether the stored position belongs to this run, as far as the run knows.
     is_owner: bool,
 }
 
 impl Run {
-    /// Where the position was when it was seen last.
+    /// The offset of the newest position that this run has seen.
     pub(super) fn next(&self) -> Option<Offset> {
         self.seen.map(|seen| seen.next)
     }
 
-    /// Takes note of a pulse. `false` if the position went back behind what this run has seen.
+    /// Records a pulse. Returns `false` if the position went back behind the newest one that this
+    /// run has seen.
     pub(super) fn note(&mut self, pulse: &Pulse) -> bool {
         let Pulse { next, revision, .. } = *pulse;
         if self.seen.is_some_and(|seen| revision.is_lost_since(seen.revision)) {
@@ -137,40 +143,42 @@ impl Run {
     }
 }
 
-/// Where the session stands.
+/// The session's current position.
 #[derive(Default)]
 pub(super) struct Place {
     pub(super) next: Offset,
     passed: Option<Passed>,
     revision: Revision,
-    /// Whether this session has committed, and thereby opened an epoch.
+    /// Whether this session has committed, which opens an epoch.
     is_epoch_open: bool,
 }
 
-/// A position as a run has seen it.
+/// A position that a run has seen.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     revision: Revision,
     next: Offset,
 }
 
-/// A commit that may have been applied, and what is to be counted if it was.
+/// A commit that may have been applied, and the counts to add if it was.
 struct Unanswered {
     expected: Revision,
     revision: Revision,
     done: Done,
 }
 
-/// When to look for silent producers.
+/// When to check for silent producers.
 #[derive(Default)]
 pub(super) struct LookForSilent {
     last: Option<Instant>,
-    /// What the log held then, and when by this process's clock: what was in the log is to be read first.
+    /// The log's bounds at the last check, and its time by this process's clock. The consumer first
+    /// reads everything that the log held then.
     pending: Option<(Bounds, SystemTime)>,
 }
 
 impl<S: OffsetStore> Session<'_, S> {
-    /// Runs until `stop`, or until the position reaches `until`, which is set to the log's end if it is still `None`.
+    /// Runs until `stop`, or until the position reaches `until`. An `until` that is still `None` is
+    /// set to the log's end.
     pub(super) async fn run<H: Handler<D::Tx>, D: Delivery<S>>(
         mut self,
         handler: &mut H,
@@ -189,7 +197,7 @@ impl<S: OffsetStore> Session<'_, S> {
             return Ok(());
         };
         if until.is_some_and(|until| self.place.next >= until) {
-            // Nothing is left to read, and so nothing would show that this is another log.
+            // Without a read, nothing else would detect a replaced log.
             return self.or_stop(compare(self.log, self.id, self.place.passed)).await;
         }
         let mut ahead = ReadAhead::spawn(
@@ -211,7 +219,7 @@ impl<S: OffsetStore> Session<'_, S> {
         until: &mut Option<Offset>,
     ) -> Result<(), Failure> {
         let yields = rt::has_one_thread();
-        // Taken, but not handled within the time limit of the batch before.
+        // Records taken but not handled within the time limit of the previous batch.
         let mut left = Vec::new();
         while until.is_none_or(|until| self.place.next < until) {
             let mut batch = match left.is_empty() {
@@ -229,14 +237,16 @@ impl<S: OffsetStore> Session<'_, S> {
             self.look_for_silent().await?;
             self.count_behind().await?;
             self.telemetry.waits(batch.first(), self.now);
-            // From here on, a record that retention takes is one that was tried.
+            // From here on, retention may remove a record that was already tried, which must be
+            // reported.
             self.run.started_at = None;
             self.split_off_unpassable(&mut batch, &mut left)?;
             let passed = D::deliver(self, handler, &batch).await?;
             if passed < batch.len() {
                 left.splice(..0, batch.drain(passed..));
             }
-            // A backend may never make the loop wait, and on a runtime of one thread other tasks want their turn.
+            // A backend may never make the loop wait, and would then starve the other tasks of a
+            // runtime with one thread.
             if yields {
                 rt::yield_now().await;
             }
@@ -245,7 +255,8 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
-    /// The greatest offset has no successor, so no position can be behind a record there. Those before it are handled first.
+    /// The greatest offset has no successor, so no position can come after a record there. The
+    /// records before it are handled first.
     fn split_off_unpassable(&self, batch: &mut Vec<Record>, left: &mut Vec<Record>) -> Result<(), Failure> {
         match batch.len() {
             0 => {}
@@ -253,8 +264,8 @@ impl<S: OffsetStore> Session<'_, S> {
             1 => {
                 return Err(Failure::Backend(Error::failed(
                     format!("pass the record at {} of log {}", Offset::MAX, self.log.id()),
-                    "it is the greatest offset there is, so no position can be behind it; remove the record, and append \
-                     it to another log",
+                    "this is the greatest offset, so no position can come after it; remove the record and append it to \
+                     another log",
                 )));
             }
             len => left.extend(batch.drain(len - 1..)),
@@ -262,7 +273,7 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
-    /// Waits for records. `None` if none is left before `until`.
+    /// Waits for records. Returns `None` if none is left before `until`.
     async fn next_batch(
         &mut self,
         ahead: &mut ReadAhead,
@@ -271,7 +282,7 @@ impl<S: OffsetStore> Session<'_, S> {
         let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
         let max = if is_apart { 1 } else { self.settings.max_batch };
         let mut taking = pin!(ahead.take(max, self.alone));
-        // Records that are there already cost no timer and no look at the position.
+        // Records that have already arrived need neither a timer nor a look at the position.
         tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(Failure::Stopped),
@@ -279,7 +290,7 @@ impl<S: OffsetStore> Session<'_, S> {
             () = ready(()) => {}
         }
         self.heart.rest();
-        // While it waits for records, silence means nothing.
+        // Silence means nothing while the consumer waits for records.
         self.run.last_sign = None;
         self.telemetry.waits(None, self.now);
         let mut pulse = Pulse {
@@ -295,7 +306,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 batch = &mut taking => break batch?,
                 seen = watch(self.store, self.id, &pulse), if until.is_none() => {
                     pulse = seen;
-                    // It may only be late; the position itself decides.
+                    // The pulse may only be late, so the position itself decides.
                     if pulse.revision != self.place.revision {
                         self.check_current().await?;
                     }
@@ -313,7 +324,7 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(Some(batch))
     }
 
-    /// The action's result, unless the run is stopped while it lasts; the action is then dropped.
+    /// The action's result. If the run is stopped first, the action is dropped.
     pub(super) async fn unless_stopped<T>(&self, action: impl Future<Output = T>) -> Result<T, Failure> {
         tokio::select! {
             biased;
@@ -322,7 +333,7 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// The same for what may fail.
+    /// The same for an action that may fail.
     pub(super) async fn or_stop<T>(&self, action: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
         Ok(self.unless_stopped(action).await??)
     }
@@ -334,7 +345,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.or_stop(self.log.durability()).await?,
             ),
             (
-                format!("the store of consumer {}", self.id),
+                format!("store of consumer {}", self.id),
                 self.or_stop(self.store.durability()).await?,
             ),
         ];
@@ -342,13 +353,14 @@ impl<S: OffsetStore> Session<'_, S> {
             match durability {
                 Durability::Durable => {}
                 Durability::Volatile(why) => return Err(Error::Volatile { what, why }.into()),
-                Durability::Unknown(why) => tracing::warn!(%what, %why, "durability is unknown"),
+                Durability::Unknown(why) => tracing::warn!(%what, %why, "cannot find out whether this is durable"),
             }
         }
         Ok(())
     }
 
-    /// Loads the stored position and opens a reader there. `None` if another instance has brought the position to `until`.
+    /// Loads the stored position and opens a reader there. Returns `None` if another instance has
+    /// brought the position to `until`.
     async fn load(&mut self, until: Option<Offset>) -> Result<Option<Box<dyn LogReader>>, Failure> {
         let mut has_stood_by = false;
         let mut silent_since = None;
@@ -378,7 +390,8 @@ impl<S: OffsetStore> Session<'_, S> {
                 && silent_since.take() != Some(position.revision)
             {
                 if let Some(last_sign) = self.run.last_sign.take() {
-                    // Displaced, though alive: this instance was silent for longer than a standby bears.
+                    // This instance was displaced although it was alive: it was silent for longer
+                    // than a standby tolerates.
                     let silence = last_sign.elapsed();
                     self.run.silences.remember(silence, self.settings.standby_after);
                 }
@@ -395,8 +408,9 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// Opens a reader at that position. An instance that stood by makes the position its own first, so that neither the
-    /// former owner nor another standby handles the same records in vain.
+    /// Opens a reader at the position. An instance that stood by first takes ownership of the
+    /// position, so that neither the former owner nor another standby handles the same records in
+    /// vain.
     async fn go_on(&mut self, position: Position, has_stood_by: bool) -> Result<Box<dyn LogReader>, Failure> {
         let Position {
             next,
@@ -428,7 +442,8 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(reader)
     }
 
-    /// Fails if the store lost commits that this run has seen, unless the log lost what they were made of, too.
+    /// Fails if the store lost commits that this run has seen, unless the log lost their records
+    /// too.
     async fn check_not_lost(&mut self, stored: Option<&Position>) -> Result<(), Failure> {
         let Some(seen) = self.run.seen else {
             return Ok(());
@@ -437,8 +452,9 @@ impl<S: OffsetStore> Session<'_, S> {
         if found.is_some_and(|found| !found.is_lost_since(seen.revision)) {
             return Ok(());
         }
-        // Without a position, any other start would pass over records whose effects the store has lost. And once the log has
-        // grown past the place that was seen, records that are missing may as well have been deleted.
+        // Without a position, any other start would pass over records whose effects the store has
+        // lost. Once the log has grown past the newest position that this run has seen, missing
+        // records may also have been deleted.
         let can_go_on = found.is_some() || self.settings.start_at == StartAt::Earliest;
         let went_back_together = can_go_on && self.or_stop(self.log.bounds()).await?.end < seen.next;
         if !went_back_together {
@@ -451,20 +467,21 @@ impl<S: OffsetStore> Session<'_, S> {
         tracing::warn!(
             seen = %seen.revision,
             found = ?found,
-            "position and log went back together, as in a fail-over; going on from the stored position"
+            "position and log went back together, as in a failover; continuing from the stored position"
         );
         self.run.report.rewound += 1;
         self.telemetry.rewound.increment(1);
         Ok(())
     }
 
-    /// Whether this is the first position of a new consumer that was given no record yet.
+    /// Whether this is the first position of a new consumer that has not received a record yet.
     fn is_at_start(&self) -> bool {
         self.run.started_at == Some((self.place.revision, self.place.next))
     }
 
-    /// Opens a reader where the settings say, and then commits that place as the first position. Retention may overtake it
-    /// meanwhile, or have overtaken the first position of a consumer that was given no record yet: then it begins again.
+    /// Opens a reader at the configured start, and then commits that place as the first position.
+    /// It begins again if retention overtakes the place meanwhile, or has overtaken the first
+    /// position of a consumer that has not received a record yet.
     async fn start(&mut self) -> Result<Box<dyn LogReader>, Failure> {
         let mut starts = 1;
         let (next, reader) = loop {
@@ -488,10 +505,10 @@ impl<S: OffsetStore> Session<'_, S> {
             if next <= overtaken {
                 return Err(Failure::Backend(Error::unavailable(
                     format!("begin at the earliest record of log {}", self.log.id()),
-                    format!("the log says that {next} is its earliest offset, and that it was removed"),
+                    format!("the log reports {next} as its earliest offset and as removed"),
                 )));
             }
-            tracing::warn!(%overtaken, %next, "retention overtook this new consumer before its first record; beginning again");
+            tracing::warn!(%overtaken, %next, "retention overtook this new consumer before its first record; starting over");
         }
         let tx = self.begin().await?;
         self.commit_at(tx, next, None, Done::default()).await?;
@@ -501,7 +518,8 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(reader)
     }
 
-    /// A new consumer that retention overtakes before its first record begins again: it asked for the earliest one.
+    /// A new consumer that retention overtakes before its first record starts over, because it
+    /// asked for the earliest one.
     fn explain_start(&mut self, failure: Failure) -> Failure {
         match failure {
             Failure::Backend(error @ Error::Truncated { .. }) if self.is_at_start() => {
@@ -512,8 +530,8 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// Counts the commit whose reply was lost, if the stored position is the one that it made. While the position is the one
-    /// before it, it may still arrive.
+    /// Counts the commit whose reply was lost, if it made the stored position. If the position is
+    /// still the one before that commit, the commit may yet arrive.
     fn count_unanswered(&mut self, position: &Position) {
         let unanswered = mem::take(&mut self.run.unanswered);
         for commit in unanswered {
@@ -521,12 +539,12 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.run.unanswered.push(commit);
             } else if (commit.revision, Some(self.owner)) == (position.revision, position.owner) {
                 let Unanswered { revision, done, .. } = commit;
-                tracing::debug!(%revision, "a commit whose reply was lost has been applied");
+                tracing::debug!(%revision, "a commit whose reply was lost was applied");
                 if done.failed > 0 {
                     let unhandled = done.failed;
                     tracing::warn!(
                         unhandled,
-                        "records are passed over: their offset is committed, and they were not handled"
+                        "passing over records: their offset is committed, and they were not handled"
                     );
                 }
                 self.run.report.commits += 1;
@@ -536,7 +554,7 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// Begins to look for silent producers now and then.
+    /// Starts a check for silent producers now and then.
     async fn look_for_silent(&mut self) -> Result<(), Failure> {
         if self.silent.last.is_none_or(|last| last.elapsed() > FORGET_EVERY) && !self.windows.is_empty() {
             self.silent.last = Some(Instant::now());
@@ -545,20 +563,21 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
-    /// Counts the records behind the position now and then, where the log can tell.
+    /// Counts the records behind the position now and then, if the log can.
     async fn count_behind(&mut self) -> Result<(), Failure> {
         if self.counted.is_none_or(|counted| counted.elapsed() > COUNT_EVERY) {
             self.counted = Some(Instant::now());
             match self.unless_stopped(self.log.count_from(self.place.next)).await? {
                 Ok(Some(records)) => self.telemetry.behind(records),
                 Ok(None) => {}
-                Err(error) => tracing::debug!(%error, "the records behind the position could not be counted"),
+                Err(error) => tracing::debug!(%error, "could not count the records behind the position"),
             }
         }
         Ok(())
     }
 
-    /// Forgets silent producers, if with `last` everything is read that the log held when this began to look.
+    /// Forgets silent producers, if the session has read everything that the log held when the
+    /// check began. `last` is the last record read.
     fn forget_silent(&mut self, last: &Record) {
         let Some((bounds, now)) = self
             .silent
@@ -583,8 +602,8 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// Fails if another instance committed since the position was loaded. What a handler said of a record then counts for
-    /// nothing: it may have judged by the other's effects.
+    /// Fails if another instance has committed since the position was loaded. The handler's verdict
+    /// on a record then does not count, because it may be based on the other instance's effects.
     pub(super) async fn check_current(&self) -> Result<(), Failure> {
         let stored = self.or_stop(self.store.position(self.id)).await?;
         match stored.map_or(Revision::NONE, |position| position.revision) {
@@ -593,15 +612,15 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// Whether a commit that stages nothing and moves nothing is possible. If not, the backend is to blame for the one that
-    /// failed, and not the records in it.
+    /// Whether a commit that stages nothing and moves nothing is possible. If it fails, the backend
+    /// is to blame for the failed commit, and not its records.
     pub(super) async fn can_commit(&mut self) -> Result<(), Failure> {
         let tx = self.begin().await?;
         let Place { next, passed, .. } = self.place;
         Ok(self.commit_at(tx, next, passed, Done::default()).await?)
     }
 
-    /// Drops a record that was seen before, with a warning now and then.
+    /// Drops a record that was seen before, and logs a warning now and then.
     pub(super) fn drop_duplicate(&mut self, record: &Record) {
         if let Some(origin) = &record.origin {
             tracing::debug!(offset = %record.offset, %origin, "dropped a duplicate");
@@ -610,11 +629,11 @@ impl<S: OffsetStore> Session<'_, S> {
         self.windows.mark(record, self.now);
     }
 
-    /// Commits the transaction with the position behind that record. If the reply is lost, `done` is counted once the
-    /// position shows that the commit was applied.
+    /// Commits the transaction with the position after `last`. If the reply is lost, `done` is
+    /// counted once the position shows that the commit was applied.
     pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record, done: Done) -> Result<(), Error> {
         self.forget_silent(last);
-        // A record that could not be decoded may be one day, and is another one then.
+        // A later version may decode a malformed record, and its digest then differs.
         let passed = last.malformed.is_none().then(|| Passed::new(last));
         self.commit_at(tx, last.offset.successor(), passed, done).await
     }
@@ -659,7 +678,7 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
-    /// Counts what a batch came to.
+    /// Adds a batch to the counts.
     pub(super) fn count(&mut self, done: Done, batch: &[Record]) {
         let report = &mut self.run.report;
         report.handled += done.handled;
@@ -673,26 +692,26 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    /// Counts a try that failed.
+    /// Counts a failed try.
     pub(super) fn count_failed_try(&mut self) {
         self.run.report.failed_tries += 1;
         self.telemetry.failed_tries.increment(1);
     }
 }
 
-/// Waits for a change of the position. A store in trouble is not the concern of a consumer that only waits.
+/// Waits for a change of the position. A consumer that only waits ignores errors of the store.
 async fn watch<S: OffsetStore>(store: &S, id: &ConsumerId, seen: &Pulse) -> Pulse {
     match store.watch(id, seen, WATCH_EVERY).await {
         Ok(pulse) => pulse,
         Err(error) => {
-            tracing::debug!(%error, "could not look at the position");
+            tracing::debug!(%error, "could not watch the position");
             rt::sleep(WATCH_EVERY).await;
             *seen
         }
     }
 }
 
-/// What a batch came to.
+/// The counts of a batch.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Done {
     pub(super) handled: u64,

@@ -93,7 +93,8 @@ async fn a_producer_is_not_silent_while_its_records_are_unread_or_dropped() {
     let after = Duration::from_millis(100);
     assert_eq!(catch_up(&log, &memory, after).await, (2, 0));
     for round in 0..4u64 {
-        // Unread while the consumer is down for longer than that, and retention removes all that was read.
+        // Unread while the consumer is down for longer than that, and retention removes all that
+        // was read.
         log.append(std::slice::from_ref(&resent)).await.unwrap();
         log.truncate((2 + round).into());
         tokio::time::sleep(after + Duration::from_millis(20)).await;
@@ -131,7 +132,8 @@ async fn a_process_that_numbers_anew_in_a_fresh_epoch_loses_nothing() {
     }
 }
 
-/// The bug report that this answers: a process whose clock is eight days ahead made consumers forget all other producers.
+/// The bug report that this answers: a process whose clock is eight days ahead made consumers
+/// forget all other producers.
 #[tokio::test]
 async fn one_wrong_clock_forgets_nobody_elses_window() {
     let week = Duration::from_secs(7 * 86_400);

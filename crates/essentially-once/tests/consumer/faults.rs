@@ -12,7 +12,8 @@ const STEPS: [Step; 7] = [
     Step::Commit,
 ];
 
-/// Runs essentially-once in batches of 5 with that script, and checks that every record was counted once.
+/// Runs essentially-once in batches of 5 with that script, and checks that every record was counted
+/// once.
 async fn every_record_counts_once(script: Script) -> essentially_once::consumer::Report {
     let backend = Backend::new(RECORDS, script).await;
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())

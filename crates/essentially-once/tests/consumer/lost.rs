@@ -11,7 +11,8 @@ use essentially_once::{
 
 use super::*;
 
-/// Fails the second commit for a moment, and shows `fault` when the consumer then asks for its position.
+/// Fails the second commit for a moment, and shows `fault` when the consumer then asks for its
+/// position.
 async fn run_with(fault: Fault, start_at: StartAt) -> (Backend, Result<Report, Error>) {
     let script = Script::default()
         .fail(Step::Commit, 2, Fault::Before)
@@ -129,8 +130,8 @@ impl Log for FailsOver {
     }
 }
 
-/// The bug report that this answers: a log restored from an older copy had grown past the consumer's position, and the records
-/// between were never handled.
+/// The bug report that this answers: a log restored from an older copy had grown past the
+/// consumer's position, and the records between were never handled.
 #[tokio::test]
 async fn a_log_restored_from_an_older_copy_that_has_grown_again_is_noticed() {
     let backend = Backend::new(RECORDS, Script::default()).await;

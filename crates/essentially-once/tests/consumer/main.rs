@@ -1,4 +1,5 @@
-//! The consumer loop under a scripted backend: what becomes of records and position with a fault at each step.
+//! The consumer loop under a scripted backend: what becomes of records and position with a fault at
+//! each step.
 
 #![allow(
     missing_docs,

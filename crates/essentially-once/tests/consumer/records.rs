@@ -148,7 +148,8 @@ async fn at_most_once_counts_the_rest_of_a_fatal_batch_as_failed() {
     assert!(error.to_string().contains("position is past this record"), "{error}");
 }
 
-/// Gathers, and writes at each flush; a store may refuse what it wrote, at the flush or at the commit.
+/// Gathers, and writes at each flush; a store may refuse what it wrote, at the flush or at the
+/// commit.
 struct Gathers {
     gathered: Vec<Record>,
     /// The payload that makes a flush fail, and the one that makes the commit fail.

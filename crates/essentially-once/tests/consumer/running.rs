@@ -323,7 +323,8 @@ async fn a_stop_does_not_wait_for_a_transaction_that_cannot_begin() {
     assert_eq!(run.await.unwrap().unwrap().handled, 0);
 }
 
-/// A handler that takes what it finds in the state for its own doing, as one with a unique constraint does.
+/// A handler that takes what it finds in the state for its own doing, as one with a unique
+/// constraint does.
 struct RejectsWhatIsThere(
     Option<(
         essentially_once::memory::MemoryLog,

@@ -131,7 +131,8 @@ async fn a_batch_is_committed_when_its_time_is_up_and_the_rest_goes_into_the_nex
         .run_until_caught_up()
         .await
         .unwrap();
-    // Three records take 90 ms, and a fourth would exceed 100 ms. The first commit is that of the position.
+    // Three records take 90 ms, and a fourth would exceed 100 ms. The first commit is that of the
+    // position.
     assert_eq!(
         (report.handled, report.commits),
         (RECORDS, 1 + RECORDS.div_ceil(3)),

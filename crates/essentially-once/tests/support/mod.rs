@@ -1,4 +1,5 @@
-//! A backend that does as scripted: it counts the steps of the loop and, at a chosen one, fails in a chosen way.
+//! A backend that does as scripted: it counts the steps of the loop and, at a chosen one, fails in
+//! a chosen way.
 
 use std::{
     collections::VecDeque,
@@ -342,7 +343,8 @@ impl Transaction for ScriptedTx {
                 Err(error(Fault::After, Step::Commit))
             }
             Some(Fault::Overtaken) => {
-                // The other instance is just as right: it handled the same record, here the first one of the batch.
+                // The other instance is just as right: it handled the same record, here the first
+                // one of the batch.
                 let mut other = self.store.begin(&self.consumer).await?;
                 let next = advance_by_one(&self.store, &self.consumer, &mut other).await;
                 let mut overtaking = advance.clone();
@@ -399,7 +401,8 @@ pub async fn count_one<Tx: KeyValue>(tx: &mut Tx, key: &[u8]) -> Result<(), Erro
     tx.put(key, &(before + 1).to_be_bytes()).await
 }
 
-/// Counts each record under its payload, in the state (essentially-once) or in memory (the other deliveries).
+/// Counts each record under its payload, in the state (essentially-once) or in memory (the other
+/// deliveries).
 #[derive(Default, Clone)]
 pub struct Counter {
     script: Script,
