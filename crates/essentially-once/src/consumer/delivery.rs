@@ -1,26 +1,15 @@
-//! The three deliveries: the order in which a consumer handles a batch and commits its offset.
-
-use std::{
-    any::Any,
-    future::{Future, poll_fn},
-    mem,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
-    task::Poll,
-    time::Duration,
-};
+use std::mem;
 
 use async_trait::async_trait;
-use tokio_util::sync::CancellationToken;
 
 use super::{
-    Settings,
-    session::{Done, FailedRecord, Failure, Session},
+    call::{Cut, Interrupted, flush, grace_is_over, handle},
+    failure::{FailedRecord, Failure},
+    run::Done,
+    session::Session,
+    settings::Settings,
 };
-use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction,
-    rt::{self, Instant},
-};
+use crate::{Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction, rt::Instant};
 
 /// The order of handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and
 /// [`AtMostOnce`].
@@ -64,16 +53,6 @@ pub enum AtLeastOnce {}
 pub enum AtMostOnce {}
 
 const NOTHING_MOVED: &str = "fatal error; nothing of its batch was committed";
-
-/// Whether a handler that is still running is cut off when the run is stopped.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Cut {
-    /// Its future is dropped after the grace period, and its transaction is rolled back, as in a
-    /// crash.
-    AfterGrace,
-    /// It finishes, because nothing would undo its effects so far.
-    Never,
-}
 
 #[async_trait]
 impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
@@ -284,40 +263,6 @@ fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
     }
 }
 
-impl Failure {
-    fn is_fatal(&self) -> bool {
-        matches!(self, Self::Record(failed) if failed.error.kind == HandlerErrorKind::Fatal)
-    }
-}
-
-impl FailedRecord {
-    /// A backend in trouble is not the record's fault, even if the handler noticed it first and
-    /// wrapped its error.
-    fn classify(self) -> Failure {
-        if self.error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*self.error.source) {
-            return Failure::Record(self);
-        }
-        Failure::Backend(match self.error.source.downcast::<Error>() {
-            Ok(error) if error.is_transient() => *error,
-            Ok(error) => Error::unavailable(format!("handle the record at {}", self.offset), error),
-            Err(source) => Error::unavailable(format!("handle the record at {}", self.offset), source),
-        })
-    }
-}
-
-fn is_caused_by_backend(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        next = match error.downcast_ref::<Error>() {
-            Some(error) if error.is_transient() => return true,
-            // `source()` is `None`, so follow its cause instead.
-            Some(error) => error.cause().map(|cause| cause as &(dyn std::error::Error + 'static)),
-            None => error.source(),
-        };
-    }
-    false
-}
-
 #[async_trait]
 impl<S: OffsetStore> Delivery<S> for AtMostOnce {
     type Tx = ();
@@ -421,95 +366,4 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
         }
     }
     (done, fatal)
-}
-
-/// Why a call of the handler did not succeed.
-enum Interrupted {
-    Failed(HandlerError),
-    /// The run was stopped, and the handler did not finish in time.
-    Stopped,
-}
-
-/// Calls the handler. A panic in it is a failure like any other, and it never gets a malformed
-/// record.
-async fn handle<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
-    session: &mut Session<'_, S>,
-    handler: &mut H,
-    record: &Record,
-    tx: &mut Tx,
-    cut: Cut,
-) -> Result<(), Interrupted> {
-    if let Some(reason) = &record.malformed {
-        session.count_failed_try();
-        return Err(Interrupted::Failed(HandlerError::reject(format!(
-            "the entry could not be decoded: {reason}"
-        ))));
-    }
-    let limit = session.settings.record_time_limit;
-    call(session, limit, cut, async move { handler.handle(record, tx).await }).await
-}
-
-/// Calls the handler's `flush`. A panic in it is a failure too.
-async fn flush<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
-    session: &mut Session<'_, S>,
-    handler: &mut H,
-    tx: &mut Tx,
-    cut: Cut,
-) -> Result<(), Interrupted> {
-    call(session, None, cut, async move { handler.flush(tx).await }).await
-}
-
-async fn call<S: OffsetStore>(
-    session: &mut Session<'_, S>,
-    limit: Option<Duration>,
-    cut: Cut,
-    call: impl Future<Output = Result<(), HandlerError>> + Send,
-) -> Result<(), Interrupted> {
-    let call = pin!(call);
-    let limited = rt::within(limit, catch_panic(call));
-    let (stop, grace) = (session.stop, session.settings.stop_grace);
-    let result = tokio::select! {
-        biased;
-        result = limited => result,
-        () = grace_is_over(stop, grace), if cut == Cut::AfterGrace => {
-            tracing::warn!(?grace, "the run was stopped and the handler did not finish in time; rolling its transaction back");
-            return Err(Interrupted::Stopped);
-        }
-    };
-    let error = match result {
-        Some(Ok(Ok(()))) => return Ok(()),
-        Some(Ok(Err(error)) | Err(error)) => error,
-        None => HandlerError::retry(format!(
-            "the handler did not finish within its time limit of {:?}",
-            limit.unwrap_or_default()
-        )),
-    };
-    session.count_failed_try();
-    Err(Interrupted::Failed(error))
-}
-
-async fn grace_is_over(stop: &CancellationToken, grace: Duration) {
-    stop.cancelled().await;
-    rt::sleep(grace).await;
-}
-
-/// Polls a future and turns a panic in it into an error. Make the calls inside the future, so that
-/// a panic before the first await is caught too.
-pub(super) async fn catch_panic<T>(mut future: Pin<&mut (impl Future<Output = T> + Send)>) -> Result<T, HandlerError> {
-    poll_fn(
-        |context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
-            Ok(poll) => poll.map(Ok),
-            Err(panic) => Poll::Ready(Err(panicked(panic))),
-        },
-    )
-    .await
-}
-
-fn panicked(panic: Box<dyn Any + Send>) -> HandlerError {
-    let message = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no message");
-    HandlerError::retry(format!("the handler panicked: {message}"))
 }

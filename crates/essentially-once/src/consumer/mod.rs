@@ -1,13 +1,20 @@
 //! The consumer loop.
 
+mod call;
+mod consume;
 mod delivery;
 mod duplicates;
+mod failure;
 mod heart;
+mod load;
 mod read_ahead;
 mod report;
 mod resume;
+mod run;
 mod seek;
 mod session;
+mod settings;
+mod silences;
 mod skip;
 mod standby;
 mod supervisor;
@@ -23,36 +30,25 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use self::{
-    delivery::catch_panic,
+    call::catch_panic,
     heart::Heart,
     report::Telemetry,
-    session::{LookForSilent, Place, Run, Session},
+    run::Run,
+    session::{LookForSilent, Place, Session},
+    settings::Settings,
     supervisor::Supervisor,
 };
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce},
     report::Report,
-    seek::seek,
+    seek::{StartAt, seek},
     skip::skip,
 };
 pub use crate::handler::{HandlerErrorKind, HandlerFn, HandlerFuture};
-use crate::{ConsumerId, Error, Handler, Log, Offset, OffsetStore, Owner, rt, window::Windows};
+use crate::{ConsumerId, Error, Handler, Log, OffsetStore, Owner, rt, window::Windows};
 
 /// How long the end of a run waits for the store to release the position.
 const RELEASE_LIMIT: Duration = Duration::from_millis(75);
-
-/// Where a consumer without a position begins. The consumer commits this place before it handles
-/// the first record, so that the decision is made only once.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum StartAt {
-    /// At the earliest record that the log still holds.
-    #[default]
-    Earliest,
-    /// After the last record that the log holds at that moment.
-    Latest,
-    /// At this offset.
-    Offset(Offset),
-}
 
 /// Reads a log from a stored position and passes each record to a handler. One loop for every
 /// backend and every delivery.
@@ -93,44 +89,6 @@ pub struct Consumer<S, H, D> {
     handler: H,
     settings: Settings,
     delivery: PhantomData<fn() -> D>,
-}
-
-struct Settings {
-    start_at: StartAt,
-    max_batch: usize,
-    read_ahead_records: Option<usize>,
-    read_ahead_bytes: usize,
-    accept_volatile: bool,
-    retries: u32,
-    restart_limit: Option<u32>,
-    min_backoff: Duration,
-    max_backoff: Duration,
-    forget_producers_after: Duration,
-    batch_time_limit: Duration,
-    record_time_limit: Option<Duration>,
-    stop_grace: Duration,
-    standby_after: Duration,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            start_at: StartAt::default(),
-            max_batch: 100,
-            read_ahead_records: None,
-            read_ahead_bytes: 8 * 1024 * 1024,
-            accept_volatile: false,
-            retries: 10,
-            restart_limit: None,
-            min_backoff: Duration::from_millis(10),
-            max_backoff: Duration::from_secs(10),
-            forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
-            batch_time_limit: Duration::from_millis(100),
-            record_time_limit: None,
-            stop_grace: Duration::from_secs(10),
-            standby_after: Duration::from_secs(1),
-        }
-    }
 }
 
 impl<S: OffsetStore, H: Handler<S::Tx>> Consumer<S, H, EssentiallyOnce> {
@@ -357,7 +315,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     async fn restart_until_done(mut self, stop: &CancellationToken, until_caught_up: bool) -> Result<Report, Error> {
-        self.check_settings()?;
+        self.settings.check()?;
         let owner = Owner::draw();
         let heart = Heart::spawn(&self.store, &self.id, owner, self.settings.standby_after);
         let mut run = Run::default();
@@ -436,26 +394,6 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             }
             () = stop.cancelled() => {}
         }
-    }
-
-    fn check_settings(&self) -> Result<(), Error> {
-        let zero = |setting, value: usize| match value {
-            0 => Err(Error::InvalidSetting {
-                setting,
-                reason: "it is 0 and must be at least 1".into(),
-            }),
-            _ => Ok(()),
-        };
-        zero("max_batch", self.settings.max_batch)?;
-        zero("read_ahead_records", self.settings.read_ahead_records.unwrap_or(1))?;
-        zero("read_ahead_bytes", self.settings.read_ahead_bytes)?;
-        if self.settings.min_backoff > self.settings.max_backoff {
-            return Err(Error::InvalidSetting {
-                setting: "min_backoff",
-                reason: "it is longer than `max_backoff`".into(),
-            });
-        }
-        Ok(())
     }
 }
 

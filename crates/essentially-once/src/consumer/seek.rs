@@ -1,7 +1,19 @@
 //! Moves a position by hand.
 
-use super::StartAt;
 use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Transaction};
+
+/// Where a consumer without a position begins. The consumer commits this place before it handles
+/// the first record, so that the decision is made only once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum StartAt {
+    /// At the earliest record that the log still holds.
+    #[default]
+    Earliest,
+    /// After the last record that the log holds at that moment.
+    Latest,
+    /// At this offset.
+    Offset(Offset),
+}
 
 /// Moves a consumer's position to another place in its log and returns the new offset. For an
 /// operator who wants to handle records again, or to continue after [`Error::Truncated`],

@@ -1,8 +1,6 @@
-//! Watches the active instance, and takes over when it shows no sign of life.
+use std::{future::pending, sync::Arc, time::Duration};
 
-use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
-
-use super::session::{Failure, Session};
+use super::{failure::Failure, session::Session};
 use crate::{
     Error, Log, LogReader, Offset, OffsetStore, Position, Revision,
     rt::{self, Instant},
@@ -10,15 +8,6 @@ use crate::{
 
 /// How many times a standby checks within the silence that makes it take over.
 const LOOKS: u32 = 10;
-
-/// By which factor the next silence must exceed the longest recent silence of a live owner.
-const MARGIN: u32 = 3;
-
-/// How many silences are remembered.
-const REMEMBERED: usize = 16;
-
-/// The longest silence to remember, as a multiple of `standby_after`.
-const LONGEST: u32 = 60;
 
 /// Why a standby stopped watching.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,30 +18,6 @@ pub(super) enum Watched {
     Changed,
     /// Records wait, and the owner has shown no sign of life since this revision.
     Silent(Revision),
-}
-
-/// How long the owners of a position were silent while they were alive. It belongs to a run, and
-/// outlives its sessions.
-#[derive(Debug, Default)]
-pub(super) struct Silences {
-    recent: VecDeque<Duration>,
-}
-
-impl Silences {
-    /// Remembers how long a live owner was silent. Caps outliers, such as the time of a suspension.
-    pub(super) fn remember(&mut self, silence: Duration, standby_after: Duration) {
-        if self.recent.len() == REMEMBERED {
-            self.recent.pop_front();
-        }
-        self.recent
-            .push_back(silence.min(standby_after.saturating_mul(LONGEST)));
-    }
-
-    /// How long an owner must be silent to count as dead.
-    pub(super) fn limit(&self, standby_after: Duration) -> Duration {
-        let longest = self.recent.iter().max().copied().unwrap_or_default();
-        standby_after.max(longest.saturating_mul(MARGIN))
-    }
 }
 
 impl<S: OffsetStore> Session<'_, S> {
@@ -178,31 +143,5 @@ impl Waiting {
         tracing::debug!(%error, "this standby cannot read the log");
         self.reader = None;
         self.have_arrived = !error.is_transient();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    #[test]
-    fn patience_grows_with_the_silences_of_the_living_and_fades_with_them() {
-        let mut silences = Silences::default();
-        assert_eq!(silences.limit(SECOND), SECOND);
-        silences.remember(5 * SECOND, SECOND);
-        assert_eq!(silences.limit(SECOND), 15 * SECOND);
-        for _ in 0..REMEMBERED {
-            silences.remember(SECOND / 10, SECOND);
-        }
-        assert_eq!(silences.limit(SECOND), SECOND);
-    }
-
-    #[test]
-    fn an_hour_of_suspension_does_not_make_a_standby_wait_for_hours() {
-        let mut silences = Silences::default();
-        silences.remember(3_600 * SECOND, SECOND);
-        assert_eq!(silences.limit(SECOND), MARGIN * LONGEST * SECOND);
     }
 }

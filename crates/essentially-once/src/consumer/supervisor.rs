@@ -4,7 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
-use super::{Report, Settings, report::Telemetry, session::Failure};
+use super::{
+    failure::Failure,
+    report::{Report, Telemetry},
+    settings::Settings,
+};
 use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset};
 
 /// Decides after each failure between another try and the end of the run.
