@@ -59,7 +59,16 @@ impl Settings {
         if self.min_backoff > self.max_backoff {
             return Err(Error::InvalidSetting {
                 setting: "min_backoff",
-                reason: "it is longer than `max_backoff`".into(),
+                reason: format!(
+                    "it is {:?} and must not exceed `max_backoff`, which is {:?}",
+                    self.min_backoff, self.max_backoff
+                ),
+            });
+        }
+        if self.record_time_limit == Some(Duration::ZERO) {
+            return Err(Error::InvalidSetting {
+                setting: "record_time_limit",
+                reason: "it is 0 s and must be longer; leave it unset for no limit".into(),
             });
         }
         Ok(())
