@@ -17,6 +17,8 @@ use crate::{
 ///
 /// A consumer calls the handler again with the same record whenever the earlier call did not end in
 /// a commit. Effects outside the transaction then happen again.
+///
+/// [`handler_fn`] makes a handler from a closure.
 #[async_trait]
 pub trait Handler<Tx: Send>: Send {
     /// Handles one record. Dropping the future must be harmless, since a crash does the same.
@@ -67,6 +69,9 @@ pub type HandlerFuture<'a> = Pin<Box<dyn Future<Output = Result<(), HandlerError
 
 /// Makes a [`Handler`] from a closure that returns a boxed future.
 ///
+/// Closures need `Box::pin`, because stable Rust cannot yet require the future of an async closure
+/// to be `Send`.
+///
 /// ```
 /// # use essentially_once::{KeyValue, Record, handler_fn, memory::Memory, OffsetStore};
 /// # fn check<Tx: Send>(_: impl essentially_once::Handler<Tx>) {}
@@ -111,6 +116,26 @@ where
 /// If the chain of causes contains a transient [`Error`](crate::Error), the failure counts as the
 /// backend's and not as the record's. A wrapper that hides the error from its chain
 /// (`#[error(transparent)]`) defeats this. Name the error as a `#[source]` instead.
+///
+/// ```
+/// use essentially_once::{HandlerError, Record, consumer::HandlerErrorKind};
+///
+/// fn ship(record: &Record, is_carrier_up: bool) -> Result<(), HandlerError> {
+///     let order = std::str::from_utf8(&record.payload).map_err(HandlerError::reject)?;
+///     let _: u64 = order.parse().map_err(HandlerError::reject)?; // no retry helps
+///     if !is_carrier_up {
+///         return Err(HandlerError::retry("the carrier does not answer"));
+///     }
+///     std::fs::metadata("/")?; // any other error: retry
+///     Ok(())
+/// }
+///
+/// let record = |payload| Record::new(0.into(), std::time::SystemTime::now(), payload);
+/// let error = ship(&record("garbage"), true).unwrap_err();
+/// assert_eq!(error.kind(), HandlerErrorKind::Reject);
+/// let error = ship(&record("10248"), false).unwrap_err();
+/// assert_eq!(error.kind(), HandlerErrorKind::Retry);
+/// ```
 pub struct HandlerError {
     pub(crate) kind: HandlerErrorKind,
     pub(crate) source: Source,

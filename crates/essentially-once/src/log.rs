@@ -79,6 +79,28 @@ pub enum Durability {
 ///   the handle fails, or its records are deleted with the log. The append never recreates the log,
 ///   and its records never show in a later log of the same name. A backend without incarnations
 ///   cannot distinguish the two logs and is exempt. Its documentation says so.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::Memory;
+/// use essentially_once::{Epoch, Log, NewRecord, Offset, Origin, ProducerId, backend::LogReader};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let log = Memory::new().log("orders")?;
+/// let (web, epoch) = (ProducerId::new("web")?, Epoch::fresh());
+/// let order = NewRecord::new("10248").key("VINET").origin(Origin::new(web, epoch, 1));
+/// log.append(&[order.clone()]).await?;
+/// // If the reply is lost, append again. Consumers drop the duplicate by its origin.
+/// log.append(&[order]).await?;
+///
+/// let mut reader = log.read(Offset::ZERO).await?;
+/// let records = reader.next(100).await?;
+/// assert_eq!(records.len(), 2);
+/// assert_eq!(records[0].origin, records[1].origin);
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait Log: Send + Sync {
     /// The log's name, and its incarnation if the backend keeps one. Every call returns the same

@@ -178,6 +178,80 @@ impl Advance {
 /// other consumers and programs write, and the backend's documentation describes it. An open
 /// transaction may hold locks that keep others from writing (SQLite: the whole file), so a handler
 /// should not wait for anything slow.
+///
+/// # Examples
+/// A store that keeps only positions, in memory, for handlers that need no transaction:
+///
+/// ```
+/// use std::{collections::HashMap, sync::{Arc, Mutex}};
+///
+/// use essentially_once::backend::{Advance, Durability, Position, Transaction};
+/// use essentially_once::{ConsumerId, Error, OffsetStore, async_trait};
+///
+/// #[derive(Clone, Default)]
+/// struct Positions(Arc<Mutex<HashMap<ConsumerId, Position>>>);
+///
+/// struct Tx {
+///     store: Positions,
+///     consumer: ConsumerId,
+/// }
+///
+/// #[async_trait]
+/// impl OffsetStore for Positions {
+///     type Tx = Tx;
+///
+///     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+///         Ok(self.0.lock().unwrap().get(consumer).cloned())
+///     }
+///
+///     async fn begin(&self, consumer: &ConsumerId) -> Result<Tx, Error> {
+///         Ok(Tx { store: self.clone(), consumer: consumer.clone() })
+///     }
+///
+///     async fn durability(&self) -> Result<Durability, Error> {
+///         Ok(Durability::Volatile("it keeps positions in memory; use a database".into()))
+///     }
+/// }
+///
+/// #[async_trait]
+/// impl Transaction for Tx {
+///     async fn commit(self, advance: Advance) -> Result<(), Error> {
+///         // Checks and writes under one lock, so that no other commit comes between (S2).
+///         let mut positions = self.store.0.lock().unwrap();
+///         let stored = positions.get(&self.consumer);
+///         let log = advance.check(&self.consumer, stored.map(|stored| (stored.revision, &stored.log)))?;
+///         let mut windows = stored.map(|stored| stored.windows.clone()).unwrap_or_default();
+///         windows.retain(|(numbering, _)| {
+///             let is_replaced = advance.windows.iter().any(|(replaced, _)| replaced == numbering);
+///             !is_replaced && !advance.forgotten.contains(numbering)
+///         });
+///         windows.extend(advance.windows);
+///         let mut position = Position::new(log, advance.next, advance.revision);
+///         (position.owner, position.passed, position.windows) = (advance.owner, advance.passed, windows);
+///         positions.insert(self.consumer, position);
+///         Ok(())
+///     }
+///
+///     async fn rollback(self) -> Result<(), Error> {
+///         Ok(())
+///     }
+/// }
+///
+/// # use essentially_once::{Consumer, Log, NewRecord, Record, handler_fn, memory::Memory};
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// # let log = Memory::new().log("orders")?;
+/// # log.append(&[NewRecord::new("10248")]).await?;
+/// # let store = Positions::default();
+/// # for handled in [1, 0] {
+/// #     let handler = handler_fn(|_: &Record, _: &mut ()| Box::pin(async { Ok(()) }));
+/// #     let consumer = ConsumerId::new("shipping")?;
+/// #     let run = Consumer::at_least_once(consumer, log.clone(), store.clone(), handler);
+/// #     assert_eq!(run.run_until_caught_up().await?.handled, handled);
+/// # }
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait OffsetStore: Send + Sync + 'static {
     /// The transaction that a handler writes to. It owns everything that it needs.
@@ -268,6 +342,32 @@ pub trait OffsetStore: Send + Sync + 'static {
 /// of two. This is the newest commit, or one that was in progress during the call, and never older
 /// than a commit acknowledged before the call. Two calls may see two commits. Compare the revisions
 /// of their positions to find out.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::{Memory, MemoryTx};
+/// use essentially_once::{
+///     Consumer, ConsumerId, KeyValue, Log, NewRecord, ReadState, Record, handler_fn,
+/// };
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (log, store) = (memory.log("orders")?, memory.store());
+/// log.append(&[NewRecord::new("10248")]).await?;
+/// let shipping = ConsumerId::new("shipping")?;
+/// let ship = handler_fn(|record: &Record, tx: &mut MemoryTx| {
+///     Box::pin(async move { Ok(tx.put(&record.payload, b"shipped").await?) })
+/// });
+/// let consumer = Consumer::essentially_once(shipping.clone(), log, store.clone(), ship);
+/// consumer.accept_volatile().run_until_caught_up().await?;
+///
+/// let snapshot = store.read_state(&shipping, &[b"10248".as_slice(), b"10249"]).await?;
+/// assert_eq!(snapshot.values[0].as_deref(), Some(&b"shipped"[..]));
+/// assert_eq!(snapshot.values[1], None);
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait ReadState: OffsetStore {
     /// The consumer's position and the values of `keys`, in the order of the keys.

@@ -50,7 +50,7 @@ use crate::{ConsumerId, Error, Handler, Log, OffsetStore, Owner, rt, window::Win
 /// How long the end of a run waits for the store to release the position.
 const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 
-/// Reads a log from a stored position and passes each record to a handler. One loop for every
+/// Reads a log from its stored position and passes each record to a handler: one loop for every
 /// backend and every delivery.
 ///
 /// The constructor chooses the delivery, which decides what the handler can write to:
@@ -67,12 +67,11 @@ const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 /// jitter) and continues from the stored position. Any other error ends the run.
 ///
 /// A record whose handling fails, with an error or a panic, is tried again alone. The consumer
-/// rolls the transaction back and commits the records before the failed one without it. The run
-/// ends with [`Error::Unhandled`], and the position points to the record, once its
-/// [`retries`](Self::retries) are used up, or at once after
-/// [`HandlerError::reject`](crate::HandlerError::reject). Under at-most-once, where a record must
-/// not be handled twice, the consumer passes over the record and reports it as
-/// [`failed`](Report::failed).
+/// rolls the transaction back and commits the records before the failed one without it. Once the
+/// record's [`retries`](Self::retries) are used up, or at once after
+/// [`HandlerError::reject`](crate::HandlerError::reject), the run ends with [`Error::Unhandled`]
+/// and the position points to the record. Under at-most-once a record must not be handled twice, so
+/// the consumer passes over it and reports it as [`failed`](Report::failed).
 ///
 /// If a batch fails as a whole, in [`Handler::flush`] or at its commit, the consumer handles and
 /// commits its records individually until it finds the culprit, which then counts as failed.
@@ -82,6 +81,43 @@ const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 /// record as a duplicate.
 ///
 /// Dropping a run's future is as safe as a crash: the open transaction is rolled back.
+///
+/// # Examples
+///
+/// ```
+/// use essentially_once::memory::{Memory, MemoryTx};
+/// use essentially_once::{
+///     CancellationToken, Consumer, ConsumerId, KeyValue, Log, NewRecord, Record, handler_fn,
+/// };
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let log = memory.log("orders")?;
+/// log.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
+///
+/// let stop = CancellationToken::new(); // a service cancels it on SIGTERM
+/// let on_last = stop.clone();
+/// let ship = handler_fn(move |record: &Record, tx: &mut MemoryTx| {
+///     let on_last = on_last.clone();
+///     Box::pin(async move {
+///         tx.put(&record.payload, b"shipped").await?;
+///         if record.payload == "10249" {
+///             on_last.cancel();
+///         }
+///         Ok(())
+///     })
+/// });
+/// let report = Consumer::essentially_once(ConsumerId::new("shipping")?, log, memory.store(), ship)
+///     .max_batch(500)
+///     .retries(3)
+///     .accept_volatile() // the in-memory backend loses its data in a crash
+///     .run_until(stop)
+///     .await?;
+/// assert_eq!(report.handled, 2);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Consumer<S, H, D> {
     id: ConsumerId,
     log: Arc<dyn Log>,
@@ -228,9 +264,9 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// How long the handler may take for one record. The default is no limit. At the limit the
-    /// consumer drops the handler's future, and the record counts as failed. A handler that blocks
-    /// its thread cannot be interrupted.
+    /// How long the handler may take for one record. The default is no limit, and zero is refused.
+    /// At the limit the consumer drops the handler's future, and the record counts as failed. A
+    /// handler that blocks its thread cannot be interrupted.
     #[must_use]
     pub fn record_time_limit(mut self, limit: Duration) -> Self {
         self.settings.record_time_limit = Some(limit);
@@ -258,7 +294,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     /// tries one again, gives a sign four times in that time, if its [store](OffsetStore::beat)
     /// keeps them and its runtime has a thread for it. A handler that blocks the only thread gives
     /// no sign. A standby becomes more patient with an instance that was silent for long and was
-    /// still alive. The active instance never decides what is committed. The revision of the
+    /// still alive. Which instance is active never decides what is committed. The revision of the
     /// position does.
     #[must_use]
     pub fn standby_after(mut self, silence: Duration) -> Self {

@@ -30,6 +30,26 @@ pub enum StartAt {
 /// - [`Error::WrongLog`] if the position belongs to another log.
 /// - [`Error::Fenced`] if a running instance committed in the meantime. Try again.
 /// - The backend's own errors.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::Memory;
+/// use essentially_once::{ConsumerId, Log, NewRecord, Offset, StartAt, seek};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (log, store) = (memory.log("orders")?, memory.store());
+/// log.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
+///
+/// let shipping = ConsumerId::new("shipping")?;
+/// let next = seek(&shipping, &log, &store, StartAt::Latest).await?; // ignore the backlog
+/// assert_eq!(next, Offset::from(2));
+/// let next = seek(&shipping, &log, &store, StartAt::Offset(1.into())).await?; // but handle 10249
+/// assert_eq!(next, Offset::from(1));
+/// # Ok(())
+/// # }
+/// ```
 pub async fn seek<S: OffsetStore>(
     consumer: &ConsumerId,
     log: &dyn Log,

@@ -24,6 +24,41 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 /// - The backend's own errors.
 ///
 /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::{Memory, MemoryTx};
+/// use essentially_once::{
+///     Consumer, ConsumerId, Error, HandlerError, Log, NewRecord, Record, handler_fn, skip,
+/// };
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (log, store) = (memory.log("orders")?, memory.store());
+/// log.append(&[NewRecord::new("10248"), NewRecord::new("garbage"), NewRecord::new("10249")]).await?;
+///
+/// let shipping = ConsumerId::new("shipping")?;
+/// let run = || {
+///     let ship = handler_fn(|record: &Record, _: &mut MemoryTx| {
+///         Box::pin(async move {
+///             let order = std::str::from_utf8(&record.payload)?;
+///             order.parse::<u64>().map_err(HandlerError::reject)?;
+///             Ok(())
+///         })
+///     });
+///     Consumer::essentially_once(shipping.clone(), log.clone(), store.clone(), ship)
+///         .accept_volatile()
+///         .run_until_caught_up()
+/// };
+/// let Err(Error::Unhandled { offset, .. }) = run().await else {
+///     panic!("garbage was handled");
+/// };
+/// skip(&shipping, &log, &store, offset).await?;
+/// assert_eq!(run().await?.handled, 1); // 10249
+/// # Ok(())
+/// # }
+/// ```
 pub async fn skip<S: OffsetStore>(
     consumer: &ConsumerId,
     log: &dyn Log,
