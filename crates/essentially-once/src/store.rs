@@ -219,15 +219,17 @@ impl Advance {
 ///         // Checks and writes under one lock, so that no other commit comes between (S2).
 ///         let mut positions = self.store.0.lock().unwrap();
 ///         let stored = positions.get(&self.consumer);
-///         let log = advance.check(&self.consumer, stored.map(|stored| (stored.revision, &stored.log)))?;
+///         let known = stored.map(|stored| (stored.revision, &stored.log));
+///         let log = advance.check(&self.consumer, known)?;
 ///         let mut windows = stored.map(|stored| stored.windows.clone()).unwrap_or_default();
 ///         windows.retain(|(numbering, _)| {
-///             let is_replaced = advance.windows.iter().any(|(replaced, _)| replaced == numbering);
-///             !is_replaced && !advance.forgotten.contains(numbering)
+///             let mut replaced = advance.windows.iter().map(|(replaced, _)| replaced);
+///             !advance.forgotten.contains(numbering) && replaced.all(|other| other != numbering)
 ///         });
 ///         windows.extend(advance.windows);
 ///         let mut position = Position::new(log, advance.next, advance.revision);
-///         (position.owner, position.passed, position.windows) = (advance.owner, advance.passed, windows);
+///         (position.owner, position.passed) = (advance.owner, advance.passed);
+///         position.windows = windows;
 ///         positions.insert(self.consumer, position);
 ///         Ok(())
 ///     }

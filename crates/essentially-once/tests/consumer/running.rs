@@ -82,6 +82,30 @@ async fn settings_that_make_no_sense_are_refused() {
 }
 
 #[tokio::test]
+async fn the_greatest_values_of_all_settings_are_taken_as_they_are() {
+    let script = Script::default().fail(Step::Begin, 1, Fault::Before);
+    let backend = Backend::new(RECORDS, script).await;
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .max_batch(usize::MAX)
+        .read_ahead_records(usize::MAX)
+        .read_ahead_bytes(usize::MAX)
+        .retries(u32::MAX)
+        .restart_limit(u32::MAX)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::MAX)
+        .forget_producers_after(Duration::MAX)
+        .batch_time_limit(Duration::MAX)
+        .record_time_limit(Duration::MAX)
+        .stop_grace(Duration::MAX)
+        .standby_after(Duration::MAX)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(report.handled, RECORDS);
+}
+
+#[tokio::test]
 async fn a_log_far_larger_than_the_read_ahead_is_read_to_its_end() {
     for (records, bytes) in [
         (1, 1),
