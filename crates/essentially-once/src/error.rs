@@ -12,73 +12,78 @@ pub type Source = Box<dyn std::error::Error + Send + Sync>;
 /// Two questions decide what a caller does next, and every variant answers both:
 ///
 /// - *Did it happen?* Only [`Indeterminate`](Self::Indeterminate) leaves that open, and only
-///   [`PartiallyApplied`](Self::PartiallyApplied) says "in part". After every other error of a log or store, nothing was appended,
-///   applied or moved.
-/// - *Is it worth trying again?* [`is_transient`](Self::is_transient) says so.
+///   [`PartiallyApplied`](Self::PartiallyApplied) says "in part". After every other error of a log
+///   or store, nothing was appended, applied or moved.
+/// - *Is it worth trying again?* [`is_transient`](Self::is_transient) answers.
 ///
-/// The text names every cause in the chain beneath an error, each once, so `source()` is always `None`: what prints a whole
-/// chain prints nothing twice. [`cause`](Self::cause) gives the cause itself.
+/// The text of an error names every cause beneath it, each one once. `source()` is therefore always
+/// `None`, and a reporter that prints the whole chain prints nothing twice. [`cause`](Self::cause)
+/// returns the cause itself.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The wanted record was removed by retention: records were lost to this reader.
+    /// Retention removed the requested record. This reader has lost records.
     #[error(
-        "log {log}: offset {requested} was removed by retention, the earliest record left is {earliest}; \
-         the records between are lost to this reader: keep more of the log, or `seek` the consumer to go on"
+        "log {log}: retention removed offset {requested}, and the earliest offset left is {earliest}; this reader has lost \
+         the records in between. Keep more of the log, or `seek` the consumer to continue"
     )]
     Truncated {
         /// The log.
         log: LogId,
-        /// Where the reader wanted to go on.
+        /// Where the reader wanted to continue.
         requested: Offset,
-        /// The earliest offset it still can read.
+        /// The earliest offset that it can still read.
         earliest: Offset,
     },
 
-    /// The wanted offset is past the log's end: the log was created anew or lost its tail.
+    /// The requested offset is past the log's end. The log was recreated or lost its tail.
     #[error(
-        "log {log}: offset {requested} is past the end {end}; the log was created anew or lost its tail \
-         (restored from a backup, failed over): check it, then `seek` the consumer to go on"
+        "log {log}: offset {requested} is past the end {end}; the log was recreated or lost its tail (restored from a \
+         backup, failed over). Check the log, then `seek` the consumer to continue"
     )]
     OutOfRange {
         /// The log.
         log: LogId,
-        /// Where the reader wanted to go on.
+        /// Where the reader wanted to continue.
         requested: Offset,
         /// One past the log's last record.
         end: Offset,
     },
 
-    /// The consumer's stored position belongs to another log than the one it is opened on.
+    /// The consumer's stored position belongs to another log than the one in use.
     #[error(
-        "consumer {consumer}: its position belongs to log {stored}, not to {given}; \
-         open it on that log, or choose another consumer name for this one"
+        "consumer {consumer}: its position belongs to log {stored}, not to log {given}; run it on {stored}, or choose \
+         another consumer name for {given}"
     )]
     WrongLog {
         /// The consumer.
         consumer: ConsumerId,
         /// The log that the position remembers.
         stored: LogId,
-        /// The log it was used with.
+        /// The log that the consumer was used with.
         given: LogId,
     },
 
-    /// Another instance of the consumer committed first; nothing of this transaction was applied.
+    /// Another instance of the consumer committed first. Nothing of this transaction was applied.
     #[error(
-        "consumer {consumer}: another instance committed since revision {expected}; nothing of this transaction was applied"
+        "consumer {consumer}: another instance has committed since revision {expected}; nothing of this transaction was \
+         applied"
     )]
     Fenced {
         /// The consumer.
         consumer: ConsumerId,
-        /// The revision this transaction was based on; [`Revision::NONE`] means that there was no position.
+        /// The revision that this transaction was based on. [`Revision::NONE`] means that no
+        /// position existed.
         expected: Revision,
     },
 
-    /// The position of a running consumer vanished or went back: the store lost commits that it had acknowledged.
+    /// The position of a running consumer vanished or went back: the store lost commits that it had
+    /// acknowledged.
     #[error(
-        "consumer {consumer}: its position was at revision {seen} and {}: the store lost commits that it had acknowledged \
-         (deleted, restored from an older copy, failed over), so records could be skipped or handled twice; compare the \
-         state with the log, then start the consumer again to go on from what is stored, or `seek` it first",
+        "consumer {consumer}: its position was at revision {seen} and {}; the store lost commits that it had acknowledged \
+         (deleted, restored from an older copy, failed over), so the consumer could skip records or handle them twice. \
+         Compare the state with the log, then start the consumer again to continue from the stored position, or `seek` it \
+         first",
         gone_to(found)
     )]
     PositionLost {
@@ -86,15 +91,16 @@ pub enum Error {
         consumer: ConsumerId,
         /// The highest revision that this run has seen.
         seen: Revision,
-        /// The revision that is stored now; `None` if there is no position.
+        /// The revision that the store holds now; `None` if it holds no position.
         found: Option<Revision>,
     },
 
-    /// The record at the offset that the consumer passed last is not the one that it read there.
+    /// The record at the offset that the consumer passed last differs from the record that it read
+    /// there.
     #[error(
-        "log {log}: the record at offset {offset} is not the one that consumer {consumer} handled there: the log was \
-         restored from an older copy, or replaced, and has grown since: find out which of its records are new, then `seek` \
-         the consumer to the first of them. If only the way in which records are decoded has changed, `seek` it to the offset behind this record"
+        "log {log}: the record at offset {offset} is not the one that consumer {consumer} handled there; the log was \
+         restored from an older copy, or replaced, and has grown since. Find its first new record and `seek` the consumer \
+         to it. If only the decoding of records has changed, `seek` the consumer to the offset after this record"
     )]
     LogChanged {
         /// The consumer.
@@ -105,11 +111,15 @@ pub enum Error {
         offset: Offset,
     },
 
-    /// It may have happened or not: the reply was lost.
+    /// The reply was lost, so it may or may not have happened.
     ///
-    /// After a commit, [`OffsetStore::position`](crate::OffsetStore::position) tells the truth. After an append, any prefix
-    /// of the records may be in the log: append again with the same origins, and consumers drop what came twice.
-    #[error("{action}: the outcome is unknown, it may have happened or not: {}", Chain(cause))]
+    /// After a commit, [`OffsetStore::position`](crate::OffsetStore::position) reports what
+    /// happened. After an append, any prefix of the records may be in the log. Append again with
+    /// the same origins, and consumers drop the duplicates.
+    #[error(
+        "{action}: the outcome is unknown, it may or may not have happened: {}",
+        Chain(cause)
+    )]
     Indeterminate {
         /// What was attempted, and on what.
         action: String,
@@ -117,9 +127,11 @@ pub enum Error {
         cause: Source,
     },
 
-    /// A backend that cannot roll back failed in the middle: a part of the transaction was applied, and the position did not
-    /// move. Handling the record again would double that part, so the consumer stays blocked until someone has repaired the data and
-    /// says so; the adapter tells how.
+    /// A backend that cannot roll back failed in the middle of a transaction. It applied a part of
+    /// the transaction and did not move the position.
+    ///
+    /// Handling the record again would apply that part twice, so the consumer stays blocked until
+    /// someone has repaired the data and confirmed it. The adapter's documentation says how.
     #[error(
         "consumer {consumer}: its transaction was applied in part, and its position did not move: {done}; {remedy}"
     )]
@@ -128,12 +140,13 @@ pub enum Error {
         consumer: ConsumerId,
         /// What was applied, what failed, and why.
         done: String,
-        /// How to go on.
+        /// How to continue.
         remedy: String,
     },
 
-    /// It did not happen, but may work if tried again: busy, disconnected, timed out before it was sent.
-    #[error("{action}: not done, for now: {}", Chain(cause))]
+    /// It did not happen, but another try may succeed: busy, disconnected, or timed out before it
+    /// was sent.
+    #[error("{action}: temporarily unavailable: {}", Chain(cause))]
     Unavailable {
         /// What was attempted, and on what.
         action: String,
@@ -141,18 +154,20 @@ pub enum Error {
         cause: Source,
     },
 
-    /// It did not happen and will not without a change: wrong rights, a full disk, a damaged or unknown format.
+    /// It did not happen, and another try fails too until something changes: missing rights, a full
+    /// disk, a damaged or unknown format.
     #[error("{action}: {}", Chain(cause))]
     Failed {
         /// What was attempted, and on what.
         action: String,
-        /// Why it cannot be done, and what to change.
+        /// Why it failed, and what to change.
         cause: Source,
     },
 
-    /// Something is over its size limit; nothing was appended or staged.
+    /// Something is over its size limit. Nothing was appended or staged.
     #[error(
-        "a {what} of {size} bytes is over the limit of {limit}; raise the backend's limit, or keep the data elsewhere and send a reference"
+        "a {what} of {size} bytes is over the limit of {limit} bytes; raise the backend's limit, or store the data elsewhere \
+         and send a reference"
     )]
     TooLarge {
         /// What is too large: `record`, `key`, `value`.
@@ -163,40 +178,41 @@ pub enum Error {
         limit: usize,
     },
 
-    /// Essentially-once was asked of a backend that forgets on a crash.
+    /// Essentially-once was requested on a backend that loses acknowledged data in a crash.
     #[error(
-        "{what} is volatile, so essentially-once cannot hold across a crash: {why}; change that, or call `.accept_volatile()`"
+        "{what} is volatile, so essentially-once does not hold across a crash: {why}. Change that, or call \
+         `.accept_volatile()`"
     )]
     Volatile {
         /// Which part: `log orders`, `store of consumer shipping`.
         what: String,
-        /// What is missing, naming the setting to change.
+        /// What is missing, with the name of the setting to change.
         why: String,
     },
 
     /// A name breaks the rule for names.
     #[error("{kind} name {name:?}: {reason}")]
     InvalidName {
-        /// What was to be named.
+        /// What the name is for.
         kind: &'static str,
-        /// The name, cut to its first 60 characters.
+        /// The first 60 characters of the name.
         name: String,
-        /// The rule it breaks.
+        /// The rule that it breaks.
         reason: String,
     },
 
-    /// A setting has a value that makes no sense.
+    /// A setting has a value that cannot be used.
     #[error("{setting}: {reason}")]
     InvalidSetting {
         /// The setting.
         setting: &'static str,
-        /// Why its value is refused.
+        /// Why its value is refused, with the bound that it breaks.
         reason: String,
     },
 
-    /// A record could not be handled, and the consumer stopped there.
+    /// A record could not be handled, and the consumer stopped at it.
     #[error(
-        "consumer {consumer}, log {log}, offset {offset}: {outcome} (tried {attempts}x): {}",
+        "consumer {consumer}, log {log}, offset {offset}: {outcome} (attempts: {attempts}): {}",
         Chain(cause)
     )]
     Unhandled {
@@ -206,17 +222,17 @@ pub enum Error {
         log: LogId,
         /// The record's offset.
         offset: Offset,
-        /// What became of the record, and where the position stands.
+        /// What happened to the record, and where the position is.
         outcome: &'static str,
-        /// How often it was tried in this run.
+        /// How often this run tried the record.
         attempts: u32,
-        /// What the handler said, or why the record could not be decoded.
+        /// The handler's error, or why the record could not be decoded.
         cause: Source,
     },
 }
 
 impl Error {
-    /// An [`Error::Failed`]: it did not happen and will not without a change.
+    /// An [`Error::Failed`]: it did not happen, and another try fails too until something changes.
     pub fn failed(action: impl Into<String>, cause: impl Into<Source>) -> Self {
         Self::Failed {
             action: action.into(),
@@ -224,7 +240,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Unavailable`]: it did not happen but may if tried again.
+    /// An [`Error::Unavailable`]: it did not happen, but another try may succeed.
     pub fn unavailable(action: impl Into<String>, cause: impl Into<Source>) -> Self {
         Self::Unavailable {
             action: action.into(),
@@ -232,7 +248,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Indeterminate`]: it may have happened or not.
+    /// An [`Error::Indeterminate`]: it may or may not have happened.
     pub fn indeterminate(action: impl Into<String>, cause: impl Into<Source>) -> Self {
         Self::Indeterminate {
             action: action.into(),
@@ -240,7 +256,8 @@ impl Error {
         }
     }
 
-    /// Whether going back to the stored position and trying again may help. The consumer does so by itself.
+    /// Whether going back to the stored position and trying again may help. The consumer does so on
+    /// its own.
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
@@ -248,7 +265,7 @@ impl Error {
         )
     }
 
-    /// What lies beneath an [`Indeterminate`](Self::Indeterminate), [`Unavailable`](Self::Unavailable),
+    /// The cause of an [`Indeterminate`](Self::Indeterminate), [`Unavailable`](Self::Unavailable),
     /// [`Failed`](Self::Failed) or [`Unhandled`](Self::Unhandled), to be downcast.
     pub fn cause(&self) -> Option<&(dyn error::Error + Send + Sync + 'static)> {
         match self {
@@ -263,13 +280,13 @@ impl Error {
 
 fn gone_to(found: &Option<Revision>) -> String {
     match found {
-        Some(revision) => format!("is at {revision} now"),
-        None => "is gone".into(),
+        Some(revision) => format!("is now at {revision}"),
+        None => "no longer exists".into(),
     }
 }
 
-/// An error and its causes, outermost first. A cause whose text an error above it already has is left out, since some
-/// libraries name it in both places.
+/// An error and its causes, outermost first. Leaves out a cause if the text of an outer error
+/// already contains it, since some libraries name a cause in both places.
 pub(crate) struct Chain<'a>(pub(crate) &'a Source);
 
 impl fmt::Display for Chain<'_> {
@@ -295,12 +312,12 @@ mod tests {
 
     use super::*;
 
-    /// As `tokio_postgres::Error` is: its text does not say what its source says.
+    /// Like `tokio_postgres::Error`: its text does not include its source.
     #[derive(Debug, thiserror::Error)]
     #[error("db error")]
     struct Terse(#[source] Verbose);
 
-    /// As many errors are: its text repeats that of its source.
+    /// Like many errors: its text includes its source.
     #[derive(Debug, thiserror::Error)]
     #[error("column is missing: {0}")]
     struct Verbose(#[source] std::num::ParseIntError);
@@ -311,11 +328,11 @@ mod tests {
         let error = Error::failed("read orders", Terse(Verbose(number)));
         let shown = "read orders: db error: column is missing: invalid digit found in string";
         assert_eq!(error.to_string(), shown);
-        assert!(error.source().is_none(), "what prints the chain would print it twice");
+        assert!(error.source().is_none(), "a reporter would print the cause twice");
         assert!(error.cause().is_some_and(|cause| cause.is::<Terse>()));
 
         let outer = Error::unavailable("consume", error);
-        assert_eq!(outer.to_string(), format!("consume: not done, for now: {shown}"));
+        assert_eq!(outer.to_string(), format!("consume: temporarily unavailable: {shown}"));
         assert!(outer.cause().is_some_and(|cause| cause.is::<Error>()));
     }
 }

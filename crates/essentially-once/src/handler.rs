@@ -9,33 +9,43 @@ use crate::{
     error::{Chain, Source},
 };
 
-/// Does something with each record. For essentially-once `Tx` is the store's transaction, and whatever is written through it
-/// takes effect together with the offset; for the other deliveries `Tx` is `()`, since there is no transaction to write in.
+/// Your code, called with each record.
 ///
-/// A handler may be called again with a record it has seen, whenever the earlier call did not end in a commit. What it does
-/// outside the transaction is then done again.
+/// Under essentially-once, `Tx` is the store's transaction, and everything written through it takes
+/// effect together with the offset. Under the other deliveries `Tx` is `()`, because they have no
+/// transaction to write to.
+///
+/// A consumer calls the handler again with the same record whenever the earlier call did not end in
+/// a commit. Effects outside the transaction then happen again.
+///
+/// [`handler_fn`] makes a handler from a closure.
 #[async_trait]
 pub trait Handler<Tx: Send>: Send {
-    /// Handles one record. Dropping the future must be harmless: that is what a crash does.
+    /// Handles one record. Dropping the future must be harmless, since a crash does the same.
     ///
     /// # Errors
-    /// Any error through `?` means [`HandlerError::retry`]; [`HandlerError::reject`] and [`HandlerError::fatal`] say more.
+    /// Any error returned with `?` means [`HandlerError::retry`]. [`HandlerError::reject`] and
+    /// [`HandlerError::fatal`] are more specific.
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError>;
 
-    /// Called after the last record of a batch, before its commit: writes what the handler gathered, such as one statement
-    /// with a row for each record. Whatever was gathered since the last commit or reset belongs to this transaction.
+    /// Writes what the handler has gathered, such as one statement with a row for each record. The
+    /// consumer calls it after the last record of a batch, before the commit. Everything gathered
+    /// since the last commit or reset belongs to this transaction.
     ///
-    /// Under at-least-once it is called before the offset is committed, and under at-most-once after the batch was handled.
+    /// Under at-least-once the consumer calls it before it commits the offset, and under
+    /// at-most-once after it has handled the batch.
     ///
     /// # Errors
-    /// As for [`handle`](Self::handle), except that the error may be any record's: the batch is rolled back, and its records
-    /// are handled one by one until the culprit is known.
+    /// As for [`handle`](Self::handle), except that any record of the batch may be the cause. The
+    /// consumer rolls the batch back and handles its records individually until it finds the
+    /// culprit.
     async fn flush(&mut self, tx: &mut Tx) -> Result<(), HandlerError> {
         let _ = tx;
         Ok(())
     }
 
-    /// The consumer went back to its stored position: drop what was cached or gathered since the last commit.
+    /// Called when the consumer goes back to its stored position. Drop everything that was cached
+    /// or gathered since the last commit.
     async fn reset(&mut self) {}
 }
 
@@ -54,10 +64,13 @@ impl<Tx: Send, H: Handler<Tx> + ?Sized> Handler<Tx> for Box<H> {
     }
 }
 
-/// What a handler's future looks like to [`handler_fn`].
+/// The boxed future that a closure for [`handler_fn`] returns.
 pub type HandlerFuture<'a> = Pin<Box<dyn Future<Output = Result<(), HandlerError>> + Send + 'a>>;
 
-/// Makes a [`Handler`] of a closure that returns a boxed future.
+/// Makes a [`Handler`] from a closure that returns a boxed future.
+///
+/// Closures need `Box::pin`, because stable Rust cannot yet require the future of an async closure
+/// to be `Send`.
 ///
 /// ```
 /// # use essentially_once::{KeyValue, Record, handler_fn, memory::Memory, OffsetStore};
@@ -80,7 +93,7 @@ where
     HandlerFn(function)
 }
 
-/// A closure as a handler; see [`handler_fn`].
+/// A closure as a handler. See [`handler_fn`].
 #[derive(Clone, Copy, Debug)]
 pub struct HandlerFn<F>(F);
 
@@ -95,46 +108,70 @@ where
     }
 }
 
-/// Why a record was not handled, and what follows.
+/// Why a record was not handled, and what the consumer does about it.
 ///
-/// Any error becomes [`retry`](Self::retry) through `?`. For that it is, like `anyhow::Error`, not a `std::error::Error`
-/// itself. If a transient [`Error`](crate::Error) of the backend is anywhere in the chain of causes, the failure counts as the
-/// backend's and not as the record's. A wrapper that hides it from its chain (`#[error(transparent)]`) defeats that; name it
-/// as a `#[source]`.
+/// `?` turns any error into [`retry`](Self::retry). Like `anyhow::Error`, this type therefore does
+/// not implement `std::error::Error` itself.
+///
+/// If the chain of causes contains a transient [`Error`](crate::Error), the failure counts as the
+/// backend's and not as the record's. A wrapper that hides the error from its chain
+/// (`#[error(transparent)]`) defeats this. Name the error as a `#[source]` instead.
+///
+/// ```
+/// use essentially_once::{HandlerError, Record, consumer::HandlerErrorKind};
+///
+/// fn ship(record: &Record, is_carrier_up: bool) -> Result<(), HandlerError> {
+///     let order = std::str::from_utf8(&record.payload).map_err(HandlerError::reject)?;
+///     let _: u64 = order.parse().map_err(HandlerError::reject)?; // no retry helps
+///     if !is_carrier_up {
+///         return Err(HandlerError::retry("the carrier does not answer"));
+///     }
+///     std::fs::metadata("/")?; // any other error: retry
+///     Ok(())
+/// }
+///
+/// let record = |payload| Record::new(0.into(), std::time::SystemTime::now(), payload);
+/// let error = ship(&record("garbage"), true).unwrap_err();
+/// assert_eq!(error.kind(), HandlerErrorKind::Reject);
+/// let error = ship(&record("10248"), false).unwrap_err();
+/// assert_eq!(error.kind(), HandlerErrorKind::Retry);
+/// ```
 pub struct HandlerError {
     pub(crate) kind: HandlerErrorKind,
     pub(crate) source: Source,
 }
 
-/// What follows from a [`HandlerError`].
+/// What the consumer does about a [`HandlerError`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
 pub enum HandlerErrorKind {
-    /// The record is tried again after a pause.
+    /// The consumer tries the record again after a pause.
     Retry,
-    /// The record can never be handled.
+    /// The record can never be handled, and the consumer does not try it again.
     Reject,
     /// The consumer stops.
     Fatal,
 }
 
 impl HandlerError {
-    /// It may work later: the consumer goes back to its stored position and tries again after a pause.
+    /// Another try may succeed. The consumer goes back to its stored position and tries again after
+    /// a pause.
     pub fn retry(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Retry, source)
     }
 
-    /// This record can never be handled (poison): trying again is no use.
+    /// This record can never be handled (poison). The consumer does not try it again.
     pub fn reject(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Reject, source)
     }
 
-    /// Nothing can be handled any more: the consumer stops at once, even if another instance has handled the record first.
+    /// The handler cannot continue at all. The consumer stops at once, even if another instance has
+    /// handled the record first.
     pub fn fatal(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Fatal, source)
     }
 
-    /// What follows from it.
+    /// What the consumer does about it.
     pub const fn kind(&self) -> HandlerErrorKind {
         self.kind
     }

@@ -1,13 +1,16 @@
 //! Act on every record of a log as if it had been delivered once.
 //!
-//! Exactly-once *delivery* is impossible: after a lost reply neither side can know what the other saw (the Two Generals).
-//! What can be had is *essentially once*: the consumer keeps the offset of the next record, and persists it **in the same
-//! transaction as the state change** that the record caused. A crash anywhere before the commit restarts at the same,
-//! un-moved offset; a crash anywhere after it restarts past the record. Seen from the state, every record took effect once.
+//! Exactly-once *delivery* is impossible: after a lost reply neither side can know what the other
+//! saw (the Two Generals). *Essentially once* is possible: the consumer persists the offset of the
+//! next record **in the same transaction as the state change** that the record caused. A crash
+//! before the commit restarts the consumer at the same, unmoved offset. A crash after the commit
+//! restarts it past the record. Seen from the state, every record took effect once.
 //!
-//! - A [`Log`] is read, an [`OffsetStore`] keeps state and position, a [`Handler`] is your code.
-//! - A [`Consumer`] is the one loop that joins them, for every backend and every delivery.
-//! - [`memory`] is a backend for tests; the adapter crates `essentially-once-sqlite` and others are for real use.
+//! - A [`Log`] holds the records, an [`OffsetStore`] keeps state and position, and a [`Handler`] is
+//!   your code.
+//! - A [`Consumer`] is the one loop that connects them, for every backend and every delivery.
+//! - [`memory`] is a backend for tests. The adapter crates, such as `essentially-once-sqlite`, are
+//!   for production.
 //!
 //! ```
 //! use essentially_once::{Consumer, ConsumerId, KeyValue, Log, NewRecord, OffsetStore, Record, handler_fn};
@@ -32,7 +35,7 @@
 //! });
 //! let shipping = ConsumerId::new("shipping")?;
 //! let report = Consumer::essentially_once(shipping.clone(), orders, store.clone(), add_up)
-//!     .accept_volatile() // memory forgets on a crash, and says so
+//!     .accept_volatile() // the in-memory backend loses its data in a crash
 //!     .run_until_caught_up()
 //!     .await?;
 //! assert_eq!(report.handled, 2);
@@ -55,7 +58,8 @@ mod rt;
 mod store;
 mod window;
 
-/// The traits are `#[async_trait]`. Implementors need not depend on the crate themselves.
+/// The attribute of all traits here. Implementors need not depend on the `async-trait` crate
+/// themselves.
 pub use async_trait::async_trait;
 pub use tokio_util::sync::CancellationToken;
 

@@ -1,4 +1,4 @@
-//! The log that is read: append-only, totally ordered, durable.
+//! The log that a consumer reads: append-only, totally ordered, durable.
 
 use std::sync::Arc;
 
@@ -6,17 +6,18 @@ use async_trait::async_trait;
 
 use crate::{Error, LogId, NewRecord, Offset, Record};
 
-/// What a log still holds.
+/// The range of offsets that a log still holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bounds {
-    /// The earliest offset that can be read; equal to `end` where the log holds nothing.
+    /// The earliest offset that can be read. Equal to `end` if the log is empty.
     pub earliest: Offset,
-    /// One past the last record: the [successor](Offset::successor) of its offset, or of the last one ever there.
+    /// One past the last record: the [successor](Offset::successor) of its offset. If the log is
+    /// empty, the successor of the last offset that it ever held.
     pub end: Offset,
 }
 
 impl Bounds {
-    /// Checks that a reader can start at `from`, which is the case from [`earliest`](Self::earliest) to
+    /// Checks that a reader can start at `from`: anywhere from [`earliest`](Self::earliest) to
     /// [`end`](Self::end), both included.
     ///
     /// # Errors
@@ -40,69 +41,106 @@ impl Bounds {
     }
 }
 
-/// Whether what a backend acknowledges survives a crash of the process and a restart of the backend.
+/// Whether acknowledged data survives a crash of the process and a restart of the backend.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Durability {
-    /// It does.
+    /// It survives.
     Durable,
-    /// It does not; the text says why and names the setting to change.
+    /// It does not survive. The text says why and names the setting to change.
     Volatile(String),
-    /// The backend does not let itself be asked; the text says why.
+    /// The backend offers no way to find out. The text says why.
     Unknown(String),
 }
 
-/// One partition of a log. The core reads it; services append to it.
+/// One partition of a log. The core reads it, and services append to it.
 ///
 /// # Contract
-/// - **L1** `append` returns `Ok` only when the records survive a crash of this process and a restart of the backend.
-/// - **L2** There is one total order, the same for every reader; one appender's records keep their order.
-/// - **L3** A reader never skips a record that becomes visible later: no hole fills in behind it.
+/// - **L1** `append` returns `Ok` only when the records survive a crash of this process and a
+///   restart of the backend.
+/// - **L2** All readers see the same total order, and it keeps the order of each appender's
+///   records.
+/// - **L3** A reader never skips a record that becomes visible later. Holes behind a reader are
+///   never filled.
 /// - **L4** `read(o)` yields exactly the records at or after `o`.
-/// - **L5** Below the earliest retained offset reading fails with [`Error::Truncated`], past the end with
-///   [`Error::OutOfRange`], from `read` or the first `next`: never something else silently, and never silence for ever.
-///   Reading at the end itself waits for the next record.
-/// - **L6** `next` is cancel-safe: a dropped future loses no record and repeats none.
-/// - **L7** A failed `append` says what is there: nothing, or with [`Error::Indeterminate`] an unknown prefix of the records.
-/// - **L8** A record over the size limit is refused with [`Error::TooLarge`] before anything is appended.
-/// - **L9** An entry that cannot be decoded is yielded in its place, as a record with its raw bytes and
-///   [`malformed`](Record::malformed) set: never skipped, and never an error that blocks the log.
-/// - **L10** A handle belongs to the log that it opened. After that log was deleted, an append through the handle fails, or
-///   is deleted with the log; it never creates the log again, and never shows in a log created later under the same name. A
-///   backend without incarnations cannot tell the two logs apart and is exempt; its documentation says so.
+/// - **L5** Reading below the earliest retained offset fails with [`Error::Truncated`], and reading
+///   past the end fails with [`Error::OutOfRange`]. Either `read` or the first `next` returns the
+///   error. Reading there never silently yields other records, and never waits forever. Reading at
+///   the end itself waits for the next record.
+/// - **L6** `next` is cancel-safe: dropping its future loses no record and repeats none.
+/// - **L7** A failed `append` says what the log now holds: none of the records, or, with
+///   [`Error::Indeterminate`], an unknown prefix of them.
+/// - **L8** `append` refuses a record over the size limit with [`Error::TooLarge`] before it
+///   appends anything.
+/// - **L9** A reader yields an entry that cannot be decoded in its place, as a record with its raw
+///   bytes and [`malformed`](Record::malformed) set. It never skips the entry, and never blocks the
+///   log with an error.
+/// - **L10** A handle belongs to the log that it opened. If that log is deleted, an append through
+///   the handle fails, or its records are deleted with the log. The append never recreates the log,
+///   and its records never show in a later log of the same name. A backend without incarnations
+///   cannot distinguish the two logs and is exempt. Its documentation says so.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::Memory;
+/// use essentially_once::{Epoch, Log, NewRecord, Offset, Origin, ProducerId, backend::LogReader};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let log = Memory::new().log("orders")?;
+/// let (web, epoch) = (ProducerId::new("web")?, Epoch::fresh());
+/// let order = NewRecord::new("10248").key("VINET").origin(Origin::new(web, epoch, 1));
+/// log.append(&[order.clone()]).await?;
+/// // If the reply is lost, append again. Consumers drop the duplicate by its origin.
+/// log.append(&[order]).await?;
+///
+/// let mut reader = log.read(Offset::ZERO).await?;
+/// let records = reader.next(100).await?;
+/// assert_eq!(records.len(), 2);
+/// assert_eq!(records[0].origin, records[1].origin);
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait Log: Send + Sync {
-    /// The log's name, and its incarnation where the backend keeps one. The same at every call.
+    /// The log's name, and its incarnation if the backend keeps one. Every call returns the same
+    /// value.
     fn id(&self) -> &LogId;
 
-    /// Appends the records in order and returns the last one's offset, where the backend tells it.
+    /// Appends the records in order and returns the last one's offset, if the backend reports it.
     ///
     /// - Empty input appends nothing and returns `Ok(None)`.
     /// - Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does.
-    /// - A repeated call appends again: only an [`Origin`](crate::Origin) lets consumers drop what came twice.
+    /// - A repeated call appends the records again. Consumers can drop the duplicates only if the
+    ///   records have an [`Origin`](crate::Origin).
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::Unavailable`] and [`Error::Failed`] when nothing was appended;
-    /// [`Error::Indeterminate`] when any prefix may have been.
+    /// [`Error::TooLarge`], [`Error::Unavailable`] and [`Error::Failed`] if nothing was appended.
+    /// [`Error::Indeterminate`] if any prefix of the records may have been.
     async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error>;
 
-    /// Opens a reader at `from`, which need not be a record's offset: it begins at the first record not before it.
+    /// Opens a reader at `from`, which need not be a record's offset. The reader begins at the
+    /// first record at or after it.
+    ///
+    /// Dropping the future has no effect on the log.
     ///
     /// # Errors
-    /// [`Error::Truncated`] and [`Error::OutOfRange`] as L5 says; [`Error::Unavailable`], [`Error::Failed`].
-    /// Dropping the future has no effect on the log.
+    /// [`Error::Truncated`] and [`Error::OutOfRange`] as in L5; [`Error::Unavailable`],
+    /// [`Error::Failed`].
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error>;
 
-    /// What the log holds now.
+    /// The range of offsets that the log holds now.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn bounds(&self) -> Result<Bounds, Error>;
 
-    /// One past the last record that can still be read: [`Bounds::end`], unless the log's last records were deleted one by
-    /// one. `run_until_caught_up` asks it, so as not to wait for a record that is gone.
+    /// One past the last record that can still be read. This is [`Bounds::end`], unless the log's
+    /// last records were deleted individually. `run_until_caught_up` uses it so that it does not
+    /// wait for a deleted record.
     ///
-    /// Unless implemented it is the end, which is right where records are only ever removed from the front.
+    /// The default returns the end, which is correct if records are only ever removed from the
+    /// front.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -110,8 +148,8 @@ pub trait Log: Send + Sync {
         Ok(self.bounds().await?.end)
     }
 
-    /// About how many records lie at or after `from`, where that costs little; `None` unless implemented. A metric of the
-    /// consumer shows it.
+    /// The approximate number of records at or after `from`, if it is cheap to find out. A metric
+    /// of the consumer shows it. The default returns `None`.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -120,7 +158,7 @@ pub trait Log: Send + Sync {
         Ok(None)
     }
 
-    /// Whether appended records survive a crash, as the backend is set up now.
+    /// Whether appended records survive a crash, with the backend's current settings.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -130,18 +168,19 @@ pub trait Log: Send + Sync {
 /// A reader's place in a log.
 #[async_trait]
 pub trait LogReader: Send {
-    /// Waits until at least one record is there and returns the next ones in order: at least one, never more than `max`,
-    /// and about a megabyte at most unless a single record is larger.
+    /// Waits for at least one record and returns the next records in order: at least one, and no
+    /// more than `max`. A call also returns no more than about a megabyte, unless a single record
+    /// is larger.
     ///
-    /// - Cancel-safe: a call whose future is dropped loses no record and repeats none.
-    /// - After an error the reader is spent: open a new one.
+    /// - Cancel-safe: dropping the future loses no record and repeats none.
+    /// - A reader that has returned an error cannot be used again. Open a new one.
     ///
     /// # Errors
-    /// [`Error::Truncated`] when retention overtook the reader, [`Error::OutOfRange`] when the log lost its tail;
-    /// [`Error::Unavailable`], [`Error::Failed`].
+    /// [`Error::Truncated`] if retention overtook the reader, [`Error::OutOfRange`] if the log lost
+    /// its tail; [`Error::Unavailable`], [`Error::Failed`].
     ///
     /// # Panics
-    /// It may panic if `max` is 0.
+    /// Implementations may panic if `max` is 0.
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error>;
 }
 

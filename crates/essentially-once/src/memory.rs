@@ -1,5 +1,5 @@
-//! An in-memory backend: the reference for what the traits mean, for tests and examples. It forgets everything when the
-//! process ends, and says so.
+//! An in-memory backend for tests and examples, and the reference for the meaning of the traits. It
+//! loses everything when the process ends, and reports itself as volatile.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -18,10 +18,10 @@ use crate::{
     backend::{FetchBudget, check_entry_size},
 };
 
-/// Largest record, key or value that the backend takes, in bytes.
+/// The largest record, key or value that the backend accepts, in bytes.
 pub const SIZE_LIMIT: usize = 16 * 1024 * 1024;
 
-/// Logs and a store in this process's memory. Clones share them.
+/// Logs and a store in the memory of this process. Clones share them.
 #[derive(Clone, Default)]
 pub struct Memory {
     shared: Arc<Shared>,
@@ -31,7 +31,7 @@ pub struct Memory {
 struct Shared {
     logs: Mutex<HashMap<String, MemoryLog>>,
     consumers: Mutex<HashMap<ConsumerId, Stored>>,
-    /// Wakes those who watch any consumer.
+    /// Wakes all watchers, whichever consumer they watch.
     changed: Notify,
 }
 
@@ -50,7 +50,7 @@ impl Stored {
         Some(position)
     }
 
-    /// The position, if it has that owner.
+    /// The position, if `owner` owns it.
     fn owned_by(&mut self, owner: Owner) -> Option<&mut Position> {
         self.position.as_mut().filter(|position| position.owner == Some(owner))
     }
@@ -62,7 +62,7 @@ impl Memory {
         Self::default()
     }
 
-    /// The log of that name, created empty at the first call.
+    /// The log with this name. The first call creates it empty.
     ///
     /// # Errors
     /// [`Error::InvalidName`].
@@ -89,16 +89,16 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// A panic elsewhere leaves no half-made change behind these locks, so poisoning is of no interest.
+/// A panic while one of these locks is held leaves no partial change, so poisoning is ignored.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn volatile() -> Durability {
-    Durability::Volatile("the in-memory backend ends with its process; use an adapter crate to keep data".into())
+    Durability::Volatile("the in-memory backend loses its data when the process ends; use an adapter crate".into())
 }
 
-/// A log in memory; see [`Memory::log`]. Offsets are dense and begin at 0.
+/// A log in memory. See [`Memory::log`]. Offsets are dense and begin at 0.
 #[derive(Clone)]
 pub struct MemoryLog {
     id: LogId,
@@ -144,7 +144,7 @@ impl MemoryLog {
         records.earliest = earliest;
     }
 
-    /// The records from `from` on, or why there can never be any.
+    /// The records from `from` on, or the error if `from` is out of bounds.
     fn fetch(&self, from: Offset, max: usize) -> Result<Vec<Record>, Error> {
         let records = lock(&self.records);
         records.bounds().check(&self.id, from)?;
@@ -193,7 +193,7 @@ impl Log for MemoryLog {
                 record.origin.clone_from(&new.origin);
                 records.retained.push_back(record);
             }
-            // Under the lock, so that the end told to readers never goes back.
+            // Sent under the lock, so that the end never goes back for readers.
             self.end.send_replace(records.end());
             first + last as u64
         };
@@ -236,17 +236,18 @@ impl LogReader for MemoryReader {
         loop {
             let records = self.log.fetch(next.into(), max)?;
             if !records.is_empty() {
-                // The only change of state, with no await behind it: a dropped call changed nothing.
+                // This is the only change of state, and no await follows it, so a dropped call
+                // changed nothing.
                 self.next += records.len() as u64;
                 return Ok(records);
             }
-            // The log holds the sender, and this reader the log.
+            // Never fails: the log holds the sender, and this reader holds the log.
             let _ = self.end.wait_for(|end| *end > next).await;
         }
     }
 }
 
-/// Positions and state in memory; see [`Memory::store`]. Clones share them.
+/// Positions and state in memory. See [`Memory::store`]. Clones share them.
 #[derive(Clone)]
 pub struct MemoryStore {
     shared: Arc<Shared>,
@@ -331,11 +332,12 @@ impl ReadState for MemoryStore {
     }
 }
 
-/// A transaction in memory. It takes no lock until it commits, so that transactions race as they do between machines.
+/// A transaction in memory. It takes no lock until it commits, so that transactions race as they do
+/// between machines.
 pub struct MemoryTx {
     shared: Arc<Shared>,
     consumer: ConsumerId,
-    /// What to write; `None` deletes.
+    /// The values to write; `None` deletes the key.
     staged: BTreeMap<Bytes, Option<Bytes>>,
 }
 

@@ -6,8 +6,8 @@ use crate::Error;
 
 const MAX_BYTES: usize = 200;
 
-/// One rule for all names, so that a name valid on one backend is valid on every other: it can stand in a table row, a
-/// Redis key, a queue name and a metric label without escaping.
+/// One rule for all names, so that a name that is valid on one backend is valid on all of them: in
+/// a table row, a Redis key, a queue name and a metric label, without escaping.
 fn validate(kind: &'static str, name: &str) -> Result<Arc<str>, Error> {
     let invalid = |reason: String| Error::InvalidName {
         kind,
@@ -15,11 +15,11 @@ fn validate(kind: &'static str, name: &str) -> Result<Arc<str>, Error> {
         reason,
     };
     if name.is_empty() {
-        return Err(invalid("it is empty".into()));
+        return Err(invalid("it is empty; use 1 to 200 bytes".into()));
     }
     if name.len() > MAX_BYTES {
         return Err(invalid(format!(
-            "it has {} bytes, the limit is {MAX_BYTES}",
+            "it has {} bytes, over the limit of {MAX_BYTES}",
             name.len()
         )));
     }
@@ -41,7 +41,8 @@ macro_rules! name {
     ($(#[$doc:meta])* $type:ident, $kind:literal) => {
         $(#[$doc])*
         ///
-        /// 1 to 200 bytes: ASCII letters, digits and `. _ - : / @ + =`, beginning with a letter or digit.
+        /// 1 to 200 bytes: ASCII letters, digits and `. _ - : / @ + =`, beginning with a letter or
+        /// digit.
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $type(Arc<str>);
 
@@ -49,7 +50,7 @@ macro_rules! name {
             /// Checks and wraps `name`.
             ///
             /// # Errors
-            /// [`Error::InvalidName`] with the rule that was broken.
+            /// [`Error::InvalidName`] with the broken rule.
             pub fn new(name: impl AsRef<str>) -> Result<Self, Error> {
                 validate($kind, name.as_ref()).map(Self)
             }
@@ -83,34 +84,37 @@ macro_rules! name {
 }
 
 name!(
-    /// Names a consumer: whoever runs under the same name shares one [`Position`](crate::Position).
+    /// Names a consumer. All instances with the same name share one [`Position`](crate::Position).
     ConsumerId,
     "consumer"
 );
 name!(
-    /// Names a producer, whose records are numbered so that a record sent twice is handled once.
+    /// Names a producer. It numbers its records, so that consumers handle a record that it sends
+    /// twice only once.
     ProducerId,
     "producer"
 );
 
-/// Which numbering of a producer's records a sequence belongs to.
+/// Which of a producer's numberings a sequence belongs to.
 ///
-/// Sequences are compared within one epoch only, so a producer that starts to number anew takes a new epoch and none of its
-/// records is mistaken for one that was seen before.
+/// Consumers compare sequences only within one epoch. A producer that starts numbering again takes
+/// a new epoch, so that none of its records is mistaken for an earlier one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Epoch(u64);
 
 impl Epoch {
-    /// For a producer whose numbers are durable: an outbox, the lines of a file, a counter in a database. It continues its
-    /// numbering after every restart, and consumers never forget what they saw of it.
+    /// For a producer whose numbers are durable: an outbox, the lines of a file, a counter in a
+    /// database. It continues its numbering after every restart, and consumers never forget the
+    /// sequences that they saw of it.
     pub const STABLE: Self = Self(0);
 
-    /// The epoch of that number; 0 is [`STABLE`](Self::STABLE).
+    /// The epoch with this number. 0 is [`STABLE`](Self::STABLE).
     pub const fn new(number: u64) -> Self {
         Self(number)
     }
 
-    /// A random epoch, for a producer that numbers from the beginning at each start: draw one per process and keep it.
+    /// A random epoch, for a producer that starts numbering from the beginning. Draw one per
+    /// process and keep it.
     pub fn fresh() -> Self {
         Self(fastrand::u64(1..))
     }
@@ -121,9 +125,9 @@ impl Epoch {
     }
 }
 
-/// A producer and one of its [epochs](Epoch): within it, every sequence names one record.
+/// A producer and one of its [epochs](Epoch). Within it, every sequence names one record.
 ///
-/// Shown and parsed as `billing` in the stable epoch and as `billing#17` otherwise.
+/// Displayed and parsed as `billing` in the stable epoch and as `billing#17` otherwise.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Numbering {
     producer: ProducerId,
@@ -131,17 +135,17 @@ pub struct Numbering {
 }
 
 impl Numbering {
-    /// The numbering of that producer and epoch.
+    /// The numbering of this producer and epoch.
     pub const fn new(producer: ProducerId, epoch: Epoch) -> Self {
         Self { producer, epoch }
     }
 
-    /// Who numbers.
+    /// The producer.
     pub const fn producer(&self) -> &ProducerId {
         &self.producer
     }
 
-    /// Which of the producer's numberings it is.
+    /// The epoch of the producer's numbering.
     pub const fn epoch(&self) -> Epoch {
         self.epoch
     }
@@ -163,7 +167,7 @@ impl FromStr for Numbering {
         let Some((producer, epoch)) = text.split_once('#') else {
             return Ok(Self::new(text.parse()?, Epoch::STABLE));
         };
-        // One spelling per numbering: neither `#0` nor `#+1` nor `#01`.
+        // Each numbering has one spelling, so this refuses `#0`, `#+1` and `#01`.
         let parsed = epoch
             .parse::<u64>()
             .ok()
@@ -173,16 +177,16 @@ impl FromStr for Numbering {
             None => Err(Error::InvalidName {
                 kind: "producer",
                 name: text.chars().take(60).collect(),
-                reason: "what follows `#` is not an epoch, a decimal number from 1 to 2^64 - 1".into(),
+                reason: "the text after `#` is not an epoch; use a decimal number from 1 to 2^64 - 1".into(),
             }),
         }
     }
 }
 
-/// Identifies a log: its name, and where the backend can tell, which incarnation of that name it is.
+/// Identifies a log: its name, and its incarnation if the backend keeps one.
 ///
-/// A log that was deleted and created again has the same name and another incarnation, so that a position in the old one
-/// is never mistaken for a position in the new one.
+/// A log that was deleted and recreated has the same name and another incarnation, so that a
+/// position in the old log is never mistaken for a position in the new one.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct LogId {
     name: Arc<str>,
@@ -190,10 +194,11 @@ pub struct LogId {
 }
 
 impl LogId {
-    /// A log of a backend that cannot tell incarnations apart. The name obeys the rule of [`ConsumerId`].
+    /// A log of a backend that cannot distinguish incarnations. The name obeys the rule of
+    /// [`ConsumerId`].
     ///
     /// # Errors
-    /// [`Error::InvalidName`] with the rule that was broken.
+    /// [`Error::InvalidName`] with the broken rule.
     pub fn new(name: impl AsRef<str>) -> Result<Self, Error> {
         Ok(Self {
             name: validate("log", name.as_ref())?,
@@ -201,10 +206,11 @@ impl LogId {
         })
     }
 
-    /// The same log with its incarnation: text that the backend draws anew when it creates the log.
+    /// The same log with its incarnation: text that the backend draws at random when it creates the
+    /// log.
     ///
     /// # Errors
-    /// [`Error::InvalidName`] with the rule that was broken.
+    /// [`Error::InvalidName`] with the broken rule.
     pub fn with_incarnation(self, incarnation: impl AsRef<str>) -> Result<Self, Error> {
         Ok(Self {
             incarnation: Some(validate("log incarnation", incarnation.as_ref())?),
@@ -212,10 +218,10 @@ impl LogId {
         })
     }
 
-    /// The log of a stored name and incarnation; an empty incarnation is none.
+    /// The log with this stored name and incarnation. An empty incarnation means none.
     ///
     /// # Errors
-    /// [`Error::InvalidName`] with the rule that was broken.
+    /// [`Error::InvalidName`] with the broken rule.
     pub fn from_parts(name: impl AsRef<str>, incarnation: Option<&str>) -> Result<Self, Error> {
         let log = Self::new(name)?;
         match incarnation {
@@ -229,12 +235,13 @@ impl LogId {
         &self.name
     }
 
-    /// Which creation of that name this is, if the backend can tell.
+    /// The log's incarnation, if the backend keeps one.
     pub fn incarnation(&self) -> Option<&str> {
         self.incarnation.as_deref()
     }
 
-    /// Whether both are the same log: equal names, and equal incarnations where both are known.
+    /// Whether both are the same log: their names are equal, and their incarnations are equal if
+    /// both are known.
     ///
     /// ```
     /// # use essentially_once::backend::LogId;

@@ -1,4 +1,4 @@
-//! What a position remembers of the last record that it passed.
+//! The mark of the last record that a position passed.
 
 use std::time::UNIX_EPOCH;
 
@@ -6,14 +6,15 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::{Offset, Record};
 
-/// The last record that a position passed: its offset, and a digest of what it held.
+/// The last record that a position passed: its offset, and a digest of its content.
 ///
-/// A log that is restored from an older copy, or replaced by another of the same name, may grow past a consumer's position
-/// before anyone reads it again. The digest shows that the record at that offset is not the one that was read there.
+/// A log that is restored from an older copy, or replaced by another one of the same name, may grow
+/// past a consumer's position before the consumer reads it again. The digest then shows that the
+/// record at that offset is not the one that the consumer read there.
 ///
-/// The digest is 128 bits of XXH3 (<https://github.com/Cyan4973/xxHash>, specification 0.2) over the offset, the append time
-/// in milliseconds, the origin, the key, the headers and the payload, each length-prefixed. It detects accidents, not
-/// forgery.
+/// The digest is 128 bits of XXH3 (<https://github.com/Cyan4973/xxHash>, specification 0.2) over
+/// the offset, the append time in milliseconds, the origin, the key, the headers and the payload,
+/// each prefixed with its length. It detects accidents, not forgery.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Passed {
     offset: Offset,
@@ -21,13 +22,14 @@ pub struct Passed {
 }
 
 impl Passed {
-    /// Bytes of [`encode`](Self::encode).
+    /// The length of [`encode`](Self::encode) in bytes.
     pub const ENCODED_LEN: usize = 1 + 8 + 8 + 16;
 
-    /// Of the encoding and of the digest, so that a digest computed in another way is never compared.
+    /// Covers the encoding and the digest, so that digests computed in different ways are never
+    /// compared.
     const VERSION: u8 = 1;
 
-    /// What to remember of this record.
+    /// The mark of this record.
     pub fn new(record: &Record) -> Self {
         Self {
             offset: record.offset,
@@ -35,12 +37,12 @@ impl Passed {
         }
     }
 
-    /// Where the record was.
+    /// The offset of the record.
     pub const fn offset(&self) -> Offset {
         self.offset
     }
 
-    /// Whether this is the record that was passed; `false` for one at another offset.
+    /// Whether `record` is the one that was passed; `false` for a record at another offset.
     pub fn is(&self, record: &Record) -> bool {
         self.offset == record.offset && self.digest == digest(record)
     }
@@ -55,14 +57,15 @@ impl Passed {
         bytes
     }
 
-    /// Reads what [`encode`](Self::encode) wrote. `None`, with a warning, for bytes of another version or length: the log is
-    /// then not compared.
+    /// Decodes the bytes of [`encode`](Self::encode). Returns `None` and logs a warning if they
+    /// have another version or length. The log is then not compared.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let (Some((&Self::VERSION, rest)), Self::ENCODED_LEN) = (bytes.split_first(), bytes.len()) else {
             tracing::warn!(
                 length = bytes.len(),
                 version = ?bytes.first(),
-                "the position's mark of the last record is of an unknown version, so the log cannot be compared with it"
+                "the position's mark of the last record has an unknown version, so the consumer cannot compare the log \
+                 with it"
             );
             return None;
         };
@@ -152,7 +155,8 @@ mod tests {
         }
     }
 
-    /// Positions outlive versions, so the digest of a record never changes under the same version.
+    /// Positions outlive versions of this crate, so the digest of a record never changes under the
+    /// same version number.
     #[test]
     fn the_digest_is_what_it_was() {
         assert_eq!(

@@ -1,4 +1,4 @@
-//! What a log holds: records and their offsets.
+//! Records and their offsets.
 
 use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 
@@ -8,8 +8,9 @@ use crate::{Epoch, Error, Numbering, ProducerId};
 
 /// A record's place in one log: opaque, ordered, and possibly sparse.
 ///
-/// Two numbers, because some backends count in two (a Redis stream id is `ms-seq`). Shown and parsed as `lo` where `hi` is
-/// zero, as `hi-lo` otherwise. Offsets of one log can be compared; a difference between two of them means nothing.
+/// An offset has two numbers, because some backends count in two (a Redis stream id is `ms-seq`).
+/// It is displayed and parsed as `lo` if `hi` is zero, and as `hi-lo` otherwise. Offsets of one log
+/// can be compared, but the difference between two of them means nothing.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Offset {
     hi: u64,
@@ -20,10 +21,10 @@ impl Offset {
     /// At or before every record of any log.
     pub const ZERO: Self = Self::new(0, 0);
 
-    /// The greatest offset. No position can be behind a record there.
+    /// The greatest offset. No position can come after a record at this offset.
     pub const MAX: Self = Self::new(u64::MAX, u64::MAX);
 
-    /// The offset of the two numbers; `hi` counts more.
+    /// The offset with these two numbers. `hi` is the more significant one.
     pub const fn new(hi: u64, lo: u64) -> Self {
         Self { hi, lo }
     }
@@ -38,8 +39,8 @@ impl Offset {
         self.lo
     }
 
-    /// The smallest offset after this one: where a reader goes on that has seen this record. [`MAX`](Self::MAX) has none, and
-    /// is its own.
+    /// The smallest offset after this one: where a reader continues after this record.
+    /// [`MAX`](Self::MAX) has no successor and returns itself.
     pub const fn successor(self) -> Self {
         match (self.hi.checked_add(1), self.lo.checked_add(1)) {
             (_, Some(lo)) => Self { hi: self.hi, lo },
@@ -87,14 +88,17 @@ impl FromStr for Offset {
     }
 }
 
-/// Who sent a record, and its number among all that this producer sent to this log in one [`Epoch`].
+/// Who sent a record, and its number among all records that this producer sent to this log in one
+/// [`Epoch`].
 ///
-/// A sender in doubt sends again with the same origin, and the consumer drops what it has handled before. Numbers may start
-/// anywhere and have gaps, but the span from the lowest unconfirmed to the highest appended must not exceed
+/// A sender in doubt sends the record again with the same origin, and the consumer drops it if it
+/// has handled the record before. Numbers may start anywhere and have gaps. The span from the
+/// lowest unconfirmed number to the highest appended one must not exceed
 /// [`Window::SIZE`](crate::Window::SIZE).
 ///
-/// Take [`Epoch::STABLE`] only if the numbers outlive the process. A process that numbers from the beginning at each start
-/// draws an [`Epoch::fresh`], so that its new records are never taken for duplicates of its old ones.
+/// Use [`Epoch::STABLE`] only if the numbers outlive the process. A process that starts numbering
+/// from the beginning draws an [`Epoch::fresh`], so that consumers never mistake its new records
+/// for duplicates of its old ones.
 ///
 /// ```
 /// # use essentially_once::{Epoch, NewRecord, Origin, ProducerId};
@@ -106,14 +110,14 @@ impl FromStr for Offset {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
 pub struct Origin {
-    /// The sender, and which of its numberings this is.
+    /// The sender, and the epoch of its numbering.
     pub numbering: Numbering,
     /// The record's number.
     pub sequence: u64,
 }
 
 impl Origin {
-    /// The origin of that producer, epoch and number.
+    /// The origin with this producer, epoch and number.
     pub const fn new(producer: ProducerId, epoch: Epoch, sequence: u64) -> Self {
         Self {
             numbering: Numbering::new(producer, epoch),
@@ -121,7 +125,7 @@ impl Origin {
         }
     }
 
-    /// The origin of that numbering and number.
+    /// The origin with this numbering and number.
     pub const fn of(numbering: Numbering, sequence: u64) -> Self {
         Self { numbering, sequence }
     }
@@ -134,31 +138,32 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A named value that travels with a record. Names need not be unique; their order is kept.
+/// A named value that travels with a record. Names need not be unique, and headers keep their
+/// order.
 pub type Header = (String, Bytes);
 
 /// A record as a log yields it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Record {
-    /// Where it stands in its log.
+    /// The record's place in its log.
     pub offset: Offset,
-    /// What it is about; records with equal keys keep their order everywhere.
+    /// What the record is about. Records with equal keys keep their order everywhere.
     pub key: Option<Bytes>,
-    /// Named values beside the payload.
+    /// Named values next to the payload.
     pub headers: Vec<Header>,
-    /// The message itself; for a [`malformed`](Self::malformed) entry its raw bytes.
+    /// The message itself, or the raw bytes of a [`malformed`](Self::malformed) entry.
     pub payload: Bytes,
-    /// When the backend took it in, by the backend's or the appender's clock, to the millisecond.
+    /// When the record was appended, by the backend's or the appender's clock, to the millisecond.
     pub appended_at: SystemTime,
-    /// Who sent it, if the sender said so.
+    /// Who sent the record, if the sender set it.
     pub origin: Option<Origin>,
     /// Why the entry could not be decoded. A consumer never hands such a record to its handler.
     pub malformed: Option<Arc<str>>,
 }
 
 impl Record {
-    /// A record with nothing but a place, a time and a payload; set the other fields on it.
+    /// A record with an offset, a time and a payload. Set the other fields on the result.
     pub fn new(offset: Offset, appended_at: SystemTime, payload: impl Into<Bytes>) -> Self {
         Self {
             offset,
@@ -171,12 +176,13 @@ impl Record {
         }
     }
 
-    /// The first header of that name.
+    /// The value of the first header with this name.
     pub fn header(&self, name: &str) -> Option<&Bytes> {
         find(&self.headers, name)
     }
 
-    /// Bytes of key, headers (names and values) and payload together: what a log's record limit bounds.
+    /// Bytes of key, headers (names and values) and payload together: what a log's record limit
+    /// bounds.
     pub fn size(&self) -> usize {
         size(self.key.as_ref(), &self.headers, &self.payload)
     }
@@ -192,18 +198,18 @@ impl Record {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct NewRecord {
-    /// What it is about.
+    /// What the record is about.
     pub key: Option<Bytes>,
-    /// Named values beside the payload.
+    /// Named values next to the payload.
     pub headers: Vec<Header>,
     /// The message itself.
     pub payload: Bytes,
-    /// Who sends it; set it to let consumers drop what was sent twice.
+    /// Who sends the record. Set it so that consumers can drop duplicates.
     pub origin: Option<Origin>,
 }
 
 impl NewRecord {
-    /// A record with that payload, and no key, headers or origin.
+    /// A record with this payload and no key, headers or origin.
     pub fn new(payload: impl Into<Bytes>) -> Self {
         Self {
             payload: payload.into(),
@@ -232,12 +238,14 @@ impl NewRecord {
         self
     }
 
-    /// Bytes of key, headers (names and values) and payload together: what a log's record limit bounds.
+    /// Bytes of key, headers (names and values) and payload together: what a log's record limit
+    /// bounds.
     pub fn size(&self) -> usize {
         size(self.key.as_ref(), &self.headers, &self.payload)
     }
 
-    /// Refuses a record above `limit` bytes: adapters call it on every record before they append the first.
+    /// Refuses a record over `limit` bytes. Adapters call it for every record before they append
+    /// the first one.
     ///
     /// # Errors
     /// [`Error::TooLarge`] with the size and the limit.

@@ -1,35 +1,37 @@
-//! What fences: the revision of a position, and who owns it.
+//! Fencing: the revision of a position, and its owner.
 
 use std::{fmt, str::FromStr};
 
 use crate::Error;
 
-/// How far a position has come: an epoch, and a count of commits within it. Revisions are ordered, and every commit raises
-/// the revision.
+/// The version of a position: an epoch, and a count of commits within it. Revisions are ordered,
+/// and every commit raises the revision.
 ///
-/// The core chooses both the expected and the next revision of a commit. A session's first commit, and every change by hand,
-/// opens a [fresh epoch](Self::fresh_epoch); the session's other commits count up. A plain counter would not do: a commit that is still under way
-/// when its session gives up expects a number that another session may reach by itself, and would then apply to a state that
-/// its handler never saw.
+/// The core chooses both the expected and the next revision of a commit. A session's first commit,
+/// and every change by hand, opens a [fresh epoch](Self::fresh_epoch). The session's other commits
+/// count up. A plain counter is not enough: a commit that is still in progress when its session
+/// gives up expects a number that another session may reach on its own. The commit would then apply
+/// to a state that its handler never saw.
 ///
-/// Shown and parsed as `count` in epoch 0, which positions written before version 0.2 are in, and as `epoch.count` otherwise.
+/// Displayed and parsed as `count` in epoch 0, which holds positions written before version 0.2,
+/// and as `epoch.count` otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Revision {
-    // The order of the fields is the order of revisions.
+    // The derived order compares the epoch first.
     epoch: u64,
     count: u64,
 }
 
 impl Revision {
-    /// The revision where there is no position yet.
+    /// The revision of a consumer that has no position yet.
     pub const NONE: Self = Self::new(0, 0);
 
-    /// The revision of those two numbers.
+    /// The revision with this epoch and count.
     pub const fn new(epoch: u64, count: u64) -> Self {
         Self { epoch, count }
     }
 
-    /// The number of the session, or change by hand, that made it.
+    /// The number of the session, or of the change by hand, that set it.
     pub const fn epoch(self) -> u64 {
         self.epoch
     }
@@ -48,36 +50,38 @@ impl Revision {
         }
     }
 
-    /// The first commit of another session, or a change by hand: a later epoch, that nobody else opens.
+    /// The first commit of another session, or a change by hand: a later epoch that nothing else
+    /// opens.
     ///
-    /// The upper half of its number counts up, and the lower half is drawn at random. Epochs that only count up would repeat
-    /// when a position is deleted, or restored from an older copy, and built anew. An instance that slept through that would
-    /// then commit into a position which it never saw.
+    /// The upper half of the epoch counts up, and the lower half is random. Epochs that only count
+    /// up would repeat after a position is deleted, or restored from an older copy, and then built
+    /// again. An instance that was suspended meanwhile would then commit into a position that it
+    /// never saw.
     #[must_use]
     pub fn fresh_epoch(self) -> Self {
         match u32::try_from(self.generation() + 1) {
             Ok(generation) => Self::new(u64::from(generation) << 32 | u64::from(fastrand::u32(..)), 1),
-            // No store gets there by counting; one that was tampered with must not make anyone panic.
+            // Only a store that was tampered with gets here, and that must not cause a panic.
             Err(_) => Self::new(u64::MAX, 1),
         }
     }
 
-    /// How many epochs there were, if all were [fresh](Self::fresh_epoch).
+    /// How many epochs there have been, if all of them were [fresh](Self::fresh_epoch).
     const fn generation(self) -> u64 {
         self.epoch >> 32
     }
 
-    /// Whether a position that was at `seen` must have lost commits if it is at this revision now: it is at an earlier one,
-    /// or at one that never came before or after it.
+    /// Whether a position that was at `seen` and is now at this revision must have lost commits:
+    /// this revision is earlier, or it is neither before nor after `seen`.
     pub(crate) fn is_lost_since(self, seen: Self) -> bool {
         self < seen || (self.generation() == seen.generation() && self.generation() > 0 && self.epoch != seen.epoch)
     }
 
-    /// A later epoch that is always the same: for models and tests, which must be repeatable. Commits use
-    /// [`fresh_epoch`](Self::fresh_epoch).
+    /// A later epoch that is always the same, for models and tests, which must be repeatable.
+    /// Commits use [`fresh_epoch`](Self::fresh_epoch).
     #[must_use]
     pub const fn next_epoch(self) -> Self {
-        // No store gets to the end by counting; one that was tampered with must not make anyone panic.
+        // Only a store that was tampered with saturates, and that must not cause a panic.
         Self::new(self.epoch.saturating_add(1 << 32), 1)
     }
 }
@@ -114,20 +118,21 @@ impl FromStr for Revision {
     }
 }
 
-/// A random token that one run of a consumer draws and writes with each commit, so that it knows its own position again.
+/// A random token that one run of a consumer draws and writes with each commit, so that it
+/// recognizes its own position.
 ///
-/// It decides nothing: the [`Revision`] fences. A consumer that is fenced and finds its own token was overtaken by a change
-/// made by hand, not by another instance.
+/// The token decides nothing, because the [`Revision`] does the fencing. A fenced consumer that
+/// finds its own token was overtaken by a change made by hand, not by another instance.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Owner(u128);
 
 impl Owner {
-    /// Draws a token.
+    /// Draws a random token.
     pub fn draw() -> Self {
         Self(fastrand::u128(1..))
     }
 
-    /// The token of that number.
+    /// The token with this number.
     pub const fn new(number: u128) -> Self {
         Self(number)
     }

@@ -1,4 +1,4 @@
-//! The services that the loop asks of the async runtime, so that the model checker can stand in for it.
+//! The runtime services that the consumer loop uses, so that the model checker can replace them.
 
 use std::{future::Future, time::Duration};
 
@@ -32,13 +32,14 @@ pub(crate) async fn sleep(duration: Duration) {
     tokio::time::sleep(duration).await;
 }
 
-/// Time does not pass under the model checker: another task may run, that is all.
+/// Time does not pass under the model checker, so this only lets another task run.
 #[cfg(shuttle)]
 pub(crate) async fn sleep(_: Duration) {
     shuttle::future::yield_now().await;
 }
 
-/// The future's result, or `None` if it takes longer than `limit`; without a limit it may take any time.
+/// The future's result, or `None` if it takes longer than `limit`. Without a limit it may take any
+/// time.
 pub(crate) async fn within<T>(limit: Option<Duration>, future: impl Future<Output = T>) -> Option<T> {
     let Some(limit) = limit else {
         return Some(future.await);
@@ -50,7 +51,7 @@ pub(crate) async fn within<T>(limit: Option<Duration>, future: impl Future<Outpu
     }
 }
 
-/// Whether no other thread takes over the tasks of a thread that is busy.
+/// Whether the runtime has no other thread to run the tasks of a busy one.
 #[cfg(not(shuttle))]
 pub(crate) fn has_one_thread() -> bool {
     use tokio::runtime::{Handle, RuntimeFlavor};

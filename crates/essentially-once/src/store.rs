@@ -1,4 +1,4 @@
-//! The store that keeps positions, and state in the same transaction.
+//! The store that keeps positions, and commits state in the same transaction.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,26 +7,27 @@ use bytes::Bytes;
 
 use crate::{ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window, rt};
 
-/// Where a consumer stands.
+/// A consumer's place in its log, and what is committed with it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Position {
-    /// The log it belongs to.
+    /// The log that the position belongs to.
     pub log: LogId,
-    /// The offset to go on at: everything before it has taken effect.
+    /// The offset to continue at. Every record before it has taken effect.
     pub next: Offset,
-    /// What the next commit must expect; every commit raises it.
+    /// The revision that the next commit must expect. Every commit raises it.
     pub revision: Revision,
-    /// The run of a consumer that committed last; `None` where a version before 0.2 did.
+    /// The run of a consumer that committed last; `None` if that was a version before 0.2.
     pub owner: Option<Owner>,
-    /// The last record that was passed; `None` where none was yet, and after the position was moved by hand.
+    /// The last record that the consumer passed; `None` if it has not passed one, or not since the
+    /// position was moved by hand.
     pub passed: Option<Passed>,
-    /// What was seen of each producer, in any order.
+    /// The sequences seen of each producer, in any order.
     pub windows: Vec<(Numbering, Window)>,
 }
 
 impl Position {
-    /// A position with no owner, no passed record and no windows; set the other fields on it.
+    /// A position with no owner, no passed record and no windows. Set these fields on the result.
     pub const fn new(log: LogId, next: Offset, revision: Revision) -> Self {
         Self {
             log,
@@ -39,23 +40,24 @@ impl Position {
     }
 }
 
-/// What shows that the owner of a position lives: it differs from an earlier pulse whenever the owner has committed or
-/// [beaten](OffsetStore::beat) since.
+/// Shows whether the owner of a position is alive. A pulse differs from an earlier one if the owner
+/// has committed or [beaten](OffsetStore::beat) in between.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Pulse {
     /// The offset to go on at.
     pub next: Offset,
-    /// The revision of the position; [`Revision::NONE`] where there is none.
+    /// The revision of the position; [`Revision::NONE`] if the consumer has no position.
     pub revision: Revision,
-    /// The run of a consumer that committed last; `None` where it gave the position up, or where there is none.
+    /// The run of a consumer that committed last; `None` if it released the position, or if the
+    /// consumer has no position.
     pub owner: Option<Owner>,
-    /// A number that changes with every beat. It may start over at any commit.
+    /// A number that changes with every beat. Any commit may reset it.
     pub beats: u64,
 }
 
 impl Pulse {
-    /// The pulse of a position, where that many beats have been counted.
+    /// The pulse of a position with that number of beats.
     pub fn new(position: Option<&Position>, beats: u64) -> Self {
         position.map_or_else(Self::default, |position| Self {
             next: position.next,
@@ -70,26 +72,29 @@ impl Pulse {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Advance {
-    /// The log that is being read.
+    /// The log that the consumer reads.
     pub log: LogId,
-    /// The offset to go on at. It may be before the stored one: a `seek` goes back.
+    /// The offset to continue at. It may be before the stored one, since a `seek` can go back.
     pub next: Offset,
-    /// The revision this commit is based on; [`Revision::NONE`] where there was no position.
+    /// The revision that this commit is based on; [`Revision::NONE`] if the consumer had no
+    /// position.
     pub expected: Revision,
-    /// The revision that this commit makes. The store keeps it as it is, and does no arithmetic on it.
+    /// The revision that this commit sets. The store keeps it unchanged and does no arithmetic on
+    /// it.
     pub revision: Revision,
-    /// Replaces the stored owner, also by `None`.
+    /// Replaces the stored owner, even if it is `None`.
     pub owner: Option<Owner>,
-    /// Replaces the stored mark of the last record, also by `None`.
+    /// Replaces the stored mark of the last passed record, even if it is `None`.
     pub passed: Option<Passed>,
-    /// Windows to insert or replace; all others stay.
+    /// Windows to insert or replace. All other windows stay.
     pub windows: Vec<(Numbering, Window)>,
-    /// Numberings whose windows to delete; none of them is in `windows`.
+    /// Numberings whose windows to delete. None of them is also in `windows`.
     pub forgotten: Vec<Numbering>,
 }
 
 impl Advance {
-    /// An advance with no owner, no passed record and no change of windows; set the other fields on it.
+    /// An advance with no owner, no passed record and no changes to windows. Set these fields on
+    /// the result.
     pub const fn new(log: LogId, next: Offset, expected: Revision, revision: Revision) -> Self {
         Self {
             log,
@@ -103,14 +108,15 @@ impl Advance {
         }
     }
 
-    /// Decides whether the position stored for `consumer` lets this advance be committed (S2, S8). Returns the log to store:
-    /// the stored one where this advance knows no incarnation.
+    /// Decides whether the position stored for `consumer` allows this commit (S2, S8). Returns the
+    /// log to store: the stored one if this advance has no incarnation.
     ///
-    /// It compares two values. A backend that shares its data must make the decision part of the commit.
+    /// This method only compares two values. A backend whose data is shared must make the decision
+    /// part of the commit.
     ///
     /// # Errors
-    /// [`Error::Fenced`] if the stored revision is not the expected one, otherwise [`Error::WrongLog`] if the position
-    /// belongs to another log.
+    /// [`Error::Fenced`] if the stored revision is not the expected one. Otherwise
+    /// [`Error::WrongLog`] if the position belongs to another log.
     pub fn check(&self, consumer: &ConsumerId, stored: Option<(Revision, &LogId)>) -> Result<LogId, Error> {
         let revision = stored.map_or(Revision::NONE, |(revision, _)| revision);
         if revision != self.expected {
@@ -131,67 +137,153 @@ impl Advance {
     }
 }
 
-/// Keeps the positions of consumers, and commits them together with what a handler staged.
+/// Keeps the positions of consumers, and commits each one together with the state that a handler
+/// staged.
 ///
 /// # Contract
-/// - **S1** Atomic: staged state and position are applied together or neither is, through any crash.
-/// - **S2** Fenced: if the stored revision is not the expected one, a commit fails with [`Error::Fenced`] and applies nothing.
-///   The check is part of the commit: nothing can come between. Afterwards the stored revision is exactly the one that the
-///   [`Advance`] names.
-/// - **S3** Durable: a commit returns `Ok` only when it survives a crash of this process and a restart of the backend. A
-///   commit that stages nothing is as durable as any other.
+/// - **S1** Atomic: a commit applies both the staged state and the position, or neither, through
+///   any crash.
+/// - **S2** Fenced: if the stored revision is not the expected one, a commit fails with
+///   [`Error::Fenced`] and applies nothing. The check is part of the commit, so no other commit can
+///   come between. After a commit the stored revision is exactly the one in its [`Advance`].
+/// - **S3** Durable: a commit returns `Ok` only when it survives a crash of this process and a
+///   restart of the backend. A commit that stages nothing is as durable as any other.
 /// - **S4** A dropped or rolled back transaction leaves no trace.
-/// - **S5** Where the outcome cannot be known, a commit fails with [`Error::Indeterminate`], and `position` then reports the
-///   truth of that moment. A commit that still arrives later is checked like any other (S2). An adapter never retries a
-///   commit by itself: it would be fenced by its own first try.
-/// - **S6** A transaction reads its own writes. A transaction in which a read or write failed with anything but
-///   [`Error::TooLarge`] can only be rolled back: its commit fails and applies nothing, so that a handler which ignores the
-///   error cannot commit what it computed without the value. Native methods say in their documentation which of their
-///   errors are harmless.
+/// - **S5** If the outcome cannot be known, a commit fails with [`Error::Indeterminate`], and
+///   `position` then reports the state of that moment. A commit that still arrives later is checked
+///   like any other (S2). An adapter never retries a commit on its own, because its first try would
+///   fence the second.
+/// - **S6** A transaction reads its own writes. If a read or write in it fails with anything but
+///   [`Error::TooLarge`], the transaction can only be rolled back: its commit fails and applies
+///   nothing. A handler that ignores the error therefore cannot commit a result that it computed
+///   without the value. The documentation of native methods says which of their errors are
+///   harmless.
 /// - **S7** Consumers never see each other's state or position.
-/// - **S8** A position remembers its log: a commit for another one fails with [`Error::WrongLog`] and applies nothing. Where
-///   the revision differs too, [`Error::Fenced`] wins: the position may have changed its log since. A known incarnation is
-///   never overwritten by an unknown one.
-/// - **S9** `position` returns revision, owner, passed record and windows of one commit, never parts of two, and never an
-///   older commit than one that was acknowledged before the call.
-/// - **S10** `pulse`, `watch`, `beat` and `release` are hints. They may be late, but they miss no change for good. They change
-///   no revision and fence nobody, and one owner's beat or release has no effect on the position of another.
-/// - **S11** Where the store implements [`ReadState`], a snapshot is of one commit, never older than one that was acknowledged
-///   before the call, and waits for no open transaction.
+/// - **S8** A position remembers its log. A commit for another log fails with [`Error::WrongLog`]
+///   and applies nothing. If the revision differs too, the commit fails with [`Error::Fenced`]
+///   instead, because the position may have changed its log since. An unknown incarnation never
+///   overwrites a known one.
+/// - **S9** `position` returns the revision, owner, passed record and windows of one commit, never
+///   parts of two. That commit is never older than one acknowledged before the call.
+/// - **S10** `pulse`, `watch`, `beat` and `release` are hints. They may be late, but they report
+///   every change eventually. They change no revision and fence no transaction, and one owner's
+///   beat or release has no effect on a position of another owner.
+/// - **S11** If the store implements [`ReadState`], a snapshot shows one commit, never older than
+///   one acknowledged before the call, and waits for no open transaction.
 ///
 /// # Isolation
-/// What a transaction sees of commits by other instances of its consumer is up to the backend: a snapshot, or each read
-/// the newest value. Both are sound, because such a commit fences the transaction. What it sees of other consumers' and
-/// programs' native data is the backend's own isolation, and its documentation says which that is. An open transaction may
-/// hold locks that keep others from writing (SQLite: the whole file), so a handler should not wait for anything slow.
+/// The backend decides what a transaction sees of commits by other instances of its consumer: a
+/// snapshot, or the newest value at each read. Both are sound, because such a commit fences the
+/// transaction. The backend's own isolation decides what a transaction sees of native data that
+/// other consumers and programs write, and the backend's documentation describes it. An open
+/// transaction may hold locks that keep others from writing (SQLite: the whole file), so a handler
+/// should not wait for anything slow.
+///
+/// # Examples
+/// A store that keeps only positions, in memory, for handlers that need no transaction:
+///
+/// ```
+/// use std::{collections::HashMap, sync::{Arc, Mutex}};
+///
+/// use essentially_once::backend::{Advance, Durability, Position, Transaction};
+/// use essentially_once::{ConsumerId, Error, OffsetStore, async_trait};
+///
+/// #[derive(Clone, Default)]
+/// struct Positions(Arc<Mutex<HashMap<ConsumerId, Position>>>);
+///
+/// struct Tx {
+///     store: Positions,
+///     consumer: ConsumerId,
+/// }
+///
+/// #[async_trait]
+/// impl OffsetStore for Positions {
+///     type Tx = Tx;
+///
+///     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
+///         Ok(self.0.lock().unwrap().get(consumer).cloned())
+///     }
+///
+///     async fn begin(&self, consumer: &ConsumerId) -> Result<Tx, Error> {
+///         Ok(Tx { store: self.clone(), consumer: consumer.clone() })
+///     }
+///
+///     async fn durability(&self) -> Result<Durability, Error> {
+///         Ok(Durability::Volatile("it keeps positions in memory; use a database".into()))
+///     }
+/// }
+///
+/// #[async_trait]
+/// impl Transaction for Tx {
+///     async fn commit(self, advance: Advance) -> Result<(), Error> {
+///         // Checks and writes under one lock, so that no other commit comes between (S2).
+///         let mut positions = self.store.0.lock().unwrap();
+///         let stored = positions.get(&self.consumer);
+///         let known = stored.map(|stored| (stored.revision, &stored.log));
+///         let log = advance.check(&self.consumer, known)?;
+///         let mut windows = stored.map(|stored| stored.windows.clone()).unwrap_or_default();
+///         windows.retain(|(numbering, _)| {
+///             let mut replaced = advance.windows.iter().map(|(replaced, _)| replaced);
+///             !advance.forgotten.contains(numbering) && replaced.all(|other| other != numbering)
+///         });
+///         windows.extend(advance.windows);
+///         let mut position = Position::new(log, advance.next, advance.revision);
+///         (position.owner, position.passed) = (advance.owner, advance.passed);
+///         position.windows = windows;
+///         positions.insert(self.consumer, position);
+///         Ok(())
+///     }
+///
+///     async fn rollback(self) -> Result<(), Error> {
+///         Ok(())
+///     }
+/// }
+///
+/// # use essentially_once::{Consumer, Log, NewRecord, Record, handler_fn, memory::Memory};
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// # let log = Memory::new().log("orders")?;
+/// # log.append(&[NewRecord::new("10248")]).await?;
+/// # let store = Positions::default();
+/// # for handled in [1, 0] {
+/// #     let handler = handler_fn(|_: &Record, _: &mut ()| Box::pin(async { Ok(()) }));
+/// #     let consumer = ConsumerId::new("shipping")?;
+/// #     let run = Consumer::at_least_once(consumer, log.clone(), store.clone(), handler);
+/// #     assert_eq!(run.run_until_caught_up().await?.handled, handled);
+/// # }
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait OffsetStore: Send + Sync + 'static {
-    /// The transaction that a handler writes in. It owns what it needs.
+    /// The transaction that a handler writes to. It owns everything that it needs.
     type Tx: Transaction + 'static;
 
-    /// Where the consumer stands; `None` if it never committed. Dropping the future has no effect.
+    /// The consumer's position; `None` if it never committed. Dropping the future has no effect.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error>;
 
-    /// Opens a transaction for the consumer's state and position. Dropping the future has no effect.
+    /// Opens a transaction for the consumer's state and position. Dropping the future has no
+    /// effect.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn begin(&self, consumer: &ConsumerId) -> Result<Self::Tx, Error>;
 
-    /// Whether commits survive a crash, as the backend is set up now.
+    /// Whether commits survive a crash, with the backend's current settings.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn durability(&self) -> Result<Durability, Error>;
 
-    /// What shows whether the owner of the position lives. A standby asks about ten times a second.
+    /// Shows whether the owner of the position is alive. A standby calls it about ten times a
+    /// second.
     ///
-    /// It waits for no writer and writes nothing. It may lag behind the newest commit for a moment, but it reports every
-    /// commit and beat in the end. Unless implemented it is made of [`position`](Self::position), without beats. Dropping
-    /// the future has no effect.
+    /// It waits for no writer and writes nothing. It may lag behind the newest commit for a moment,
+    /// but it reports every commit and beat eventually. The default uses
+    /// [`position`](Self::position) and has no beats. Dropping the future has no effect.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -199,10 +291,11 @@ pub trait OffsetStore: Send + Sync + 'static {
         Ok(Pulse::new(self.position(consumer).await?.as_ref(), 0))
     }
 
-    /// Waits until the pulse differs from `seen`, and returns it. It may also return early, with the same pulse.
+    /// Waits until the pulse differs from `seen`, and returns it. It may also return early, with
+    /// the same pulse.
     ///
-    /// A store that learns of changes by itself returns at once; one that has to look does so every `interval`. Unless
-    /// implemented it looks once, after `interval`. Cancel-safe.
+    /// A store that is notified of changes returns at once. Other stores check every `interval`.
+    /// The default checks once, after `interval`. Cancel-safe.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -212,13 +305,14 @@ pub trait OffsetStore: Send + Sync + 'static {
         self.pulse(consumer).await
     }
 
-    /// Shows that `owner` lives, in times when it does not commit: it handles a record for long, or pauses before it tries
-    /// one again. Standbys then leave it the position.
+    /// Shows that `owner` is alive while it does not commit: it may be handling a slow record, or
+    /// pausing before it tries one again. Standbys then leave it the position.
     ///
-    /// A beat is only a hint. It has no effect where the position has another owner or does not exist, it changes nothing
-    /// but [`Pulse::beats`], and it fences nobody. It need not survive a crash. Unless implemented it does nothing, and a
-    /// standby takes over from an owner that does not commit for `standby_after`.
-    /// Dropping the future has no effect, or that of a beat.
+    /// A beat is only a hint. It changes nothing but [`Pulse::beats`], and it fences no
+    /// transaction. It has no effect if the position has another owner or does not exist. It need
+    /// not survive a crash. The default does nothing, so a standby takes over from an owner that
+    /// does not commit for `standby_after`. If the future is dropped, the beat may or may not take
+    /// effect.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -227,11 +321,12 @@ pub trait OffsetStore: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Gives the position up: the stored owner becomes `None` if it is `owner`, so that a standby takes over at once.
+    /// Releases the position: the stored owner becomes `None` if it is `owner`, so that a standby
+    /// takes over at once.
     ///
-    /// Like a beat it is only a hint, changes nothing else, and fences nobody. Unless implemented it does nothing, and a
-    /// standby takes over after `standby_after`. Dropping the future leaves open whether
-    /// it happened.
+    /// Like a beat, it is only a hint, changes nothing else, and fences no transaction. The default
+    /// does nothing, so a standby takes over after `standby_after`. If the future is dropped, the
+    /// release may or may not take effect.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`], [`Error::Indeterminate`].
@@ -241,17 +336,46 @@ pub trait OffsetStore: Send + Sync + 'static {
     }
 }
 
-/// Reads the state of consumers outside a transaction, for services that show what a consumer has made of its log.
+/// Reads the state of consumers outside a transaction, for services that show what a consumer has
+/// computed from its log.
 ///
 /// # Isolation
-/// One call sees one commit: the position and all values are as that commit left them, never parts of two. It is the newest
-/// commit or one that was under way during the call, and never older than a commit acknowledged before the call. Two calls
-/// may see two commits; compare the revisions of their positions to tell.
+/// One call sees one commit: the position and all values are as that commit left them, never parts
+/// of two. This is the newest commit, or one that was in progress during the call, and never older
+/// than a commit acknowledged before the call. Two calls may see two commits. Compare the revisions
+/// of their positions to find out.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::{Memory, MemoryTx};
+/// use essentially_once::{
+///     Consumer, ConsumerId, KeyValue, Log, NewRecord, ReadState, Record, handler_fn,
+/// };
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (log, store) = (memory.log("orders")?, memory.store());
+/// log.append(&[NewRecord::new("10248")]).await?;
+/// let shipping = ConsumerId::new("shipping")?;
+/// let ship = handler_fn(|record: &Record, tx: &mut MemoryTx| {
+///     Box::pin(async move { Ok(tx.put(&record.payload, b"shipped").await?) })
+/// });
+/// let consumer = Consumer::essentially_once(shipping.clone(), log, store.clone(), ship);
+/// consumer.accept_volatile().run_until_caught_up().await?;
+///
+/// let snapshot = store.read_state(&shipping, &[b"10248".as_slice(), b"10249"]).await?;
+/// assert_eq!(snapshot.values[0].as_deref(), Some(&b"shipped"[..]));
+/// assert_eq!(snapshot.values[1], None);
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait ReadState: OffsetStore {
     /// The consumer's position and the values of `keys`, in the order of the keys.
     ///
-    /// It waits for no open transaction, and makes none wait. Dropping the future has no effect.
+    /// It waits for no open transaction, and no transaction waits for it. Dropping the future has
+    /// no effect.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
@@ -262,63 +386,70 @@ pub trait ReadState: OffsetStore {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// Where the consumer stood; `None` if it never committed.
+    /// The consumer's position; `None` if it never committed.
     pub position: Option<Position>,
-    /// The values of the keys that were asked for, in that order.
+    /// The values of the requested keys, in the order of the request.
     pub values: Vec<Option<Bytes>>,
 }
 
 impl Snapshot {
-    /// A snapshot of those.
+    /// A snapshot of that position and those values.
     pub const fn new(position: Option<Position>, values: Vec<Option<Bytes>>) -> Self {
         Self { position, values }
     }
 }
 
-/// State changes that are not applied yet. Committing takes the new position, so neither is ever applied without the other.
+/// State changes that are not applied yet. A commit takes the new position, so neither is ever
+/// applied without the other.
 #[async_trait]
 pub trait Transaction: Send + Sized {
-    /// Applies what was staged and the new position together, or neither.
+    /// Applies the staged changes and the new position together, or neither.
     ///
     /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does.
     ///
     /// # Errors
-    /// [`Error::Fenced`], [`Error::WrongLog`], [`Error::Unavailable`] and [`Error::Failed`] when nothing was applied;
-    /// [`Error::Indeterminate`] when it is not known; [`Error::PartiallyApplied`] where a backend that cannot roll back failed in the
-    /// middle of native commands of the handler's.
+    /// [`Error::Fenced`], [`Error::WrongLog`], [`Error::Unavailable`] and [`Error::Failed`] if
+    /// nothing was applied. [`Error::Indeterminate`] if the outcome is not known.
+    /// [`Error::PartiallyApplied`] if a backend that cannot roll back failed in the middle of the
+    /// handler's native commands.
     async fn commit(self, advance: Advance) -> Result<(), Error>;
 
-    /// Discards what was staged; dropping the transaction does the same.
+    /// Discards the staged changes. Dropping the transaction does the same.
     ///
     /// # Errors
-    /// None that matters: what was staged is gone in any case. An error says that the backend is in trouble.
+    /// An error reports that the backend is in trouble. The staged changes are discarded in any
+    /// case.
     async fn rollback(self) -> Result<(), Error>;
 }
 
-/// Portable state: a handler written against it runs on every store. Each consumer has a key space of its own.
+/// Portable state: a handler written against this trait runs on every store. Each consumer has its
+/// own key space.
 ///
-/// Every backend takes keys of up to 1,024 bytes and values of up to 64 KiB, whatever bytes they hold, the empty key and the
-/// empty value included; what it takes beyond that is in its documentation.
+/// Every backend accepts keys of up to 1,024 bytes and values of up to 64 KiB, with any content,
+/// including the empty key and the empty value. Its documentation states the limits that it has
+/// beyond that.
 ///
 /// # Errors of native methods
-/// A transaction may offer more than this trait. Its methods return a transient [`Error`] (see [`Error::is_transient`]) for
-/// trouble of the backend, on which a consumer goes back to its stored position; every other error counts as a failure of the
-/// record whose handler returns it.
+/// A transaction may offer more than this trait. Such a method returns a transient [`Error`] (see
+/// [`Error::is_transient`]) if the backend is in trouble, and the consumer goes back to its stored
+/// position. Any other error counts as a failure of the record whose handler returns it.
 #[async_trait]
 pub trait KeyValue: Transaction {
-    /// The value of `key`, as this transaction left it.
+    /// The value of `key`, including this transaction's own changes.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`]. The transaction can then only be rolled back (S6).
+    /// [`Error::Unavailable`], [`Error::Failed`]. After either, the transaction can only be rolled
+    /// back (S6).
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error>;
 
     /// Sets `key` to `value`.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] when the backend cannot hold it, and nothing was staged; else as for `get`.
+    /// [`Error::TooLarge`] if the backend cannot hold the entry; nothing is staged then. Otherwise
+    /// as for `get`.
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error>;
 
-    /// Removes `key`; no error if it is not there.
+    /// Removes `key`. Removing a missing key is not an error.
     ///
     /// # Errors
     /// As for `get`.

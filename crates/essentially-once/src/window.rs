@@ -1,4 +1,4 @@
-//! Dropping what a producer sent twice: one anti-replay window per producer.
+//! Detects records that a producer sent twice, with one anti-replay window per producer.
 
 use std::{
     collections::HashMap,
@@ -8,14 +8,16 @@ use std::{
 use crate::{Epoch, Error, Numbering, Offset, Origin, Record};
 
 const BLOCK_BITS: u64 = u64::BITS as u64;
-/// One block more than the window needs, so that the newest block can be partly filled (RFC 6479, section 2).
+/// One block more than the window needs, so that the newest block can be partly filled (RFC 6479,
+/// section 2).
 const BLOCKS: usize = (Window::SIZE / BLOCK_BITS) as usize + 1;
 
-/// What was seen of one producer: the highest sequence, and which of the 1,024 below it.
+/// The sequences seen of one producer: the highest one, and which of the 1,024 below it.
 ///
-/// It is the anti-replay window of IPsec (RFC 4303, section 3.4.3), laid out as a ring of blocks that is never shifted
-/// (RFC 6479). A mere high-water mark would not do: a broker may refuse message 5 and accept 6, and the 5 that is sent again must not be
-/// lost. What is below the window counts as seen, so a producer must never have more than [`Window::SIZE`] records in flight.
+/// This is the anti-replay window of IPsec (RFC 4303, section 3.4.3), laid out as a ring of blocks
+/// that is never shifted (RFC 6479). A high-water mark is not enough: a broker may refuse message 5
+/// and accept 6, and the resent 5 must not be lost. Sequences below the window count as seen, so a
+/// producer must never have more than [`Window::SIZE`] records in flight.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Window {
     highest: u64,
@@ -29,10 +31,10 @@ pub struct Window {
 }
 
 impl Window {
-    /// How many sequences below the highest one are remembered one by one.
+    /// How many sequences below the highest one are tracked individually.
     pub const SIZE: u64 = 1_024;
 
-    /// Bytes of [`encode`](Self::encode).
+    /// The length of [`encode`](Self::encode) in bytes.
     pub const ENCODED_LEN: usize = 1 + 8 * (5 + BLOCKS);
 
     const ENCODING_VERSION: u8 = 2;
@@ -40,7 +42,7 @@ impl Window {
     /// Version 1, written before 0.2, has no `read_at`.
     const ENCODED_LEN_1: usize = 1 + 8 * (4 + BLOCKS);
 
-    /// A window that has seen this one sequence.
+    /// A window that has seen only this sequence.
     pub fn new(sequence: u64) -> Self {
         let mut window = Self {
             highest: sequence,
@@ -62,12 +64,13 @@ impl Window {
         self.is_below(sequence) || self.blocks[block] & bit != 0
     }
 
-    /// Whether `sequence` is so old that nothing is known of it: it counts as seen, but may be from a producer that numbers anew.
+    /// Whether `sequence` is too old to be tracked. It counts as seen, but may come from a producer
+    /// that started numbering again.
     fn is_below(&self, sequence: u64) -> bool {
         self.highest.checked_sub(sequence).is_some_and(|age| age > Self::SIZE)
     }
 
-    /// Takes note of a `sequence`; no change if it was seen before.
+    /// Marks `sequence` as seen. Marking it again changes nothing.
     pub fn mark(&mut self, sequence: u64) {
         if sequence > self.highest {
             let (old, new) = (self.highest / BLOCK_BITS, sequence / BLOCK_BITS);
@@ -106,7 +109,7 @@ impl Window {
         bytes
     }
 
-    /// Reads what [`encode`](Self::encode) wrote, in this version or the one before.
+    /// Decodes the bytes of [`encode`](Self::encode), of this version or the one before.
     ///
     /// # Errors
     /// [`Error::Failed`] if the bytes have another length or version.
@@ -118,7 +121,8 @@ impl Window {
                 return Err(Error::failed(
                     "decode a producer's window",
                     format!(
-                        "{length} bytes of version {version:?}; this program reads version {} and the one before",
+                        "it has {length} bytes of version {version:?}, and this program reads only version {} and the one \
+                         before; upgrade the program",
                         Self::ENCODING_VERSION
                     ),
                 ));
@@ -170,13 +174,14 @@ impl Windows {
         self.by_numbering.is_empty()
     }
 
-    /// Whether a record of that origin was handled before.
+    /// Whether a record with this origin was handled before.
     pub(crate) fn is_seen(&self, origin: &Origin) -> bool {
         self.window(origin)
             .is_some_and(|window| window.is_seen(origin.sequence))
     }
 
-    /// Whether such a record counts as seen only because it is older than its producer's window.
+    /// Whether a record with this origin counts as seen only because it is older than its
+    /// producer's window.
     pub(crate) fn is_below(&self, origin: &Origin) -> bool {
         self.window(origin)
             .is_some_and(|window| window.is_below(origin.sequence))
@@ -186,7 +191,8 @@ impl Windows {
         self.by_numbering.get(&origin.numbering).map(|tracked| &tracked.window)
     }
 
-    /// Takes note of a record that was read at `now`, for the next commit. Of a duplicate too: its producer is not silent.
+    /// Marks a record that was read at `now`, for the next commit. Duplicates are marked too,
+    /// because they show that their producer is not silent.
     pub(crate) fn mark(&mut self, record: &Record, now: SystemTime) {
         let Some(origin) = &record.origin else {
             return;
@@ -210,7 +216,7 @@ impl Windows {
         }
     }
 
-    /// Forgets producers that are silent: see [`Silence`]. Those of a stable epoch are never forgotten.
+    /// Forgets the producers that are silent (see [`Silence`]), except those in a stable epoch.
     pub(crate) fn forget_silent(&mut self, silence: &Silence) {
         let forgotten = &mut self.forgotten;
         self.by_numbering.retain(|numbering, tracked| {
@@ -222,7 +228,7 @@ impl Windows {
         });
     }
 
-    /// What the next commit has to write: changed windows and forgotten producers.
+    /// The changed windows and forgotten producers for the next commit to write.
     pub(crate) fn take_changes(&mut self) -> (Vec<(Numbering, Window)>, Vec<Numbering>) {
         let mut changed = Vec::with_capacity(self.changed.len());
         for numbering in self.changed.drain(..) {
@@ -237,27 +243,27 @@ impl Windows {
     }
 }
 
-/// When a producer counts as silent. No single clock can decide it: a producer is forgotten only when everything that
-/// follows agrees.
+/// When a producer counts as silent. No single clock can decide this, so all of these must hold:
 ///
-/// - Its last record was *read* longer ago than the limit, by the reader's own clock. An appender whose clock is wrong cannot
-///   forge that.
-/// - Its last record was *appended* longer before the newest one than the limit, by the appenders' clocks. A reader whose
-///   clock is wrong, or who was down for a month, cannot forge that.
+/// - Its last record was *read* longer ago than the limit, by the reader's own clock. An appender
+///   with a wrong clock cannot forge that.
+/// - Its last record was *appended* longer before the newest record than the limit, by the
+///   appenders' clocks. A reader with a wrong clock, or one that was down for a month, cannot forge
+///   that.
 /// - The log holds none of its records any more.
 ///
-/// The session asks only when it has read everything that the log held a moment before, so that a record sent again and
-/// still unread is never forgotten about.
+/// The session checks only after it has read everything that the log held a moment before. A record
+/// that was sent again and is still unread therefore keeps its producer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Silence {
-    /// The earliest times that are not silent yet, in milliseconds since 1970.
+    /// The earliest times that do not count as silent, in milliseconds since 1970.
     read_since: u64,
     appended_since: u64,
     earliest: Offset,
 }
 
 impl Silence {
-    /// As of `now` by the reader's clock, `newest` being when the last record read was appended.
+    /// As of `now` by the reader's clock. `newest` is when the last record read was appended.
     pub(crate) fn new(limit: Duration, now: SystemTime, newest: SystemTime, earliest: Offset) -> Self {
         let before = |time: SystemTime| millis(time.checked_sub(limit).unwrap_or(UNIX_EPOCH));
         Self {
@@ -287,7 +293,8 @@ mod tests {
 
     use super::*;
 
-    /// What the window must agree with: every sequence ever seen, and the rule for those that are too old.
+    /// The model for the window: every sequence ever seen, and the rule for sequences that are too
+    /// old.
     #[derive(Default)]
     struct Naive {
         seen: BTreeSet<u64>,
@@ -311,7 +318,8 @@ mod tests {
         new
     }
 
-    /// Sequences that walk upwards with resends, gaps, and jumps around the window's edge and the number range's ends.
+    /// Sequences that walk upwards with resends, gaps, and jumps around the edge of the window and
+    /// the ends of the number range.
     fn sequences() -> impl Strategy<Value = Vec<u64>> {
         let step = prop_oneof![
             6 => -3i64..=4,
@@ -365,7 +373,7 @@ mod tests {
 
     const DAY: Duration = Duration::from_secs(86_400);
 
-    /// As of a day since 1970.
+    /// This many days after 1970-01-01.
     fn day(day: u32) -> SystemTime {
         UNIX_EPOCH + DAY * day
     }
@@ -407,14 +415,15 @@ mod tests {
 
     #[test]
     fn a_producer_is_forgotten_only_when_both_clocks_and_the_log_agree() {
-        // When it was appended, read, and by whom; what the log holds from; as of day 10.
+        // The numbering, the days on which its record was appended and read, the day on which the
+        // newest record was appended, and the earliest offset of the log. All as of day 10.
         for (numbering, appended, read, newest, earliest, forgotten) in [
             ("a#1", 1, 1, 10, 6u64, true),
             ("a#1", 1, 1, 10, 5, false),  // the log holds its record
             ("a#1", 9, 1, 10, 6, false),  // the reader was down
-            ("a#1", 1, 9, 10, 6, false),  // an appender's clock goes before: it was read yesterday
-            ("a#1", 1, 9, 999, 6, false), // the newest record's appender is years ahead
-            ("a#1", 1, 1, 2, 6, false),   // the newest record's appender is behind, or the reader's clock is ahead
+            ("a#1", 1, 9, 10, 6, false),  // the appender's clock is behind: the record was read yesterday
+            ("a#1", 1, 9, 999, 6, false), // the clock of the newest record's appender is years ahead
+            ("a#1", 1, 1, 2, 6, false),   // that clock is behind, or the reader's clock is ahead
             ("a", 1, 1, 10, 6, false),    // a stable numbering
         ] {
             let mut windows = Windows::default();
@@ -446,7 +455,7 @@ mod tests {
         let window = accept_all([3, 4, 9]);
         let mut old = window.encode().to_vec();
         old[0] = 1;
-        // `read_at` is the number behind the two of the offset and the append time.
+        // `read_at` follows the two numbers of the offset and the append time.
         old.drain(1 + 8 * 4..1 + 8 * 5);
         assert_eq!(Window::decode(&old).expect("decodes"), window);
     }

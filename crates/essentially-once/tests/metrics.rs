@@ -1,4 +1,5 @@
-//! What a consumer reports to the process's metrics recorder. A test binary of its own, since the recorder is global.
+//! What a consumer reports to the process's metrics recorder. Has its own test binary, since the
+//! recorder is global.
 
 #![allow(
     missing_docs,
@@ -24,7 +25,7 @@ use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, Share
 use metrics_util::registry::{AtomicStorage, Registry};
 use support::{Backend, Fault, Script, Step};
 
-/// Keeps the values. The debugging recorder of `metrics-util` sets gauges to zero whenever it is read.
+/// Keeps the values. The debugging recorder of `metrics-util` resets gauges to zero at each read.
 #[derive(Clone)]
 struct Kept {
     registry: Arc<Registry<Key, AtomicStorage>>,
@@ -37,7 +38,7 @@ impl Kept {
         self.described.lock().unwrap().insert(name.as_str().to_owned());
     }
 
-    /// The values of one consumer's metrics by name; of histograms the number of samples.
+    /// The values of one consumer's metrics by name. For histograms, the number of samples.
     fn of(&self, consumer: &str) -> HashMap<String, f64> {
         let mut values = HashMap::new();
         let mut keep = |key: &Key, value: f64| {
@@ -131,12 +132,12 @@ async fn counters_agree_with_the_report(kept: &Kept) {
     }
 }
 
-/// A handler that ends, fails or hangs, as its payload says.
+/// A handler that succeeds, fails or hangs, depending on the payload.
 fn obedient() -> impl essentially_once::Handler<MemoryTx> {
     handler_fn(|record: &Record, _: &mut MemoryTx| {
         Box::pin(async move {
             match &*record.payload {
-                b"fail" => Err(HandlerError::retry("as told")),
+                b"fail" => Err(HandlerError::retry("scripted")),
                 b"hang" => std::future::pending().await,
                 _ => Ok(()),
             }
@@ -168,7 +169,8 @@ async fn states_can_be_told_apart(kept: &Kept) {
         };
         let mut first = None;
         if state == "standby" {
-            // The labels are those of a consumer, so the active instance must have reported before.
+            // Both instances share the consumer's labels, so the active one must have reported
+            // first.
             first = Some(start(state));
             wait_for(|| kept.of(state).get("handled_total") == Some(&1.0)).await;
         }
@@ -236,5 +238,5 @@ async fn wait_for(mut condition: impl FnMut() -> bool) {
     };
     tokio::time::timeout(Duration::from_secs(60), wait)
         .await
-        .expect("it never came");
+        .expect("the condition holds within 60 s");
 }

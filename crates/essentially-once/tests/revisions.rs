@@ -1,8 +1,8 @@
-//! Revisions under a model checker: two sessions and an operator, commits that overlap, arrive late, in any order or never,
-//! and a store that loses everything.
+//! Revisions under a model checker: two sessions, an operator, and a store that loses everything.
+//! Commits overlap, arrive late, in any order, or never.
 //!
-//! What must hold is that a commit applies only to the state that its handler saw. The model uses the very [`Revision`] that
-//! the consumer uses, and each mutant breaks one rule of how revisions are chosen.
+//! A commit must apply only to the state that its handler saw. The model uses the consumer's own
+//! [`Revision`], and each mutant breaks one rule for choosing revisions.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
@@ -11,14 +11,14 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 
 const HOLDS: &str = "a commit applies only to the state that its handler saw";
 
-/// How revisions are chosen.
+/// The rules for choosing revisions.
 #[derive(Clone, Copy)]
 struct Rules {
-    /// Of a session's first commit, with how many were drawn before.
+    /// The revision of a session's first commit, given how many epochs were drawn before.
     first: fn(Revision, u8) -> Revision,
-    /// Of a change made by hand.
+    /// The revision of a change made by hand.
     by_hand: fn(Revision, u8) -> Revision,
-    /// Whether a session may send its second commit before its first was answered.
+    /// Whether a session may send its second commit before the first is answered.
     overlaps_early: bool,
 }
 
@@ -30,18 +30,18 @@ impl Rules {
     };
 }
 
-/// An epoch that was never drawn before, as a random one is not.
+/// An epoch that was never drawn before, like a random one.
 fn fresh_epoch(_: Revision, drawn: u8) -> Revision {
     Revision::new(u64::from(drawn) + 1, 1)
 }
 
-/// Names a state by the commit that made it; 0 is the one at first.
+/// Names a state by the commit that made it. 0 is the initial state.
 type State = u8;
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Commit {
     session: usize,
-    /// What its handler saw: the state that was loaded, or that of the commit before it.
+    /// The state that its handler saw: the loaded state, or that of the previous commit.
     saw: State,
     makes: State,
     expected: Revision,
@@ -69,7 +69,7 @@ struct World {
 struct Session {
     state: State,
     revision: Revision,
-    /// Its commits that were not answered.
+    /// Its unanswered commits.
     waits_for: Vec<State>,
     has_sent: bool,
     has_answer: bool,
@@ -80,17 +80,17 @@ enum Action {
     /// A new session begins, or an old one gives up and begins again.
     Load(usize),
     Send(usize),
-    /// A commit arrives, and its answer too.
+    /// A commit arrives, and so does its answer.
     Arrive(usize),
     /// A commit arrives, and its answer is lost.
     ArriveUnanswered(usize),
     Vanish(usize),
     ByHand,
-    /// Position and state are deleted, and built anew from nothing; once.
+    /// Position and state are deleted and rebuilt from nothing. Happens once.
     Lose,
 }
 
-/// At most so many commits; at most two overlap.
+/// The most commits of a run. Two of them can overlap.
 const COMMITS: u8 = 5;
 
 impl Model for Rules {
@@ -166,7 +166,8 @@ impl Model for Rules {
             Action::Arrive(index) => {
                 let commit = world.under_way.remove(index);
                 let applied = apply(&mut world, &commit);
-                // An answer is for the session that sent it, if that still waits. A fenced session begins again.
+                // The answer goes to the session that sent the commit, if it still waits. A fenced
+                // session begins again.
                 let waiting = world.sessions[commit.session].as_mut();
                 if let Some(session) = waiting.filter(|session| session.waits_for.contains(&commit.makes)) {
                     session.waits_for.retain(|state| *state != commit.makes);
@@ -214,7 +215,7 @@ impl Model for Rules {
     }
 }
 
-/// What every store does (S2). Returns whether the commit applied.
+/// Applies a commit as every store does (S2). Returns whether it applied.
 fn apply(world: &mut World, commit: &Commit) -> bool {
     let applies = commit.expected == world.revision;
     if applies {
@@ -243,7 +244,10 @@ fn found(rules: Rules) {
         .finish_when(HasDiscoveries::AllOf([HOLDS].into()))
         .spawn_bfs()
         .join();
-    assert!(checker.discovery(HOLDS).is_some(), "the checker did not notice");
+    assert!(
+        checker.discovery(HOLDS).is_some(),
+        "the checker did not find the violation"
+    );
 }
 
 #[test]
@@ -271,7 +275,8 @@ fn mutant_a_change_by_hand_opens_no_epoch() {
     });
 }
 
-/// Nobody else supplies the revision that the second commit expects, so it need not wait for the first one's answer.
+/// Nothing else supplies the revision that the second commit expects, so it need not wait for the
+/// first one's answer.
 #[test]
 fn a_session_may_overlap_commits_from_its_first_on() {
     let rules = Rules {
@@ -290,7 +295,7 @@ fn mutant_a_session_overlaps_commits_in_epochs_that_count_up() {
     });
 }
 
-/// After a loss the same numbers come again, and an old session finds the one that it expects.
+/// After a loss the same numbers repeat, and an old session finds the one that it expects.
 #[test]
 fn mutant_epochs_count_up() {
     found(Rules {

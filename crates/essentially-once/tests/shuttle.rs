@@ -1,7 +1,9 @@
-//! The consumer loop under a model checker: two instances of one consumer, a crash anywhere in each, many interleavings.
+//! The consumer loop under a model checker: two instances of one consumer, a crash anywhere in
+//! each, many interleavings.
 //!
-//! Built only with `--cfg shuttle`, which gives the loop's two runtime services to the checker (`src/rt.rs`);
-//! `cargo xtask test` does so. A failure prints the schedule, which `shuttle::replay` repeats.
+//! Built only with `--cfg shuttle`, which replaces the loop's runtime services with those of the
+//! checker (`src/rt.rs`). `cargo xtask test` does so. A failure prints its schedule, which
+//! `shuttle::replay` repeats.
 
 #![cfg(shuttle)]
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
@@ -21,11 +23,12 @@ use shuttle::{
     scheduler::{PctScheduler, RandomScheduler, Scheduler, UncontrolledNondeterminismCheckScheduler},
 };
 
-/// Random schedules and PCT schedules (Burckhardt et al., ASPLOS 2010) each; `ESSENTIALLY_ONCE_SCHEDULES` overrides.
+/// The number of random schedules, and of PCT schedules (Burckhardt et al., ASPLOS 2010).
+/// `ESSENTIALLY_ONCE_SCHEDULES` overrides it.
 const SCHEDULES: usize = 5_000;
 const RECORDS: u64 = 4;
 
-/// Lets the scheduler switch tasks: memory never waits, a real backend always may.
+/// Lets the scheduler switch tasks. The in-memory backend never waits, but a real one always may.
 async fn switch() {
     future::yield_now().await;
 }
@@ -103,7 +106,7 @@ impl KeyValue for Tx {
     }
 }
 
-/// Appends the record's payload to one value: what was handled, in order.
+/// Appends the record's payload to one value, the journal of all handled records in order.
 struct Journal;
 
 #[async_trait]
@@ -117,7 +120,7 @@ impl<T: KeyValue> Handler<T> for Journal {
     }
 }
 
-/// Runs the consumer; it crashes at a random moment, and is started again.
+/// Runs the consumer, crashes it at a random moment, and starts it again.
 async fn run_with_a_crash(memory: Memory, fenced: bool) {
     let run = || {
         let store = Store {
@@ -127,12 +130,13 @@ async fn run_with_a_crash(memory: Memory, fenced: bool) {
         Consumer::essentially_once(shipping(), memory.log("orders").unwrap(), store, Journal)
             .accept_volatile()
             .max_batch(2)
-            // Smaller than the log, so that a wake-up lost between reading and taking shows as a deadlock.
+            // Smaller than the log, so that a wake-up lost between reading and taking shows as a
+            // deadlock.
             .read_ahead_records(2)
             .read_ahead_bytes(1_000)
-            // Time does not pass here, so that no standby would ever take over.
+            // Time does not pass here, so a standby would never take over.
             .standby_after(Duration::ZERO)
-            // The clock of the machine must not decide anything.
+            // The machine's clock must not decide anything.
             .batch_time_limit(Duration::MAX)
             .run_until_caught_up()
     };
@@ -155,12 +159,12 @@ fn shipping() -> ConsumerId {
     ConsumerId::new("shipping").unwrap()
 }
 
-/// Two instances at once; in the end every record took effect once, in order.
+/// Runs two instances at once. In the end every record took effect once, in order.
 fn race(fenced: bool) {
     future::block_on(async move {
         let memory = Memory::new();
         let web = ProducerId::new("web").unwrap();
-        // The third is the second, sent twice.
+        // The third record is a duplicate of the second.
         let records = [("a", 0), ("b", 1), ("b", 1), ("c", 2)];
         let records = records.map(|(payload, sequence)| {
             NewRecord::new(payload).origin(Origin::new(web.clone(), Epoch::STABLE, sequence))

@@ -2,9 +2,11 @@ use std::fmt;
 
 use bytes::Bytes;
 
-/// Reads numbers and byte strings from the front of stored bytes. Byte strings share the memory of the whole.
+/// Reads numbers and byte strings from the front of stored bytes. The byte strings share the memory
+/// of the whole.
 ///
-/// It never panics, whatever the bytes are, and reserves no memory by what they say.
+/// It never panics, whatever the bytes contain, and never allocates memory by a length that it
+/// reads.
 #[derive(Clone, Debug)]
 pub struct ByteReader {
     rest: Bytes,
@@ -23,7 +25,7 @@ impl ByteReader {
     /// The next `length` bytes.
     ///
     /// # Errors
-    /// [`CutShort`]. Nothing is taken then; the same holds for every other method.
+    /// [`CutShort`]. The reader does not move then. The same holds for every other method.
     pub fn take(&mut self, length: usize) -> Result<Bytes, CutShort> {
         if length > self.rest.len() {
             return Err(CutShort);
@@ -74,7 +76,7 @@ impl ByteReader {
         self.array().map(u128::from_be_bytes)
     }
 
-    /// A byte string after its length, a big-endian number of 4 bytes.
+    /// A byte string with its length in front, a big-endian number of 4 bytes.
     ///
     /// # Errors
     /// [`CutShort`].
@@ -93,7 +95,7 @@ impl ByteReader {
         self.rest.is_empty()
     }
 
-    /// The bytes that have not been read.
+    /// The unread bytes.
     pub fn rest(&self) -> &Bytes {
         &self.rest
     }

@@ -1,4 +1,5 @@
-/// Decides how many records one fetch returns: as many as fit into a number of bytes, but at least one.
+/// Decides how many records one fetch returns: as many as fit into a number of bytes, but at least
+/// one.
 ///
 /// ```
 /// # use essentially_once::backend::FetchBudget;
@@ -13,7 +14,7 @@ pub struct FetchBudget {
 }
 
 impl FetchBudget {
-    /// The bytes of a fetch unless a backend has a reason to choose otherwise: 1 MiB.
+    /// The default budget of a fetch in bytes: 1 MiB.
     pub const BYTES: usize = 1024 * 1024;
 
     /// A budget of [`BYTES`](Self::BYTES).
@@ -21,12 +22,12 @@ impl FetchBudget {
         Self::of(Self::BYTES)
     }
 
-    /// A budget of that many bytes.
+    /// A budget of `bytes` bytes.
     pub const fn of(bytes: usize) -> Self {
         Self { left: None, bytes }
     }
 
-    /// Whether a record of that [size](crate::Record::size) still fits. If so, the record is counted.
+    /// Whether a record of this [size](crate::Record::size) still fits. If it does, it is counted.
     pub const fn admits(&mut self, size: usize) -> bool {
         let left = match self.left {
             None => self.bytes.saturating_sub(size),
@@ -37,7 +38,7 @@ impl FetchBudget {
         true
     }
 
-    /// Whether nothing but empty records would fit.
+    /// Whether only empty records would still fit.
     pub const fn is_spent(&self) -> bool {
         matches!(self.left, Some(0))
     }

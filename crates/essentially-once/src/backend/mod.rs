@@ -1,14 +1,17 @@
-//! For authors of adapters: what the traits are made of, and what every backend would otherwise repeat.
+//! For adapter authors: the types that the traits use, and the code that every backend would
+//! otherwise repeat.
 //!
-//! [`Log`](crate::Log) and [`OffsetStore`](crate::OffsetStore) state the contracts, [`memory`](crate::memory) is the
-//! reference, and `essentially-once-testkit` proves an implementation.
+//! [`Log`](crate::Log) and [`OffsetStore`](crate::OffsetStore) state the contracts,
+//! [`memory`](crate::memory) is the reference implementation, and `essentially-once-testkit` tests
+//! an implementation.
 //!
-//! - A log reports its [`Bounds`] and checks a reader's place with [`Bounds::check`].
-//! - A fetch stops at a [`FetchBudget`], so that a reader holds about a megabyte whatever the size of the records.
-//! - A commit is decided by [`Advance::check`].
+//! - A log reports its [`Bounds`] and checks a reader's start with [`Bounds::check`].
+//! - A [`FetchBudget`] limits a fetch, so that a reader holds about a megabyte regardless of the
+//!   size of the records.
+//! - [`Advance::check`] decides whether a commit applies.
 //! - [`check_size`] refuses oversized records, keys and values.
-//! - [`ByteReader`] decodes stored bytes without copying them, and [`NumberingCache`] parses the name of a producer once
-//!   for a run of its records.
+//! - [`ByteReader`] decodes stored bytes without copying them, and [`NumberingCache`] parses a
+//!   producer's name once for a run of its records.
 
 mod byte_reader;
 mod fetch_budget;
@@ -33,7 +36,8 @@ pub use crate::{
     window::Window,
 };
 
-/// Refuses anything larger than `limit` bytes. `what` names it in the error: `"record"`, `"key"` or `"value"`.
+/// Refuses a size over `limit` bytes. `what` is the name for the error: `"record"`, `"key"` or
+/// `"value"`.
 ///
 /// # Errors
 /// [`Error::TooLarge`].
@@ -44,7 +48,7 @@ pub const fn check_size(what: &'static str, size: usize, limit: usize) -> Result
     Ok(())
 }
 
-/// Refuses a key or a value larger than `limit` bytes, as [`KeyValue::put`](crate::KeyValue::put) must.
+/// Refuses a key or a value over `limit` bytes, as [`KeyValue::put`](crate::KeyValue::put) must.
 ///
 /// # Errors
 /// [`Error::TooLarge`].

@@ -1,7 +1,7 @@
 use crate::Numbering;
 
-/// Parses the numberings of records, and keeps the last one: the records of a producer mostly come in runs, and then share
-/// one name in memory.
+/// Parses the numberings of records, and caches the last one. A producer's records mostly come in
+/// runs, and the records of a run then share one name in memory.
 #[derive(Clone, Debug, Default)]
 pub struct NumberingCache {
     last: Option<(Box<[u8]>, Numbering)>,
@@ -16,7 +16,8 @@ impl NumberingCache {
     /// The numbering whose [`Display`](std::fmt::Display) form was stored as `text`.
     ///
     /// # Errors
-    /// Why it is not a numbering. A reader yields such a record as [malformed](crate::Record::malformed).
+    /// The reason why `text` is not a numbering. A reader yields a record with such a numbering as
+    /// [malformed](crate::Record::malformed).
     pub fn parse(&mut self, text: &[u8]) -> Result<Numbering, String> {
         if let Some((last, numbering)) = &self.last
             && **last == *text

@@ -2,9 +2,11 @@ use std::time::Duration;
 
 use crate::Error;
 
-/// Which records a log keeps. A record is removed as soon as one limit is exceeded; without limits, records stay forever.
+/// Which records a log keeps. A record is removed as soon as it exceeds one limit. Without limits,
+/// records stay forever.
 ///
-/// Not every backend can keep every limit. An adapter refuses a limit that its backend cannot keep.
+/// Not every backend can enforce every limit. An adapter refuses a limit that its backend cannot
+/// enforce.
 ///
 /// ```
 /// # use essentially_once::backend::Retention;
@@ -33,21 +35,22 @@ impl Retention {
         }
     }
 
-    /// Keeps this many of the newest records; at least 1.
+    /// Keeps this many of the newest records. Must be at least 1.
     #[must_use]
     pub const fn max_records(mut self, records: u64) -> Self {
         self.records = Some(records);
         self
     }
 
-    /// Keeps records this long after they were appended, by the log's clock, in milliseconds; at least 1 ms.
+    /// Keeps records for this long after they were appended, by the log's clock, in milliseconds.
+    /// Must be at least 1 ms.
     #[must_use]
     pub const fn max_age(mut self, age: Duration) -> Self {
         self.age = Some(age);
         self
     }
 
-    /// Keeps about this many bytes of the newest records; at least 1.
+    /// Keeps about this many bytes of the newest records. Must be at least 1.
     #[must_use]
     pub const fn max_bytes(mut self, bytes: u64) -> Self {
         self.bytes = Some(bytes);
@@ -74,13 +77,14 @@ impl Retention {
         if is_set {
             return Err(Error::InvalidSetting {
                 setting: "retention",
-                reason: format!("{backend} cannot keep `{limit}`; use another limit"),
+                reason: format!("{backend} does not support `{limit}`; use another limit"),
             });
         }
         Ok(())
     }
 
-    /// Refuses a limit that would remove a record at the moment it is appended. Adapters call it when a log is opened.
+    /// Refuses a limit that would remove a record as soon as it is appended. Adapters call it when
+    /// they open a log.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`].

@@ -1,31 +1,21 @@
-//! The three deliveries: in which order a batch is handled and its offset committed.
-
-use std::{
-    any::Any,
-    future::{Future, poll_fn},
-    mem,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
-    task::Poll,
-    time::Duration,
-};
+use std::mem;
 
 use async_trait::async_trait;
-use tokio_util::sync::CancellationToken;
 
 use super::{
-    Settings,
-    session::{Done, FailedRecord, Failure, Session},
+    call::{Cut, Interrupted, flush, grace_is_over, handle},
+    failure::{FailedRecord, Failure},
+    run::Done,
+    session::Session,
+    settings::Settings,
 };
-use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction,
-    rt::{self, Instant},
-};
+use crate::{Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction, rt::Instant};
 
-/// How a consumer orders handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and [`AtMostOnce`].
+/// The order of handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and
+/// [`AtMostOnce`].
 #[async_trait]
 pub trait Delivery<S: OffsetStore>: sealed::Sealed + 'static {
-    /// What a handler gets to write in.
+    /// What a handler writes to.
     type Tx: Send;
 
     #[doc(hidden)]
@@ -34,7 +24,7 @@ pub trait Delivery<S: OffsetStore>: sealed::Sealed + 'static {
     #[doc(hidden)]
     const NEEDS_DURABILITY: bool;
 
-    /// Returns how many of the records were passed: fewer than all if the batch's time was up.
+    /// Returns how many of the records were passed: fewer than all if the batch ran out of time.
     #[doc(hidden)]
     async fn deliver<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
@@ -50,28 +40,19 @@ mod sealed {
     impl Sealed for super::AtMostOnce {}
 }
 
-/// Effects and offset in one commit.
+/// Commits the effects and the offset together.
 #[derive(Debug)]
 pub enum EssentiallyOnce {}
 
-/// The offset after the effects.
+/// Commits the offset after the effects.
 #[derive(Debug)]
 pub enum AtLeastOnce {}
 
-/// The offset before the effects.
+/// Commits the offset before the effects.
 #[derive(Debug)]
 pub enum AtMostOnce {}
 
-const NOTHING_MOVED: &str = "a fatal error; nothing of its batch was committed";
-
-/// What a handler that is still running when the run is stopped may be cut off from.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Cut {
-    /// Its future is dropped after the grace period: its transaction is rolled back, as in a crash.
-    AfterGrace,
-    /// It is finished: nobody would undo what it has done.
-    Never,
-}
+const NOTHING_MOVED: &str = "fatal error; nothing of its batch was committed";
 
 #[async_trait]
 impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
@@ -101,9 +82,10 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
             Some(failed) => {
                 let rolled_back = session.unless_stopped(tx.rollback()).await;
                 if let Ok(Err(error)) = &rolled_back {
-                    tracing::warn!(%error, "rollback failed; the backend discards the transaction by itself");
+                    tracing::warn!(%error, "rollback failed; the backend discards the transaction on its own");
                 }
-                // A fatal error is about the handler, whoever has handled the record, and even if the run is stopped.
+                // A fatal error concerns the handler, so it counts even if another instance has
+                // handled the record or the run is stopped.
                 if !failed.is_fatal() {
                     let _ = rolled_back?;
                     session.check_current().await?;
@@ -119,14 +101,15 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 session.count(done, passed);
                 Ok(passed.len())
             }
-            // A deferred constraint, a statement that was only queued: the handler's doing, which only the commit reports.
+            // A deferred constraint or a queued statement: the handler caused the error, but only
+            // the commit reports it.
             Err(error) if done.handled > 0 && matches!(error, Error::Failed { .. } | Error::TooLarge { .. }) => {
                 session.check_current().await?;
                 session.count_failed_try();
                 if matches!(error, Error::Failed { .. })
                     && let Err(refusal) = session.can_commit().await
                 {
-                    // A full disk, a lost right: no record is to blame.
+                    // No record is to blame for a full disk or a revoked right.
                     return Err(match refusal {
                         Failure::Backend(Error::Failed { .. }) => Failure::Backend(error),
                         refusal => refusal,
@@ -167,7 +150,7 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
             let committed = commit_what_was_done(session, last).await;
             match committed {
                 Err(error) if is_fatal => {
-                    tracing::warn!(?error, "what was handled before a fatal error is not committed")
+                    tracing::warn!(?error, "could not commit the records handled before a fatal error")
                 }
                 committed => committed?,
             }
@@ -175,7 +158,8 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
             session.check_current().await?;
         }
         match failed {
-            // What came before it is committed, so that it is not done twice for this one's sake.
+            // The records before the failed one are committed, so that they are not handled again
+            // because of it.
             Some(Failure::Record(failed)) => Err(Failure::Record(FailedRecord {
                 is_next: true,
                 ..failed
@@ -186,7 +170,8 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
     }
 }
 
-/// Commits the offset behind `last`. What was handled would be handled again, so a stop leaves time to commit it.
+/// Commits the offset after `last`. The handled records would otherwise be handled again, so a stop
+/// leaves time to commit.
 async fn commit_what_was_done<S: OffsetStore>(session: &mut Session<'_, S>, last: &Record) -> Result<(), Failure> {
     let tx = tokio::select! {
         biased;
@@ -196,8 +181,8 @@ async fn commit_what_was_done<S: OffsetStore>(session: &mut Session<'_, S>, last
     Ok(session.commit(tx, last, Done::default()).await?)
 }
 
-/// Handles the batch up to a failure, a stop, or the end of its time. Returns what was done, the records that were passed,
-/// and the failure.
+/// Handles the batch up to a failure, a stop, or the end of its time. Returns the counts, the
+/// records that were passed, and the failure.
 async fn handle_each<'b, S, Tx, H>(
     session: &mut Session<'_, S>,
     handler: &mut H,
@@ -242,21 +227,23 @@ where
     (done, batch, None)
 }
 
-/// Whether one more record would exceed the time limit of the batch, if it takes as long as those before it did on average.
+/// Whether one more record would exceed the time limit of the batch, if it takes the average time
+/// of the records before it.
 fn is_time_up(settings: &Settings, started: Instant, passed: usize) -> bool {
     let elapsed = started.elapsed();
     let average = elapsed / u32::try_from(passed).unwrap_or(u32::MAX);
     elapsed.saturating_add(average) > settings.batch_time_limit
 }
 
-/// Whether the record was handled before. A malformed one never was, whatever its origin says: it may be the broken copy of
-/// a record that is sent again whole.
+/// Whether the record was handled before. A malformed record never counts as handled, whatever its
+/// origin says: it may be the broken copy of a record that is sent again intact.
 fn is_duplicate<S>(session: &Session<'_, S>, record: &Record) -> bool {
     let origin = record.origin.as_ref().filter(|_| record.malformed.is_none());
     origin.is_some_and(|origin| session.windows.is_seen(origin))
 }
 
-/// The failure of these records together: of the only one, or of one that is to be found.
+/// The failure of these records as a batch: of the only record, or of one that is still to be
+/// found.
 fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
     let (Some(first), Some(last)) = (passed.first(), passed.last()) else {
         return Failure::Batch(Offset::ZERO, error);
@@ -274,39 +261,6 @@ fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
         }
         failure => failure,
     }
-}
-
-impl Failure {
-    fn is_fatal(&self) -> bool {
-        matches!(self, Self::Record(failed) if failed.error.kind == HandlerErrorKind::Fatal)
-    }
-}
-
-impl FailedRecord {
-    /// A backend in trouble is not the record's fault, even if the handler was the one to notice and wrapped its error.
-    fn classify(self) -> Failure {
-        if self.error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*self.error.source) {
-            return Failure::Record(self);
-        }
-        Failure::Backend(match self.error.source.downcast::<Error>() {
-            Ok(error) if error.is_transient() => *error,
-            Ok(error) => Error::unavailable(format!("handle the record at {}", self.offset), error),
-            Err(source) => Error::unavailable(format!("handle the record at {}", self.offset), source),
-        })
-    }
-}
-
-fn is_caused_by_backend(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        next = match error.downcast_ref::<Error>() {
-            Some(error) if error.is_transient() => return true,
-            // Its own causes are not among its sources, since its text holds them.
-            Some(error) => error.cause().map(|cause| cause as &(dyn std::error::Error + 'static)),
-            None => error.source(),
-        };
-    }
-    false
 }
 
 #[async_trait]
@@ -330,7 +284,7 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
                 session.drop_duplicate(record);
                 continue;
             }
-            // A malformed record marks nothing, so that it can be sent again whole.
+            // A malformed record marks nothing, so that its sender can send it again intact.
             if record.malformed.is_none() {
                 session.windows.mark(record, session.now);
             }
@@ -350,7 +304,8 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
     }
 }
 
-/// Handles records that the position is past. Returns what was done, and the fatal failure.
+/// Handles records whose offset is already committed. Returns the counts, and the fatal failure if
+/// one occurred.
 async fn handle_committed<S: OffsetStore, H: Handler<()>>(
     session: &mut Session<'_, S>,
     handler: &mut H,
@@ -373,7 +328,7 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
         {
             tracing::warn!(
                 unhandled,
-                "the run was stopped, and its time of grace is over: records are passed over, since their offset is committed"
+                "the run was stopped and its grace period is over; passing over records, since their offset is committed"
             );
             done.failed += unhandled;
             break;
@@ -385,15 +340,15 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
                 continue;
             }
         };
-        tracing::warn!(offset = %record.offset, %error, "not handled, and passed over: at-most-once does not try again");
+        tracing::warn!(offset = %record.offset, %error, "passing over a failed record; at-most-once does not try again");
         if error.kind == HandlerErrorKind::Fatal {
             tracing::warn!(
                 unhandled = unhandled - 1,
-                "records behind a fatal error are passed over too: their offset is committed"
+                "passing over the records after a fatal error, since their offset is committed"
             );
             done.failed += unhandled;
             let outcome =
-                "a fatal error; the position is past this record and the rest of its batch, which were not handled";
+                "fatal error; the position is past this record and the rest of its batch, which were not handled";
             fatal = Some(fatal_failure(record, error, outcome));
             break;
         }
@@ -404,101 +359,11 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
     {
         let unwritten = mem::take(&mut done.handled);
         done.failed += unwritten;
-        tracing::warn!(unwritten, %error, "the batch was not flushed, and is passed over: at-most-once does not try again");
+        tracing::warn!(unwritten, %error, "passing over a batch that failed to flush; at-most-once does not try again");
         if let (HandlerErrorKind::Fatal, None, Some(last)) = (error.kind, &fatal, records.last()) {
-            let outcome = "a fatal error after the batch that ends with this record; the position is past it";
+            let outcome = "fatal error after the batch that ends with this record; the position is past it";
             fatal = Some(fatal_failure(last, error, outcome));
         }
     }
     (done, fatal)
-}
-
-/// Why a call of the handler's came to nothing.
-enum Interrupted {
-    Failed(HandlerError),
-    /// The run was stopped, and the handler did not end in time.
-    Stopped,
-}
-
-/// Calls the handler; a panic in it is a failure like any other, and a malformed record never gets there.
-async fn handle<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
-    session: &mut Session<'_, S>,
-    handler: &mut H,
-    record: &Record,
-    tx: &mut Tx,
-    cut: Cut,
-) -> Result<(), Interrupted> {
-    if let Some(reason) = &record.malformed {
-        session.count_failed_try();
-        return Err(Interrupted::Failed(HandlerError::reject(format!(
-            "the entry could not be decoded: {reason}"
-        ))));
-    }
-    let limit = session.settings.record_time_limit;
-    call(session, limit, cut, async move { handler.handle(record, tx).await }).await
-}
-
-/// Calls the handler's flush; a panic in it is a failure too.
-async fn flush<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
-    session: &mut Session<'_, S>,
-    handler: &mut H,
-    tx: &mut Tx,
-    cut: Cut,
-) -> Result<(), Interrupted> {
-    call(session, None, cut, async move { handler.flush(tx).await }).await
-}
-
-async fn call<S: OffsetStore>(
-    session: &mut Session<'_, S>,
-    limit: Option<Duration>,
-    cut: Cut,
-    call: impl Future<Output = Result<(), HandlerError>> + Send,
-) -> Result<(), Interrupted> {
-    let call = pin!(call);
-    let limited = rt::within(limit, catch_panic(call));
-    let (stop, grace) = (session.stop, session.settings.stop_grace);
-    let result = tokio::select! {
-        biased;
-        result = limited => result,
-        () = grace_is_over(stop, grace), if cut == Cut::AfterGrace => {
-            tracing::warn!(?grace, "the run was stopped and the handler did not end in time; its transaction is rolled back");
-            return Err(Interrupted::Stopped);
-        }
-    };
-    let error = match result {
-        Some(Ok(Ok(()))) => return Ok(()),
-        Some(Ok(Err(error)) | Err(error)) => error,
-        None => HandlerError::retry(format!(
-            "the handler did not end within its time limit of {:?}",
-            limit.unwrap_or_default()
-        )),
-    };
-    session.count_failed_try();
-    Err(Interrupted::Failed(error))
-}
-
-async fn grace_is_over(stop: &CancellationToken, grace: Duration) {
-    stop.cancelled().await;
-    rt::sleep(grace).await;
-}
-
-/// Polls a future, with a panic in it as an error. The future makes its calls within, so that a panic before the first await
-/// is caught too.
-pub(super) async fn catch_panic<T>(mut future: Pin<&mut (impl Future<Output = T> + Send)>) -> Result<T, HandlerError> {
-    poll_fn(
-        |context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
-            Ok(poll) => poll.map(Ok),
-            Err(panic) => Poll::Ready(Err(panicked(panic))),
-        },
-    )
-    .await
-}
-
-fn panicked(panic: Box<dyn Any + Send>) -> HandlerError {
-    let message = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no message");
-    HandlerError::retry(format!("the handler panicked: {message}"))
 }

@@ -1,4 +1,4 @@
-//! Warnings about dropped duplicates: few, however many are dropped.
+//! Warnings about dropped duplicates, limited in rate.
 
 use std::{
     collections::BTreeMap,
@@ -7,13 +7,13 @@ use std::{
 
 use crate::{Numbering, Origin};
 
-/// At most one warning in this time.
+/// The shortest time between two warnings.
 const EVERY: Duration = Duration::from_secs(10);
 
 /// How many producers one warning names.
 const NAMED: usize = 5;
 
-/// What was dropped since the last warning. Dropping it warns of the rest.
+/// The duplicates dropped since the last warning. Dropping this logs a warning about the rest.
 #[derive(Default)]
 pub(super) struct Duplicates {
     warned: Option<Instant>,
@@ -23,13 +23,13 @@ pub(super) struct Duplicates {
 #[derive(Default)]
 struct Dropped {
     count: u64,
-    /// So old that nobody knows whether they were handled.
+    /// Duplicates too old to know whether they were handled.
     below_window: u64,
     last: u64,
 }
 
 impl Duplicates {
-    /// Counts a duplicate, and warns unless it did so a moment ago.
+    /// Counts a duplicate, and logs a warning unless the last one was a moment ago.
     pub(super) fn note(&mut self, origin: &Origin, is_below_window: bool) {
         let dropped = self.dropped.entry(origin.numbering.clone()).or_default();
         dropped.count += 1;
@@ -53,14 +53,14 @@ impl Duplicates {
                 producer = %numbering,
                 count,
                 last_sequence = last,
-                "dropped records that were sent twice"
+                "dropped records that their producer sent twice"
             );
             if *below_window > 0 {
                 tracing::warn!(
                     producer = %numbering,
                     count = below_window,
-                    "some of them are more than a window below the highest sequence, so it is not known that they were \
-                     handled; a producer that numbers from the beginning again needs a new epoch (`Epoch::fresh`)"
+                    "some of the dropped records are more than a window below the highest sequence, so they may not have been \
+                     handled; a producer that starts numbering again needs a new epoch (`Epoch::fresh`)"
                 );
             }
         }
@@ -69,7 +69,7 @@ impl Duplicates {
             tracing::warn!(
                 producers = more,
                 count,
-                "dropped records of more producers that were sent twice"
+                "dropped records that more producers sent twice"
             );
         }
     }

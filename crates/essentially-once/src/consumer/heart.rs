@@ -1,4 +1,4 @@
-//! The sign of life that a consumer gives while it does not commit.
+//! Beats: the sign of life of a consumer that does not commit.
 
 use std::{
     sync::{
@@ -13,21 +13,21 @@ use tracing::Instrument;
 
 use crate::{ConsumerId, OffsetStore, Owner, rt};
 
-/// How often an owner beats, unless its standbys are impatient.
+/// How often an owner beats, unless its standbys wait for less than a second.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// Beats from a task of its own while the consumer works without committing. It rests while the consumer waits for records:
-/// standbys do not take over then. Dropping it ends the task.
+/// A task that beats while the consumer works without committing. It rests while the consumer waits
+/// for records, because standbys do not take over then. Dropping this ends the task.
 pub(super) struct Heart {
     state: Arc<State>,
-    /// None under the model checker, where no time passes.
+    /// `None` under the model checker, where no time passes.
     task: Option<rt::JoinHandle<()>>,
 }
 
 #[derive(Default)]
 struct State {
     is_working: AtomicBool,
-    /// Every commit is a sign of life by itself.
+    /// Counted because every commit is a sign of life too.
     commits: AtomicU64,
     work_begins: Notify,
 }
@@ -40,7 +40,8 @@ impl Heart {
         standby_after: Duration,
     ) -> Self {
         let state = Arc::<State>::default();
-        // Four beats for each time that a standby would call silence; a limit of zero has no standbys.
+        // Four beats within the silence that makes a standby take over. With a limit of zero there
+        // are no standbys.
         let interval = match standby_after / 4 {
             Duration::ZERO => INTERVAL,
             quarter => quarter.min(INTERVAL),
@@ -52,7 +53,7 @@ impl Heart {
         }
     }
 
-    /// The consumer loads, handles or pauses: it may be long until the next commit.
+    /// The consumer loads, handles or pauses, and may not commit for a long time.
     pub(super) fn work(&self) {
         if !self.state.is_working.swap(true, Ordering::Relaxed) {
             self.state.work_begins.notify_one();
@@ -70,7 +71,7 @@ impl Heart {
 }
 
 impl Heart {
-    /// Ends the task, and waits until it has ended.
+    /// Ends the task and waits until it has ended.
     pub(super) async fn end(mut self) {
         if let Some(task) = self.task.take() {
             task.abort();
@@ -106,7 +107,7 @@ async fn beat<S: OffsetStore>(
             && state.is_working.load(Ordering::Relaxed)
             && let Err(error) = store.beat(&consumer, owner).await
         {
-            tracing::debug!(%error, "could not show that this instance is alive");
+            tracing::debug!(%error, "could not beat to show that this instance is alive");
         }
     }
 }

@@ -1,13 +1,20 @@
-//! The one consumer loop.
+//! The consumer loop.
 
+mod call;
+mod consume;
 mod delivery;
 mod duplicates;
+mod failure;
 mod heart;
+mod load;
 mod read_ahead;
 mod report;
 mod resume;
+mod run;
 mod seek;
 mod session;
+mod settings;
+mod silences;
 mod skip;
 mod standby;
 mod supervisor;
@@ -23,39 +30,30 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use self::{
-    delivery::catch_panic,
+    call::catch_panic,
     heart::Heart,
     report::Telemetry,
-    session::{LookForSilent, Place, Run, Session},
+    run::Run,
+    session::{LookForSilent, Place, Session},
+    settings::Settings,
     supervisor::Supervisor,
 };
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce},
     report::Report,
-    seek::seek,
+    seek::{StartAt, seek},
     skip::skip,
 };
 pub use crate::handler::{HandlerErrorKind, HandlerFn, HandlerFuture};
-use crate::{ConsumerId, Error, Handler, Log, Offset, OffsetStore, Owner, rt, window::Windows};
+use crate::{ConsumerId, Error, Handler, Log, OffsetStore, Owner, rt, window::Windows};
 
-/// How long the end of a run waits for the store to take note of it.
+/// How long the end of a run waits for the store to release the position.
 const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 
-/// Where a consumer without a position begins. Committed before the first record is handled, so that it is decided once.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum StartAt {
-    /// At the earliest record that the log still holds.
-    #[default]
-    Earliest,
-    /// Behind the last record of now.
-    Latest,
-    /// At this offset.
-    Offset(Offset),
-}
-
-/// Reads a log from its stored position and hands each record to a handler: the one loop for every backend and delivery.
+/// Reads a log from its stored position and passes each record to a handler: one loop for every
+/// backend and every delivery.
 ///
-/// The delivery is chosen by the constructor, and decides what the handler gets to write in:
+/// The constructor chooses the delivery, which decides what the handler can write to:
 ///
 /// | constructor | per batch | after a crash | the handler's `Tx` |
 /// |---|---|---|---|
@@ -63,22 +61,63 @@ pub enum StartAt {
 /// | [`at_least_once`](Consumer::at_least_once) | handle each, commit the offset | some are handled again | `()` |
 /// | [`at_most_once`](Consumer::at_most_once) | commit the offset, handle each | some are never handled | `()` |
 ///
-/// The stored position is the only truth. Whatever goes wrong in a way that may pass (another instance committed first, the reply to a
-/// commit was lost, the backend is unreachable), the consumer drops all it has in memory, calls [`Handler::reset`], pauses
-/// (exponential backoff with jitter) and goes on from the stored position. Errors that will not pass end the run.
+/// The stored position is the only truth. After a failure that may pass (another instance committed
+/// first, the reply to a commit was lost, the backend is unreachable), the consumer drops
+/// everything that it holds in memory, calls [`Handler::reset`], pauses (exponential backoff with
+/// jitter) and continues from the stored position. Any other error ends the run.
 ///
-/// A record whose handling fails, by an error or a panic, is tried again alone: the transaction is rolled back, the records
-/// before it are committed without it. When its [`retries`](Self::retries) are used up, or at once after
-/// [`HandlerError::reject`](crate::HandlerError::reject), the run ends with [`Error::Unhandled`] and the position points to
-/// the record. Under at-most-once it is reported as [`failed`](Report::failed) and passed over, since it must not be handled twice.
+/// A record whose handling fails, with an error or a panic, is tried again alone. The consumer
+/// rolls the transaction back and commits the records before the failed one without it. Once the
+/// record's [`retries`](Self::retries) are used up, or at once after
+/// [`HandlerError::reject`](crate::HandlerError::reject), the run ends with [`Error::Unhandled`]
+/// and the position points to the record. Under at-most-once a record must not be handled twice, so
+/// the consumer passes over it and reports it as [`failed`](Report::failed).
 ///
-/// If a batch fails as a whole, in [`Handler::flush`] or when it is committed, its records are handled and committed one by
-/// one until the culprit is known, which then counts as failed.
+/// If a batch fails as a whole, in [`Handler::flush`] or at its commit, the consumer handles and
+/// commits its records individually until it finds the culprit, which then counts as failed.
 ///
-/// A record whose [`Origin`](crate::Origin) was seen before is a duplicate, made by a sender in doubt, and is dropped, with a
-/// warning that names the producer. A malformed record is never taken for a duplicate.
+/// A record whose [`Origin`](crate::Origin) was seen before is a duplicate from a sender in doubt.
+/// The consumer drops it and logs a warning with the producer's name. It never treats a malformed
+/// record as a duplicate.
 ///
-/// Dropping a run's future is as safe as a crash: the transaction in hand is rolled back.
+/// Dropping a run's future is as safe as a crash: the open transaction is rolled back.
+///
+/// # Examples
+///
+/// ```
+/// use essentially_once::memory::{Memory, MemoryTx};
+/// use essentially_once::{
+///     CancellationToken, Consumer, ConsumerId, KeyValue, Log, NewRecord, Record, handler_fn,
+/// };
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let log = memory.log("orders")?;
+/// log.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
+///
+/// let stop = CancellationToken::new(); // a service cancels it on SIGTERM
+/// let on_last = stop.clone();
+/// let ship = handler_fn(move |record: &Record, tx: &mut MemoryTx| {
+///     let on_last = on_last.clone();
+///     Box::pin(async move {
+///         tx.put(&record.payload, b"shipped").await?;
+///         if record.payload == "10249" {
+///             on_last.cancel();
+///         }
+///         Ok(())
+///     })
+/// });
+/// let report = Consumer::essentially_once(ConsumerId::new("shipping")?, log, memory.store(), ship)
+///     .max_batch(500)
+///     .retries(3)
+///     .accept_volatile() // the in-memory backend loses its data in a crash
+///     .run_until(stop)
+///     .await?;
+/// assert_eq!(report.handled, 2);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Consumer<S, H, D> {
     id: ConsumerId,
     log: Arc<dyn Log>,
@@ -88,60 +127,24 @@ pub struct Consumer<S, H, D> {
     delivery: PhantomData<fn() -> D>,
 }
 
-struct Settings {
-    start_at: StartAt,
-    max_batch: usize,
-    read_ahead_records: Option<usize>,
-    read_ahead_bytes: usize,
-    accept_volatile: bool,
-    retries: u32,
-    restart_limit: Option<u32>,
-    min_backoff: Duration,
-    max_backoff: Duration,
-    forget_producers_after: Duration,
-    batch_time_limit: Duration,
-    record_time_limit: Option<Duration>,
-    stop_grace: Duration,
-    standby_after: Duration,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            start_at: StartAt::default(),
-            max_batch: 100,
-            read_ahead_records: None,
-            read_ahead_bytes: 8 * 1024 * 1024,
-            accept_volatile: false,
-            retries: 10,
-            restart_limit: None,
-            min_backoff: Duration::from_millis(10),
-            max_backoff: Duration::from_secs(10),
-            forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
-            batch_time_limit: Duration::from_millis(100),
-            record_time_limit: None,
-            stop_grace: Duration::from_secs(10),
-            standby_after: Duration::from_secs(1),
-        }
-    }
-}
-
 impl<S: OffsetStore, H: Handler<S::Tx>> Consumer<S, H, EssentiallyOnce> {
-    /// Commits what the handler writes to its transaction together with the offset: every record takes effect once.
+    /// Commits the handler's writes to its transaction together with the offset: every record takes
+    /// effect once.
     pub fn essentially_once(id: ConsumerId, log: impl Log + 'static, store: S, handler: H) -> Self {
         Self::new(id, log, store, handler)
     }
 }
 
 impl<S: OffsetStore, H: Handler<()>> Consumer<S, H, AtLeastOnce> {
-    /// Commits the offset after handling: a crash between the two has records handled again.
+    /// Commits the offset after handling: after a crash between the two, records are handled again.
     pub fn at_least_once(id: ConsumerId, log: impl Log + 'static, store: S, handler: H) -> Self {
         Self::new(id, log, store, handler)
     }
 }
 
 impl<S: OffsetStore, H: Handler<()>> Consumer<S, H, AtMostOnce> {
-    /// Commits the offset before handling: a crash between the two leaves up to `max_batch` records unhandled.
+    /// Commits the offset before handling: a crash between the two leaves up to `max_batch` records
+    /// unhandled.
     pub fn at_most_once(id: ConsumerId, log: impl Log + 'static, store: S, handler: H) -> Self {
         Self::new(id, log, store, handler)
     }
@@ -159,125 +162,147 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         }
     }
 
-    /// Where to begin if the store has no position for this consumer; [`StartAt::Earliest`] unless set.
+    /// Where to begin if the store has no position for this consumer. The default is
+    /// [`StartAt::Earliest`].
     #[must_use]
     pub fn start_at(mut self, start_at: StartAt) -> Self {
         self.settings.start_at = start_at;
         self
     }
 
-    /// How many records are committed together at most; 100 unless set. It never waits for more than have arrived.
+    /// The most records that one commit covers. The default is 100, and the value must be at least
+    /// 1. A batch never waits for more records than have arrived.
     #[must_use]
     pub fn max_batch(mut self, records: usize) -> Self {
         self.settings.max_batch = records;
         self
     }
 
-    /// How many records are read ahead of the handler; sixteen batches but at least 8,192 unless set.
+    /// How many records to read ahead of the handler. The default is sixteen batches but at least
+    /// 8,192, and the value must be at least 1.
     #[must_use]
     pub fn read_ahead_records(mut self, records: usize) -> Self {
         self.settings.read_ahead_records = Some(records);
         self
     }
 
-    /// How many bytes of records a consumer holds, plus one fetch of the log; 8 MiB unless set. Half of them are for the
-    /// batch in hand, which has fewer than [`max_batch`](Self::max_batch) records if these are large, and half are for
-    /// records read ahead. Reading stops at this limit or at [`read_ahead_records`](Self::read_ahead_records), whichever
-    /// comes first. A single record may exceed the limit.
+    /// How many bytes of records a consumer holds, plus one fetch of the log. The default is 8 MiB,
+    /// and the value must be at least 1. Half of the bytes are for the current batch, which has
+    /// fewer than [`max_batch`](Self::max_batch) records if they are large, and half are for
+    /// records read ahead. Reading stops at this limit or at
+    /// [`read_ahead_records`](Self::read_ahead_records), whichever comes first. A single record may
+    /// exceed the limit.
     #[must_use]
     pub fn read_ahead_bytes(mut self, bytes: usize) -> Self {
         self.settings.read_ahead_bytes = bytes;
         self
     }
 
-    /// Runs essentially-once even if the log or the store says that it forgets on a crash.
+    /// Runs essentially-once even if the log or the store reports that it loses data in a crash.
     #[must_use]
     pub fn accept_volatile(mut self) -> Self {
         self.settings.accept_volatile = true;
         self
     }
 
-    /// How often a record is tried again before the run ends; 10 unless set. The pauses are those of
-    /// [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff). A record that failed behind others in its batch is tried alone at least once.
+    /// How often to try a record again before the run ends. The default is 10.
+    /// [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff) set the pauses. A
+    /// record that failed behind others in its batch is tried alone at least once.
     #[must_use]
     pub fn retries(mut self, retries: u32) -> Self {
         self.settings.retries = retries;
         self
     }
 
-    /// The pause before the first restart; 10 ms unless set. Pauses double, with up to 100 % jitter, and reset after a commit.
+    /// The pause before the first restart. The default is 10 ms, and the value must not exceed
+    /// [`max_backoff`](Self::max_backoff). Pauses double, with up to 100 % jitter, and reset after
+    /// a commit.
     #[must_use]
     pub fn min_backoff(mut self, pause: Duration) -> Self {
         self.settings.min_backoff = pause;
         self
     }
 
-    /// The longest pause before a restart, jitter not counted; 10 s unless set.
+    /// The longest pause before a restart, without jitter. The default is 10 s, and the value must
+    /// not be below [`min_backoff`](Self::min_backoff).
     #[must_use]
     pub fn max_backoff(mut self, pause: Duration) -> Self {
         self.settings.max_backoff = pause;
         self
     }
 
-    /// Ends the run with the last error after that many restarts without a commit between them; never unless set.
+    /// Ends the run with the last error after this many restarts without a commit in between. The
+    /// default is no limit.
     #[must_use]
     pub fn restart_limit(mut self, restarts: u32) -> Self {
         self.settings.restart_limit = Some(restarts);
         self
     }
 
-    /// Forgets a producer's window when its last record was read that long ago by this process's clock, *and* was appended
-    /// that long before the newest record by the appenders' clocks, *and* is no longer in the log; 7 days unless set. A record
-    /// that it sends again later than that counts as new. Producers in the stable epoch are never forgotten, which includes
-    /// all that version 0.1 has seen.
+    /// Forgets a producer's window after this time. The default is 7 days.
+    ///
+    /// Its last record must have been read that long ago by this process's clock, *and* appended
+    /// that long before the newest record by the appenders' clocks, *and* must no longer be in the
+    /// log. If the producer sends a record again after that, it counts as new. Producers in the
+    /// stable epoch are never forgotten. These include all producers that version 0.1 has seen.
     #[must_use]
     pub fn forget_producers_after(mut self, time: Duration) -> Self {
         self.settings.forget_producers_after = time;
         self
     }
 
-    /// How long a batch may take to handle after its transaction began; 100 ms unless set. When one more record would exceed
-    /// it, by the average of those before, what is done is committed and the rest goes into the next batch. A batch holds at
-    /// least one record, however long that takes. An open transaction may keep others from writing, and a commit is what a
-    /// standby knows a live instance by. At-most-once, which commits first, has no use for it.
+    /// How long handling a batch may take after its transaction began. The default is 100 ms.
+    ///
+    /// If one more record would exceed the limit, by the average of the records before it, the
+    /// consumer commits those and moves the rest to the next batch. A batch holds at least one
+    /// record, however long that takes. An open transaction may keep others from writing, and a
+    /// commit shows standbys that this instance is alive. At-most-once commits first and ignores
+    /// this limit. [`Duration::MAX`] means no limit.
     #[must_use]
     pub fn batch_time_limit(mut self, limit: Duration) -> Self {
         self.settings.batch_time_limit = limit;
         self
     }
 
-    /// How long the handler may take for one record; any time unless set. When the time is up its future is dropped, and the
-    /// record counts as failed. A handler that blocks its thread cannot be interrupted.
+    /// How long the handler may take for one record. The default is no limit, and zero is refused.
+    /// At the limit the consumer drops the handler's future, and the record counts as failed. A
+    /// handler that blocks its thread cannot be interrupted.
     #[must_use]
     pub fn record_time_limit(mut self, limit: Duration) -> Self {
         self.settings.record_time_limit = Some(limit);
         self
     }
 
-    /// How long a handler that is running when the run is stopped may go on; 10 s unless set. Under essentially-once its
-    /// future is then dropped, and its transaction rolled back. Under at-least-once and at-most-once the record in hand is
-    /// finished, since nobody would undo what was done of it; at-most-once passes over the rest of its batch. A handler that
-    /// blocks its thread cannot be interrupted.
+    /// How long a handler may continue after the run is stopped. The default is 10 s.
+    ///
+    /// Under essentially-once the consumer then drops the handler's future and rolls the
+    /// transaction back. Under at-least-once and at-most-once it finishes the current record, since
+    /// nothing would undo the effects so far. At-most-once then passes over the rest of its batch.
+    /// A handler that blocks its thread cannot be interrupted.
     #[must_use]
     pub fn stop_grace(mut self, grace: Duration) -> Self {
         self.settings.stop_grace = grace;
         self
     }
 
-    /// How long the active instance of this consumer may show no life, while records wait, before this one takes over; 1 s
-    /// unless set. With zero this instance never stands by: it takes over at once, and an active instance is fenced.
+    /// How long the active instance of this consumer may show no sign of life, while records wait,
+    /// before this instance takes over. The default is 1 s. With zero this instance never stands
+    /// by: it takes over at once, and an active instance is fenced. With [`Duration::MAX`] it never
+    /// takes over.
     ///
-    /// A commit is a sign of life. An instance that handles a record for long, or pauses before it tries one again, gives
-    /// one four times in that time, if its [store](OffsetStore::beat) keeps them and its runtime has a thread for it: a
-    /// handler that blocks the only thread shows no life. A standby becomes more patient with an instance that was silent for
-    /// long and yet alive. Which instance is active never decides what is committed: the revision of the position does.
+    /// A commit is a sign of life. An instance that handles a slow record, or pauses before it
+    /// tries one again, gives a sign four times in that time, if its [store](OffsetStore::beat)
+    /// keeps them and its runtime has a thread for it. A handler that blocks the only thread gives
+    /// no sign. A standby becomes more patient with an instance that was silent for long and was
+    /// still alive. Which instance is active never decides what is committed. The revision of the
+    /// position does.
     #[must_use]
     pub fn standby_after(mut self, silence: Duration) -> Self {
         self.settings.standby_after = silence;
         self
     }
 
-    /// Runs until an error ends it; see [`run_until`](Self::run_until).
+    /// Runs until an error ends it. See [`run_until`](Self::run_until).
     ///
     /// # Errors
     /// As for [`run_until`](Self::run_until).
@@ -285,8 +310,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self.supervise(CancellationToken::new(), false).await
     }
 
-    /// Runs until everything is handled that the log held when the run began, by this instance or by another one that is
-    /// active. Records that are deleted meanwhile are not waited for.
+    /// Runs until this instance or another active one has handled every record that the log held
+    /// when the run began. It does not wait for records that are deleted in the meantime.
     ///
     /// # Errors
     /// As for [`run_until`](Self::run_until).
@@ -294,16 +319,19 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self.supervise(CancellationToken::new(), true).await
     }
 
-    /// Runs until `stop` is cancelled: the record in hand is finished, within [`stop_grace`](Self::stop_grace), and what was
-    /// handled is committed. Whatever else the consumer does or waits for is broken off at once.
+    /// Runs until `stop` is cancelled. It then finishes the current record, within
+    /// [`stop_grace`](Self::stop_grace), and commits the handled records. Everything else that it
+    /// does or waits for ends at once.
     ///
     /// # Errors
-    /// - [`Error::Unhandled`]: a record cannot be handled.
-    /// - [`Error::Truncated`], [`Error::OutOfRange`], [`Error::LogChanged`], [`Error::WrongLog`]: the position does not fit
-    ///   the log; [`seek`] can mend the first three.
+    /// - [`Error::Unhandled`]: a record could not be handled.
+    /// - [`Error::Truncated`], [`Error::OutOfRange`], [`Error::LogChanged`], [`Error::WrongLog`]:
+    ///   the position does not fit the log. [`seek`] can resolve the first three.
     /// - [`Error::PositionLost`]: the store lost commits that this run had seen.
-    /// - [`Error::Volatile`]: essentially-once was asked of a backend that forgets.
-    /// - [`Error::InvalidSetting`], and [`Error::Failed`] or any other error of the backend that trying again will not mend.
+    /// - [`Error::Volatile`]: essentially-once was requested on a backend that loses acknowledged
+    ///   data in a crash.
+    /// - [`Error::InvalidSetting`]: a setting is out of its bounds.
+    /// - [`Error::Failed`], or any other error of the backend that another try does not resolve.
     pub async fn run_until(self, stop: CancellationToken) -> Result<Report, Error> {
         self.supervise(stop, false).await
     }
@@ -323,7 +351,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     async fn restart_until_done(mut self, stop: &CancellationToken, until_caught_up: bool) -> Result<Report, Error> {
-        self.check_settings()?;
+        self.settings.check()?;
         let owner = Owner::draw();
         let heart = Heart::spawn(&self.store, &self.id, owner, self.settings.standby_after);
         let mut run = Run::default();
@@ -335,7 +363,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         result.map(|()| run.report)
     }
 
-    /// Restarts until the run is stopped, caught up, or ended by an error.
+    /// Restarts until the run is stopped, has caught up, or fails.
     async fn run_sessions(
         &mut self,
         run: &mut Run,
@@ -371,7 +399,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             let Err(failure) = session.run::<H, D>(&mut self.handler, target).await else {
                 return Ok(());
             };
-            // Also what the reloaded position says: the commit whose reply was lost may have been applied.
+            // The reloaded position counts too, because the commit whose reply was lost may have
+            // been applied.
             if run.next() != next {
                 supervisor.made_progress();
             }
@@ -387,7 +416,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         }
     }
 
-    /// A panic here is as good as a reset that did nothing: the handler's next error counts as usual.
+    /// A panic here amounts to a reset that did nothing. The handler's next error counts as usual.
     async fn reset_handler(&mut self, stop: &CancellationToken) {
         let handler = &mut self.handler;
         let call = pin!(async move { handler.reset().await });
@@ -396,41 +425,21 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             biased;
             reset = reset => {
                 if let Err(error) = reset {
-                    tracing::error!(%error, "the handler could not be reset");
+                    tracing::error!(%error, "resetting the handler failed");
                 }
             }
             () = stop.cancelled() => {}
         }
     }
-
-    fn check_settings(&self) -> Result<(), Error> {
-        let zero = |setting, value: usize| match value {
-            0 => Err(Error::InvalidSetting {
-                setting,
-                reason: "it must be at least 1".into(),
-            }),
-            _ => Ok(()),
-        };
-        zero("max_batch", self.settings.max_batch)?;
-        zero("read_ahead_records", self.settings.read_ahead_records.unwrap_or(1))?;
-        zero("read_ahead_bytes", self.settings.read_ahead_bytes)?;
-        if self.settings.min_backoff > self.settings.max_backoff {
-            return Err(Error::InvalidSetting {
-                setting: "min_backoff",
-                reason: "it is longer than `max_backoff`".into(),
-            });
-        }
-        Ok(())
-    }
 }
 
-/// Lets a standby take over at once. It would do so anyway, a little later.
+/// Lets a standby take over at once. Without it, the standby takes over a little later.
 async fn release<S: OffsetStore>(store: &S, id: &ConsumerId, owner: Owner) {
     match rt::within(Some(RELEASE_LIMIT), store.release(id, owner)).await {
         Some(Ok(())) => {}
         Some(Err(error)) => {
-            tracing::debug!(%error, "the position was not given up; a standby takes over a little later");
+            tracing::debug!(%error, "could not release the position; a standby takes over a little later");
         }
-        None => tracing::debug!("the position was not given up in time; a standby takes over a little later"),
+        None => tracing::debug!("could not release the position in time; a standby takes over a little later"),
     }
 }

@@ -1,4 +1,4 @@
-//! Reading ahead of the handler, in a task of its own.
+//! Reads ahead of the handler, in a task of its own.
 
 use std::{
     collections::VecDeque,
@@ -11,14 +11,14 @@ use tracing::Instrument;
 
 use crate::{Error, LogReader, Offset, Record, backend::FetchBudget, rt};
 
-/// A fetch of so many records is short enough in any case.
+/// A fetch of this many records is always short enough.
 const LEAST_QUARTER: usize = 1_024;
 
-/// Records that were read but not yet taken. Dropping it ends the reading.
+/// Records that were read but not yet taken. Dropping this ends the reading.
 pub(super) struct ReadAhead {
     buffer: Arc<Buffer>,
     task: rt::JoinHandle<()>,
-    /// Whether the reading task was woken and has not had its turn yet.
+    /// Whether the reading task was woken and has not run yet.
     woken: bool,
 }
 
@@ -34,7 +34,7 @@ struct Buffer {
 struct State {
     records: VecDeque<Record>,
     bytes: usize,
-    /// Why nothing follows; given out once the records before it are taken.
+    /// Why the reading ended. Returned after the records before it are taken.
     ended: Option<Error>,
 }
 
@@ -55,11 +55,12 @@ impl ReadAhead {
         }
     }
 
-    /// Waits for records and takes what has arrived, at most `max`; the record at `alone` never together with others.
-    /// Cancel-safe.
+    /// Waits for records and takes those that have arrived, up to `max`. Never takes the record at
+    /// `alone` together with others. Cancel-safe.
     pub(super) async fn take(&mut self, max: usize, alone: Option<Offset>) -> Result<Vec<Record>, Error> {
         if mem::take(&mut self.woken) {
-            // A task just woken runs on this thread next, and no other thread takes it over: it reads once this one gives way.
+            // A task that was just woken runs next on this thread, and no other thread steals it.
+            // Yielding lets it read.
             rt::yield_now().await;
         }
         loop {
@@ -72,7 +73,7 @@ impl ReadAhead {
 }
 
 impl ReadAhead {
-    /// Ends the reading, and waits until the reader is dropped.
+    /// Ends the reading and waits until the reader is dropped.
     pub(super) async fn end(mut self) {
         self.task.abort();
         let _ = (&mut self.task).await;
@@ -95,7 +96,7 @@ impl Buffer {
         if state.records.is_empty() {
             return state.ended.take().map(Err);
         }
-        // The batch in hand and the records that wait share the bytes.
+        // The current batch and the waiting records share the bytes.
         let mut budget = FetchBudget::of(self.max_bytes / 2);
         let fitting = state.records.iter().take(max);
         let mut count = fitting.take_while(|record| budget.admits(record.size())).count();
@@ -121,13 +122,14 @@ impl Buffer {
         Some(Ok(taken))
     }
 
-    /// Half empty, so that the log is asked for many records at a time and the tasks seldom wake each other.
+    /// Whether the buffer is half empty. Refilling at half fetches many records at a time and
+    /// seldom wakes the tasks.
     fn has_room(&self, state: &State) -> bool {
         state.records.len() <= self.max_records / 2 && state.bytes <= self.max_bytes / 2
     }
 
-    /// How many records to ask for: what fits if they are as large as those that wait now, but of a large buffer a quarter at
-    /// most, so that the first are there while the next are read.
+    /// How many records to fetch: as many as fit by the average size of the waiting records. Of a
+    /// large buffer at most a quarter, so that the first records arrive while the next are read.
     async fn room(&self) -> usize {
         loop {
             {
@@ -157,7 +159,7 @@ impl Buffer {
     }
 }
 
-/// Tells the taker if the reader panics, which would leave it waiting for ever.
+/// Ends the reading if the reader panics. The consumer would otherwise wait forever.
 struct EndOnDrop(Arc<Buffer>);
 
 impl Drop for EndOnDrop {

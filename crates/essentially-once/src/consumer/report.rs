@@ -13,24 +13,26 @@ use crate::{ConsumerId, Offset, Record};
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Report {
-    /// Records handled; under essentially-once, those whose effects were committed.
+    /// Records handled. Under essentially-once, those whose effects were committed.
     pub handled: u64,
     /// Records dropped because their origin was seen before.
     pub duplicates: u64,
-    /// Records given up under at-most-once: their handler failed, or they could not be decoded.
+    /// Records passed over under at-most-once: their handler failed, or they could not be decoded.
     pub failed: u64,
-    /// Calls of the handler that failed, and records that could not be decoded, each time that they were tried.
+    /// Failed calls of the handler, and records that could not be decoded, counted at each try.
     pub failed_tries: u64,
     /// Commits of the position.
     pub commits: u64,
-    /// How often another instance, or a change of the position by hand, was first.
+    /// How often another instance, or a change of the position by hand, committed first.
     pub fenced: u64,
     /// How often the consumer went back to its stored position.
     pub restarts: u64,
-    /// How often log and store were found to have gone back together, as when a server that holds both fails over to a
-    /// replica that is behind. What both have lost had no lasting effect, so the consumer goes on from the stored position.
+    /// How often log and store went back together, as when a server that holds both fails over to a
+    /// replica that is behind. Whatever both lost had no lasting effect, so the consumer continues
+    /// from the stored position.
     pub rewound: u64,
-    /// The committed position: the offset at which a new run goes on. `None` if it was never known.
+    /// The committed position: the offset at which a new run continues. `None` if it was never
+    /// known.
     pub next: Option<Offset>,
 }
 
@@ -54,7 +56,8 @@ impl fmt::Display for Report {
     }
 }
 
-/// The metrics of one consumer, labelled with its name and delivery, in the process's recorder (crate `metrics`).
+/// The metrics of one consumer, labelled with its name and delivery, in the process's recorder
+/// (crate `metrics`).
 pub(super) struct Telemetry {
     pub(super) handled: Counter,
     pub(super) duplicates: Counter,
@@ -74,7 +77,7 @@ pub(super) struct Telemetry {
 }
 
 impl Telemetry {
-    /// The metrics of a run that begins. They say that it has ended when this is dropped.
+    /// Sets the metrics of a run that begins. Dropping this marks the run as ended.
     pub(super) fn new(consumer: &ConsumerId, delivery: &'static str) -> Self {
         let labels = [
             ("consumer", consumer.as_str().to_owned()),
@@ -98,15 +101,18 @@ impl Telemetry {
                 "essentially_once_duplicates_total",
                 "Records dropped because their origin was seen before",
             ),
-            failed: counter("essentially_once_failed_total", "Records given up under at-most-once"),
+            failed: counter(
+                "essentially_once_failed_total",
+                "Records passed over under at-most-once",
+            ),
             failed_tries: counter(
                 "essentially_once_failed_tries_total",
-                "Calls of the handler that failed, and records that could not be decoded",
+                "Failed calls of the handler, and records that could not be decoded",
             ),
             commits: counter("essentially_once_commits_total", "Commits of the position"),
             fenced: counter(
                 "essentially_once_fenced_total",
-                "Times that another instance, or a change by hand, was first",
+                "Times that another instance, or a change by hand, committed first",
             ),
             restarts: counter(
                 "essentially_once_restarts_total",
@@ -114,9 +120,9 @@ impl Telemetry {
             ),
             rewound: counter(
                 "essentially_once_rewound_total",
-                "Times that log and store had gone back together",
+                "Times that log and store went back together",
             ),
-            commit_seconds: histogram("essentially_once_commit_seconds", "How long commits took"),
+            commit_seconds: histogram("essentially_once_commit_seconds", "Duration of commits"),
             lag_seconds: histogram(
                 "essentially_once_lag_seconds",
                 "Time from the append of a batch's oldest record to its commit",
@@ -124,7 +130,7 @@ impl Telemetry {
             running: gauge(
                 "essentially_once_running",
                 Unit::Count,
-                "1 while the consumer runs, as the active instance or standing by; 0 when it has ended",
+                "1 while the consumer runs, active or standing by; 0 after it has ended",
             ),
             standby: gauge(
                 "essentially_once_standby",
@@ -139,13 +145,13 @@ impl Telemetry {
             oldest_waiting: gauge(
                 "essentially_once_oldest_waiting_timestamp_seconds",
                 Unit::Seconds,
-                "Unix time at which the oldest record that is not handled yet was appended, or read if its append time is \
-                 unknown; 0 when none waits",
+                "Unix time at which the oldest unhandled record was appended, or read if its append time is unknown; 0 if no \
+                 record waits",
             ),
             records_behind: gauge(
                 "essentially_once_records_behind",
                 Unit::Count,
-                "Records behind the position, where the log can tell; measured every ten seconds",
+                "Records behind the position, if the log can count them; measured every ten seconds",
             ),
         };
         telemetry.running.set(1.0);
@@ -153,7 +159,7 @@ impl Telemetry {
         telemetry
     }
 
-    /// Says that the instance stands by, until the result is dropped.
+    /// Marks the instance as standing by until the result is dropped.
     pub(super) fn stand_by(&self) -> StandingBy<'_> {
         self.standby.set(1.0);
         self.oldest_waiting.set(0.0);
@@ -166,7 +172,7 @@ impl Telemetry {
         self.last_commit.set(unix_seconds(SystemTime::now()));
     }
 
-    /// The oldest record that is not handled yet, taken at `now`; `None` if all are.
+    /// Reports the oldest unhandled record, taken at `now`; `None` if all are handled.
     pub(super) fn waits(&self, oldest: Option<&Record>, now: SystemTime) {
         let since = oldest.map(|oldest| appended_at(oldest).unwrap_or(now));
         self.oldest_waiting.set(since.map_or(0.0, unix_seconds));
@@ -179,7 +185,7 @@ impl Telemetry {
         self.records_behind.set(records as f64);
     }
 
-    /// How long the batch's oldest record has been in the log.
+    /// Reports how long the batch's oldest record has been in the log.
     pub(super) fn lag(&self, oldest: &Record) {
         if let Some(appended_at) = appended_at(oldest) {
             let age = SystemTime::now().duration_since(appended_at);
@@ -202,7 +208,7 @@ impl Drop for StandingBy<'_> {
     }
 }
 
-/// When the record was appended, if its log knows.
+/// When the record was appended, if the log knows.
 fn appended_at(record: &Record) -> Option<SystemTime> {
     Some(record.appended_at).filter(|time| *time > UNIX_EPOCH)
 }

@@ -1,4 +1,4 @@
-//! Going on where a position points to, in a log that may not be the one that was read.
+//! Resumes at a position, in a log that may not be the one that was read.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,11 +6,11 @@ use async_trait::async_trait;
 
 use crate::{ConsumerId, Error, Log, LogReader, Offset, Passed, Record, rt};
 
-/// How long a record that was there a moment ago is waited for.
+/// How long to wait for a record that existed a moment ago.
 const COMPARE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Opens a reader at `next`. If the log still holds the record that the position passed last, the reader begins there and
-/// compares it, before it yields anything.
+/// Opens a reader at `next`. If the log still holds the record that the position passed last, the
+/// reader begins there and compares that record before it yields anything.
 pub(super) async fn resume(
     log: &Arc<dyn Log>,
     consumer: &ConsumerId,
@@ -21,7 +21,7 @@ pub(super) async fn resume(
         return log.read(next).await;
     };
     let bounds = log.bounds().await?;
-    // At `next` the log itself reports what is wrong with it. Below the earliest record there is nothing to compare.
+    // A read at `next` reports a bad position. A record below the earliest one cannot be compared.
     if next > bounds.end || passed.offset() < bounds.earliest {
         return log.read(next).await;
     }
@@ -44,12 +44,12 @@ pub(super) async fn compare(log: &Arc<dyn Log>, consumer: &ConsumerId, passed: O
     let Some(passed) = passed else {
         return Ok(());
     };
-    // A record that is gone proves nothing.
+    // A missing record proves nothing.
     if passed.offset() < log.bounds().await?.earliest || passed.offset() >= log.readable_end().await? {
         return Ok(());
     }
     let first = async { log.read(passed.offset()).await?.next(1).await };
-    // It may be deleted in this moment, and then nothing may follow.
+    // If the record is deleted at this moment, the log may never yield another one.
     let first = match rt::within(Some(COMPARE_LIMIT), first).await {
         None | Some(Err(Error::Truncated { .. })) => return Ok(()),
         Some(records) => records?,
@@ -64,18 +64,18 @@ pub(super) async fn compare(log: &Arc<dyn Log>, consumer: &ConsumerId, passed: O
     }
 }
 
-/// A reader that begins at the last record that was passed.
+/// A reader that begins at the last passed record.
 struct Resumed {
     log: Arc<dyn Log>,
     consumer: ConsumerId,
     reader: Box<dyn LogReader>,
-    /// What is to be compared first; `None` once that is done.
+    /// The record to compare first; `None` once it is compared.
     passed: Option<Passed>,
     next: Offset,
 }
 
 impl Resumed {
-    /// The records behind the one that was passed.
+    /// Checks the passed record and returns the records after it.
     fn compare(&self, passed: Passed, mut records: Vec<Record>) -> Result<Vec<Record>, Error> {
         match records.first() {
             Some(first) if passed.is(first) => drop(records.remove(0)),
@@ -86,7 +86,7 @@ impl Resumed {
                     offset: passed.offset(),
                 });
             }
-            // It was deleted since, which says nothing about the log.
+            // It was deleted in the meantime, which proves nothing.
             _ => {}
         }
         Ok(records)
@@ -102,14 +102,14 @@ impl LogReader for Resumed {
             };
             match self.reader.next(max).await {
                 Ok(records) => {
-                    // From here on nothing is awaited, so a dropped call loses no record.
+                    // No await follows, so a dropped call loses no record.
                     let records = self.compare(passed, records)?;
                     self.passed = None;
                     if !records.is_empty() {
                         return Ok(records);
                     }
                 }
-                // Retention took the record after the bounds were read.
+                // Retention removed the record after the bounds were read.
                 Err(Error::Truncated { .. }) => {
                     self.reader = self.log.read(self.next).await?;
                     self.passed = None;

@@ -1,18 +1,55 @@
-//! Moving a position by hand.
+//! Moves a position by hand.
 
-use super::StartAt;
 use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Transaction};
 
-/// Moves a consumer's position to another place in its log, for an operator who knows why: to handle records again, or to
-/// go on after [`Error::Truncated`], [`Error::OutOfRange`] or [`Error::LogChanged`]. Returns where it stands now.
+/// Where a consumer without a position begins. The consumer commits this place before it handles
+/// the first record, so that the decision is made only once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum StartAt {
+    /// At the earliest record that the log still holds.
+    #[default]
+    Earliest,
+    /// After the last record that the log holds at that moment.
+    Latest,
+    /// At this offset.
+    Offset(Offset),
+}
+
+/// Moves a consumer's position to another place in its log and returns the new offset. For an
+/// operator who wants to handle records again, or to continue after [`Error::Truncated`],
+/// [`Error::OutOfRange`] or [`Error::LogChanged`].
 ///
-/// Going back forgets all producers, since their records must not be dropped as duplicates when they are handled again. A record
-/// that was sent twice, once before and once behind the new place, is then handled again as well.
-/// A running instance of the consumer is fenced, and goes on from the new position.
+/// Going back forgets all producers, so that their records are not dropped as duplicates when they
+/// are handled again. If a record was sent twice, once before and once after the new place, the
+/// consumer then handles both copies.
+///
+/// A running instance of the consumer is fenced, and continues from the new position.
 ///
 /// # Errors
-/// [`Error::Truncated`] or [`Error::OutOfRange`] if the log holds no such place; [`Error::WrongLog`] if the position belongs to
-/// another log; [`Error::Fenced`] if a running instance committed meanwhile: try again. The backend's own errors.
+/// - [`Error::Truncated`] or [`Error::OutOfRange`] if the log does not hold the new place.
+/// - [`Error::WrongLog`] if the position belongs to another log.
+/// - [`Error::Fenced`] if a running instance committed in the meantime. Try again.
+/// - The backend's own errors.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::Memory;
+/// use essentially_once::{ConsumerId, Log, NewRecord, Offset, StartAt, seek};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (log, store) = (memory.log("orders")?, memory.store());
+/// log.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
+///
+/// let shipping = ConsumerId::new("shipping")?;
+/// let next = seek(&shipping, &log, &store, StartAt::Latest).await?; // ignore the backlog
+/// assert_eq!(next, Offset::from(2));
+/// let next = seek(&shipping, &log, &store, StartAt::Offset(1.into())).await?; // but handle 10249
+/// assert_eq!(next, Offset::from(1));
+/// # Ok(())
+/// # }
+/// ```
 pub async fn seek<S: OffsetStore>(
     consumer: &ConsumerId,
     log: &dyn Log,
@@ -23,7 +60,8 @@ pub async fn seek<S: OffsetStore>(
     let next = resolve(log, to).await?;
     log.read(next).await?;
     let expected = position.as_ref().map_or(Revision::NONE, |position| position.revision);
-    // A new epoch, so that nothing that is still under way applies behind it. The owner stays the running instance.
+    // A new epoch, so that a commit in progress cannot apply after this one. The owner stays, so
+    // that a running instance continues.
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     if let Some(position) = position {
         advance.owner = position.owner;
@@ -36,7 +74,7 @@ pub async fn seek<S: OffsetStore>(
     Ok(next)
 }
 
-/// The offset that is meant.
+/// The offset that `at` stands for.
 pub(super) async fn resolve(log: &dyn Log, at: StartAt) -> Result<Offset, Error> {
     Ok(match at {
         StartAt::Earliest => log.bounds().await?.earliest,

@@ -1,26 +1,64 @@
-//! Going past one record by hand.
+//! Skips one record by hand.
 
 use std::time::{Duration, SystemTime};
 
 use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Passed, Transaction, rt, window::Windows};
 
-/// How long the record is waited for.
+/// How long to wait for the record.
 const READ_LIMIT: Duration = Duration::from_secs(10);
 
-/// Moves a consumer's position past the record at `offset` without handling it, for an operator who has found that it never
-/// can be: see [`Error::Unhandled`]. Returns where the position is now.
+/// Moves a consumer's position past the record at `offset` without handling it, and returns the new
+/// offset. For an operator who has found that the record can never be handled (see
+/// [`Error::Unhandled`]).
 ///
-/// The record must be the next one that the consumer would handle. Its origin is marked, so that it is dropped if its sender
-/// sends it again; a malformed record marks nothing. A running instance of the consumer goes on from the new position.
+/// The record must be the next one that the consumer would handle. Its origin is marked as seen, so
+/// that the consumer drops the record if it is sent again. A malformed record marks nothing. A
+/// running instance of the consumer continues from the new position.
 ///
 /// # Errors
-/// - [`Error::Failed`] if the consumer has no position, if `offset` is behind the position, or if another record lies
-///   between the two; the error names it. Nothing was moved.
-/// - [`Error::WrongLog`] if the position belongs to another log; [`Error::Truncated`] or [`Error::OutOfRange`] if the log
-///   does not hold its place any more.
-/// - [`Error::Fenced`] if a running instance committed meanwhile: look again. The backend's own errors.
+/// - [`Error::Failed`] if the consumer has no position, if `offset` is before the position, or if
+///   another record lies between them. The error names it. Nothing is moved.
+/// - [`Error::WrongLog`] if the position belongs to another log.
+/// - [`Error::Truncated`] or [`Error::OutOfRange`] if the log no longer holds the position's place.
+/// - [`Error::Fenced`] if a running instance committed in the meantime. Check the position again.
+/// - The backend's own errors.
 ///
 /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::{Memory, MemoryTx};
+/// use essentially_once::{
+///     Consumer, ConsumerId, Error, HandlerError, Log, NewRecord, Record, handler_fn, skip,
+/// };
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (log, store) = (memory.log("orders")?, memory.store());
+/// log.append(&[NewRecord::new("10248"), NewRecord::new("garbage"), NewRecord::new("10249")]).await?;
+///
+/// let shipping = ConsumerId::new("shipping")?;
+/// let run = || {
+///     let ship = handler_fn(|record: &Record, _: &mut MemoryTx| {
+///         Box::pin(async move {
+///             let order = std::str::from_utf8(&record.payload)?;
+///             order.parse::<u64>().map_err(HandlerError::reject)?;
+///             Ok(())
+///         })
+///     });
+///     Consumer::essentially_once(shipping.clone(), log.clone(), store.clone(), ship)
+///         .accept_volatile()
+///         .run_until_caught_up()
+/// };
+/// let Err(Error::Unhandled { offset, .. }) = run().await else {
+///     panic!("garbage was handled");
+/// };
+/// skip(&shipping, &log, &store, offset).await?;
+/// assert_eq!(run().await?.handled, 1); // 10249
+/// # Ok(())
+/// # }
+/// ```
 pub async fn skip<S: OffsetStore>(
     consumer: &ConsumerId,
     log: &dyn Log,
@@ -38,7 +76,7 @@ pub async fn skip<S: OffsetStore>(
     };
     let Some(position) = store.position(consumer).await? else {
         return Err(refused(
-            "the consumer has no position yet; `seek` it to begin elsewhere".into(),
+            "the consumer has no position yet; `seek` it to choose its start".into(),
         ));
     };
     if !position.log.is_same_log(log.id()) {
@@ -54,14 +92,16 @@ pub async fn skip<S: OffsetStore>(
     let end = log.readable_end().await?;
     if offset >= end {
         return Err(refused(format!(
-            "the log has no such record; the last one is before {end}"
+            "the log has no such record; its last record is before {end}"
         )));
     }
     let mut reader = log.read(position.next).await?;
-    // The record may be deleted in this moment, and then nothing may follow.
-    let records = rt::within(Some(READ_LIMIT), reader.next(1))
-        .await
-        .unwrap_or_else(|| Err(refused("no record arrived within 10 s; it may be deleted".into())))?;
+    // If the record is deleted at this moment, the log may never yield another one.
+    let records = rt::within(Some(READ_LIMIT), reader.next(1)).await.unwrap_or_else(|| {
+        Err(refused(
+            "no record arrived within 10 s; the record may have been deleted".into(),
+        ))
+    })?;
     let Some(record) = records.first() else {
         return Err(Error::unavailable(
             format!("read log {}", log.id()),
@@ -70,7 +110,7 @@ pub async fn skip<S: OffsetStore>(
     };
     if record.offset != offset {
         return Err(refused(format!(
-            "the next record of the consumer is at {}",
+            "the next record of the consumer is at {}; handle or skip that one first",
             record.offset
         )));
     }

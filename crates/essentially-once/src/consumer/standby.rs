@@ -1,65 +1,30 @@
-//! Watching an instance that is active, and taking over when it shows no life.
+use std::{future::pending, sync::Arc, time::Duration};
 
-use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
-
-use super::session::{Failure, Session};
+use super::{failure::Failure, session::Session};
 use crate::{
     Error, Log, LogReader, Offset, OffsetStore, Position, Revision,
     rt::{self, Instant},
 };
 
-/// How many looks a standby takes in the time that it calls silence.
+/// How many times a standby checks within the silence that makes it take over.
 const LOOKS: u32 = 10;
 
-/// How much longer than the longest recent silence of a live owner the next one must be.
-const MARGIN: u32 = 3;
-
-/// How many silences are remembered.
-const REMEMBERED: usize = 16;
-
-/// The longest silence that is remembered, in times that a standby calls silence.
-const LONGEST: u32 = 60;
-
-/// What a standby has waited for.
+/// Why a standby stopped watching.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Watched {
     /// The position has reached the end of this run.
     CaughtUp,
-    /// The position is to be looked at again: its owner gave it up, or it vanished or went back.
+    /// The position must be loaded again: its owner released it, or it vanished or went back.
     Changed,
-    /// Records wait, and the owner has shown no life since this revision.
+    /// Records wait, and the owner has shown no sign of life since this revision.
     Silent(Revision),
 }
 
-/// How long the owners of a position have been silent though they were alive. It belongs to a run, and outlives its
-/// sessions.
-#[derive(Debug, Default)]
-pub(super) struct Silences {
-    recent: VecDeque<Duration>,
-}
-
-impl Silences {
-    /// Remembers how long a live owner was silent; not more than an outlier of it, such as the time that it was suspended.
-    pub(super) fn remember(&mut self, silence: Duration, standby_after: Duration) {
-        if self.recent.len() == REMEMBERED {
-            self.recent.pop_front();
-        }
-        self.recent
-            .push_back(silence.min(standby_after.saturating_mul(LONGEST)));
-    }
-
-    /// How long an owner must be silent to be taken for dead.
-    pub(super) fn limit(&self, standby_after: Duration) -> Duration {
-        let longest = self.recent.iter().max().copied().unwrap_or_default();
-        standby_after.max(longest.saturating_mul(MARGIN))
-    }
-}
-
 impl<S: OffsetStore> Session<'_, S> {
-    /// Watches the owner of `position`, until this instance has a reason to go on by itself.
+    /// Watches the owner of `position` until this instance has a reason to continue on its own.
     ///
-    /// Silence counts only while records wait, and only from look to look: an instance that was suspended itself has seen
-    /// nothing of the time that it slept.
+    /// Silence counts only while records wait, and only from one check to the next: an instance
+    /// that was suspended has not observed the time of its suspension.
     pub(super) async fn stand_by(
         &mut self,
         position: &Position,
@@ -115,7 +80,7 @@ impl<S: OffsetStore> Session<'_, S> {
                     tracing::warn!(
                         ?silence,
                         revision = %seen.revision,
-                        "records wait and the active instance shows no life; taking over"
+                        "records wait and the active instance shows no sign of life; taking over"
                     );
                     return Ok(Watched::Silent(seen.revision));
                 }
@@ -147,7 +112,8 @@ impl Waiting {
         }
     }
 
-    /// Begins to look, once the position has not moved for a step: a busy owner needs no second reader.
+    /// Opens a reader, once the position has not moved for a step. A busy owner needs no second
+    /// reader.
     async fn look(&mut self, log: &Arc<dyn Log>) {
         if self.reader.is_none() {
             match log.read(self.next).await {
@@ -171,36 +137,11 @@ impl Waiting {
         }
     }
 
-    /// A log that cannot be read there is the concern of whoever is active; a standby that takes over reports it.
+    /// The active instance reports a log that it cannot read. A standby that takes over does the
+    /// same.
     fn give_up(&mut self, error: &Error) {
-        tracing::debug!(%error, "a standby cannot read the log");
+        tracing::debug!(%error, "this standby cannot read the log");
         self.reader = None;
         self.have_arrived = !error.is_transient();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    #[test]
-    fn patience_grows_with_the_silences_of_the_living_and_fades_with_them() {
-        let mut silences = Silences::default();
-        assert_eq!(silences.limit(SECOND), SECOND);
-        silences.remember(5 * SECOND, SECOND);
-        assert_eq!(silences.limit(SECOND), 15 * SECOND);
-        for _ in 0..REMEMBERED {
-            silences.remember(SECOND / 10, SECOND);
-        }
-        assert_eq!(silences.limit(SECOND), SECOND);
-    }
-
-    #[test]
-    fn an_hour_of_suspension_does_not_make_a_standby_wait_for_hours() {
-        let mut silences = Silences::default();
-        silences.remember(3_600 * SECOND, SECOND);
-        assert_eq!(silences.limit(SECOND), MARGIN * LONGEST * SECOND);
     }
 }

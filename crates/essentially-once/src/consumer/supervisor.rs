@@ -1,13 +1,17 @@
-//! What follows from a failure: another try, or the end of the run.
+//! What follows a failure: another try, or the end of the run.
 
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
-use super::{Report, Settings, report::Telemetry, session::Failure};
+use super::{
+    failure::Failure,
+    report::{Report, Telemetry},
+    settings::Settings,
+};
 use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset};
 
-/// Decides after each failure between another try and the end.
+/// Decides after each failure between another try and the end of the run.
 pub(super) struct Supervisor {
     id: ConsumerId,
     log: Arc<dyn Log>,
@@ -17,7 +21,7 @@ pub(super) struct Supervisor {
     pauses: ExponentialBackoff,
     restarts_without_commit: u32,
     culprit: Option<Culprit>,
-    /// Records up to this one are handled one by one.
+    /// Records up to this one are handled individually.
     pub(super) apart_until: Option<Offset>,
 }
 
@@ -57,7 +61,8 @@ impl Supervisor {
         self.restarts_without_commit = 0;
     }
 
-    /// How long to pause before the next try; `None` if the run was stopped; or the error that ends the run.
+    /// Returns the pause before the next try, `None` if the run was stopped, or the error that ends
+    /// the run.
     pub(super) fn judge(
         &mut self,
         failure: Failure,
@@ -86,11 +91,12 @@ impl Supervisor {
                 let outcome = match failed.error.kind {
                     HandlerErrorKind::Fatal => Some(failed.fatal_outcome),
                     HandlerErrorKind::Reject if failed.is_next => {
-                        Some("rejected; the consumer stands before this record: mend the handler, or `skip` the record")
+                        Some("rejected; the consumer stops before this record. Fix the handler, or `skip` the record")
                     }
-                    // Behind others it may have failed because of them, so it is always tried alone.
+                    // A record behind others may have failed because of them, so it is always tried
+                    // alone.
                     HandlerErrorKind::Retry if failed.is_first && attempts > self.retries => Some(
-                        "not handled, no retry is left; the consumer stands before this record: mend the handler, or \
+                        "not handled, and no retry is left; the consumer stops before this record. Fix the handler, or \
                          `skip` the record",
                     ),
                     _ => None,
@@ -99,13 +105,14 @@ impl Supervisor {
                 if outcome.is_some() {
                     return Err(error);
                 }
-                // Behind others that are not committed yet, those are, without delay, and then this one is tried alone.
+                // Uncommitted records before this one are committed first, without a pause, and
+                // then this one is tried alone.
                 (error, failed.is_next)
             }
             Failure::Batch(until, error) => {
                 self.apart_until = Some(until);
                 let outcome =
-                    "this record or one before it in its batch made the batch fail; they are tried one by one";
+                    "this record or one before it made the batch fail; the consumer now tries each record alone";
                 (self.unhandled(until, outcome, 1, error), false)
             }
         };

@@ -1,4 +1,4 @@
-//! Whose fault a failure is: the record's, or the backend's.
+//! Whether a failure is the record's fault or the backend's.
 
 use super::*;
 
@@ -17,7 +17,7 @@ async fn a_backend_that_refuses_every_commit_is_to_blame_for_it() {
     assert_eq!(backend.counts(&shipping(), RECORDS).await, [0; RECORDS as usize]);
 }
 
-/// Fails a few times with that error, then succeeds.
+/// Fails a few times with this error, then succeeds.
 fn failing(error: impl Fn() -> HandlerError + Send + 'static) -> impl Handler<MemoryTx> {
     let mut failures = 0;
     handler_fn(move |_: &Record, _: &mut MemoryTx| {
@@ -76,6 +76,6 @@ async fn a_record_that_fails_at_its_commit_is_retried_with_growing_pauses() {
         .await
         .unwrap_err();
     assert!(matches!(error, Error::Unhandled { .. }), "{error}");
-    // 10 ms doubled ten times, with jitter: commits of nothing are no progress.
+    // 10 ms doubled ten times, with jitter. Empty commits do not count as progress.
     assert!(started.elapsed() > Duration::from_secs(5), "{:?}", started.elapsed());
 }

@@ -1,4 +1,4 @@
-//! Records that were sent twice.
+//! Duplicate records.
 
 use essentially_once::{
     Epoch, Origin, async_trait,
@@ -7,7 +7,7 @@ use essentially_once::{
 
 use super::*;
 
-/// A log in which every record was sent twice, and one out of order.
+/// A log to which every record was sent twice, with one out of order.
 async fn sent_twice(memory: &Memory) -> essentially_once::memory::MemoryLog {
     let log = memory.log("orders").unwrap();
     let producer = ProducerId::new("web-1").unwrap();
@@ -29,7 +29,7 @@ async fn what_was_sent_twice_is_handled_once_at_any_batch_size_and_across_runs()
                 .run_until_caught_up()
                 .await
                 .unwrap();
-            // Sent once more, after the consumer ended.
+            // The producer sends everything once more after the consumer has ended.
             sent_twice(&memory).await;
         }
         let backend = Backend::of(memory, Script::default());
@@ -72,7 +72,7 @@ async fn going_back_by_hand_handles_again_what_has_an_origin() {
     }
 }
 
-/// Reads what is there, forgetting producers that were silent for `forget_after`.
+/// Reads to the end of the log and forgets producers that were silent for `forget_after`.
 async fn catch_up(log: &essentially_once::memory::MemoryLog, memory: &Memory, forget_after: Duration) -> (u64, u64) {
     let report = Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default())
         .accept_volatile()
@@ -93,7 +93,8 @@ async fn a_producer_is_not_silent_while_its_records_are_unread_or_dropped() {
     let after = Duration::from_millis(100);
     assert_eq!(catch_up(&log, &memory, after).await, (2, 0));
     for round in 0..4u64 {
-        // Unread while the consumer is down for longer than that, and retention removes all that was read.
+        // The record stays unread while the consumer is down for longer than the limit, and
+        // retention removes all records that were read.
         log.append(std::slice::from_ref(&resent)).await.unwrap();
         log.truncate((2 + round).into());
         tokio::time::sleep(after + Duration::from_millis(20)).await;
@@ -131,7 +132,8 @@ async fn a_process_that_numbers_anew_in_a_fresh_epoch_loses_nothing() {
     }
 }
 
-/// The bug report that this answers: a process whose clock is eight days ahead made consumers forget all other producers.
+/// Regression test: a process whose clock was eight days ahead made consumers forget all other
+/// producers.
 #[tokio::test]
 async fn one_wrong_clock_forgets_nobody_elses_window() {
     let week = Duration::from_secs(7 * 86_400);
@@ -164,7 +166,7 @@ async fn one_wrong_clock_forgets_nobody_elses_window() {
     }
 }
 
-/// A log whose records from an offset on were appended by a process with a wrong clock.
+/// A log in which a process with a wrong clock appended the records from an offset on.
 #[derive(Clone)]
 struct OffClock {
     log: essentially_once::memory::MemoryLog,
@@ -212,7 +214,7 @@ impl Log for OffClock {
     }
 }
 
-/// A broken copy of a record must neither count as its record nor vanish as its duplicate.
+/// A broken copy of a record must neither count as its record nor be dropped as its duplicate.
 #[tokio::test]
 async fn a_malformed_record_marks_nothing_and_is_no_duplicate() {
     let whole = NewRecord::new("0").origin(Origin::new(ProducerId::new("web").unwrap(), Epoch::STABLE, 1));
@@ -228,7 +230,8 @@ async fn a_malformed_record_marks_nothing_and_is_no_duplicate() {
     assert_eq!((report.handled, report.failed, report.duplicates), (1, 1, 0));
     assert_eq!(handled.lock().unwrap().len(), 1);
 
-    // The other way round, under every delivery that stops at it: seen before, and then malformed.
+    // The other order, under a delivery that stops at a malformed record: seen before, and then
+    // malformed.
     backend.malformed = Some(1.into());
     let error = Consumer::at_least_once(
         ConsumerId::new("other").unwrap(),

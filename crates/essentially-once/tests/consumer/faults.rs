@@ -1,4 +1,4 @@
-//! A fault at each step of the loop, and what each delivery makes of it.
+//! A fault at each step of the loop, under each delivery.
 
 use super::*;
 
@@ -12,7 +12,8 @@ const STEPS: [Step; 7] = [
     Step::Commit,
 ];
 
-/// Runs essentially-once in batches of 5 with that script, and checks that every record was counted once.
+/// Runs essentially-once in batches of 5 with this script, and checks that every record was counted
+/// once.
 async fn every_record_counts_once(script: Script) -> essentially_once::consumer::Report {
     let backend = Backend::new(RECORDS, script).await;
     let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
@@ -37,7 +38,7 @@ async fn essentially_once_survives_a_transient_fault_at_any_step() {
         for nth in 0..clean.taken(step) {
             for fault in [Fault::Before, Fault::After] {
                 let report = every_record_counts_once(Script::default().fail(step, nth, fault)).await;
-                // The reader may have failed behind the last record that was waited for.
+                // The reader may have failed behind the last record that the run waited for.
                 assert!(
                     report.restarts == 1 || step == Step::Next,
                     "{step:?} {nth} {fault:?}: {report}"
@@ -244,7 +245,7 @@ async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
     }
 }
 
-/// A commit that gets no answer, and arrives just before the next one.
+/// A store in which one commit gets no answer, and arrives just before the next one.
 #[derive(Clone)]
 struct LateStore {
     inner: essentially_once::memory::MemoryStore,
@@ -284,7 +285,7 @@ impl essentially_once::backend::Transaction for LateTx {
         if let Some((tx, advance)) = late {
             tx.commit(advance).await?;
         }
-        // The first is that of the position.
+        // The first commit only sets the position.
         if self.store.commits.fetch_add(1, Ordering::SeqCst) == 1 {
             *self.store.late.lock().unwrap() = Some((self.inner, advance));
             return Err(Error::indeterminate("commit", "no answer"));

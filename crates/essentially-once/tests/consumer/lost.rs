@@ -1,4 +1,4 @@
-//! Positions that vanish or go back, and logs that are not the ones that were read.
+//! Positions that vanish or go back, and logs that were replaced.
 
 use std::sync::atomic::AtomicBool;
 
@@ -11,7 +11,8 @@ use essentially_once::{
 
 use super::*;
 
-/// Fails the second commit for a moment, and shows `fault` when the consumer then asks for its position.
+/// Fails the second commit temporarily, and returns `fault` when the consumer then loads its
+/// position.
 async fn run_with(fault: Fault, start_at: StartAt) -> (Backend, Result<Report, Error>) {
     let script = Script::default()
         .fail(Step::Commit, 2, Fault::Before)
@@ -65,7 +66,7 @@ async fn log_and_store_that_went_back_together_go_on_with_a_count() {
         script = script.fail(Step::Position, nth, Fault::WentBack);
     }
     let backend = Backend::of(memory, script);
-    // The log that fails over: from its second session on it is one that has lost everything.
+    // The log that fails over: from the second session on it is one that has lost everything.
     let lost = Memory::new().log("orders").unwrap();
     let stop = CancellationToken::new();
     let failing_over = FailsOver {
@@ -131,8 +132,8 @@ impl Log for FailsOver {
     }
 }
 
-/// The bug report that this answers: a log restored from an older copy had grown past the consumer's position, and the records
-/// between were never handled.
+/// Regression test: a log restored from an older copy had grown past the consumer's position, and
+/// the records in between were never handled.
 #[tokio::test]
 async fn a_log_restored_from_an_older_copy_that_has_grown_again_is_noticed() {
     let backend = Backend::new(RECORDS, Script::default()).await;
@@ -175,7 +176,7 @@ async fn a_restored_log_of_the_same_length_is_noticed_although_nothing_is_left_t
     assert!(matches!(error, Error::LogChanged { .. }), "{error}");
 }
 
-/// A store that is replaced by an empty one.
+/// A store that an empty one replaces.
 #[derive(Clone)]
 struct Replaced {
     before: MemoryStore,
@@ -248,7 +249,7 @@ async fn a_standby_notices_that_the_position_is_lost() {
     store.is_replaced.store(true, Ordering::SeqCst);
     append(&log, 5..10).await;
     for run in runs {
-        // A standby that began anew at the end would pass over what was appended before.
+        // A standby that started over at the end would pass over the records appended before.
         let error = run.await.unwrap().unwrap_err();
         assert!(matches!(error, Error::PositionLost { .. }), "{error}");
     }
@@ -300,7 +301,7 @@ async fn a_new_consumer_whose_log_and_position_are_lost_before_its_first_record_
         Memory::new().log("orders").unwrap(),
         Memory::new().log("orders").unwrap(),
     );
-    // Retention has emptied it.
+    // Retention has emptied the log.
     append(&before, 0..5).await;
     before.truncate(5.into());
     append(&after, 0..3).await;
@@ -348,7 +349,7 @@ async fn an_idle_instance_does_not_commit_into_a_position_that_was_built_anew() 
     };
     let old = start(None);
     tokio::time::sleep(Duration::from_secs(10)).await;
-    // An operator deletes everything, and another instance begins to build it anew.
+    // An operator deletes everything, and another instance begins to rebuild it.
     store.is_replaced.store(true, Ordering::SeqCst);
     let new = start(Some(1));
     append(&log, 5..6).await;

@@ -1,4 +1,5 @@
-//! The consumer loop under a scripted backend: what becomes of records and position with a fault at each step.
+//! The consumer loop on a scripted backend: the records and the position after a fault at each
+//! step.
 
 #![allow(
     missing_docs,

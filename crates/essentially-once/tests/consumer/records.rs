@@ -25,7 +25,8 @@ async fn poison_stops_the_run_behind_what_came_before_it() {
 async fn a_record_is_retried_alone_as_often_as_set_then_the_run_ends() {
     for (failures, ends_well) in [(3, true), (4, false)] {
         let mut script = Script::default();
-        // It fails third in its batch; the two before it are then handled once more, and committed.
+        // The record fails as the third in its batch. The two before it are then handled once more,
+        // and committed.
         for nth in [2].into_iter().chain(5..).take(failures) {
             script = script.fail(Step::Handle, nth, Fault::Permanent);
         }
@@ -83,7 +84,10 @@ async fn a_malformed_record_never_reaches_the_handler_and_blocks_only_what_is_be
         matches!(error, Error::Unhandled { offset, .. } if offset == 7.into()),
         "{error}"
     );
-    assert!(error.to_string().contains("scripted"), "the reason is told: {error}");
+    assert!(
+        error.to_string().contains("scripted"),
+        "the error gives the reason: {error}"
+    );
     assert_eq!(
         backend.counts(&shipping(), RECORDS).await,
         [[1; 7].as_slice(), &[0; 5]].concat()
@@ -148,10 +152,11 @@ async fn at_most_once_counts_the_rest_of_a_fatal_batch_as_failed() {
     assert!(error.to_string().contains("position is past this record"), "{error}");
 }
 
-/// Gathers, and writes at each flush; a store may refuse what it wrote, at the flush or at the commit.
+/// Gathers records and writes them at each flush. A store may refuse them, at the flush or at the
+/// commit.
 struct Gathers {
     gathered: Vec<Record>,
-    /// The payload that makes a flush fail, and the one that makes the commit fail.
+    /// The payload that makes a flush fail, and the payload that makes the commit fail.
     refused: (&'static str, &'static str),
     flushes: Arc<std::sync::atomic::AtomicU64>,
 }
@@ -225,7 +230,7 @@ async fn what_was_gathered_is_flushed_once_for_each_commit() {
         .unwrap();
     backend.script.assert_all_struck();
     assert_eq!(backend.counts(&shipping(), RECORDS).await, [1; RECORDS as usize]);
-    // The first commit is that of the position; one was tried twice.
+    // The first commit only sets the position, and one was tried twice.
     assert_eq!(flushes.load(Ordering::SeqCst), report.commits, "{report}");
 }
 

@@ -1,4 +1,4 @@
-//! Where a run begins, how it ends, its settings, and its neighbours.
+//! Where a run begins, how it ends, its settings, and its neighbors.
 
 use super::*;
 
@@ -23,7 +23,7 @@ async fn start_at_is_committed_before_the_first_record_is_handled() {
             (position.next, position.revision.count()),
             ((RECORDS - handled).into(), 1)
         );
-        // Once decided, it stays: more records do not move `Latest`.
+        // The start is decided once: more records do not move `Latest`.
         backend.memory_log().append(&[NewRecord::new("0")]).await.unwrap();
         let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
             .start_at(StartAt::Latest)
@@ -71,10 +71,38 @@ async fn settings_that_make_no_sense_are_refused() {
         consumer().max_batch(0),
         consumer().read_ahead_records(0).read_ahead_bytes(1),
         consumer().read_ahead_records(1).read_ahead_bytes(0),
+        consumer()
+            .min_backoff(Duration::from_secs(2))
+            .max_backoff(Duration::from_secs(1)),
+        consumer().record_time_limit(Duration::ZERO),
     ] {
         let error = consumer.run_until_caught_up().await.unwrap_err();
         assert!(matches!(error, Error::InvalidSetting { .. }), "{error}");
     }
+}
+
+#[tokio::test]
+async fn the_greatest_values_of_all_settings_are_taken_as_they_are() {
+    let script = Script::default().fail(Step::Begin, 1, Fault::Before);
+    let backend = Backend::new(RECORDS, script).await;
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
+        .max_batch(usize::MAX)
+        .read_ahead_records(usize::MAX)
+        .read_ahead_bytes(usize::MAX)
+        .retries(u32::MAX)
+        .restart_limit(u32::MAX)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::MAX)
+        .forget_producers_after(Duration::MAX)
+        .batch_time_limit(Duration::MAX)
+        .record_time_limit(Duration::MAX)
+        .stop_grace(Duration::MAX)
+        .standby_after(Duration::MAX)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend.script.assert_all_struck();
+    assert_eq!(report.handled, RECORDS);
 }
 
 #[tokio::test]
@@ -107,7 +135,7 @@ async fn a_batch_of_large_records_takes_at_most_half_of_the_bytes() {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
     log.append(&vec![NewRecord::new(vec![0; 100]); 12]).await.unwrap();
-    // The first commit is that of the position.
+    // The first commit only sets the position.
     for (bytes, commits) in [(10_000, 1 + 1), (800, 1 + 3), (199, 1 + 12)] {
         let consumer = ConsumerId::new(format!("reads-{bytes}")).unwrap();
         let handler = handler_fn(|_: &Record, _: &mut ()| Box::pin(async { Ok(()) }));
@@ -172,7 +200,7 @@ async fn pauses_grow_until_a_commit() {
         .run_until_caught_up()
         .await
         .unwrap();
-    // 1 + 2 + 4 + 8 + 8 + 8 seconds, each with up to as much again of jitter.
+    // 1 + 2 + 4 + 8 + 8 + 8 seconds, each with up to 100 % jitter.
     let waited = started.elapsed();
     assert!(
         waited >= Duration::from_secs(31) && waited < Duration::from_secs(62),
@@ -290,7 +318,7 @@ async fn consumers_of_other_names_are_independent() {
     assert_eq!(backend.counts(&other, RECORDS).await, [1; RECORDS as usize]);
 }
 
-/// A type-level guarantee: neither future is tied to the thread it was made on.
+/// A type-level guarantee: neither future is tied to the thread that created it.
 #[test]
 fn runs_can_be_spawned() {
     fn assert_send<T: Send>(_: T) {}
@@ -323,7 +351,7 @@ async fn a_stop_does_not_wait_for_a_transaction_that_cannot_begin() {
     assert_eq!(run.await.unwrap().unwrap().handled, 0);
 }
 
-/// A handler that takes what it finds in the state for its own doing, as one with a unique constraint does.
+/// A handler that treats existing state as a conflict, like one with a unique constraint.
 struct RejectsWhatIsThere(
     Option<(
         essentially_once::memory::MemoryLog,

@@ -1,4 +1,4 @@
-//! Going past a record by hand.
+//! Skipping a record by hand.
 
 use super::*;
 
@@ -37,7 +37,7 @@ async fn a_skipped_record_is_passed_and_dropped_if_it_is_sent_again() {
     let after = backend.position(&shipping()).await.unwrap();
     assert!(
         after.revision.epoch() > before.revision.epoch(),
-        "what is still under way is fenced"
+        "commits in progress are fenced"
     );
     assert_eq!(run().await.unwrap().handled, 1);
     log.append(&[produced("poison", 1)]).await.unwrap();
@@ -58,7 +58,7 @@ async fn a_malformed_record_that_is_skipped_marks_nothing() {
     skip(&shipping(), &backend.log(), &backend.store(), 0.into())
         .await
         .unwrap();
-    // A later version may decode it, and then it is another record.
+    // A later version may decode the record, which then counts as another record.
     assert_eq!(backend.position(&shipping()).await.unwrap().passed, None);
     log.append(&[produced("0", 0)]).await.unwrap();
     let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter());

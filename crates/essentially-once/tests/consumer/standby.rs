@@ -1,4 +1,5 @@
-//! Several instances of one consumer: one is active, the others stand by. All times are simulated.
+//! Several instances of one consumer: one is active, and the others stand by. All times are
+//! simulated.
 
 use std::sync::{Mutex, atomic::AtomicU64};
 
@@ -10,7 +11,7 @@ use tokio::{task::JoinHandle, time::Instant};
 
 use super::*;
 
-/// What the instances of one consumer have done together.
+/// State that the instances of one consumer share.
 #[derive(Clone, Default)]
 struct Shared {
     memory: Memory,
@@ -122,7 +123,7 @@ async fn several_instances_are_about_as_fast_as_one_and_call_the_handler_about_a
     }
 }
 
-/// A store that keeps no beats, as one that implements no more than it must.
+/// A store without beats, like one that implements only the required methods.
 struct Mute(MemoryStore);
 
 #[async_trait::async_trait]
@@ -198,7 +199,7 @@ async fn a_standby_that_was_suspended_has_not_seen_silence() {
     let (gate, closed) = tokio::sync::watch::channel(false);
     let standby = tokio::spawn(suspended(shared.mute(1, takes).run_until_caught_up(), closed));
     tokio::time::sleep(Duration::from_millis(300)).await;
-    // It sleeps from 0.3 s into the second record to 0.8 s into the third.
+    // The standby is suspended from 0.3 s into the second record to 0.8 s into the third.
     gate.send_replace(true);
     tokio::time::sleep(Duration::from_millis(1_400)).await;
     gate.send_replace(false);
@@ -219,7 +220,7 @@ async fn of_several_standbys_one_takes_over() {
     shared.reached(4).await;
     active.abort();
     end(standbys).await;
-    // One more for the record that the first had in hand.
+    // One extra call for the record that the first instance was handling.
     assert!(shared.calls() <= 11, "{} calls for 10 records", shared.calls());
     shared.assert_each_once(10).await;
 }
@@ -232,7 +233,7 @@ async fn an_instance_that_was_displaced_while_idle_does_not_take_the_idle_time_f
     let first = tokio::spawn(shared.consumer(0, takes).run());
     shared.reached(1).await;
     tokio::time::sleep(Duration::from_secs(60 * 60)).await;
-    // Another one takes the position over, and dies at once.
+    // Another instance takes the position over and dies at once.
     let position = shared.store().position(&shipping()).await.unwrap().unwrap();
     let revision = position.revision.fresh_epoch();
     let mut advance = essentially_once::backend::Advance::new(position.log, position.next, position.revision, revision);
@@ -249,7 +250,7 @@ async fn an_instance_that_was_displaced_while_idle_does_not_take_the_idle_time_f
     first.abort();
 }
 
-/// Counts the questions for the position.
+/// Counts how often the position is loaded.
 struct Asked(MemoryStore, Arc<AtomicU64>);
 
 #[async_trait::async_trait]
@@ -278,7 +279,7 @@ impl OffsetStore for Asked {
 async fn an_idle_instance_of_a_released_position_does_not_ask_for_it_at_every_look() {
     let shared = Shared::default();
     shared.append(0..3).await;
-    // Its end releases the position.
+    // The end of the run releases the position.
     shared.consumer(0, Duration::ZERO).run_until_caught_up().await.unwrap();
     let asked = Arc::new(AtomicU64::new(0));
     let handler = Slow {
@@ -294,7 +295,7 @@ async fn an_idle_instance_of_a_released_position_does_not_ask_for_it_at_every_lo
             .run(),
     );
     tokio::time::sleep(Duration::from_secs(60)).await;
-    assert_eq!(asked.load(Ordering::SeqCst), 1, "once, at its start");
+    assert_eq!(asked.load(Ordering::SeqCst), 1, "loaded once, at the start");
     idle.abort();
 }
 
@@ -316,7 +317,7 @@ async fn a_standby_takes_over_from_an_instance_that_is_gone() {
         let gone = Instant::now();
         let next = shared.next().await.lo();
         shared.reached(next + 1).await;
-        // The first batch of the new one is committed within its own time limit.
+        // The new instance commits its first batch within its own time limit.
         let batch = Duration::from_millis(120);
         let took = gone.elapsed();
         assert!(took > limit && took < limit + limit / 5 + batch, "{limit:?}: {took:?}");
@@ -332,7 +333,7 @@ async fn a_standby_takes_over_at_once_from_an_instance_that_is_stopped() {
     let stop = CancellationToken::new();
     let mut active = tokio::spawn(shared.consumer(0, takes).run_until(stop.clone()));
     shared.reached(5).await;
-    // A rolling restart of three: each is replaced by a new one.
+    // A rolling restart of three instances: a new one replaces each of them.
     let mut standbys: Vec<_> = (1..3).map(|n| tokio::spawn(shared.consumer(n, takes).run())).collect();
     shared.reached(100).await;
     stop.cancel();
@@ -369,7 +370,7 @@ async fn an_instance_that_retries_a_poison_record_stays_the_active_one() {
     let error = active.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Unhandled { attempts: 13, .. }), "{error}");
     assert!(!shared.by.lock().unwrap().contains(&1), "the standby took over");
-    // Now it does, and comes to the same end.
+    // Now the standby takes over and ends in the same way.
     let error = standby.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Unhandled { attempts: 13, .. }), "{error}");
 }
@@ -394,7 +395,7 @@ async fn an_idle_hour_is_not_silence() {
         );
     }
     assert_eq!(*shared.by.lock().unwrap(), [0; 10]);
-    // Nor does the hour make the standby patient.
+    // The hour does not make the standby patient either.
     active.abort();
     let gone = Instant::now();
     shared.append(10..11).await;
@@ -416,7 +417,7 @@ async fn a_lone_instance_whose_position_is_moved_by_hand_goes_on_from_there_at_o
         .unwrap();
     shared.reached(10).await;
     assert!(moved.elapsed() < Duration::from_millis(100), "{:?}", moved.elapsed());
-    // In the middle of a batch, too.
+    // It also works in the middle of a batch.
     shared.append(10..100).await;
     shared.reached(30).await;
     let moved = Instant::now();

@@ -1,4 +1,4 @@
-//! New consumers whose first record retention takes, and records that no position can be behind.
+//! New consumers whose first record retention removes, and records at the greatest offset.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
@@ -51,7 +51,7 @@ async fn a_place_that_an_operator_chose_is_not_begun_again() {
             .run_until(stop.clone()),
     );
     tokio::time::sleep(Duration::from_secs(5)).await;
-    // The place where the run began, but not its position any more.
+    // This is the offset where the run began, but a new position.
     seek(&shipping(), &log, &memory.store(), StartAt::Offset(Offset::ZERO))
         .await
         .unwrap();
@@ -60,10 +60,10 @@ async fn a_place_that_an_operator_chose_is_not_begun_again() {
     assert!(matches!(error, Error::Truncated { .. }), "{error}");
 }
 
-/// A log that reports what is wrong with a place from the first `next`, as L5 allows.
+/// A log that reports a bad start only from the first `next`, as L5 allows.
 struct Lazy {
     inner: MemoryLog,
-    /// Removes records as soon as a reader is there.
+    /// Removes records as soon as a reader exists.
     truncates: Arc<AtomicBool>,
 }
 
@@ -128,7 +128,7 @@ async fn a_log_that_reports_the_removal_late_does_not_stall_a_new_consumer() {
         .run_until_caught_up();
     let report = tokio::time::timeout(Duration::from_secs(3_600), run)
         .await
-        .expect("it stalls");
+        .expect("it does not stall");
     assert_eq!(report.unwrap().handled, RECORDS - 5);
 }
 

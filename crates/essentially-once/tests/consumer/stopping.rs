@@ -1,11 +1,11 @@
-//! What a stop interrupts, what bounds a batch, and what a run waits for.
+//! What a stop interrupts, what limits a batch, and what a run waits for.
 
 use essentially_once::{KeyValue, OffsetStore};
 use tokio::{sync::mpsc, time::Instant};
 
 use super::*;
 
-/// What a stop may take, in simulated time.
+/// The longest time for a stop, in simulated time.
 const BAR: Duration = Duration::from_millis(100);
 
 #[tokio::test(start_paused = true)]
@@ -110,7 +110,7 @@ async fn at_most_once_counts_what_it_passes_over_when_the_grace_ends() {
         .run_until(stop)
         .await
         .unwrap();
-    // The grace of 10 s begins behind the first record and ends in the third.
+    // The grace period of 10 s begins after the first record and ends in the third.
     assert_eq!((report.handled, report.failed), (3, RECORDS - 3), "{report}");
     assert_eq!(report.next, Some(RECORDS.into()));
 }
@@ -131,7 +131,8 @@ async fn a_batch_is_committed_when_its_time_is_up_and_the_rest_goes_into_the_nex
         .run_until_caught_up()
         .await
         .unwrap();
-    // Three records take 90 ms, and a fourth would exceed 100 ms. The first commit is that of the position.
+    // Three records take 90 ms, and a fourth would exceed 100 ms. The first commit only sets the
+    // position.
     assert_eq!(
         (report.handled, report.commits),
         (RECORDS, 1 + RECORDS.div_ceil(3)),
@@ -181,7 +182,10 @@ async fn records_that_were_deleted_one_by_one_are_not_waited_for() {
         backend.deleted.store(deleted, Ordering::SeqCst);
         let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter());
         let report = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
-        assert_eq!(report.await.expect("it waits").unwrap().handled, RECORDS - deleted);
+        assert_eq!(
+            report.await.expect("it still waits").unwrap().handled,
+            RECORDS - deleted
+        );
     }
 }
 
@@ -198,7 +202,7 @@ async fn records_that_are_deleted_during_the_run_are_not_waited_for_either() {
         .read_ahead_records(2)
         .read_ahead_bytes(1_000);
     let report = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
-    assert_eq!(report.await.expect("it waits").unwrap().handled, RECORDS - 3);
+    assert_eq!(report.await.expect("it still waits").unwrap().handled, RECORDS - 3);
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! A backend that does as scripted: it counts the steps of the loop and, at a chosen one, fails in a chosen way.
+//! A scripted backend: it counts the steps of the loop and fails at a chosen step in a chosen way.
 
 use std::{
     collections::VecDeque,
@@ -29,10 +29,10 @@ pub enum Step {
     Commit,
 }
 
-/// How it fails.
+/// How the step fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
-    /// It did not happen, and may work later.
+    /// It did not happen, and a later try may succeed.
     Before,
     /// It happened, and the reply was lost.
     After,
@@ -40,18 +40,18 @@ pub enum Fault {
     Overtaken,
     Truncated,
     OutOfRange,
-    /// It did not happen and never will.
+    /// It did not happen, and no later try succeeds.
     Permanent,
     Panic,
     /// It never ends.
     Hang,
-    /// There is no position any more.
+    /// The position no longer exists.
     Gone,
-    /// The position is an earlier one.
+    /// The position went back to an earlier one.
     WentBack,
 }
 
-/// Faults by step and by how often the step was taken before; shared by log, store and handler.
+/// Faults by step and by how often the step was taken before. Log, store and handler share them.
 #[derive(Clone, Default)]
 pub struct Script {
     faults: Arc<Mutex<VecDeque<(Step, u64, Fault)>>>,
@@ -59,7 +59,7 @@ pub struct Script {
 }
 
 impl Script {
-    /// Fails the `nth` (from 0) taking of `step`.
+    /// Fails the `nth` execution of `step`, counted from 0.
     pub fn fail(self, step: Step, nth: u64, fault: Fault) -> Self {
         self.faults.lock().unwrap().push_back((step, nth, fault));
         self
@@ -76,7 +76,7 @@ impl Script {
         self.counts[step as usize].load(Ordering::SeqCst)
     }
 
-    /// Every scripted fault was met: a test whose fault never struck proves nothing.
+    /// Asserts that every scripted fault occurred. A test whose fault never occurs proves nothing.
     pub fn assert_all_struck(&self) {
         let left = self.faults.lock().unwrap();
         assert!(left.is_empty(), "never struck: {left:?}");
@@ -110,7 +110,7 @@ pub struct Backend {
     pub script: Script,
     /// The record that cannot be decoded.
     pub malformed: Option<Offset>,
-    /// How many of the last records were deleted one by one.
+    /// How many of the last records were deleted individually.
     pub deleted: Arc<AtomicU64>,
 }
 
@@ -325,7 +325,7 @@ pub struct ScriptedTx {
     consumer: ConsumerId,
     store: MemoryStore,
     script: Script,
-    /// As after a statement that only the commit checks.
+    /// Set to fail the commit, as after a statement that only the commit checks.
     pub refuse_commit: bool,
 }
 
@@ -342,7 +342,8 @@ impl Transaction for ScriptedTx {
                 Err(error(Fault::After, Step::Commit))
             }
             Some(Fault::Overtaken) => {
-                // The other instance is just as right: it handled the same record, here the first one of the batch.
+                // The other instance is correct too: it handled the same record, which is the first
+                // of the batch here.
                 let mut other = self.store.begin(&self.consumer).await?;
                 let next = advance_by_one(&self.store, &self.consumer, &mut other).await;
                 let mut overtaking = advance.clone();
@@ -393,20 +394,22 @@ async fn count<Tx: KeyValue>(tx: &mut Tx, key: &[u8]) -> Result<u64, Error> {
     Ok(value.map_or(0, |value| u64::from_be_bytes(value[..].try_into().unwrap())))
 }
 
-/// Adds one to the count under that key.
+/// Adds one to the count under this key.
 pub async fn count_one<Tx: KeyValue>(tx: &mut Tx, key: &[u8]) -> Result<(), Error> {
     let before = count(tx, key).await?;
     tx.put(key, &(before + 1).to_be_bytes()).await
 }
 
-/// Counts each record under its payload, in the state (essentially-once) or in memory (the other deliveries).
+/// Counts each record under its payload, in the state (essentially-once) or in memory (the other
+/// deliveries).
 #[derive(Default, Clone)]
 pub struct Counter {
     script: Script,
     pub in_memory: Arc<Mutex<Vec<String>>>,
     pub resets: Arc<AtomicU64>,
-    /// Payloads to reject, and payloads that are fatal.
+    /// Payloads to reject.
     pub poison: Vec<&'static str>,
+    /// Payloads that are fatal.
     pub fatal: Vec<&'static str>,
 }
 
@@ -440,7 +443,7 @@ impl<Tx: KeyValue> Handler<Tx> for Counter {
     }
 }
 
-/// The same without a transaction.
+/// The same counter without a transaction.
 pub struct InMemory(pub Counter);
 
 #[async_trait]
@@ -453,7 +456,7 @@ impl Handler<()> for InMemory {
     }
 }
 
-/// A log of one record, as it is.
+/// A log that holds exactly this record.
 pub struct OneRecord(pub Record);
 
 struct OneRecordReader(Option<Record>);
@@ -466,7 +469,7 @@ impl Log for OneRecord {
     }
 
     async fn append(&self, _: &[NewRecord]) -> Result<Option<Offset>, Error> {
-        Err(Error::failed("append", "it holds one record for good"))
+        Err(Error::failed("append", "this log holds exactly one record"))
     }
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {

@@ -1,0 +1,116 @@
+//! Calls of the handler: their time limits, their panics, and what a stop does to them.
+
+use std::{
+    any::Any,
+    future::{Future, poll_fn},
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
+    task::Poll,
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::session::Session;
+use crate::{Handler, HandlerError, OffsetStore, Record, rt};
+
+/// Whether a handler that is still running is cut off when the run is stopped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cut {
+    /// Its future is dropped after the grace period, and its transaction is rolled back, as in a
+    /// crash.
+    AfterGrace,
+    /// It finishes, because nothing would undo its effects so far.
+    Never,
+}
+
+/// Why a call of the handler did not succeed.
+pub(super) enum Interrupted {
+    Failed(HandlerError),
+    /// The run was stopped, and the handler did not finish in time.
+    Stopped,
+}
+
+/// Calls the handler. A panic in it is a failure like any other, and it never gets a malformed
+/// record.
+pub(super) async fn handle<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
+    session: &mut Session<'_, S>,
+    handler: &mut H,
+    record: &Record,
+    tx: &mut Tx,
+    cut: Cut,
+) -> Result<(), Interrupted> {
+    if let Some(reason) = &record.malformed {
+        session.count_failed_try();
+        return Err(Interrupted::Failed(HandlerError::reject(format!(
+            "the entry could not be decoded: {reason}"
+        ))));
+    }
+    let limit = session.settings.record_time_limit;
+    call(session, limit, cut, async move { handler.handle(record, tx).await }).await
+}
+
+/// Calls the handler's `flush`. A panic in it is a failure too.
+pub(super) async fn flush<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
+    session: &mut Session<'_, S>,
+    handler: &mut H,
+    tx: &mut Tx,
+    cut: Cut,
+) -> Result<(), Interrupted> {
+    call(session, None, cut, async move { handler.flush(tx).await }).await
+}
+
+async fn call<S: OffsetStore>(
+    session: &mut Session<'_, S>,
+    limit: Option<Duration>,
+    cut: Cut,
+    call: impl Future<Output = Result<(), HandlerError>> + Send,
+) -> Result<(), Interrupted> {
+    let call = pin!(call);
+    let limited = rt::within(limit, catch_panic(call));
+    let (stop, grace) = (session.stop, session.settings.stop_grace);
+    let result = tokio::select! {
+        biased;
+        result = limited => result,
+        () = grace_is_over(stop, grace), if cut == Cut::AfterGrace => {
+            tracing::warn!(?grace, "the run was stopped and the handler did not finish in time; rolling its transaction back");
+            return Err(Interrupted::Stopped);
+        }
+    };
+    let error = match result {
+        Some(Ok(Ok(()))) => return Ok(()),
+        Some(Ok(Err(error)) | Err(error)) => error,
+        None => HandlerError::retry(format!(
+            "the handler did not finish within its time limit of {:?}",
+            limit.unwrap_or_default()
+        )),
+    };
+    session.count_failed_try();
+    Err(Interrupted::Failed(error))
+}
+
+pub(super) async fn grace_is_over(stop: &CancellationToken, grace: Duration) {
+    stop.cancelled().await;
+    rt::sleep(grace).await;
+}
+
+/// Polls a future and turns a panic in it into an error. Make the calls inside the future, so that
+/// a panic before the first await is caught too.
+pub(super) async fn catch_panic<T>(mut future: Pin<&mut (impl Future<Output = T> + Send)>) -> Result<T, HandlerError> {
+    poll_fn(
+        |context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
+            Ok(poll) => poll.map(Ok),
+            Err(panic) => Poll::Ready(Err(panicked(panic))),
+        },
+    )
+    .await
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> HandlerError {
+    let message = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message");
+    HandlerError::retry(format!("the handler panicked: {message}"))
+}

@@ -1,0 +1,202 @@
+//! The loop of a session: from loading the stored position to the first failure.
+
+use std::{
+    future::ready,
+    mem,
+    pin::pin,
+    time::{Duration, SystemTime},
+};
+
+use super::{delivery::Delivery, failure::Failure, read_ahead::ReadAhead, resume::compare, session::Session};
+use crate::{
+    ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record,
+    rt::{self, Instant},
+};
+
+/// How often a consumer that waits for records checks whether its position was moved by hand.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a consumer that waits for the last records of its run checks whether they still exist.
+const LOOK_FOR_END_EVERY: Duration = Duration::from_millis(100);
+
+impl<S: OffsetStore> Session<'_, S> {
+    /// Runs until `stop`, or until the position reaches `until`. An `until` that is still `None` is
+    /// set to the log's end.
+    pub(super) async fn run<H: Handler<D::Tx>, D: Delivery<S>>(
+        mut self,
+        handler: &mut H,
+        until: Option<&mut Option<Offset>>,
+    ) -> Result<(), Failure> {
+        self.heart.work();
+        if D::NEEDS_DURABILITY && !self.settings.accept_volatile {
+            self.check_durability().await?;
+        }
+        let mut until = match until {
+            Some(Some(until)) => Some(*until),
+            Some(unset) => Some(*unset.insert(self.or_stop(self.log.readable_end()).await?)),
+            None => None,
+        };
+        let Some(reader) = self.load(until).await? else {
+            return Ok(());
+        };
+        if until.is_some_and(|until| self.place.next >= until) {
+            // Without a read, nothing else would detect a replaced log.
+            return self.or_stop(compare(self.log, self.id, self.place.passed)).await;
+        }
+        let mut ahead = ReadAhead::spawn(
+            reader,
+            self.settings
+                .read_ahead_records
+                .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
+            self.settings.read_ahead_bytes,
+        );
+        let result = self.consume::<H, D>(handler, &mut ahead, &mut until).await;
+        ahead.end().await;
+        result
+    }
+
+    async fn consume<H: Handler<D::Tx>, D: Delivery<S>>(
+        &mut self,
+        handler: &mut H,
+        ahead: &mut ReadAhead,
+        until: &mut Option<Offset>,
+    ) -> Result<(), Failure> {
+        let yields = rt::has_one_thread();
+        // Records taken but not handled within the time limit of the previous batch.
+        let mut left = Vec::new();
+        while until.is_none_or(|until| self.place.next < until) {
+            let mut batch = match left.is_empty() {
+                true => match self.next_batch(ahead, until).await {
+                    Ok(Some(batch)) => batch,
+                    Ok(None) => break,
+                    Err(failure) => return Err(self.explain_start(failure)),
+                },
+                false => mem::take(&mut left),
+            };
+            if self.stop.is_cancelled() {
+                return Err(Failure::Stopped);
+            }
+            self.now = SystemTime::now();
+            self.look_for_silent().await?;
+            self.count_behind().await?;
+            self.telemetry.waits(batch.first(), self.now);
+            // From here on, retention may remove a record that was already tried, which must be
+            // reported.
+            self.run.started_at = None;
+            self.split_off_unpassable(&mut batch, &mut left)?;
+            let passed = D::deliver(self, handler, &batch).await?;
+            if passed < batch.len() {
+                left.splice(..0, batch.drain(passed..));
+            }
+            // A backend may never make the loop wait, and would then starve the other tasks of a
+            // runtime with one thread.
+            if yields {
+                rt::yield_now().await;
+            }
+        }
+        self.telemetry.waits(None, self.now);
+        Ok(())
+    }
+
+    /// The greatest offset has no successor, so no position can come after a record there. The
+    /// records before it are handled first.
+    fn split_off_unpassable(&self, batch: &mut Vec<Record>, left: &mut Vec<Record>) -> Result<(), Failure> {
+        match batch.len() {
+            0 => {}
+            _ if batch.last().is_none_or(|last| last.offset < Offset::MAX) => {}
+            1 => {
+                return Err(Failure::Backend(Error::failed(
+                    format!("pass the record at {} of log {}", Offset::MAX, self.log.id()),
+                    "this is the greatest offset, so no position can come after it; remove the record and append it to \
+                     another log",
+                )));
+            }
+            len => left.extend(batch.drain(len - 1..)),
+        }
+        Ok(())
+    }
+
+    /// Waits for records. Returns `None` if none is left before `until`.
+    async fn next_batch(
+        &mut self,
+        ahead: &mut ReadAhead,
+        until: &mut Option<Offset>,
+    ) -> Result<Option<Vec<Record>>, Failure> {
+        let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
+        let max = if is_apart { 1 } else { self.settings.max_batch };
+        let mut taking = pin!(ahead.take(max, self.alone));
+        // Records that have already arrived need neither a timer nor a look at the position.
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(Failure::Stopped),
+            batch = &mut taking => return Ok(Some(batch?)),
+            () = ready(()) => {}
+        }
+        self.heart.rest();
+        // Silence means nothing while the consumer waits for records.
+        self.run.last_sign = None;
+        self.telemetry.waits(None, self.now);
+        let mut pulse = Pulse {
+            next: self.place.next,
+            revision: self.place.revision,
+            owner: Some(self.owner),
+            beats: 0,
+        };
+        let batch = loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Failure::Stopped),
+                batch = &mut taking => break batch?,
+                seen = watch(self.store, self.id, &pulse), if until.is_none() => {
+                    pulse = seen;
+                    // The pulse may only be late, so the position itself decides.
+                    if pulse.revision != self.place.revision {
+                        self.check_current().await?;
+                    }
+                }
+                () = rt::sleep(LOOK_FOR_END_EVERY), if until.is_some() => {
+                    let end = self.or_stop(self.log.readable_end()).await?;
+                    if self.place.next >= *until.insert(until.map_or(end, |until| until.min(end))) {
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        self.heart.work();
+        self.run.last_sign = Some(Instant::now());
+        Ok(Some(batch))
+    }
+
+    async fn check_durability(&self) -> Result<(), Failure> {
+        let parts = [
+            (
+                format!("log {}", self.log.id()),
+                self.or_stop(self.log.durability()).await?,
+            ),
+            (
+                format!("store of consumer {}", self.id),
+                self.or_stop(self.store.durability()).await?,
+            ),
+        ];
+        for (what, durability) in parts {
+            match durability {
+                Durability::Durable => {}
+                Durability::Volatile(why) => return Err(Error::Volatile { what, why }.into()),
+                Durability::Unknown(why) => tracing::warn!(%what, %why, "cannot find out whether this is durable"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a change of the position. A consumer that only waits ignores errors of the store.
+async fn watch<S: OffsetStore>(store: &S, id: &ConsumerId, seen: &Pulse) -> Pulse {
+    match store.watch(id, seen, WATCH_EVERY).await {
+        Ok(pulse) => pulse,
+        Err(error) => {
+            tracing::debug!(%error, "could not watch the position");
+            rt::sleep(WATCH_EVERY).await;
+            *seen
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Why a session ended early, and whose fault it was.
+
+use crate::{Error, HandlerError, HandlerErrorKind, Offset};
+
+/// Why a session ended early.
+#[derive(Debug)]
+pub enum Failure {
+    /// The run was stopped.
+    Stopped,
+    Backend(Error),
+    Record(FailedRecord),
+    /// Some record of a batch failed, up to and including this offset. Which one is not known.
+    Batch(Offset, HandlerError),
+}
+
+/// A record that could not be handled.
+#[derive(Debug)]
+pub struct FailedRecord {
+    pub(super) offset: Offset,
+    pub(super) error: HandlerError,
+    /// Whether it was the first of its batch, so that no record before it can have contributed to
+    /// the failure.
+    pub(super) is_first: bool,
+    /// Whether the position points to it.
+    pub(super) is_next: bool,
+    /// The outcome to report if the error is fatal.
+    pub(super) fatal_outcome: &'static str,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Backend(error)
+    }
+}
+
+impl Failure {
+    pub(super) fn is_fatal(&self) -> bool {
+        matches!(self, Self::Record(failed) if failed.error.kind == HandlerErrorKind::Fatal)
+    }
+}
+
+impl FailedRecord {
+    /// A backend in trouble is not the record's fault, even if the handler noticed it first and
+    /// wrapped its error.
+    pub(super) fn classify(self) -> Failure {
+        if self.error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*self.error.source) {
+            return Failure::Record(self);
+        }
+        Failure::Backend(match self.error.source.downcast::<Error>() {
+            Ok(error) if error.is_transient() => *error,
+            Ok(error) => Error::unavailable(format!("handle the record at {}", self.offset), error),
+            Err(source) => Error::unavailable(format!("handle the record at {}", self.offset), source),
+        })
+    }
+}
+
+fn is_caused_by_backend(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        next = match error.downcast_ref::<Error>() {
+            Some(error) if error.is_transient() => return true,
+            // `source()` is `None`, so follow its cause instead.
+            Some(error) => error.cause().map(|cause| cause as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    false
+}

@@ -1,0 +1,214 @@
+//! The beginning of a session: loading the stored position, and opening a reader there.
+
+use std::mem;
+
+use super::{
+    failure::Failure,
+    resume::resume,
+    run::{Done, Seen, Unanswered},
+    seek::{StartAt, resolve},
+    session::{Place, Session},
+    standby::Watched,
+};
+use crate::{Error, LogReader, Offset, OffsetStore, Position, window::Windows};
+
+/// How many times a new consumer tries to begin at the earliest record before it gives up the race
+/// with retention.
+const MAX_STARTS: usize = 10;
+
+impl<S: OffsetStore> Session<'_, S> {
+    /// Loads the stored position and opens a reader there. Returns `None` if another instance has
+    /// brought the position to `until`.
+    pub(super) async fn load(&mut self, until: Option<Offset>) -> Result<Option<Box<dyn LogReader>>, Failure> {
+        let mut has_stood_by = false;
+        let mut silent_since = None;
+        loop {
+            let stored = self.or_stop(self.store.position(self.id)).await?;
+            self.check_not_lost(stored.as_ref()).await?;
+            let Some(position) = stored else {
+                (self.run.started_at, self.run.is_overtaken) = (None, false);
+                return Ok(Some(self.start().await?));
+            };
+            if !position.log.is_same_log(self.log.id()) {
+                return Err(Failure::Backend(Error::WrongLog {
+                    consumer: self.id.clone(),
+                    stored: position.log,
+                    given: self.log.id().clone(),
+                }));
+            }
+            self.run.seen = Some(Seen {
+                revision: position.revision,
+                next: position.next,
+            });
+            self.count_unanswered(&position);
+            self.run.is_owner = position.owner == Some(self.owner);
+            let has_other_owner = position.owner.is_some_and(|owner| owner != self.owner);
+            if has_other_owner
+                && !self.settings.standby_after.is_zero()
+                && silent_since.take() != Some(position.revision)
+            {
+                if let Some(last_sign) = self.run.last_sign.take() {
+                    // This instance was displaced although it was alive: it was silent for longer
+                    // than a standby tolerates.
+                    let silence = last_sign.elapsed();
+                    self.run.silences.remember(silence, self.settings.standby_after);
+                }
+                has_stood_by = true;
+                match self.stand_by(&position, until).await? {
+                    Watched::CaughtUp => return Ok(None),
+                    Watched::Silent(revision) => silent_since = Some(revision),
+                    Watched::Changed => {}
+                }
+                self.heart.work();
+                continue;
+            }
+            return self.go_on(position, has_stood_by).await.map(Some);
+        }
+    }
+
+    /// Opens a reader at the position. An instance that stood by first takes ownership of the
+    /// position, so that neither the former owner nor another standby handles the same records in
+    /// vain.
+    async fn go_on(&mut self, position: Position, has_stood_by: bool) -> Result<Box<dyn LogReader>, Failure> {
+        let Position {
+            next,
+            revision,
+            passed,
+            windows,
+            ..
+        } = position;
+        tracing::debug!(%next, %revision, "loaded the position");
+        self.place = Place {
+            next,
+            passed,
+            revision,
+            is_epoch_open: false,
+        };
+        self.run.report.next = Some(next);
+        self.windows = Windows::new(windows);
+        if mem::take(&mut self.run.is_overtaken) && self.is_at_start() {
+            return self.start().await;
+        }
+        let reader = match self.or_stop(resume(self.log, self.id, passed, next)).await {
+            Err(Failure::Backend(Error::Truncated { .. })) if self.is_at_start() => return self.start().await,
+            reader => reader?,
+        };
+        if has_stood_by {
+            let tx = self.begin().await?;
+            self.commit_at(tx, next, passed, Done::default()).await?;
+        }
+        Ok(reader)
+    }
+
+    /// Fails if the store lost commits that this run has seen, unless the log lost their records
+    /// too.
+    async fn check_not_lost(&mut self, stored: Option<&Position>) -> Result<(), Failure> {
+        let Some(seen) = self.run.seen else {
+            return Ok(());
+        };
+        let found = stored.map(|position| position.revision);
+        if found.is_some_and(|found| !found.is_lost_since(seen.revision)) {
+            return Ok(());
+        }
+        // Without a position, any other start would pass over records whose effects the store has
+        // lost. Once the log has grown past the newest position that this run has seen, missing
+        // records may also have been deleted.
+        let can_go_on = found.is_some() || self.settings.start_at == StartAt::Earliest;
+        let went_back_together = can_go_on && self.or_stop(self.log.bounds()).await?.end < seen.next;
+        if !went_back_together {
+            return Err(Failure::Backend(Error::PositionLost {
+                consumer: self.id.clone(),
+                seen: seen.revision,
+                found,
+            }));
+        }
+        tracing::warn!(
+            seen = %seen.revision,
+            found = ?found,
+            "position and log went back together, as in a failover; continuing from the stored position"
+        );
+        self.run.report.rewound += 1;
+        self.telemetry.rewound.increment(1);
+        Ok(())
+    }
+
+    /// Whether this is the first position of a new consumer that has not received a record yet.
+    fn is_at_start(&self) -> bool {
+        self.run.started_at == Some((self.place.revision, self.place.next))
+    }
+
+    /// Opens a reader at the configured start, and then commits that place as the first position.
+    /// It begins again if retention overtakes the place meanwhile, or has overtaken the first
+    /// position of a consumer that has not received a record yet.
+    async fn start(&mut self) -> Result<Box<dyn LogReader>, Failure> {
+        let mut starts = 1;
+        let (next, reader) = loop {
+            let next = self.or_stop(resolve(self.log, self.settings.start_at)).await?;
+            match self.or_stop(self.log.read(next)).await {
+                Err(Failure::Backend(error @ Error::Truncated { .. }))
+                    if self.settings.start_at == StartAt::Earliest =>
+                {
+                    if starts == MAX_STARTS {
+                        return Err(Failure::Backend(Error::unavailable(
+                            "begin at the earliest record",
+                            error,
+                        )));
+                    }
+                    starts += 1;
+                }
+                reader => break (next, reader?),
+            }
+        };
+        if let Some((_, overtaken)) = self.run.started_at {
+            if next <= overtaken {
+                return Err(Failure::Backend(Error::unavailable(
+                    format!("begin at the earliest record of log {}", self.log.id()),
+                    format!("the log reports {next} as its earliest offset and as removed"),
+                )));
+            }
+            tracing::warn!(%overtaken, %next, "retention overtook this new consumer before its first record; starting over");
+        }
+        let tx = self.begin().await?;
+        self.commit_at(tx, next, None, Done::default()).await?;
+        if self.settings.start_at == StartAt::Earliest {
+            self.run.started_at = Some((self.place.revision, next));
+        }
+        Ok(reader)
+    }
+
+    /// A new consumer that retention overtakes before its first record starts over, because it
+    /// asked for the earliest one.
+    pub(super) fn explain_start(&mut self, failure: Failure) -> Failure {
+        match failure {
+            Failure::Backend(error @ Error::Truncated { .. }) if self.is_at_start() => {
+                self.run.is_overtaken = true;
+                Failure::Backend(Error::unavailable("begin at the earliest record", error))
+            }
+            failure => failure,
+        }
+    }
+
+    /// Counts the commit whose reply was lost, if it made the stored position. If the position is
+    /// still the one before that commit, the commit may yet arrive.
+    fn count_unanswered(&mut self, position: &Position) {
+        let unanswered = mem::take(&mut self.run.unanswered);
+        for commit in unanswered {
+            if commit.expected == position.revision {
+                self.run.unanswered.push(commit);
+            } else if (commit.revision, Some(self.owner)) == (position.revision, position.owner) {
+                let Unanswered { revision, done, .. } = commit;
+                tracing::debug!(%revision, "a commit whose reply was lost was applied");
+                if done.failed > 0 {
+                    let unhandled = done.failed;
+                    tracing::warn!(
+                        unhandled,
+                        "passing over records: their offset is committed, and they were not handled"
+                    );
+                }
+                self.run.report.commits += 1;
+                self.telemetry.commits.increment(1);
+                self.count(done, &[]);
+            }
+        }
+    }
+}

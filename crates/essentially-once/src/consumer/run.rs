@@ -1,0 +1,71 @@
+//! The state of a run, which outlives its sessions.
+
+use super::{duplicates::Duplicates, report::Report, silences::Silences};
+use crate::{Offset, Pulse, Revision, rt::Instant};
+
+/// The state of a run that outlives its sessions. It never decides which records are handled. Only
+/// the stored position does.
+#[derive(Default)]
+pub(super) struct Run {
+    pub(super) report: Report,
+    pub(super) duplicates: Duplicates,
+    pub(super) silences: Silences,
+    /// The newest position that this run has seen, to detect a loss.
+    pub(super) seen: Option<Seen>,
+    /// Commits whose replies were lost, all based on the same revision. At most one of them
+    /// applies.
+    pub(super) unanswered: Vec<Unanswered>,
+    /// The first position of a new consumer, until it receives a record.
+    pub(super) started_at: Option<(Revision, Offset)>,
+    /// Whether retention has overtaken that position.
+    pub(super) is_overtaken: bool,
+    /// When this instance last committed, or began to work on a batch.
+    pub(super) last_sign: Option<Instant>,
+    /// Whether the stored position belongs to this run, as far as the run knows.
+    pub(super) is_owner: bool,
+}
+
+impl Run {
+    /// The offset of the newest position that this run has seen.
+    pub(super) fn next(&self) -> Option<Offset> {
+        self.seen.map(|seen| seen.next)
+    }
+
+    /// Records a pulse. Returns `false` if the position went back behind the newest one that this
+    /// run has seen.
+    pub(super) fn note(&mut self, pulse: &Pulse) -> bool {
+        let Pulse { next, revision, .. } = *pulse;
+        if self.seen.is_some_and(|seen| revision.is_lost_since(seen.revision)) {
+            return false;
+        }
+        self.seen = Some(Seen { revision, next });
+        self.report.next = Some(next);
+        true
+    }
+
+    pub(super) fn is_owner(&self) -> bool {
+        self.is_owner
+    }
+}
+
+/// A position that a run has seen.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    pub(super) revision: Revision,
+    pub(super) next: Offset,
+}
+
+/// A commit that may have been applied, and the counts to add if it was.
+pub(super) struct Unanswered {
+    pub(super) expected: Revision,
+    pub(super) revision: Revision,
+    pub(super) done: Done,
+}
+
+/// The counts of a batch.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Done {
+    pub(super) handled: u64,
+    pub(super) duplicates: u64,
+    pub(super) failed: u64,
+}

@@ -1,0 +1,76 @@
+//! The settings of a consumer.
+
+use std::time::Duration;
+
+use super::seek::StartAt;
+use crate::Error;
+
+pub(super) struct Settings {
+    pub(super) start_at: StartAt,
+    pub(super) max_batch: usize,
+    pub(super) read_ahead_records: Option<usize>,
+    pub(super) read_ahead_bytes: usize,
+    pub(super) accept_volatile: bool,
+    pub(super) retries: u32,
+    pub(super) restart_limit: Option<u32>,
+    pub(super) min_backoff: Duration,
+    pub(super) max_backoff: Duration,
+    pub(super) forget_producers_after: Duration,
+    pub(super) batch_time_limit: Duration,
+    pub(super) record_time_limit: Option<Duration>,
+    pub(super) stop_grace: Duration,
+    pub(super) standby_after: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            start_at: StartAt::default(),
+            max_batch: 100,
+            read_ahead_records: None,
+            read_ahead_bytes: 8 * 1024 * 1024,
+            accept_volatile: false,
+            retries: 10,
+            restart_limit: None,
+            min_backoff: Duration::from_millis(10),
+            max_backoff: Duration::from_secs(10),
+            forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
+            batch_time_limit: Duration::from_millis(100),
+            record_time_limit: None,
+            stop_grace: Duration::from_secs(10),
+            standby_after: Duration::from_secs(1),
+        }
+    }
+}
+
+impl Settings {
+    /// Refuses settings that are out of their bounds.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        let zero = |setting, value: usize| match value {
+            0 => Err(Error::InvalidSetting {
+                setting,
+                reason: "it is 0 and must be at least 1".into(),
+            }),
+            _ => Ok(()),
+        };
+        zero("max_batch", self.max_batch)?;
+        zero("read_ahead_records", self.read_ahead_records.unwrap_or(1))?;
+        zero("read_ahead_bytes", self.read_ahead_bytes)?;
+        if self.min_backoff > self.max_backoff {
+            return Err(Error::InvalidSetting {
+                setting: "min_backoff",
+                reason: format!(
+                    "it is {:?} and must not exceed `max_backoff`, which is {:?}",
+                    self.min_backoff, self.max_backoff
+                ),
+            });
+        }
+        if self.record_time_limit == Some(Duration::ZERO) {
+            return Err(Error::InvalidSetting {
+                setting: "record_time_limit",
+                reason: "it is 0 s and must be longer; leave it unset for no limit".into(),
+            });
+        }
+        Ok(())
+    }
+}
