@@ -1,5 +1,5 @@
--- Commits one transaction of a consumer. Everything that can be checked is checked before the first write, since Redis never
--- rolls back.
+-- Commits one transaction of a consumer. Redis never rolls back, so all checks come before the
+-- first write.
 --
 -- KEYS  position, windows, state, and each key that a native command names
 -- ARGV  1 expected revision  2 next revision  3 log  4 incarnation or ''  5 offset
@@ -60,7 +60,7 @@ while at <= numbers do
   at = last + 1
 end
 
--- A permission that is missing would otherwise show half-way.
+-- A missing permission would otherwise fail the commit halfway.
 for i = numbers + 1, permissions, 2 do
   local first = tonumber(ARGV[i])
   if not redis.acl_check_cmd(unpack(ARGV, first, tonumber(ARGV[i + 1]))) then
@@ -78,7 +78,8 @@ end
 
 local done = 0
 
--- If the first write fails, nothing was written. After a later one the consumer is blocked, and other instances are fenced.
+-- If the first write fails, nothing was written. If a later one fails, the consumer is blocked and
+-- other instances are fenced.
 local function failed(command, key, why)
   local what = command .. ' ' .. key:sub(1, 300)
   if done == 0 then
@@ -86,8 +87,8 @@ local function failed(command, key, why)
   end
   local text = done .. ' commands were applied, then ' .. what .. ' failed (' .. why:sub(1, 300) .. ')'
   call('HSET', POSITION, 'partial', text)
-  -- A first commit leaves no revision: the position then holds this flag alone, and once that is
-  -- taken back, there is none.
+  -- If a first commit fails, the position holds this flag alone, and resolving it deletes the
+  -- position.
   if revision then
     call('HSET', POSITION, 'revision', ARGV[8])
   end
@@ -100,7 +101,7 @@ while at <= #ARGV do
   at = first + length * tonumber(ARGV[at + 1])
   for i = first, at - 1, length do
     local reply
-    -- These lengths are the usual ones, and `unpack` is slow.
+    -- These lengths are common, and `unpack` is slow.
     if length == 4 then
       reply = call(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
     elseif length == 3 then
@@ -116,7 +117,7 @@ while at <= #ARGV do
 end
 
 if forgotten > 15 then
-  -- In pieces, since Lua passes 8,000 arguments at most.
+  -- In pieces, since Lua passes at most 8,000 arguments.
   local function write(command, key, first, last)
     for from = first, last, 6000 do
       local reply = call(command, key, unpack(ARGV, from, math.min(from + 5999, last)))

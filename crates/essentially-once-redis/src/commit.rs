@@ -1,4 +1,4 @@
-//! The commit: one run of `commit.lua`, its arguments, and its answers.
+//! The commit: one run of `commit.lua`, with its arguments and its replies.
 
 use std::{
     collections::BTreeMap,
@@ -26,13 +26,13 @@ static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(SOURCE));
 
 /// Fixed arguments before the lists.
 const HEADER: usize = 15;
-/// How many counters one command reads.
+/// The most counters that one command reads.
 const COUNTERS: usize = 1_000;
 
 /// State to set (`Some`) or delete.
 pub(crate) type State = BTreeMap<Vec<u8>, Option<Bytes>>;
 
-/// What is to be applied in one step.
+/// The changes to apply in one step.
 pub(crate) struct Commit {
     pub(crate) link: Arc<Link>,
     pub(crate) consumer: ConsumerId,
@@ -47,11 +47,11 @@ pub(crate) struct Commit {
 impl Commit {
     pub(crate) async fn run(self) -> Result<(), Error> {
         let mut connection = self.link.connection().await?;
-        // Staged before the connection was made, it was not checked yet.
+        // The limit was unknown when the values were staged without a connection.
         self.link.check_value(self.largest)?;
         let mut reply = self.send(&mut connection, "EVALSHA", SCRIPT.get_hash()).await;
         if matches!(&reply, Err(error) if error.code() == Some("NOSCRIPT")) {
-            // A server that does not know the script ran nothing.
+            // After this reply the server has run nothing.
             reply = self.send(&mut connection, "EVAL", SOURCE).await;
         }
         match reply {
@@ -67,7 +67,7 @@ impl Commit {
         }
     }
 
-    /// Runs the script, and waits for replicas if that is asked for, in one round trip.
+    /// Runs the script, and waits for replicas if `min_replicas` is set, in one round trip.
     async fn send(
         &self,
         connection: &mut MultiplexedConnection,
@@ -80,7 +80,7 @@ impl Commit {
         };
         let mut pipeline = redis::pipe();
         pipeline.ignore_errors().add_command(command);
-        // 0 would be for ever.
+        // WAIT takes 0 as "forever".
         pipeline
             .cmd("WAIT")
             .arg(min.replicas)
@@ -93,7 +93,7 @@ impl Commit {
         self.link.server.options.min_replicas
     }
 
-    /// The layout is described in the script.
+    /// The script documents the layout.
     fn command(&self, verb: &str, script: &str) -> Cmd {
         let Self {
             keys,
@@ -148,7 +148,7 @@ impl Commit {
         command.arg(advance.owner.map_or_else(String::new, |owner| owner.to_string()));
         let passed = advance.passed.map(|passed| passed.encode());
         command.arg(passed.as_ref().map_or(&[][..], |bytes| &bytes[..]));
-        // A new epoch, so that nothing that is still under way applies behind a commit that was applied in part.
+        // A new epoch, so that no commit in flight can follow a partially applied one.
         command.arg(advance.revision.next_epoch().to_string());
         for end in ends {
             command.arg(end);
@@ -196,24 +196,24 @@ impl Commit {
         command
     }
 
-    /// Which keys must be of which type: a command that only works on it, and the key.
+    /// The type that a key must have, as a command that only works on that type, and the key.
     fn types(&self) -> Vec<(&'static str, &[u8])> {
-        // Reading a hash's counters tells its type.
-        let untold = self.checked_keys().filter(|(_, usage)| usage.counters.is_empty());
-        let natives = untold.filter_map(|(key, usage)| Some((usage.probe?, &key[..])));
+        // Reading the counters of a hash checks its type.
+        let unread = self.checked_keys().filter(|(_, usage)| usage.counters.is_empty());
+        let natives = unread.filter_map(|(key, usage)| Some((usage.probe?, &key[..])));
         let state = (!self.state.is_empty()).then_some(("HLEN", self.keys.state.as_bytes()));
         let windows = !(self.advance.windows.is_empty() && self.advance.forgotten.is_empty());
         let windows = windows.then_some(("HLEN", self.keys.windows.as_bytes()));
         natives.chain(state).chain(windows).collect()
     }
 
-    /// A single command is the first write, and applies nothing if it fails: there is nothing to check.
+    /// A single command needs no checks. It is the first write, so nothing was applied if it fails.
     fn checked_keys(&self) -> impl Iterator<Item = (&Vec<u8>, &Use)> {
         let checked = self.staged.commands.len() > 1;
         self.staged.keys.iter().filter(move |_| checked)
     }
 
-    /// Commands that read what must be an integer.
+    /// Commands that read the values that must be integers.
     fn numbers(&self) -> Vec<Vec<&[u8]>> {
         let (mut reads, mut values): (Vec<Vec<&[u8]>>, Vec<&[u8]>) = Default::default();
         for (key, usage) in self.checked_keys() {
@@ -229,7 +229,7 @@ impl Commit {
         reads
     }
 
-    /// The script's answer: 1, or why it refused.
+    /// The script replies 1, or the reason for a refusal.
     fn read(&self, reply: Value) -> Result<(), Error> {
         if reply == Value::Int(1) {
             return Ok(());
@@ -252,16 +252,17 @@ impl Commit {
             "number" => Error::failed(
                 self.action(),
                 format!(
-                    "{:?} in {:?} is counted up, and holds no integer; nothing was applied",
+                    "{:?} in {:?} is incremented, but its value is not an integer; nothing was applied",
                     text(1),
                     text(2)
                 ),
             ),
-            _ => Error::indeterminate(self.action(), "the server's answer makes no sense"),
+            _ => Error::indeterminate(self.action(), "the script sent an unexpected reply"),
         })
     }
 
-    /// What the server says when it refuses the first write, or a check finds that it would refuse a later one.
+    /// The error for a first write that the server refused, or for a later one that it would have
+    /// refused.
     fn refused(&self, what: &str, why: &str) -> Error {
         refused(format!("{} ({what})", self.action()), why)
     }
@@ -273,10 +274,10 @@ impl Commit {
         let why = match replicas {
             Ok(replicas) if replicas >= min.replicas => return Ok(()),
             Ok(replicas) => format!(
-                "the master applied it, and only {replicas} of {} replicas have it after {:?}",
+                "the master applied it, but only {replicas} of {} replicas confirmed it within {:?}; a failover may lose it",
                 min.replicas, min.timeout
             ),
-            Err(error) => format!("the master applied it, and does not say how many replicas have it: {error}"),
+            Err(error) => format!("the master applied it, but did not report how many replicas have it: {error}"),
         };
         Err(Error::indeterminate(self.action(), why))
     }
@@ -289,7 +290,7 @@ impl Commit {
     }
 }
 
-/// The log that a position remembers.
+/// The log of a stored position.
 pub(crate) fn stored_log(name: &str, incarnation: &str) -> Result<LogId, Error> {
     let log = LogId::new(name)?;
     match incarnation {

@@ -1,4 +1,4 @@
-//! A connection, and whether it is good for another request.
+//! A connection, and whether it can take another request.
 
 use std::{
     sync::{
@@ -19,18 +19,18 @@ use tokio::{
 
 use crate::error::spoils_connection;
 
-/// A connection that was idle for this long is asked whether it still works before it gets a
-/// request. Servers and routers drop idle connections, some without a word, and a request that is
-/// lost on one leaves in doubt whether it ran.
+/// A connection that was idle for this long must answer a `PING` before it gets a request. Servers
+/// and routers drop idle connections, some of them silently, and nobody knows whether a request
+/// that was lost on one ran.
 const PING_AFTER: Duration = Duration::from_secs(1);
 
-/// How long that question may take, before a new connection is made instead.
+/// How long to wait for that answer before reconnecting.
 pub(crate) const PING_LIMIT: Duration = Duration::from_secs(1);
 
-/// A connection, made by a runtime that drives it.
+/// A connection, and the runtime that drives it.
 pub(crate) struct Connection {
     pub(crate) inner: MultiplexedConnection,
-    /// Tells it from all others of this process.
+    /// Unique in this process.
     pub(crate) number: u64,
     ended: Ended,
     runtime: Option<Id>,
@@ -49,18 +49,18 @@ impl Connection {
         }
     }
 
-    /// Whether it is known to be closed, or nobody drives it any more.
+    /// Whether it was closed, or its runtime has ended.
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.0.load(Ordering::Acquire)
     }
 
-    /// Whether the calling task's runtime drives it. Another runtime may stand still while this one
+    /// Whether the calling task's runtime drives it. Another runtime may be blocked while this one
     /// waits.
     pub(crate) fn is_driven_here(&self) -> bool {
         self.runtime == this_runtime()
     }
 
-    /// Whether it can be trusted with a request. Cancel-safe.
+    /// Whether it can take a request. Cancel-safe.
     pub(crate) async fn is_good(&mut self) -> bool {
         if self.has_ended() || !self.is_driven_here() {
             return false;
@@ -69,7 +69,8 @@ impl Connection {
             let ping = redis::cmd("PING");
             let answer = tokio::time::timeout(PING_LIMIT, ping.query_async::<Value>(&mut self.inner)).await;
             match answer {
-                // A refusal is an answer too: the user may not ping, or the server is loading.
+                // An error reply is an answer too: the user may not run `PING`, or the server is
+                // loading.
                 Ok(Err(error)) if spoils_connection(&error) => return false,
                 Ok(_) => {}
                 Err(_) => return false,
@@ -79,7 +80,7 @@ impl Connection {
         true
     }
 
-    /// Notes that it works.
+    /// Notes that it answered just now.
     pub(crate) fn touch(&mut self) {
         self.used = Instant::now();
     }
@@ -94,12 +95,12 @@ pub(crate) fn this_runtime() -> Option<Id> {
     Handle::try_current().ok().map(|runtime| runtime.id())
 }
 
-/// Set when the task that drives a connection finds it closed, or ends.
+/// Set when the task that drives a connection sees it closed, or ends.
 #[derive(Clone, Default)]
 pub(crate) struct Ended(Arc<AtomicBool>);
 
 impl Ended {
-    /// What the task is to hold.
+    /// The end of this flag that the driving task holds.
     pub(crate) fn notice(&self) -> impl AsyncPushSender {
         Notice(self.clone())
     }

@@ -1,4 +1,4 @@
--- Returns the state, and the id of the last entry that is left; false if there is none.
+-- Returns the state, and the id of the last entry, or false if the stream is empty.
 local answer = state()
 if answer.err then return answer end
 local entry = redis.pcall('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)

@@ -30,27 +30,28 @@ use crate::{
 
 const OPEN: &str = concat!(include_str!("incarnation.lua"), include_str!("open.lua"));
 const APPEND: &str = concat!(include_str!("incarnation.lua"), include_str!("append.lua"));
-/// It frees memory, so it also runs where memory is full, and writes down what it removed.
+/// It frees memory and records what it removed, so it must also run while memory is full.
 const TRIM: &str = concat!(
     "#!lua flags=allow-oom\n",
     include_str!("incarnation.lua"),
     include_str!("trim.lua")
 );
 
-/// A chunk of records is appended in one step, during which the server does nothing else: so many records, and about so many bytes.
+/// A chunk of records is appended in one step, and the server does nothing else meanwhile. Hence
+/// these limits on its records and bytes.
 const CHUNK_RECORDS: usize = 1_000;
 const CHUNK_BYTES: usize = 1024 * 1024;
 
-/// What a field or value costs beside its bytes.
+/// The overhead of a field or value, in bytes.
 const ARGUMENT_BYTES: usize = 32;
 
-/// Lua hands 8,000 arguments to a command at most.
+/// Lua passes at most 8,000 arguments to a command.
 const MAX_HEADERS: usize = 3_000;
 
-/// How often appends trim, at most.
+/// Appends trim at most once in this time.
 const TRIM_EVERY: Duration = Duration::from_secs(1);
 
-/// What a log is made of, and what it keeps; see [`Redis::log_with`](crate::Redis::log_with).
+/// How to open a log, and what it keeps; see [`Redis::log_with`](crate::Redis::log_with).
 ///
 /// ```
 /// # use essentially_once_redis::{LogOptions, Retention};
@@ -69,8 +70,8 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// The defaults: a stream is created if there is none, the log's name is the stream's key, the
-    /// fields of other people's entries are `payload` and `key`, and everything is kept.
+    /// The defaults: a missing stream is created, the log's name is the stream's key, entries of
+    /// other programs have the fields `payload` and `key`, and everything is kept.
     pub fn new() -> Self {
         Self {
             stream: None,
@@ -81,37 +82,40 @@ impl LogOptions {
         }
     }
 
-    /// Refuses a log whose stream does not exist, instead of creating it: for services that only
-    /// read, and would wait at a mistyped name.
+    /// Fails if the stream does not exist, instead of creating it. Useful for services that only
+    /// read, which would otherwise wait forever at a misspelled name.
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
         self
     }
 
-    /// The key of the stream, if it is not the log's name. Braces in it must be those of a cluster's hash tag.
+    /// The key of the stream, if it differs from the log's name. Braces in it must form a hash tag,
+    /// as a cluster uses them.
     #[must_use]
     pub fn stream(mut self, key: impl Into<Vec<u8>>) -> Self {
         self.stream = Some(key.into());
         self
     }
 
-    /// Which field of other people's entries is the payload.
+    /// The field that holds the payload in entries of other programs.
     #[must_use]
     pub fn payload_field(mut self, name: impl Into<String>) -> Self {
         self.payload_field = name.into();
         self
     }
 
-    /// Which field of other people's entries is the key.
+    /// The field that holds the key in entries of other programs.
     #[must_use]
     pub fn key_field(mut self, name: impl Into<String>) -> Self {
         self.key_field = name.into();
         self
     }
 
-    /// What the log keeps. It is a matter of this handle: its appends remove what is no longer kept, at most once a second and
-    /// after the append was answered; [`RedisLog::trim`] does it at once.
+    /// Which records the log keeps. This applies to the handle and is not stored: its appends
+    /// remove expired records, at most once a second and after the append has returned.
+    /// [`RedisLog::trim`] removes them at once. Redis cannot keep a limit in bytes, and opening the
+    /// log with one fails with [`Error::InvalidSetting`].
     #[must_use]
     pub fn retention(mut self, retention: Retention) -> Self {
         self.retention = retention;
@@ -125,64 +129,81 @@ impl Default for LogOptions {
     }
 }
 
-/// A log in a Redis stream; see [`Redis::log`](crate::Redis::log). An offset is a stream id: `1700000000000-3`.
+/// A log in a Redis stream; see [`Redis::log`](crate::Redis::log). An offset is a stream id:
+/// `1700000000000-3`.
 ///
-/// The stream is an ordinary one: other programs may add to it, read it and have consumer groups of their own.
+/// The stream is an ordinary stream. Other programs may add to it, read it, and have their own
+/// consumer groups.
 ///
-/// # Which stream it is
-/// A stream that is deleted and made again gives old ids a new meaning. Each has therefore an incarnation: opening a log creates the stream
-/// if there is none, and in it a consumer group without consumers named `essentially-once:<incarnation>`, which goes where the stream goes.
-/// Deleting that group by hand is like deleting the stream. A user without the right to create it gets a log without incarnation, and a
-/// warning: then only a log that became shorter is noticed.
+/// # Incarnation
+/// If a stream is deleted and created again, old ids get a new meaning. Each stream therefore has
+/// an incarnation, a consumer group without consumers named `essentially-once:<incarnation>`.
+/// Opening a log creates the stream and the group if they do not exist. The group is part of the
+/// stream, so it disappears with the stream. Deleting the group by hand is like deleting the
+/// stream. A user without the permission to create it gets a log without an incarnation, and a
+/// warning. Such a log only notices that it became shorter.
 ///
-/// A fail-over keeps the incarnation and may lose the stream's tail. A reader behind the new end is told ([`Error::OutOfRange`]). If the stream
-/// has grown past the reader's place again before it reads on, nothing shows that other records were there: records that were handled
-/// are gone from the log, and on a master with a slower clock new ones may get ids before the reader's place and never be read. Wait for
-/// replicas ([`RedisOptions::min_replicas`](crate::RedisOptions::min_replicas)), or keep the state on the same server, where it goes back too.
+/// A failover keeps the incarnation and may lose the stream's tail. A reader past the new end gets
+/// [`Error::OutOfRange`]. If the stream grows past the reader's place before the reader continues,
+/// nothing shows that it once held other records. Records that were handled are then missing from
+/// the log. If the new master's clock is slower, new records may get ids before the reader's place,
+/// and are never read. To avoid this, wait for replicas
+/// ([`RedisOptions::min_replicas`](crate::RedisOptions::min_replicas)), or keep the state on the
+/// same server, where it goes back too.
 ///
 /// # Appending
-/// Up to 1,000 records and about a megabyte are appended in one step, all or none, before the next are sent. After
-/// [`Error::Indeterminate`] any number of these steps may have been made. A record may have 3,000 headers.
+/// Up to 1,000 records and about a megabyte are appended in one step, all or none, before the next
+/// step is sent. After [`Error::Indeterminate`], any number of these steps may have been applied. A
+/// record may have up to 3,000 headers.
 ///
-/// A value over the server's `proto-max-bulk-len` is [`Error::TooLarge`] before anything is sent, if the user may ask for that
-/// (`+config|get`). Otherwise the first such append fails in the middle and closes the connection under other calls, and the handle
-/// refuses values of that size from then on.
+/// A value over the server's `proto-max-bulk-len` fails with [`Error::TooLarge`] before anything is
+/// sent, if the user may read that setting (`+config|get`). Otherwise the first such append fails
+/// midway and closes the connection, which other calls may be using. From then on the handle
+/// refuses values of that size.
 ///
-/// # What was removed
-/// A stream says how many entries were removed, not which. After our own [`Retention`] it is known exactly. After `XTRIM`,
-/// `XADD … MAXLEN` or `XDEL` by someone else, [`Error::Truncated`] may be a false alarm, if the last record that a stopped consumer has
-/// read is the very last that was removed; never the other way. A reader that was online counts along, and is exact. Entries deleted from the
-/// middle of a stream (`XDEL`) are passed over in silence.
+/// # Removed records
+/// A stream reports how many entries were removed, but not which. After our own [`Retention`], a
+/// reader knows exactly. After `XTRIM`, `XADD … MAXLEN` or `XDEL` by another program,
+/// [`Error::Truncated`] may be a false alarm, if the last record that a stopped consumer has read
+/// is also the last one removed. The opposite error never happens. A reader that was online has
+/// counted the entries, and is exact. Readers silently pass over entries deleted from the middle of
+/// a stream (`XDEL`).
 ///
-/// Redis older than 7.0 did not count: what was removed before its data was loaded by a newer one goes unnoticed.
+/// Redis before 7.0 did not count removed entries. If a newer Redis loads such data, entries that
+/// were removed earlier go unnoticed.
 ///
 /// # Wire format
-/// An entry of ours is what any client can write with `XADD orders * essentially-once 1 payload 32.38`. Fields, the first one first:
+/// Any client can write an entry in our format, as in `XADD orders * essentially-once 1 payload
+/// 32.38`. The fields are, in this order:
 ///
 /// | field | value |
 /// |---|---|
 /// | `essentially-once` | `1`, the version of this format; must be the first field |
-/// | `key` | what the record is about; optional |
-/// | `producer`, `sequence` | the record's [`Origin`](essentially_once::Origin): a name, with `#` and the epoch behind it unless that is the stable one (`web#17`), and a decimal number below 2^64; both or neither |
-/// | `h:<name>` | a header; any number, in this order; the name is UTF-8 |
+/// | `key` | the record's key; optional |
+/// | `producer`, `sequence` | the record's [`Origin`](essentially_once::Origin): a name, followed by `#` and the epoch unless that is the stable one (`web#17`), and a decimal number below 2^64; both or neither |
+/// | `h:<name>` | a header; any number of them, in order; the name is UTF-8 |
 /// | `payload` | the message; required |
 ///
-/// Other entries are read too: the [payload field](LogOptions::payload_field) is the payload (empty if there is none), the
-/// [key field](LogOptions::key_field) is the key, and all other fields are headers.
+/// A log also reads entries in any other format. The [payload field](LogOptions::payload_field) is
+/// the payload (empty if it is missing), the [key field](LogOptions::key_field) is the key, and all
+/// other fields are headers.
 ///
-/// An entry of ours that breaks these rules, or any entry with a field name that is not UTF-8, is yielded as
-/// [`malformed`](essentially_once::Record::malformed); its payload then is the RESP array of all its fields and values
-/// (`*2\r\n$16\r\nessentially-once\r\n$1\r\n2\r\n`).
+/// An entry in our format that breaks these rules, or any entry with a field name that is not
+/// UTF-8, becomes a [`malformed`](essentially_once::Record::malformed) record. Its payload is the
+/// RESP array of all its fields and values (`*2\r\n$16\r\nessentially-once\r\n$1\r\n2\r\n`).
 ///
-/// The append time is taken from the id, so an entry that was added with an id such as `5-0` is of 1970.
+/// The append time comes from the id, so an entry that was added with an id such as `5-0` dates
+/// from 1970.
 ///
-/// # Rights
-/// Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`, and `INFO`, without which
-/// a reader does not outlive its connection; opening for the first time: `EVAL`, `XGROUP`;
-/// appending: `EVAL`, `XADD`, `XINFO`; retention also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`,
-/// `TIME`, `HMGET`, `HSET`. Keys: the stream, and `<prefix>:retention:*`.
-/// [`durability`](Log::durability) asks `CONFIG GET`, as does each new connection for the largest
-/// value.
+/// # Permissions
+/// - Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`, and `INFO`, without
+///   which a reader cannot replace a lost connection.
+/// - Opening for the first time: `EVAL`, `XGROUP`.
+/// - Appending: `EVAL`, `XADD`, `XINFO`.
+/// - Retention: also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`.
+/// - Keys: the stream, and `<prefix>:retention:*`.
+/// - [`durability`](Log::durability) uses `CONFIG GET`, and so does each new connection, to find
+///   the largest value.
 #[derive(Clone)]
 pub struct RedisLog {
     pub(crate) inner: Arc<Inner>,
@@ -195,8 +216,7 @@ pub(crate) struct Inner {
     pub(crate) stream: Vec<u8>,
     pub(crate) kept: RetentionKeys,
     trimmed: Mutex<Option<Instant>>,
-    /// Whether an append may create the stream: a log that was there and is gone must not come back
-    /// as an empty one.
+    /// Whether an append may create the stream. A deleted log must not come back as an empty one.
     may_create: AtomicBool,
 }
 
@@ -222,19 +242,20 @@ impl RedisLog {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Removes every record that the log's retention no longer keeps, and returns how many.
+    /// Removes the records that the log's retention no longer keeps, and returns their number.
     ///
-    /// Dropping the future may leave some of the work undone.
+    /// Dropping the future may leave some of them in place.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`]; [`Error::Indeterminate`] if some may have been removed.
+    /// [`Error::Unavailable`], [`Error::Failed`]; [`Error::Indeterminate`] if some records may have
+    /// been removed.
     pub async fn trim(&self) -> Result<u64, Error> {
         self.inner.trim().await
     }
 }
 
 impl Inner {
-    /// The stream's incarnation, which it is given if it has none; `None` if this user may not.
+    /// The stream's incarnation, created if it is missing; `None` if this user may not create it.
     async fn incarnation(&self) -> Result<Option<String>, Error> {
         let snapshot = self.snapshot("open").await?;
         match &snapshot {
@@ -251,12 +272,12 @@ impl Inner {
         match self.ask(&open).await? {
             Ok(Value::BulkString(found)) => Ok(Some(String::from_utf8_lossy(&found).into_owned())),
             Ok(_) => Err(self.not_understood("open")),
-            // It was deleted since the question.
+            // The stream was deleted in the meantime.
             Err(error) if error.to_string().contains("no such key") => Err(self.missing()),
-            // A script says `ERR` of a command that the user may not run.
+            // Scripts report `ERR` for a command that the user may not run.
             Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
-                tracing::warn!(log = %self.id, %error, "the stream's incarnation cannot be kept: a log that is deleted and made \
-                    again may go unnoticed; grant XGROUP CREATE, or open the log once as a user who may");
+                tracing::warn!(log = %self.id, %error, "the stream gets no incarnation, so consumers may not notice that it was \
+                    deleted and created again; grant the user XGROUP CREATE, or open the log once as a user with that permission");
                 self.may_create.store(snapshot.is_none(), Ordering::Relaxed);
                 Ok(None)
             }
@@ -264,7 +285,7 @@ impl Inner {
         }
     }
 
-    /// What the stream holds now; `None` if there is none.
+    /// The stream's state now; `None` if the stream does not exist.
     async fn snapshot(&self, verb: &str) -> Result<Option<Snapshot>, Error> {
         match self.ask(&snapshot::ask(&self.stream, &self.kept)).await? {
             Ok(answer) => Snapshot::parse(&answer).map_err(|()| self.not_understood(verb)),
@@ -291,7 +312,7 @@ impl Inner {
         Ok(self.require(snapshot, VERB)?.readable_end(last))
     }
 
-    /// Sends a command over the shared connection; the inner error is that of the command.
+    /// Sends a command over the shared connection. The inner error is the command's.
     async fn ask(&self, command: &Cmd) -> Result<Result<Value, RedisError>, Error> {
         let mut connection = self.link.connection().await?;
         let answer = connection
@@ -304,7 +325,7 @@ impl Inner {
         Ok(answer)
     }
 
-    /// The snapshot of the stream that was opened.
+    /// Fails unless the snapshot is of the stream that was opened.
     fn require(&self, snapshot: Option<Snapshot>, verb: &str) -> Result<Snapshot, Error> {
         match (self.id.incarnation(), snapshot) {
             (Some(ours), Some(snapshot)) if snapshot.incarnation() == Some(ours) => Ok(snapshot),
@@ -313,14 +334,14 @@ impl Inner {
         }
     }
 
-    /// Appends all of the records or none.
+    /// Appends all records or none.
     async fn append(&self, records: &[NewRecord]) -> Result<Offset, Error> {
         let action = || self.on("append to");
         let mut pipeline = Pipeline::with_capacity(2);
         pipeline.add_command(self.append_command(records));
         let min_replicas = self.link.server.options.min_replicas;
         if let Some(min) = min_replicas {
-            // WAIT takes 0 as "for ever".
+            // WAIT takes 0 as "forever".
             let millis = u64::try_from(min.timeout.as_millis())
                 .unwrap_or(u64::MAX)
                 .clamp(1, i64::MAX as u64);
@@ -360,13 +381,13 @@ impl Inner {
             (Some(min), Some(Value::Int(have))) => Err(Error::indeterminate(
                 action(),
                 format!(
-                    "the server has the records, but of {} replicas only {have} within {:?}: a fail-over may lose them",
+                    "the master has the records, but only {have} of {} replicas confirmed them within {:?}; a failover may lose them",
                     min.replicas, min.timeout
                 ),
             )),
             (Some(_), Some(Value::ServerError(error))) => Err(Error::indeterminate(
                 action(),
-                format!("the server has the records, but it is not known whether replicas have: {error}"),
+                format!("the master has the records, but it did not report how many replicas have them: {error}"),
             )),
             (Some(_), _) => Err(Error::indeterminate(action(), NOT_UNDERSTOOD)),
         }
@@ -393,7 +414,7 @@ impl Inner {
             return Ok(0);
         }
         let Some(incarnation) = self.id.incarnation() else {
-            let why = "the log has no incarnation: grant XGROUP CREATE, and open it again";
+            let why = "the log has no incarnation: grant the user XGROUP CREATE, and open it again";
             return Err(Error::failed(self.on(VERB), why));
         };
         let mut total = 0;
@@ -422,7 +443,7 @@ impl Inner {
         }
     }
 
-    /// Trims, if it is time to, without anyone waiting for it.
+    /// Trims in the background, if it is time to.
     fn trim_aside(self: &Arc<Self>) {
         if self.options.retention == Retention::default() || self.id.incarnation().is_none() {
             return;
@@ -437,21 +458,20 @@ impl Inner {
         let inner = Arc::clone(self);
         tokio::spawn(async move {
             if let Err(error) = inner.trim().await {
-                tracing::warn!(log = %inner.id, %error, "records that are no longer kept were not removed; the next append tries again");
+                tracing::warn!(log = %inner.id, %error, "could not remove expired records; the next append tries again");
             }
         });
     }
 
     fn missing(&self) -> Error {
         let stream = printable(&self.stream);
-        let why = format!(
-            "stream {stream:?} does not exist; check the name, or let it be created (without `LogOptions::existing`)"
-        );
+        let why =
+            format!("stream {stream:?} does not exist; check the name, or remove `LogOptions::existing` to create it");
         Error::failed(self.on("open"), why)
     }
 
     fn gone(&self, verb: &str) -> Error {
-        let why = "the stream was deleted or made anew since the log was opened; open it again";
+        let why = "the stream was deleted or created again after the log was opened; open it again";
         Error::failed(self.on(verb), why)
     }
 
@@ -464,9 +484,9 @@ impl Inner {
     }
 }
 
-const NOT_UNDERSTOOD: &str = "the server's reply is not understood: is it Redis 7.0 or later, or Valkey?";
+const NOT_UNDERSTOOD: &str = "the server sent an unexpected reply; it must be Redis 7.0 or later, or Valkey";
 
-/// What a record adds to a chunk.
+/// The size that a record adds to a chunk.
 fn weight(record: &NewRecord) -> usize {
     record.size() + ARGUMENT_BYTES * arguments(record)
 }
@@ -474,13 +494,13 @@ fn weight(record: &NewRecord) -> usize {
 /// The size of the largest value in the entry of a record.
 fn largest_value(record: &NewRecord) -> usize {
     let headers = record.headers.iter();
-    // A header's field is its name with a mark of two bytes.
+    // The field of a header is its name with a prefix of two bytes.
     let headers = headers.flat_map(|(name, value)| [name.len() + 2, value.len()]);
     let key = record.key.as_ref().map_or(0, |key| key.len());
     headers.fold(key.max(record.payload.len()), usize::max)
 }
 
-/// How many of the records make the next chunk: at least one.
+/// The number of records in the next chunk, at least one.
 fn chunk(records: &[NewRecord]) -> usize {
     let mut bytes = 0;
     let fits = |record: &&NewRecord| {
@@ -498,14 +518,14 @@ impl Log for RedisLog {
 
     async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
         let inner = &self.inner;
-        // A new connection asks how large a value may be, and the check needs the answer.
+        // Connecting finds out how large a value may be, which the checks below need.
         inner.link.connection().await?;
         for record in records {
             record.check_size(inner.link.server.options.record_limit)?;
             inner.link.check_value(largest_value(record))?;
             if record.headers.len() > MAX_HEADERS {
                 let why = format!(
-                    "a record has {} headers, and {MAX_HEADERS} are possible",
+                    "a record has {} headers, and at most {MAX_HEADERS} are possible",
                     record.headers.len()
                 );
                 return Err(Error::failed(inner.on("append to"), why));
@@ -516,7 +536,7 @@ impl Log for RedisLog {
             let rest = &records[appended..];
             let count = chunk(rest);
             let done = inner.append(&rest[..count]).await;
-            // Also where the server refuses it: what is trimmed makes room for the next.
+            // After a refusal too: trimming makes room for the next append.
             inner.trim_aside();
             match done {
                 Ok(offset) => last = Some(offset),

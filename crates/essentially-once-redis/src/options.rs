@@ -1,4 +1,4 @@
-//! How to connect.
+//! How to connect, and how to open a log.
 
 use std::{fmt, time::Duration};
 
@@ -32,14 +32,14 @@ pub struct RedisOptions {
     pub(crate) certificates: Option<redis::TlsCertificates>,
 }
 
-/// How many replicas must have a write before it counts, and how long to wait for them.
+/// How many replicas must confirm a write, and how long to wait for them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MinReplicas {
     pub(crate) replicas: u32,
     pub(crate) timeout: Duration,
 }
 
-/// Who to ask for the master's address.
+/// The Sentinels that know the master's address.
 #[derive(Clone)]
 pub(crate) struct Sentinel {
     pub(crate) master: String,
@@ -47,7 +47,8 @@ pub(crate) struct Sentinel {
 }
 
 impl RedisOptions {
-    /// The defaults: 10 seconds, 16 MiB, prefix `essentially-once`, no replicas waited for.
+    /// The defaults: a timeout of 10 seconds, records of up to 16 MiB, the prefix
+    /// `essentially-once`, and no waiting for replicas.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(10),
@@ -61,60 +62,64 @@ impl RedisOptions {
         }
     }
 
-    /// How long to wait for a connection, and for each reply; from a millisecond to a day. A commit or append without a reply by then is
-    /// [`Error::Indeterminate`].
+    /// How long to wait for a connection, and for each reply. From a millisecond to a day. A commit
+    /// or append without a reply in that time fails with [`Error::Indeterminate`].
     ///
-    /// A call on a server that does not answer fails after twice this time and a second at most:
-    /// the second is for asking whether a connection that was idle still works, and then come a new
-    /// connection and the reply. Each [further node](Self::other_nodes) and
-    /// [Sentinel](Self::sentinel) adds this time, [replicas](Self::min_replicas) add their own, and
-    /// a reader that waits for the next record takes two seconds more. An append of many megabytes
-    /// waits for a reply for each.
+    /// A call to a server that does not answer fails after at most twice this time plus a second:
+    /// one second to check an idle connection, then this time to reconnect, then this time for the
+    /// reply. Each [further node](Self::other_nodes) and each [Sentinel](Self::sentinel) adds this
+    /// time once. [Replicas](Self::min_replicas) add their own timeout, and a reader that waits for
+    /// the next record takes two seconds more. An append of many megabytes waits for one reply per
+    /// megabyte.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
         self
     }
 
-    /// Largest record (key, headers and payload together), state key or state value, in bytes. Redis itself takes 512 MiB
-    /// (`proto-max-bulk-len`).
+    /// The largest record (key, headers and payload together), state key or state value, in bytes.
+    /// Redis itself accepts 512 MiB (`proto-max-bulk-len`).
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;
         self
     }
 
-    /// What the names of this crate's own keys begin with: `<prefix>:{<consumer>}:position` and so on. Two services that share
-    /// a server and have consumers of the same name need different ones.
+    /// The prefix of this crate's own keys, as in `<prefix>:{<consumer>}:position`. Two services
+    /// that share a server and have consumers of the same name need different prefixes.
     ///
-    /// Braces are refused, because they mark what cluster slots are computed from, and so is a segment `retention` after the first
-    /// (`shop:retention`): keys of two prefixes could be equal.
+    /// A prefix must not contain braces, because a cluster computes slots from the text between
+    /// them. After the first segment it must not contain the segment `retention`
+    /// (`shop:retention`), because keys of two prefixes could then be equal.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
         self
     }
 
-    /// Waits after each append and commit until so many replicas have it (`WAIT`), for `timeout` at most: then it is
-    /// [`Error::Indeterminate`], since the master has it and the replicas may not. It lowers the odds that a fail-over loses what was
-    /// acknowledged; Redis cannot rule it out.
+    /// Waits after each append and commit until this many replicas have it (`WAIT`). If they do not
+    /// confirm within `timeout`, the call fails with [`Error::Indeterminate`], since the master has
+    /// the write and the replicas may not. This makes it less likely that a failover loses
+    /// acknowledged writes. Redis cannot rule it out. With 0 replicas nothing is waited for, as by
+    /// default.
     #[must_use]
     pub fn min_replicas(mut self, replicas: u32, timeout: Duration) -> Self {
         self.min_replicas = (replicas > 0).then_some(MinReplicas { replicas, timeout });
         self
     }
 
-    /// Further nodes of a cluster, as URLs, to ask for the others when the one given to [`connect`](Self::connect) does not answer. Only
-    /// their addresses are used.
+    /// Further nodes of a cluster, as URLs. They are asked for the cluster's layout when the node
+    /// given to [`connect`](Self::connect) does not answer. Only their addresses are used.
     #[must_use]
     pub fn other_nodes(mut self, urls: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.other_nodes = urls.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Asks Sentinels for the address of the master of that name, at every connection. Each Sentinel's URL may have a user and password
-    /// of its own. The URL given to [`connect`](Self::connect) then says what holds for the master: user, password, database,
-    /// TLS; its host and port are not used.
+    /// Asks Sentinels for the address of the master with this name, for every new connection. Each
+    /// Sentinel's URL may have its own user and password. The URL given to
+    /// [`connect`](Self::connect) then supplies the master's user, password, database and TLS. Its
+    /// host and port are ignored.
     #[must_use]
     pub fn sentinel(mut self, master: impl Into<String>, urls: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.sentinel = Some(Sentinel {
@@ -124,7 +129,7 @@ impl RedisOptions {
         self
     }
 
-    /// Trusts this certificate authority (PEM) instead of the system's, for `rediss://`.
+    /// Trusts this certificate authority (PEM) instead of the system's, for `rediss://` URLs.
     #[cfg(feature = "tls")]
     #[must_use]
     pub fn root_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
@@ -132,7 +137,7 @@ impl RedisOptions {
         self
     }
 
-    /// Shows this certificate and key (PEM) to the server, for `rediss://`.
+    /// Presents this certificate and key (PEM) to the server, for `rediss://` URLs.
     #[cfg(feature = "tls")]
     #[must_use]
     pub fn client_certificate(mut self, certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
@@ -143,16 +148,20 @@ impl RedisOptions {
         self
     }
 
-    /// Connects: `redis://[user:password@]host[:port][/database]`, `rediss://` for TLS,
-    /// `redis+unix:///path` for a socket.
+    /// Connects to `redis://[user:password@]host[:port][/database]`, to `rediss://…` with TLS, or
+    /// to `redis+unix:///path` through a socket.
     ///
-    /// RESP3 is spoken if the server knows it: only then does the client library report at once
-    /// that a connection ended. `?protocol=resp2` keeps to the older protocol, for instance for a
-    /// proxy.
+    /// Uses RESP3 if the server supports it, because only then does the client library report at
+    /// once that a connection was closed. `?protocol=resp2` in the URL forces the older protocol,
+    /// for instance for a proxy.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`]; [`Error::Failed`] for a certificate that is not trusted, a refused user or password, or a server older than Redis 7.0;
-    /// [`Error::Unavailable`] if the server cannot be reached. No message holds the URL's user or password.
+    /// - [`Error::InvalidSetting`];
+    /// - [`Error::Failed`] for an untrusted certificate, a rejected user or password, or a server
+    ///   older than Redis 7.0;
+    /// - [`Error::Unavailable`] if the server cannot be reached.
+    ///
+    /// No message contains the URL's user or password.
     pub async fn connect(self, url: &str) -> Result<Redis, Error> {
         check_prefix(&self.prefix)?;
         #[cfg(feature = "tls")]
@@ -160,7 +169,7 @@ impl RedisOptions {
         Server::connect(self, url).await.map(Redis::new)
     }
 
-    /// An authority without a certificate would show as a server that nobody trusts.
+    /// Without this check, a file without a certificate would show up as an untrusted server.
     #[cfg(feature = "tls")]
     fn check_certificates(&self) -> Result<(), Error> {
         use rustls::pki_types::{CertificateDer, pem::PemObject as _};
@@ -170,7 +179,7 @@ impl RedisOptions {
             None | Some(Some(Ok(_))) => Ok(()),
             Some(_) => Err(Error::InvalidSetting {
                 setting: "root_certificate",
-                reason: "it holds no certificate in PEM format".into(),
+                reason: "it contains no certificate in PEM format".into(),
             }),
         }
     }
@@ -191,7 +200,7 @@ impl Default for RedisOptions {
 }
 
 impl fmt::Debug for RedisOptions {
-    /// Nodes and Sentinels are counted and not shown: their URLs may hold passwords.
+    /// Shows only the number of nodes and Sentinels, since their URLs may contain passwords.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisOptions")
             .field("timeout", &self.timeout)

@@ -1,10 +1,10 @@
-//! What a log keeps, as the script that trims is told.
+//! A log's retention, as arguments of the script that trims.
 
 use essentially_once::backend::Retention;
 
-/// The two bounds as arguments of the script that trims; empty where there is none.
+/// The limits on records and age. A missing limit is an empty argument.
 pub(crate) fn trim_arguments(retention: &Retention) -> [String; 2] {
-    // Lua counts exactly up to 2^53; what is more keeps everything anyway.
+    // Lua counts exactly up to 2^53. A larger limit keeps everything anyway.
     let argument = |bound: Option<u128>| bound.map_or(String::new(), |bound| bound.min(1 << 52).to_string());
     [
         argument(retention.records.map(u128::from)),

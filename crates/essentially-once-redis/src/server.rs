@@ -25,13 +25,13 @@ use crate::{
     options::RedisOptions,
 };
 
-/// A Redis server, a cluster, or a master that Sentinels name.
+/// A Redis server, a cluster, or a master behind Sentinels.
 pub(crate) struct Server {
     pub(crate) options: RedisOptions,
     seeds: Vec<ConnectionInfo>,
     sentinels: Vec<ConnectionInfo>,
     kind: Kind,
-    /// Set once the server has refused the newer protocol.
+    /// Set when the server has refused RESP3.
     lacks_resp3: AtomicBool,
 }
 
@@ -53,7 +53,7 @@ impl Server {
             Some(sentinel) if sentinel.urls.is_empty() => {
                 return Err(Error::InvalidSetting {
                     setting: "sentinel",
-                    reason: "name at least one Sentinel".into(),
+                    reason: "it needs at least one Sentinel".into(),
                 });
             }
             Some(sentinel) => sentinel.urls.iter().map(|url| parse(url)).collect::<Result<_, _>>()?,
@@ -70,16 +70,16 @@ impl Server {
         Ok(Arc::new(server))
     }
 
-    /// Checks the version, and tells whether the server is a node of a cluster.
+    /// Checks the version, and finds out whether the server is a node of a cluster.
     async fn identify(&self) -> Result<Kind, Error> {
         let mut connection = self.connect_any().await?;
         let action = || self.on("ask for the version");
         let answer: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
         let info = match answer {
             Ok(info) => info,
-            // Servers of cloud providers hide it.
+            // Some cloud providers hide this command.
             Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
-                tracing::warn!(server = %self, %error, "INFO is refused: taken for a single server of Redis 7.0 or later");
+                tracing::warn!(server = %self, %error, "the server refuses INFO: assuming a single server, Redis 7.0 or later");
                 return Ok(Kind::Single);
             }
             Err(error) => return Err(read_failed(action(), error)),
@@ -93,8 +93,9 @@ impl Server {
             && let Some(Ok(major)) = version.split('.').next().map(u32::from_str)
             && major < 7
         {
-            let why =
-                format!("it is Redis {version}; streams tell what was removed from them since 7.0, upgrade to that");
+            let why = format!(
+                "it is Redis {version}; upgrade to 7.0 or later, which counts the entries removed from a stream"
+            );
             return Err(Error::failed(action(), why));
         }
         match field("cluster_enabled") {
@@ -103,13 +104,14 @@ impl Server {
         }
     }
 
-    /// A new connection to the server that holds `key`. Dropping the future closes what was opened.
+    /// A new connection to the server that holds `key`. Dropping the future closes the connections
+    /// that it opened.
     pub(crate) async fn open(&self, key: &[u8]) -> Result<Connection, Error> {
         self.within(self.connect_limit(), "connect", self.open_unbounded(key))
             .await
     }
 
-    /// How long connecting may take: as long as each address takes that is tried.
+    /// How long connecting may take: the timeout, once for each address that is tried.
     fn connect_limit(&self) -> Duration {
         let addresses = self.seeds.len().max(self.sentinels.len());
         self.options
@@ -152,7 +154,7 @@ impl Server {
             .map_err(failed)?;
         match ranges.iter().find_map(|range| master_of(range, slot)) {
             Some((host, port)) => {
-                // An empty host is the one that was asked.
+                // An empty host means the node that answered.
                 let node = at(&self.seeds[0], (!host.is_empty()).then_some(host), port);
                 let connected = self.connect_to(&node).await;
                 connected
@@ -167,7 +169,7 @@ impl Server {
         self.kind == Kind::Cluster
     }
 
-    /// What was attempted, and on which server.
+    /// Describes an action on this server, for an error.
     pub(crate) fn on(&self, action: impl fmt::Display) -> String {
         format!("{action} on {self}")
     }
@@ -208,10 +210,10 @@ impl Server {
                 }
             };
             let Some((host, port)) = found else {
-                // It may be told of it again: an operator removes and adds a master to change it.
+                // This may pass: operators remove a master and add it again to change it.
                 last = Error::unavailable(
                     format!("ask Sentinel {asked}"),
-                    format!("it knows no master {master:?}: check the name"),
+                    format!("it does not monitor a master named {master:?}: check the name"),
                 );
                 continue;
             };
@@ -233,7 +235,7 @@ impl Server {
             .await
     }
 
-    /// A Sentinel's word may be old: what it names must be a master still.
+    /// A Sentinel's answer may be out of date, so the server must confirm that it is a master.
     async fn connect_to_master(&self, node: &ConnectionInfo) -> Result<Connection, Error> {
         let action = || format!("connect to {}", shown(node.addr()));
         let connected = self.connect_to(node).await;
@@ -245,21 +247,21 @@ impl Server {
         match role.first() {
             Some(Value::BulkString(role)) if role != b"master" => Err(Error::unavailable(
                 action(),
-                "Sentinel names it as the master, but it is none (yet, or any more)",
+                "Sentinel names it as the master, but its role is another one now",
             )),
             _ => Ok(connection),
         }
     }
 
     async fn connect_to(&self, node: &ConnectionInfo) -> RedisResult<Connection> {
-        // A WAIT holds up the reply by its own time-out.
+        // `WAIT` delays the reply by up to its own timeout.
         let waiting = self.options.min_replicas.map_or(Duration::ZERO, |min| min.timeout);
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.options.timeout))
             .set_response_timeout(Some(self.options.timeout.saturating_add(waiting)));
         let wants_resp3 = node.redis_settings().protocol().supports_resp3();
         if wants_resp3 && !self.lacks_resp3.load(Ordering::Relaxed) {
-            // The library reports the end of a connection only to users of this protocol.
+            // The library reports a closed connection only with RESP3.
             let ended = Ended::default();
             let config = config.clone().set_push_sender(ended.notice());
             match self
@@ -283,7 +285,8 @@ impl Server {
 
     #[cfg(feature = "tls")]
     fn client(&self, node: &ConnectionInfo) -> RedisResult<Client> {
-        // A program with two cryptography providers must choose one, or rustls panics: if it did not, it is this.
+        // A program with two cryptography providers must choose one, or rustls panics: if it did
+        // not, it is this.
         if rustls::crypto::CryptoProvider::get_default().is_none() {
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
@@ -299,7 +302,7 @@ impl Server {
     }
 }
 
-/// The first address, and never the user or password.
+/// Shows the first address, and never the user or password.
 impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.options.sentinel {
@@ -317,20 +320,20 @@ impl fmt::Debug for Server {
     }
 }
 
-/// The way to the server of one key: a connection that is made when it is needed, and again after it broke.
+/// Access to the server that holds one key. It connects on demand, and again after a failure.
 pub(crate) struct Link {
     pub(crate) server: Arc<Server>,
     key: Vec<u8>,
-    /// One for each runtime that uses it.
+    /// One per runtime.
     connections: Arc<Mutex<Vec<Connection>>>,
-    /// The largest value that the server takes; `usize::MAX` while unknown.
+    /// The largest value that the server accepts; `usize::MAX` while unknown.
     value_limit: AtomicUsize,
 }
 
-/// What the server needs in its buffer beside a value.
+/// The room that the server needs in its buffer besides a value.
 const BUFFER_MARGIN: usize = 64 * 1024;
 
-/// A connection that nobody has used for this long is closed.
+/// A connection is closed when it was not used for this long.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 impl Link {
@@ -343,10 +346,10 @@ impl Link {
         }
     }
 
-    /// A clone of the connection, which is shared: no blocking command may be sent on it.
+    /// A clone of the shared connection. Never send a blocking command on it.
     ///
-    /// One that was closed, or that does not answer after it was idle, is replaced: nothing was
-    /// sent on it.
+    /// A connection that is closed, or does not answer after it was idle, is replaced. No request
+    /// was sent on it.
     pub(crate) async fn connection(&self) -> Result<MultiplexedConnection, Error> {
         let limit = self.server.connect_limit().saturating_add(PING_LIMIT);
         self.server.within(limit, "connect", self.connected()).await
@@ -371,14 +374,14 @@ impl Link {
         Ok(shared)
     }
 
-    /// Whether it has a connection. Also true of one that another task is about to make.
+    /// Whether it has a connection, or another task is just opening one.
     pub(crate) fn is_connected(&self) -> bool {
         let connections = self.connections.try_lock();
         connections.map_or(true, |connections| !connections.is_empty())
     }
 
-    /// Refuses a value that the server does not take. Sent, it would close the connection under every
-    /// other call on it.
+    /// Refuses a value that the server would not accept. The server would close the connection, and
+    /// with it fail every other call.
     pub(crate) fn check_value(&self, size: usize) -> Result<(), Error> {
         let limit = self.value_limit.load(Ordering::Relaxed);
         match size > limit {
@@ -391,17 +394,18 @@ impl Link {
         }
     }
 
-    /// Learns from a refusal of a request whose largest value had this size. A server that tells its
-    /// settings refuses none.
+    /// Learns the limit from a refused request, given the size of its largest value. A server that
+    /// shows its settings never gets here.
     pub(crate) fn learn(&self, error: &redis::RedisError, largest: usize) {
         if is_protocol_error(error) {
             self.value_limit.fetch_min(largest.saturating_sub(1), Ordering::Relaxed);
         }
     }
 
-    /// Forgets the connection if the error says that it is of no more use. What was asked is never asked again from here.
+    /// Drops the connection if the error shows that it is unusable. The request is never sent again
+    /// from here.
     pub(crate) fn check(&self, error: &redis::RedisError) {
-        // Whoever holds the lock looks after the connection already.
+        // A task that holds the lock is already checking the connection.
         if spoils_connection(error)
             && let Ok(mut connections) = self.connections.try_lock()
         {
@@ -410,8 +414,8 @@ impl Link {
     }
 }
 
-/// Closes the connection of that number when nobody has used it for long; the next use makes another.
-/// It ends with the connection, however that ends.
+/// Closes the connection with this number after [`IDLE_LIMIT`] without use. The next use opens
+/// another. Ends when the connection is gone for any reason.
 async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>, number: u64) {
     let mut pause = IDLE_LIMIT;
     loop {
@@ -432,7 +436,7 @@ async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>, number: u64) {
     }
 }
 
-/// Asks how large a value may be; `None` if the user may not ask.
+/// Asks how large a value may be; `None` if the user may not read the settings.
 async fn ask_value_limit(mut connection: MultiplexedConnection) -> Option<usize> {
     let mut command = redis::cmd("CONFIG");
     command
@@ -453,7 +457,8 @@ impl fmt::Debug for Link {
     }
 }
 
-/// Parses a URL. The library's words for a bad one may quote it, with the password, so ours do not.
+/// Parses a URL. The library's message may quote the URL with its password, so this one replaces
+/// it.
 fn parse(url: &str, options: &RedisOptions) -> Result<ConnectionInfo, Error> {
     let invalid = |reason: &str| Error::InvalidSetting {
         setting: "Redis URL",
@@ -473,7 +478,7 @@ fn parse(url: &str, options: &RedisOptions) -> Result<ConnectionInfo, Error> {
     };
     match info.addr() {
         addr if !addr.is_supported() => Err(invalid(
-            "this build has no TLS or no unix sockets: enable the crate's feature `tls`",
+            "this build does not support TLS or Unix sockets: enable the crate's feature `tls`",
         )),
         ConnectionAddr::TcpTls { .. } => Ok(info),
         #[cfg(feature = "tls")]
@@ -505,7 +510,8 @@ fn at(settings: &ConnectionInfo, host: Option<String>, port: u16) -> ConnectionI
     settings.clone().set_addr(addr)
 }
 
-/// Host and port of the master, if the range of `CLUSTER SLOTS` holds the slot: `[first, last, [host, port, …], replicas…]`.
+/// Host and port of the master, if this range of `CLUSTER SLOTS` contains the slot: `[first, last,
+/// [host, port, …], replicas…]`.
 fn master_of(range: &[Value], slot: u64) -> Option<(String, u16)> {
     let number = |value: &Value| match value {
         Value::Int(number) => u64::try_from(*number).ok(),
@@ -536,6 +542,6 @@ fn shown(addr: &ConnectionAddr) -> String {
             Err(_) => format!("{host}:{port}"),
         },
         ConnectionAddr::Unix(path) => path.display().to_string(),
-        _ => "an address of unknown kind".into(),
+        _ => "an unknown kind of address".into(),
     }
 }

@@ -1,4 +1,4 @@
-//! What a stream holds at one moment, and whether a reader's place in it can be read.
+//! The extent of a stream at one moment, and whether a reader can continue from its place.
 
 use essentially_once::{
     Error, Offset,
@@ -29,21 +29,21 @@ pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(STATE, stream, retention)
 }
 
-/// Asks for a [`Snapshot`], the entries from an id on, up to so many of them and so many bytes, and
-/// whether there are more.
+/// Asks for a [`Snapshot`], for entries from an id on up to a number and a size, and whether more
+/// entries follow.
 pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries: usize, bytes: usize) -> Cmd {
     let mut read = script(READ, stream, retention);
     read.arg(from).arg(entries).arg(bytes);
     read
 }
 
-/// Asks for a [`Snapshot`], and the id of the last entry that is left.
+/// Asks for a [`Snapshot`] and the id of the last entry in the stream.
 pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(END, stream, retention)
 }
 
-/// A reading script: unlike a `MULTI`, it is also taken where memory is full, which must not hide a
-/// log.
+/// A read-only script. Unlike `MULTI`, it also runs while the server is out of memory, which must
+/// not make a log unreadable.
 fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
     let mut script = redis::cmd("EVAL_RO");
     script.arg(source).arg(2 + usize::from(retention.before.is_some()));
@@ -51,31 +51,33 @@ fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script
 }
 
-/// A stream at one moment; the default is one that nothing was ever added to.
+/// A stream at one moment. The default never had an entry.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Snapshot {
     incarnation: Option<String>,
-    /// How many entries were ever added, and how many are left.
+    /// The number of entries ever added.
     added: u64,
+    /// The number of entries in the stream.
     length: u64,
-    /// The first entry that is left; without meaning in an empty stream.
+    /// The first entry; meaningless in an empty stream.
     first: Offset,
     /// The highest id ever given.
     last: Offset,
     ours: Option<Removal>,
 }
 
-/// What our own retention did last.
+/// The last removal by our own retention.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Removal {
     /// The highest id it removed.
     mark: Offset,
-    /// How many entries were gone when it had: removed by anyone, ever.
+    /// The number of entries ever removed, by anyone, after this removal.
     gone: u64,
 }
 
 impl Snapshot {
-    /// What the script answers: `Ok(None)` without a stream, and `Err` if it is not understood.
+    /// Parses the script's answer: `Ok(None)` if there is no stream, `Err` if the answer has
+    /// another form.
     pub(crate) fn parse(answer: &Value) -> Result<Option<Self>, ()> {
         let Value::Array(parts) = answer else { return Err(()) };
         let [incarnation, added, length, first, last, mark, gone] = &parts[..] else {
@@ -106,8 +108,8 @@ impl Snapshot {
         }
     }
 
-    /// One past the last entry that a reader can still get, or must learn that it was removed,
-    /// where `last` is the last that is left. Ids that were skipped (`XSETID`) or deleted behind it
+    /// One past the last entry that a reader can still read, or whose removal it must report.
+    /// `last` is the last entry in the stream. Ids after it that were skipped (`XSETID`) or deleted
     /// (`XDEL`) do not count.
     pub(crate) fn readable_end(&self, last: Option<Offset>) -> Offset {
         match (last, self.ours) {
@@ -118,14 +120,14 @@ impl Snapshot {
         }
     }
 
-    /// How many entries are gone, removed by anyone at any place.
+    /// The number of entries removed, by anyone and anywhere in the stream.
     fn gone(&self) -> u64 {
         self.added.saturating_sub(self.length)
     }
 
-    /// Whether a reader that wants `from` next gets everything that was ever at or after it.
+    /// Checks that a reader at `from` can read every entry ever added from there on.
     ///
-    /// `passed` is how many entries were ever added before `from`, if the reader knows.
+    /// `passed` is the number of entries ever added before `from`, if the reader knows it.
     pub(crate) fn check(&self, log: &LogId, from: Offset, passed: Option<u64>) -> Result<(), Error> {
         let bounds = self.bounds();
         let is_other_stream = log.incarnation().is_some() && log.incarnation() != self.incarnation();
@@ -146,7 +148,8 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Trimming removes from the head only, so while something is left before `from`, all behind it is.
+    /// Trimming only removes entries from the start. So as long as the stream starts at or before
+    /// `from`, nothing after `from` is missing.
     fn has_lost(&self, from: Offset, passed: Option<u64>) -> bool {
         let gone = self.gone();
         let is_left_before = self.length > 0 && self.first <= from;
@@ -154,16 +157,17 @@ impl Snapshot {
             return false;
         }
         match (passed, self.ours) {
-            // What is gone beyond what the reader has passed, it had not passed.
+            // More entries were removed than the reader has passed, so it has missed some.
             (Some(passed), _) => gone > passed,
-            // Nobody removed anything since our own retention did, and of that the highest id is known.
+            // Our own retention was the last to remove entries, and it recorded the highest id.
             (None, Some(ours)) if ours.gone == gone => from <= ours.mark,
-            // Someone else removed entries before `first`; which ones nobody knows.
+            // Another program removed entries before `first`. Their ids are unknown.
             (None, _) => true,
         }
     }
 
-    /// How many entries were ever added before `from`, where `unread` of those at or after it are left, if that is known.
+    /// The number of entries ever added before `from`, if it can be known. `unread` is the number
+    /// of entries from `from` on.
     pub(crate) fn passed(&self, from: Offset, unread: Option<u64>) -> Option<u64> {
         match unread {
             Some(unread) => Some(self.added.saturating_sub(unread)),
@@ -202,7 +206,7 @@ mod tests {
             .expect("incarnation")
     }
 
-    /// Entries `1-0` to `10-0`, of which those before `first` were removed.
+    /// Entries `1-0` to `10-0`, without those before `first`.
     fn trimmed(first: u64) -> Snapshot {
         Snapshot {
             incarnation: Some("a1".into()),
@@ -266,7 +270,7 @@ mod tests {
         });
         assert!(!truncated(&snapshot, Offset::new(4, 1), None));
         assert!(truncated(&snapshot, Offset::new(4, 0), None));
-        // Someone else removed more since.
+        // Another program removed more entries later.
         snapshot.ours = Some(Removal {
             mark: Offset::new(3, 0),
             gone: 3,
@@ -317,7 +321,7 @@ mod tests {
         let (last, end) = (Offset::new(10, 0), Offset::new(10, 1));
         assert_eq!(trimmed(5).readable_end(Some(last)), end);
         assert_eq!(trimmed(5).readable_end(Some(Offset::new(8, 0))), Offset::new(8, 1));
-        // Whoever has not read what others removed must hear of it.
+        // A reader that has not read entries that others removed must report it.
         assert_eq!(trimmed(11).readable_end(None), end);
         let skipped_to = Offset::new(20, 0);
         let ours = Some(Removal { mark: last, gone: 10 });

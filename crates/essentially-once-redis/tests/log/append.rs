@@ -167,7 +167,7 @@ pub(crate) async fn missing_replicas_leave_the_outcome_unknown() {
     let log = redis.log_with("orders", LogOptions::new()).await.expect("log");
     let error = log.append(&numbered(0..3)).await.expect_err("no replica");
     assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
-    assert!(error.to_string().contains("of 1 replicas only 0"), "{error}");
+    assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
     assert_eq!(payloads(&read(&direct, Offset::ZERO, 3).await), texts(0..3));
 }
 

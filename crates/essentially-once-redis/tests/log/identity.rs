@@ -19,7 +19,7 @@ pub(crate) async fn a_stream_made_anew_is_another_log() {
         matches!(error, Error::OutOfRange { requested, end: left, .. } if requested == end && left == Offset::ZERO),
         "{error}"
     );
-    let is_gone = |error: Error| assert!(error.to_string().contains("deleted or made anew"), "{error}");
+    let is_gone = |error: Error| assert!(error.to_string().contains("deleted or created again"), "{error}");
     is_gone(old.append(&numbered(0..1)).await.expect_err("gone"));
     is_gone(old.bounds().await.expect_err("gone"));
     assert_eq!(

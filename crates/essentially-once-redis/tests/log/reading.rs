@@ -250,7 +250,7 @@ pub(crate) async fn the_last_id_of_all() {
     let mut reader = log.read(last).await.expect("read");
     let records = take(&mut *reader, 1).await;
     assert_eq!(records[0].offset, last);
-    let error = soon(reader.next(1)).await.expect_err("nothing can follow");
+    let error = soon(reader.next(1)).await.expect_err("no record can follow");
     assert!(matches!(error, Error::Failed { .. }), "{error}");
     log.bounds().await.expect("bounds");
 }

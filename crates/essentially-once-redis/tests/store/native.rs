@@ -79,7 +79,7 @@ pub(crate) async fn a_number_that_is_none_is_found_before_the_first_write() -> O
         "DECRBY text 2",
     ] {
         let result = stage.commit(0, ["SET before 1", wrong].map(command)).await;
-        assert_error!(result, Error::Failed { .. }, "holds no integer");
+        assert_error!(result, Error::Failed { .. }, "not an integer");
         assert_eq!(stage.ask("EXISTS before")?, "0", "{wrong}");
     }
     for wrong in [

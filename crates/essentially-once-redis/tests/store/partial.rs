@@ -62,7 +62,7 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         assert_error!(
             other.resolve_partial(&stage.consumer).await,
             Error::Failed { .. },
-            "none is applied in part"
+            "no transaction is partially applied"
         );
         let position = other.position(&stage.consumer).await?.expect("a position");
         assert_eq!(
@@ -120,14 +120,14 @@ pub(crate) async fn unfit_commands_are_refused_at_once() -> Outcome {
         ("FLUSHALL", "names no key"),
         ("FLUSHDB", "names no key"),
         ("SWAPDB 0 1", "names no key"),
-        ("BLPOP a 0", "may wait"),
-        ("XREADGROUP GROUP g c STREAMS s >", "may wait"),
-        ("MULTI", "atomic step"),
-        ("EVAL return 0", "atomic step"),
-        ("SUBSCRIBE a", "atomic step"),
-        ("CONFIG SET maxmemory 1", "atomic step"),
-        ("MIGRATE h 1 k 0 1", "atomic step"),
-        ("SHUTDOWN", "atomic step"),
+        ("BLPOP a 0", "may block"),
+        ("XREADGROUP GROUP g c STREAMS s >", "may block"),
+        ("MULTI", "inside a script"),
+        ("EVAL return 0", "inside a script"),
+        ("SUBSCRIBE a", "inside a script"),
+        ("CONFIG SET maxmemory 1", "inside a script"),
+        ("MIGRATE h 1 k 0 1", "inside a script"),
+        ("SHUTDOWN", "inside a script"),
     ] {
         assert_error!(
             tx.command(command(unfit)).await,
@@ -171,7 +171,7 @@ pub(crate) async fn keys_of_stores_are_refused() -> Outcome {
             tx.command(command(&format!("DEL essentially-once:retention:{stream}")))
                 .await,
             Error::Failed { .. },
-            "only a log changes it"
+            "only the log may change it"
         );
     }
     tx.command(command("SET essentially-once:{c}:mine 1")).await?;
@@ -205,7 +205,7 @@ pub(crate) async fn queries_read_now() -> Outcome {
     assert_eq!(tx.query::<String>(command("OBJECT ENCODING a")).await?, "int");
     for (unfit, why) in [
         ("SET a 1", "not a reading command"),
-        ("XREAD BLOCK 0 STREAMS a 0", "may wait"),
+        ("XREAD BLOCK 0 STREAMS a 0", "may block"),
         ("GET", "too few"),
     ] {
         assert_error!(tx.query::<i64>(command(unfit)).await, Error::Failed { .. }, why);

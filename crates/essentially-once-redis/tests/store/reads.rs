@@ -84,7 +84,7 @@ async fn cut_off(stage: &Stage, proxy: &Proxy, store: &RedisStore, read: Read) -
         Error::Unavailable { .. },
         "commit",
         "consumer c",
-        "nothing was applied, because a read in it failed",
+        "nothing was applied, because an earlier read failed",
         read.named()
     );
     assert_eq!((stage.revision().await?, stage.value("a").await?), (before, None));
@@ -158,7 +158,7 @@ pub(crate) async fn after_a_refused_read_nothing_is_committed() -> Outcome {
         assert_error!(
             tx.commit(advance(0, 1)).await,
             Error::Failed { .. },
-            "because a read in it failed",
+            "because an earlier read failed",
             named.split(' ').next().unwrap_or_default()
         );
         assert_eq!(stage.revision().await?, 0);

@@ -349,7 +349,7 @@ pub(crate) async fn what_is_wrong_with_an_address_is_named() -> Outcome {
         (
             format!("redis://127.0.0.1:{web}"),
             true,
-            ["does not speak Redis' protocol", "check host and port"],
+            ["does not speak the Redis protocol", "check host and port"],
         ),
         (
             format!("redis://127.0.0.1:{silent}"),
