@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use essentially_once::Error;
+use essentially_once::{ConsumerId, Error};
 use redis::{ErrorKind, RedisError};
 
 /// The server's error replies, with advice for the user. The request did not run.
@@ -121,14 +121,14 @@ pub(crate) fn connect_failed(action: String, error: RedisError, tls: bool) -> Er
         ErrorKind::Parse => {
             Some("it does not speak the Redis protocol: check host and port, or use rediss:// if the port is for TLS")
         }
-        ErrorKind::InvalidClientConfig => Some("check the URL and the certificates"),
+        ErrorKind::InvalidClientConfig => Some("check the URL"),
         // The library reports TLS failures as I/O errors. Another attempt does not help with these.
         ErrorKind::Io if text.contains("InvalidContentType") => {
             Some("it does not speak TLS: use redis://, or the server's TLS port")
         }
         ErrorKind::Io if text.contains("ertificate") => Some(
-            "set `root_certificate` to the authority that signed the server's certificate, use the host name in that \
-             certificate, and set `client_certificate` if the server requires one",
+            "add the authority that signed the server's certificate with `add_root_certificate`, use the host name in that \
+             certificate, and set `client_certificate` and `client_key` if the server requires them",
         ),
         _ => None,
     };
@@ -163,6 +163,21 @@ pub(crate) fn lacks_resp3(error: &RedisError) -> bool {
 pub(crate) fn refused(action: String, reply: &str) -> Error {
     let (code, rest) = reply.split_once(' ').unwrap_or((reply, ""));
     answer_of(code, rest).into_error(action, reply)
+}
+
+/// The error that blocks a consumer until somebody has repaired the data.
+pub(crate) fn partially_applied(consumer: &ConsumerId, done: String) -> Error {
+    Error::PartiallyApplied {
+        consumer: consumer.clone(),
+        done,
+        remedy: "undo the commands that were applied, then call `RedisStore::resolve_partial` for the consumer".into(),
+    }
+}
+
+/// The first 1,000 bytes as text without control characters.
+pub(crate) fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1_000)]);
+    text.replace(char::is_control, "\u{fffd}")
 }
 
 /// Whether the connection must not get another request: it is closed, silent, or leads to the wrong

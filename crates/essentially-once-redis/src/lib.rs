@@ -15,7 +15,9 @@
 //! unless you allow it to run without durability.
 //!
 //! ```no_run
-//! use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+//! use essentially_once::{
+//!     Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait,
+//! };
 //! use essentially_once_redis::{Redis, RedisTx, redis::Cmd};
 //!
 //! struct Ship;
@@ -24,7 +26,8 @@
 //! impl Handler<RedisTx> for Ship {
 //!     async fn handle(&mut self, order: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
 //!         // Takes effect with the offset, or not at all.
-//!         tx.command(Cmd::rpush(format!("{}:shipments", tx.hash_tag()), &order.payload[..])).await?;
+//!         let shipments = format!("{}:shipments", tx.hash_tag());
+//!         tx.command(Cmd::rpush(shipments, &order.payload[..])).await?;
 //!         Ok(())
 //!     }
 //! }
@@ -34,7 +37,8 @@
 //! let redis = Redis::connect("redis://127.0.0.1/").await?;
 //! let orders = redis.log("orders").await?;
 //! orders.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
-//! let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, redis.store(), Ship);
+//! let shipping = ConsumerId::new("shipping")?;
+//! let consumer = Consumer::essentially_once(shipping, orders, redis.store(), Ship);
 //! println!("{}", consumer.run_until_caught_up().await?);
 //! # Ok(())
 //! # }
@@ -42,35 +46,23 @@
 //!
 //! The feature `tls`, on by default, enables `rediss://` URLs.
 
-mod codec;
-mod commit;
 mod connection;
-mod durability;
 mod error;
 mod log;
-mod names;
-mod native;
 mod options;
-mod packed;
-mod reader;
-mod retention;
-mod server;
-mod snapshot;
 mod store;
-mod tx;
 
-use std::{fmt, sync::Arc};
+use std::sync::Arc;
 
 use essentially_once::Error;
 pub use essentially_once::backend::Retention;
 pub use redis;
 
-use crate::server::Server;
+use crate::connection::Server;
 pub use crate::{
-    log::{LogOptions, RedisLog},
-    options::RedisOptions,
-    store::RedisStore,
-    tx::RedisTx,
+    log::RedisLog,
+    options::{LogOptions, RedisOptions},
+    store::{RedisStore, RedisTx},
 };
 
 /// A Redis server, cluster, or master behind Sentinels.
@@ -81,7 +73,7 @@ pub use crate::{
 /// must answer a `PING` first, or it is replaced too. A log or store closes a connection that it
 /// has not used for a minute, and reconnects when it needs one. Handles work on any Tokio runtime,
 /// even after the runtime that created them has ended.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Redis {
     server: Arc<Server>,
 }
@@ -125,16 +117,25 @@ impl Redis {
     pub fn store(&self) -> RedisStore {
         RedisStore::new(Arc::clone(&self.server))
     }
-
-    pub(crate) fn new(server: Arc<Server>) -> Self {
-        Self { server }
-    }
 }
 
-impl fmt::Debug for Redis {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Redis")
-            .field("server", &self.server.to_string())
-            .finish_non_exhaustive()
+impl RedisOptions {
+    /// Connects to `redis://[user:password@]host[:port][/database]`, to `rediss://…` with TLS, or
+    /// to `redis+unix:///path` through a socket.
+    ///
+    /// Uses RESP3 if the server supports it, because only then does the client library report at
+    /// once that a connection was closed. `?protocol=resp2` in the URL forces the older protocol,
+    /// for instance for a proxy.
+    ///
+    /// # Errors
+    /// - [`Error::InvalidSetting`];
+    /// - [`Error::Failed`] for an untrusted certificate, a rejected user or password, or a server
+    ///   older than Redis 7.0;
+    /// - [`Error::Unavailable`] if the server cannot be reached.
+    ///
+    /// No message contains the URL's user or password.
+    pub async fn connect(self, url: &str) -> Result<Redis, Error> {
+        let server = Server::connect(self, url).await?;
+        Ok(Redis { server })
     }
 }

@@ -2,11 +2,12 @@
 
 use std::{fmt, time::Duration};
 
-use essentially_once::Error;
+use bytes::Bytes;
+use essentially_once::{Error, backend::Retention};
 
-use crate::{Redis, names::check_prefix, server::Server};
+use crate::store::keys::check_prefix;
 
-/// How to connect to Redis; see [`Redis::connect`].
+/// How to connect to Redis; see [`Redis::connect`](crate::Redis::connect).
 ///
 /// ```no_run
 /// # use essentially_once_redis::RedisOptions;
@@ -29,7 +30,11 @@ pub struct RedisOptions {
     pub(crate) other_nodes: Vec<String>,
     pub(crate) sentinel: Option<Sentinel>,
     #[cfg(feature = "tls")]
-    pub(crate) certificates: Option<redis::TlsCertificates>,
+    pub(crate) root_certificates: Vec<Vec<u8>>,
+    #[cfg(feature = "tls")]
+    pub(crate) client_certificate: Option<Vec<u8>>,
+    #[cfg(feature = "tls")]
+    pub(crate) client_key: Option<Vec<u8>>,
 }
 
 /// How many replicas must confirm a write, and how long to wait for them.
@@ -58,12 +63,16 @@ impl RedisOptions {
             other_nodes: Vec::new(),
             sentinel: None,
             #[cfg(feature = "tls")]
-            certificates: None,
+            root_certificates: Vec::new(),
+            #[cfg(feature = "tls")]
+            client_certificate: None,
+            #[cfg(feature = "tls")]
+            client_key: None,
         }
     }
 
-    /// How long to wait for a connection, and for each reply. From a millisecond to a day. A commit
-    /// or append without a reply in that time fails with [`Error::Indeterminate`].
+    /// How long to wait for a connection, and for each reply: from 1 ms to 24 h. A commit or append
+    /// without a reply in that time fails with [`Error::Indeterminate`].
     ///
     /// A call to a server that does not answer fails after at most twice this time plus a second:
     /// one second to check an idle connection, then this time to reconnect, then this time for the
@@ -73,7 +82,7 @@ impl RedisOptions {
     /// megabyte.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
+        self.timeout = timeout;
         self
     }
 
@@ -129,68 +138,63 @@ impl RedisOptions {
         self
     }
 
-    /// Trusts this certificate authority (PEM) instead of the system's, for `rediss://` URLs.
+    /// Trusts the certificate authorities in this PEM text, in addition to the system's, for
+    /// `rediss://` URLs. Several calls add up.
+    ///
+    /// TLS uses the process's default cryptography provider of `rustls` if the program has
+    /// installed one, and `ring` otherwise. This crate installs none.
     #[cfg(feature = "tls")]
     #[must_use]
-    pub fn root_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
-        self.certificates().root_cert = Some(pem.into());
+    pub fn add_root_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.root_certificates.push(pem.into());
         self
     }
 
-    /// Presents this certificate and key (PEM) to the server, for `rediss://` URLs.
+    /// Presents this certificate (PEM, with its chain) to the server, for `rediss://` URLs. It
+    /// needs a [`client_key`](Self::client_key).
     #[cfg(feature = "tls")]
     #[must_use]
-    pub fn client_certificate(mut self, certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
-        self.certificates().client_tls = Some(redis::ClientTlsConfig {
-            client_cert: certificate.into(),
-            client_key: key.into(),
-        });
+    pub fn client_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.client_certificate = Some(pem.into());
         self
     }
 
-    /// Connects to `redis://[user:password@]host[:port][/database]`, to `rediss://…` with TLS, or
-    /// to `redis+unix:///path` through a socket.
-    ///
-    /// Uses RESP3 if the server supports it, because only then does the client library report at
-    /// once that a connection was closed. `?protocol=resp2` in the URL forces the older protocol,
-    /// for instance for a proxy.
-    ///
-    /// # Errors
-    /// - [`Error::InvalidSetting`];
-    /// - [`Error::Failed`] for an untrusted certificate, a rejected user or password, or a server
-    ///   older than Redis 7.0;
-    /// - [`Error::Unavailable`] if the server cannot be reached.
-    ///
-    /// No message contains the URL's user or password.
-    pub async fn connect(self, url: &str) -> Result<Redis, Error> {
-        check_prefix(&self.prefix)?;
-        #[cfg(feature = "tls")]
-        self.check_certificates()?;
-        Server::connect(self, url).await.map(Redis::new)
+    /// The private key (PEM) of the [`client_certificate`](Self::client_certificate).
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn client_key(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.client_key = Some(pem.into());
+        self
     }
 
-    /// Without this check, a file without a certificate would show up as an untrusted server.
-    #[cfg(feature = "tls")]
-    fn check_certificates(&self) -> Result<(), Error> {
-        use rustls::pki_types::{CertificateDer, pem::PemObject as _};
-
-        let root = self.certificates.as_ref().and_then(|given| given.root_cert.as_ref());
-        match root.map(|pem| CertificateDer::pem_slice_iter(pem).next()) {
-            None | Some(Some(Ok(_))) => Ok(()),
-            Some(_) => Err(Error::InvalidSetting {
-                setting: "root_certificate",
-                reason: "it contains no certificate in PEM format".into(),
-            }),
+    /// Refuses values that are out of range.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        check_timeout("timeout", self.timeout)?;
+        if let Some(min) = self.min_replicas {
+            check_timeout("min_replicas", min.timeout)?;
         }
+        check_prefix(&self.prefix)
     }
 
-    #[cfg(feature = "tls")]
-    fn certificates(&mut self) -> &mut redis::TlsCertificates {
-        self.certificates.get_or_insert(redis::TlsCertificates {
-            client_tls: None,
-            root_cert: None,
-        })
+    /// Whether TLS is configured, so that a URL without it must be a mistake.
+    pub(crate) fn has_certificates(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return !self.root_certificates.is_empty() || self.client_certificate.is_some() || self.client_key.is_some();
+        #[cfg(not(feature = "tls"))]
+        return false;
     }
+}
+
+fn check_timeout(setting: &'static str, timeout: Duration) -> Result<(), Error> {
+    const LEAST: Duration = Duration::from_millis(1);
+    const MOST: Duration = Duration::from_secs(24 * 60 * 60);
+    if (LEAST..=MOST).contains(&timeout) {
+        return Ok(());
+    }
+    Err(Error::InvalidSetting {
+        setting,
+        reason: format!("a timeout of {timeout:?} is out of range: choose 1 ms to 24 h"),
+    })
 }
 
 impl Default for RedisOptions {
@@ -213,5 +217,112 @@ impl fmt::Debug for RedisOptions {
                 &self.sentinel.as_ref().map_or(0, |sentinel| sentinel.urls.len()),
             )
             .finish_non_exhaustive()
+    }
+}
+
+/// How to open a log, and what it keeps; see [`Redis::log_with`](crate::Redis::log_with).
+///
+/// ```
+/// # use essentially_once_redis::{LogOptions, Retention};
+/// let options = LogOptions::new()
+///     .stream("{shop}:orders")
+///     .payload_field("json")
+///     .retention(Retention::new().max_records(1_000_000));
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LogOptions {
+    pub(crate) stream: Option<Bytes>,
+    pub(crate) payload_field: String,
+    pub(crate) key_field: String,
+    pub(crate) retention: Retention,
+    pub(crate) existing: bool,
+}
+
+impl LogOptions {
+    /// The defaults: a missing stream is created, the log's name is the stream's key, entries of
+    /// other programs have the fields `payload` and `key`, and everything is kept.
+    pub fn new() -> Self {
+        Self {
+            stream: None,
+            payload_field: "payload".into(),
+            key_field: "key".into(),
+            retention: Retention::default(),
+            existing: false,
+        }
+    }
+
+    /// Fails if the stream does not exist, instead of creating it. Useful for services that only
+    /// read, which would otherwise wait forever at a misspelled name.
+    #[must_use]
+    pub fn existing(mut self) -> Self {
+        self.existing = true;
+        self
+    }
+
+    /// The key of the stream, if it differs from the log's name. Braces in it must form a hash tag,
+    /// as a cluster uses them.
+    #[must_use]
+    pub fn stream(mut self, key: impl Into<Vec<u8>>) -> Self {
+        self.stream = Some(key.into().into());
+        self
+    }
+
+    /// The field that holds the payload in entries of other programs.
+    #[must_use]
+    pub fn payload_field(mut self, name: impl Into<String>) -> Self {
+        self.payload_field = name.into();
+        self
+    }
+
+    /// The field that holds the key in entries of other programs.
+    #[must_use]
+    pub fn key_field(mut self, name: impl Into<String>) -> Self {
+        self.key_field = name.into();
+        self
+    }
+
+    /// Which records the log keeps. This applies to the handle and is not stored: its appends
+    /// remove expired records, at most once a second and after the append has returned.
+    /// [`RedisLog::trim`](crate::RedisLog::trim) removes them at once. Redis cannot keep a limit in
+    /// bytes, and opening the log with one fails with [`Error::InvalidSetting`].
+    #[must_use]
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.retention = retention;
+        self
+    }
+}
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_out_of_range_are_refused() {
+        let day = Duration::from_secs(24 * 60 * 60);
+        let with = |timeout| RedisOptions::new().timeout(timeout);
+        let waiting = |timeout| RedisOptions::new().min_replicas(1, timeout);
+        for timeout in [Duration::from_millis(1), Duration::from_secs(10), day] {
+            with(timeout).check().expect("in range");
+            waiting(timeout).check().expect("in range");
+        }
+        for timeout in [
+            Duration::ZERO,
+            Duration::from_micros(999),
+            day + Duration::from_nanos(1),
+        ] {
+            for (options, name) in [(with(timeout), "timeout"), (waiting(timeout), "min_replicas")] {
+                let error = options.check().expect_err("out of range");
+                assert!(
+                    matches!(error, Error::InvalidSetting { setting, .. } if setting == name),
+                    "{error}"
+                );
+            }
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use essentially_once::{Error, backend::Durability};
 
-use crate::{error::read_failed, server::Link};
+use crate::{connection::link::Link, error::read_failed};
 
 /// Reads the server's current settings.
 ///

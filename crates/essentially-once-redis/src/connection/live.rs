@@ -1,6 +1,7 @@
 //! A connection, and whether it can take another request.
 
 use std::{
+    ops::{Deref, DerefMut},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -9,11 +10,12 @@ use std::{
 };
 
 use redis::{
-    PushInfo, PushKind, Value,
-    aio::{AsyncPushSender, MultiplexedConnection, SendError},
+    Cmd, Pipeline, PushInfo, PushKind, RedisFuture, Value,
+    aio::{AsyncPushSender, ConnectionLike, MultiplexedConnection, SendError},
 };
 use tokio::{
     runtime::{Handle, Id},
+    task::AbortHandle,
     time::Instant,
 };
 
@@ -29,7 +31,7 @@ pub(crate) const PING_LIMIT: Duration = Duration::from_secs(1);
 
 /// A connection, and the runtime that drives it.
 pub(crate) struct Connection {
-    pub(crate) inner: MultiplexedConnection,
+    pub(crate) inner: SharedConnection,
     /// Unique in this process.
     pub(crate) number: u64,
     ended: Ended,
@@ -38,7 +40,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(inner: MultiplexedConnection, ended: Ended) -> Self {
+    pub(crate) fn new(inner: SharedConnection, ended: Ended) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Self {
             inner,
@@ -87,6 +89,74 @@ impl Connection {
 
     pub(crate) fn idle(&self) -> Duration {
         self.used.elapsed()
+    }
+}
+
+/// A connection that several tasks share.
+#[derive(Clone)]
+pub(crate) struct SharedConnection {
+    inner: MultiplexedConnection,
+    /// Set if this crate started the driver. The client library ends its own drivers.
+    _driver: Option<Arc<Driver>>,
+}
+
+/// Ends the task that drives a connection when the last clone of the connection is dropped. The
+/// task would otherwise wait for a reply that the server holds back.
+struct Driver(AbortHandle);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl SharedConnection {
+    /// A connection with the task that drives it.
+    #[cfg(feature = "tls")]
+    pub(crate) fn driven_by(inner: MultiplexedConnection, driver: AbortHandle) -> Self {
+        Self {
+            inner,
+            _driver: Some(Arc::new(Driver(driver))),
+        }
+    }
+}
+
+impl From<MultiplexedConnection> for SharedConnection {
+    fn from(inner: MultiplexedConnection) -> Self {
+        Self { inner, _driver: None }
+    }
+}
+
+impl Deref for SharedConnection {
+    type Target = MultiplexedConnection;
+
+    fn deref(&self) -> &MultiplexedConnection {
+        &self.inner
+    }
+}
+
+impl DerefMut for SharedConnection {
+    fn deref_mut(&mut self) -> &mut MultiplexedConnection {
+        &mut self.inner
+    }
+}
+
+impl ConnectionLike for SharedConnection {
+    fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
+        self.inner.req_packed_command(command)
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        self.inner.req_packed_commands(pipeline, offset, count)
+    }
+
+    fn get_db(&self) -> i64 {
+        self.inner.get_db()
     }
 }
 

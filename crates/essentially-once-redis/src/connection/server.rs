@@ -1,27 +1,26 @@
 //! Finding the server that holds a key, and connecting to it.
 
 use std::{
-    collections::HashMap,
     fmt,
-    net::Ipv6Addr,
     str::FromStr as _,
     sync::{
-        Arc, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use essentially_once::Error;
-use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ProtocolVersion, RedisResult, Value,
-    aio::MultiplexedConnection,
-};
-use tokio::sync::Mutex;
+use redis::{AsyncConnectionConfig, Client, ConnectionInfo, ProtocolVersion, RedisResult, Value};
 
+#[cfg(feature = "tls")]
+use crate::connection::tls::Tls;
 use crate::{
-    connection::{Connection, Ended, PING_LIMIT},
-    error::{connect_failed, is_protocol_error, lacks_resp3, read_failed, spoils_connection},
+    connection::{
+        address::{at, is_tls, master_of, parse, shown},
+        live::{Connection, Ended, SharedConnection},
+    },
+    error::{connect_failed, lacks_resp3, read_failed},
     options::RedisOptions,
 };
 
@@ -31,6 +30,8 @@ pub(crate) struct Server {
     seeds: Vec<ConnectionInfo>,
     sentinels: Vec<ConnectionInfo>,
     kind: Kind,
+    #[cfg(feature = "tls")]
+    tls: Option<Tls>,
     /// Set when the server has refused RESP3.
     lacks_resp3: AtomicBool,
 }
@@ -43,13 +44,14 @@ enum Kind {
 
 impl Server {
     pub(crate) async fn connect(options: RedisOptions, url: &str) -> Result<Arc<Self>, Error> {
+        options.check()?;
         let parse = |url: &str| parse(url, &options);
         let first = parse(url)?;
         let mut seeds = vec![first.clone()];
         for url in &options.other_nodes {
             seeds.push(first.clone().set_addr(parse(url)?.addr().clone()));
         }
-        let sentinels = match &options.sentinel {
+        let sentinels: Vec<ConnectionInfo> = match &options.sentinel {
             Some(sentinel) if sentinel.urls.is_empty() => {
                 return Err(Error::InvalidSetting {
                     setting: "sentinel",
@@ -59,11 +61,18 @@ impl Server {
             Some(sentinel) => sentinel.urls.iter().map(|url| parse(url)).collect::<Result<_, _>>()?,
             None => Vec::new(),
         };
+        #[cfg(feature = "tls")]
+        let tls = match seeds.iter().chain(&sentinels).any(is_tls) {
+            true => Some(Tls::new(&options)?),
+            false => None,
+        };
         let mut server = Self {
             options,
             seeds,
             sentinels,
             kind: Kind::Single,
+            #[cfg(feature = "tls")]
+            tls,
             lacks_resp3: AtomicBool::new(false),
         };
         server.kind = server.identify().await?;
@@ -112,14 +121,14 @@ impl Server {
     }
 
     /// How long connecting may take: the timeout, once for each address that is tried.
-    fn connect_limit(&self) -> Duration {
+    pub(crate) fn connect_limit(&self) -> Duration {
         let addresses = self.seeds.len().max(self.sentinels.len());
         self.options
             .timeout
             .saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX))
     }
 
-    async fn within<T>(
+    pub(crate) async fn within<T>(
         &self,
         limit: Duration,
         action: &str,
@@ -264,11 +273,7 @@ impl Server {
             // The library reports a closed connection only with RESP3.
             let ended = Ended::default();
             let config = config.clone().set_push_sender(ended.notice());
-            match self
-                .client(node)?
-                .get_multiplexed_async_connection_with_config(&config)
-                .await
-            {
+            match self.dial(node, &config).await {
                 Ok(connection) => return Ok(Connection::new(connection, ended)),
                 Err(error) if lacks_resp3(&error) => self.lacks_resp3.store(true, Ordering::Relaxed),
                 Err(error) => return Err(error),
@@ -276,29 +281,20 @@ impl Server {
         }
         let settings = node.redis_settings().clone().set_protocol(ProtocolVersion::RESP2);
         let node = node.clone().set_redis_settings(settings);
-        let connection = self
-            .client(&node)?
-            .get_multiplexed_async_connection_with_config(&config)
-            .await?;
+        let connection = self.dial(&node, &config).await?;
         Ok(Connection::new(connection, Ended::default()))
     }
 
-    #[cfg(feature = "tls")]
-    fn client(&self, node: &ConnectionInfo) -> RedisResult<Client> {
-        // A program with two cryptography providers must choose one, or rustls panics: if it did
-        // not, it is this.
-        if rustls::crypto::CryptoProvider::get_default().is_none() {
-            let _ = rustls::crypto::ring::default_provider().install_default();
+    async fn dial(&self, node: &ConnectionInfo, config: &AsyncConnectionConfig) -> RedisResult<SharedConnection> {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls
+            && is_tls(node)
+        {
+            return tls.connect(node, config, self.options.timeout).await;
         }
-        match &self.options.certificates {
-            Some(certificates) => Client::build_with_tls(node.clone(), certificates.clone()),
-            None => Client::open(node.clone()),
-        }
-    }
-
-    #[cfg(not(feature = "tls"))]
-    fn client(&self, node: &ConnectionInfo) -> RedisResult<Client> {
-        Client::open(node.clone())
+        let client = Client::open(node.clone())?;
+        let connection = client.get_multiplexed_async_connection_with_config(config).await?;
+        Ok(connection.into())
     }
 }
 
@@ -317,231 +313,5 @@ impl fmt::Debug for Server {
         f.debug_struct("Server")
             .field("address", &self.to_string())
             .finish_non_exhaustive()
-    }
-}
-
-/// Access to the server that holds one key. It connects on demand, and again after a failure.
-pub(crate) struct Link {
-    pub(crate) server: Arc<Server>,
-    key: Vec<u8>,
-    /// One per runtime.
-    connections: Arc<Mutex<Vec<Connection>>>,
-    /// The largest value that the server accepts; `usize::MAX` while unknown.
-    value_limit: AtomicUsize,
-}
-
-/// The room that the server needs in its buffer besides a value.
-const BUFFER_MARGIN: usize = 64 * 1024;
-
-/// A connection is closed when it was not used for this long.
-const IDLE_LIMIT: Duration = Duration::from_secs(60);
-
-impl Link {
-    pub(crate) fn new(server: Arc<Server>, key: impl Into<Vec<u8>>) -> Self {
-        Self {
-            server,
-            key: key.into(),
-            connections: Arc::default(),
-            value_limit: AtomicUsize::new(usize::MAX),
-        }
-    }
-
-    /// A clone of the shared connection. Never send a blocking command on it.
-    ///
-    /// A connection that is closed, or does not answer after it was idle, is replaced. No request
-    /// was sent on it.
-    pub(crate) async fn connection(&self) -> Result<MultiplexedConnection, Error> {
-        let limit = self.server.connect_limit().saturating_add(PING_LIMIT);
-        self.server.within(limit, "connect", self.connected()).await
-    }
-
-    async fn connected(&self) -> Result<MultiplexedConnection, Error> {
-        let mut connections = self.connections.lock().await;
-        connections.retain(|connection| !connection.has_ended());
-        if let Some(at) = connections.iter().position(Connection::is_driven_here) {
-            if connections[at].is_good().await {
-                return Ok(connections[at].inner.clone());
-            }
-            connections.swap_remove(at);
-        }
-        let connection = self.server.open(&self.key).await?;
-        if let Some(limit) = ask_value_limit(connection.inner.clone()).await {
-            self.value_limit.store(limit, Ordering::Relaxed);
-        }
-        let (shared, number) = (connection.inner.clone(), connection.number);
-        connections.push(connection);
-        tokio::spawn(close_idle(Arc::downgrade(&self.connections), number));
-        Ok(shared)
-    }
-
-    /// Whether it has a connection, or another task is just opening one.
-    pub(crate) fn is_connected(&self) -> bool {
-        let connections = self.connections.try_lock();
-        connections.map_or(true, |connections| !connections.is_empty())
-    }
-
-    /// Refuses a value that the server would not accept. The server would close the connection, and
-    /// with it fail every other call.
-    pub(crate) fn check_value(&self, size: usize) -> Result<(), Error> {
-        let limit = self.value_limit.load(Ordering::Relaxed);
-        match size > limit {
-            true => Err(Error::TooLarge {
-                what: "value (server settings `proto-max-bulk-len`, `client-query-buffer-limit`)",
-                size,
-                limit,
-            }),
-            false => Ok(()),
-        }
-    }
-
-    /// Learns the limit from a refused request, given the size of its largest value. A server that
-    /// shows its settings never gets here.
-    pub(crate) fn learn(&self, error: &redis::RedisError, largest: usize) {
-        if is_protocol_error(error) {
-            self.value_limit.fetch_min(largest.saturating_sub(1), Ordering::Relaxed);
-        }
-    }
-
-    /// Drops the connection if the error shows that it is unusable. The request is never sent again
-    /// from here.
-    pub(crate) fn check(&self, error: &redis::RedisError) {
-        // A task that holds the lock is already checking the connection.
-        if spoils_connection(error)
-            && let Ok(mut connections) = self.connections.try_lock()
-        {
-            connections.retain(|connection| !connection.is_driven_here());
-        }
-    }
-}
-
-/// Closes the connection with this number after [`IDLE_LIMIT`] without use. The next use opens
-/// another. Ends when the connection is gone for any reason.
-async fn close_idle(connections: Weak<Mutex<Vec<Connection>>>, number: u64) {
-    let mut pause = IDLE_LIMIT;
-    loop {
-        tokio::time::sleep(pause).await;
-        let Some(connections) = connections.upgrade() else {
-            return;
-        };
-        let mut connections = connections.lock().await;
-        let Some(at) = connections.iter().position(|connection| connection.number == number) else {
-            return;
-        };
-        let idle = connections[at].idle();
-        if idle >= IDLE_LIMIT {
-            connections.swap_remove(at);
-            return;
-        }
-        pause = IDLE_LIMIT - idle;
-    }
-}
-
-/// Asks how large a value may be; `None` if the user may not read the settings.
-async fn ask_value_limit(mut connection: MultiplexedConnection) -> Option<usize> {
-    let mut command = redis::cmd("CONFIG");
-    command
-        .arg("GET")
-        .arg(&["proto-max-bulk-len", "client-query-buffer-limit"]);
-    let settings: HashMap<String, usize> = command.query_async(&mut connection).await.ok()?;
-    let bulk = settings.get("proto-max-bulk-len");
-    let buffer = settings.get("client-query-buffer-limit");
-    let buffer = buffer.map(|bytes| bytes.saturating_sub(BUFFER_MARGIN));
-    bulk.copied().into_iter().chain(buffer).min()
-}
-
-impl fmt::Debug for Link {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Link")
-            .field("server", &self.server.to_string())
-            .finish_non_exhaustive()
-    }
-}
-
-/// Parses a URL. The library's message may quote the URL with its password, so this one replaces
-/// it.
-fn parse(url: &str, options: &RedisOptions) -> Result<ConnectionInfo, Error> {
-    let invalid = |reason: &str| Error::InvalidSetting {
-        setting: "Redis URL",
-        reason: format!(
-            "{reason}; expected redis://[user:password@]host[:port][/database], rediss:// for TLS, or redis+unix:///path"
-        ),
-    };
-    let parsed = redis::parse_redis_url(url).ok_or_else(|| invalid("it cannot be parsed"))?;
-    let names_protocol = parsed.query_pairs().any(|(name, _)| name == "protocol");
-    let info = redis::IntoConnectionInfo::into_connection_info(parsed).map_err(|_| invalid("it cannot be parsed"))?;
-    let info = match names_protocol {
-        true => info,
-        false => {
-            let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-            info.set_redis_settings(settings)
-        }
-    };
-    match info.addr() {
-        addr if !addr.is_supported() => Err(invalid(
-            "this build does not support TLS or Unix sockets: enable the crate's feature `tls`",
-        )),
-        ConnectionAddr::TcpTls { .. } => Ok(info),
-        #[cfg(feature = "tls")]
-        _ if options.certificates.is_some() => Err(invalid("certificates are set, so it must begin with rediss://")),
-        _ => {
-            let _ = options;
-            Ok(info)
-        }
-    }
-}
-
-/// The same settings at another address; TLS stays on or off.
-fn at(settings: &ConnectionInfo, host: Option<String>, port: u16) -> ConnectionInfo {
-    let addr = match settings.addr().clone() {
-        ConnectionAddr::TcpTls {
-            host: old,
-            insecure,
-            tls_params,
-            ..
-        } => ConnectionAddr::TcpTls {
-            host: host.unwrap_or(old),
-            port,
-            insecure,
-            tls_params,
-        },
-        ConnectionAddr::Tcp(old, _) => ConnectionAddr::Tcp(host.unwrap_or(old), port),
-        _ => ConnectionAddr::Tcp(host.unwrap_or_else(|| "127.0.0.1".into()), port),
-    };
-    settings.clone().set_addr(addr)
-}
-
-/// Host and port of the master, if this range of `CLUSTER SLOTS` contains the slot: `[first, last,
-/// [host, port, …], replicas…]`.
-fn master_of(range: &[Value], slot: u64) -> Option<(String, u16)> {
-    let number = |value: &Value| match value {
-        Value::Int(number) => u64::try_from(*number).ok(),
-        _ => None,
-    };
-    let [first, last, Value::Array(master), ..] = range else {
-        return None;
-    };
-    if !(number(first)?..=number(last)?).contains(&slot) {
-        return None;
-    }
-    let host = match master.first()? {
-        Value::BulkString(host) => String::from_utf8_lossy(host).into_owned(),
-        Value::SimpleString(host) => host.clone(),
-        _ => String::new(),
-    };
-    Some((host, u16::try_from(number(master.get(1)?)?).ok()?))
-}
-
-fn is_tls(node: &ConnectionInfo) -> bool {
-    matches!(node.addr(), ConnectionAddr::TcpTls { .. })
-}
-
-fn shown(addr: &ConnectionAddr) -> String {
-    match addr {
-        ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => match host.parse::<Ipv6Addr>() {
-            Ok(_) => format!("[{host}]:{port}"),
-            Err(_) => format!("{host}:{port}"),
-        },
-        ConnectionAddr::Unix(path) => path.display().to_string(),
-        _ => "an unknown kind of address".into(),
     }
 }

@@ -8,9 +8,9 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use essentially_once::{Error, NewRecord, Offset, Origin, Record, backend::Numbering};
+use essentially_once::{NewRecord, Offset, Origin, Record, backend::NumberingCache};
 
-use crate::packed::Packed;
+use crate::log::msgpack::Packed;
 
 const MARK: &[u8] = b"essentially-once";
 const VERSION: &[u8] = b"1";
@@ -58,8 +58,7 @@ pub(crate) struct Decoder {
     /// The fields of other programs' entries that hold payload and key.
     payload_field: Vec<u8>,
     key_field: Vec<u8>,
-    /// The last producer and its parsed form, since records of one producer come in runs.
-    producer: Option<(Box<[u8]>, Numbering)>,
+    numberings: NumberingCache,
 }
 
 impl Decoder {
@@ -67,7 +66,7 @@ impl Decoder {
         Self {
             payload_field: payload_field.into(),
             key_field: key_field.into(),
-            producer: None,
+            numberings: NumberingCache::new(),
         }
     }
 
@@ -159,16 +158,7 @@ impl Decoder {
             .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
             .and_then(|digits| digits.parse().ok())
             .ok_or_else(|| format!("sequence {} is not a number below 2^64", shown(sequence)))?;
-        let numbering = match &self.producer {
-            Some((last, numbering)) if **last == *producer => numbering.clone(),
-            _ => {
-                let name =
-                    str::from_utf8(producer).map_err(|_| format!("producer {} is not UTF-8", shown(producer)))?;
-                let numbering: Numbering = name.parse().map_err(|error: Error| error.to_string())?;
-                self.producer = Some((producer.into(), numbering.clone()));
-                numbering
-            }
-        };
+        let numbering = self.numberings.parse(producer)?;
         Ok(Origin::new(numbering.producer().clone(), numbering.epoch(), number))
     }
 
@@ -240,7 +230,7 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
-    use crate::packed::pack;
+    use crate::log::msgpack::pack;
 
     fn decode(fields: &[&[u8]]) -> Record {
         decode_at("1700000000000-3", fields)

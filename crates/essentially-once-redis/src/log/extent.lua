@@ -2,7 +2,7 @@
 --
 -- KEYS: stream, hash of its retention, and the hash that earlier versions used, if it had another
 --   name.
-local function state()
+local function extent()
   local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
   if info.err then
     return string.find(info.err, 'no such key', 1, true) and {} or info

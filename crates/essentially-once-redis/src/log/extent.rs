@@ -6,30 +6,30 @@ use essentially_once::{
 };
 use redis::{Cmd, Value};
 
-use crate::{codec::parse_id, names::RetentionKeys};
+use crate::{log::codec::parse_id, store::keys::RetentionKeys};
 
-const STATE: &str = concat!(
+const EXTENT: &str = concat!(
     include_str!("incarnation.lua"),
-    include_str!("state.lua"),
-    "return state()"
+    include_str!("extent.lua"),
+    "return extent()"
 );
 const READ: &str = concat!(
     include_str!("incarnation.lua"),
-    include_str!("state.lua"),
+    include_str!("extent.lua"),
     include_str!("read.lua")
 );
 const END: &str = concat!(
     include_str!("incarnation.lua"),
-    include_str!("state.lua"),
+    include_str!("extent.lua"),
     include_str!("end.lua")
 );
 
-/// Asks for a [`Snapshot`].
+/// Asks for a [`Extent`].
 pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
-    script(STATE, stream, retention)
+    script(EXTENT, stream, retention)
 }
 
-/// Asks for a [`Snapshot`], for entries from an id on up to a number and a size, and whether more
+/// Asks for a [`Extent`], for entries from an id on up to a number and a size, and whether more
 /// entries follow.
 pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries: usize, bytes: usize) -> Cmd {
     let mut read = script(READ, stream, retention);
@@ -37,7 +37,7 @@ pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries
     read
 }
 
-/// Asks for a [`Snapshot`] and the id of the last entry in the stream.
+/// Asks for a [`Extent`] and the id of the last entry in the stream.
 pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(END, stream, retention)
 }
@@ -53,7 +53,7 @@ fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
 
 /// A stream at one moment. The default never had an entry.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Snapshot {
+pub(crate) struct Extent {
     incarnation: Option<String>,
     /// The number of entries ever added.
     added: u64,
@@ -75,7 +75,7 @@ struct Removal {
     gone: u64,
 }
 
-impl Snapshot {
+impl Extent {
     /// Parses the script's answer: `Ok(None)` if there is no stream, `Err` if the answer has
     /// another form.
     pub(crate) fn parse(answer: &Value) -> Result<Option<Self>, ()> {
@@ -130,22 +130,19 @@ impl Snapshot {
     /// `passed` is the number of entries ever added before `from`, if the reader knows it.
     pub(crate) fn check(&self, log: &LogId, from: Offset, passed: Option<u64>) -> Result<(), Error> {
         let bounds = self.bounds();
-        let is_other_stream = log.incarnation().is_some() && log.incarnation() != self.incarnation();
-        if is_other_stream || (from > self.last && from > bounds.end) {
+        if log.incarnation().is_some() && log.incarnation() != self.incarnation() {
             return Err(Error::OutOfRange {
                 log: log.clone(),
                 requested: from,
                 end: bounds.end,
             });
         }
-        if self.has_lost(from, passed) {
-            return Err(Error::Truncated {
-                log: log.clone(),
-                requested: from,
-                earliest: bounds.earliest,
-            });
-        }
-        Ok(())
+        // Entries before `earliest` may all be ones that the reader has passed.
+        let earliest = match self.has_lost(from, passed) {
+            true => bounds.earliest,
+            false => Offset::ZERO,
+        };
+        Bounds { earliest, ..bounds }.check(log, from)
     }
 
     /// Trimming only removes entries from the start. So as long as the stream starts at or before
@@ -207,8 +204,8 @@ mod tests {
     }
 
     /// Entries `1-0` to `10-0`, without those before `first`.
-    fn trimmed(first: u64) -> Snapshot {
-        Snapshot {
+    fn trimmed(first: u64) -> Extent {
+        Extent {
             incarnation: Some("a1".into()),
             added: 10,
             length: 11 - first,
@@ -218,13 +215,13 @@ mod tests {
         }
     }
 
-    fn truncated(snapshot: &Snapshot, from: Offset, passed: Option<u64>) -> bool {
-        match snapshot.check(&log(), from, passed) {
+    fn truncated(extent: &Extent, from: Offset, passed: Option<u64>) -> bool {
+        match extent.check(&log(), from, passed) {
             Ok(()) => false,
             Err(Error::Truncated {
                 requested, earliest, ..
             }) => {
-                assert_eq!((requested, earliest), (from, snapshot.bounds().earliest));
+                assert_eq!((requested, earliest), (from, extent.bounds().earliest));
                 true
             }
             Err(error) => panic!("{error}"),
@@ -263,41 +260,41 @@ mod tests {
 
     #[test]
     fn our_own_retention_knows_what_it_removed_last() {
-        let mut snapshot = trimmed(5);
-        snapshot.ours = Some(Removal {
+        let mut extent = trimmed(5);
+        extent.ours = Some(Removal {
             mark: Offset::new(4, 0),
             gone: 4,
         });
-        assert!(!truncated(&snapshot, Offset::new(4, 1), None));
-        assert!(truncated(&snapshot, Offset::new(4, 0), None));
+        assert!(!truncated(&extent, Offset::new(4, 1), None));
+        assert!(truncated(&extent, Offset::new(4, 0), None));
         // Another program removed more entries later.
-        snapshot.ours = Some(Removal {
+        extent.ours = Some(Removal {
             mark: Offset::new(3, 0),
             gone: 3,
         });
-        assert!(truncated(&snapshot, Offset::new(4, 1), None));
+        assert!(truncated(&extent, Offset::new(4, 1), None));
     }
 
     #[test]
     fn another_stream_and_a_lost_tail_are_out_of_range() {
-        for (snapshot, from) in [
+        for (extent, from) in [
             (trimmed(1), Offset::new(10, 2)),
             (
-                Snapshot {
+                Extent {
                     incarnation: Some("b2".into()),
                     ..trimmed(1)
                 },
                 Offset::new(5, 0),
             ),
             (
-                Snapshot {
+                Extent {
                     incarnation: None,
                     ..trimmed(1)
                 },
                 Offset::new(5, 0),
             ),
         ] {
-            let error = snapshot.check(&log(), from, None).expect_err("out of range");
+            let error = extent.check(&log(), from, None).expect_err("out of range");
             assert!(matches!(error, Error::OutOfRange { .. }), "{error}");
         }
         let unnamed = LogId::new("orders").expect("name");
@@ -307,12 +304,12 @@ mod tests {
     #[test]
     fn the_highest_id_does_not_overflow() {
         let highest = Offset::new(u64::MAX, u64::MAX);
-        let snapshot = Snapshot {
+        let extent = Extent {
             last: highest,
             ..trimmed(1)
         };
         for from in [highest, Offset::new(u64::MAX, 5)] {
-            assert!(snapshot.check(&log(), from, None).is_ok());
+            assert!(extent.check(&log(), from, None).is_ok());
         }
     }
 
@@ -325,7 +322,7 @@ mod tests {
         assert_eq!(trimmed(11).readable_end(None), end);
         let skipped_to = Offset::new(20, 0);
         let ours = Some(Removal { mark: last, gone: 10 });
-        let ours = Snapshot {
+        let ours = Extent {
             last: skipped_to,
             ours,
             ..trimmed(11)
@@ -334,9 +331,9 @@ mod tests {
             (ours.readable_end(None), ours.bounds().end),
             (end, skipped_to.successor())
         );
-        let never_used = Snapshot {
+        let never_used = Extent {
             last: skipped_to,
-            ..Snapshot::default()
+            ..Extent::default()
         };
         assert_eq!(never_used.readable_end(None), Offset::ZERO);
     }

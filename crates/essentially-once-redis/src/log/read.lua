@@ -1,7 +1,7 @@
 -- Reads entries, at least one of them however large it is.
 --
 -- ARGV: the first id, the most entries, the most bytes.
--- Returns the state, the packed entries, and 1 if more follow.
+-- Returns the extent, the packed entries, and 1 if more follow.
 local found, count, more = {}, 0, 0
 local from, limit, room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 
@@ -9,7 +9,7 @@ local from, limit, room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local STEP = 16
 local step, largest = 1, 1
 
-local answer = state()
+local answer = extent()
 if answer.err then return answer end
 
 while from and count < limit and room > 0 do

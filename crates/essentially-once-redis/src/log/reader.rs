@@ -10,21 +10,22 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, Offset, Record, backend::LogReader};
+use essentially_once::{
+    Error, Offset, Record,
+    backend::{FetchBudget, LogReader},
+};
 use redis::{Pipeline, RedisError, RedisResult, Value};
 use tokio::runtime::Id;
 
 use crate::{
-    codec::Decoder,
     connection::{Connection, this_runtime},
     error::read_failed,
-    log::Inner,
-    snapshot::{self, Snapshot},
+    log::{
+        codec::Decoder,
+        extent::{self, Extent},
+        stream::Stream,
+    },
 };
-
-/// The most bytes of records that one request fetches and one `next` returns, unless the first
-/// record alone is larger.
-const FETCH_BYTES: usize = 1024 * 1024;
 
 /// The most records that one request fetches. This keeps the server busy for about 5 ms.
 const FETCH_RECORDS: usize = 2_000;
@@ -35,7 +36,7 @@ const BLOCK: Duration = Duration::from_secs(2);
 
 /// A reader. It has its own connection, since the server holds back replies on it.
 ///
-/// The server answers each request in one step with the stream's [`Snapshot`] and the next entries,
+/// The server answers each request in one step with the stream's [`Extent`] and the next entries,
 /// so the reader notices entries that were removed between two requests. At the end of the log, the
 /// request begins with a blocking `XREAD`, which only wakes the reader.
 ///
@@ -43,7 +44,7 @@ const BLOCK: Duration = Duration::from_secs(2);
 /// with the same replication history answers. Another server may have lost the log's tail, and only
 /// a consumer that starts a session compares its position with the log.
 pub(crate) struct RedisReader {
-    log: Arc<Inner>,
+    log: Arc<Stream>,
     connection: Connection,
     origin: Option<Origin>,
     decoder: Decoder,
@@ -87,11 +88,11 @@ impl Request {
 }
 
 impl RedisReader {
-    pub(crate) async fn open(log: Arc<Inner>, from: Offset) -> Result<Self, Error> {
+    pub(crate) async fn open(log: Arc<Stream>, from: Offset) -> Result<Self, Error> {
         let (mut connection, origin) = connect(&log).await?;
         let answer = connection
             .inner
-            .send_packed_command(&snapshot::ask(&log.stream, &log.kept))
+            .send_packed_command(&extent::ask(&log.key, &log.kept))
             .await
             .and_then(Value::extract_error);
         let mut reader = Self {
@@ -107,18 +108,18 @@ impl RedisReader {
             over: None,
         };
         let answer = answer.map_err(|error| reader.failed(error))?;
-        let snapshot = reader.check(&answer)?;
-        reader.passed = snapshot.passed(from, None);
+        let extent = reader.check(&answer)?;
+        reader.passed = extent.passed(from, None);
         Ok(reader)
     }
 
-    /// The snapshot, if the stream still holds every entry from `next` on.
-    fn check(&self, answer: &Value) -> Result<Snapshot, Error> {
-        let snapshot = Snapshot::parse(answer).map_err(|()| self.log.not_understood("read"))?;
+    /// The extent, if the stream still holds every entry from `next` on.
+    fn check(&self, answer: &Value) -> Result<Extent, Error> {
+        let extent = Extent::parse(answer).map_err(|()| self.log.not_understood("read"))?;
         // A missing stream is empty and has no incarnation.
-        let snapshot = snapshot.unwrap_or_default();
-        snapshot.check(&self.log.id, self.next, self.passed)?;
-        Ok(snapshot)
+        let extent = extent.unwrap_or_default();
+        extent.check(&self.log.id, self.next, self.passed)?;
+        Ok(extent)
     }
 
     /// Replaces an unusable connection.
@@ -141,14 +142,14 @@ impl RedisReader {
         if self.at_end {
             let millis = BLOCK.as_millis() as u64;
             pipeline.cmd("XREAD").arg("COUNT").arg(1).arg("BLOCK").arg(millis);
-            pipeline.arg("STREAMS").arg(&log.stream).arg(id(before(self.next)));
+            pipeline.arg("STREAMS").arg(&log.key[..]).arg(id(before(self.next)));
         }
-        pipeline.add_command(snapshot::read(
-            &log.stream,
+        pipeline.add_command(extent::read(
+            &log.key,
             &log.kept,
             &id(self.next),
             max.min(FETCH_RECORDS),
-            FETCH_BYTES,
+            FetchBudget::BYTES,
         ));
         Request {
             runtime: this_runtime(),
@@ -166,8 +167,8 @@ impl RedisReader {
         let Ok([state, Value::BulkString(entries), Value::Int(more)]) = <[Value; 3]>::try_from(results) else {
             return Err(self.log.not_understood("read"));
         };
-        let snapshot = self.check(&state)?;
-        self.take(&snapshot, entries, more == 0)
+        let extent = self.check(&state)?;
+        self.take(&extent, entries, more == 0)
     }
 
     fn refuse_errors(&self, replies: &[Value]) -> Result<(), Error> {
@@ -178,12 +179,12 @@ impl RedisReader {
         error.map_or(Ok(()), |error| Err(self.failed(error.into())))
     }
 
-    fn take(&mut self, snapshot: &Snapshot, entries: Vec<u8>, at_end: bool) -> Result<(), Error> {
+    fn take(&mut self, extent: &Extent, entries: Vec<u8>, at_end: bool) -> Result<(), Error> {
         let records = self.decoder.entries(entries);
         let records = records.ok_or_else(|| self.log.not_understood("read"))?;
         let found = records.len() as u64;
         self.at_end = at_end;
-        self.passed = snapshot.passed(self.next, at_end.then_some(found)).or(self.passed);
+        self.passed = extent.passed(self.next, at_end.then_some(found)).or(self.passed);
         let Some(last) = records.last().map(|record| record.offset) else {
             return Ok(());
         };
@@ -198,12 +199,9 @@ impl RedisReader {
 
     /// Removes up to `max` records and about a megabyte from those that are ready.
     fn hand_out(&mut self, max: usize) -> Vec<Record> {
-        let mut bytes = 0;
-        let fits = |record: &&Record| {
-            bytes += record.size();
-            bytes <= FETCH_BYTES
-        };
-        let count = self.ready.iter().take(max).take_while(fits).count().max(1);
+        let mut budget = FetchBudget::new();
+        let fits = |record: &&Record| budget.admits(record.size());
+        let count = self.ready.iter().take(max).take_while(fits).count();
         match count == self.ready.len() {
             true => std::mem::take(&mut self.ready).into(),
             false => self.ready.drain(..count).collect(),
@@ -282,9 +280,9 @@ impl Origin {
 
 /// A connection that waits longer for replies, since the server holds them back; and its origin, if
 /// the user may ask for it.
-async fn connect(log: &Inner) -> Result<(Connection, Option<Origin>), Error> {
+async fn connect(log: &Stream) -> Result<(Connection, Option<Origin>), Error> {
     let server = &log.link.server;
-    let mut connection = server.open(&log.stream).await?;
+    let mut connection = server.open(&log.key).await?;
     let info: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
     let origin = match info {
         Ok(info) => Origin::parse(&info),

@@ -10,22 +10,22 @@ use essentially_once::{
     ConsumerId, Error,
     backend::{Advance, LogId},
 };
-use redis::{Arg, Cmd, RedisResult, Script, Value, aio::MultiplexedConnection};
+use redis::{Arg, Cmd, RedisResult, Script, Value};
 
 use crate::{
-    error::{refused, write_failed},
-    names::Keys,
-    native::{Staged, Use, printable},
+    connection::{Link, SharedConnection},
+    error::{partially_applied, printable, refused, write_failed},
     options::MinReplicas,
-    server::Link,
-    store::partially_applied,
+    store::{
+        keys::Keys,
+        layout::{self, Layout, List},
+        native::{Staged, Use},
+    },
 };
 
-const SOURCE: &str = include_str!("commit.lua");
-static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(SOURCE));
+static SOURCE: LazyLock<String> = LazyLock::new(|| layout::prologue() + include_str!("commit.lua"));
+static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(&SOURCE));
 
-/// Fixed arguments before the lists.
-const HEADER: usize = 15;
 /// The most counters that one command reads.
 const COUNTERS: usize = 1_000;
 
@@ -52,7 +52,7 @@ impl Commit {
         let mut reply = self.send(&mut connection, "EVALSHA", SCRIPT.get_hash()).await;
         if matches!(&reply, Err(error) if error.code() == Some("NOSCRIPT")) {
             // After this reply the server has run nothing.
-            reply = self.send(&mut connection, "EVAL", SOURCE).await;
+            reply = self.send(&mut connection, "EVAL", &SOURCE).await;
         }
         match reply {
             Ok((reply, replicas)) => {
@@ -70,7 +70,7 @@ impl Commit {
     /// Runs the script, and waits for replicas if `min_replicas` is set, in one round trip.
     async fn send(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut SharedConnection,
         verb: &str,
         script: &str,
     ) -> RedisResult<(Value, Option<RedisResult<u32>>)> {
@@ -93,107 +93,124 @@ impl Commit {
         self.link.server.options.min_replicas
     }
 
-    /// The script documents the layout.
     fn command(&self, verb: &str, script: &str) -> Cmd {
         let Self {
-            keys,
-            state,
-            staged,
-            advance,
-            ..
+            keys, staged, advance, ..
         } = self;
-        let (windows, forgotten) = (&advance.windows, &advance.forgotten);
-        let types = self.types();
-        let numbers = self.numbers();
-        let permissions = if staged.commands.len() > 1 {
-            &staged.permissions[..]
-        } else {
-            &[]
-        };
-        let puts = state.values().flatten().count();
-        let mut ends = [
-            2 * puts,
-            state.len() - puts,
-            2 * windows.len(),
-            forgotten.len(),
-            2 * types.len(),
-            numbers.iter().map(|read| read.len() + 1).sum(),
-            2 * permissions.len(),
-        ];
-        let mut end = HEADER;
-        for list in &mut ends {
-            end += *list;
-            *list = end;
-        }
-        let bytes = state
-            .iter()
-            .map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len))
-            .sum::<usize>();
-        let mut command = Cmd::with_capacity(
-            3 + 3 + staged.keys.len() + end + staged.arguments,
-            script.len() + bytes + staged.bytes + 256 * (4 + windows.len() + types.len()) + 8 * staged.arguments,
-        );
+        let mut command = self.with_capacity(script);
         command.arg(verb).arg(script).arg(3 + staged.keys.len());
         command.arg(&keys.position).arg(&keys.windows).arg(&keys.state);
         for key in staged.keys.keys() {
             command.arg(&key[..]);
         }
-        command
-            .arg(advance.expected.to_string())
-            .arg(advance.revision.to_string());
-        command
-            .arg(advance.log.name())
-            .arg(advance.log.incarnation().unwrap_or(""));
-        command.arg(advance.next.to_string());
-        command.arg(advance.owner.map_or_else(String::new, |owner| owner.to_string()));
         let passed = advance.passed.map(|passed| passed.encode());
-        command.arg(passed.as_ref().map_or(&[][..], |bytes| &bytes[..]));
+        let owner = advance.owner.map_or_else(String::new, |owner| owner.to_string());
         // A new epoch, so that no commit in flight can follow a partially applied one.
-        command.arg(advance.revision.next_epoch().to_string());
-        for end in ends {
-            command.arg(end);
-        }
-        for (key, value) in state {
-            if let Some(value) = value {
-                command.arg(&key[..]).arg(&value[..]);
-            }
-        }
-        for (key, _) in state.iter().filter(|(_, value)| value.is_none()) {
-            command.arg(&key[..]);
-        }
-        for (numbering, window) in windows {
-            command.arg(numbering.to_string()).arg(&window.encode()[..]);
-        }
-        for numbering in forgotten {
-            command.arg(numbering.to_string());
-        }
-        for (probe, key) in types {
-            command.arg(probe).arg(key);
-        }
-        for read in numbers {
-            command.arg(read.len()).arg(&read[..]);
-        }
-        // Lua counts from 1.
-        for (first, last) in permissions {
-            command.arg(end + first + 1).arg(end + last + 1);
-        }
-        let mut commands = staged.commands.iter();
-        for (length, count) in &staged.runs {
-            command.arg(*length).arg(*count);
-            for (native, sum) in commands.by_ref().take(*count) {
-                let arguments = native.args_iter();
-                for argument in arguments.take(length - usize::from(sum.is_some())) {
-                    match argument {
-                        Arg::Simple(bytes) => command.arg(bytes),
-                        _ => command.arg("0"),
-                    };
+        let partial_revision = advance.revision.next_epoch();
+        let mut layout = Layout::new(
+            command,
+            [
+                advance.expected.to_string().as_bytes(),
+                advance.revision.to_string().as_bytes(),
+                advance.log.name().as_bytes(),
+                advance.log.incarnation().unwrap_or("").as_bytes(),
+                advance.next.to_string().as_bytes(),
+                owner.as_bytes(),
+                passed.as_ref().map_or(&[][..], |bytes| &bytes[..]),
+                partial_revision.to_string().as_bytes(),
+            ],
+        );
+        self.lay_out_state(&mut layout);
+        self.lay_out_windows(&mut layout);
+        self.lay_out_checks(&mut layout);
+        self.lay_out_commands(&mut layout);
+        layout.finish()
+    }
+
+    /// A command with room for about as much as it will hold.
+    fn with_capacity(&self, script: &str) -> Cmd {
+        let Self {
+            state, staged, advance, ..
+        } = self;
+        let size = |(key, value): (&Vec<u8>, &Option<Bytes>)| key.len() + value.as_ref().map_or(0, Bytes::len);
+        let bytes = state.iter().map(size).sum::<usize>();
+        let (windows, keys) = (advance.windows.len() + advance.forgotten.len(), staged.keys.len());
+        Cmd::with_capacity(
+            40 + 2 * (state.len() + windows) + 4 * keys + staged.arguments,
+            script.len() + bytes + staged.bytes + 256 * (4 + windows + keys) + 8 * staged.arguments,
+        )
+    }
+
+    fn lay_out_state(&self, layout: &mut Layout) {
+        layout.list(List::Puts, |items| {
+            for (key, value) in &self.state {
+                if let Some(value) = value {
+                    items.push(&key[..]).push(&value[..]);
                 }
-                if let Some(sum) = sum {
-                    command.arg(*sum);
+            }
+        });
+        layout.list(List::Deletes, |items| {
+            for (key, _) in self.state.iter().filter(|(_, value)| value.is_none()) {
+                items.push(&key[..]);
+            }
+        });
+    }
+
+    fn lay_out_windows(&self, layout: &mut Layout) {
+        layout.list(List::Windows, |items| {
+            for (numbering, window) in &self.advance.windows {
+                items.push(numbering.to_string()).push(&window.encode()[..]);
+            }
+        });
+        layout.list(List::Forgotten, |items| {
+            for numbering in &self.advance.forgotten {
+                items.push(numbering.to_string());
+            }
+        });
+    }
+
+    fn lay_out_checks(&self, layout: &mut Layout) {
+        layout.list(List::Types, |items| {
+            for (probe, key) in self.types() {
+                items.push(probe).push(key);
+            }
+        });
+        layout.list(List::Numbers, |items| {
+            for read in self.numbers() {
+                items.push(read.len());
+                for argument in read {
+                    items.push(argument);
                 }
             }
+        });
+    }
+
+    fn lay_out_commands(&self, layout: &mut Layout) {
+        layout.list(List::Commands, |items| {
+            let mut commands = self.staged.commands.iter();
+            for (length, count) in &self.staged.runs {
+                items.push(*length).push(*count);
+                for (native, sum) in commands.by_ref().take(*count) {
+                    for argument in native.args_iter().take(length - usize::from(sum.is_some())) {
+                        match argument {
+                            Arg::Simple(bytes) => items.push(bytes),
+                            _ => items.push("0"),
+                        };
+                    }
+                    if let Some(sum) = sum {
+                        items.push(*sum);
+                    }
+                }
+            }
+        });
+        if self.staged.commands.len() > 1 {
+            let start = layout.first(List::Commands);
+            layout.list(List::Permissions, |items| {
+                for (first, last) in &self.staged.permissions {
+                    items.push(start + first).push(start + last);
+                }
+            });
         }
-        command
     }
 
     /// The type that a key must have, as a command that only works on that type, and the key.
@@ -243,7 +260,8 @@ impl Commit {
             },
             "log" => Error::WrongLog {
                 consumer: self.consumer.clone(),
-                stored: stored_log(&text(1), &text(2)).map_err(|error| Error::failed(self.action(), error))?,
+                stored: LogId::from_parts(text(1), Some(&text(2)))
+                    .map_err(|error| Error::failed(self.action(), error))?,
                 given: self.advance.log.clone(),
             },
             "partial" => partially_applied(&self.consumer, text(1)),
@@ -287,14 +305,5 @@ impl Commit {
         self.link
             .server
             .on(format!("commit a transaction of consumer {consumer}"))
-    }
-}
-
-/// The log of a stored position.
-pub(crate) fn stored_log(name: &str, incarnation: &str) -> Result<LogId, Error> {
-    let log = LogId::new(name)?;
-    match incarnation {
-        "" => Ok(log),
-        incarnation => log.with_incarnation(incarnation),
     }
 }

@@ -44,6 +44,7 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
 }
 
 /// The names of a consumer's keys.
+#[derive(Debug)]
 pub(crate) struct Keys {
     pub(crate) position: String,
     pub(crate) windows: String,

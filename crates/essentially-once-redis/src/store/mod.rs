@@ -1,8 +1,13 @@
 //! The store: positions, windows and state, in three hashes per consumer.
 
+mod commit;
+pub(crate) mod keys;
+mod layout;
+mod native;
+mod tx;
+
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -10,18 +15,15 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, OffsetStore, ReadState,
-    backend::{Durability, Owner, Passed, Position, Pulse, Snapshot, Window},
+    backend::{Durability, LogId, Owner, Passed, Position, Pulse, Snapshot, Source, Window},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
+pub use self::tx::RedisTx;
 use crate::{
-    commit::stored_log,
-    durability::durability,
-    error::{read_failed, write_failed},
-    names::Keys,
-    native::{Catalog, printable},
-    server::{Link, Server},
-    tx::RedisTx,
+    connection::{Link, Server, durability},
+    error::{partially_applied, printable, read_failed, write_failed},
+    store::{keys::Keys, native::Catalog},
 };
 
 /// Reads all of them at one moment. The server would refuse a `MULTI` while it is out of memory,
@@ -44,11 +46,12 @@ const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.l
 /// - for [native commands](RedisTx::command), these commands and their keys, `+command|info
 ///   +command|getkeys`, and, for the checks before a commit, `+mget +hlen +llen +scard +zcard
 ///   +strlen +xlen`.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct RedisStore {
     shared: Arc<Shared>,
 }
 
+#[derive(Debug)]
 struct Shared {
     server: Arc<Server>,
     /// For requests that concern no consumer.
@@ -58,7 +61,7 @@ struct Shared {
 }
 
 /// Each consumer has its own connection, so that its waiting for replicas does not delay others.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 struct Consumer {
     link: Arc<Link>,
     keys: Arc<Keys>,
@@ -176,14 +179,6 @@ impl RedisStore {
     }
 }
 
-impl fmt::Debug for RedisStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisStore")
-            .field("server", &self.shared.server.to_string())
-            .finish_non_exhaustive()
-    }
-}
-
 #[async_trait]
 impl OffsetStore for RedisStore {
     type Tx = RedisTx;
@@ -263,12 +258,7 @@ async fn ask_link<T: FromRedisValue>(link: &Link, command: &Cmd) -> Result<Redis
     Ok(answer)
 }
 
-fn decode_pulse(
-    next: &[u8],
-    revision: &[u8],
-    owner: Option<&[u8]>,
-    beats: Option<&[u8]>,
-) -> Result<Pulse, essentially_once::backend::Source> {
+fn decode_pulse(next: &[u8], revision: &[u8], owner: Option<&[u8]>, beats: Option<&[u8]>) -> Result<Pulse, Source> {
     let mut pulse = Pulse::default();
     pulse.next = str::from_utf8(next)?.parse()?;
     pulse.revision = str::from_utf8(revision)?.parse()?;
@@ -277,28 +267,22 @@ fn decode_pulse(
         .map(str::from_utf8)
         .transpose()?;
     pulse.owner = owner.map(str::parse).transpose()?;
-    pulse.beats = beats.map_or(Ok(0), |beats| {
-        str::from_utf8(beats)?
-            .parse()
-            .map_err(essentially_once::backend::Source::from)
-    })?;
+    pulse.beats = beats.map_or(Ok(0), |beats| str::from_utf8(beats)?.parse().map_err(Source::from))?;
     Ok(pulse)
 }
 
 /// Ordered, so that equal positions compare as equal.
 type Hash = BTreeMap<Vec<u8>, Vec<u8>>;
 
-fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::backend::Source> {
+fn decode(position: &Hash, windows: &Hash) -> Result<Position, Source> {
     let field = |name: &str| {
         position
             .get(name.as_bytes())
             .map(|value| std::str::from_utf8(value))
             .transpose()
     };
-    let needed = |name: &str| {
-        field(name)?.ok_or_else(|| essentially_once::backend::Source::from(format!("field {name:?} is missing")))
-    };
-    let log = stored_log(needed("log")?, field("incarnation")?.unwrap_or_default())?;
+    let needed = |name: &str| field(name)?.ok_or_else(|| Source::from(format!("field {name:?} is missing")));
+    let log = LogId::from_parts(needed("log")?, field("incarnation")?)?;
     let mut decoded = Position::new(log, needed("next")?.parse()?, needed("revision")?.parse()?);
     let owner = field("owner")?.filter(|owner| !owner.is_empty());
     decoded.owner = owner.map(str::parse).transpose()?;
@@ -309,13 +293,4 @@ fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once:
         decoded.windows.push((numbering, Window::decode(window)?));
     }
     Ok(decoded)
-}
-
-/// The error that blocks a consumer until somebody has repaired the data.
-pub(crate) fn partially_applied(consumer: &ConsumerId, done: String) -> Error {
-    Error::PartiallyApplied {
-        consumer: consumer.clone(),
-        done,
-        remedy: "undo the commands that were applied, then call `RedisStore::resolve_partial` for the consumer".into(),
-    }
 }

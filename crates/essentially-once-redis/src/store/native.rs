@@ -9,18 +9,22 @@ use std::{
 use essentially_once::Error;
 use redis::{Arg, Cmd, Value};
 
-use crate::{error::read_failed, server::Link};
+use crate::{
+    connection::Link,
+    error::{printable, read_failed},
+};
 
 /// Lua passes at most 8,000 arguments.
 const MAX_ARGUMENTS: usize = 7_000;
 
 /// The server's descriptions of its commands. Each is requested once.
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub(crate) struct Catalog {
     commands: Mutex<HashMap<Vec<u8>, Arc<Command>>>,
 }
 
 /// The server's description of a command, such as `HSET` or `XGROUP|CREATE`.
+#[derive(Debug)]
 pub(crate) struct Command {
     name: String,
     /// The number of arguments with the name. A negative number is a minimum.
@@ -371,12 +375,6 @@ pub(crate) fn arguments(command: &Cmd) -> Vec<&[u8]> {
 /// The error for a command that is not staged or run.
 pub(crate) fn refused(link: &Link, command: &str, why: impl Into<String>) -> Error {
     Error::failed(link.server.on(format!("accept command {command}")), why.into())
-}
-
-/// The first 1,000 bytes as text without control characters.
-pub(crate) fn printable(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1_000)]);
-    text.replace(char::is_control, "\u{fffd}")
 }
 
 /// Asks the server about a command.

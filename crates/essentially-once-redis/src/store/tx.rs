@@ -10,16 +10,18 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, KeyValue,
-    backend::{Advance, Transaction},
+    backend::{Advance, Transaction, check_entry_size, check_size},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
 use crate::{
-    commit::{Commit, State},
-    error::read_failed,
-    names::{Keys, Ours},
-    native::{Catalog, Command, Staged, arguments, increment, printable, refused},
-    server::Link,
+    connection::Link,
+    error::{printable, read_failed},
+    store::{
+        commit::{Commit, State},
+        keys::{Keys, Ours},
+        native::{Catalog, Command, Staged, arguments, increment, refused},
+    },
 };
 
 /// Redis closes a connection that sends more than a gibibyte at once (`client-query-buffer-limit`).
@@ -243,27 +245,13 @@ impl RedisTx {
         Err(refused(&self.link, command, why))
     }
 
-    fn check_size(&self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
-        match (bytes.len(), self.link.server.options.record_limit) {
-            (size, limit) if size > limit => Err(Error::TooLarge { what, size, limit }),
-            _ => Ok(()),
-        }
-    }
-
     fn check_room(&self, more: usize) -> Result<(), Error> {
-        match self.bytes + self.staged.bytes + more {
-            size if size > MAX_BYTES => Err(Error::TooLarge {
-                what: "transaction",
-                size,
-                limit: MAX_BYTES,
-            }),
-            _ => Ok(()),
-        }
+        check_size("transaction", self.bytes + self.staged.bytes + more, MAX_BYTES)
     }
 
     fn stage(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), Error> {
-        self.check_size("key", key)?;
-        self.check_size("value", value.unwrap_or_default())?;
+        let limit = self.link.server.options.record_limit;
+        check_entry_size(key, value.unwrap_or_default(), limit)?;
         let size = |value: Option<&[u8]>| key.len() + value.map_or(0, <[u8]>::len);
         self.check_room(size(value))?;
         let largest = key.len().max(value.map_or(0, <[u8]>::len));

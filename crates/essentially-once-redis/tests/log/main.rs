@@ -1,4 +1,4 @@
-//! What Redis' log does beyond the contract's cases, on private servers.
+//! The behaviour of the Redis log beyond the contract, on private servers.
 
 mod append;
 mod full;
@@ -11,10 +11,10 @@ use std::{process::ExitCode, time::Duration};
 
 use essentially_once_testkit::{Suite, Violation};
 
-/// How long a test may take; only what is stuck takes so long.
+/// The limit for a test. Only a stuck test reaches it.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A suite of the tests named, ignored where there is no server to run.
+/// A suite of these tests. Without a server, all of them are ignored.
 macro_rules! suite {
     ($($module:ident::$test:ident,)+) => {{
         let missing = test_servers::redis_server().err();

@@ -1,4 +1,4 @@
-//! The store against private servers: what it commits, refuses, and says when the server fails.
+//! The store on private servers: commits, refusals, and errors of a failing server.
 
 mod committing;
 mod lost;
@@ -18,7 +18,7 @@ use test_servers::redis_server;
 
 use crate::support::Outcome;
 
-/// How long a test may take; only what is stuck takes so long.
+/// The limit for a test. Only a stuck test reaches it.
 const LIMIT: Duration = Duration::from_secs(100);
 
 type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;

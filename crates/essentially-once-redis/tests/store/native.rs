@@ -1,8 +1,8 @@
-//! Native commands: run in the same step, and checked before.
+//! Native commands run in the same step as the commit, and are checked before it.
 
 use essentially_once::{Error, backend::Source};
 
-use crate::support::{Outcome, Stage, assert_error, command, told};
+use crate::support::{Outcome, Stage, assert_error, command, text_of};
 
 pub(crate) async fn commands_run_in_the_same_step() -> Outcome {
     let stage = Stage::start().await?;
@@ -102,7 +102,7 @@ pub(crate) async fn a_number_that_is_none_is_found_before_the_first_write() -> O
     ];
     stage.commit(0, fine.map(command)).await?;
     assert_eq!(stage.ask("HMGET hash zero number new")?, "2 -11 1");
-    // Many fields are read in pieces.
+    // The script reads many fields in pieces.
     stage.ask("HSET hash 2500 abc")?;
     let many = (0..3_000).map(|field| command(&format!("HINCRBY hash {field} 1")));
     assert_error!(

@@ -9,7 +9,7 @@ use essentially_once_redis::{
     redis::{Cmd, cmd},
 };
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, log, revision, told};
+use crate::support::{Outcome, Stage, advance, assert_error, command, log, revision, text_of};
 
 pub(crate) async fn a_first_command_that_fails_applies_nothing() -> Outcome {
     let stage = Stage::start().await?;
@@ -33,7 +33,7 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         for text in ["SET a 1", "INCR count", failing, "SET b 1"] {
             tx.command(command(text)).await?;
         }
-        let text = told(tx.commit(after(stored)).await);
+        let text = text_of(tx.commit(after(stored)).await);
         for part in [
             "PartiallyApplied",
             "2 commands were applied",
@@ -45,10 +45,10 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         }
         assert!(!text.contains("secret"), "{text}");
         assert_eq!(stage.ask("MGET a b")?, "1 ");
-        // It stays, for everybody and across a restart.
+        // The consumer stays blocked, in every process and across a restart.
         stage.server.restart()?;
         let other = Redis::connect(&stage.server.url()).await?.store();
-        // Neither what was stored before, nor what the commit would have made, nor what it left.
+        // Neither the revision before, nor the commit's own, nor the one that it left is accepted.
         for expected in [stored, stored.next_count(), stored.next_count().next_epoch()] {
             let result = other.begin(&stage.consumer).await?.commit(after(expected)).await;
             assert_error!(result, Error::PartiallyApplied { .. }, "2 commands were applied");
@@ -230,7 +230,7 @@ pub(crate) async fn queries_read_now() -> Outcome {
     Ok(())
 }
 
-/// The advance of a commit that builds on this revision.
+/// An advance from this revision.
 fn after(expected: Revision) -> Advance {
     Advance::new(log("orders#a1"), Offset::new(9, 7), expected, expected.next_count())
 }

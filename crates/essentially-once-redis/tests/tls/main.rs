@@ -1,4 +1,4 @@
-//! TLS, users, databases and sockets; and no secret in any text.
+//! TLS, users, databases and sockets, and no secret in any text.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// An authority, and the files that a server reads.
+/// A certificate authority, and the files for a server.
 struct Authority {
     keys: test_servers::Authority,
     folder: TempDir,
@@ -57,7 +57,7 @@ impl Authority {
     }
 
     fn trusted(&self) -> RedisOptions {
-        RedisOptions::new().root_certificate(self.keys.root.as_str())
+        RedisOptions::new().add_root_certificate(self.keys.root.as_str())
     }
 }
 
@@ -75,7 +75,7 @@ async fn works(redis: &Redis) -> Outcome {
     judge(&log, &store, &id, MESSAGES).await
 }
 
-/// What a refusal says.
+/// The text of a refusal.
 async fn refusal(options: RedisOptions, url: &str) -> Result<String, Source> {
     match options.timeout(Duration::from_secs(5)).connect(url).await {
         Err(error @ (Error::Unavailable { .. } | Error::Failed { .. } | Error::InvalidSetting { .. })) => {
@@ -94,7 +94,8 @@ async fn clients_with_a_certificate_are_served() -> Outcome {
     let Pair { certificate, key } = &authority.keys.client;
     let options = authority
         .trusted()
-        .client_certificate(certificate.as_str(), key.as_str());
+        .client_certificate(certificate.as_str())
+        .client_key(key.as_str());
     works(&options.connect(&tls_url(&server)?).await?).await
 }
 
@@ -106,7 +107,8 @@ async fn clients_without_a_certificate_are_refused() -> Outcome {
     let stranger = Authority::new()?.keys.client;
     let options = authority
         .trusted()
-        .client_certificate(stranger.certificate, stranger.key);
+        .client_certificate(stranger.certificate)
+        .client_key(stranger.key);
     refusal(options, &tls_url(&server)?).await?;
     Ok(())
 }
@@ -120,7 +122,7 @@ async fn another_authority_is_not_trusted() -> Outcome {
         ensure!(text.contains("certificate") && text.contains("127.0.0.1"), "{text}");
         ensure!(!text.contains("for now"), "trying again does not help: {text}");
     }
-    let garbage = RedisOptions::new().root_certificate("garbage");
+    let garbage = RedisOptions::new().add_root_certificate("garbage");
     let text = refusal(garbage, &url).await?;
     ensure!(text.contains("no certificate in PEM format"), "{text}");
     works(
@@ -139,7 +141,7 @@ async fn a_server_without_tls_is_an_error() -> Outcome {
     ensure!(text.contains("127.0.0.1") && text.contains("use redis://"), "{text}");
     let text = refusal(RedisOptions::new(), &tls_url(&server)?.replace("rediss:", "redis:")).await?;
     ensure!(text.contains("127.0.0.1") && text.contains("use rediss://"), "{text}");
-    // Certificates mean that TLS is wanted.
+    // Certificates require a URL with TLS.
     let plain = authority.trusted().connect(&server.url()).await;
     ensure!(matches!(plain, Err(Error::InvalidSetting { .. })), "{plain:?}");
     Ok(())
