@@ -54,7 +54,7 @@ impl Harness for RedisHarness {
         capabilities.truncate = Support::Yes;
         capabilities.truncate_all = match self.trims {
             Trims::Ourselves => Support::Yes,
-            Trims::Others => Support::No("Redis does not tell how far others have trimmed an empty stream"),
+            Trims::Others => Support::No("Redis does not report how far others have trimmed an empty stream"),
         };
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::Yes;

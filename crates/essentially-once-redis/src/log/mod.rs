@@ -55,12 +55,12 @@ use crate::{
 /// refuses values of that size.
 ///
 /// # Removed records
-/// A stream reports how many entries were removed, but not which. After our own [`Retention`], a
-/// reader knows exactly. After `XTRIM`, `XADD … MAXLEN` or `XDEL` by another program,
-/// [`Error::Truncated`] may be a false alarm, if the last record that a stopped consumer has read
-/// is also the last one removed. The opposite error never happens. A reader that was online has
-/// counted the entries, and is exact. Readers silently pass over entries deleted from the middle of
-/// a stream (`XDEL`).
+/// A stream reports how many entries were removed, but not which. After our own
+/// [retention](crate::LogOptions::retention), a reader knows exactly. After `XTRIM`, `XADD …
+/// MAXLEN` or `XDEL` by another program, [`Error::Truncated`] may be a false alarm, if the last
+/// record that a stopped consumer has read is also the last one removed. The opposite error never
+/// happens. A reader that was online has counted the entries, and is exact. Readers silently pass
+/// over entries deleted from the middle of a stream (`XDEL`).
 ///
 /// Redis before 7.0 did not count removed entries. If a newer Redis loads such data, entries that
 /// were removed earlier go unnoticed.

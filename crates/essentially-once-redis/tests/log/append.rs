@@ -189,7 +189,7 @@ pub(crate) async fn a_thousand_headers_are_taken_and_too_many_refused() {
     assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(1));
 }
 
-pub(crate) async fn an_old_handle_never_makes_a_deleted_stream_anew() {
+pub(crate) async fn an_old_handle_never_recreates_a_deleted_stream() {
     let (server, redis, log) = orders().await;
     // This user may not give a stream an incarnation.
     let user = ["ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", "-xgroup"];

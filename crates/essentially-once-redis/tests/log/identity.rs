@@ -6,7 +6,7 @@ use test_servers::{RedisServer, Reply};
 
 use crate::support::{admin, assert_waits, numbered, orders, payloads, read, read_error, server, soon, take, texts};
 
-pub(crate) async fn a_stream_made_anew_is_another_log() {
+pub(crate) async fn a_recreated_stream_is_another_log() {
     let (server, redis, old) = orders().await;
     old.append(&numbered(0..5)).await.expect("append");
     let end = old.bounds().await.expect("bounds").end;
@@ -192,7 +192,7 @@ pub(crate) async fn a_user_who_may_only_read_reads() {
     assert!(matches!(trimming.trim().await, Err(Error::Failed { .. })));
 }
 
-pub(crate) async fn a_user_without_scripts_is_told() {
+pub(crate) async fn a_user_without_scripts_learns_what_to_grant() {
     let (server, _) = server().await;
     admin(
         &server,

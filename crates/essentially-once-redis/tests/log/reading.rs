@@ -71,7 +71,7 @@ pub(crate) async fn large_records_come_a_few_at_a_time() {
     assert!(fetches < 50, "{fetches} fetches for 5,000 small records");
 }
 
-pub(crate) async fn a_fetch_is_bounded_whatever_comes() {
+pub(crate) async fn a_fetch_is_bounded_for_records_of_any_size() {
     const MIB: usize = 1024 * 1024;
     // The overhead per request and record: protocol, field names, the extent of the stream.
     const MARGIN: usize = 400_000;
@@ -255,7 +255,7 @@ pub(crate) async fn the_last_id_of_all() {
     log.bounds().await.expect("bounds");
 }
 
-pub(crate) async fn a_reader_fails_when_the_server_goes_and_the_next_goes_on() {
+pub(crate) async fn a_reader_fails_with_its_server_and_the_next_continues() {
     let (server, _, log) = orders().await;
     log.append(&numbered(0..3)).await.expect("append");
     let mut reader = log.read(Offset::ZERO).await.expect("read");

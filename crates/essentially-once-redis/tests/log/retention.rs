@@ -25,7 +25,7 @@ fn after(record: &Record) -> Offset {
     record.offset.successor()
 }
 
-pub(crate) async fn keeps_so_many_records_and_tells_who_lost_some() {
+pub(crate) async fn retention_keeps_a_number_of_records_and_readers_notice_losses() {
     let (server, redis, log) = orders().await;
     add_spread(&server, 1, 0..1_000);
     let all = read(&log, Offset::ZERO, 1_000).await;
@@ -97,7 +97,7 @@ pub(crate) async fn removes_by_age() {
     ));
 }
 
-pub(crate) async fn appends_trim_by_themselves() {
+pub(crate) async fn appends_trim_on_their_own() {
     let (server, redis) = server().await;
     let log = keeping(&redis, 10).await;
     log.append(&numbered(0..500)).await.expect("append");
@@ -111,7 +111,7 @@ pub(crate) async fn appends_trim_by_themselves() {
     assert_eq!(payloads(&read(&log, bounds.earliest, 10).await), texts(490..500));
 }
 
-pub(crate) async fn a_trim_by_others_is_exact_for_who_is_online() {
+pub(crate) async fn a_trim_by_others_is_exact_for_an_online_reader() {
     let (server, _, log) = orders().await;
     let mut reader = log.read(Offset::ZERO).await.expect("read");
     for round in 0..5 {
@@ -140,7 +140,7 @@ pub(crate) async fn a_trim_by_others_is_exact_for_who_is_online() {
     assert_eq!(payloads(&take(&mut *reader, 1_000).await), texts(2_000..3_000));
 }
 
-pub(crate) async fn a_reader_that_fell_behind_is_told() {
+pub(crate) async fn a_reader_that_fell_behind_reports_it() {
     let (server, _, log) = orders().await;
     // The reader is online, and at the end except for one record that it had no time to read.
     let mut reader = log.read(Offset::ZERO).await.expect("read");
@@ -268,7 +268,7 @@ async fn trimmed(server: &RedisServer, redis: &Redis, name: &str, stream: &str) 
     (log, Offset::new(11, 1))
 }
 
-pub(crate) async fn a_stream_and_one_of_the_same_name_in_braces_are_apart() {
+pub(crate) async fn a_stream_and_its_namesake_in_braces_are_separate() {
     let (server, redis) = server().await;
     let (plain, from) = trimmed(&server, &redis, "plain", "s").await;
     let (braces, _) = trimmed(&server, &redis, "braces", "{s}").await;

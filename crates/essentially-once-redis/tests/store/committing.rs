@@ -10,7 +10,7 @@ use essentially_once_redis::{Redis, RedisOptions};
 
 use crate::support::{Outcome, Stage, advance, assert_error, changed, command, log, numbering, revision, text_of};
 
-pub(crate) async fn what_is_committed_is_there() -> Outcome {
+pub(crate) async fn a_commit_is_readable() -> Outcome {
     let stage = Stage::start().await?;
     assert_eq!(stage.store.position(&stage.consumer).await?, None);
     let mut tx = stage.begin().await?;
@@ -253,7 +253,7 @@ pub(crate) async fn a_transaction_that_is_dropped_leaves_nothing() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn consumers_and_prefixes_are_apart() -> Outcome {
+pub(crate) async fn consumers_and_prefixes_are_separate() -> Outcome {
     let stage = Stage::start().await?;
     let other_prefix = RedisOptions::new()
         .prefix("other")

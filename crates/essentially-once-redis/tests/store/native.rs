@@ -67,7 +67,7 @@ pub(crate) async fn the_wrong_type_is_found_before_the_first_write() -> Outcome 
     Ok(())
 }
 
-pub(crate) async fn a_number_that_is_none_is_found_before_the_first_write() -> Outcome {
+pub(crate) async fn an_invalid_number_is_found_before_the_first_write() -> Outcome {
     let stage = Stage::start().await?;
     stage.ask("HSET hash text abc zero 0 number -12 padded 012 float 1.5 empty1 1")?;
     stage.ask("SET text 0x10")?;

@@ -210,7 +210,7 @@ impl Handler<RedisTx> for Count {
     }
 }
 
-pub(crate) async fn replicas_that_are_missing_leave_it_open() -> Outcome {
+pub(crate) async fn missing_replicas_leave_an_append_in_doubt() -> Outcome {
     let options = RedisOptions::new().min_replicas(1, Duration::from_millis(100));
     let stage = Stage::with(options.clone()).await?;
     assert_error!(
@@ -379,7 +379,7 @@ pub(crate) async fn what_is_wrong_with_an_address_is_named() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn a_server_without_room_for_clients_may_have_it_later() -> Outcome {
+pub(crate) async fn a_server_without_room_for_clients_is_a_passing_error() -> Outcome {
     let stage = Stage::start().await?;
     let held = redis::Client::open(stage.server.url())?;
     let held = held.get_multiplexed_async_connection().await?;
@@ -402,7 +402,7 @@ pub(crate) async fn a_server_without_room_for_clients_may_have_it_later() -> Out
     Ok(())
 }
 
-pub(crate) async fn a_busy_server_is_asked_again_what_it_is() -> Outcome {
+pub(crate) async fn a_busy_server_is_identified_later() -> Outcome {
     let stage = Arc::new(Stage::start().await?);
     stage.ask("CONFIG SET busy-reply-threshold 10")?;
     let busy = Arc::clone(&stage);

@@ -69,7 +69,7 @@ impl Handler<RedisTx> for Count {
     }
 }
 
-pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
+pub(crate) async fn data_of_version_1_still_works() -> Outcome {
     let stage = Stage::start().await?;
     replay(&stage).await?;
     let redis = Redis::connect(&stage.server.url()).await?;
