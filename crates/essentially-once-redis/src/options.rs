@@ -4,6 +4,7 @@ use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use essentially_once::{Error, backend::Retention};
+use redis::Pipeline;
 
 use crate::store::keys::check_prefix;
 
@@ -42,6 +43,15 @@ pub struct RedisOptions {
 pub(crate) struct MinReplicas {
     pub(crate) replicas: u32,
     pub(crate) timeout: Duration,
+}
+
+impl MinReplicas {
+    /// Adds the command that waits for them. `check` keeps the timeout above 0, which `WAIT` takes
+    /// as "forever".
+    pub(crate) fn wait(self, pipeline: &mut Pipeline) {
+        let millis = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
+        pipeline.cmd("WAIT").arg(self.replicas).arg(millis);
+    }
 }
 
 /// The Sentinels that know the master's address.

@@ -71,11 +71,7 @@ impl Stream {
         pipeline.add_command(self.append_command(records));
         let min_replicas = self.link.server.options.min_replicas;
         if let Some(min) = min_replicas {
-            // WAIT takes 0 as "forever".
-            let millis = u64::try_from(min.timeout.as_millis())
-                .unwrap_or(u64::MAX)
-                .clamp(1, i64::MAX as u64);
-            pipeline.cmd("WAIT").arg(min.replicas).arg(millis);
+            min.wait(&mut pipeline);
         }
         let mut connection = self.link.connection().await?;
         let replies = connection.send_packed_commands(&pipeline, 0, pipeline.len()).await;

@@ -18,7 +18,7 @@ use crate::{
     options::MinReplicas,
     store::{
         keys::Keys,
-        layout::{self, Layout, List},
+        layout::{self, Fields, Layout, List},
         native::{Staged, Use},
     },
 };
@@ -80,11 +80,7 @@ impl Commit {
         };
         let mut pipeline = redis::pipe();
         pipeline.ignore_errors().add_command(command);
-        // WAIT takes 0 as "forever".
-        pipeline
-            .cmd("WAIT")
-            .arg(min.replicas)
-            .arg(min.timeout.as_millis().max(1) as u64);
+        min.wait(&mut pipeline);
         let (reply, replicas): (RedisResult<Value>, RedisResult<u32>) = pipeline.query_async(connection).await?;
         Ok((reply?, Some(replicas)))
     }
@@ -104,21 +100,21 @@ impl Commit {
             command.arg(&key[..]);
         }
         let passed = advance.passed.map(|passed| passed.encode());
-        let owner = advance.owner.map_or_else(String::new, |owner| owner.to_string());
+        let owner = advance.owner.map(|owner| owner.to_string());
         // A new epoch, so that no commit in flight can follow a partially applied one.
         let partial_revision = advance.revision.next_epoch();
         let mut layout = Layout::new(
             command,
-            [
-                advance.expected.to_string().as_bytes(),
-                advance.revision.to_string().as_bytes(),
-                advance.log.name().as_bytes(),
-                advance.log.incarnation().unwrap_or("").as_bytes(),
-                advance.next.to_string().as_bytes(),
-                owner.as_bytes(),
-                passed.as_ref().map_or(&[][..], |bytes| &bytes[..]),
-                partial_revision.to_string().as_bytes(),
-            ],
+            Fields {
+                expected: advance.expected.to_string().as_bytes(),
+                next_revision: advance.revision.to_string().as_bytes(),
+                log_name: advance.log.name().as_bytes(),
+                log_incarnation: advance.log.incarnation().unwrap_or_default().as_bytes(),
+                offset: advance.next.to_string().as_bytes(),
+                owner: owner.as_deref().unwrap_or_default().as_bytes(),
+                passed: passed.as_ref().map_or(&[][..], |bytes| &bytes[..]),
+                partial_revision: partial_revision.to_string().as_bytes(),
+            },
         );
         self.lay_out_state(&mut layout);
         self.lay_out_windows(&mut layout);

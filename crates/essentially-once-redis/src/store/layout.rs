@@ -8,17 +8,42 @@ use std::fmt::Write as _;
 
 use redis::{Cmd, ToSingleRedisArg};
 
-/// The fields, one argument each, as the script names them.
-const FIELDS: [&str; 8] = [
-    "expected",
-    "next_revision",
-    "log_name",
-    "log_incarnation",
-    "offset",
-    "owner",
-    "passed",
-    "partial_revision",
-];
+/// The fields, one argument each. The script has them in variables of the same names.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Fields<'a> {
+    /// The revision that must be stored.
+    pub(crate) expected: &'a [u8],
+    /// The revision after the commit.
+    pub(crate) next_revision: &'a [u8],
+    /// The log's name.
+    pub(crate) log_name: &'a [u8],
+    /// The log's incarnation; empty if unknown.
+    pub(crate) log_incarnation: &'a [u8],
+    /// The next offset.
+    pub(crate) offset: &'a [u8],
+    /// The owner; empty for none.
+    pub(crate) owner: &'a [u8],
+    /// The digest of the last record passed; empty for none.
+    pub(crate) passed: &'a [u8],
+    /// The revision after a partially applied commit.
+    pub(crate) partial_revision: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    /// Names and values, in order.
+    fn named(self) -> [(&'static str, &'a [u8]); 8] {
+        [
+            ("expected", self.expected),
+            ("next_revision", self.next_revision),
+            ("log_name", self.log_name),
+            ("log_incarnation", self.log_incarnation),
+            ("offset", self.offset),
+            ("owner", self.owner),
+            ("passed", self.passed),
+            ("partial_revision", self.partial_revision),
+        ]
+    }
+}
 
 /// A list of arguments. The script has its bounds in variables, such as `puts_first` and
 /// `puts_last`.
@@ -70,16 +95,14 @@ impl List {
 
 /// The start of the script, which names the fields and the bounds.
 pub(crate) fn prologue() -> String {
-    let fields: Vec<String> = (1..=FIELDS.len()).map(|at| format!("ARGV[{at}]")).collect();
-    let mut lua = format!(
-        "local ARGV = ARGV\nlocal {} = {}\n",
-        FIELDS.join(", "),
-        fields.join(", ")
-    );
+    let mut lua = String::from("local ARGV = ARGV\n");
+    // A string takes everything that is written to it.
+    for ((name, _), index) in Fields::default().named().into_iter().zip(1..) {
+        let _ = writeln!(lua, "local {name} = ARGV[{index}]");
+    }
     // The bounds are the last arguments, two for each list.
     for (list, before_end) in List::ALL.into_iter().zip((0..List::ALL.len()).rev()) {
         let (name, last) = (list.name(), 2 * before_end);
-        // A string takes everything.
         let _ = writeln!(
             lua,
             "local {name}_first, {name}_last = tonumber(ARGV[#ARGV - {}]), tonumber(ARGV[#ARGV - {last}])",
@@ -99,14 +122,15 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Continues a command that holds the script and its keys. The fields are those of [`FIELDS`].
-    pub(crate) fn new(mut command: Cmd, fields: [&[u8]; FIELDS.len()]) -> Self {
-        for field in fields {
-            command.arg(field);
+    /// Continues a command that holds the script and its keys.
+    pub(crate) fn new(mut command: Cmd, fields: Fields<'_>) -> Self {
+        let fields = fields.named();
+        for (_, value) in fields {
+            command.arg(value);
         }
         Self {
             command,
-            written: FIELDS.len(),
+            written: fields.len(),
             bounds: [(1, 0); List::ALL.len()],
         }
     }
@@ -154,6 +178,19 @@ mod tests {
 
     use super::*;
 
+    fn fields() -> Fields<'static> {
+        Fields {
+            expected: b"1",
+            next_revision: b"2",
+            log_name: b"orders",
+            log_incarnation: b"a1",
+            offset: b"7",
+            owner: b"web",
+            passed: b"digest",
+            partial_revision: b"3",
+        }
+    }
+
     /// The value of each variable that the prologue declares, for these arguments.
     fn variables(arguments: &[String]) -> HashMap<String, String> {
         let mut variables = HashMap::new();
@@ -181,7 +218,7 @@ mod tests {
             lists in subsequence(List::ALL.to_vec(), 0..=List::ALL.len()).prop_shuffle(),
             lengths in vec(0_usize..5, List::ALL.len()),
         ) {
-            let mut layout = Layout::new(Cmd::new(), FIELDS.map(str::as_bytes));
+            let mut layout = Layout::new(Cmd::new(), fields());
             for list in &lists {
                 layout.list(*list, |items| {
                     for number in 0..lengths[*list as usize] {
@@ -198,8 +235,8 @@ mod tests {
                 })
                 .collect();
             let variables = variables(&arguments);
-            for field in FIELDS {
-                prop_assert_eq!(&variables[field], field);
+            for (name, value) in fields().named() {
+                prop_assert_eq!(variables[name].as_bytes(), value);
             }
             for list in List::ALL {
                 let bound = |end: &str| variables[&format!("{}_{end}", list.name())].parse::<usize>().expect("a number");

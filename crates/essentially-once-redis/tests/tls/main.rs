@@ -6,11 +6,12 @@ mod secrets;
 
 use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
-use essentially_once::{Consumer, ConsumerId, Error, backend::Source};
+use essentially_once::{Consumer, ConsumerId, Error, Log as _, Offset, backend::Source};
 use essentially_once_redis::{Redis, RedisOptions};
 use essentially_once_testkit::Ledger;
 use tempfile::TempDir;
 use test_servers::{Pair, RedisBuilder, RedisServer};
+use tokio::time::timeout;
 
 use common::{Outcome, cases, ensure, judge, run, send};
 use secrets::no_secret_is_ever_shown;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         a_server_without_tls_is_an_error,
         user_database_and_resp3_over_tls,
         a_socket_is_served,
+        a_dropped_reader_closes_its_connection,
         no_secret_is_ever_shown,
     ])
 }
@@ -174,6 +176,34 @@ async fn user_database_and_resp3_over_tls() -> Outcome {
         "{text}"
     );
     Ok(())
+}
+
+async fn a_dropped_reader_closes_its_connection() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority.server()?.start()?;
+    let log = authority
+        .trusted()
+        .connect(&tls_url(&server)?)
+        .await?
+        .log("orders")
+        .await?;
+    let mut reader = log.read(Offset::ZERO).await?;
+    let waiting = timeout(Duration::from_millis(200), reader.next(1)).await;
+    ensure!(waiting.is_err(), "{waiting:?}");
+    // Only the reader is blocked, and the server would hold back its reply for two seconds.
+    let blocked = || -> Result<bool, Source> {
+        let info = server.command(&["INFO", "clients"])?;
+        Ok(info.line("blocked_clients") == Some("1"))
+    };
+    ensure!(blocked()?, "the reader does not wait");
+    drop(reader);
+    let closed = timeout(Duration::from_secs(1), async {
+        while blocked()? {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok::<_, Source>(())
+    });
+    closed.await?
 }
 
 async fn a_socket_is_served() -> Outcome {
