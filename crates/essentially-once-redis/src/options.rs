@@ -119,8 +119,8 @@ impl RedisOptions {
     /// Waits after each append and commit until this many replicas have it (`WAIT`). If they do not
     /// confirm within `timeout`, the call fails with [`Error::Indeterminate`], since the master has
     /// the write and the replicas may not. This makes it less likely that a failover loses
-    /// acknowledged writes. Redis cannot rule it out. With 0 replicas nothing is waited for, as by
-    /// default.
+    /// acknowledged writes. Redis cannot rule it out. With 0 replicas, as by default, calls do not
+    /// wait. The timeout is from 1 ms to 24 h.
     #[must_use]
     pub fn min_replicas(mut self, replicas: u32, timeout: Duration) -> Self {
         self.min_replicas = (replicas > 0).then_some(MinReplicas { replicas, timeout });

@@ -34,7 +34,7 @@ pub(crate) struct Link {
 /// The room that the server needs in its buffer besides a value.
 const BUFFER_MARGIN: usize = 64 * 1024;
 
-/// A connection is closed when it was not used for this long.
+/// A connection is closed when it has not been used for this long.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 impl Link {
@@ -49,8 +49,8 @@ impl Link {
 
     /// A clone of the shared connection. Never send a blocking command on it.
     ///
-    /// A connection that is closed, or does not answer after it was idle, is replaced. No request
-    /// was sent on it.
+    /// A connection that is closed, or does not answer after it was idle, is replaced before any
+    /// request is sent on it.
     pub(crate) async fn connection(&self) -> Result<SharedConnection, Error> {
         let limit = self.server.connect_limit().saturating_add(PING_LIMIT);
         self.server.within(limit, "connect", self.connected()).await
@@ -82,7 +82,7 @@ impl Link {
     }
 
     /// Refuses a value that the server would not accept. The server would close the connection, and
-    /// with it fail every other call.
+    /// every other call on it would fail.
     pub(crate) fn check_value(&self, size: usize) -> Result<(), Error> {
         let limit = self.value_limit.load(Ordering::Relaxed);
         check_size(

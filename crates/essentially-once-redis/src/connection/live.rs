@@ -100,8 +100,8 @@ pub(crate) struct SharedConnection {
     _driver: Option<Arc<Driver>>,
 }
 
-/// Ends the task that drives a connection when the last clone of the connection is dropped. The
-/// task would otherwise wait for a reply that the server holds back.
+/// Ends the task that drives a connection when the last clone of the connection is dropped, as the
+/// client library does. The task could otherwise wait forever for a server that reads nothing.
 struct Driver(AbortHandle);
 
 impl Drop for Driver {

@@ -24,12 +24,12 @@ const END: &str = concat!(
     include_str!("end.lua")
 );
 
-/// Asks for a [`Extent`].
+/// Asks for an [`Extent`].
 pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(EXTENT, stream, retention)
 }
 
-/// Asks for a [`Extent`], for entries from an id on up to a number and a size, and whether more
+/// Asks for an [`Extent`], for entries from an id on up to a number and a size, and whether more
 /// entries follow.
 pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries: usize, bytes: usize) -> Cmd {
     let mut read = script(READ, stream, retention);
@@ -37,7 +37,7 @@ pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries
     read
 }
 
-/// Asks for a [`Extent`] and the id of the last entry in the stream.
+/// Asks for an [`Extent`] and the id of the last entry in the stream.
 pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(END, stream, retention)
 }

@@ -67,7 +67,7 @@ use crate::{
 ///
 /// # Wire format
 /// Any client can write an entry in our format, as in `XADD orders * essentially-once 1 payload
-/// 32.38`. The fields are, in this order:
+/// 32.38`. Its fields are:
 ///
 /// | field | value |
 /// |---|---|

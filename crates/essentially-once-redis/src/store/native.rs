@@ -226,8 +226,8 @@ pub(crate) struct Use {
     pub(crate) counters: BTreeMap<Vec<u8>, usize>,
     /// The index of the command that increments the value.
     sum: Option<usize>,
-    /// Whether another command than an increment writes it. Its value cannot be checked beforehand
-    /// then.
+    /// Whether a command other than an increment writes it. The script then cannot check its value
+    /// beforehand.
     written: bool,
 }
 
