@@ -290,10 +290,12 @@ impl Server {
         if let Some(tls) = &self.tls
             && is_tls(node)
         {
-            return tls.connect(node, config, self.options.timeout).await;
+            return Box::pin(tls.connect(node, config, self.options.timeout)).await;
         }
         let client = Client::open(node.clone())?;
-        let connection = client.get_multiplexed_async_connection_with_config(config).await?;
+        let connecting = client.get_multiplexed_async_connection_with_config(config);
+        // Boxed, since deeply nested futures exceed the compiler's recursion limit in callers.
+        let connection = Box::pin(connecting).await?;
         Ok(connection.into())
     }
 }
