@@ -1,38 +1,45 @@
-//! What an error of the client library says about whether the request ran.
+//! What an error of the client library says about whether a request ran.
 
 use std::fmt;
 
-use essentially_once::Error;
+use essentially_once::{ConsumerId, Error};
 use redis::{ErrorKind, RedisError};
 
-/// What the server answers instead of a result, and what a user can do about it. The request did
-/// not run.
+/// The server's error replies, with advice for the user. The request did not run.
 ///
-/// The flag says whether the condition can pass by itself, or by what others do to the server or
-/// around it: then the same request may be taken later.
+/// The flag says whether the condition can pass without a change to this service: on its own, or
+/// because somebody repairs or reconfigures the server. The same request may then succeed later.
 const ANSWERS: [(&str, bool, &str); 26] = [
     ("LOADING", true, "the server is loading its data"),
     ("MASTERDOWN", true, "the replica has lost its master"),
-    ("CLUSTERDOWN", true, "the cluster has no node for this key now"),
+    ("CLUSTERDOWN", true, "no node of the cluster serves this key now"),
     ("TRYAGAIN", true, "the key is moving between cluster nodes"),
     ("MOVED", true, "the key moved to another cluster node"),
     ("ASK", true, "the key is moving to another cluster node"),
-    ("REDIRECT", true, "the server hands over to another one"),
+    ("REDIRECT", true, "the server is handing over to another one"),
     (
         "READONLY",
         true,
-        "the server is a replica now; use Sentinel or the address of the master",
+        "the server is a replica now: use Sentinel, or the address of the master",
     ),
-    ("UNBLOCKED", true, "the server became a replica while a reader waited"),
-    ("OOM", true, "the server is at `maxmemory`: raise it, or trim logs"),
+    (
+        "UNBLOCKED",
+        true,
+        "the server became a replica while a reader was waiting",
+    ),
+    (
+        "OOM",
+        true,
+        "the server has reached `maxmemory`: raise it, or trim logs",
+    ),
     ("MISCONF", true, "the server cannot save to its disk: see its log"),
     (
         "NOREPLICAS",
         true,
-        "fewer replicas are connected than `min-replicas-to-write` asks",
+        "fewer replicas are connected than `min-replicas-to-write` requires",
     ),
     ("BUSY", true, "another client's script keeps the server busy"),
-    ("NOSCRIPT", true, "the server forgot a script"),
+    ("NOSCRIPT", true, "the server no longer has the script"),
     ("EXECABORT", true, "the server dropped a transaction before it ran"),
     (
         MAX_CLIENTS,
@@ -42,12 +49,12 @@ const ANSWERS: [(&str, bool, &str); 26] = [
     (
         "NOPERM",
         false,
-        "grant the user this command and these keys (ACL SETUSER)",
+        "grant the user access to this command and these keys (ACL SETUSER)",
     ),
     (
         "NOAUTH",
         false,
-        "the server wants a user or password: put them into the URL",
+        "the server requires a user or password: put them into the URL",
     ),
     (
         "WRONGPASS",
@@ -62,34 +69,34 @@ const ANSWERS: [(&str, bool, &str); 26] = [
     (
         "NOPROTO",
         false,
-        "the server does not speak RESP3: put `?protocol=resp2` into the URL",
+        "the server does not support RESP3: add `?protocol=resp2` to the URL",
     ),
     (
         "CROSSSLOT",
         false,
-        "in a cluster, all keys of a transaction must be in one slot: see `RedisTx::hash_tag`",
+        "in a cluster, all keys of a transaction must hash to one slot: see `RedisTx::hash_tag`",
     ),
     (
         "WRONGTYPE",
         false,
-        "the key holds another type: choose another name, or move that key away",
+        "the key holds another type: choose another name, or rename that key",
     ),
     (NO_SUCH_COMMAND, false, "use Redis 7.0 or later, or Valkey"),
     (NO_SUCH_DATABASE, false, "check the database number in the URL"),
     (
         PROTOCOL,
         false,
-        "a value may be over the server's `proto-max-bulk-len` or `client-query-buffer-limit`",
+        "a value may exceed the server's `proto-max-bulk-len` or `client-query-buffer-limit`",
     ),
 ];
 
-/// Answers whose code is only `ERR`, by how their text begins.
+/// Replies whose code is only `ERR`, recognized by the start of their text.
 const MAX_CLIENTS: &str = "max number of clients";
 const NO_SUCH_COMMAND: &str = "unknown command";
 const NO_SUCH_DATABASE: &str = "DB index is out of range";
 const PROTOCOL: &str = "Protocol error";
 
-/// The failure of a request that may have changed something.
+/// The failure of a request that may have changed data.
 pub(crate) fn write_failed(action: String, error: RedisError) -> Error {
     match answer(&error) {
         Some(answer) => answer.into_error(action, error),
@@ -105,23 +112,23 @@ pub(crate) fn read_failed(action: String, error: RedisError) -> Error {
     }
 }
 
-/// The failure to connect: nothing was asked yet. `tls` says whether the URL asks for it.
+/// A failure to connect. No request was sent. `tls` says whether the URL asks for TLS.
 pub(crate) fn connect_failed(action: String, error: RedisError, tls: bool) -> Error {
     let text = error.to_string();
     let lasting = match error.kind() {
         ErrorKind::AuthenticationFailed => Some("check the URL's user and password"),
-        ErrorKind::Parse if tls => Some("it does not speak Redis' protocol: check host and port"),
+        ErrorKind::Parse if tls => Some("it does not speak the Redis protocol: check host and port"),
         ErrorKind::Parse => {
-            Some("it does not speak Redis' protocol: check host and port, or use rediss:// if the port is for TLS")
+            Some("it does not speak the Redis protocol: check host and port, or use rediss:// if the port is for TLS")
         }
-        ErrorKind::InvalidClientConfig => Some("check the URL and the certificates"),
-        // The library passes on what TLS says as an I/O error, and no trying again changes these.
+        ErrorKind::InvalidClientConfig => Some("check the URL"),
+        // The library reports TLS failures as I/O errors. Another attempt does not help with these.
         ErrorKind::Io if text.contains("InvalidContentType") => {
-            Some("it does not speak TLS: use redis://, or the server's port for TLS")
+            Some("it does not speak TLS: use redis://, or the server's TLS port")
         }
         ErrorKind::Io if text.contains("ertificate") => Some(
-            "set `root_certificate` to that of the authority that signed the server's certificate, name the server as its \
-             certificate does, and set `client_certificate` if it wants one",
+            "add the authority that signed the server's certificate with `add_root_certificate`, use the host name in that \
+             certificate, and set `client_certificate` and `client_key` if the server requires them",
         ),
         _ => None,
     };
@@ -131,13 +138,13 @@ pub(crate) fn connect_failed(action: String, error: RedisError, tls: bool) -> Er
     if answer(&error).is_some() {
         return read_failed(action, error);
     }
-    // A server that is addressed in the wrong manner closes the connection or says nothing, as one
-    // that is starting does.
+    // A server that gets the wrong protocol closes the connection or stays silent, and so does a
+    // server that is starting.
     let advice = match tls {
         true if error.is_timeout() || error.is_connection_dropped() => Some("if the port is not for TLS, use redis://"),
-        false if error.is_connection_dropped() => Some(
-            "if the port is for TLS, use rediss://; if the server has no room for more clients, raise its `maxclients`",
-        ),
+        false if error.is_connection_dropped() => {
+            Some("if the port is for TLS, use rediss://; if the server has reached its `maxclients`, raise that")
+        }
         _ => None,
     };
     let advice = advice.filter(|_| !error.is_connection_refusal());
@@ -147,18 +154,34 @@ pub(crate) fn connect_failed(action: String, error: RedisError, tls: bool) -> Er
     }
 }
 
-/// Whether the server speaks the older protocol only.
+/// Whether the server speaks only the older protocol.
 pub(crate) fn lacks_resp3(error: &RedisError) -> bool {
     error.kind() == ErrorKind::RESP3NotSupported || error.code() == Some("NOPROTO")
 }
 
-/// What a script was told instead of a result, as a code and words; nothing was applied.
-pub(crate) fn refused(action: String, told: &str) -> Error {
-    let (code, rest) = told.split_once(' ').unwrap_or((told, ""));
-    answer_of(code, rest).into_error(action, told)
+/// The error reply that a script received from the server, as a code and text. Nothing was applied.
+pub(crate) fn refused(action: String, reply: &str) -> Error {
+    let (code, rest) = reply.split_once(' ').unwrap_or((reply, ""));
+    answer_of(code, rest).into_error(action, reply)
 }
 
-/// Whether the connection cannot be trusted with another request: it is gone, silent, or leads to the wrong server.
+/// The error that blocks a consumer until somebody has repaired the data.
+pub(crate) fn partially_applied(consumer: &ConsumerId, done: String) -> Error {
+    Error::PartiallyApplied {
+        consumer: consumer.clone(),
+        done,
+        remedy: "undo the commands that were applied, then call `RedisStore::resolve_partial` for the consumer".into(),
+    }
+}
+
+/// The first 1,000 bytes as text without control characters.
+pub(crate) fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1_000)]);
+    text.replace(char::is_control, "\u{fffd}")
+}
+
+/// Whether the connection must not get another request: it is closed, silent, or leads to the wrong
+/// server.
 pub(crate) fn spoils_connection(error: &RedisError) -> bool {
     match error.code() {
         _ if is_protocol_error(error) => true,
@@ -170,8 +193,8 @@ pub(crate) fn spoils_connection(error: &RedisError) -> bool {
     }
 }
 
-/// Whether the server could not take the request, such as one with a value over `proto-max-bulk-len`. It
-/// closes the connection after this answer.
+/// Whether the server could not parse the request, for instance because a value exceeds
+/// `proto-max-bulk-len`. The server closes the connection after this reply.
 pub(crate) fn is_protocol_error(error: &RedisError) -> bool {
     error.code() == Some("ERR") && error.detail().is_some_and(|detail| detail.contains(PROTOCOL))
 }
@@ -194,7 +217,7 @@ impl Answer {
     }
 }
 
-/// What the server answered; `None` if no answer came.
+/// The server's reply; `None` if it did not reply.
 fn answer(error: &RedisError) -> Option<Answer> {
     let code = error.code()?;
     Some(answer_of(code, error.detail().unwrap_or_default()))
@@ -216,7 +239,7 @@ fn answer_of(code: &str, rest: &str) -> Answer {
 mod tests {
     use super::*;
 
-    /// What the server says, and whether it may say otherwise later.
+    /// Error replies, and whether a later attempt may succeed.
     const SAID: [(&str, bool); 30] = [
         ("LOADING Redis is loading the dataset in memory", true),
         (
@@ -274,20 +297,20 @@ mod tests {
             let (code, rest) = said.split_once(' ').expect("words");
             let reply = redis::parse_redis_value(format!("-{said}\r\n").as_bytes());
             let error = reply.and_then(redis::Value::extract_error).expect_err(said);
-            for told in [
+            for error in [
                 write_failed("write".into(), error.clone()),
                 read_failed("read".into(), error.clone()),
                 connect_failed("connect".into(), error.clone(), false),
                 refused("commit".into(), said),
             ] {
-                assert_eq!(told.is_transient(), passes, "{said}: {told}");
-                assert!(!matches!(told, Error::Indeterminate { .. }), "{said}: {told}");
-                assert!(told.to_string().contains(rest), "{told}");
+                assert_eq!(error.is_transient(), passes, "{said}: {error}");
+                assert!(!matches!(error, Error::Indeterminate { .. }), "{said}: {error}");
+                assert!(error.to_string().contains(rest), "{error}");
             }
             let known = answer_of(code, rest).advice.is_some();
             assert_eq!(known, !said.contains("tomorrow") && !said.contains("integer"), "{said}");
         }
-        // Each of them is asked about.
+        // The cases above cover every known reply.
         for (known, ..) in ANSWERS {
             let is_said = |(said, _): &(&str, bool)| said.strip_prefix("ERR ").unwrap_or(said).starts_with(known);
             assert!(SAID.iter().any(is_said) || known == NO_SUCH_DATABASE, "{known}");

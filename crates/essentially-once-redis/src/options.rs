@@ -1,12 +1,14 @@
-//! How to connect.
+//! How to connect, and how to open a log.
 
 use std::{fmt, time::Duration};
 
-use essentially_once::Error;
+use bytes::Bytes;
+use essentially_once::{Error, backend::Retention};
+use redis::Pipeline;
 
-use crate::{Redis, names::check_prefix, server::Server};
+use crate::store::keys::check_prefix;
 
-/// How to connect to Redis; see [`Redis::connect`].
+/// How to connect to Redis; see [`Redis::connect`](crate::Redis::connect).
 ///
 /// ```no_run
 /// # use essentially_once_redis::RedisOptions;
@@ -29,17 +31,30 @@ pub struct RedisOptions {
     pub(crate) other_nodes: Vec<String>,
     pub(crate) sentinel: Option<Sentinel>,
     #[cfg(feature = "tls")]
-    pub(crate) certificates: Option<redis::TlsCertificates>,
+    pub(crate) root_certificates: Vec<Vec<u8>>,
+    #[cfg(feature = "tls")]
+    pub(crate) client_certificate: Option<Vec<u8>>,
+    #[cfg(feature = "tls")]
+    pub(crate) client_key: Option<Vec<u8>>,
 }
 
-/// How many replicas must have a write before it counts, and how long to wait for them.
+/// How many replicas must confirm a write, and how long to wait for them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MinReplicas {
     pub(crate) replicas: u32,
     pub(crate) timeout: Duration,
 }
 
-/// Who to ask for the master's address.
+impl MinReplicas {
+    /// Adds the command that waits for them. `check` keeps the timeout above 0, which `WAIT` takes
+    /// as "forever".
+    pub(crate) fn wait(self, pipeline: &mut Pipeline) {
+        let millis = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
+        pipeline.cmd("WAIT").arg(self.replicas).arg(millis);
+    }
+}
+
+/// The Sentinels that know the master's address.
 #[derive(Clone)]
 pub(crate) struct Sentinel {
     pub(crate) master: String,
@@ -47,7 +62,8 @@ pub(crate) struct Sentinel {
 }
 
 impl RedisOptions {
-    /// The defaults: 10 seconds, 16 MiB, prefix `essentially-once`, no replicas waited for.
+    /// The defaults: a timeout of 10 seconds, records of up to 16 MiB, the prefix
+    /// `essentially-once`, and no waiting for replicas.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(10),
@@ -57,64 +73,72 @@ impl RedisOptions {
             other_nodes: Vec::new(),
             sentinel: None,
             #[cfg(feature = "tls")]
-            certificates: None,
+            root_certificates: Vec::new(),
+            #[cfg(feature = "tls")]
+            client_certificate: None,
+            #[cfg(feature = "tls")]
+            client_key: None,
         }
     }
 
-    /// How long to wait for a connection, and for each reply; from a millisecond to a day. A commit or append without a reply by then is
-    /// [`Error::Indeterminate`].
+    /// How long to wait for a connection, and for each reply: from 1 ms to 24 h. A commit or append
+    /// without a reply in that time fails with [`Error::Indeterminate`].
     ///
-    /// A call on a server that does not answer fails after twice this time and a second at most:
-    /// the second is for asking whether a connection that was idle still works, and then come a new
-    /// connection and the reply. Each [further node](Self::other_nodes) and
-    /// [Sentinel](Self::sentinel) adds this time, [replicas](Self::min_replicas) add their own, and
-    /// a reader that waits for the next record takes two seconds more. An append of many megabytes
-    /// waits for a reply for each.
+    /// A call to a server that does not answer fails after at most twice this time plus a second:
+    /// one second to check an idle connection, then this time to reconnect, then this time for the
+    /// reply. Each [further node](Self::other_nodes) and each [Sentinel](Self::sentinel) adds this
+    /// time once. [Replicas](Self::min_replicas) add their own timeout, and a reader that waits for
+    /// the next record takes two seconds more. An append of many megabytes waits for one reply per
+    /// megabyte.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
+        self.timeout = timeout;
         self
     }
 
-    /// Largest record (key, headers and payload together), state key or state value, in bytes. Redis itself takes 512 MiB
-    /// (`proto-max-bulk-len`).
+    /// The largest record (key, headers and payload together), state key or state value, in bytes.
+    /// Redis itself accepts 512 MiB (`proto-max-bulk-len`).
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;
         self
     }
 
-    /// What the names of this crate's own keys begin with: `<prefix>:{<consumer>}:position` and so on. Two services that share
-    /// a server and have consumers of the same name need different ones.
+    /// The prefix of this crate's own keys, as in `<prefix>:{<consumer>}:position`. Two services
+    /// that share a server and have consumers of the same name need different prefixes.
     ///
-    /// Braces are refused, because they mark what cluster slots are computed from, and so is a segment `retention` after the first
-    /// (`shop:retention`): keys of two prefixes could be equal.
+    /// A prefix must not contain braces, because a cluster computes slots from the text between
+    /// them. After the first segment it must not contain the segment `retention`
+    /// (`shop:retention`), because keys of two prefixes could then be equal.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
         self
     }
 
-    /// Waits after each append and commit until so many replicas have it (`WAIT`), for `timeout` at most: then it is
-    /// [`Error::Indeterminate`], since the master has it and the replicas may not. It lowers the odds that a fail-over loses what was
-    /// acknowledged; Redis cannot rule it out.
+    /// Waits after each append and commit until this many replicas have it (`WAIT`). If they do not
+    /// confirm within `timeout`, the call fails with [`Error::Indeterminate`], since the master has
+    /// the write and the replicas may not. This makes it less likely that a failover loses
+    /// acknowledged writes. Redis cannot rule it out. With 0 replicas, as by default, calls do not
+    /// wait. The timeout is from 1 ms to 24 h.
     #[must_use]
     pub fn min_replicas(mut self, replicas: u32, timeout: Duration) -> Self {
         self.min_replicas = (replicas > 0).then_some(MinReplicas { replicas, timeout });
         self
     }
 
-    /// Further nodes of a cluster, as URLs, to ask for the others when the one given to [`connect`](Self::connect) does not answer. Only
-    /// their addresses are used.
+    /// Further nodes of a cluster, as URLs. They are asked for the cluster's layout when the node
+    /// given to [`connect`](Self::connect) does not answer. Only their addresses are used.
     #[must_use]
     pub fn other_nodes(mut self, urls: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.other_nodes = urls.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Asks Sentinels for the address of the master of that name, at every connection. Each Sentinel's URL may have a user and password
-    /// of its own. The URL given to [`connect`](Self::connect) then says what holds for the master: user, password, database,
-    /// TLS; its host and port are not used.
+    /// Asks Sentinels for the address of the master with this name, for every new connection. Each
+    /// Sentinel's URL may have its own user and password. The URL given to
+    /// [`connect`](Self::connect) then supplies the master's user, password, database and TLS. Its
+    /// host and port are ignored.
     #[must_use]
     pub fn sentinel(mut self, master: impl Into<String>, urls: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.sentinel = Some(Sentinel {
@@ -124,64 +148,63 @@ impl RedisOptions {
         self
     }
 
-    /// Trusts this certificate authority (PEM) instead of the system's, for `rediss://`.
+    /// Trusts the certificate authorities in this PEM text, in addition to the system's, for
+    /// `rediss://` URLs. Several calls add up.
+    ///
+    /// TLS uses the process's default cryptography provider of `rustls` if the program has
+    /// installed one, and `ring` otherwise. This crate installs none.
     #[cfg(feature = "tls")]
     #[must_use]
-    pub fn root_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
-        self.certificates().root_cert = Some(pem.into());
+    pub fn add_root_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.root_certificates.push(pem.into());
         self
     }
 
-    /// Shows this certificate and key (PEM) to the server, for `rediss://`.
+    /// Presents this certificate (PEM, with its chain) to the server, for `rediss://` URLs. It
+    /// needs a [`client_key`](Self::client_key).
     #[cfg(feature = "tls")]
     #[must_use]
-    pub fn client_certificate(mut self, certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
-        self.certificates().client_tls = Some(redis::ClientTlsConfig {
-            client_cert: certificate.into(),
-            client_key: key.into(),
-        });
+    pub fn client_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.client_certificate = Some(pem.into());
         self
     }
 
-    /// Connects: `redis://[user:password@]host[:port][/database]`, `rediss://` for TLS,
-    /// `redis+unix:///path` for a socket.
-    ///
-    /// RESP3 is spoken if the server knows it: only then does the client library report at once
-    /// that a connection ended. `?protocol=resp2` keeps to the older protocol, for instance for a
-    /// proxy.
-    ///
-    /// # Errors
-    /// [`Error::InvalidSetting`]; [`Error::Failed`] for a certificate that is not trusted, a refused user or password, or a server older than Redis 7.0;
-    /// [`Error::Unavailable`] if the server cannot be reached. No message holds the URL's user or password.
-    pub async fn connect(self, url: &str) -> Result<Redis, Error> {
-        check_prefix(&self.prefix)?;
-        #[cfg(feature = "tls")]
-        self.check_certificates()?;
-        Server::connect(self, url).await.map(Redis::new)
+    /// The private key (PEM) of the [`client_certificate`](Self::client_certificate).
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn client_key(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.client_key = Some(pem.into());
+        self
     }
 
-    /// An authority without a certificate would show as a server that nobody trusts.
-    #[cfg(feature = "tls")]
-    fn check_certificates(&self) -> Result<(), Error> {
-        use rustls::pki_types::{CertificateDer, pem::PemObject as _};
-
-        let root = self.certificates.as_ref().and_then(|given| given.root_cert.as_ref());
-        match root.map(|pem| CertificateDer::pem_slice_iter(pem).next()) {
-            None | Some(Some(Ok(_))) => Ok(()),
-            Some(_) => Err(Error::InvalidSetting {
-                setting: "root_certificate",
-                reason: "it holds no certificate in PEM format".into(),
-            }),
+    /// Refuses values that are out of range.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        check_timeout("timeout", self.timeout)?;
+        if let Some(min) = self.min_replicas {
+            check_timeout("min_replicas", min.timeout)?;
         }
+        check_prefix(&self.prefix)
     }
 
-    #[cfg(feature = "tls")]
-    fn certificates(&mut self) -> &mut redis::TlsCertificates {
-        self.certificates.get_or_insert(redis::TlsCertificates {
-            client_tls: None,
-            root_cert: None,
-        })
+    /// Whether TLS is configured, so that a URL without it must be a mistake.
+    pub(crate) fn has_certificates(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return !self.root_certificates.is_empty() || self.client_certificate.is_some() || self.client_key.is_some();
+        #[cfg(not(feature = "tls"))]
+        return false;
     }
+}
+
+fn check_timeout(setting: &'static str, timeout: Duration) -> Result<(), Error> {
+    const LEAST: Duration = Duration::from_millis(1);
+    const MOST: Duration = Duration::from_secs(24 * 60 * 60);
+    if (LEAST..=MOST).contains(&timeout) {
+        return Ok(());
+    }
+    Err(Error::InvalidSetting {
+        setting,
+        reason: format!("a timeout of {timeout:?} is out of range: choose 1 ms to 24 h"),
+    })
 }
 
 impl Default for RedisOptions {
@@ -191,7 +214,7 @@ impl Default for RedisOptions {
 }
 
 impl fmt::Debug for RedisOptions {
-    /// Nodes and Sentinels are counted and not shown: their URLs may hold passwords.
+    /// Shows only the number of nodes and Sentinels, since their URLs may contain passwords.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisOptions")
             .field("timeout", &self.timeout)
@@ -204,5 +227,112 @@ impl fmt::Debug for RedisOptions {
                 &self.sentinel.as_ref().map_or(0, |sentinel| sentinel.urls.len()),
             )
             .finish_non_exhaustive()
+    }
+}
+
+/// How to open a log, and what it keeps; see [`Redis::log_with`](crate::Redis::log_with).
+///
+/// ```
+/// # use essentially_once_redis::{LogOptions, Retention};
+/// let options = LogOptions::new()
+///     .stream("{shop}:orders")
+///     .payload_field("json")
+///     .retention(Retention::new().max_records(1_000_000));
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LogOptions {
+    pub(crate) stream: Option<Bytes>,
+    pub(crate) payload_field: String,
+    pub(crate) key_field: String,
+    pub(crate) retention: Retention,
+    pub(crate) existing: bool,
+}
+
+impl LogOptions {
+    /// The defaults: a missing stream is created, the log's name is the stream's key, entries of
+    /// other programs have the fields `payload` and `key`, and everything is kept.
+    pub fn new() -> Self {
+        Self {
+            stream: None,
+            payload_field: "payload".into(),
+            key_field: "key".into(),
+            retention: Retention::default(),
+            existing: false,
+        }
+    }
+
+    /// Fails if the stream does not exist, instead of creating it. Useful for services that only
+    /// read, which would otherwise wait forever at a misspelled name.
+    #[must_use]
+    pub fn existing(mut self) -> Self {
+        self.existing = true;
+        self
+    }
+
+    /// The key of the stream, if it differs from the log's name. Braces in it must form a hash tag,
+    /// as a cluster uses them.
+    #[must_use]
+    pub fn stream(mut self, key: impl Into<Vec<u8>>) -> Self {
+        self.stream = Some(key.into().into());
+        self
+    }
+
+    /// The field that holds the payload in entries of other programs.
+    #[must_use]
+    pub fn payload_field(mut self, name: impl Into<String>) -> Self {
+        self.payload_field = name.into();
+        self
+    }
+
+    /// The field that holds the key in entries of other programs.
+    #[must_use]
+    pub fn key_field(mut self, name: impl Into<String>) -> Self {
+        self.key_field = name.into();
+        self
+    }
+
+    /// Which records the log keeps. This applies to the handle and is not stored: its appends
+    /// remove expired records, at most once a second and after the append has returned.
+    /// [`RedisLog::trim`](crate::RedisLog::trim) removes them at once. Redis cannot keep a limit in
+    /// bytes, and opening the log with one fails with [`Error::InvalidSetting`].
+    #[must_use]
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.retention = retention;
+        self
+    }
+}
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_out_of_range_are_refused() {
+        let day = Duration::from_secs(24 * 60 * 60);
+        let with = |timeout| RedisOptions::new().timeout(timeout);
+        let waiting = |timeout| RedisOptions::new().min_replicas(1, timeout);
+        for timeout in [Duration::from_millis(1), Duration::from_secs(10), day] {
+            with(timeout).check().expect("in range");
+            waiting(timeout).check().expect("in range");
+        }
+        for timeout in [
+            Duration::ZERO,
+            Duration::from_micros(999),
+            day + Duration::from_nanos(1),
+        ] {
+            for (options, name) in [(with(timeout), "timeout"), (waiting(timeout), "min_replicas")] {
+                let error = options.check().expect_err("out of range");
+                assert!(
+                    matches!(error, Error::InvalidSetting { setting, .. } if setting == name),
+                    "{error}"
+                );
+            }
+        }
     }
 }

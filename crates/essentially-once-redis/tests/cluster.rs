@@ -1,4 +1,4 @@
-//! A cluster of three nodes: who is where, what moves, and what is killed.
+//! A cluster of three nodes: placement of keys, moving slots, and killed nodes.
 
 mod common;
 
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A cluster, and for each node a log and a consumer whose keys it holds.
+/// A cluster with one log and one consumer per node.
 struct Stage {
     cluster: RedisCluster,
     redis: Redis,
@@ -82,7 +82,7 @@ impl Stage {
         Running { task, stop, seen }
     }
 
-    /// Holds the ledger against the log, and the native commands against the ledger.
+    /// Compares the ledger with the log, and the native commands with the ledger.
     async fn judge(&self, index: usize, log: usize, messages: u64) -> Outcome {
         let (store, consumer) = (self.redis.store(), &self.consumers[index]);
         judge(&self.logs[log], &store, consumer, messages).await?;
@@ -96,7 +96,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Has two nodes agree that a slot is moving.
+    /// Makes two nodes agree that a slot is moving.
     fn begin_move(&self, slot: &str, from: usize, to: usize) -> Outcome {
         let (from, to) = (self.node(from), self.node(to));
         let (source, target) = (from.command(&["CLUSTER", "MYID"])?, to.command(&["CLUSTER", "MYID"])?);
@@ -105,7 +105,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Moves up to so many of the slot's keys, and returns how many.
+    /// Moves up to this many keys of the slot, and returns their number.
     fn move_keys(&self, slot: &str, from: usize, to: usize, count: usize) -> Result<usize, Source> {
         let keys = self
             .node(from)
@@ -120,7 +120,7 @@ impl Stage {
 
     fn end_move(&self, slot: &str, to: usize) -> Outcome {
         let target = self.node(to).command(&["CLUSTER", "MYID"])?;
-        // The new owner first, so that there is always one.
+        // Set the new owner first, so that the slot always has one.
         for node in [to, (to + 1) % 3, (to + 2) % 3] {
             self.node(node)
                 .command(&["CLUSTER", "SETSLOT", slot, "NODE", target.text()])?;
@@ -131,7 +131,7 @@ impl Stage {
 
 type TestConsumer = Consumer<RedisStore, Watched<Tally>, EssentiallyOnce>;
 
-/// A consumer in the background.
+/// A consumer that runs in the background.
 struct Running {
     task: JoinHandle<Result<Report, Error>>,
     stop: CancellationToken,
@@ -144,7 +144,7 @@ impl Running {
         Ok(())
     }
 
-    /// Waits until it fails, from now on.
+    /// Waits for its next failure.
     async fn fails(&mut self) -> Outcome {
         let before = self.seen.borrow().resets;
         until(&mut self.seen, |seen| seen.resets > before).await?;
@@ -157,7 +157,7 @@ impl Running {
     }
 }
 
-/// Writes a ledger, and counts by key with a native command.
+/// Writes a ledger, and counts records by key with a native command.
 struct Tally;
 
 #[async_trait]
@@ -185,12 +185,12 @@ fn slot_of(cluster: &RedisCluster, key: &str) -> Result<usize, Source> {
     }
 }
 
-/// For each node a name whose key it holds.
+/// One name per node, whose keys that node holds.
 fn names(cluster: &RedisCluster, key: impl Fn(&str) -> String) -> Result<[String; 3], Source> {
     let mut names: [Option<String>; 3] = Default::default();
     for letter in 'a'..='z' {
         let name = letter.to_string();
-        // The nodes share the slots in equal parts.
+        // Each node has an equal share of the slots.
         let node = slot_of(cluster, &key(&name))? * 3 / 16_384;
         names[node] = Some(name);
     }
@@ -208,7 +208,7 @@ async fn logs_and_consumers_are_on_all_nodes() -> Outcome {
         let (consumer, _) = stage.consumer(index, log);
         consumer.run_until_caught_up().await?;
         stage.judge(index, log, MESSAGES).await?;
-        // They are where their slots say, and nowhere else.
+        // The keys are on the nodes of their slots and on no others.
         for node in 0..3 {
             let keys = stage.node(node).command(&["KEYS", "*"])?;
             let has = |key: &str| keys.list().iter().any(|found| found.text() == key);
@@ -227,7 +227,7 @@ async fn logs_and_consumers_are_on_all_nodes() -> Outcome {
     Ok(())
 }
 
-/// Writes something that is fine, and something in another slot.
+/// Writes a key in the right slot, and one in another.
 struct Astray;
 
 #[async_trait]
@@ -288,7 +288,7 @@ async fn a_command_in_another_slot_is_refused() -> Outcome {
         };
         ensure!(!keys.list().iter().any(applied), "{keys:?}");
     }
-    // Another handler goes on at the same record.
+    // Another handler continues at the same record.
     stage.consumer(0, 0).0.run_until_caught_up().await?;
     stage.judge(0, 0, 1).await
 }
@@ -302,7 +302,7 @@ async fn a_consumer_follows_its_slot() -> Outcome {
     running.handles(10).await?;
     stage.begin_move(&slot, 0, 2)?;
     ensure!(stage.move_keys(&slot, 0, 2, 1)? == 1, "there is nothing to move");
-    // One of its keys is there and the others are here: nobody can commit.
+    // The consumer's keys are on two nodes, so no commit can succeed.
     send(log, 10..20).await?;
     running.fails().await?;
     while stage.move_keys(&slot, 0, 2, 10)? > 0 {}
@@ -312,7 +312,7 @@ async fn a_consumer_follows_its_slot() -> Outcome {
     send(log, 20..MESSAGES).await?;
     running.handles(MESSAGES).await?;
     let report = running.stop().await?;
-    // A commit that an adapter sends again is fenced by itself.
+    // If an adapter repeats a commit, the first one fences the second.
     ensure!(report.fenced == 0 && report.restarts >= 2, "{report}");
     stage.judge(0, 1, MESSAGES).await
 }
@@ -355,7 +355,7 @@ async fn a_node_that_is_killed_comes_back() -> Outcome {
             consumer.handles(handled + MORE).await?;
         }
         tokio::task::block_in_place(|| stage.node(killed).restart())?;
-        // The killed node holds this one's position.
+        // The killed node holds the position of this consumer.
         running[killed].fails().await?;
     }
     for consumer in &mut running {

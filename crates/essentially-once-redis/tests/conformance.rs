@@ -1,4 +1,4 @@
-//! Redis under all conformance cases of the test kit, each on a private server.
+//! Runs all conformance cases of the test kit on Redis, each on a private server.
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// Who removes old records.
+/// The party that removes old records.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Trims {
     Ourselves,
@@ -54,7 +54,7 @@ impl Harness for RedisHarness {
         capabilities.truncate = Support::Yes;
         capabilities.truncate_all = match self.trims {
             Trims::Ourselves => Support::Yes,
-            Trims::Others => Support::No("Redis does not tell how far others have trimmed an empty stream"),
+            Trims::Others => Support::No("Redis does not report how far others have trimmed an empty stream"),
         };
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::Yes;
@@ -83,16 +83,16 @@ impl Harness for RedisHarness {
     }
 }
 
-/// A server of its own, killed and removed with this value.
+/// A private server, killed and removed when this value is dropped.
 struct Server {
     server: RedisServer,
-    /// Started by the cases that cut connections; handles opened from then on go through it.
+    /// Started by the cases that cut connections. Handles opened later connect through it.
     proxy: OnceCell<Proxy>,
     trims: Trims,
 }
 
 impl Server {
-    /// A handle of its own for each caller: they meet in the server only, as processes do.
+    /// Each caller gets its own handle, so callers only share the server, as processes do.
     async fn open(&self) -> Result<Redis, Error> {
         let options = RedisOptions::new().record_limit(RECORD_LIMIT);
         match self.proxy.get() {
@@ -127,7 +127,7 @@ impl Backend for Server {
         }
         let kept = self.server.command(&["XRANGE", log, &before, "+"])?.list().len();
         if kept == 0 {
-            // By number one is kept at least; by age all are removed.
+            // A limit on records keeps at least one. A limit on age can remove all.
             let retention = Retention::new().max_age(Duration::from_millis(1));
             tokio::time::sleep(Duration::from_millis(5)).await;
             let options = LogOptions::new().retention(retention);
@@ -157,7 +157,7 @@ impl Backend for Server {
         Ok(())
     }
 
-    /// Both scripts are sent in no other way, and nothing else sends these bytes.
+    /// Only these scripts contain these bytes, and they are sent in no other form.
     async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
         let start = async || Proxy::start(self.server.port());
         let pattern: &[u8] = match request {

@@ -1,4 +1,4 @@
-//! Connections that end, stand still, are dropped half-made, or outlive their use.
+//! Connections that are closed, blocked, dropped while opening, or unused.
 
 mod common;
 
@@ -44,7 +44,7 @@ fn impatient() -> Result<RedisServer, Source> {
     RedisServer::durable().with(&[("timeout", "1")]).start()
 }
 
-/// How many clients are connected over TCP; this question is asked over the socket.
+/// The number of clients connected over TCP. The query itself uses the socket.
 fn clients(server: &RedisServer) -> Result<usize, Source> {
     let list = server.command(&["CLIENT", "LIST", "TYPE", "NORMAL"])?;
     Ok(list
@@ -54,7 +54,7 @@ fn clients(server: &RedisServer) -> Result<usize, Source> {
         .count())
 }
 
-/// Waits until at most so many clients are connected.
+/// Waits until at most this many clients are connected.
 async fn until_clients(server: &RedisServer, most: usize) -> Outcome {
     eventually(|| async {
         Ok(match clients(server)? {
@@ -91,7 +91,7 @@ async fn an_idle_reader_goes_on() -> Outcome {
     log.append(&records(0..30)).await?;
     let mut reader = log.read(Offset::ZERO).await?;
     let mut seen = Vec::new();
-    // With more to read, then at the end.
+    // First with more records to read, then at the end.
     for most in [10, 10, 10, 1] {
         if seen.len() == 30 {
             log.append(&records(30..31)).await?;
@@ -116,7 +116,8 @@ async fn an_idle_reader_does_not_go_on_elsewhere() -> Outcome {
         match elsewhere {
             "restarted" => tokio::task::block_in_place(|| server.restart())?,
             "of another history" => {
-                // As a master that was a replica for a while: what it holds may be another's.
+                // Like a master that was a replica for a while, this server may hold another
+                // server's data.
                 server.command(&["REPLICAOF", "127.0.0.1", "1"])?;
                 server.command(&["REPLICAOF", "NO", "ONE"])?;
             }
@@ -127,7 +128,7 @@ async fn an_idle_reader_does_not_go_on_elsewhere() -> Outcome {
         let error = timeout(LIMIT, reader.next(1)).await?.expect_err(elsewhere);
         ensure!(matches!(error, Error::Unavailable { .. }), "{elsewhere}: {error}");
         ensure!(error.to_string().contains("another server"), "{elsewhere}: {error}");
-        // A new one begins with a look at where it is.
+        // A new reader first checks its place.
         let mut reader = log.read(Offset::ZERO).await?;
         ensure!(timeout(LIMIT, reader.next(10)).await??.len() == 3, "three records");
     }
@@ -157,7 +158,7 @@ async fn an_idle_store_commits() -> Outcome {
     Ok(())
 }
 
-/// Takes longer than the server is patient.
+/// Takes longer than the server's idle timeout.
 struct Slow(Arc<AtomicU64>);
 
 #[async_trait]
@@ -194,6 +195,8 @@ async fn a_connection_that_was_cut_is_replaced_before_use() -> Outcome {
     for n in 0..10 {
         proxy.cut();
         until_clients(&server, 0).await?;
+        // The client's task may see the end a moment after the server.
+        tokio::time::sleep(Duration::from_millis(20)).await;
         log.append(&records(n..n + 1)).await?;
     }
     Ok(())
@@ -207,7 +210,7 @@ async fn nothing_is_sent_on_an_idle_connection_that_is_silent() -> Outcome {
     let (log, store, id) = (redis.log("orders").await?, redis.store(), ConsumerId::new("shipping")?);
     log.append(&records(0..1)).await?;
     store.position(&id).await?;
-    // Long enough to be asked whether it is still there.
+    // Idle long enough to need a `PING`.
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     proxy.hold(true);
     let (records, tx) = (records(1..2), store.begin(&id).await?);
@@ -234,8 +237,8 @@ async fn frozen<T>(what: &str, call: impl Future<Output = Result<T, Error>>, lim
 
 async fn a_frozen_server_holds_up_no_call_for_long() -> Outcome {
     let time_out = Duration::from_millis(400);
-    // As the documentation of the time-out says; half a second is for a machine with other work to
-    // do.
+    // The limits that the documentation of the timeout states. The half second allows for a busy
+    // machine.
     let limit = 2 * time_out + Duration::from_millis(1_500);
     let (server, id) = (RedisServer::durable().start()?, ConsumerId::new("shipping")?);
     let redis = RedisOptions::new().timeout(time_out).connect(&server.url()).await?;
@@ -298,7 +301,7 @@ async fn calls_that_are_dropped_leave_no_connection() -> Outcome {
         drop(timeout(patience, log.read(Offset::ZERO)).await);
         drop(timeout(patience / 3, redis.log("orders")).await);
         drop(timeout(patience / 3, redis.store().position(&id)).await);
-        // A reader that waits for its next record.
+        // This reader waits for its next record.
         let reading = async {
             let mut reader = log.read(Offset::ZERO).await?;
             loop {
@@ -316,7 +319,7 @@ async fn calls_that_are_dropped_leave_no_connection() -> Outcome {
 async fn unused_connections_are_closed() -> Outcome {
     let server = Arc::new(RedisServer::durable().start()?);
     let moved = Arc::clone(&server);
-    // Its clock can be moved.
+    // The clock of this runtime can be moved.
     let test = move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
@@ -355,7 +358,7 @@ async fn handles_work_on_a_second_runtime() -> Outcome {
             ensure!(reader.next(1).await?.len() == 1, "one record");
             Ok::<_, Source>((log, store, reader))
         })?;
-        // The first one lives, and stands still.
+        // The first runtime still exists, and is blocked.
         let mut seen = second.block_on(used(&log, &store, &mut *reader, 0))?;
         drop(second);
         seen += first.block_on(used(&log, &store, &mut *reader, 1))?;
@@ -367,7 +370,7 @@ async fn handles_work_on_a_second_runtime() -> Outcome {
     tokio::task::spawn_blocking(test).await?
 }
 
-/// Uses everything, and returns how many records it read.
+/// Uses log, reader and store, and returns the number of records read.
 async fn used(
     log: &RedisLog,
     store: &RedisStore,

@@ -1,4 +1,4 @@
-//! A replica takes over: with everything, or without what the master never sent it.
+//! A replica takes over, with all data or without the latest.
 
 mod common;
 
@@ -40,7 +40,7 @@ struct Stage {
 }
 
 impl Stage {
-    /// When both have the same.
+    /// Waits until both have the same data.
     async fn start() -> Result<Self, Source> {
         let master = RedisServer::durable()
             .with(&[("repl-diskless-sync-delay", "0")])
@@ -56,21 +56,21 @@ impl Stage {
         Ok(stage)
     }
 
-    /// From here on the replica hears of nothing, and Sentinels that start later do not hear of it.
+    /// Cuts the replica off. Sentinels that start later do not learn of it.
     fn cut_off_replica(&self) -> Outcome {
         self.replica.command(&["REPLICAOF", "NO", "ONE"])?;
         self.master.command(&["CLIENT", "KILL", "TYPE", "REPLICA"])?;
         Ok(())
     }
 
-    /// The log, on the master; what is appended by it is on the replica too.
+    /// The log on the master. Its appends wait for the replica.
     async fn open_replicated(&self) -> Result<RedisLog, Error> {
         let redis = waiting(LIMIT).connect(&self.master.url()).await?;
         redis.log("orders").await
     }
 
-    /// Sentinels of which the first knows the master, and the second what was cut off from it: asked in this order, they name the one
-    /// while it lives, and then the other.
+    /// Two Sentinels. The first knows the master, the second the server cut off from it. Asked in
+    /// this order, they name the master while it lives, and then the other server.
     fn sentinels(&self) -> Result<[RedisSentinel; 2], Source> {
         Ok([
             RedisSentinel::start(NAME, &self.master)?,
@@ -79,7 +79,7 @@ impl Stage {
     }
 }
 
-/// By the Sentinels' word alone: nobody listens on that port.
+/// Connects through the Sentinels alone. No server listens on the port in the URL.
 async fn connect(sentinels: &[RedisSentinel]) -> Result<Redis, Error> {
     RedisOptions::new()
         .timeout(LIMIT)
@@ -88,12 +88,12 @@ async fn connect(sentinels: &[RedisSentinel]) -> Result<Redis, Error> {
         .await
 }
 
-/// Asks for one replica.
+/// Requires one replica.
 fn waiting(limit: Duration) -> RedisOptions {
     RedisOptions::new().min_replicas(1, limit)
 }
 
-/// A consumer in the background.
+/// A consumer that runs in the background.
 struct Running {
     task: JoinHandle<Result<Report, Error>>,
     stop: CancellationToken,
@@ -110,8 +110,7 @@ impl Running {
             .max_batch(3)
             .min_backoff(Duration::from_millis(5))
             .max_backoff(Duration::from_millis(100));
-        // A store in memory is volatile; the servers are set up to be durable, and consumers check
-        // that.
+        // A store in memory is volatile. The servers are durable, and consumers check that.
         let consumer = match in_memory {
             true => consumer.accept_volatile(),
             false => consumer,
@@ -145,7 +144,7 @@ async fn a_consumer_goes_on_with_the_new_master() -> Outcome {
     running.stop.cancel();
     let report = running.ends().await??;
     ensure!(failed > 0 && report.restarts > 0, "{failed} appends failed; {report}");
-    // Judged by what the new master has.
+    // Judge by the new master's data.
     let redis = Redis::connect(&stage.replica.url()).await?;
     let (log, store) = (redis.log("orders").await?, redis.store());
     let rest = Consumer::essentially_once(stage.consumer.clone(), log.clone(), store.clone(), Ledger);
@@ -153,7 +152,7 @@ async fn a_consumer_goes_on_with_the_new_master() -> Outcome {
     agree(&read_log(&log).await?, &store, &stage.consumer).await
 }
 
-/// Has the consumer handle what the replica will never hear of.
+/// Makes the consumer handle records that the replica never receives.
 async fn lose_the_tail<S>(stage: &Stage, redis: &Redis, store: S, in_memory: bool) -> Result<(Running, Bounds), Source>
 where
     S: OffsetStore<Tx: essentially_once::KeyValue> + 'static,
@@ -180,7 +179,7 @@ async fn a_store_elsewhere_notices_that_the_tail_is_gone() -> Outcome {
         other => Err(Source::from(format!("the tail is gone, and: {other:?}"))),
     };
     past_end(running.ends().await?)?;
-    // And so it is for one that starts only now.
+    // A consumer that starts now finds the same.
     let log = insist(|| redis.log("orders")).await?;
     let late = Running::start(&stage.consumer, log, store.clone(), true).await;
     past_end(late.ends().await?)?;
@@ -198,14 +197,15 @@ async fn position_and_state_on_the_same_server_go_back_together() -> Outcome {
     let redis = connect(&sentinels).await?;
     let (mut running, _) = lose_the_tail(&stage, &redis, redis.store(), false).await?;
     stage.master.kill()?;
-    // Only while the log is shorter than what was read can the consumer tell that both went back.
+    // The consumer can only detect that both went back while the log is shorter than it was when
+    // read.
     let new_master = Redis::connect(&stage.replica.url()).await?.store();
     let deadline = Instant::now() + LIMIT;
     while new_master.position(&stage.consumer).await?.is_none() {
-        ensure!(Instant::now() < deadline, "the consumer does not go on");
+        ensure!(Instant::now() < deadline, "the consumer makes no progress");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // The sender, who knows of nothing, goes on.
+    // The sender has noticed nothing and continues.
     let log = insist(|| redis.log("orders")).await?;
     send(&log, 10..20).await?;
     until(&mut running.seen, |seen| seen.handled == 20).await?;
@@ -239,8 +239,8 @@ async fn replicas_are_waited_for() -> Outcome {
     in_doubt(log.append(&[message(2)]).await.map(drop))?;
     in_doubt(commit(&store, &stage.consumer, &log, 1).await)?;
     stage.replica.thaw();
-    // In doubt, and done.
-    ensure!(read_log(&log).await?.len() == 3, "the record is not there");
+    // The outcomes were unknown, and both were applied.
+    ensure!(read_log(&log).await?.len() == 3, "the record is missing");
     let position = store.position(&stage.consumer).await?;
     ensure!(
         position.is_some_and(|position| position.revision.count() == 2),
@@ -271,7 +271,7 @@ async fn an_old_master_refuses_for_now() -> Outcome {
     stage.replica.command(&["REPLICAOF", "NO", "ONE"])?;
     let port = stage.replica.port().to_string();
     stage.master.command(&["REPLICAOF", "127.0.0.1", &port])?;
-    // If it has to fetch everything anew, it loads that first.
+    // A replica that needs a full copy loads it first.
     let says = |error: &Error| {
         ["a replica now", "is loading"]
             .iter()
@@ -281,7 +281,7 @@ async fn an_old_master_refuses_for_now() -> Outcome {
         Err(error @ Error::Unavailable { .. }) if says(&error) => Ok(()),
         other => Err(Source::from(format!("it is a replica, and: {other:?}"))),
     };
-    // A second time on a new connection.
+    // Try again on a new connection.
     for _ in 0..2 {
         refused(log.append(&[message(1)]).await.map(drop))?;
         refused(commit(&store, &stage.consumer, &log, 1).await)?;

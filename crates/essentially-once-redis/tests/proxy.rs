@@ -1,4 +1,4 @@
-//! Connections that are cut in the middle of a commit or append, and a network that swallows everything.
+//! Connections that break in the middle of a commit or append, and a silent network.
 
 mod common;
 
@@ -17,9 +17,9 @@ use test_servers::{Cut, Proxy, RedisServer};
 use common::{LIMIT, Outcome, Watched, cases, ensure, insist, judge, message, run, send, until};
 
 const MESSAGES: u64 = 12;
-/// What only a commit sends.
+/// Bytes that only a commit sends.
 const COMMIT: &[u8] = b"EVALSHA\r\n";
-/// How long a silent network is waited for.
+/// The timeout in a silent network.
 const SHORT: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A server, a way to it through the proxy, and one around it.
+/// A server, a handle through the proxy, and a direct one.
 struct Stage {
     proxy: Arc<Proxy>,
     through: Redis,
@@ -57,14 +57,14 @@ impl Stage {
             proxy,
             _server: server,
         };
-        // From here on the server knows the script, so that a commit is one request.
+        // The server now knows the script, so a commit is one request.
         stage
             .consume(stage.log("first").await?, &ConsumerId::new("first")?, 1, None)
             .await?;
         Ok(stage)
     }
 
-    /// A log with all messages, of which some were sent twice.
+    /// A log with all messages, some of them sent twice.
     async fn log(&self, name: &str) -> Result<RedisLog, Error> {
         let log = self.around.log(name).await?;
         send(&log, 0..MESSAGES / 2).await?;
@@ -73,7 +73,8 @@ impl Stage {
         Ok(log)
     }
 
-    /// Runs a consumer through the proxy, with its commit of that number cut, and judges what it did.
+    /// Runs a consumer through the proxy, which cuts the commit with this number, and judges the
+    /// result.
     async fn consume(
         &self,
         log: RedisLog,
@@ -88,7 +89,7 @@ impl Stage {
             cut,
             commits: 0,
         };
-        // The first commit is that of the position, for which the handler is not asked.
+        // The first commit stores the position alone, without a call of the handler.
         handler.arm();
         let report = Consumer::essentially_once(consumer.clone(), reading, store, handler)
             .max_batch(max_batch)
@@ -101,7 +102,7 @@ impl Stage {
     }
 }
 
-/// Keeps the ledger, and cuts the connection at the commit of that number.
+/// Writes a ledger, and cuts the connection at the commit with this number.
 struct CutAt {
     proxy: Arc<Proxy>,
     cut: Option<(u64, Cut)>,
@@ -147,7 +148,7 @@ async fn commits_whose_reply_is_lost_in_batches_of_5() -> Outcome {
     every_commit(Cut::BeforeReply, 5).await
 }
 
-/// One run for each commit, until a run has fewer commits.
+/// Does one run per commit, until a run has fewer commits.
 async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
     let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
     for nth in 0.. {
@@ -158,15 +159,15 @@ async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
             .await;
         let report = consumed.map_err(|error| format!("{cut:?}, commit {nth}: {error}"))?;
         if report.restarts == 0 {
-            ensure!(nth > MESSAGES / max_batch as u64, "there were {nth} commits only");
+            ensure!(nth > MESSAGES / max_batch as u64, "there were only {nth} commits");
             return Ok(());
         }
         ensure!(
             stage.proxy.wait_fired(nth as usize + 1, LIMIT),
             "commit {nth} was not cut"
         );
-        // What a commit whose reply was lost has done counts too. One that an adapter sent again would be fenced by the
-        // first.
+        // A commit whose reply was lost counts too. If an adapter repeated it, the first one would
+        // fence the second.
         ensure!(
             (report.handled, report.restarts, report.fenced) == (MESSAGES, 1, 0),
             "{cut:?}, commit {nth}: {report}"
@@ -187,7 +188,8 @@ async fn appends_whose_reply_is_lost() -> Outcome {
     every_append(Cut::BeforeReply, 2).await
 }
 
-/// Cuts every append once; each message is then in the log so many `times`, and is handled once.
+/// Cuts every append once. The log then has each message `times` times, and the consumer handles it
+/// once.
 async fn every_append(cut: Cut, times: usize) -> Outcome {
     let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
     let log = stage.through.log("orders").await?;
@@ -220,7 +222,7 @@ async fn every_append(cut: Cut, times: usize) -> Outcome {
     Ok(())
 }
 
-/// Writes a ledger, and lets nothing pass any more from its third call on.
+/// Writes a ledger, and silences the network at its third call.
 struct Silencing(Arc<Proxy>, u64);
 
 #[async_trait]
@@ -244,7 +246,7 @@ async fn a_consumer_outlasts_a_silent_network() -> Outcome {
         .min_backoff(Duration::from_millis(1))
         .max_backoff(Duration::from_millis(20));
     let running = tokio::spawn(consumer.run_until_caught_up());
-    // First the commit gets no answer, and then the connection to ask for the position.
+    // First the commit gets no reply, then the connection that reads the position.
     until(&mut seen, |seen| seen.resets == 2).await?;
     stage.proxy.hold(false);
     let report = running.await??;
@@ -264,13 +266,13 @@ async fn a_commit_held_back_is_in_doubt_and_fences_when_it_arrives() -> Outcome 
     };
     let store = stage.through.store();
     insist(|| store.position(&id)).await?;
-    // Only to learn when it was done.
+    // This only shows when the commit was applied.
     stage.proxy.cut_at(COMMIT, Cut::BeforeReply);
     stage.proxy.hold(true);
     let held_back = commit(store, b"held back").await;
     ensure!(matches!(held_back, Err(Error::Indeterminate { .. })), "{held_back:?}");
     let store = stage.around.store();
-    ensure!(store.position(&id).await?.is_none(), "it passed");
+    ensure!(store.position(&id).await?.is_none(), "the proxy let it pass");
     stage.proxy.hold(false);
     ensure!(stage.proxy.wait_fired(1, LIMIT), "it never arrived");
     let next = commit(store.clone(), b"next").await;

@@ -1,6 +1,7 @@
-//! What the tests with faults share: cases, records that are sent until they are there, a handler that can be watched, and the verdict.
+//! Helpers for the tests with faults: cases, a sender that repeats failed appends, a handler that
+//! can be watched, and a judge.
 
-#![allow(dead_code, reason = "each target uses a part of it")]
+#![allow(dead_code, reason = "each target uses only some of it")]
 
 use std::{collections::BTreeSet, future::Future, pin::Pin, process::ExitCode, time::Duration};
 
@@ -11,7 +12,7 @@ use essentially_once::{
 use essentially_once_testkit::{Check, Expectation, Suite, read_ledger, read_log};
 use tokio::sync::watch;
 
-/// How long anything may take; only what is stuck takes so long.
+/// The limit for every wait. Only a stuck test reaches it.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 pub(crate) type Outcome = Result<(), Source>;
@@ -24,7 +25,7 @@ macro_rules! cases {
 }
 pub(crate) use cases;
 
-/// Runs each case as a test; without a server, each is ignored with the reason.
+/// Runs each case as a test. Without a server, every case is ignored, with the reason.
 pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
     let missing = test_servers::redis_server().err();
     let mut suite = Suite::new();
@@ -47,10 +48,10 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
-/// Under the name that the cases use.
+/// Repeats a call until it succeeds.
 pub(crate) use test_servers::insist;
 
-/// The message of that number, with one of three keys.
+/// The message with this number and one of three keys.
 pub(crate) fn message(number: u64) -> NewRecord {
     let producer = ProducerId::new("web").expect("a name");
     NewRecord::new(format!("message {number};"))
@@ -58,7 +59,7 @@ pub(crate) fn message(number: u64) -> NewRecord {
         .origin(Origin::new(producer, Epoch::STABLE, number))
 }
 
-/// Appends the messages of these numbers one by one; what is in doubt is sent again.
+/// Appends these messages one at a time, and repeats each append until it succeeds.
 pub(crate) async fn send(log: &dyn Log, numbers: std::ops::Range<u64>) -> Result<(), Error> {
     for number in numbers {
         let records = [message(number)];
@@ -67,7 +68,7 @@ pub(crate) async fn send(log: &dyn Log, numbers: std::ops::Range<u64>) -> Result
     Ok(())
 }
 
-/// Sends until it is told to stop; returns how many messages, and how many appends failed on the way.
+/// Sends until it is cancelled. Returns the number of messages, and of failed appends.
 pub(crate) async fn send_until(log: impl Log, stop: CancellationToken) -> Result<(u64, usize), Error> {
     let (mut sent, mut failed) = (0, 0);
     while !stop.is_cancelled() {
@@ -79,7 +80,7 @@ pub(crate) async fn send_until(log: impl Log, stop: CancellationToken) -> Result
     Ok((sent, failed))
 }
 
-/// Judges what a consumer that wrote a ledger made of a log which must hold the first `messages` messages.
+/// Checks that the log holds the first `messages` messages, and judges a consumer's ledger of it.
 pub(crate) async fn judge<S>(log: &dyn Log, store: &S, consumer: &ConsumerId, messages: u64) -> Outcome
 where
     S: OffsetStore<Tx: KeyValue>,
@@ -93,7 +94,7 @@ where
     agree(&records, store, consumer).await
 }
 
-/// Judges a consumer by the records that the log has.
+/// Judges a consumer's ledger by the records of the log.
 pub(crate) async fn agree<S>(records: &[Record], store: &S, consumer: &ConsumerId) -> Outcome
 where
     S: OffsetStore<Tx: KeyValue>,
@@ -108,16 +109,17 @@ fn sequence(record: &Record) -> Option<u64> {
     record.origin.as_ref().map(|origin| origin.sequence)
 }
 
-/// What a handler has seen.
+/// The progress of a handler.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Seen {
-    /// So many messages, those dropped as duplicates among them; called again for one of them, it does not count up.
+    /// The number of messages handled, including dropped duplicates. Repeated calls for one message
+    /// count once.
     pub(crate) handled: u64,
-    /// How often its consumer went back to the stored position.
+    /// How often the consumer went back to the stored position.
     pub(crate) resets: u64,
 }
 
-/// Tells what the handler in it sees.
+/// Wraps a handler, and publishes its progress.
 pub(crate) struct Watched<H> {
     inner: H,
     seen: watch::Sender<Seen>,
@@ -145,11 +147,11 @@ impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for Watched<H> {
     }
 }
 
-/// Waits until the handler has seen enough.
+/// Waits until the handler's progress meets a condition.
 pub(crate) async fn until(seen: &mut watch::Receiver<Seen>, enough: impl FnMut(&Seen) -> bool) -> Result<Seen, Source> {
     let waiting = tokio::time::timeout(LIMIT, seen.wait_for(enough)).await;
     match waiting {
         Ok(seen) => Ok(*seen.map_err(|_| "the consumer ended early")?),
-        Err(_) => Err("the consumer does not get on".into()),
+        Err(_) => Err("the consumer makes no progress".into()),
     }
 }

@@ -18,9 +18,9 @@ use self::{
     steps::{Counted, Moment, Steps, Strike},
 };
 
-/// More than one batch of each size.
+/// Enough for several batches of every size.
 const MESSAGES: u64 = 4;
-/// A run has more steps than that: opening, appends, and what a consumer does for each record.
+/// A run has more steps: it opens a log, appends, and handles each record.
 const STEPS: usize = 25;
 
 fn main() -> ExitCode {
@@ -50,12 +50,12 @@ async fn killed_after_any_step_one_by_one() -> Outcome {
     at_every_step(Moment::After, 1, 0).await
 }
 
-/// It stays dead until two more steps have failed.
+/// The server stays dead until two more steps have failed.
 async fn dead_for_a_while_after_any_step() -> Outcome {
     at_every_step(Moment::After, 3, 2).await
 }
 
-/// One run for each step, until a run ends before that step comes.
+/// Does one run per step, until a run ends before reaching the step.
 async fn at_every_step(moment: Moment, max_batch: usize, failures: usize) -> Outcome {
     let server = Arc::new(RedisServer::durable().start()?);
     let mut struck = BTreeSet::new();
@@ -69,7 +69,7 @@ async fn at_every_step(moment: Moment, max_batch: usize, failures: usize) -> Out
         if steps.count() < step {
             break;
         }
-        // Nothing comes after a reader's wait that is dropped with the run.
+        // A reader's wait that ends with the run is the last step.
         struck.extend(steps.struck());
         failed += steps.failed();
     }
@@ -88,13 +88,13 @@ async fn at_every_step(moment: Moment, max_batch: usize, failures: usize) -> Out
     ]);
     ensure!(struck == kinds, "struck only {struck:?}");
     ensure!(step > STEPS, "a run had {step} steps only");
-    // Not all are: some steps need no server, some find the connection closed and make another, and
-    // after the last one nobody asks any more.
+    // Not all kills make a step fail. Some steps need no server, some find the connection closed
+    // and reconnect, and no step follows the last one.
     ensure!(failed > step / 3, "only {failed} operations failed in {step} runs");
     Ok(())
 }
 
-/// A sender, and then a consumer, with a log and a state of their own.
+/// A sender and then a consumer, with their own log and state.
 async fn one_run(server: &RedisServer, steps: &Steps, max_batch: usize) -> Outcome {
     let name = format!("run-{}", steps.strike().step);
     let consumer = ConsumerId::new(&name)?;
@@ -119,7 +119,7 @@ async fn one_run(server: &RedisServer, steps: &Steps, max_batch: usize) -> Outco
         .run_until_caught_up()
         .await?;
     steps.revive()?;
-    // Another process looks at it.
+    // Judge from another connection.
     let redis = Redis::connect(&server.url()).await?;
     judge(&redis.log(&name).await?, &redis.store(), &consumer, MESSAGES).await
 }
@@ -129,7 +129,7 @@ async fn open(redis: &Redis, name: &str, steps: &Steps) -> Result<Counted<RedisL
     Ok(Counted::new(log, steps))
 }
 
-/// What is in doubt is sent again.
+/// Repeats each append until it succeeds.
 async fn append(log: &dyn Log, records: &[NewRecord]) -> Result<(), Error> {
     insist(|| log.append(records)).await?;
     Ok(())

@@ -1,4 +1,4 @@
-//! Random kills while everything runs at once.
+//! Kills the server at random while senders and consumers run.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use tokio::{task::block_in_place, time::sleep};
 use crate::common::{LIMIT, Outcome, ensure, judge, send_until};
 
 const KILLS: usize = 60;
-/// From one start to the next kill, at most.
+/// The longest time from a start to the next kill.
 const LONGEST_LIFE: Duration = Duration::from_millis(100);
 const SEED: &str = "ESSENTIALLY_ONCE_SEED";
 

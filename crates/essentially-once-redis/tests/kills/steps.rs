@@ -1,4 +1,4 @@
-//! Counts the steps of a run, and kills the server at one of them.
+//! Counts the steps of a run, and kills the server at one step.
 
 use std::{
     future::Future,
@@ -16,10 +16,10 @@ use tokio::task::block_in_place;
 /// When the server is killed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Strike {
-    /// The number of the step, from 1.
+    /// The number of the step, counted from 1.
     pub(crate) step: usize,
     pub(crate) moment: Moment,
-    /// How many steps must fail before it is started again.
+    /// The number of steps that must fail before the server restarts.
     pub(crate) failures: usize,
 }
 
@@ -61,12 +61,12 @@ impl Steps {
         self.lock().count
     }
 
-    /// What kind of step the server was killed at, if it was.
+    /// The kind of step at which the server was killed, if any.
     pub(crate) fn struck(&self) -> Option<&'static str> {
         self.lock().struck
     }
 
-    /// How many steps failed after it was killed.
+    /// The number of steps that failed after the kill.
     pub(crate) fn failed(&self) -> usize {
         self.lock().failed
     }
@@ -79,7 +79,7 @@ impl Steps {
         }
     }
 
-    /// Counts a step and does it.
+    /// Counts a step and performs it.
     pub(crate) async fn step<T>(
         &self,
         kind: &'static str,

@@ -1,4 +1,4 @@
-//! What is there after an append, and after one that failed.
+//! The contents of a log after an append, and after a failed one.
 
 use std::time::Duration;
 
@@ -39,8 +39,8 @@ pub(crate) async fn an_acknowledged_record_survives_kills_amid_appends() {
                 }
             })
         };
-        // Not before one was acknowledged, and then at different stages of the next. An error here means that the appender stopped: over
-        // the connection that the last kill broke.
+        // Kills after the first acknowledged batch, at different stages of the next one. An error
+        // here means that the appender stopped, because the previous kill broke its connection.
         let _ = progress.changed().await;
         tokio::time::sleep(Duration::from_millis(3 + 7 * round)).await;
         tokio::task::block_in_place(|| server.restart()).expect("restart");
@@ -67,7 +67,7 @@ pub(crate) async fn an_acknowledged_record_survives_kills_amid_appends() {
             .iter()
             .enumerate()
             .all(|(n, payload)| *payload == format!("{batch}.{n}"));
-        assert!(in_order, "batch {batch} is no prefix");
+        assert!(in_order, "batch {batch} was appended in part");
         match result {
             Ok(()) => assert_eq!(there, 2_500, "batch {batch} was acknowledged"),
             Err(Error::Indeterminate { .. }) => {}
@@ -75,7 +75,11 @@ pub(crate) async fn an_acknowledged_record_survives_kills_amid_appends() {
         }
         rest = &rest[there..];
     }
-    assert!(rest.is_empty(), "there is more than was appended: {:?}", &rest[..1]);
+    assert!(
+        rest.is_empty(),
+        "the log has more records than were appended: {:?}",
+        &rest[..1]
+    );
 }
 
 pub(crate) async fn without_memory_nothing_is_appended() {
@@ -91,7 +95,7 @@ pub(crate) async fn without_memory_nothing_is_appended() {
 
 pub(crate) async fn a_chunk_that_fails_leaves_those_before_it_in_doubt() {
     let (server, _, log) = orders().await;
-    // Only a few ids are left.
+    // Leave only a few ids.
     admin(
         &server,
         &[
@@ -126,7 +130,7 @@ async fn server_with_room_for_a_chunk() -> impl Log {
     let log = redis.log("orders").await.expect("log");
     let id = format!("{}-{}", u64::MAX, u64::MAX - 1_000);
     admin(&server, &["XADD", "orders", &id, "payload", "first"]);
-    // The server lives as long as the test's process.
+    // The server must outlive this function, so it lives as long as the process.
     std::mem::forget(server);
     log
 }
@@ -150,7 +154,7 @@ pub(crate) async fn a_cut_connection_leaves_the_outcome_unknown() {
         assert_eq!(payloads(&found), texts(0..there), "{cut:?}");
         log.append(&numbered(9..10)).await.expect("over a new connection");
     }
-    // While nobody answers, nothing was sent.
+    // The server does not answer, so the append is never sent.
     proxy.refuse(true);
     proxy.cut();
     let _ = log.append(&numbered(0..1)).await;
@@ -167,7 +171,7 @@ pub(crate) async fn missing_replicas_leave_the_outcome_unknown() {
     let log = redis.log_with("orders", LogOptions::new()).await.expect("log");
     let error = log.append(&numbered(0..3)).await.expect_err("no replica");
     assert!(matches!(error, Error::Indeterminate { .. }), "{error}");
-    assert!(error.to_string().contains("of 1 replicas only 0"), "{error}");
+    assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
     assert_eq!(payloads(&read(&direct, Offset::ZERO, 3).await), texts(0..3));
 }
 
@@ -185,15 +189,14 @@ pub(crate) async fn a_thousand_headers_are_taken_and_too_many_refused() {
     assert_eq!(admin(&server, &["XLEN", "orders"]), test_servers::Reply::Int(1));
 }
 
-pub(crate) async fn an_old_handle_never_makes_a_deleted_stream_anew() {
+pub(crate) async fn an_old_handle_never_recreates_a_deleted_stream() {
     let (server, redis, log) = orders().await;
-    // A user who may not give a stream an incarnation.
+    // This user may not give a stream an incarnation.
     let user = ["ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", "-xgroup"];
     admin(&server, &user);
     let app = Redis::connect(&format!("redis://app:pw@127.0.0.1:{}", server.port())).await;
     let app = app.expect("connect");
-    // Of a stream that is there, of one that the first append creates, and of one that has an
-    // incarnation.
+    // One stream exists, the first append creates another, and one has an incarnation.
     admin(&server, &["XADD", "returns", "*", "payload", "x"]);
     let unnamed = app.log("returns").await.expect("log");
     let created = app.log("invoices").await.expect("log");
@@ -213,7 +216,7 @@ pub(crate) async fn an_old_handle_never_makes_a_deleted_stream_anew() {
     }
 }
 
-/// A server that takes values of a mebibyte, and a user of it with these rights.
+/// A server that accepts values of up to 1 MiB, and a user with these permissions.
 async fn with_small_values(rights: &[&str]) -> (RedisServer, RedisLog) {
     let small = RedisServer::durable().with(&[("proto-max-bulk-len", "1mb")]);
     let server = small.start().expect("a server");
@@ -266,7 +269,7 @@ pub(crate) async fn where_the_limit_is_hidden_no_append_is_misreported() {
     let mut stored = 0;
     for round in 0..20 {
         let (first, second) = ([NewRecord::new("first")], [NewRecord::new("second")]);
-        // Smaller than what the handle has learned to refuse.
+        // This is below the size that the handle has learned to refuse.
         let large = [NewRecord::new(vec![0; 3 * OVER - round])];
         let (first, large, second) = tokio::join!(log.append(&first), log.append(&large), log.append(&second));
         assert!(

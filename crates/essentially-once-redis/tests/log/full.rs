@@ -1,4 +1,4 @@
-//! A server whose memory is full: reading and removing go on, since both help.
+//! A server that is out of memory. Reading and trimming still work, since both help to free it.
 
 use essentially_once::{
     ConsumerId, Error, KeyValue as _, Log, Offset, OffsetStore as _, ReadState as _, backend::Owner,
@@ -28,7 +28,7 @@ pub(crate) async fn a_full_server_is_read() {
     store.pulse(&id).await.expect("pulse");
     store.beat(&id, owner).await.expect("beat");
     store.release(&id, owner).await.expect("release");
-    // A reader that waits is woken where there is room again.
+    // A waiting reader wakes when the server has memory again.
     let error = log.append(&numbered(0..1)).await.expect_err("no memory");
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     admin(&server, &["CONFIG", "SET", "maxmemory", "0"]);
@@ -41,7 +41,7 @@ pub(crate) async fn a_full_server_is_trimmed() {
     log.append(&numbered(0..500)).await.expect("append");
     let all = read(&log, Offset::ZERO, 500).await;
     admin(&server, &["CONFIG", "SET", "maxmemory", "1"]);
-    // By an append that is refused.
+    // A refused append trims.
     let ours = keeping(&redis, 10).await;
     let error = ours.append(&numbered(500..501)).await.expect_err("no memory");
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
@@ -51,24 +51,24 @@ pub(crate) async fn a_full_server_is_trimmed() {
         }
     })
     .await;
-    // What was removed is written down, so that it is known who lost something.
+    // The removal is recorded, so readers know whether they lost records.
     let after = |n: usize| all[n].offset.successor();
     assert_eq!(read(&log, after(489), 10).await, all[490..]);
     assert!(matches!(read_error(&log, after(488)).await, Error::Truncated { .. }));
-    // And by request.
+    // An explicit trim works too.
     assert_eq!(keeping(&redis, 3).await.trim().await.expect("trim"), 7);
     assert_eq!(read(&log, after(496), 3).await, all[497..]);
 }
 
 pub(crate) async fn offsets_of_removed_records_are_not_used_again() {
     let (server, redis, _) = orders().await;
-    // Far ahead of the clock, which would otherwise see to it.
+    // The id is far ahead of the clock, so that the clock alone would not raise it.
     let far = Offset::new(5_000_000_000_000, 7);
     admin(&server, &["XADD", "orders", "5000000000000-7", "payload", "x"]);
     let by_age = essentially_once_redis::Retention::new().max_age(std::time::Duration::from_millis(1));
     let options = essentially_once_redis::LogOptions::new().retention(by_age);
     let log = redis.log_with("orders", options).await.expect("log");
-    // No age of an id in the future is over; without a record left, all are.
+    // An id in the future never expires. In an empty stream, everything has expired.
     assert_eq!(log.trim().await.expect("trim"), 0);
     admin(&server, &["XTRIM", "orders", "MAXLEN", "0"]);
     for expected in [8, 9] {

@@ -1,4 +1,4 @@
-//! Which stream a log is, and who may do what with it.
+//! The identity of a stream, and the permissions that it needs.
 
 use essentially_once::{Error, Log, Offset};
 use essentially_once_redis::{LogOptions, Redis, RedisOptions, Retention};
@@ -6,7 +6,7 @@ use test_servers::{RedisServer, Reply};
 
 use crate::support::{admin, assert_waits, numbered, orders, payloads, read, read_error, server, soon, take, texts};
 
-pub(crate) async fn a_stream_made_anew_is_another_log() {
+pub(crate) async fn a_recreated_stream_is_another_log() {
     let (server, redis, old) = orders().await;
     old.append(&numbered(0..5)).await.expect("append");
     let end = old.bounds().await.expect("bounds").end;
@@ -19,7 +19,7 @@ pub(crate) async fn a_stream_made_anew_is_another_log() {
         matches!(error, Error::OutOfRange { requested, end: left, .. } if requested == end && left == Offset::ZERO),
         "{error}"
     );
-    let is_gone = |error: Error| assert!(error.to_string().contains("deleted or made anew"), "{error}");
+    let is_gone = |error: Error| assert!(error.to_string().contains("deleted or created again"), "{error}");
     is_gone(old.append(&numbered(0..1)).await.expect_err("gone"));
     is_gone(old.bounds().await.expect_err("gone"));
     assert_eq!(
@@ -30,7 +30,7 @@ pub(crate) async fn a_stream_made_anew_is_another_log() {
 
     let new = redis.log("orders").await.expect("log");
     assert!(!old.id().is_same_log(new.id()), "{} and {}", old.id(), new.id());
-    // Even with ids that the old stream had.
+    // The new stream reuses ids of the old one.
     admin(
         &server,
         &["XADD", "orders", &format!("{}-{}", end.hi() + 1, 0), "payload", "other"],
@@ -57,7 +57,7 @@ pub(crate) async fn handles_of_one_stream_agree() {
     assert_eq!(log.id().incarnation().map(str::len), Some(16));
     let other = redis.log("invoices").await.expect("log");
     assert_ne!(log.id().incarnation(), other.id().incarnation());
-    // One that was there before anyone opened it as a log keeps what it holds.
+    // Opening a log keeps the entries of an existing stream.
     admin(&server, &["XADD", "returns", "*", "payload", "0"]);
     let returns = redis.log("returns").await.expect("log");
     assert_eq!(payloads(&read(&returns, Offset::ZERO, 1).await), ["0"]);
@@ -80,7 +80,7 @@ pub(crate) async fn a_log_that_must_exist() {
     assert_eq!(admin(&server, &["EXISTS", "odrers"]), Reply::Int(0));
     let opened = redis.log_with("orders", existing.clone()).await.expect("log");
     assert_eq!(opened.id(), log.id());
-    // One of another program's is given its incarnation.
+    // A stream of another program gets an incarnation.
     admin(&server, &["XADD", "returns", "*", "payload", "x"]);
     let returns = redis.log_with("returns", existing).await.expect("log");
     assert!(returns.id().incarnation().is_some());
@@ -94,7 +94,7 @@ pub(crate) async fn a_lost_tail_is_out_of_range() {
     let end = log.bounds().await.expect("bounds").end;
     let mut waiting = log.read(end).await.expect("read");
     assert_waits(&mut *waiting).await;
-    // As a fail-over to a replica that lagged does.
+    // A failover to a lagging replica has this effect.
     admin(&server, &["COPY", &from, "orders", "REPLACE"]);
     let again = redis.log("orders").await.expect("log");
     assert_eq!(log.id(), again.id());
@@ -130,7 +130,7 @@ pub(crate) async fn a_log_without_incarnation_is_not_opened_on_a_replica() {
     let (server, redis, log) = orders().await;
     admin(&server, &["XADD", "returns", "*", "payload", "x"]);
     admin(&server, &["REPLICAOF", "127.0.0.1", "1"]);
-    // It could not tell one stream from the next, for as long as the handle lives.
+    // Without an incarnation, this handle could never distinguish two streams of this name.
     let error = redis.log("returns").await.expect_err("a replica");
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     assert_eq!(redis.log("orders").await.expect("opened before").id(), log.id());
@@ -148,7 +148,7 @@ pub(crate) async fn a_key_of_another_type_fails() {
         error.to_string().contains("another type") && error.to_string().contains("log orders"),
         "{error}"
     );
-    // Also under a handle.
+    // The key can also change its type while a handle is open.
     let invoices = redis.log("invoices").await.expect("log");
     let mut waiting = invoices.read(Offset::ZERO).await.expect("read");
     assert_waits(&mut *waiting).await;
@@ -192,7 +192,7 @@ pub(crate) async fn a_user_who_may_only_read_reads() {
     assert!(matches!(trimming.trim().await, Err(Error::Failed { .. })));
 }
 
-pub(crate) async fn a_user_without_scripts_is_told() {
+pub(crate) async fn a_user_without_scripts_learns_what_to_grant() {
     let (server, _) = server().await;
     admin(
         &server,

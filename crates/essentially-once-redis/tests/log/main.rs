@@ -1,4 +1,4 @@
-//! What Redis' log does beyond the contract's cases, on private servers.
+//! The behaviour of the Redis log beyond the contract, on private servers.
 
 mod append;
 mod full;
@@ -11,10 +11,10 @@ use std::{process::ExitCode, time::Duration};
 
 use essentially_once_testkit::{Suite, Violation};
 
-/// How long a test may take; only what is stuck takes so long.
+/// The limit for a test. Only a stuck test reaches it.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A suite of the tests named, ignored where there is no server to run.
+/// A suite of these tests. Without a server, all of them are ignored.
 macro_rules! suite {
     ($($module:ident::$test:ident,)+) => {{
         let missing = test_servers::redis_server().err();
@@ -42,40 +42,40 @@ fn main() -> ExitCode {
         append::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
         append::an_append_that_is_too_large_harms_no_other,
         append::where_the_limit_is_hidden_no_append_is_misreported,
-        append::an_old_handle_never_makes_a_deleted_stream_anew,
+        append::an_old_handle_never_recreates_a_deleted_stream,
         full::a_full_server_is_read,
         full::a_full_server_is_trimmed,
         full::offsets_of_removed_records_are_not_used_again,
         identity::a_log_that_must_exist,
-        identity::a_stream_made_anew_is_another_log,
+        identity::a_recreated_stream_is_another_log,
         identity::handles_of_one_stream_agree,
         identity::a_lost_tail_is_out_of_range,
         identity::monitoring_sees_no_lag,
         identity::a_log_without_incarnation_is_not_opened_on_a_replica,
         identity::a_key_of_another_type_fails,
         identity::a_user_who_may_only_read_reads,
-        identity::a_user_without_scripts_is_told,
+        identity::a_user_without_scripts_learns_what_to_grant,
         identity::a_stream_under_another_key,
         reading::cancelled_calls_lose_and_repeat_nothing,
         reading::large_records_come_a_few_at_a_time,
-        reading::a_fetch_is_bounded_whatever_comes,
+        reading::a_fetch_is_bounded_for_records_of_any_size,
         reading::a_deleted_last_record_is_behind_the_readable_end,
         reading::a_deleted_last_record_keeps_no_consumer_waiting,
         reading::other_peoples_entries_and_odd_ids,
         reading::the_last_id_of_all,
-        reading::a_reader_fails_when_the_server_goes_and_the_next_goes_on,
+        reading::a_reader_fails_with_its_server_and_the_next_continues,
         reading::a_server_that_becomes_a_replica_is_left,
         reading::a_spent_reader_says_so,
         reading::a_waiting_reader_is_woken_at_once,
-        retention::keeps_so_many_records_and_tells_who_lost_some,
+        retention::retention_keeps_a_number_of_records_and_readers_notice_losses,
         retention::removes_by_age,
-        retention::appends_trim_by_themselves,
-        retention::a_trim_by_others_is_exact_for_who_is_online,
-        retention::a_reader_that_fell_behind_is_told,
+        retention::appends_trim_on_their_own,
+        retention::a_trim_by_others_is_exact_for_an_online_reader,
+        retention::a_reader_that_fell_behind_reports_it,
         retention::an_emptied_stream,
         retention::a_deleted_middle_is_passed_over,
         retention::a_trim_by_others_before_ours_is_forgotten,
-        retention::a_stream_and_one_of_the_same_name_in_braces_are_apart,
+        retention::a_stream_and_its_namesake_in_braces_are_separate,
         retention::the_retention_hash_of_an_earlier_version_is_used,
     };
     suite.run()

@@ -1,4 +1,4 @@
-//! Readers: what they yield, and how they wait and fail.
+//! Readers: their records, their waiting, and their errors.
 
 use std::{
     sync::Arc,
@@ -60,7 +60,7 @@ pub(crate) async fn large_records_come_a_few_at_a_time() {
             assert!(sent < 6 * SIZE, "for its first record a reader fetched {sent} bytes");
         }
     }
-    // And many small ones at once.
+    // Many small records come at once.
     log.append(&numbered(0..5_000)).await.expect("append");
     let mut fetches = 0;
     let mut found = 0;
@@ -71,9 +71,9 @@ pub(crate) async fn large_records_come_a_few_at_a_time() {
     assert!(fetches < 50, "{fetches} fetches for 5,000 small records");
 }
 
-pub(crate) async fn a_fetch_is_bounded_whatever_comes() {
+pub(crate) async fn a_fetch_is_bounded_for_records_of_any_size() {
     const MIB: usize = 1024 * 1024;
-    // Per request and per record: the protocol, names of fields, the state of the stream.
+    // The overhead per request and record: protocol, field names, the extent of the stream.
     const MARGIN: usize = 400_000;
     let (server, _, log) = orders().await;
     let small = |n: usize| NewRecord::new(n.to_string()).header("kind", "small");
@@ -106,7 +106,7 @@ pub(crate) async fn a_fetch_is_bounded_whatever_comes() {
         );
         found += records.len();
         let now = sent();
-        // The answer, and the one to the request that was sent ahead.
+        // The reply, and the reply to the request that was sent ahead.
         at_once = at_once.max(now - before);
         before = now;
     }
@@ -127,7 +127,7 @@ pub(crate) async fn a_deleted_last_record_is_behind_the_readable_end() {
     assert_eq!(end().await, (Offset::ZERO, Offset::ZERO));
     let third = log.append(&numbered(0..3)).await.expect("append").expect("an offset");
     assert_eq!(end().await, (third.successor(), third.successor()));
-    // Before a reader comes, and while one waits.
+    // Before a reader starts, and while one waits.
     let delete = |offset: Offset| {
         let id = format!("{}-{}", offset.hi(), offset.lo());
         assert_eq!(admin(&server, &["XDEL", "orders", &id]), test_servers::Reply::Int(1));
@@ -142,7 +142,7 @@ pub(crate) async fn a_deleted_last_record_is_behind_the_readable_end() {
     assert_eq!(end().await, (fourth.successor(), fourth.successor()));
     delete(fourth);
     assert_eq!(end().await, (fourth.successor(), seen[1].offset.successor()));
-    // An id that is skipped was never a record.
+    // A skipped id was never a record.
     admin(&server, &["XSETID", "orders", "9000000000000-0"]);
     let skipped = Offset::new(9_000_000_000_000, 1);
     assert_eq!(end().await, (skipped, seen[1].offset.successor()));
@@ -153,7 +153,7 @@ pub(crate) async fn a_deleted_last_record_is_behind_the_readable_end() {
         empty.readable_end().await.expect("end"),
     );
     assert_eq!(ends, (skipped, Offset::ZERO));
-    // A stream that is gone has no end.
+    // A deleted stream has no end.
     admin(&server, &["DEL", "orders"]);
     let error = log.readable_end().await.expect_err("gone");
     assert!(matches!(error, Error::Failed { .. }), "{error}");
@@ -175,7 +175,7 @@ impl<Tx: Send> Handler<Tx> for Deleting {
 pub(crate) async fn a_deleted_last_record_keeps_no_consumer_waiting() {
     let (server, redis, log) = orders().await;
     let server = Arc::new(server);
-    // More than twice what a consumer holds.
+    // More than twice the records that a consumer holds.
     log.append(&vec![NewRecord::new(vec![0; 1_000]); 20_000])
         .await
         .expect("append");
@@ -187,7 +187,7 @@ pub(crate) async fn a_deleted_last_record_keeps_no_consumer_waiting() {
             admin(&server, &["XDEL", "orders", &last]);
         }
     };
-    // While the consumer runs, and then before one starts.
+    // First while the consumer runs, then before one starts.
     let consumer = |handler| {
         let id = ConsumerId::new("shipping").expect("a name");
         Consumer::essentially_once(id, log.clone(), redis.store(), handler).max_batch(500)
@@ -235,7 +235,7 @@ pub(crate) async fn other_peoples_entries_and_odd_ids() {
     );
     let bounds = log.bounds().await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.end), (Offset::new(5, 0), Offset::new(6, 1)));
-    // Ids go on from the clock's, which is far ahead; and below a number of the clock nothing is missed.
+    // New ids continue from the clock, which is far ahead, and the reader misses no id below it.
     log.append(&numbered(0..1)).await.expect("append");
     assert_eq!(payloads(&read(&log, Offset::new(6, 1), 1).await), ["0"]);
 }
@@ -250,12 +250,12 @@ pub(crate) async fn the_last_id_of_all() {
     let mut reader = log.read(last).await.expect("read");
     let records = take(&mut *reader, 1).await;
     assert_eq!(records[0].offset, last);
-    let error = soon(reader.next(1)).await.expect_err("nothing can follow");
+    let error = soon(reader.next(1)).await.expect_err("no record can follow");
     assert!(matches!(error, Error::Failed { .. }), "{error}");
     log.bounds().await.expect("bounds");
 }
 
-pub(crate) async fn a_reader_fails_when_the_server_goes_and_the_next_goes_on() {
+pub(crate) async fn a_reader_fails_with_its_server_and_the_next_continues() {
     let (server, _, log) = orders().await;
     log.append(&numbered(0..3)).await.expect("append");
     let mut reader = log.read(Offset::ZERO).await.expect("read");
@@ -279,7 +279,7 @@ pub(crate) async fn a_server_that_becomes_a_replica_is_left() {
     let (server, _, log) = orders().await;
     let mut reader = log.read(Offset::ZERO).await.expect("read");
     assert_waits(&mut *reader).await;
-    // Of a master that does not exist: it keeps what it has.
+    // Make it a replica of a master that does not exist, so it keeps its data.
     admin(&server, &["REPLICAOF", "127.0.0.1", "1"]);
     let error = soon(reader.next(1)).await.expect_err("a replica");
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
@@ -311,7 +311,7 @@ pub(crate) async fn a_waiting_reader_is_woken_at_once() {
         wakes.push(appended.elapsed());
         assert_eq!(payloads(&records), [n.to_string()]);
     }
-    // Another program may hold up any one of them, and hardly half of them.
+    // Other load on the machine may delay single wake-ups, but hardly half of them.
     wakes.sort();
     assert!(wakes[10] < Duration::from_millis(500), "woken after {wakes:?}");
 }

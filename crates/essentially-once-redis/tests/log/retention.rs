@@ -1,4 +1,4 @@
-//! Who is told that records were removed, and who is not.
+//! Which readers report that records were removed, and which do not.
 
 use std::time::Duration;
 
@@ -25,23 +25,23 @@ fn after(record: &Record) -> Offset {
     record.offset.successor()
 }
 
-pub(crate) async fn keeps_so_many_records_and_tells_who_lost_some() {
+pub(crate) async fn retention_keeps_a_number_of_records_and_readers_notice_losses() {
     let (server, redis, log) = orders().await;
     add_spread(&server, 1, 0..1_000);
     let all = read(&log, Offset::ZERO, 1_000).await;
-    // Not at the border of one of the stream's nodes, which hold 100 entries.
+    // Trim within one of the stream's nodes, which hold 100 entries each.
     let ours = keeping(&redis, 451).await;
     assert_eq!(ours.trim().await.expect("trim"), 549);
     assert_eq!(ours.trim().await.expect("trim"), 0);
     let bounds = log.bounds().await.expect("bounds");
     assert_eq!((bounds.earliest, bounds.end), (all[549].offset, after(&all[999])));
-    // Whoever has read all that was removed lost nothing, though none of that is left.
+    // A reader that has read all removed records has lost none, although none of them is left.
     assert_eq!(read(&log, after(&all[548]), 451).await, all[549..]);
     for lost in [Offset::ZERO, after(&all[100]), all[548].offset] {
         let error = read_error(&log, lost).await;
         assert!(is_truncated(&error, lost, all[549].offset), "{lost}: {error}");
     }
-    // Also when it goes on.
+    // It also continues.
     log.append(&numbered(1_000..1_010)).await.expect("append");
     assert_eq!(ours.trim().await.expect("trim"), 10);
     assert_eq!(read(&log, after(&all[558]), 451).await[0], all[559]);
@@ -50,7 +50,7 @@ pub(crate) async fn keeps_so_many_records_and_tells_who_lost_some() {
         after(&all[548]),
         all[559].offset
     ));
-    // More than one step of the script removes.
+    // This is more than one step of the script removes.
     for _ in 0..12 {
         log.append(&numbered(0..10_000)).await.expect("append");
     }
@@ -79,7 +79,7 @@ pub(crate) async fn removes_by_age() {
         Offset::new(250, 0),
         left[0].offset
     ));
-    // Both bounds, of which the stricter one counts; and everything may be too old.
+    // With two limits the stricter one counts. All records may be too old.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let both = Retention::new().max_records(2).max_age(Duration::from_millis(1));
     let both = redis
@@ -97,7 +97,7 @@ pub(crate) async fn removes_by_age() {
     ));
 }
 
-pub(crate) async fn appends_trim_by_themselves() {
+pub(crate) async fn appends_trim_on_their_own() {
     let (server, redis) = server().await;
     let log = keeping(&redis, 10).await;
     log.append(&numbered(0..500)).await.expect("append");
@@ -111,14 +111,14 @@ pub(crate) async fn appends_trim_by_themselves() {
     assert_eq!(payloads(&read(&log, bounds.earliest, 10).await), texts(490..500));
 }
 
-pub(crate) async fn a_trim_by_others_is_exact_for_who_is_online() {
+pub(crate) async fn a_trim_by_others_is_exact_for_an_online_reader() {
     let (server, _, log) = orders().await;
     let mut reader = log.read(Offset::ZERO).await.expect("read");
     for round in 0..5 {
         log.append(&numbered(0..10)).await.expect("append");
         let seen = take(&mut *reader, 10).await;
         assert_waits(&mut *reader).await;
-        // Everything that was read goes, and something comes, in one step.
+        // One step removes everything that was read, and adds a record.
         match round % 2 {
             0 => {
                 admin(&server, &["XADD", "orders", "MAXLEN", "=", "1", "*", "payload", "new"]);
@@ -129,20 +129,20 @@ pub(crate) async fn a_trim_by_others_is_exact_for_who_is_online() {
             }
         }
         assert_eq!(payloads(&take(&mut *reader, 1).await), ["new"], "round {round}");
-        // A reader that comes anew cannot know.
+        // A new reader cannot know.
         let error = read_error(&log, after(&seen[9])).await;
         assert!(matches!(error, Error::Truncated { .. }), "{error}");
     }
-    // One that reads along in the middle of the stream knows too.
+    // A reader in the middle of the stream knows too.
     add_spread(&server, FAR, 0..3_000);
     let seen = take(&mut *reader, 2_000).await;
     admin(&server, &["XTRIM", "orders", "MINID", "=", &id(after(&seen[1_999]))]);
     assert_eq!(payloads(&take(&mut *reader, 1_000).await), texts(2_000..3_000));
 }
 
-pub(crate) async fn a_reader_that_fell_behind_is_told() {
+pub(crate) async fn a_reader_that_fell_behind_reports_it() {
     let (server, _, log) = orders().await;
-    // Online, and at the end but for the one that it had no time to read.
+    // The reader is online, and at the end except for one record that it had no time to read.
     let mut reader = log.read(Offset::ZERO).await.expect("read");
     log.append(&numbered(0..10)).await.expect("append");
     let seen = take(&mut *reader, 10).await;
@@ -159,7 +159,8 @@ pub(crate) async fn a_reader_that_fell_behind_is_told() {
     let error = soon(reader.next(1)).await.expect_err("a record was lost");
     assert!(is_truncated(&error, after(&seen[9]), left), "{error}");
 
-    // Online, with a backlog that is removed up to a record behind the reader's place, and then entirely.
+    // The reader is online with a backlog. A trim removes part of it, and another removes all of
+    // it.
     add_spread(&server, FAR, 0..50);
     let all = read(&log, left, 51).await;
     for keep in ["20", "0"] {
@@ -167,7 +168,8 @@ pub(crate) async fn a_reader_that_fell_behind_is_told() {
             .read(log.bounds().await.expect("bounds").earliest)
             .await
             .expect("read");
-        // The first request asks for 4 and the next is sent at once: what they bring was read before it is removed.
+        // The first request asks for 4 records, and the next is sent at once. Both fetch their
+        // records before the removal.
         let mut held = take(&mut *reader, 4).await;
         admin(&server, &["XTRIM", "orders", "MAXLEN", "=", keep]);
         let left = log.bounds().await.expect("bounds").earliest;
@@ -215,12 +217,12 @@ pub(crate) async fn a_deleted_middle_is_passed_over() {
     let left: Vec<_> = [0, 1, 2, 3, 5, 6, 7, 8].map(|n: usize| all[n].clone()).into();
     assert_eq!(read(&log, all[0].offset, 8).await, left);
     assert_eq!(read(&log, all[4].offset, 4).await, left[4..]);
-    // The last one is gone: its place is passed, and the end stays.
+    // The last record is removed. The reader passes its place, and the end stays.
     let mut at_last = log.read(all[9].offset).await.expect("read");
     assert_waits(&mut *at_last).await;
     log.append(&numbered(10..11)).await.expect("append");
     assert_eq!(payloads(&take(&mut *at_last, 1).await), ["10"]);
-    // Readers that passed the holes go on after a trim of what they have read.
+    // Readers that passed the holes continue after a trim of the records that they have read.
     admin(&server, &["XTRIM", "orders", "MAXLEN", "=", "0"]);
     log.append(&numbered(11..12)).await.expect("append");
     assert_eq!(payloads(&take(&mut *at_last, 1).await), ["11"]);
@@ -243,7 +245,7 @@ pub(crate) async fn a_trim_by_others_before_ours_is_forgotten() {
         read_error(&log, all[49].offset).await,
         Error::Truncated { .. }
     ));
-    // And others again.
+    // Then other records are removed.
     admin(&server, &["XTRIM", "orders", "MAXLEN", "=", "40"]);
     assert!(matches!(
         read_error(&log, after(&all[49])).await,
@@ -252,7 +254,7 @@ pub(crate) async fn a_trim_by_others_before_ours_is_forgotten() {
     assert_eq!(read(&log, all[60].offset, 40).await, all[60..]);
 }
 
-/// A log of the stream with 10 records of which retention keeps 4, and the place behind those removed.
+/// A log with 10 records of which retention keeps 4, and the offset after the removed ones.
 async fn trimmed(server: &RedisServer, redis: &Redis, name: &str, stream: &str) -> (RedisLog, Offset) {
     let retention = Retention::new().max_records(4);
     let options = LogOptions::new().stream(stream).retention(retention);
@@ -261,11 +263,12 @@ async fn trimmed(server: &RedisServer, redis: &Redis, name: &str, stream: &str) 
         admin(server, &["XADD", stream, &format!("{}-0", 2 * n + 1), "payload", "x"]);
     }
     assert_eq!(log.trim().await.expect("trim"), 6);
-    // Nothing before it is left, so only the retention hash says that nothing after it is gone.
+    // No entry before this place is left, so only the retention hash shows that none after it is
+    // missing.
     (log, Offset::new(11, 1))
 }
 
-pub(crate) async fn a_stream_and_one_of_the_same_name_in_braces_are_apart() {
+pub(crate) async fn a_stream_and_its_namesake_in_braces_are_separate() {
     let (server, redis) = server().await;
     let (plain, from) = trimmed(&server, &redis, "plain", "s").await;
     let (braces, _) = trimmed(&server, &redis, "braces", "{s}").await;
@@ -280,14 +283,14 @@ pub(crate) async fn the_retention_hash_of_an_earlier_version_is_used() {
     let (now, before) = ("essentially-once:retention:}{s}", "essentially-once:retention:{s}");
     admin(&server, &["RENAME", now, before]);
     assert_eq!(read(&log, from, 4).await.len(), 4);
-    // An instance of the earlier version goes on trimming while this one has trimmed before.
+    // An instance of an earlier version trims after this version has.
     admin(&server, &["COPY", before, now]);
     admin(&server, &["XTRIM", "{s}", "MAXLEN", "3"]);
     admin(&server, &["HSET", before, "mark", "13-0", "gone", "7"]);
     assert_eq!(read(&log, Offset::new(13, 1), 3).await.len(), 3);
     let error = read_error(&log, Offset::new(13, 0)).await;
     assert!(matches!(error, Error::Truncated { .. }), "{error}");
-    // A hash of the stream `s` says nothing about `{s}`.
+    // The hash of the stream `s` does not apply to `{s}`.
     admin(&server, &["DEL", now]);
     admin(&server, &["HSET", before, "incarnation", "another"]);
     let error = read_error(&log, Offset::new(13, 1)).await;

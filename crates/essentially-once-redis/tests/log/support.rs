@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers for the tests.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use essentially_once_redis::{LogOptions, Redis, RedisLog, Retention};
 use test_servers::{RedisServer, Reply};
 use tokio::time::timeout;
 
-/// A durable server, and a handle on it.
+/// A durable server, and a handle to it.
 pub(crate) async fn server() -> (RedisServer, Redis) {
     let server = RedisServer::durable().start().expect("a server");
     let redis = Redis::connect(&server.url()).await.expect("connect");
@@ -20,7 +20,7 @@ pub(crate) async fn orders() -> (RedisServer, Redis, RedisLog) {
     (server, redis, log)
 }
 
-/// The log `orders` with a handle that keeps so many records.
+/// The log `orders` through a handle that keeps this many records.
 pub(crate) async fn keeping(redis: &Redis, records: u64) -> RedisLog {
     let retention = Retention::new().max_records(records);
     let options = LogOptions::new().retention(retention);
@@ -36,7 +36,8 @@ pub(crate) fn admin(server: &RedisServer, command: &[&str]) -> Reply {
     server.command(command).expect("a command")
 }
 
-/// Adds records to `orders` with ids of which none is the successor of another: `<first + n>-0`.
+/// Adds records to `orders` with the ids `<first + n>-0`, none of which is the successor of
+/// another.
 pub(crate) fn add_spread(server: &RedisServer, first: u64, range: std::ops::Range<usize>) {
     let script = "for n = ARGV[2], ARGV[3] - 1 do \
         redis.call('XADD', 'orders', string.format('%.0f-0', ARGV[1] + n), 'payload', string.format('%.0f', n)) end";
@@ -48,7 +49,7 @@ pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(60), future).await.expect("soon")
 }
 
-/// Reads so many records.
+/// Reads this many records.
 pub(crate) async fn take(reader: &mut dyn LogReader, count: usize) -> Vec<Record> {
     let mut records = Vec::new();
     while records.len() < count {
@@ -62,7 +63,7 @@ pub(crate) async fn read(log: &RedisLog, from: Offset, count: usize) -> Vec<Reco
     take(&mut *log.read(from).await.expect("read"), count).await
 }
 
-/// The error of reading at `from`, from `read` or `next`.
+/// The error of a read at `from`, which may come from `read` or from `next`.
 pub(crate) async fn read_error(log: &RedisLog, from: Offset) -> Error {
     match log.read(from).await {
         Ok(mut reader) => soon(reader.next(10)).await.expect_err("an error"),
@@ -70,10 +71,10 @@ pub(crate) async fn read_error(log: &RedisLog, from: Offset) -> Error {
     }
 }
 
-/// A reader at `from` finds nothing wrong, and nothing to read.
+/// Checks that a reader at `from` finds no error and no record.
 pub(crate) async fn assert_waits(reader: &mut dyn LogReader) {
     let early = timeout(Duration::from_millis(200), reader.next(10)).await;
-    assert!(early.is_err(), "a reader was to wait, and got {early:?}");
+    assert!(early.is_err(), "the reader should wait, but returned {early:?}");
 }
 
 pub(crate) fn payloads(records: &[Record]) -> Vec<&str> {
@@ -83,7 +84,7 @@ pub(crate) fn payloads(records: &[Record]) -> Vec<&str> {
         .collect()
 }
 
-/// `0`, `1`, ... as texts.
+/// The payloads `0`, `1`, ... as text.
 pub(crate) fn texts(range: std::ops::Range<usize>) -> Vec<String> {
     range.map(|n| n.to_string()).collect()
 }

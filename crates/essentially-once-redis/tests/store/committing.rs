@@ -1,4 +1,4 @@
-//! What is committed, and what is refused.
+//! Commits that are applied, and commits that are refused.
 
 use std::sync::Arc;
 
@@ -8,9 +8,9 @@ use essentially_once::{
 };
 use essentially_once_redis::{Redis, RedisOptions};
 
-use crate::support::{Outcome, Stage, advance, assert_error, changed, command, log, numbering, revision, told};
+use crate::support::{Outcome, Stage, advance, assert_error, changed, command, log, numbering, revision, text_of};
 
-pub(crate) async fn what_is_committed_is_there() -> Outcome {
+pub(crate) async fn a_commit_is_readable() -> Outcome {
     let stage = Stage::start().await?;
     assert_eq!(stage.store.position(&stage.consumer).await?, None);
     let mut tx = stage.begin().await?;
@@ -77,7 +77,7 @@ pub(crate) async fn windows_are_replaced_and_forgotten() -> Outcome {
 pub(crate) async fn large_numbers_round_trip() -> Outcome {
     let stage = Stage::start().await?;
     stage.commit(0, []).await?;
-    // Lua's numbers would lose the last digits.
+    // As Lua numbers, these would lose their last digits.
     let commits = (1_u64 << 53) + 1;
     stage.ask(&format!("HSET essentially-once:{{c}}:position revision {commits}"))?;
     let largest = changed(advance(commits, 0), |advance| {
@@ -253,7 +253,7 @@ pub(crate) async fn a_transaction_that_is_dropped_leaves_nothing() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn consumers_and_prefixes_are_apart() -> Outcome {
+pub(crate) async fn consumers_and_prefixes_are_separate() -> Outcome {
     let stage = Stage::start().await?;
     let other_prefix = RedisOptions::new()
         .prefix("other")
@@ -328,7 +328,7 @@ pub(crate) async fn garbage_in_our_hashes_is_an_error() -> Outcome {
         .server
         .command(&[&b"HSET"[..], key.as_bytes(), b"log", b"\xff\xfe"])?;
     assert_error!(stage.revision().await, Error::Failed { .. }, "utf-8");
-    // A commit finds another log there, whose name cannot be told.
+    // The commit finds a stored log whose name is invalid.
     assert_error!(stage.commit(1, []).await, Error::Failed { .. }, "name");
     Ok(())
 }

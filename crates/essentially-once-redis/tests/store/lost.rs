@@ -1,4 +1,4 @@
-//! A position that vanishes under a running consumer.
+//! A position that vanishes while its consumer runs.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use essentially_once_redis::{Redis, RedisTx};
 
 use crate::support::{Outcome, Stage};
 
-/// Counts each record under its payload, and has the server lose something at record 70.
+/// Counts each record under its payload, and makes the server lose data at record 70.
 struct Count {
     stage: Arc<Stage>,
-    /// The command that loses it.
+    /// The command that loses the data.
     loses: &'static [&'static str],
 }
 
@@ -48,7 +48,7 @@ pub(crate) async fn a_position_that_is_deleted_stops_a_running_consumer() -> Out
             let (id, store) = (stage.consumer.clone(), stage.store.clone());
             (id, log.clone(), store)
         };
-        // With `Latest`, a first run decides where that is.
+        // With `Latest`, a first run fixes the start.
         let (id, reading, store) = consumer();
         Consumer::essentially_once(id, reading, store, Nothing)
             .accept_volatile()
@@ -86,13 +86,14 @@ impl Handler<RedisTx> for Nothing {
     }
 }
 
-/// Deletes records 41 to 69, of which the consumer has passed 60 last, and its position.
+/// Deletes the position and records 41 to 69. The consumer has passed record 60 last.
 const DELETES: &str = "
     local entries = redis.call('XRANGE', 'orders', '-', '+')
     for i = 41, 69 do redis.call('XDEL', 'orders', entries[i][1]) end
     return redis.call('DEL', 'essentially-once:{c}:position')";
 
-/// A record that someone deleted is no sign that the log went back: going on would repeat those before it.
+/// A deleted record does not show that the log went back. Going on would repeat the records before
+/// it.
 pub(crate) async fn a_deleted_record_does_not_excuse_a_lost_position() -> Outcome {
     let stage = Arc::new(Stage::start().await?);
     let log = Redis::connect(&stage.server.url()).await?.log("orders").await?;

@@ -1,4 +1,4 @@
-//! The store against private servers: what it commits, refuses, and says when the server fails.
+//! The store on private servers: commits, refusals, and errors of a failing server.
 
 mod committing;
 mod lost;
@@ -18,7 +18,7 @@ use test_servers::redis_server;
 
 use crate::support::Outcome;
 
-/// How long a test may take; only what is stuck takes so long.
+/// The limit for a test. Only a stuck test reaches it.
 const LIMIT: Duration = Duration::from_secs(100);
 
 type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
@@ -31,7 +31,7 @@ macro_rules! cases {
 
 fn main() -> ExitCode {
     let cases = cases![
-        committing::what_is_committed_is_there,
+        committing::a_commit_is_readable,
         committing::windows_are_replaced_and_forgotten,
         committing::large_numbers_round_trip,
         committing::a_stale_revision_is_fenced,
@@ -41,14 +41,14 @@ fn main() -> ExitCode {
         committing::an_incarnation_is_filled_in,
         committing::a_transaction_reads_its_own_writes,
         committing::a_transaction_that_is_dropped_leaves_nothing,
-        committing::consumers_and_prefixes_are_apart,
+        committing::consumers_and_prefixes_are_separate,
         committing::keys_of_another_type_are_refused,
         committing::garbage_in_our_hashes_is_an_error,
         committing::sizes_are_limited,
         native::commands_run_in_the_same_step,
         native::a_fenced_commit_runs_no_command,
         native::the_wrong_type_is_found_before_the_first_write,
-        native::a_number_that_is_none_is_found_before_the_first_write,
+        native::an_invalid_number_is_found_before_the_first_write,
         native::what_the_transaction_itself_writes_is_not_checked,
         native::counting_together_is_counting_one_by_one,
         native::sums_that_overflow_are_counted_one_by_one,
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
         trouble::what_was_acknowledged_survives_kills,
         trouble::a_forgotten_script_is_sent_again,
         trouble::a_value_over_the_servers_limit_is_refused_before_anything_is_sent,
-        versions::data_of_version_1_goes_on,
+        versions::data_of_version_1_still_works,
         lost::a_position_that_is_deleted_stops_a_running_consumer,
         lost::a_deleted_record_does_not_excuse_a_lost_position,
         setup::settings_that_lose_data_are_named,
@@ -86,12 +86,12 @@ fn main() -> ExitCode {
         setup::missing_permissions_are_named,
         setup::a_permission_missing_for_a_later_command_applies_nothing,
         setup::replicas_that_are_away_are_waited_for,
-        setup::replicas_that_are_missing_leave_it_open,
+        setup::missing_replicas_leave_an_append_in_doubt,
         setup::large_transactions_are_taken,
         setup::resp3_is_spoken,
         setup::what_is_wrong_with_an_address_is_named,
-        setup::a_server_without_room_for_clients_may_have_it_later,
-        setup::a_busy_server_is_asked_again_what_it_is,
+        setup::a_server_without_room_for_clients_is_a_passing_error,
+        setup::a_busy_server_is_identified_later,
         setup::passwords_are_never_shown,
         setup::prefixes_with_which_names_could_meet_are_refused,
     ];

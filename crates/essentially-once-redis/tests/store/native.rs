@@ -1,8 +1,8 @@
-//! Native commands: run in the same step, and checked before.
+//! Native commands run in the same step as the commit, and are checked before it.
 
 use essentially_once::{Error, backend::Source};
 
-use crate::support::{Outcome, Stage, assert_error, command, told};
+use crate::support::{Outcome, Stage, assert_error, command, text_of};
 
 pub(crate) async fn commands_run_in_the_same_step() -> Outcome {
     let stage = Stage::start().await?;
@@ -67,7 +67,7 @@ pub(crate) async fn the_wrong_type_is_found_before_the_first_write() -> Outcome 
     Ok(())
 }
 
-pub(crate) async fn a_number_that_is_none_is_found_before_the_first_write() -> Outcome {
+pub(crate) async fn an_invalid_number_is_found_before_the_first_write() -> Outcome {
     let stage = Stage::start().await?;
     stage.ask("HSET hash text abc zero 0 number -12 padded 012 float 1.5 empty1 1")?;
     stage.ask("SET text 0x10")?;
@@ -79,7 +79,7 @@ pub(crate) async fn a_number_that_is_none_is_found_before_the_first_write() -> O
         "DECRBY text 2",
     ] {
         let result = stage.commit(0, ["SET before 1", wrong].map(command)).await;
-        assert_error!(result, Error::Failed { .. }, "holds no integer");
+        assert_error!(result, Error::Failed { .. }, "not an integer");
         assert_eq!(stage.ask("EXISTS before")?, "0", "{wrong}");
     }
     for wrong in [
@@ -102,7 +102,7 @@ pub(crate) async fn a_number_that_is_none_is_found_before_the_first_write() -> O
     ];
     stage.commit(0, fine.map(command)).await?;
     assert_eq!(stage.ask("HMGET hash zero number new")?, "2 -11 1");
-    // Many fields are read in pieces.
+    // The script reads many fields in pieces.
     stage.ask("HSET hash 2500 abc")?;
     let many = (0..3_000).map(|field| command(&format!("HINCRBY hash {field} 1")));
     assert_error!(

@@ -9,7 +9,7 @@ use essentially_once_redis::{
     redis::{Cmd, cmd},
 };
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, log, revision, told};
+use crate::support::{Outcome, Stage, advance, assert_error, command, log, revision, text_of};
 
 pub(crate) async fn a_first_command_that_fails_applies_nothing() -> Outcome {
     let stage = Stage::start().await?;
@@ -33,7 +33,7 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         for text in ["SET a 1", "INCR count", failing, "SET b 1"] {
             tx.command(command(text)).await?;
         }
-        let text = told(tx.commit(after(stored)).await);
+        let text = text_of(tx.commit(after(stored)).await);
         for part in [
             "PartiallyApplied",
             "2 commands were applied",
@@ -45,10 +45,10 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         }
         assert!(!text.contains("secret"), "{text}");
         assert_eq!(stage.ask("MGET a b")?, "1 ");
-        // It stays, for everybody and across a restart.
+        // The consumer stays blocked, in every process and across a restart.
         stage.server.restart()?;
         let other = Redis::connect(&stage.server.url()).await?.store();
-        // Neither what was stored before, nor what the commit would have made, nor what it left.
+        // Neither the revision before, nor the commit's own, nor the one that it left is accepted.
         for expected in [stored, stored.next_count(), stored.next_count().next_epoch()] {
             let result = other.begin(&stage.consumer).await?.commit(after(expected)).await;
             assert_error!(result, Error::PartiallyApplied { .. }, "2 commands were applied");
@@ -62,7 +62,7 @@ pub(crate) async fn a_later_command_that_fails_blocks_the_consumer() -> Outcome 
         assert_error!(
             other.resolve_partial(&stage.consumer).await,
             Error::Failed { .. },
-            "none is applied in part"
+            "no transaction is partially applied"
         );
         let position = other.position(&stage.consumer).await?.expect("a position");
         assert_eq!(
@@ -120,14 +120,14 @@ pub(crate) async fn unfit_commands_are_refused_at_once() -> Outcome {
         ("FLUSHALL", "names no key"),
         ("FLUSHDB", "names no key"),
         ("SWAPDB 0 1", "names no key"),
-        ("BLPOP a 0", "may wait"),
-        ("XREADGROUP GROUP g c STREAMS s >", "may wait"),
-        ("MULTI", "atomic step"),
-        ("EVAL return 0", "atomic step"),
-        ("SUBSCRIBE a", "atomic step"),
-        ("CONFIG SET maxmemory 1", "atomic step"),
-        ("MIGRATE h 1 k 0 1", "atomic step"),
-        ("SHUTDOWN", "atomic step"),
+        ("BLPOP a 0", "may block"),
+        ("XREADGROUP GROUP g c STREAMS s >", "may block"),
+        ("MULTI", "inside a script"),
+        ("EVAL return 0", "inside a script"),
+        ("SUBSCRIBE a", "inside a script"),
+        ("CONFIG SET maxmemory 1", "inside a script"),
+        ("MIGRATE h 1 k 0 1", "inside a script"),
+        ("SHUTDOWN", "inside a script"),
     ] {
         assert_error!(
             tx.command(command(unfit)).await,
@@ -171,7 +171,7 @@ pub(crate) async fn keys_of_stores_are_refused() -> Outcome {
             tx.command(command(&format!("DEL essentially-once:retention:{stream}")))
                 .await,
             Error::Failed { .. },
-            "only a log changes it"
+            "only the log may change it"
         );
     }
     tx.command(command("SET essentially-once:{c}:mine 1")).await?;
@@ -205,7 +205,7 @@ pub(crate) async fn queries_read_now() -> Outcome {
     assert_eq!(tx.query::<String>(command("OBJECT ENCODING a")).await?, "int");
     for (unfit, why) in [
         ("SET a 1", "not a reading command"),
-        ("XREAD BLOCK 0 STREAMS a 0", "may wait"),
+        ("XREAD BLOCK 0 STREAMS a 0", "may block"),
         ("GET", "too few"),
     ] {
         assert_error!(tx.query::<i64>(command(unfit)).await, Error::Failed { .. }, why);
@@ -230,7 +230,7 @@ pub(crate) async fn queries_read_now() -> Outcome {
     Ok(())
 }
 
-/// The advance of a commit that builds on this revision.
+/// An advance from this revision.
 fn after(expected: Revision) -> Advance {
     Advance::new(log("orders#a1"), Offset::new(9, 7), expected, expected.next_count())
 }

@@ -1,4 +1,4 @@
-//! What a standby watches, and what is read outside a transaction.
+//! The pulse that a standby watches, and state read outside a transaction.
 
 use std::{
     sync::{
@@ -13,7 +13,7 @@ use essentially_once::{
     backend::{Owner, Pulse, Revision, Source, Transaction as _, Window},
 };
 
-use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told};
+use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, text_of};
 
 const POSITION: &str = "essentially-once:{c}:position";
 
@@ -58,7 +58,7 @@ pub(crate) async fn a_beat_of_someone_else_has_no_effect() -> Outcome {
     store.release(id, other).await?;
     assert_eq!(store.pulse(id).await?, pulse);
     assert_eq!(stage.ask(&format!("HGETALL {POSITION}"))?, stored);
-    // A position that nobody owns has no owner that could beat.
+    // Nobody can beat for a position without an owner.
     commit_as(&stage, 1, None).await?;
     store.beat(id, owner).await?;
     assert_eq!(store.pulse(id).await?.beats, 0);
@@ -76,7 +76,7 @@ pub(crate) async fn a_release_gives_up_the_position_and_fences_nobody() -> Outco
     expected.owner = None;
     assert_eq!(store.position(id).await?, Some(expected));
     assert_eq!(store.pulse(id).await?.owner, None);
-    // Again, and a beat that is late.
+    // Release again, then beat too late.
     store.release(id, owner).await?;
     store.beat(id, owner).await?;
     assert_eq!(store.pulse(id).await?.owner, None);
@@ -98,7 +98,7 @@ pub(crate) async fn beats_survive_what_counts_them() -> Outcome {
         store.beat(id, owner).await?;
         assert_eq!(stage.ask(&format!("HGET {POSITION} beats"))?, next);
     }
-    // What an operator wrote there is refused, not guessed.
+    // An invalid value that an operator wrote is an error.
     stage.ask(&format!("HSET {POSITION} beats many"))?;
     assert_error!(store.pulse(id).await, Error::Failed { .. }, "pulse of consumer c");
     // A position of an earlier version has none of these fields.
@@ -145,7 +145,7 @@ pub(crate) async fn state_is_read_in_the_order_of_the_keys() -> Outcome {
     let windows = vec![(numbering("p#7"), Window::new(5))];
     tx.commit(changed(advance(0, 1), |advance| advance.windows = windows))
         .await?;
-    // More than a script passes to a command, and one of them twice.
+    // More keys than a script can pass to one command, and one key twice.
     let asked: Vec<&[u8]> = keys.iter().map(Vec::as_slice).chain([&b""[..], &keys[0]]).collect();
     let read = store.read_state(id, &asked).await?;
     assert_eq!(read.position, store.position(id).await?);
@@ -193,7 +193,7 @@ pub(crate) async fn state_and_position_are_of_one_commit() -> Outcome {
         tx.put(b"a", value.as_bytes()).await?;
         tx.put(b"b", value.as_bytes()).await?;
         tx.commit(advance(commits, commits + 1)).await?;
-        // Never older than a commit that was acknowledged, though a transaction is open.
+        // Never older than the last acknowledged commit, even while a transaction is open.
         let open = stage.begin().await?;
         let read = stage.store.read_state(&stage.consumer, &[b"a"]).await?;
         assert_eq!(read.values[0].as_deref(), Some(value.as_bytes()));

@@ -1,4 +1,4 @@
-//! A failed read keeps the transaction from committing, even if the handler ignores the error.
+//! A failed read prevents the commit, even if the handler ignores the error.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,11 +9,11 @@ use essentially_once::{
 use essentially_once_redis::{Redis, RedisStore, RedisTx};
 use test_servers::{Cut, Proxy};
 
-use crate::support::{Outcome, Stage, advance, assert_error, command, told};
+use crate::support::{Outcome, Stage, advance, assert_error, command, text_of};
 
 const RECORDS: u64 = 20;
 
-/// Takes an error for a missing count, and loses the connection at its tenth record.
+/// Treats an error as a missing count, and loses the connection at its tenth record.
 struct Careless {
     proxy: Arc<Proxy>,
     cut: Cut,
@@ -62,13 +62,14 @@ pub(crate) async fn a_careless_handler_counts_every_record() -> Outcome {
     Ok(())
 }
 
-/// The bytes that only a `get` of that consumer sends.
+/// Bytes that only a `get` of this consumer sends.
 fn get_request(consumer: &ConsumerId) -> Vec<u8> {
     let key = format!("essentially-once:{{{consumer}}}:state");
     format!("$4\r\nHGET\r\n${}\r\n{key}\r\n", key.len()).into_bytes()
 }
 
-/// Breaks the connection at a request with this pattern, ignores the error, and expects that the commit refuses.
+/// Breaks the connection at a request with this pattern, ignores the error, and expects the commit
+/// to fail.
 async fn cut_off(stage: &Stage, proxy: &Proxy, store: &RedisStore, read: Read) -> Result<(), Source> {
     let before = stage.revision().await?;
     let mut tx = store.begin(&stage.consumer).await?;
@@ -76,7 +77,7 @@ async fn cut_off(stage: &Stage, proxy: &Proxy, store: &RedisStore, read: Read) -
     proxy.cut_at(read.pattern(), Cut::BeforeRequest);
     let failed = read.run(&mut tx).await;
     assert_error!(failed, Error::Unavailable { .. },);
-    // A later read that succeeds does not make up for it.
+    // A later successful read does not make up for it.
     tx.get(b"another").await?;
     let result = tx.commit(advance(before, 9)).await;
     assert_error!(
@@ -84,7 +85,7 @@ async fn cut_off(stage: &Stage, proxy: &Proxy, store: &RedisStore, read: Read) -
         Error::Unavailable { .. },
         "commit",
         "consumer c",
-        "nothing was applied, because a read in it failed",
+        "nothing was applied, because an earlier read failed",
         read.named()
     );
     assert_eq!((stage.revision().await?, stage.value("a").await?), (before, None));
@@ -133,7 +134,7 @@ pub(crate) async fn after_a_read_without_an_answer_nothing_is_committed() -> Out
     let proxy = Proxy::start(stage.server.port())?;
     let store = stage.through(&proxy).await?;
     let mut tx = store.begin(&stage.consumer).await?;
-    // The server is asked once about each name.
+    // The server is asked once about each command name.
     tx.query::<u64>(command("LLEN list")).await?;
     cut_off(&stage, &proxy, &store, Read::Get).await?;
     cut_off(&stage, &proxy, &store, Read::Query).await?;
@@ -158,7 +159,7 @@ pub(crate) async fn after_a_refused_read_nothing_is_committed() -> Outcome {
         assert_error!(
             tx.commit(advance(0, 1)).await,
             Error::Failed { .. },
-            "because a read in it failed",
+            "because an earlier read failed",
             named.split(' ').next().unwrap_or_default()
         );
         assert_eq!(stage.revision().await?, 0);

@@ -1,4 +1,4 @@
-//! How a server is set up: settings, permissions, replicas, protocol.
+//! Server set-ups: settings, permissions, replicas, protocol.
 
 use std::{
     io::{Read as _, Write as _},
@@ -17,7 +17,7 @@ use essentially_once_redis::{
 };
 use test_servers::RedisServer;
 
-use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told};
+use crate::support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, text_of};
 
 pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
     let stage = Stage::start().await?;
@@ -59,7 +59,7 @@ pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
             for part in [
                 "appendfsync is no",
                 "allkeys-random",
-                "0 replicas are connected, and `min_replicas` asks for 2",
+                "0 replicas are connected, and `min_replicas` requires 2",
             ] {
                 assert!(why.contains(part), "{why}");
             }
@@ -69,7 +69,7 @@ pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
     Ok(())
 }
 
-/// A store that signs in as a user with these rights.
+/// A store that authenticates as a user with these permissions.
 async fn signed_in(stage: &Stage, rights: &str) -> Result<RedisStore, Source> {
     stage.ask(&format!("ACL SETUSER app reset on >hunter2 ~* &* {rights}"))?;
     let url = format!("redis://app:hunter2@127.0.0.1:{}", stage.server.port());
@@ -118,7 +118,7 @@ pub(crate) async fn missing_permissions_are_named() -> Outcome {
         Error::Failed { .. },
         "grant the user `command|info`"
     );
-    // What the documentation asks for is enough.
+    // The documented permissions are enough.
     let store = signed_in(
         &stage,
         "+evalsha +eval +hget +hgetall +hmget +hset +hdel +incr +command|info +info +config|get",
@@ -176,7 +176,7 @@ pub(crate) async fn replicas_that_are_away_are_waited_for() -> Outcome {
         "0 replicas are connected",
         "connect more"
     );
-    // A consumer that starts while the replica is away goes on when it is back.
+    // A consumer that starts while the replica is down continues when it is back.
     let redis = Redis::connect(&stage.server.url()).await?;
     let log = redis.log("orders").await?;
     log.append(&[NewRecord::new("x")]).await?;
@@ -193,7 +193,8 @@ pub(crate) async fn replicas_that_are_away_are_waited_for() -> Outcome {
     let report = tokio::time::timeout(Duration::from_secs(60), running).await???;
     assert_eq!(report.handled, 1, "{report}");
     assert_eq!(stage.store.durability().await?, Durability::Durable);
-    // What only a person can change is told at once, and with what else is missing.
+    // A condition that only a person can change is reported at once, with everything else that is
+    // missing.
     stage.ask("CONFIG SET appendfsync no")?;
     assert!(matches!(stage.store.durability().await?, Durability::Volatile(_)));
     Ok(())
@@ -209,7 +210,7 @@ impl Handler<RedisTx> for Count {
     }
 }
 
-pub(crate) async fn replicas_that_are_missing_leave_it_open() -> Outcome {
+pub(crate) async fn missing_replicas_leave_an_append_in_doubt() -> Outcome {
     let options = RedisOptions::new().min_replicas(1, Duration::from_millis(100));
     let stage = Stage::with(options.clone()).await?;
     assert_error!(
@@ -223,7 +224,7 @@ pub(crate) async fn replicas_that_are_missing_leave_it_open() -> Outcome {
     let replica = RedisServer::durable().replica_of(&stage.server).start()?;
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut revision = 1;
-    // Until it has caught up.
+    // Wait until the replica has caught up.
     while let Err(error) = stage.commit(revision, [command("INCR count")]).await {
         assert!(
             matches!(error, Error::Indeterminate { .. }) && Instant::now() < deadline,
@@ -311,7 +312,7 @@ pub(crate) async fn resp3_is_spoken() -> Outcome {
     Ok(())
 }
 
-/// Answers whoever connects with these bytes, and closes the connection; returns the port.
+/// Answers each client with these bytes and closes the connection. Returns the port.
 fn answering(bytes: &'static [u8]) -> Result<u16, Source> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
@@ -349,7 +350,7 @@ pub(crate) async fn what_is_wrong_with_an_address_is_named() -> Outcome {
         (
             format!("redis://127.0.0.1:{web}"),
             true,
-            ["does not speak Redis' protocol", "check host and port"],
+            ["does not speak the Redis protocol", "check host and port"],
         ),
         (
             format!("redis://127.0.0.1:{silent}"),
@@ -370,7 +371,7 @@ pub(crate) async fn what_is_wrong_with_an_address_is_named() -> Outcome {
             assert!(text.contains(part), "{part:?} is missing in {text}");
         }
     }
-    // A server that wants a password, asked without one.
+    // The server requires a password, and the URL has none.
     stage.ask("ACL SETUSER default off")?;
     let error = Redis::connect(&stage.server.url()).await.expect_err("no password");
     assert!(matches!(error, Error::Failed { .. }), "{error}");
@@ -378,15 +379,15 @@ pub(crate) async fn what_is_wrong_with_an_address_is_named() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn a_server_without_room_for_clients_may_have_it_later() -> Outcome {
+pub(crate) async fn a_server_without_room_for_clients_is_a_passing_error() -> Outcome {
     let stage = Stage::start().await?;
     let held = redis::Client::open(stage.server.url())?;
     let held = held.get_multiplexed_async_connection().await?;
-    // One for the administrator.
+    // One connection for the administrator.
     stage.ask("CONFIG SET maxclients 1")?;
     for query in ["", "?protocol=resp2"] {
         let full = Redis::connect(&format!("{}/{query}", stage.server.url())).await;
-        // The server says so if it is read before the connection is closed.
+        // The client sees the server's message if it reads before the connection is closed.
         assert_error!(full, Error::Unavailable { .. }, "maxclients");
     }
     drop(held);
@@ -401,7 +402,7 @@ pub(crate) async fn a_server_without_room_for_clients_may_have_it_later() -> Out
     Ok(())
 }
 
-pub(crate) async fn a_busy_server_is_asked_again_what_it_is() -> Outcome {
+pub(crate) async fn a_busy_server_is_identified_later() -> Outcome {
     let stage = Arc::new(Stage::start().await?);
     stage.ask("CONFIG SET busy-reply-threshold 10")?;
     let busy = Arc::clone(&stage);
@@ -409,7 +410,7 @@ pub(crate) async fn a_busy_server_is_asked_again_what_it_is() -> Outcome {
         let _ = busy.server.command(&["EVAL", "while true do end", "0"]);
     });
     let deadline = Instant::now() + Duration::from_secs(60);
-    // Not before the script has been running for long.
+    // The script must run for a while first.
     let refused = loop {
         match Redis::connect(&stage.server.url()).await {
             Err(error) => break error,
@@ -439,12 +440,12 @@ pub(crate) async fn passwords_are_never_shown() -> Outcome {
         "redis://app:hunter2@127.0.0.1:port".into(),
         "http://app:hunter2@127.0.0.1".into(),
     ] {
-        texts.push(told(Redis::connect(&url).await));
+        texts.push(text_of(Redis::connect(&url).await));
     }
     stage.server.kill()?;
-    texts.push(told(tx.commit(advance(0, 1)).await));
-    texts.push(told(store.position(&stage.consumer).await));
-    texts.push(told(store.durability().await));
+    texts.push(text_of(tx.commit(advance(0, 1)).await));
+    texts.push(text_of(store.position(&stage.consumer).await));
+    texts.push(text_of(store.durability().await));
     for text in texts {
         assert!(!text.contains("hunter2"), "{text}");
     }

@@ -1,4 +1,4 @@
-//! What the cases share.
+//! Helpers for the cases.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ impl Stage {
         self.store.begin(&self.consumer).await
     }
 
-    /// Commits what `stage` stages, and says what came of it.
+    /// Commits the changes that `stage` stages, and returns the result.
     pub(crate) async fn commit(&self, expected: u64, commands: impl IntoIterator<Item = Cmd>) -> Result<(), Error> {
         let mut tx = self.begin().await?;
         for command in commands {
@@ -46,7 +46,7 @@ impl Stage {
         tx.commit(advance(expected, expected + 1)).await
     }
 
-    /// The count of the revision that is stored.
+    /// The count of the stored revision.
     pub(crate) async fn revision(&self) -> Result<u64, Error> {
         let position = self.store.position(&self.consumer).await?;
         Ok(position.map_or(0, |position| position.revision.count()))
@@ -77,7 +77,7 @@ impl Stage {
     }
 }
 
-/// The revision after so many commits of one session.
+/// The revision after this many commits of one session.
 pub(crate) fn revision(commits: u64) -> Revision {
     Revision::new(0, commits)
 }
@@ -115,7 +115,7 @@ pub(crate) fn numbering(text: &str) -> Numbering {
 
 /// The error with its causes.
 #[track_caller]
-pub(crate) fn told<T>(result: Result<T, Error>) -> String {
+pub(crate) fn text_of<T>(result: Result<T, Error>) -> String {
     let Err(error) = result else { panic!("it did not fail") };
     let mut text = format!("{error:?} {error}");
     let mut cause = error.cause().map(|cause| cause as &dyn std::error::Error);
@@ -130,7 +130,7 @@ macro_rules! assert_error {
     ($result:expr, $kind:pat, $($text:expr),*) => {{
         let result = $result;
         assert!(matches!(&result, Err($kind)), "{result:?}");
-        let _text = told(result);
+        let _text = text_of(result);
         $(assert!(_text.contains($text), "{:?} is missing in {_text}", $text);)*
     }};
 }

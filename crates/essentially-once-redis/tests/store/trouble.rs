@@ -1,4 +1,4 @@
-//! Servers in trouble: full, killed, behind a connection that breaks.
+//! Servers that are full, killed, or behind a broken connection.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use test_servers::{Cut, Proxy};
 
 use crate::{
     LIMIT,
-    support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, told},
+    support::{Outcome, Stage, advance, assert_error, changed, command, numbering, revision, text_of},
 };
 
 pub(crate) async fn a_full_server_applies_nothing() -> Outcome {
@@ -35,7 +35,7 @@ pub(crate) async fn a_full_server_applies_nothing() -> Outcome {
         assert_eq!((stage.revision().await?, stage.ask("DBSIZE")?.as_str()), (1, "2"));
     }
     assert_error!(stage.commit(1, []).await, Error::Unavailable { .. }, "OOM");
-    // One that begins by freeing memory goes through as a whole.
+    // A commit that begins by freeing memory is applied as a whole.
     stage.commit(1, ["DEL x", "RPUSH list a"].map(command)).await?;
     stage.ask("CONFIG SET maxmemory 0")?;
     stage.commit(2, [command("INCR count")]).await?;
@@ -88,7 +88,7 @@ pub(crate) async fn a_late_commit_is_fenced() -> Outcome {
     slow.begin(&stage.consumer).await?.commit(advance(0, 1)).await?;
     let mut late = slow.begin(&stage.consumer).await?;
     late.command(command("SET late 1")).await?;
-    // Only to learn when it has arrived.
+    // This only shows when the commit has arrived.
     proxy.cut_at(b"SET\r\n$4\r\nlate", Cut::BeforeReply);
     proxy.hold(true);
     assert_error!(late.commit(advance(1, 2)).await, Error::Indeterminate { .. },);
@@ -96,7 +96,7 @@ pub(crate) async fn a_late_commit_is_fenced() -> Outcome {
     proxy.hold(false);
     assert!(proxy.wait_fired(1, LIMIT), "it never arrived");
     assert_eq!((stage.revision().await?, stage.ask("EXISTS late")?.as_str()), (2, "0"));
-    // Its connection is gone.
+    // The connection is closed.
     let position = loop {
         match slow.position(&stage.consumer).await {
             Err(error) if error.is_transient() => {}
@@ -114,7 +114,7 @@ pub(crate) async fn what_was_acknowledged_survives_kills() -> Outcome {
         let mut killer = None;
         let enough = acknowledged + 3;
         loop {
-            // Not before some were acknowledged, and then at any moment.
+            // Kill at a random moment, after some commits were acknowledged.
             if acknowledged >= enough && killer.is_none() {
                 let server = Arc::clone(&stage);
                 killer = Some(tokio::task::spawn_blocking(move || {
@@ -170,7 +170,7 @@ pub(crate) async fn a_value_over_the_servers_limit_is_refused_before_anything_is
     const OVER: usize = 1024 * 1024 + 1;
     let stage = Stage::start().await?;
     stage.ask("CONFIG SET proto-max-bulk-len 1mb")?;
-    // Staged before there is a connection, it is refused by the commit.
+    // A value staged without a connection is refused by the commit.
     let mut tx = stage.begin().await?;
     tx.put(b"small", b"1").await?;
     tx.put(b"large", &vec![0; OVER]).await?;

@@ -1,4 +1,4 @@
-//! Data that earlier versions wrote; `fixtures/README.md` says what it is.
+//! Data that earlier versions wrote. `fixtures/README.md` describes it.
 
 use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Record, async_trait,
@@ -69,7 +69,7 @@ impl Handler<RedisTx> for Count {
     }
 }
 
-pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
+pub(crate) async fn data_of_version_1_still_works() -> Outcome {
     let stage = Stage::start().await?;
     replay(&stage).await?;
     let redis = Redis::connect(&stage.server.url()).await?;
@@ -84,7 +84,7 @@ pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
         let position = store.position(&consumer).await?.ok_or("the position is ignored")?;
         assert_eq!(position.revision, Revision::new(0, revision), "{consumer}");
         assert_eq!((position.owner, position.passed), (None, None), "{consumer}");
-        // It has neither an owner nor beats, and nobody can beat for it.
+        // The position has neither an owner nor beats, and nobody can beat for it.
         store.beat(&consumer, Owner::draw()).await?;
         store.release(&consumer, Owner::draw()).await?;
         assert_eq!(
@@ -105,7 +105,7 @@ pub(crate) async fn data_of_version_1_goes_on() -> Outcome {
         let position = store.position(&consumer).await?.ok_or("the position is gone")?;
         assert!(position.revision.epoch() > 0, "{consumer}");
         assert_eq!(position.owner, None, "{consumer} was not released");
-        // What a process of version 1 reads as a whole number, and so refuses.
+        // A process of version 1 reads this as an integer, and so refuses it.
         let stored = stage.ask(&format!("HGET essentially-once:{{{consumer}}}:position revision"))?;
         assert!(stored.parse::<u64>().is_err(), "{stored}");
     }

@@ -1,4 +1,4 @@
-//! TLS, users, databases and sockets; and no secret in any text.
+//! TLS, users, databases and sockets, and no secret in any text.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -6,11 +6,12 @@ mod secrets;
 
 use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
-use essentially_once::{Consumer, ConsumerId, Error, backend::Source};
+use essentially_once::{Consumer, ConsumerId, Error, Log as _, Offset, backend::Source};
 use essentially_once_redis::{Redis, RedisOptions};
 use essentially_once_testkit::Ledger;
 use tempfile::TempDir;
 use test_servers::{Pair, RedisBuilder, RedisServer};
+use tokio::time::timeout;
 
 use common::{Outcome, cases, ensure, judge, run, send};
 use secrets::no_secret_is_ever_shown;
@@ -25,11 +26,12 @@ fn main() -> ExitCode {
         a_server_without_tls_is_an_error,
         user_database_and_resp3_over_tls,
         a_socket_is_served,
+        a_dropped_reader_closes_its_connection,
         no_secret_is_ever_shown,
     ])
 }
 
-/// An authority, and the files that a server reads.
+/// A certificate authority, and the files for a server.
 struct Authority {
     keys: test_servers::Authority,
     folder: TempDir,
@@ -57,7 +59,7 @@ impl Authority {
     }
 
     fn trusted(&self) -> RedisOptions {
-        RedisOptions::new().root_certificate(self.keys.root.as_str())
+        RedisOptions::new().add_root_certificate(self.keys.root.as_str())
     }
 }
 
@@ -75,7 +77,7 @@ async fn works(redis: &Redis) -> Outcome {
     judge(&log, &store, &id, MESSAGES).await
 }
 
-/// What a refusal says.
+/// The text of a refusal.
 async fn refusal(options: RedisOptions, url: &str) -> Result<String, Source> {
     match options.timeout(Duration::from_secs(5)).connect(url).await {
         Err(error @ (Error::Unavailable { .. } | Error::Failed { .. } | Error::InvalidSetting { .. })) => {
@@ -94,7 +96,8 @@ async fn clients_with_a_certificate_are_served() -> Outcome {
     let Pair { certificate, key } = &authority.keys.client;
     let options = authority
         .trusted()
-        .client_certificate(certificate.as_str(), key.as_str());
+        .client_certificate(certificate.as_str())
+        .client_key(key.as_str());
     works(&options.connect(&tls_url(&server)?).await?).await
 }
 
@@ -106,7 +109,8 @@ async fn clients_without_a_certificate_are_refused() -> Outcome {
     let stranger = Authority::new()?.keys.client;
     let options = authority
         .trusted()
-        .client_certificate(stranger.certificate, stranger.key);
+        .client_certificate(stranger.certificate)
+        .client_key(stranger.key);
     refusal(options, &tls_url(&server)?).await?;
     Ok(())
 }
@@ -118,9 +122,9 @@ async fn another_authority_is_not_trusted() -> Outcome {
     for options in [RedisOptions::new(), Authority::new()?.trusted()] {
         let text = refusal(options, &url).await?;
         ensure!(text.contains("certificate") && text.contains("127.0.0.1"), "{text}");
-        ensure!(!text.contains("for now"), "trying again does not help: {text}");
+        ensure!(!text.contains("temporarily"), "trying again does not help: {text}");
     }
-    let garbage = RedisOptions::new().root_certificate("garbage");
+    let garbage = RedisOptions::new().add_root_certificate("garbage");
     let text = refusal(garbage, &url).await?;
     ensure!(text.contains("no certificate in PEM format"), "{text}");
     works(
@@ -139,7 +143,7 @@ async fn a_server_without_tls_is_an_error() -> Outcome {
     ensure!(text.contains("127.0.0.1") && text.contains("use redis://"), "{text}");
     let text = refusal(RedisOptions::new(), &tls_url(&server)?.replace("rediss:", "redis:")).await?;
     ensure!(text.contains("127.0.0.1") && text.contains("use rediss://"), "{text}");
-    // Certificates mean that TLS is wanted.
+    // Certificates require a URL with TLS.
     let plain = authority.trusted().connect(&server.url()).await;
     ensure!(matches!(plain, Err(Error::InvalidSetting { .. })), "{plain:?}");
     Ok(())
@@ -172,6 +176,34 @@ async fn user_database_and_resp3_over_tls() -> Outcome {
         "{text}"
     );
     Ok(())
+}
+
+async fn a_dropped_reader_closes_its_connection() -> Outcome {
+    let authority = Authority::new()?;
+    let server = authority.server()?.start()?;
+    let log = authority
+        .trusted()
+        .connect(&tls_url(&server)?)
+        .await?
+        .log("orders")
+        .await?;
+    let mut reader = log.read(Offset::ZERO).await?;
+    let waiting = timeout(Duration::from_millis(200), reader.next(1)).await;
+    ensure!(waiting.is_err(), "{waiting:?}");
+    // Only the reader is blocked, and the server would hold back its reply for two seconds.
+    let blocked = || -> Result<bool, Source> {
+        let info = server.command(&["INFO", "clients"])?;
+        Ok(info.line("blocked_clients") == Some("1"))
+    };
+    ensure!(blocked()?, "the reader does not wait");
+    drop(reader);
+    let closed = timeout(Duration::from_secs(1), async {
+        while blocked()? {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok::<_, Source>(())
+    });
+    closed.await?
 }
 
 async fn a_socket_is_served() -> Outcome {

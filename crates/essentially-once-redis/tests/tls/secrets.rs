@@ -1,4 +1,4 @@
-//! Passwords and private keys are in no message, event or debug output.
+//! No message, event or debug output contains a password or private key.
 
 use std::{
     fmt::{self, Write as _},
@@ -21,7 +21,7 @@ use crate::{
 const USER: &str = "intendant";
 const SECRET: &str = "correct-horse-battery";
 
-/// All that was said.
+/// All text that was printed or logged.
 #[derive(Clone, Default)]
 struct Said(Arc<Mutex<String>>);
 
@@ -99,7 +99,7 @@ pub(crate) async fn no_secret_is_ever_shown() -> Outcome {
     for secret in [SECRET, key[1]] {
         ensure!(!said.text().contains(secret), "{secret} was shown: {}", said.text());
     }
-    // What was looked for could have been there.
+    // The recorded text covers the places where a secret could have appeared.
     for part in [
         "going back to the stored position",
         "authentication failed",
@@ -115,7 +115,7 @@ pub(crate) async fn no_secret_is_ever_shown() -> Outcome {
 async fn connections_that_fail(said: &Said, authority: &Authority, server: &RedisServer) -> Outcome {
     let (plain, tls) = (server.port(), tls_url(server)?);
     let tls = tls.trim_start_matches("rediss://");
-    // Nobody listens on port 1, and no port is that large.
+    // No server listens on port 1, and 99999 is not a port.
     for url in [
         format!("redis://{USER}:{SECRET}2@127.0.0.1:{plain}"),
         format!("rediss://{USER}:{SECRET}@127.0.0.1:{plain}"),
@@ -145,8 +145,9 @@ async fn connections_that_fail(said: &Said, authority: &Authority, server: &Redi
         }
     }
     let wrong = RedisOptions::new()
-        .root_certificate(SECRET)
-        .client_certificate(SECRET, authority.keys.client.key.as_str());
+        .add_root_certificate(SECRET)
+        .client_certificate(SECRET)
+        .client_key(authority.keys.client.key.as_str());
     said.show(&wrong);
     said.failed(wrong.connect(&format!("rediss://{USER}:{SECRET}@{tls}")).await)?;
     Ok(())
@@ -156,7 +157,8 @@ async fn requests_that_fail(said: &Said, authority: &Authority, server: &RedisSe
     let client = &authority.keys.client;
     let options = authority
         .trusted()
-        .client_certificate(client.certificate.as_str(), client.key.as_str());
+        .client_certificate(client.certificate.as_str())
+        .client_key(client.key.as_str());
     said.show(&options);
     let url = tls_url(server)?.replace("rediss://", &format!("rediss://{USER}:{SECRET}@"));
     let redis = options.timeout(Duration::from_secs(60)).connect(&url).await?;
@@ -181,7 +183,7 @@ async fn requests_that_fail(said: &Said, authority: &Authority, server: &RedisSe
     )?;
     let consumer = || Consumer::essentially_once(id.clone(), log.clone(), store.clone(), Ledger).restart_limit(2);
     said.failed(consumer().run().await)?;
-    // Its connections are closed with it.
+    // Deleting the user closes its connections.
     server.command(&["ACL", "DELUSER", USER])?;
     said.failed(consumer().run().await)?;
     said.failed(log.append(&[message(2)]).await)?;

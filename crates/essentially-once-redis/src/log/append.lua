@@ -1,6 +1,9 @@
--- KEYS: stream. ARGV: incarnation or '', 1 if the stream may be created, then for each record how
--- many arguments follow, and its fields and values. Returns the last id; nil if the stream is gone,
--- or another one by now. All records are appended, or none.
+-- Appends all records or none.
+--
+-- KEYS: stream.
+-- ARGV: incarnation or '', 1 if the stream may be created; then for each record the number of its
+--   fields and values, and these.
+-- Returns the last id; nil if the stream was deleted or created again.
 if ARGV[1] ~= '' and incarnation(KEYS[1]) ~= ARGV[1] then return false end
 local last
 local at, count = 3, #ARGV
@@ -14,7 +17,7 @@ while at <= count do
   end
   if not id then return false end
   if type(id) == 'table' then
-    -- What fails, fails at the first record; only a stream that runs out of ids fails later.
+    -- Every error occurs at the first record, except in a stream that runs out of ids.
     return last and redis.error_reply('PARTIAL ' .. id.err) or id
   end
   last = id

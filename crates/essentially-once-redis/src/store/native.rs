@@ -1,4 +1,4 @@
-//! Native commands: what the server says about them, and what of them a transaction has staged.
+//! Native commands: how the server describes them, and which of them a transaction has staged.
 
 use std::{
     borrow::Cow,
@@ -9,24 +9,28 @@ use std::{
 use essentially_once::Error;
 use redis::{Arg, Cmd, Value};
 
-use crate::{error::read_failed, server::Link};
+use crate::{
+    connection::Link,
+    error::{printable, read_failed},
+};
 
-/// Lua passes 8,000 arguments at most.
+/// Lua passes at most 8,000 arguments.
 const MAX_ARGUMENTS: usize = 7_000;
 
-/// What the server says about its commands; each is asked for once.
-#[derive(Default)]
+/// The server's descriptions of its commands. Each is requested once.
+#[derive(Default, Debug)]
 pub(crate) struct Catalog {
     commands: Mutex<HashMap<Vec<u8>, Arc<Command>>>,
 }
 
-/// What the server says about a command: `HSET`, `XGROUP|CREATE`.
+/// The server's description of a command, such as `HSET` or `XGROUP|CREATE`.
+#[derive(Debug)]
 pub(crate) struct Command {
     name: String,
-    /// How many arguments, with the name; if negative, at least so many.
+    /// The number of arguments with the name. A negative number is a minimum.
     arity: i64,
     flags: BTreeSet<String>,
-    /// Where its keys are: first, last (negative: from the end), step.
+    /// The places of its keys: first, last (negative: from the end), step.
     keys: (usize, i64, usize),
     has_subcommands: bool,
 }
@@ -75,18 +79,14 @@ impl Command {
             _ => None,
         };
         match info {
-            Some(Value::Array(info)) => Self::decode(shown.clone(), info).ok_or_else(|| {
-                refused(
-                    link,
-                    &shown,
-                    "the server describes it in words that this crate does not know",
-                )
-            }),
+            Some(Value::Array(info)) => Self::decode(shown.clone(), info)
+                .ok_or_else(|| refused(link, &shown, "the server describes it in an unknown format")),
             _ => Err(refused(link, &shown, "the server has no such command")),
         }
     }
 
-    /// `[name, arity, flags, first key, last key, step, categories, tips, key specifications, subcommands]`.
+    /// `[name, arity, flags, first key, last key, step, categories, tips, key specifications,
+    /// subcommands]`.
     fn decode(name: String, info: Vec<Value>) -> Option<Self> {
         let mut fields = info.into_iter().skip(1);
         let mut number = || match fields.next() {
@@ -126,12 +126,12 @@ impl Command {
         self.flags.contains(flag)
     }
 
-    /// Refuses what cannot be part of a commit.
+    /// Refuses a command that cannot be part of a commit.
     pub(crate) fn check_write(&self, link: &Link, arguments: &[&[u8]]) -> Result<(), Error> {
         let why = if self.is("blocking") {
-            "it may wait, and nobody sees what it returns: use one that does not block"
+            "it may block, and its reply is discarded: use a command that does not block"
         } else if self.is("noscript") || self.is("admin") || self.name == "MIGRATE" {
-            "it cannot be part of an atomic step"
+            "it cannot run inside a script"
         } else if !self.is("write") && !self.publishes() {
             "it writes nothing: use `query` to read"
         } else if arguments.len() > MAX_ARGUMENTS {
@@ -142,12 +142,12 @@ impl Command {
         Err(refused(link, &self.name, why))
     }
 
-    /// Refuses what is no plain read.
+    /// Refuses a command that does not just read.
     pub(crate) fn check_read(&self, link: &Link, arguments: &[&[u8]]) -> Result<(), Error> {
         let why = if !self.is("readonly") {
-            "it is not a reading command: `query` runs at once, outside the commit; use `command` to write"
+            "it is not a reading command, and `query` runs it at once, outside the commit: use `command` to write"
         } else if self.is("blocking") {
-            "it may wait, and hold up the consumer's commits: use one that does not block"
+            "it may block and delay the consumer's commits: use a command that does not block"
         } else {
             return self.check_arity(link, arguments);
         };
@@ -162,7 +162,11 @@ impl Command {
         };
         match fits {
             true => Ok(()),
-            false => Err(refused(link, &self.name, "it has too few or too many arguments")),
+            false => Err(refused(
+                link,
+                &self.name,
+                "it has too few or too many arguments: check its syntax",
+            )),
         }
     }
 
@@ -174,7 +178,7 @@ impl Command {
         &self.name
     }
 
-    /// Which of the arguments are keys.
+    /// The arguments that are keys.
     pub(crate) async fn keys<'a>(&self, link: &Link, arguments: &[&'a [u8]]) -> Result<Vec<Cow<'a, [u8]>>, Error> {
         if self.is("movablekeys") {
             let mut request = redis::cmd("COMMAND");
@@ -194,40 +198,42 @@ impl Command {
     }
 }
 
-/// What a transaction has staged, laid out as the script wants it.
+/// The staged commands of a transaction, laid out for the script.
 #[derive(Default)]
 pub(crate) struct Staged {
-    /// The commands; those that count have a sum instead of their last argument.
+    /// The commands. An incrementing command has a sum instead of its last argument.
     pub(crate) commands: Vec<(Cmd, Option<i64>)>,
-    /// Neighbours of equal length: length and how many.
+    /// Runs of commands of equal length: the length, and the number of commands.
     pub(crate) runs: Vec<(usize, usize)>,
-    /// The first command of each name: where its arguments begin and end, from 0.
+    /// The first command of each name: the indices of its first and last argument, from 0.
     pub(crate) permissions: Vec<(usize, usize)>,
     pub(crate) keys: BTreeMap<Vec<u8>, Use>,
-    /// How many arguments the commands and runs take together.
+    /// The number of arguments that commands and runs take together.
     pub(crate) arguments: usize,
     pub(crate) bytes: usize,
     names: Vec<String>,
 }
 
-/// How a transaction uses a key; what can be checked of it before the commit's first write.
+/// How a transaction uses a key, as far as the script can check it before the first write.
 #[derive(Default)]
 pub(crate) struct Use {
-    /// A reading command that fails if the key is not of the type that its first use needs.
+    /// A reading command that fails unless the key has the type that its first use needs.
     pub(crate) probe: Option<&'static str>,
     /// Whether the value must be an integer.
     pub(crate) counter: bool,
-    /// Which fields of a hash must be integers, and the command that counts them.
+    /// The fields of a hash that must be integers, and the index of the command that increments
+    /// each.
     pub(crate) counters: BTreeMap<Vec<u8>, usize>,
-    /// The command that counts the value.
+    /// The index of the command that increments the value.
     sum: Option<usize>,
-    /// Whether something else than counting was done to it: then nobody knows beforehand what it holds.
+    /// Whether a command other than an increment writes it. The script then cannot check its value
+    /// beforehand.
     written: bool,
 }
 
 impl Staged {
-    /// Makes room for a command, and tells whether it is to be added to `commands`: counting one thing over and over makes one
-    /// command, since nobody can see the difference.
+    /// Accounts for a command. Returns whether the caller must add it to `commands`. Repeated
+    /// increments of one value are added up into one command, since the result is the same.
     pub(crate) fn note(
         &mut self,
         command: &Command,
@@ -249,7 +255,7 @@ impl Staged {
             }
         }
         if command.name == "SORT" {
-            // It reads keys that it does not name.
+            // SORT reads keys that it does not name.
             self.keys.values_mut().for_each(|usage| usage.written = true);
         }
         let new = self.commands.len();
@@ -285,7 +291,8 @@ impl Staged {
 }
 
 impl Use {
-    /// Notes what a command does with this key, and returns the earlier command that counted the same.
+    /// Notes how a command uses this key, and returns the index of an earlier command that
+    /// increments the same value.
     fn count(&mut self, command: &Command, arguments: &[&[u8]], new: usize) -> Option<usize> {
         match (command.name.as_str(), arguments.get(2)) {
             _ if self.written => None,
@@ -309,8 +316,8 @@ impl Use {
     }
 }
 
-/// The increment of a command whose last argument it is. One that is no integer is refused: the server would only tell in the
-/// middle of the commit.
+/// The increment in the last argument of a command. Refuses one that is not an integer, which the
+/// server would only reject in the middle of the commit.
 pub(crate) fn increment(link: &Link, command: &Command, arguments: &[&[u8]]) -> Result<Option<i64>, Error> {
     if !matches!(command.name.as_str(), "INCRBY" | "DECRBY" | "HINCRBY") {
         return Ok(None);
@@ -320,14 +327,14 @@ pub(crate) fn increment(link: &Link, command: &Command, arguments: &[&[u8]]) -> 
         .and_then(|last| std::str::from_utf8(last).ok())
         .unwrap_or_default();
     match text.parse::<i64>() {
-        // The server takes no sign or zeros in front.
+        // The server accepts neither a plus sign nor leading zeros.
         Ok(increment) if increment.to_string() == text => Ok(Some(increment).filter(|_| command.name != "DECRBY")),
         _ => Err(refused(link, &command.name, "the increment is not an integer")),
     }
 }
 
-/// A cheap reading command that fails on any key of another type than this writing command needs. Those that replace a key, or take
-/// any type, have none.
+/// A cheap reading command that fails unless the key has the type that this writing command needs.
+/// Commands that replace a key, or work on any type, have none.
 fn probe(command: &str) -> Option<&'static str> {
     Some(match command {
         "HSET" | "HSETNX" | "HMSET" | "HDEL" | "HINCRBY" | "HINCRBYFLOAT" | "HEXPIRE" | "HPEXPIRE" | "HEXPIREAT"
@@ -359,21 +366,15 @@ fn probe(command: &str) -> Option<&'static str> {
 pub(crate) fn arguments(command: &Cmd) -> Vec<&[u8]> {
     let argument = |argument| match argument {
         Arg::Simple(bytes) => bytes,
-        // A scan from the start.
+        // The placeholder for a cursor: a scan from the start.
         _ => &b"0"[..],
     };
     command.args_iter().map(argument).collect()
 }
 
-/// The refusal to stage or run a command.
+/// The error for a command that is not staged or run.
 pub(crate) fn refused(link: &Link, command: &str, why: impl Into<String>) -> Error {
-    Error::failed(link.server.on(format!("take command {command}")), why.into())
-}
-
-/// At most 1,000 bytes, without control characters.
-pub(crate) fn printable(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1_000)]);
-    text.replace(char::is_control, "\u{fffd}")
+    Error::failed(link.server.on(format!("accept command {command}")), why.into())
 }
 
 /// Asks the server about a command.
@@ -386,7 +387,7 @@ async fn ask<T: redis::FromRedisValue>(link: &Link, command: &str, request: &Cmd
             link,
             command,
             format!(
-                "{error}; native commands are checked before they are taken: grant the user `command|info` and `command|getkeys`"
+                "{error}; native commands are checked before they are staged: grant the user `command|info` and `command|getkeys`"
             ),
         )),
         Err(error) => {

@@ -1,17 +1,18 @@
-//! The names of our keys, and what a key of ours is for.
+//! The names of our keys.
 //!
-//! Every name is of one prefix, one kind and one owner, and can be parsed back:
+//! Every name consists of a prefix, a kind and an owner, and parses back into them:
 //!
-//! | key | what it is |
+//! | key | purpose |
 //! |---|---|
 //! | `<prefix>:{<consumer>}:position`, `:windows`, `:state` | a consumer's hashes |
 //! | `<prefix>:retention:{<stream>}` | retention of a stream whose key has no braces |
 //! | `<prefix>:retention:<stream>` | retention of a stream whose key has braces |
 //! | `<prefix>:retention:}{<tag>}` | retention of the stream `{<tag>}`, whose key is all hash tag |
 //!
-//! A prefix has no braces, so the text before the first brace ends the prefix of a consumer's key, and
-//! `{<consumer>}` is what cluster slots are computed from. A prefix has no segment `retention` after its
-//! first, so the first `:retention:` ends the prefix of a retention key. No stream key begins with `}`.
+//! A prefix contains no braces, so the prefix of a consumer's key ends at the first brace, and a
+//! cluster computes the slot from `<consumer>`. A prefix contains no segment `retention` after its
+//! first, so the prefix of a retention key ends at the first `:retention:`. No stream key begins
+//! with `}`.
 
 use std::fmt;
 
@@ -31,11 +32,11 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
         return invalid("is empty".into());
     }
     if prefix.contains(['{', '}']) {
-        return invalid("holds braces, which mark what cluster slots are computed from".into());
+        return invalid("contains braces, which a cluster uses to compute slots: choose a prefix without them".into());
     }
     if prefix.split(':').skip(1).any(|segment| segment == RETENTION) {
         return invalid(format!(
-            "has a segment `{RETENTION}`, so that its keys could be those of another prefix: choose another, and \
+            "contains the segment `{RETENTION}`, so its keys could equal those of another prefix: choose another prefix, and \
              rename the keys that exist ({prefix}:{{<consumer>}}:position, :windows and :state)"
         ));
     }
@@ -43,6 +44,7 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
 }
 
 /// The names of a consumer's keys.
+#[derive(Debug)]
 pub(crate) struct Keys {
     pub(crate) position: String,
     pub(crate) windows: String,
@@ -60,12 +62,12 @@ impl Keys {
     }
 }
 
-/// The hashes in which our retention says what it removed from a stream.
+/// The hashes in which our retention records what it removed from a stream.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct RetentionKeys {
     pub(crate) now: Vec<u8>,
-    /// The name that earlier versions used, where it is another. They shared it between the streams `s`
-    /// and `{s}`; the incarnation in it says whose it is.
+    /// The name that earlier versions used, if it differs. They used one name for the streams `s`
+    /// and `{s}`. The incarnation in the hash shows which of them it belongs to.
     pub(crate) before: Option<Vec<u8>>,
 }
 
@@ -82,7 +84,11 @@ impl RetentionKeys {
             _ if stream.is_empty() => return Err(invalid("is empty")),
             (None, None) => false,
             (Some(open), Some(close)) if open + 1 < close => true,
-            _ => return Err(invalid("has braces that are no hash tag, such as {shop}")),
+            _ => {
+                return Err(invalid(
+                    "contains braces that do not form a hash tag; write one as in {shop}:orders",
+                ));
+            }
         };
         let key = |before: &[u8], after: &[u8]| [prefix.as_bytes(), b":retention:", before, stream, after].concat();
         Ok(match has_tag {
@@ -102,11 +108,11 @@ impl RetentionKeys {
     }
 }
 
-/// A key of this prefix.
+/// A key with our prefix.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Ours {
     Consumer(ConsumerId, Kind),
-    /// With the key of the stream.
+    /// Holds the key of the stream.
     Retention(Vec<u8>),
 }
 
@@ -136,7 +142,7 @@ impl fmt::Display for Kind {
 }
 
 impl Ours {
-    /// What a key is for; `None` for a key that is not of this prefix.
+    /// The purpose of a key; `None` if the key does not have this prefix.
     pub(crate) fn parse(prefix: &str, key: &[u8]) -> Option<Self> {
         let rest = key.strip_prefix(prefix.as_bytes())?.strip_prefix(b":")?;
         match rest.strip_prefix(b"retention:") {
@@ -273,7 +279,7 @@ mod tests {
         hashes.chain(retention).collect()
     }
 
-    /// As Redis Cluster computes it.
+    /// The part of a key from which Redis Cluster computes the slot.
     fn hash_tag(key: &[u8]) -> &[u8] {
         let Some(open) = key.iter().position(|byte| *byte == b'{') else {
             return key;

@@ -1,6 +1,8 @@
--- KEYS: stream, hash of its retention, and perhaps another with the name that earlier versions used.
--- Returns what is needed to tell whether an id can be read; {} without a stream.
-local function state()
+-- Returns the data that decides whether an id can be read; {} if the stream does not exist.
+--
+-- KEYS: stream, hash of its retention, and the hash that earlier versions used, if it had another
+--   name.
+local function extent()
   local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
   if info.err then
     return string.find(info.err, 'no such key', 1, true) and {} or info
@@ -12,7 +14,8 @@ local function state()
   for i = 2, #KEYS do
     local retention = redis.call('HMGET', KEYS[i], 'incarnation', 'mark', 'gone')
     local this = found and retention[1] == found and tonumber(retention[3])
-    -- An instance of an earlier version may still trim: the count of removed entries only grows.
+    -- Instances of an earlier version may still trim. The number of removed entries only grows, so
+    -- the larger one is newer.
     if this and (not gone or this > gone) then
       mark, gone = retention[2], this
     end

@@ -1,5 +1,5 @@
--- Returns the state, and the id of the last entry that is left; false if there is none.
-local answer = state()
+-- Returns the extent, and the id of the last entry, or false if the stream is empty.
+local answer = extent()
 if answer.err then return answer end
 local entry = redis.pcall('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 if entry.err then return entry end

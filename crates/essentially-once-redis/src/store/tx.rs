@@ -1,4 +1,4 @@
-//! A transaction: staged in memory, and sent when it commits.
+//! A transaction, staged in memory and sent at the commit.
 
 use std::{
     collections::BTreeMap,
@@ -10,55 +10,60 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, KeyValue,
-    backend::{Advance, Transaction},
+    backend::{Advance, Transaction, check_entry_size, check_size},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
 use crate::{
-    commit::{Commit, State},
-    error::read_failed,
-    names::{Keys, Ours},
-    native::{Catalog, Command, Staged, arguments, increment, printable, refused},
-    server::Link,
+    connection::Link,
+    error::{printable, read_failed},
+    store::{
+        commit::{Commit, State},
+        keys::{Keys, Ours},
+        native::{Catalog, Command, Staged, arguments, increment, refused},
+    },
 };
 
 /// Redis closes a connection that sends more than a gibibyte at once (`client-query-buffer-limit`).
 const MAX_BYTES: usize = 768 * 1024 * 1024;
 
-/// An open transaction: what it changes is kept in memory, and sent as one script when it commits. Nothing is locked, and dropping it costs
-/// nothing.
+/// An open transaction. It keeps its changes in memory and sends them as one script when it
+/// commits. It locks nothing, and dropping it costs nothing.
 ///
-/// Besides the portable [`KeyValue`] state it takes [commands](Self::command) on keys of your own, which other consumers and programs see
-/// as well.
+/// Besides the portable [`KeyValue`] state it takes [commands](Self::command) on your own keys,
+/// which other consumers and programs can see as well.
 ///
 /// # When a command fails
-/// Redis never rolls back. The script therefore checks beforehand what can be checked: that the server knows each command, that
-/// the user may run it, that its keys have the type it needs, and that what is counted up is an integer. If the commit's first command
-/// fails, nothing was applied. If a later one fails nevertheless (an index out of range, an overflow, a malformed option), the commands before it stay:
-/// the commit returns [`Error::PartiallyApplied`], the position does not move, and the consumer is blocked, also after a restart,
-/// until [`RedisStore::resolve_partial`](crate::RedisStore::resolve_partial) is called. Commands that can fail for what the data
-/// holds go first, or are checked with [`query`](Self::query).
+/// Redis never rolls back. The script therefore runs every possible check first: that the server
+/// knows each command, that the user may run it, that its keys have the right type, and that a
+/// value to be incremented is an integer. If the commit's first command fails, nothing was applied.
+/// If a later command fails nevertheless (an index out of range, an overflow, a malformed option),
+/// the commands before it stay applied. The commit then returns [`Error::PartiallyApplied`], the
+/// position does not move, and the consumer is blocked, even after a restart, until you call
+/// [`RedisStore::resolve_partial`](crate::RedisStore::resolve_partial). Stage commands whose
+/// success depends on the data first, or check the data with [`query`](Self::query).
 ///
 /// # When a read fails
-/// The transaction can only be rolled back after an error of [`get`](KeyValue::get) or
-/// [`query`](Self::query), or an [`Error::Unavailable`] of [`command`](Self::command). It remembers the
-/// first of them, and the commit fails with it and applies nothing, even if the handler ignored it.
+/// After an error of [`get`](KeyValue::get) or [`query`](Self::query), or an [`Error::Unavailable`]
+/// of [`command`](Self::command), the transaction can only be rolled back. It keeps the first of
+/// these errors. The commit then fails with that error and applies nothing, even if the handler
+/// ignored it.
 pub struct RedisTx {
     consumer: ConsumerId,
     link: Arc<Link>,
     keys: Arc<Keys>,
     catalog: Arc<Catalog>,
     state: State,
-    /// What was read, so that a transaction sees one value of a key.
+    /// The values read so far, so that a transaction sees one value per key.
     read: BTreeMap<Vec<u8>, Option<Bytes>>,
     staged: Staged,
-    /// Most transactions give one command over and over.
+    /// Most transactions repeat one command.
     last: Option<Arc<Command>>,
-    /// Of `state`; that of commands is in `staged`.
+    /// The size of `state`. `staged` has the size of the commands.
     bytes: usize,
     /// The size of the largest key, value or argument.
     largest: usize,
-    /// Set through `&self`, because `query` changes nothing else.
+    /// `query` sets it through `&self`.
     failure: OnceLock<Failure>,
 }
 
@@ -85,8 +90,9 @@ impl RedisTx {
         }
     }
 
-    /// Adds a writing command, or `PUBLISH`, to the commit. All are run in the order given, in the same step as state and position, and what
-    /// they return is dropped. In a cluster, their keys must hold the [`hash_tag`](Self::hash_tag).
+    /// Adds a writing command, or `PUBLISH`, to the commit. The commands run in the order given, in
+    /// the same step as state and position. Their replies are discarded. In a cluster, their keys
+    /// must contain the [`hash_tag`](Self::hash_tag).
     ///
     /// ```
     /// # use essentially_once::Error;
@@ -98,21 +104,22 @@ impl RedisTx {
     /// # }
     /// ```
     ///
-    /// The server is asked once about each command name, with `COMMAND INFO`; after that, nothing is sent, except for commands whose
-    /// keys can stand anywhere (`SORT`, `ZUNIONSTORE`), which `COMMAND GETKEYS` finds. Dropping the future stages nothing.
+    /// The first use of a command name asks the server about it, with `COMMAND INFO`. Later uses
+    /// send nothing, except for commands whose keys can be anywhere (`SORT`, `ZUNIONSTORE`), which
+    /// need a `COMMAND GETKEYS`. Dropping the future stages nothing.
     ///
     /// # Errors
-    /// The command is not staged. After [`Error::Failed`] and [`Error::TooLarge`] the transaction can go on; after [`Error::Unavailable`] it
-    /// can only be rolled back.
+    /// The command is not staged. After [`Error::Failed`] and [`Error::TooLarge`] the transaction
+    /// can continue. After [`Error::Unavailable`] it can only be rolled back.
     ///
-    /// - [`Error::Failed`] for a command that does not exist, has too many or too few arguments, does not write, may block, is not allowed in a
-    ///   script, writes to no key in particular (`FLUSHALL`), or touches the keys of a store or log
-    ///   of this [prefix](crate::RedisOptions::prefix);
-    /// - [`Error::TooLarge`] if the transaction grew over 768 MiB;
-    /// - [`Error::Unavailable`] if the server could not be asked about it.
+    /// - [`Error::Failed`] for a command that does not exist, has too many or too few arguments,
+    ///   does not write, may block, is not allowed in a script, names no key (`FLUSHALL`), or
+    ///   writes to a key of a store or log with this [prefix](crate::RedisOptions::prefix);
+    /// - [`Error::TooLarge`] if the transaction exceeds 768 MiB, or an argument the server's limit;
+    /// - [`Error::Unavailable`] if the server could not be asked about the command.
     pub async fn command(&mut self, command: Cmd) -> Result<(), Error> {
         match self.stage_command(command).await {
-            // A refused command is not staged and harms nothing. Only a lost answer is transient.
+            // A refused command is harmless. Only a failure to ask the server is transient.
             Err(error) if error.is_transient() => Err(self.remember(error)),
             done => done,
         }
@@ -129,13 +136,17 @@ impl RedisTx {
         let increment = increment(link, &known, &arguments)?;
         let keys = known.keys(link, &arguments).await?;
         if keys.is_empty() && !known.publishes() {
-            return Err(refused(link, known.name(), "it names no key, and could write anywhere"));
+            return Err(refused(
+                link,
+                known.name(),
+                "it names no key, so it could write anywhere",
+            ));
         }
         for key in &keys {
             self.check_key(known.name(), key)?;
             let why = match Ours::parse(&link.server.options.prefix, key) {
                 Some(Ours::Consumer(..)) => "belongs to a store: change state with `put` and `delete`",
-                Some(Ours::Retention(_)) => "says what retention removed from a log, and only a log changes it",
+                Some(Ours::Retention(_)) => "belongs to the retention of a log, and only the log may change it",
                 None => continue,
             };
             return Err(refused(link, known.name(), format!("{:?} {why}", printable(key))));
@@ -152,8 +163,9 @@ impl RedisTx {
         Ok(())
     }
 
-    /// Runs a reading command now, and returns what it says. It sees the server as it is at that moment: neither what this transaction has
-    /// staged, nor is what it read protected from others until the commit, except from other instances of this consumer.
+    /// Runs a reading command now, and returns its reply. The command sees the server's current
+    /// data, without the changes staged in this transaction. Other programs may change that data
+    /// before the commit. Other instances of this consumer cannot.
     ///
     /// ```
     /// # use essentially_once::Error;
@@ -167,8 +179,8 @@ impl RedisTx {
     /// Dropping the future has no effect.
     ///
     /// # Errors
-    /// [`Error::Failed`] for a command that does not only read, that may block, or whose answer is no `T`; [`Error::Unavailable`]. After
-    /// any of them the transaction can only be rolled back.
+    /// [`Error::Failed`] for a command that writes or may block, or whose reply is not a `T`;
+    /// [`Error::Unavailable`]. After any error the transaction can only be rolled back.
     pub async fn query<T: FromRedisValue>(&self, command: Cmd) -> Result<T, Error> {
         let answer = self.run_query(command).await;
         answer.map_err(|error| self.remember(error))
@@ -188,18 +200,18 @@ impl RedisTx {
         redis::from_redis_value(answer).map_err(|error| Error::failed(action(), error))
     }
 
-    /// The consumer whose transaction this is.
+    /// The consumer that this transaction belongs to.
     pub fn consumer(&self) -> &ConsumerId {
         &self.consumer
     }
 
-    /// `{<consumer>}`: what the names of your keys must hold in a cluster, before any other brace, so that they are on the same node as
-    /// the position.
+    /// `{<consumer>}`. In a cluster, the names of your keys must contain it, before any other
+    /// brace, so that they are on the same node as the position.
     pub fn hash_tag(&self) -> String {
         format!("{{{}}}", self.consumer)
     }
 
-    /// Keeps the transaction from committing; the first error is the one that the commit reports.
+    /// Prevents a commit, which reports the first remembered error.
     fn remember(&self, error: Error) -> Error {
         self.failure.get_or_init(|| Failure {
             transient: error.is_transient(),
@@ -228,32 +240,18 @@ impl RedisTx {
         }
         let (key, tag) = (printable(key), self.hash_tag());
         let why = format!(
-            "in a cluster, keys of this consumer's transactions must hold {tag}, as in {tag}:name; {key:?} does not"
+            "in a cluster, keys in this consumer's transactions must contain {tag}, as in {tag}:name; {key:?} does not"
         );
         Err(refused(&self.link, command, why))
     }
 
-    fn check_size(&self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
-        match (bytes.len(), self.link.server.options.record_limit) {
-            (size, limit) if size > limit => Err(Error::TooLarge { what, size, limit }),
-            _ => Ok(()),
-        }
-    }
-
     fn check_room(&self, more: usize) -> Result<(), Error> {
-        match self.bytes + self.staged.bytes + more {
-            size if size > MAX_BYTES => Err(Error::TooLarge {
-                what: "transaction",
-                size,
-                limit: MAX_BYTES,
-            }),
-            _ => Ok(()),
-        }
+        check_size("transaction", self.bytes + self.staged.bytes + more, MAX_BYTES)
     }
 
     fn stage(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), Error> {
-        self.check_size("key", key)?;
-        self.check_size("value", value.unwrap_or_default())?;
+        let limit = self.link.server.options.record_limit;
+        check_entry_size(key, value.unwrap_or_default(), limit)?;
         let size = |value: Option<&[u8]>| key.len() + value.map_or(0, <[u8]>::len);
         self.check_room(size(value))?;
         let largest = key.len().max(value.map_or(0, <[u8]>::len));
@@ -300,7 +298,7 @@ impl fmt::Debug for RedisTx {
 impl Transaction for RedisTx {
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         if let Some(Failure { transient, error }) = self.failure.get() {
-            let why = format!("nothing was applied, because a read in it failed: {error}");
+            let why = format!("nothing was applied, because an earlier read failed: {error}");
             return Err(match transient {
                 true => Error::unavailable(self.commit_action(), why),
                 false => Error::failed(self.commit_action(), why),
@@ -359,7 +357,8 @@ impl KeyValue for RedisTx {
     }
 }
 
-/// What a cluster computes a key's slot of, if not of all of it: the text between its first brace and the next closing one.
+/// The part of a key from which a cluster computes the slot: the text between the first brace and
+/// the next closing one. `None` if the cluster uses the whole key.
 fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     let open = key.iter().position(|byte| *byte == b'{')?;
     let rest = &key[open + 1..];

@@ -1,4 +1,4 @@
-//! What a stream holds at one moment, and whether a reader's place in it can be read.
+//! The extent of a stream at one moment, and whether a reader can continue from its place.
 
 use essentially_once::{
     Error, Offset,
@@ -6,44 +6,44 @@ use essentially_once::{
 };
 use redis::{Cmd, Value};
 
-use crate::{codec::parse_id, names::RetentionKeys};
+use crate::{log::codec::parse_id, store::keys::RetentionKeys};
 
-const STATE: &str = concat!(
+const EXTENT: &str = concat!(
     include_str!("incarnation.lua"),
-    include_str!("state.lua"),
-    "return state()"
+    include_str!("extent.lua"),
+    "return extent()"
 );
 const READ: &str = concat!(
     include_str!("incarnation.lua"),
-    include_str!("state.lua"),
+    include_str!("extent.lua"),
     include_str!("read.lua")
 );
 const END: &str = concat!(
     include_str!("incarnation.lua"),
-    include_str!("state.lua"),
+    include_str!("extent.lua"),
     include_str!("end.lua")
 );
 
-/// Asks for a [`Snapshot`].
+/// Asks for an [`Extent`].
 pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
-    script(STATE, stream, retention)
+    script(EXTENT, stream, retention)
 }
 
-/// Asks for a [`Snapshot`], the entries from an id on, up to so many of them and so many bytes, and
-/// whether there are more.
+/// Asks for an [`Extent`], for entries from an id on up to a number and a size, and whether more
+/// entries follow.
 pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries: usize, bytes: usize) -> Cmd {
     let mut read = script(READ, stream, retention);
     read.arg(from).arg(entries).arg(bytes);
     read
 }
 
-/// Asks for a [`Snapshot`], and the id of the last entry that is left.
+/// Asks for an [`Extent`] and the id of the last entry in the stream.
 pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(END, stream, retention)
 }
 
-/// A reading script: unlike a `MULTI`, it is also taken where memory is full, which must not hide a
-/// log.
+/// A read-only script. Unlike `MULTI`, it also runs while the server is out of memory, which must
+/// not make a log unreadable.
 fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
     let mut script = redis::cmd("EVAL_RO");
     script.arg(source).arg(2 + usize::from(retention.before.is_some()));
@@ -51,31 +51,33 @@ fn script(source: &str, stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script
 }
 
-/// A stream at one moment; the default is one that nothing was ever added to.
+/// A stream at one moment. The default never had an entry.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Snapshot {
+pub(crate) struct Extent {
     incarnation: Option<String>,
-    /// How many entries were ever added, and how many are left.
+    /// The number of entries ever added.
     added: u64,
+    /// The number of entries in the stream.
     length: u64,
-    /// The first entry that is left; without meaning in an empty stream.
+    /// The first entry; meaningless in an empty stream.
     first: Offset,
     /// The highest id ever given.
     last: Offset,
     ours: Option<Removal>,
 }
 
-/// What our own retention did last.
+/// The last removal by our own retention.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Removal {
     /// The highest id it removed.
     mark: Offset,
-    /// How many entries were gone when it had: removed by anyone, ever.
+    /// The number of entries ever removed, by anyone, after this removal.
     gone: u64,
 }
 
-impl Snapshot {
-    /// What the script answers: `Ok(None)` without a stream, and `Err` if it is not understood.
+impl Extent {
+    /// Parses the script's answer: `Ok(None)` if there is no stream, `Err` if the answer has
+    /// another form.
     pub(crate) fn parse(answer: &Value) -> Result<Option<Self>, ()> {
         let Value::Array(parts) = answer else { return Err(()) };
         let [incarnation, added, length, first, last, mark, gone] = &parts[..] else {
@@ -106,8 +108,8 @@ impl Snapshot {
         }
     }
 
-    /// One past the last entry that a reader can still get, or must learn that it was removed,
-    /// where `last` is the last that is left. Ids that were skipped (`XSETID`) or deleted behind it
+    /// One past the last entry that a reader can still read, or whose removal it must report.
+    /// `last` is the last entry in the stream. Ids after it that were skipped (`XSETID`) or deleted
     /// (`XDEL`) do not count.
     pub(crate) fn readable_end(&self, last: Option<Offset>) -> Offset {
         match (last, self.ours) {
@@ -118,35 +120,33 @@ impl Snapshot {
         }
     }
 
-    /// How many entries are gone, removed by anyone at any place.
+    /// The number of entries removed, by anyone and anywhere in the stream.
     fn gone(&self) -> u64 {
         self.added.saturating_sub(self.length)
     }
 
-    /// Whether a reader that wants `from` next gets everything that was ever at or after it.
+    /// Checks that a reader at `from` can read every entry ever added from there on.
     ///
-    /// `passed` is how many entries were ever added before `from`, if the reader knows.
+    /// `passed` is the number of entries ever added before `from`, if the reader knows it.
     pub(crate) fn check(&self, log: &LogId, from: Offset, passed: Option<u64>) -> Result<(), Error> {
         let bounds = self.bounds();
-        let is_other_stream = log.incarnation().is_some() && log.incarnation() != self.incarnation();
-        if is_other_stream || (from > self.last && from > bounds.end) {
+        if log.incarnation().is_some() && log.incarnation() != self.incarnation() {
             return Err(Error::OutOfRange {
                 log: log.clone(),
                 requested: from,
                 end: bounds.end,
             });
         }
-        if self.has_lost(from, passed) {
-            return Err(Error::Truncated {
-                log: log.clone(),
-                requested: from,
-                earliest: bounds.earliest,
-            });
-        }
-        Ok(())
+        // Entries before `earliest` may all be ones that the reader has passed.
+        let earliest = match self.has_lost(from, passed) {
+            true => bounds.earliest,
+            false => Offset::ZERO,
+        };
+        Bounds { earliest, ..bounds }.check(log, from)
     }
 
-    /// Trimming removes from the head only, so while something is left before `from`, all behind it is.
+    /// Trimming only removes entries from the start. So as long as the stream starts at or before
+    /// `from`, nothing after `from` is missing.
     fn has_lost(&self, from: Offset, passed: Option<u64>) -> bool {
         let gone = self.gone();
         let is_left_before = self.length > 0 && self.first <= from;
@@ -154,16 +154,17 @@ impl Snapshot {
             return false;
         }
         match (passed, self.ours) {
-            // What is gone beyond what the reader has passed, it had not passed.
+            // More entries were removed than the reader has passed, so it has missed some.
             (Some(passed), _) => gone > passed,
-            // Nobody removed anything since our own retention did, and of that the highest id is known.
+            // Our own retention was the last to remove entries, and it recorded the highest id.
             (None, Some(ours)) if ours.gone == gone => from <= ours.mark,
-            // Someone else removed entries before `first`; which ones nobody knows.
+            // Another program removed entries before `first`. Their ids are unknown.
             (None, _) => true,
         }
     }
 
-    /// How many entries were ever added before `from`, where `unread` of those at or after it are left, if that is known.
+    /// The number of entries ever added before `from`, if it can be known. `unread` is the number
+    /// of entries from `from` on.
     pub(crate) fn passed(&self, from: Offset, unread: Option<u64>) -> Option<u64> {
         match unread {
             Some(unread) => Some(self.added.saturating_sub(unread)),
@@ -202,9 +203,9 @@ mod tests {
             .expect("incarnation")
     }
 
-    /// Entries `1-0` to `10-0`, of which those before `first` were removed.
-    fn trimmed(first: u64) -> Snapshot {
-        Snapshot {
+    /// Entries `1-0` to `10-0`, without those before `first`.
+    fn trimmed(first: u64) -> Extent {
+        Extent {
             incarnation: Some("a1".into()),
             added: 10,
             length: 11 - first,
@@ -214,13 +215,13 @@ mod tests {
         }
     }
 
-    fn truncated(snapshot: &Snapshot, from: Offset, passed: Option<u64>) -> bool {
-        match snapshot.check(&log(), from, passed) {
+    fn truncated(extent: &Extent, from: Offset, passed: Option<u64>) -> bool {
+        match extent.check(&log(), from, passed) {
             Ok(()) => false,
             Err(Error::Truncated {
                 requested, earliest, ..
             }) => {
-                assert_eq!((requested, earliest), (from, snapshot.bounds().earliest));
+                assert_eq!((requested, earliest), (from, extent.bounds().earliest));
                 true
             }
             Err(error) => panic!("{error}"),
@@ -259,41 +260,41 @@ mod tests {
 
     #[test]
     fn our_own_retention_knows_what_it_removed_last() {
-        let mut snapshot = trimmed(5);
-        snapshot.ours = Some(Removal {
+        let mut extent = trimmed(5);
+        extent.ours = Some(Removal {
             mark: Offset::new(4, 0),
             gone: 4,
         });
-        assert!(!truncated(&snapshot, Offset::new(4, 1), None));
-        assert!(truncated(&snapshot, Offset::new(4, 0), None));
-        // Someone else removed more since.
-        snapshot.ours = Some(Removal {
+        assert!(!truncated(&extent, Offset::new(4, 1), None));
+        assert!(truncated(&extent, Offset::new(4, 0), None));
+        // Another program removed more entries later.
+        extent.ours = Some(Removal {
             mark: Offset::new(3, 0),
             gone: 3,
         });
-        assert!(truncated(&snapshot, Offset::new(4, 1), None));
+        assert!(truncated(&extent, Offset::new(4, 1), None));
     }
 
     #[test]
     fn another_stream_and_a_lost_tail_are_out_of_range() {
-        for (snapshot, from) in [
+        for (extent, from) in [
             (trimmed(1), Offset::new(10, 2)),
             (
-                Snapshot {
+                Extent {
                     incarnation: Some("b2".into()),
                     ..trimmed(1)
                 },
                 Offset::new(5, 0),
             ),
             (
-                Snapshot {
+                Extent {
                     incarnation: None,
                     ..trimmed(1)
                 },
                 Offset::new(5, 0),
             ),
         ] {
-            let error = snapshot.check(&log(), from, None).expect_err("out of range");
+            let error = extent.check(&log(), from, None).expect_err("out of range");
             assert!(matches!(error, Error::OutOfRange { .. }), "{error}");
         }
         let unnamed = LogId::new("orders").expect("name");
@@ -303,12 +304,12 @@ mod tests {
     #[test]
     fn the_highest_id_does_not_overflow() {
         let highest = Offset::new(u64::MAX, u64::MAX);
-        let snapshot = Snapshot {
+        let extent = Extent {
             last: highest,
             ..trimmed(1)
         };
         for from in [highest, Offset::new(u64::MAX, 5)] {
-            assert!(snapshot.check(&log(), from, None).is_ok());
+            assert!(extent.check(&log(), from, None).is_ok());
         }
     }
 
@@ -317,11 +318,11 @@ mod tests {
         let (last, end) = (Offset::new(10, 0), Offset::new(10, 1));
         assert_eq!(trimmed(5).readable_end(Some(last)), end);
         assert_eq!(trimmed(5).readable_end(Some(Offset::new(8, 0))), Offset::new(8, 1));
-        // Whoever has not read what others removed must hear of it.
+        // A reader that has not read entries that others removed must report it.
         assert_eq!(trimmed(11).readable_end(None), end);
         let skipped_to = Offset::new(20, 0);
         let ours = Some(Removal { mark: last, gone: 10 });
-        let ours = Snapshot {
+        let ours = Extent {
             last: skipped_to,
             ours,
             ..trimmed(11)
@@ -330,9 +331,9 @@ mod tests {
             (ours.readable_end(None), ours.bounds().end),
             (end, skipped_to.successor())
         );
-        let never_used = Snapshot {
+        let never_used = Extent {
             last: skipped_to,
-            ..Snapshot::default()
+            ..Extent::default()
         };
         assert_eq!(never_used.readable_end(None), Offset::ZERO);
     }

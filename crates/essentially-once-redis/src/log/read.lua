@@ -1,18 +1,20 @@
--- ARGV: the id to begin at, most entries, most bytes; at least one entry is returned, however large
--- it is. Returns the state, the entries packed, and 1 if the stream has more.
+-- Reads entries, at least one of them however large it is.
+--
+-- ARGV: the first id, the most entries, the most bytes.
+-- Returns the extent, the packed entries, and 1 if more follow.
 local found, count, more = {}, 0, 0
 local from, limit, room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 
--- Entries that turn out not to fit were fetched for nothing, so few are fetched at once.
+-- Fetch few entries at once, since those that do not fit are fetched in vain.
 local STEP = 16
 local step, largest = 1, 1
 
-local answer = state()
+local answer = extent()
 if answer.err then return answer end
 
 while from and count < limit and room > 0 do
   step = math.min(step, limit - count)
-  -- One more than is wanted tells whether there are more.
+  -- One more entry than needed shows whether more follow.
   local entries = redis.pcall('XRANGE', KEYS[1], from, '+', 'COUNT', step + 1)
   if entries.err then return entries end
   from = entries[step + 1] and entries[step + 1][1]

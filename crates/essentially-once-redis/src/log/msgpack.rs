@@ -1,10 +1,10 @@
-//! Reads the entries of a stream as the server's `cmsgpack.pack` writes them: arrays and strings of
-//! MessagePack.
+//! Reads the entries of a stream as the server's `cmsgpack.pack` writes them: as arrays and strings
+//! of MessagePack.
 //!
-//! As a reply of their own, 13 values of the protocol for each entry would take the client library
-//! several times as long.
+//! A plain reply has 13 protocol values per entry, and takes the client library several times as
+//! long.
 
-/// What is left to read.
+/// The bytes that have not been read.
 pub(crate) struct Packed<'a>(&'a [u8]);
 
 impl<'a> Packed<'a> {
@@ -12,7 +12,7 @@ impl<'a> Packed<'a> {
         Self(packed)
     }
 
-    /// The length of the array that comes next.
+    /// The length of the next array.
     pub(crate) fn array(&mut self) -> Option<usize> {
         match self.byte()? {
             head @ 0x90..=0x9f => Some(usize::from(head & 0x0f)),
@@ -22,7 +22,7 @@ impl<'a> Packed<'a> {
         }
     }
 
-    /// The string that comes next.
+    /// The next string.
     pub(crate) fn string(&mut self) -> Option<&'a [u8]> {
         let length = match self.byte()? {
             head @ 0xa0..=0xbf => usize::from(head & 0x1f),
@@ -53,7 +53,7 @@ impl<'a> Packed<'a> {
     }
 }
 
-/// Writes an array's head or a string, as the server does.
+/// Writes the head of an array, or a string, as the server does.
 #[cfg(test)]
 pub(crate) mod pack {
     pub(crate) fn array(packed: &mut Vec<u8>, length: usize) {

@@ -1,4 +1,4 @@
-//! Reading a log: in order, nothing left out unnoticed, and awake soon after an append.
+//! Reads a log in order, detects removed records, and wakes soon after an append.
 
 use std::{
     collections::VecDeque,
@@ -10,62 +10,65 @@ use std::{
 };
 
 use async_trait::async_trait;
-use essentially_once::{Error, Offset, Record, backend::LogReader};
+use essentially_once::{
+    Error, Offset, Record,
+    backend::{FetchBudget, LogReader},
+};
 use redis::{Pipeline, RedisError, RedisResult, Value};
 use tokio::runtime::Id;
 
 use crate::{
-    codec::Decoder,
     connection::{Connection, this_runtime},
     error::read_failed,
-    log::Inner,
-    snapshot::{self, Snapshot},
+    log::{
+        codec::Decoder,
+        extent::{self, Extent},
+        stream::Stream,
+    },
 };
 
-/// How many bytes of records one request fetches at most, if the first is not larger, and one
-/// `next` returns.
-const FETCH_BYTES: usize = 1024 * 1024;
-
-/// How many records one request fetches at most. The server does nothing else meanwhile, for about
-/// 5 ms.
+/// The most records that one request fetches. This keeps the server busy for about 5 ms.
 const FETCH_RECORDS: usize = 2_000;
 
-/// How long the server holds back the answer where there is nothing to read. A deleted stream wakes nobody, and is noticed after it.
+/// How long the server holds back its reply at the end of the log. A deleted stream does not wake
+/// the reader, which notices it only then.
 const BLOCK: Duration = Duration::from_secs(2);
 
-/// A reader with a connection of its own, since the server holds back answers on it.
+/// A reader. It has its own connection, since the server holds back replies on it.
 ///
-/// Each request is answered in one step of the server with the stream's [`Snapshot`] and the next entries, so that entries removed between two
-/// requests are noticed. At the end of the log the request begins with a blocking `XREAD`, which only wakes it.
+/// The server answers each request in one step with the stream's [`Extent`] and the next entries,
+/// so the reader notices entries that were removed between two requests. At the end of the log, the
+/// request begins with a blocking `XREAD`, which only wakes the reader.
 ///
-/// A connection that ended while the reader was idle is replaced, if the same process with the same
-/// history answers. Another may have lost the log's tail, and only a consumer that begins a session
-/// compares its position with that.
+/// A connection that was closed while the reader was idle is replaced, if the same server process
+/// with the same replication history answers. Another server may have lost the log's tail, and only
+/// a consumer that starts a session compares its position with the log.
 pub(crate) struct RedisReader {
-    log: Arc<Inner>,
+    log: Arc<Stream>,
     connection: Connection,
     origin: Option<Origin>,
     decoder: Decoder,
     next: Offset,
-    /// How many entries were ever added before `next`, if known.
+    /// The number of entries ever added before `next`, if known.
     passed: Option<u64>,
     at_end: bool,
-    /// The request under way. It stays here when a call of `next` is dropped, and the next call goes on waiting for it.
+    /// The request in flight. It stays here when a call of `next` is dropped, and the next call
+    /// continues to wait for it.
     request: Option<Request>,
     ready: VecDeque<Record>,
-    /// Why nothing more will come.
+    /// Why the reader has ended.
     over: Option<&'static str>,
 }
 
 struct Request {
-    /// Which runtime drives it.
+    /// The runtime that drives it.
     runtime: Option<Id>,
     answer: Pin<Box<dyn Future<Output = RedisResult<Vec<Value>>> + Send>>,
     answered: Option<RedisResult<Vec<Value>>>,
 }
 
 impl Request {
-    /// Sends it, and does not wait for the answer.
+    /// Sends it without waiting for the reply.
     async fn send(&mut self) {
         poll_fn(|context| {
             if let Poll::Ready(answer) = self.answer.as_mut().poll(context) {
@@ -85,11 +88,11 @@ impl Request {
 }
 
 impl RedisReader {
-    pub(crate) async fn open(log: Arc<Inner>, from: Offset) -> Result<Self, Error> {
+    pub(crate) async fn open(log: Arc<Stream>, from: Offset) -> Result<Self, Error> {
         let (mut connection, origin) = connect(&log).await?;
         let answer = connection
             .inner
-            .send_packed_command(&snapshot::ask(&log.stream, &log.kept))
+            .send_packed_command(&extent::ask(&log.key, &log.kept))
             .await
             .and_then(Value::extract_error);
         let mut reader = Self {
@@ -105,28 +108,28 @@ impl RedisReader {
             over: None,
         };
         let answer = answer.map_err(|error| reader.failed(error))?;
-        let snapshot = reader.check(&answer)?;
-        reader.passed = snapshot.passed(from, None);
+        let extent = reader.check(&answer)?;
+        reader.passed = extent.passed(from, None);
         Ok(reader)
     }
 
-    /// The snapshot, if everything from `next` on can be read by it.
-    fn check(&self, answer: &Value) -> Result<Snapshot, Error> {
-        let snapshot = Snapshot::parse(answer).map_err(|()| self.log.not_understood("read"))?;
-        // Without a stream there is nothing, of no incarnation.
-        let snapshot = snapshot.unwrap_or_default();
-        snapshot.check(&self.log.id, self.next, self.passed)?;
-        Ok(snapshot)
+    /// The extent, if the stream still holds every entry from `next` on.
+    fn check(&self, answer: &Value) -> Result<Extent, Error> {
+        let extent = Extent::parse(answer).map_err(|()| self.log.not_understood("read"))?;
+        // A missing stream is empty and has no incarnation.
+        let extent = extent.unwrap_or_default();
+        extent.check(&self.log.id, self.next, self.passed)?;
+        Ok(extent)
     }
 
-    /// Replaces a connection that is of no more use.
+    /// Replaces an unusable connection.
     async fn connect(&mut self) -> Result<(), Error> {
         if self.connection.is_good().await {
             return Ok(());
         }
         let (connection, origin) = connect(&self.log).await?;
         if origin.is_none() || origin != self.origin {
-            let why = "the connection ended, and it may be another server that answers now, or one that was restarted";
+            let why = "the connection was closed, and another server or a restarted one may be answering now";
             return Err(Error::unavailable(self.log.on("read"), why));
         }
         self.connection = connection;
@@ -139,14 +142,14 @@ impl RedisReader {
         if self.at_end {
             let millis = BLOCK.as_millis() as u64;
             pipeline.cmd("XREAD").arg("COUNT").arg(1).arg("BLOCK").arg(millis);
-            pipeline.arg("STREAMS").arg(&log.stream).arg(id(before(self.next)));
+            pipeline.arg("STREAMS").arg(&log.key[..]).arg(id(before(self.next)));
         }
-        pipeline.add_command(snapshot::read(
-            &log.stream,
+        pipeline.add_command(extent::read(
+            &log.key,
             &log.kept,
             &id(self.next),
             max.min(FETCH_RECORDS),
-            FETCH_BYTES,
+            FetchBudget::BYTES,
         ));
         Request {
             runtime: this_runtime(),
@@ -155,7 +158,7 @@ impl RedisReader {
         }
     }
 
-    /// Takes the answer to a request.
+    /// Processes the reply to a request.
     fn receive(&mut self, mut replies: Vec<Value>) -> Result<(), Error> {
         self.refuse_errors(&replies)?;
         let Some(Value::Array(results)) = replies.pop() else {
@@ -164,8 +167,8 @@ impl RedisReader {
         let Ok([state, Value::BulkString(entries), Value::Int(more)]) = <[Value; 3]>::try_from(results) else {
             return Err(self.log.not_understood("read"));
         };
-        let snapshot = self.check(&state)?;
-        self.take(&snapshot, entries, more == 0)
+        let extent = self.check(&state)?;
+        self.take(&extent, entries, more == 0)
     }
 
     fn refuse_errors(&self, replies: &[Value]) -> Result<(), Error> {
@@ -176,32 +179,29 @@ impl RedisReader {
         error.map_or(Ok(()), |error| Err(self.failed(error.into())))
     }
 
-    fn take(&mut self, snapshot: &Snapshot, entries: Vec<u8>, at_end: bool) -> Result<(), Error> {
+    fn take(&mut self, extent: &Extent, entries: Vec<u8>, at_end: bool) -> Result<(), Error> {
         let records = self.decoder.entries(entries);
         let records = records.ok_or_else(|| self.log.not_understood("read"))?;
         let found = records.len() as u64;
         self.at_end = at_end;
-        self.passed = snapshot.passed(self.next, at_end.then_some(found)).or(self.passed);
+        self.passed = extent.passed(self.next, at_end.then_some(found)).or(self.passed);
         let Some(last) = records.last().map(|record| record.offset) else {
             return Ok(());
         };
         self.ready.extend(records);
         self.passed = self.passed.map(|passed| passed + found);
         if last == LAST {
-            self.over = Some("the stream has used its last id, and nothing can follow it: use a new log");
+            self.over = Some("the stream has used its last id, so no record can follow: use a new log");
         }
         self.next = last.successor();
         Ok(())
     }
 
-    /// Takes out up to `max` records, and about a megabyte.
+    /// Removes up to `max` records and about a megabyte from those that are ready.
     fn hand_out(&mut self, max: usize) -> Vec<Record> {
-        let mut bytes = 0;
-        let fits = |record: &&Record| {
-            bytes += record.size();
-            bytes <= FETCH_BYTES
-        };
-        let count = self.ready.iter().take(max).take_while(fits).count().max(1);
+        let mut budget = FetchBudget::new();
+        let fits = |record: &&Record| budget.admits(record.size());
+        let count = self.ready.iter().take(max).take_while(fits).count();
         match count == self.ready.len() {
             true => std::mem::take(&mut self.ready).into(),
             false => self.ready.drain(..count).collect(),
@@ -221,7 +221,7 @@ impl LogReader for RedisReader {
             if let Some(why) = self.over {
                 return Err(Error::failed(self.log.on("read"), why));
             }
-            // Only the runtime that sent a request gets its answer.
+            // Only the runtime that sent a request gets its reply.
             self.request.take_if(|request| request.runtime != this_runtime());
             let was_sent = self.request.is_some();
             if !was_sent {
@@ -232,8 +232,8 @@ impl LogReader for RedisReader {
             let answer = request.answer().await;
             self.request = None;
             let received = match answer {
-                // It was lost while nobody waited for it. A server that ends a blocking read may
-                // have become a replica, and is left.
+                // The request was lost while the reader was idle. A blocking read is different: the
+                // server may have ended it because it became a replica, so the session must end.
                 Err(_) if was_sent && !self.at_end && self.connection.has_ended() => continue,
                 Err(error) => Err(self.failed(error)),
                 Ok(replies) => {
@@ -242,12 +242,12 @@ impl LogReader for RedisReader {
                 }
             };
             if let Err(error) = received {
-                self.over = Some("the reader failed before; open a new one");
+                self.over = Some("the reader has already failed; open a new one");
                 self.ready.clear();
                 return Err(error);
             }
         }
-        // While these records are handled, the server looks for the next.
+        // The server fetches the next records while these are handled.
         let is_connected = !self.connection.has_ended() && self.connection.is_driven_here();
         if !self.at_end && self.request.is_none() && self.over.is_none() && is_connected {
             let request = self.request(max);
@@ -257,7 +257,7 @@ impl LogReader for RedisReader {
     }
 }
 
-/// Which run of a server answers, and which history its data is of.
+/// A run of a server process, and the replication history of its data.
 #[derive(PartialEq, Eq)]
 struct Origin {
     run: String,
@@ -265,7 +265,7 @@ struct Origin {
 }
 
 impl Origin {
-    /// As `INFO` says.
+    /// Parses the reply to `INFO`.
     fn parse(info: &str) -> Option<Self> {
         let field = |name: &str| {
             let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -278,11 +278,11 @@ impl Origin {
     }
 }
 
-/// A connection that waits longer for answers, since the server holds them back, and where it
-/// leads, if this user may ask.
-async fn connect(log: &Inner) -> Result<(Connection, Option<Origin>), Error> {
+/// A connection that waits longer for replies, since the server holds them back; and its origin, if
+/// the user may ask for it.
+async fn connect(log: &Stream) -> Result<(Connection, Option<Origin>), Error> {
     let server = &log.link.server;
-    let mut connection = server.open(&log.stream).await?;
+    let mut connection = server.open(&log.key).await?;
     let info: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
     let origin = match info {
         Ok(info) => Origin::parse(&info),
@@ -297,12 +297,12 @@ async fn connect(log: &Inner) -> Result<(Connection, Option<Origin>), Error> {
 
 const LAST: Offset = Offset::new(u64::MAX, u64::MAX);
 
-/// A stream id as text; unlike an offset, it always has both numbers.
+/// A stream id as text. Unlike an offset, it always has both numbers.
 fn id(offset: Offset) -> String {
     format!("{}-{}", offset.hi(), offset.lo())
 }
 
-/// The largest id before this one; the smallest has none.
+/// The largest id before this one. The smallest id is its own predecessor.
 fn before(offset: Offset) -> Offset {
     match (offset.hi(), offset.lo()) {
         (0, 0) => Offset::ZERO,

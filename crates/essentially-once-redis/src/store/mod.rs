@@ -1,8 +1,13 @@
-//! The store: positions, windows and state, in three hashes for each consumer.
+//! The store: positions, windows and state, in three hashes per consumer.
+
+mod commit;
+pub(crate) mod keys;
+mod layout;
+mod native;
+mod tx;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -10,50 +15,53 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, OffsetStore, ReadState,
-    backend::{Durability, Owner, Passed, Position, Pulse, Snapshot, Window},
+    backend::{Durability, LogId, Owner, Passed, Position, Pulse, Snapshot, Source, Window},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
+pub use self::tx::RedisTx;
 use crate::{
-    commit::stored_log,
-    durability::durability,
-    error::{read_failed, write_failed},
-    names::Keys,
-    native::{Catalog, printable},
-    server::{Link, Server},
-    tx::RedisTx,
+    connection::{Link, Server, durability},
+    error::{partially_applied, printable, read_failed, write_failed},
+    store::{keys::Keys, native::Catalog},
 };
 
-/// All of them as of one moment. A `MULTI` would be refused where memory is full, which must not
-/// hide a position.
+/// Reads all of them at one moment. The server would refuse a `MULTI` while it is out of memory,
+/// which must not make a position unreadable.
 const READ: &str = include_str!("values.lua");
 const BEAT: &str = concat!("#!lua flags=allow-oom\n", include_str!("beat.lua"));
 const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.lua"));
 
 /// Positions and state in Redis; see [`Redis::store`](crate::Redis::store).
 ///
-/// A consumer has three hashes, which share a cluster slot: `<prefix>:{<consumer>}:position`, `:windows` (by producer) and `:state` (the
-/// [`KeyValue`](essentially_once::KeyValue) state). Clones share a connection for each consumer.
+/// A consumer has three hashes in one cluster slot: `<prefix>:{<consumer>}:position`, `:windows`
+/// (by producer) and `:state` (the [`KeyValue`](essentially_once::KeyValue) state). Clones share
+/// one connection per consumer.
 ///
-/// A user with restricted rights needs these keys and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`; `+config|get` to tell
-/// whether the server is durable and how large a value may be; `+wait` and `+info` with [`min_replicas`](crate::RedisOptions::min_replicas); for
-/// [native commands](RedisTx::command) the commands and their keys, `+command|info +command|getkeys`, and, for what is to be checked
-/// beforehand, `+mget +hlen +llen +scard +zcard +strlen +xlen`.
-#[derive(Clone)]
+/// A user with restricted permissions needs:
+///
+/// - these keys, and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`;
+/// - `+config|get` to find out whether the server is durable, and how large a value may be;
+/// - with [`min_replicas`](crate::RedisOptions::min_replicas), `+wait` and `+info`;
+/// - for [native commands](RedisTx::command), these commands and their keys, `+command|info
+///   +command|getkeys`, and, for the checks before a commit, `+mget +hlen +llen +scard +zcard
+///   +strlen +xlen`.
+#[derive(Clone, Debug)]
 pub struct RedisStore {
     shared: Arc<Shared>,
 }
 
+#[derive(Debug)]
 struct Shared {
     server: Arc<Server>,
-    /// For questions that no consumer asks.
+    /// For requests that concern no consumer.
     link: Link,
     consumers: Mutex<HashMap<ConsumerId, Consumer>>,
     catalog: Arc<Catalog>,
 }
 
-/// A connection of its own, so that one consumer's wait for replicas holds up no other.
-#[derive(Clone)]
+/// Each consumer has its own connection, so that its waiting for replicas does not delay others.
+#[derive(Clone, Debug)]
 struct Consumer {
     link: Arc<Link>,
     keys: Arc<Keys>,
@@ -71,14 +79,18 @@ impl RedisStore {
         }
     }
 
-    /// Lets a consumer go on whose transaction was applied in part ([`Error::PartiallyApplied`]). Repair the data first: undo what was
-    /// applied. Its position did not move, so the records of that transaction are handled again. If you rather completed it by hand,
-    /// `seek` the consumer past them.
+    /// Unblocks a consumer whose transaction was partially applied ([`Error::PartiallyApplied`]).
     ///
-    /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does; asking again does no harm.
+    /// Repair the data first by undoing the commands that were applied. The position did not move,
+    /// so the consumer handles the records of that transaction again. If you completed the
+    /// transaction by hand instead, `seek` the consumer past these records.
+    ///
+    /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does. Calling it
+    /// again does no harm.
     ///
     /// # Errors
-    /// [`Error::Failed`] if no transaction of the consumer is applied in part; [`Error::Unavailable`], [`Error::Indeterminate`].
+    /// [`Error::Failed`] if no transaction of the consumer is partially applied;
+    /// [`Error::Unavailable`], [`Error::Indeterminate`].
     pub async fn resolve_partial(&self, consumer: &ConsumerId) -> Result<(), Error> {
         let action = || {
             self.shared
@@ -91,7 +103,7 @@ impl RedisStore {
         command.arg(&keys.position).arg("partial");
         let removed: RedisResult<u32> = command.query_async(&mut connection).await;
         match removed {
-            Ok(0) => Err(Error::failed(action(), "none is applied in part")),
+            Ok(0) => Err(Error::failed(action(), "no transaction is partially applied")),
             Ok(_) => Ok(()),
             Err(error) => {
                 link.check(&error);
@@ -100,7 +112,7 @@ impl RedisStore {
         }
     }
 
-    /// The position and some values, as one commit left them.
+    /// The position and some values, all as of one commit.
     async fn read(&self, consumer: &ConsumerId, state: &[&[u8]]) -> Result<Snapshot, Error> {
         let Consumer { link, keys } = self.consumer(consumer);
         let action = || {
@@ -135,7 +147,7 @@ impl RedisStore {
         Ok(Snapshot::new(position, values))
     }
 
-    /// Runs a script that does something if the consumer's position is the owner's.
+    /// Runs a script that only acts if the position belongs to this owner.
     async fn as_owner(&self, consumer: &ConsumerId, owner: Owner, script: &str, verb: &str) -> Result<(), Error> {
         let Consumer { link, keys } = self.consumer(consumer);
         let mut command = redis::cmd("EVAL");
@@ -160,19 +172,10 @@ impl RedisStore {
             link: Arc::new(Link::new(Arc::clone(server), keys.position.as_bytes())),
             keys: Arc::new(keys),
         };
-        // Of names that were asked about once, only those stay that still have a connection, or a
-        // transaction.
+        // Forget consumers that have neither a connection nor a transaction.
         consumers.retain(|_, known| known.link.is_connected() || Arc::strong_count(&known.link) > 1);
         consumers.insert(consumer.clone(), new.clone());
         new
-    }
-}
-
-impl fmt::Debug for RedisStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisStore")
-            .field("server", &self.shared.server.to_string())
-            .finish_non_exhaustive()
     }
 }
 
@@ -180,7 +183,8 @@ impl fmt::Debug for RedisStore {
 impl OffsetStore for RedisStore {
     type Tx = RedisTx;
 
-    /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is applied in part.
+    /// Fails with [`Error::PartiallyApplied`] while a transaction of the consumer is partially
+    /// applied.
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         Ok(self.read(consumer, &[]).await?.position)
     }
@@ -199,7 +203,8 @@ impl OffsetStore for RedisStore {
         durability(&self.shared.link).await
     }
 
-    /// One `HMGET`. [`Error::PartiallyApplied`] as for [`position`](OffsetStore::position).
+    /// Runs one `HMGET`. Fails with [`Error::PartiallyApplied`] like
+    /// [`position`](OffsetStore::position).
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
         let Consumer { link, keys } = self.consumer(consumer);
         let action = || {
@@ -225,7 +230,7 @@ impl OffsetStore for RedisStore {
     }
 
     async fn beat(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
-        self.as_owner(consumer, owner, BEAT, "show life").await
+        self.as_owner(consumer, owner, BEAT, "count a beat").await
     }
 
     async fn release(&self, consumer: &ConsumerId, owner: Owner) -> Result<(), Error> {
@@ -233,17 +238,17 @@ impl OffsetStore for RedisStore {
     }
 }
 
-/// One script reads position and values, so they are of one commit.
+/// One script reads position and values, so they belong to one commit.
 #[async_trait]
 impl ReadState for RedisStore {
-    /// As the trait says; [`Error::PartiallyApplied`] while a transaction of the consumer is
-    /// applied in part.
+    /// Fails with [`Error::PartiallyApplied`] while a transaction of the consumer is partially
+    /// applied.
     async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
         self.read(consumer, keys).await
     }
 }
 
-/// Sends a command; the inner error is that of the command.
+/// Sends a command. The inner error is the command's.
 async fn ask_link<T: FromRedisValue>(link: &Link, command: &Cmd) -> Result<RedisResult<T>, Error> {
     let mut connection = link.connection().await?;
     let answer = command.query_async(&mut connection).await;
@@ -253,12 +258,7 @@ async fn ask_link<T: FromRedisValue>(link: &Link, command: &Cmd) -> Result<Redis
     Ok(answer)
 }
 
-fn decode_pulse(
-    next: &[u8],
-    revision: &[u8],
-    owner: Option<&[u8]>,
-    beats: Option<&[u8]>,
-) -> Result<Pulse, essentially_once::backend::Source> {
+fn decode_pulse(next: &[u8], revision: &[u8], owner: Option<&[u8]>, beats: Option<&[u8]>) -> Result<Pulse, Source> {
     let mut pulse = Pulse::default();
     pulse.next = str::from_utf8(next)?.parse()?;
     pulse.revision = str::from_utf8(revision)?.parse()?;
@@ -267,28 +267,22 @@ fn decode_pulse(
         .map(str::from_utf8)
         .transpose()?;
     pulse.owner = owner.map(str::parse).transpose()?;
-    pulse.beats = beats.map_or(Ok(0), |beats| {
-        str::from_utf8(beats)?
-            .parse()
-            .map_err(essentially_once::backend::Source::from)
-    })?;
+    pulse.beats = beats.map_or(Ok(0), |beats| str::from_utf8(beats)?.parse().map_err(Source::from))?;
     Ok(pulse)
 }
 
-/// In order, so that equal positions read as equal.
+/// Ordered, so that equal positions compare as equal.
 type Hash = BTreeMap<Vec<u8>, Vec<u8>>;
 
-fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once::backend::Source> {
+fn decode(position: &Hash, windows: &Hash) -> Result<Position, Source> {
     let field = |name: &str| {
         position
             .get(name.as_bytes())
             .map(|value| std::str::from_utf8(value))
             .transpose()
     };
-    let needed = |name: &str| {
-        field(name)?.ok_or_else(|| essentially_once::backend::Source::from(format!("field {name:?} is missing")))
-    };
-    let log = stored_log(needed("log")?, field("incarnation")?.unwrap_or_default())?;
+    let needed = |name: &str| field(name)?.ok_or_else(|| Source::from(format!("field {name:?} is missing")));
+    let log = LogId::from_parts(needed("log")?, field("incarnation")?)?;
     let mut decoded = Position::new(log, needed("next")?.parse()?, needed("revision")?.parse()?);
     let owner = field("owner")?.filter(|owner| !owner.is_empty());
     decoded.owner = owner.map(str::parse).transpose()?;
@@ -299,13 +293,4 @@ fn decode(position: &Hash, windows: &Hash) -> Result<Position, essentially_once:
         decoded.windows.push((numbering, Window::decode(window)?));
     }
     Ok(decoded)
-}
-
-/// The error that blocks a consumer until someone has repaired the data.
-pub(crate) fn partially_applied(consumer: &ConsumerId, done: String) -> Error {
-    Error::PartiallyApplied {
-        consumer: consumer.clone(),
-        done,
-        remedy: "undo what was applied, then call `RedisStore::resolve_partial` for the consumer".into(),
-    }
 }

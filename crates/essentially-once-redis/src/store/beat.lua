@@ -1,5 +1,7 @@
--- KEYS: position. ARGV: owner. Counts a beat if the position is the owner's. It takes a few bytes
--- at most, so also where memory is full.
+-- Counts a beat if the position belongs to this owner. It needs a few bytes at most, so it also
+-- runs while the server is out of memory.
+--
+-- KEYS: position. ARGV: owner.
 if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then
   local beats = tonumber(redis.call('HGET', KEYS[1], 'beats')) or 0
   -- Lua counts exactly up to 2^53.

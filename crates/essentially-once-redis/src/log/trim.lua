@@ -1,11 +1,16 @@
--- KEYS: stream, hash of its retention. ARGV: incarnation, records to keep or '', milliseconds to keep or ''.
--- Returns how many entries were removed, and 1 if there are more; nil if the stream is another one by now.
+-- Removes the entries that retention no longer keeps.
+--
+-- KEYS: stream, hash of its retention.
+-- ARGV: incarnation, records to keep or '', milliseconds to keep or ''.
+-- Returns the number of entries removed, and 1 if there are more; nil if the stream was deleted or
+-- created again.
 local stream = KEYS[1]
 if incarnation(stream) ~= ARGV[1] then return false end
 local limit = 100000
 local removed, more, mark = 0, 0, false
 
--- Removes the entries up to the threshold and one more. That one goes last and alone, so that its id is known.
+-- Removes the entries up to the threshold and one more. That entry is removed last and alone, so
+-- that its id is known.
 local function cut(strategy, threshold)
   local cheap = redis.call('XTRIM', stream, strategy, '~', threshold, 'LIMIT', limit)
   removed = removed + cheap
@@ -35,7 +40,8 @@ if mark then
   local info = redis.call('XINFO', 'STREAM', stream)
   local field = {}
   for i = 1, #info, 2 do field[info[i]] = info[i + 1] end
-  -- Refused where memory is short; then readers cannot tell whose retention it was, and take the safe side.
+  -- The server refuses this when it is out of memory. Readers then do not know what our retention
+  -- removed, and report a truncation rather than miss one.
   redis.pcall('HSET', KEYS[2], 'incarnation', ARGV[1], 'mark', mark, 'gone', field['entries-added'] - field['length'])
 end
 return { removed, more }

@@ -1,15 +1,15 @@
-//! Whether what the server acknowledges survives its crash.
+//! Whether acknowledged writes survive a crash of the server.
 
 use std::collections::HashMap;
 
 use essentially_once::{Error, backend::Durability};
 
-use crate::{error::read_failed, server::Link};
+use crate::{connection::link::Link, error::read_failed};
 
-/// Asks the server how it is set up now.
+/// Reads the server's current settings.
 ///
 /// # Errors
-/// [`Error::Unavailable`], also while fewer replicas are connected than are waited for;
+/// [`Error::Unavailable`], also while fewer replicas are connected than `min_replicas` requires;
 /// [`Error::Failed`].
 pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
     let mut command = redis::cmd("CONFIG");
@@ -24,8 +24,8 @@ pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
         Ok(settings) => settings,
         Err(refusal) => {
             return Ok(Durability::Unknown(format!(
-                "{} does not tell its settings ({refusal}): grant the user `config|get`, or see to `appendonly yes` and \
-                 `appendfsync always` yourself",
+                "{} does not show its settings ({refusal}): grant the user `config|get`, or make sure yourself that it runs \
+                 with `appendonly yes` and `appendfsync always`",
                 link.server
             )));
         }
@@ -38,7 +38,7 @@ pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
             Ok(info) => info,
             Err(refusal) => {
                 return Ok(Durability::Unknown(format!(
-                    "{} does not tell its replicas ({refusal}): grant the user `info`",
+                    "{} does not show its replicas ({refusal}): grant the user `info`",
                     link.server
                 )));
             }
@@ -46,10 +46,10 @@ pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
         let connected = connected_replicas(&info);
         if connected < min.replicas {
             let why = format!(
-                "{connected} replicas are connected, and `min_replicas` asks for {}: connect more",
+                "{connected} replicas are connected, and `min_replicas` requires {}: connect more",
                 min.replicas
             );
-            // A replica that is away comes back; only a setting stays as it is.
+            // A replica can come back. A setting stays as it is.
             if missing.is_empty() {
                 return Err(Error::unavailable(link.server.on("count replicas"), why));
             }
@@ -62,7 +62,7 @@ pub(crate) async fn durability(link: &Link) -> Result<Durability, Error> {
     }
 }
 
-/// The inner error is a refusal that another set-up of the server would lift.
+/// The inner error is a refusal that other settings of the server would lift.
 async fn ask<T: redis::FromRedisValue>(
     link: &Link,
     command: &redis::Cmd,
@@ -71,7 +71,7 @@ async fn ask<T: redis::FromRedisValue>(
     let mut connection = link.connection().await?;
     match command.query_async(&mut connection).await {
         Ok(answer) => Ok(Ok(answer)),
-        // Servers of cloud providers have no such command at all.
+        // Some cloud providers do not offer the command at all.
         Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => Ok(Err(error)),
         Err(error) => {
             link.check(&error);
@@ -80,23 +80,23 @@ async fn ask<T: redis::FromRedisValue>(
     }
 }
 
-/// What is missing, each with the setting and the value that it must have.
+/// What is missing for durability, each with the setting to change and its value.
 fn shortcomings(settings: &HashMap<String, String>) -> Vec<String> {
     let setting = |name: &str| settings.get(name).map_or("unknown", String::as_str);
     let mut missing = Vec::new();
     match (setting("appendonly"), setting("appendfsync")) {
         ("yes", "always") => {}
         ("yes", fsync) => missing.push(format!(
-            "appendfsync is {fsync}, so that a crash loses a second or more of what was acknowledged: set `appendfsync always`"
+            "appendfsync is {fsync}, so a crash loses a second or more of acknowledged writes: set `appendfsync always`"
         )),
         (appendonly, _) => missing.push(format!(
-            "appendonly is {appendonly}, so that a crash loses what came after the last snapshot: set `appendonly yes` and \
+            "appendonly is {appendonly}, so a crash loses everything since the last snapshot: set `appendonly yes` and \
              `appendfsync always`"
         )),
     }
     if setting("no-appendfsync-on-rewrite") == "yes" {
         missing.push(
-            "no-appendfsync-on-rewrite is yes, so that nothing is synced while the file is rewritten: set \
+            "no-appendfsync-on-rewrite is yes, so nothing is synced while the append-only file is rewritten: set \
              `no-appendfsync-on-rewrite no`"
                 .into(),
         );

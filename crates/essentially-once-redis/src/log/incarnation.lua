@@ -1,4 +1,5 @@
--- Which creation of the stream this is: the name of our consumer group, without its prefix; false where there is none.
+-- The incarnation of a stream, which is the name of our consumer group without its prefix; false if
+-- the stream has none.
 local function incarnation(stream)
   for _, group in ipairs(redis.pcall('XINFO', 'GROUPS', stream)) do
     local found = string.match(group[2], '^essentially%-once:(.+)')

@@ -1,14 +1,16 @@
-//! Records as stream entries and back. The format stands in the documentation of [`RedisLog`](crate::RedisLog#wire-format).
+//! Records as stream entries and back. [`RedisLog`](crate::RedisLog#wire-format) documents the
+//! format.
 //!
-//! An entry is a list of fields and values; our own begins with [`MARK`] and its [`VERSION`]. Whatever an entry holds, it decodes to a
-//! record: one that cannot be understood is malformed, with all its fields and values as payload.
+//! An entry is a list of fields and values. Our own entries begin with [`MARK`] and a [`VERSION`].
+//! Every entry decodes to a record. An invalid entry becomes a malformed record with all its fields
+//! and values as payload.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use essentially_once::{Error, NewRecord, Offset, Origin, Record, backend::Numbering};
+use essentially_once::{NewRecord, Offset, Origin, Record, backend::NumberingCache};
 
-use crate::packed::Packed;
+use crate::log::msgpack::Packed;
 
 const MARK: &[u8] = b"essentially-once";
 const VERSION: &[u8] = b"1";
@@ -18,17 +20,18 @@ const PRODUCER: &[u8] = b"producer";
 const SEQUENCE: &[u8] = b"sequence";
 const HEADER: &[u8] = b"h:";
 
-/// The end of the year 9999: an id is any number, and what shows or adds times need not take all of them.
+/// The end of the year 9999, in milliseconds. Ids can hold later times, which many libraries cannot
+/// format or add to.
 const LAST_TIME: u64 = 253_402_300_799_999;
 
-/// How many fields and values [`encode`] makes of a record.
+/// The number of fields and values that [`encode`] makes of a record.
 pub(crate) fn arguments(record: &NewRecord) -> usize {
     let key = if record.key.is_some() { 2 } else { 0 };
     let origin = if record.origin.is_some() { 4 } else { 0 };
     2 + key + origin + 2 * record.headers.len() + 2
 }
 
-/// Hands the fields and values of a record's entry to `put`, in order.
+/// Passes the fields and values of a record's entry to `put`, in order.
 pub(crate) fn encode(record: &NewRecord, mut put: impl FnMut(&[u8])) {
     put(MARK);
     put(VERSION);
@@ -50,13 +53,12 @@ pub(crate) fn encode(record: &NewRecord, mut put: impl FnMut(&[u8])) {
     put(&record.payload);
 }
 
-/// Makes records of entries.
+/// Decodes entries.
 pub(crate) struct Decoder {
-    /// Where other people's entries have their payload and key.
+    /// The fields of other programs' entries that hold payload and key.
     payload_field: Vec<u8>,
     key_field: Vec<u8>,
-    /// The last producer seen, and what it means: many records in a row are of one.
-    producer: Option<(Box<[u8]>, Numbering)>,
+    numberings: NumberingCache,
 }
 
 impl Decoder {
@@ -64,12 +66,12 @@ impl Decoder {
         Self {
             payload_field: payload_field.into(),
             key_field: key_field.into(),
-            producer: None,
+            numberings: NumberingCache::new(),
         }
     }
 
-    /// The records of entries as `XRANGE` returns them, `[[id, [field, value, ...]], ...]`, packed;
-    /// `None` if they are not.
+    /// The records of packed `XRANGE` entries, `[[id, [field, value, ...]], ...]`; `None` if they
+    /// have another form.
     pub(crate) fn entries(&mut self, packed: Vec<u8>) -> Option<Vec<Record>> {
         let chunk = Chunk(packed.into());
         let mut reading = Packed::new(&chunk.0);
@@ -125,14 +127,14 @@ impl Decoder {
                 }
             };
             if known.replace(index).is_some() {
-                return Err(format!("field {} is there twice", shown(name)));
+                return Err(format!("field {} appears twice", shown(name)));
             }
         }
-        let payload = payload.ok_or("it has no payload")?;
+        let payload = payload.ok_or("it has no payload field")?;
         let origin = match (producer, sequence) {
             (None, None) => None,
             (Some(producer), Some(sequence)) => Some(self.origin(pairs[producer][1], pairs[sequence][1])?),
-            _ => return Err("of producer and sequence it has only one".into()),
+            _ => return Err("it has only one of the fields \"producer\" and \"sequence\"".into()),
         };
         let mut record = Record::new(offset, time, chunk.take(pairs[payload][1]));
         record.key = key.map(|key| chunk.take(pairs[key][1]));
@@ -155,17 +157,8 @@ impl Decoder {
             .ok()
             .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
             .and_then(|digits| digits.parse().ok())
-            .ok_or_else(|| format!("sequence {} is not a number of 64 bits", shown(sequence)))?;
-        let numbering = match &self.producer {
-            Some((last, numbering)) if **last == *producer => numbering.clone(),
-            _ => {
-                let name =
-                    str::from_utf8(producer).map_err(|_| format!("producer {} is not UTF-8", shown(producer)))?;
-                let numbering: Numbering = name.parse().map_err(|error: Error| error.to_string())?;
-                self.producer = Some((producer.into(), numbering.clone()));
-                numbering
-            }
-        };
+            .ok_or_else(|| format!("sequence {} is not a number below 2^64", shown(sequence)))?;
+        let numbering = self.numberings.parse(producer)?;
         Ok(Origin::new(numbering.producer().clone(), numbering.epoch(), number))
     }
 
@@ -193,17 +186,17 @@ impl Decoder {
     }
 }
 
-/// `ms-seq`.
+/// Parses a stream id, `<milliseconds>-<sequence>`.
 pub(crate) fn parse_id(id: &[u8]) -> Option<Offset> {
     let (hi, lo) = str::from_utf8(id).ok()?.split_once('-')?;
     Some(Offset::new(hi.parse().ok()?, lo.parse().ok()?))
 }
 
-/// The bytes that many records came in.
+/// The bytes of many entries.
 struct Chunk(Bytes);
 
 impl Chunk {
-    /// Bytes of it, which keep it in memory only if they are most of it.
+    /// Copies a part, unless it is most of the chunk. A slice keeps the whole chunk in memory.
     fn take(&self, bytes: &[u8]) -> Bytes {
         match bytes.len() > self.0.len() / 2 {
             true => self.0.slice_ref(bytes),
@@ -223,7 +216,7 @@ fn raw(fields: &[&[u8]]) -> Vec<u8> {
     raw
 }
 
-/// Bytes of unknown length and kind, for a message.
+/// The start of arbitrary bytes, for an error message.
 fn shown(bytes: &[u8]) -> String {
     match bytes.split_at_checked(40) {
         Some((head, rest)) if !rest.is_empty() => format!("{:?}...", String::from_utf8_lossy(head)),
@@ -237,7 +230,7 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
-    use crate::packed::pack;
+    use crate::log::msgpack::pack;
 
     fn decode(fields: &[&[u8]]) -> Record {
         decode_at("1700000000000-3", fields)
@@ -289,7 +282,7 @@ mod tests {
             })
     }
 
-    /// Fields that mean something, between those that do not.
+    /// Fields with a meaning, mixed with arbitrary ones.
     fn any_fields() -> impl Strategy<Value = Vec<Vec<u8>>> {
         let known = [MARK, VERSION, KEY, PAYLOAD, PRODUCER, SEQUENCE, b"h:a", b"7"];
         let field = prop_oneof![
@@ -337,7 +330,7 @@ mod tests {
             (&[b"essentially-once", b"1"], "no payload"),
             (
                 &[b"essentially-once", b"1", b"payload", b"x", b"payload", b"y"],
-                "\"payload\" is there twice",
+                "\"payload\" appears twice",
             ),
             (
                 &[b"essentially-once", b"1", b"payload", b"x", b"essentially-once", b"1"],
@@ -405,7 +398,7 @@ mod tests {
                     b"sequence",
                     b"18446744073709551616",
                 ],
-                "is not a number of 64 bits",
+                "is not a number below 2^64",
             ),
             (
                 &[
@@ -420,7 +413,7 @@ mod tests {
                 ],
                 "not allowed",
             ),
-            // One spelling for each numbering, so that no duplicate passes under another.
+            // Each numbering has one spelling, so a duplicate cannot pass under another.
             (
                 &[
                     b"essentially-once",
@@ -451,8 +444,8 @@ mod tests {
             (&[b"payload"], "no value"),
         ] {
             let record = decode(fields);
-            let told = record.malformed.expect(reason);
-            assert!(told.contains(reason), "{told}, expected {reason}");
+            let found = record.malformed.expect(reason);
+            assert!(found.contains(reason), "{found}, expected {reason}");
             assert_eq!(record.payload, raw(fields));
         }
         assert_eq!(raw(&[b"a", b"\r\n"]), b"*2\r\n$1\r\na\r\n$2\r\n\r\n\r\n");
@@ -479,7 +472,7 @@ mod tests {
         assert_eq!(
             decode(&[b"a", b"1", b"essentially-once", b"1"]).headers.len(),
             2,
-            "the mark counts in first place only"
+            "the mark only counts as the first field"
         );
     }
 

@@ -1,0 +1,152 @@
+//! The log: a Redis stream.
+
+mod append;
+mod codec;
+mod extent;
+mod msgpack;
+mod reader;
+mod stream;
+mod trim;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use essentially_once::{
+    Error, Log, NewRecord, Offset,
+    backend::{Bounds, Durability, LogId, LogReader},
+};
+
+use crate::{
+    connection::{Server, durability},
+    log::{reader::RedisReader, stream::Stream},
+    options::LogOptions,
+};
+
+/// A log in a Redis stream; see [`Redis::log`](crate::Redis::log). An offset is a stream id:
+/// `1700000000000-3`.
+///
+/// The stream is an ordinary stream. Other programs may add to it, read it, and have their own
+/// consumer groups.
+///
+/// # Incarnation
+/// If a stream is deleted and created again, old ids get a new meaning. Each stream therefore has
+/// an incarnation, a consumer group without consumers named `essentially-once:<incarnation>`.
+/// Opening a log creates the stream and the group if they do not exist. The group is part of the
+/// stream, so it disappears with the stream. Deleting the group by hand is like deleting the
+/// stream. A user without the permission to create it gets a log without an incarnation, and a
+/// warning. Such a log only notices that it became shorter.
+///
+/// A failover keeps the incarnation and may lose the stream's tail. A reader past the new end gets
+/// [`Error::OutOfRange`]. If the stream grows past the reader's place before the reader continues,
+/// nothing shows that it once held other records. Records that were handled are then missing from
+/// the log. If the new master's clock is slower, new records may get ids before the reader's place,
+/// and are never read. To avoid this, wait for replicas
+/// ([`RedisOptions::min_replicas`](crate::RedisOptions::min_replicas)), or keep the state on the
+/// same server, where it goes back too.
+///
+/// # Appending
+/// Up to 1,000 records and about a megabyte are appended in one step, all or none, before the next
+/// step is sent. After [`Error::Indeterminate`], any number of these steps may have been applied. A
+/// record may have up to 3,000 headers.
+///
+/// A value over the server's `proto-max-bulk-len` fails with [`Error::TooLarge`] before anything is
+/// sent, if the user may read that setting (`+config|get`). Otherwise the first such append fails
+/// midway and closes the connection, which other calls may be using. From then on the handle
+/// refuses values of that size.
+///
+/// # Removed records
+/// A stream reports how many entries were removed, but not which. After our own
+/// [retention](crate::LogOptions::retention), a reader knows exactly. After `XTRIM`, `XADD …
+/// MAXLEN` or `XDEL` by another program, [`Error::Truncated`] may be a false alarm, if the last
+/// record that a stopped consumer has read is also the last one removed. The opposite error never
+/// happens. A reader that was online has counted the entries, and is exact. Readers silently pass
+/// over entries deleted from the middle of a stream (`XDEL`).
+///
+/// Redis before 7.0 did not count removed entries. If a newer Redis loads such data, entries that
+/// were removed earlier go unnoticed.
+///
+/// # Wire format
+/// Any client can write an entry in our format, as in `XADD orders * essentially-once 1 payload
+/// 32.38`. Its fields are:
+///
+/// | field | value |
+/// |---|---|
+/// | `essentially-once` | `1`, the version of this format; must be the first field |
+/// | `key` | the record's key; optional |
+/// | `producer`, `sequence` | the record's [`Origin`](essentially_once::Origin): a name, followed by `#` and the epoch unless that is the stable one (`web#17`), and a decimal number below 2^64; both or neither |
+/// | `h:<name>` | a header; any number of them, in order; the name is UTF-8 |
+/// | `payload` | the message; required |
+///
+/// A log also reads entries in any other format. The [payload
+/// field](crate::LogOptions::payload_field) is the payload (empty if it is missing), the [key
+/// field](crate::LogOptions::key_field) is the key, and all other fields are headers.
+///
+/// An entry in our format that breaks these rules, or any entry with a field name that is not
+/// UTF-8, becomes a [`malformed`](essentially_once::Record::malformed) record. Its payload is the
+/// RESP array of all its fields and values (`*2\r\n$16\r\nessentially-once\r\n$1\r\n2\r\n`).
+///
+/// The append time comes from the id, so an entry that was added with an id such as `5-0` dates
+/// from 1970.
+///
+/// # Permissions
+/// - Reading: `EVAL_RO`, `XINFO`, `XRANGE`, `XREVRANGE`, `XREAD`, `HMGET`, and `INFO`, without
+///   which a reader cannot replace a lost connection.
+/// - Opening for the first time: `EVAL`, `XGROUP`.
+/// - Appending: `EVAL`, `XADD`, `XINFO`.
+/// - Retention: also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`.
+/// - Keys: the stream, and `<prefix>:retention:*`.
+/// - [`durability`](Log::durability) uses `CONFIG GET`, and so does each new connection, to find
+///   the largest value.
+#[derive(Clone, Debug)]
+pub struct RedisLog {
+    stream: Arc<Stream>,
+}
+
+impl RedisLog {
+    pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
+        let stream = Stream::open(server, name, options).await?;
+        Ok(Self {
+            stream: Arc::new(stream),
+        })
+    }
+
+    /// Removes the records that the log's retention no longer keeps, and returns their number.
+    ///
+    /// Dropping the future may leave some of them in place.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`]; [`Error::Indeterminate`] if some records may have
+    /// been removed.
+    pub async fn trim(&self) -> Result<u64, Error> {
+        self.stream.trim().await
+    }
+}
+
+#[async_trait]
+impl Log for RedisLog {
+    fn id(&self) -> &LogId {
+        &self.stream.id
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.stream.append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        Ok(Box::new(RedisReader::open(Arc::clone(&self.stream), from).await?))
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        const VERB: &str = "read bounds of";
+        let extent = self.stream.extent(VERB).await?;
+        Ok(self.stream.require(extent, VERB)?.bounds())
+    }
+
+    async fn readable_end(&self) -> Result<Offset, Error> {
+        self.stream.readable_end().await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        durability(&self.stream.link).await
+    }
+}

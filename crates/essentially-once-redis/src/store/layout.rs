@@ -1,0 +1,251 @@
+//! The arguments of `commit.lua`: fields, lists, and the bounds of each list.
+//!
+//! This module alone knows their places. It writes the arguments and the bounds, and it generates
+//! the start of the script, which reads them into named variables. So Rust and Lua cannot disagree
+//! about where a list ends.
+
+use std::fmt::Write as _;
+
+use redis::{Cmd, ToSingleRedisArg};
+
+/// The fields, one argument each. The script has them in variables of the same names.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Fields<'a> {
+    /// The revision that must be stored.
+    pub(crate) expected: &'a [u8],
+    /// The revision after the commit.
+    pub(crate) next_revision: &'a [u8],
+    /// The log's name.
+    pub(crate) log_name: &'a [u8],
+    /// The log's incarnation; empty if unknown.
+    pub(crate) log_incarnation: &'a [u8],
+    /// The next offset.
+    pub(crate) offset: &'a [u8],
+    /// The owner; empty for none.
+    pub(crate) owner: &'a [u8],
+    /// The digest of the last record passed; empty for none.
+    pub(crate) passed: &'a [u8],
+    /// The revision after a partially applied commit.
+    pub(crate) partial_revision: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    /// Names and values, in order.
+    fn named(self) -> [(&'static str, &'a [u8]); 8] {
+        [
+            ("expected", self.expected),
+            ("next_revision", self.next_revision),
+            ("log_name", self.log_name),
+            ("log_incarnation", self.log_incarnation),
+            ("offset", self.offset),
+            ("owner", self.owner),
+            ("passed", self.passed),
+            ("partial_revision", self.partial_revision),
+        ]
+    }
+}
+
+/// A list of arguments. The script has its bounds in variables, such as `puts_first` and
+/// `puts_last`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum List {
+    /// State to set: key, value.
+    Puts,
+    /// State to delete: key.
+    Deletes,
+    /// Windows to set: producer, window.
+    Windows,
+    /// Windows to delete: producer.
+    Forgotten,
+    /// Types to check: a command that only works on this type, key.
+    Types,
+    /// Numbers to check: length, a command that reads them with its arguments.
+    Numbers,
+    /// Native commands, in runs of equal length: length, number of commands, the commands.
+    Commands,
+    /// Permissions to check: the indices of the first and last argument of a native command.
+    Permissions,
+}
+
+impl List {
+    const ALL: [Self; 8] = [
+        Self::Puts,
+        Self::Deletes,
+        Self::Windows,
+        Self::Forgotten,
+        Self::Types,
+        Self::Numbers,
+        Self::Commands,
+        Self::Permissions,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Puts => "puts",
+            Self::Deletes => "deletes",
+            Self::Windows => "windows",
+            Self::Forgotten => "forgotten",
+            Self::Types => "types",
+            Self::Numbers => "numbers",
+            Self::Commands => "commands",
+            Self::Permissions => "permissions",
+        }
+    }
+}
+
+/// The start of the script, which names the fields and the bounds.
+pub(crate) fn prologue() -> String {
+    let mut lua = String::from("local ARGV = ARGV\n");
+    // A string takes everything that is written to it.
+    for ((name, _), index) in Fields::default().named().into_iter().zip(1..) {
+        let _ = writeln!(lua, "local {name} = ARGV[{index}]");
+    }
+    // The bounds are the last arguments, two for each list.
+    for (list, before_end) in List::ALL.into_iter().zip((0..List::ALL.len()).rev()) {
+        let (name, last) = (list.name(), 2 * before_end);
+        let _ = writeln!(
+            lua,
+            "local {name}_first, {name}_last = tonumber(ARGV[#ARGV - {}]), tonumber(ARGV[#ARGV - {last}])",
+            last + 1
+        );
+    }
+    lua
+}
+
+/// The arguments as they are written.
+pub(crate) struct Layout {
+    command: Cmd,
+    /// The number of arguments so far, which is the index of the last one, as Lua counts.
+    written: usize,
+    /// The first and last index of each list. An empty list ends before it begins.
+    bounds: [(usize, usize); List::ALL.len()],
+}
+
+impl Layout {
+    /// Continues a command that holds the script and its keys.
+    pub(crate) fn new(mut command: Cmd, fields: Fields<'_>) -> Self {
+        let fields = fields.named();
+        for (_, value) in fields {
+            command.arg(value);
+        }
+        Self {
+            command,
+            written: fields.len(),
+            bounds: [(1, 0); List::ALL.len()],
+        }
+    }
+
+    /// Writes a list, which consists of the arguments that `write` pushes.
+    pub(crate) fn list(&mut self, list: List, write: impl FnOnce(&mut Items<'_>)) {
+        let first = self.written + 1;
+        write(&mut Items { layout: self });
+        self.bounds[list as usize] = (first, self.written);
+    }
+
+    /// The index of a list's first argument.
+    pub(crate) fn first(&self, list: List) -> usize {
+        self.bounds[list as usize].0
+    }
+
+    /// Writes the bounds.
+    pub(crate) fn finish(mut self) -> Cmd {
+        for (first, last) in self.bounds {
+            self.command.arg(first).arg(last);
+        }
+        self.command
+    }
+}
+
+/// Pushes the arguments of a list.
+pub(crate) struct Items<'a> {
+    layout: &'a mut Layout,
+}
+
+impl Items<'_> {
+    pub(crate) fn push(&mut self, argument: impl ToSingleRedisArg) -> &mut Self {
+        self.layout.command.arg(argument);
+        self.layout.written += 1;
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::{collection::vec, prelude::*, sample::subsequence};
+    use redis::Arg;
+
+    use super::*;
+
+    fn fields() -> Fields<'static> {
+        Fields {
+            expected: b"1",
+            next_revision: b"2",
+            log_name: b"orders",
+            log_incarnation: b"a1",
+            offset: b"7",
+            owner: b"web",
+            passed: b"digest",
+            partial_revision: b"3",
+        }
+    }
+
+    /// The value of each variable that the prologue declares, for these arguments.
+    fn variables(arguments: &[String]) -> HashMap<String, String> {
+        let mut variables = HashMap::new();
+        for line in prologue().lines().skip(1) {
+            let (names, values) = line
+                .strip_prefix("local ")
+                .and_then(|line| line.split_once(" = "))
+                .expect("a line");
+            for (name, value) in names.split(", ").zip(values.split(", ")) {
+                let index = value.trim_start_matches("tonumber(").trim_start_matches("ARGV[");
+                let index = index.trim_end_matches(')').trim_end_matches(']');
+                let index = match index.strip_prefix("#ARGV - ") {
+                    Some(before_end) => arguments.len() - before_end.parse::<usize>().expect("a number"),
+                    None => index.parse().expect("a number"),
+                };
+                variables.insert(name.to_owned(), arguments[index - 1].clone());
+            }
+        }
+        variables
+    }
+
+    proptest! {
+        #[test]
+        fn the_script_finds_the_lists_that_were_written(
+            lists in subsequence(List::ALL.to_vec(), 0..=List::ALL.len()).prop_shuffle(),
+            lengths in vec(0_usize..5, List::ALL.len()),
+        ) {
+            let mut layout = Layout::new(Cmd::new(), fields());
+            for list in &lists {
+                layout.list(*list, |items| {
+                    for number in 0..lengths[*list as usize] {
+                        items.push(format!("{} {number}", list.name()));
+                    }
+                });
+            }
+            let command = layout.finish();
+            let arguments: Vec<String> = command
+                .args_iter()
+                .map(|argument| match argument {
+                    Arg::Simple(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+                    _ => String::new(),
+                })
+                .collect();
+            let variables = variables(&arguments);
+            for (name, value) in fields().named() {
+                prop_assert_eq!(variables[name].as_bytes(), value);
+            }
+            for list in List::ALL {
+                let bound = |end: &str| variables[&format!("{}_{end}", list.name())].parse::<usize>().expect("a number");
+                let (first, last) = (bound("first"), bound("last"));
+                let found: Vec<&String> = (first..=last).map(|index| &arguments[index - 1]).collect();
+                let length = if lists.contains(&list) { lengths[list as usize] } else { 0 };
+                let written: Vec<String> = (0..length).map(|number| format!("{} {number}", list.name())).collect();
+                prop_assert_eq!(found, written.iter().collect::<Vec<_>>());
+            }
+        }
+    }
+}
