@@ -1,4 +1,4 @@
-//! The conformance cases. Each is named after the contract bullet that it checks, and links it.
+//! The conformance cases. Each is named after the contract bullet that it checks, and links to it.
 
 mod bounds;
 mod compare;
@@ -29,9 +29,10 @@ use crate::{
     suite::{Case, Violation},
 };
 
-/// How long to watch for something that must not happen, such as a reader getting a record that is not there.
+/// How long to watch for something that must not happen, such as a reader that returns a missing
+/// record.
 const QUIET: Duration = Duration::from_millis(50);
-/// How long something may take that must happen.
+/// How long to wait for something that must happen.
 const SOON: Duration = Duration::from_secs(60);
 
 macro_rules! case {
@@ -142,7 +143,7 @@ fn first_missing(needs: &[Support]) -> Support {
         .unwrap_or(&Support::Yes)
 }
 
-/// What a case can ask for, by the names of the capabilities.
+/// What a case can require, by the names of the capabilities.
 mod needs {
     use crate::{Capabilities, Support};
 
@@ -196,7 +197,7 @@ mod needs {
 }
 
 fn consumer(name: &str) -> ConsumerId {
-    ConsumerId::new(name).expect("a valid name")
+    ConsumerId::new(name).expect("the name is valid")
 }
 
 fn records(payloads: impl IntoIterator<Item = impl ToString>) -> Vec<NewRecord> {
@@ -213,7 +214,7 @@ fn payloads(records: &[Record]) -> Vec<String> {
         .collect()
 }
 
-/// Reads the `count` records from `from` on.
+/// Reads `count` records, starting at `from`.
 async fn read(log: &dyn Log, from: Offset, count: usize) -> Result<Vec<Record>, Violation> {
     let mut reader = log.read(from).await?;
     let mut read = Vec::new();
@@ -229,20 +230,20 @@ async fn read(log: &dyn Log, from: Offset, count: usize) -> Result<Vec<Record>, 
     Ok(read)
 }
 
-/// All records of the log.
+/// Reads all `count` records of the log.
 async fn read_all(log: &dyn Log, count: usize) -> Result<Vec<Record>, Violation> {
     let earliest = log.bounds().await?.earliest;
     read(log, earliest, count).await
 }
 
-/// Awaits what must happen.
+/// Awaits something that must happen within [`SOON`].
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T, Violation> {
     tokio::time::timeout(SOON, future)
         .await
         .map_err(|_| Violation::new(format!("{what}: nothing within {SOON:?}")))
 }
 
-/// The advance from a position (or none) to `next`, of a log that needs no backend.
+/// An advance from a position (or none) to `next`.
 fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) -> Advance {
     let (expected, revision) = match position {
         Some(position) => (position.revision, position.revision.next_count()),
@@ -251,14 +252,14 @@ fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) 
     Advance::new(log.id().clone(), next.into(), expected, revision)
 }
 
-/// The number that a case keeps as a value; 0 if it is not there.
+/// The number that a case keeps as a value, or 0 if there is none.
 fn counter(value: Option<&[u8]>) -> u64 {
     value
         .and_then(|value| value.try_into().ok())
         .map_or(0, u64::from_be_bytes)
 }
 
-/// Whether the error says for certain that nothing happened.
+/// Whether the error means that certainly nothing happened.
 fn is_certain(error: &Error) -> bool {
     !matches!(error, Error::Indeterminate { .. })
 }

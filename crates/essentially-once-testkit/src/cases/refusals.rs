@@ -1,4 +1,5 @@
-//! Cases for appends that are refused, and for those beside them: [L7 and L10](essentially_once::Log#contract).
+//! Cases for refused appends, and for the appends next to them: [L7 and
+//! L10](essentially_once::Log#contract).
 
 use essentially_once::{Error, NewRecord};
 
@@ -8,7 +9,8 @@ use crate::{
     suite::{CaseResult, ensure},
 };
 
-/// [L7](essentially_once::Log#contract): the backend refuses a record amid a batch, as a full disk does.
+/// [L7](essentially_once::Log#contract): the backend refuses a record in the middle of a batch, as
+/// a full disk does.
 pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     const BATCH: usize = 5;
     let log = backend.log("orders").await?;
@@ -20,20 +22,20 @@ pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H,
         let result = log.append(&records((0..BATCH).map(|n| format!("{batch}.{n}")))).await;
         outcomes.push(result.map(drop));
         let after = log.append(&records([format!("after {nth}")])).await;
-        ensure!(after.is_ok(), "the append after a refused one ended with {after:?}");
+        ensure!(after.is_ok(), "the append after a refused one returned {after:?}");
     }
     let found = to_the_end(backend).await?;
     for (batch, told) in outcomes.iter().enumerate() {
         judge(&found, &batch.to_string(), BATCH, told)?;
         ensure!(
             told.is_err(),
-            "the backend refused a record of append {batch}, and the append ended with {told:?}"
+            "the backend refused a record of append {batch}, but the append returned {told:?}"
         );
     }
     Ok(())
 }
 
-/// All payloads, by a handle of its own.
+/// Reads all payloads on a new handle.
 async fn to_the_end(backend: &impl Backend) -> Result<Vec<String>, Violation> {
     let log = backend.log("orders").await?;
     log.append(&records(["end"])).await?;
@@ -45,7 +47,7 @@ async fn to_the_end(backend: &impl Backend) -> Result<Vec<String>, Violation> {
     Ok(found)
 }
 
-/// Holds what is there of the records `<name>.0` to `<name>.<count>` against what their append told.
+/// Compares the records `<name>.0` to `<name>.<count>` in the log with the outcome of their append.
 fn judge(found: &[String], name: &str, count: usize, told: &Result<(), Error>) -> CaseResult {
     let prefix = format!("{name}.");
     let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
@@ -58,13 +60,13 @@ fn judge(found: &[String], name: &str, count: usize, told: &Result<(), Error>) -
     };
     ensure!(
         fits,
-        "append {name} of {count} records ended with {told:?}, which means {meaning}, but {there:?} are there"
+        "append {name} of {count} records returned {told:?}, which means {meaning}, but the log holds {there:?}"
     );
     Ok(())
 }
 
-/// [L7](essentially_once::Log#contract): two appends at a time on one handle, of which one is refused for a record's size. The
-/// other must neither fail with it nor lose anything.
+/// [L7](essentially_once::Log#contract): two concurrent appends on one handle, one of which is
+/// refused for a record's size. The other must neither fail nor lose records.
 pub(super) async fn l7_concurrent_appends_have_their_own_outcomes<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -87,11 +89,11 @@ pub(super) async fn l7_concurrent_appends_have_their_own_outcomes<H: Harness>(
         };
         ensure!(
             matches!(bad, Err(Error::TooLarge { .. })),
-            "round {round}: the append of a record over the limit ended with {bad:?}"
+            "round {round}: the append of a record over the limit returned {bad:?}"
         );
         if let Err(error) = &good {
             return Err(Violation::new(format!(
-                "round {round}: an append failed because one beside it was refused: {error}"
+                "round {round}: an append failed because a concurrent one was refused: {error}"
             )));
         }
         outcomes.push((good.map(drop), bad.map(drop)));
@@ -119,7 +121,7 @@ pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
             backend.log(name).await?.append(&records(["new"])).await?;
             expected.push("new".to_owned());
         }
-        // An error is best. A log that is deleted together with what was appended to it is as good.
+        // An error is best. An append that is deleted together with the old log is just as good.
         let told = soon("an append to a deleted log", old.append(&records(["stray"]))).await?;
         let new = backend.log(name).await?;
         let bounds = new.bounds().await?;
@@ -129,14 +131,14 @@ pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
         };
         ensure!(
             found == expected,
-            "an append through the handle of a deleted log ended with {told:?}; the log created later holds {found:?}"
+            "an append through the handle of a deleted log returned {told:?}, and the log created later holds {found:?}"
         );
         new.append(&records(["last"])).await?;
         expected.push("last".to_owned());
         let found = payloads(&read_all(&*new, expected.len()).await?);
         ensure!(
             found == expected,
-            "an append through the handle of a deleted log ended with {told:?}; the log created later holds {found:?}"
+            "an append through the handle of a deleted log returned {told:?}, and the log created later holds {found:?}"
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Cases for requests and replies that are lost on the wire: [L7](essentially_once::Log#contract) and
+//! Cases for requests and replies lost on the wire: [L7](essentially_once::Log#contract) and
 //! [S5](essentially_once::OffsetStore#contract).
 
 use essentially_once::{Error, KeyValue, OffsetStore, backend::Transaction};
@@ -9,7 +9,7 @@ use crate::{
     suite::{CaseResult, ensure},
 };
 
-/// Each way of cutting, more than once: a handle may do something else when it has been cut before.
+/// Each kind of cut occurs several times, because a handle may behave differently after a cut.
 const CUTS: [Cut; 6] = [
     Cut::BeforeReply,
     Cut::BeforeRequest,
@@ -19,8 +19,8 @@ const CUTS: [Cut; 6] = [
     Cut::BeforeRequest,
 ];
 
-/// [S5](essentially_once::OffsetStore#contract): after a cut the commit says what it knows, the position tells the truth, and
-/// no commit was made twice.
+/// [S5](essentially_once::OffsetStore#contract): after a cut, the commit returns what it knows, the
+/// position shows the truth, and no commit took effect twice.
 pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -28,7 +28,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
     let shipping = consumer("shipping");
     let (direct, log) = (backend.store().await?, backend.log("orders").await?);
     for (round, cut) in CUTS.into_iter().enumerate() {
-        // Armed once before the handle is opened, so that the way to the server is through the proxy.
+        // Armed once before the handle opens, so that its connection runs through the proxy.
         backend.cut_next(Request::Commit, cut).await?;
         let store = backend.store().await?;
         let before = store.position(&shipping).await?;
@@ -51,7 +51,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         };
         ensure!(
             fits,
-            "cut {round} ({cut:?}): a commit from revision {expected} to {revision} ended with {result:?}, \
+            "cut {round} ({cut:?}): a commit from revision {expected} to {revision} returned {result:?}, \
              which means {meaning}, but {found} is stored"
         );
         let (next, n) = (
@@ -60,13 +60,13 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         );
         ensure!(
             next == n.into(),
-            "cut {round} ({cut:?}): the position is {next}, the state {n}"
+            "cut {round} ({cut:?}): the position is {next}, but the state counts {n}"
         );
     }
     Ok(())
 }
 
-/// The position, once the backend answers again.
+/// Reads the position, retrying until the backend answers again.
 async fn asked_until_told<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
     loop {
         match store.position(&consumer("shipping")).await {
@@ -85,13 +85,14 @@ async fn was_cut(backend: &impl Backend, cuts: usize, round: usize) -> CaseResul
     let made = tokio::time::timeout(super::SOON, made).await;
     made.map_err(|_| {
         Violation::new(format!(
-            "the harness made no cut in round {round}: does its pattern occur?"
+            "the harness made no cut in round {round}: check that its pattern occurs in the request"
         ))
     })
 }
 
-/// [L7](essentially_once::Log#contract): batches of three whose connection is cut. What was acknowledged is there once; what
-/// failed for certain left nothing; what is in doubt left a prefix; nothing is there twice.
+/// [L7](essentially_once::Log#contract): batches of three whose connection is cut. Acknowledged
+/// batches are there once. Batches that certainly failed left nothing. Batches in doubt left a
+/// prefix. No record is there twice.
 pub(super) async fn l7_a_lost_reply_never_doubles_an_append<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let direct = backend.log("orders").await?;
     let mut outcomes: Vec<(Cut, Result<(), Error>)> = Vec::new();
@@ -122,13 +123,13 @@ pub(super) async fn l7_a_lost_reply_never_doubles_an_append<H: Harness>(_: &H, b
         };
         ensure!(
             fits,
-            "cut {round} ({cut:?}): an append ended with {told:?}, which means {meaning}, but {there:?} are there"
+            "cut {round} ({cut:?}): an append returned {told:?}, which means {meaning}, but the log holds {there:?}"
         );
     }
     let all = read_all(&*direct, found.len()).await?;
     ensure!(
         payloads(&all) == found,
-        "read again, the log holds {:?}",
+        "a second read of the log returned {:?}",
         payloads(&all)
     );
     Ok(())
