@@ -1,4 +1,4 @@
-//! Any store, for tests that do not care which.
+//! Any store, for tests that work with all of them.
 
 use std::{
     fs::{File, OpenOptions},
@@ -19,10 +19,10 @@ use crate::{counter::Counter, worker::Work};
 /// Any store.
 #[async_trait]
 pub trait Store: Send + Sync {
-    /// Where the consumer stands.
+    /// The consumer's position.
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error>;
 
-    /// What the consumer's ledger says, in the order of application.
+    /// The consumer's ledger, in the order of application.
     async fn ledger(&self, consumer: &ConsumerId) -> Result<Vec<Applied>, Error>;
 
     /// How often the consumer's counter was incremented.
@@ -75,7 +75,7 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
     }
 }
 
-/// Increments the counter for each record, and writes the record down in the ledger.
+/// Increments the counter for each record, and journals the record in the ledger.
 struct Worker {
     work: Work,
     handled: u64,

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What is untidy below `root`, one sentence each; empty if nothing is.
+/// Returns one sentence for each fault below `root`.
 pub(crate) fn complaints(root: &Path) -> Vec<String> {
     let files = files(root);
     let mut complaints = Vec::new();
@@ -63,14 +63,14 @@ pub(crate) fn complaints(root: &Path) -> Vec<String> {
     complaints
 }
 
-/// All files of the repository, without build output and what tools keep in hidden folders.
+/// All files of the repository, except build output and the contents of hidden folders.
 fn files(root: &Path) -> Vec<PathBuf> {
     let mut folders = vec![root.to_path_buf()];
     let mut files = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let (path, name) = (entry.path(), entry.file_name());
-            // A link to a folder could lead in a circle: the type of the entry itself decides.
+            // A link to a folder could form a loop, so the type of the entry itself decides.
             let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
             if !is_folder {
                 files.push(path);
@@ -83,14 +83,14 @@ fn files(root: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Members are the packages that open no workspace of their own.
+/// Packages are members unless they open their own workspace.
 fn is_member(path: &Path, manifest: &str) -> bool {
     path.ends_with("Cargo.toml")
         && manifest.lines().any(|line| line.trim() == "[package]")
         && !manifest.lines().any(|line| line.trim() == "[workspace]")
 }
 
-/// The adapter crates' names; the test kit shares their prefix and is none.
+/// The names of the adapter crates. The test kit shares their prefix but is not an adapter.
 fn adapters(files: &[PathBuf]) -> impl Iterator<Item = String> {
     files
         .iter()
@@ -100,7 +100,8 @@ fn adapters(files: &[PathBuf]) -> impl Iterator<Item = String> {
         .map(str::to_owned)
 }
 
-/// The value of `key` in a table of a TOML file as this repository writes them: one `key = value` a line.
+/// The value of `key` in a table of a TOML file, in the style of this repository: one `key = value`
+/// per line.
 fn value<'a>(toml: &'a str, table: &str, key: &str) -> Option<&'a str> {
     toml.lines()
         .map(str::trim)
@@ -132,7 +133,7 @@ fn names_in_table(readme: &str, name: &str) -> bool {
 
 /// Notes to oneself, with their line numbers.
 fn leftovers(source: &str) -> impl Iterator<Item = (usize, &'static str)> {
-    // Put together here, so that this file does not complain of itself.
+    // Assembled here, so that this file does not report itself.
     const WORDS: [&str; 2] = [concat!("FIX", "ME"), concat!("to", "do!")];
     source.lines().enumerate().filter_map(|(line, text)| {
         let word = WORDS.into_iter().find(|word| text.contains(word))?;
@@ -140,7 +141,7 @@ fn leftovers(source: &str) -> impl Iterator<Item = (usize, &'static str)> {
     })
 }
 
-/// The targets of inline links and link definitions, outside of code.
+/// The targets of inline links and link definitions outside code.
 fn links(markdown: &str) -> impl Iterator<Item = &str> {
     let mut in_code = false;
     markdown
@@ -161,13 +162,14 @@ fn links(markdown: &str) -> impl Iterator<Item = &str> {
                 .step_by(2)
                 .flat_map(|text| text.split("](").skip(1))
                 .filter_map(|rest| rest.split(')').next());
-            // A link whose text is code closes in the piece after it, which begins with the bracket.
+            // A link whose text is code closes in the following piece, which begins with the
+            // bracket.
             inline.chain(definition)
         })
         .filter_map(|target| target.split_whitespace().next())
 }
 
-/// Whether a relative link leads to a file; where other links lead is not this check's business.
+/// Whether a relative link leads to a file. Other links are not checked.
 fn exists(file: &Path, link: &str) -> bool {
     let target = link.split('#').next().unwrap_or(link);
     let elsewhere = target.is_empty() || target.contains("://") || target.starts_with("mailto:");

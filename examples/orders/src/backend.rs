@@ -1,21 +1,22 @@
-//! Where log and store are opened: the one place to change for another backend.
+//! Opens log and store. This is the one place to change for another backend.
 
 use std::{path::PathBuf, str::FromStr, sync::Arc};
 
 use essentially_once::{ConsumerId, Error, Log};
 use essentially_once_sqlite::Sqlite;
 
-/// What one delivery's run works on. Parent and worker open the same.
+/// The log and store of one delivery's run. Parent and worker open the same ones.
 pub(crate) struct Backend {
     pub(crate) log: Place,
     pub(crate) store: Place,
-    /// The SQLite file, for whichever of the two is kept in it.
+    /// The SQLite file, if the log or the store is kept in SQLite.
     pub(crate) database: PathBuf,
-    /// Whose position it is. Servers are shared with others and with earlier runs, so the name is this run's alone.
+    /// The consumer whose position is stored. Other programs and earlier runs use the same servers,
+    /// so the name is unique to this run.
     pub(crate) consumer: ConsumerId,
 }
 
-/// Where a log or a store is kept. It has no `Debug`: a URL may hold a password.
+/// Where a log or a store is kept. It has no `Debug`, because a URL may hold a password.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Place {
     /// In a SQLite file.
@@ -53,7 +54,7 @@ impl FromStr for Place {
 }
 
 impl Place {
-    /// What [`FromStr`] takes back; with the password, so it is for the worker alone.
+    /// The text that [`FromStr`] accepts. It includes the password, so only the worker may get it.
     pub(crate) fn secret(&self) -> &str {
         match self {
             Self::Sqlite => "sqlite",
@@ -66,7 +67,7 @@ impl Place {
 }
 
 impl Backend {
-    /// The log of orders, created empty if it is not there.
+    /// Opens the log of orders, and creates it if it is missing.
     pub(crate) async fn open_log(&self) -> Result<Arc<dyn Log>, Error> {
         match &self.log {
             Place::Sqlite => Ok(Arc::new(self.sqlite().await?.log("orders").await?)),
@@ -87,7 +88,7 @@ impl Backend {
         }
     }
 
-    /// The file, created if it is not there.
+    /// Opens the SQLite file, and creates it if it is missing.
     pub(crate) async fn sqlite(&self) -> Result<Sqlite, Error> {
         Sqlite::open(&self.database).await
     }

@@ -20,21 +20,21 @@ use crate::{
     shop::{self, Shop},
 };
 
-/// What the parent tells its worker.
+/// The settings that the parent passes to its worker.
 #[derive(clap::Args)]
 pub(crate) struct WorkerArgs {
     pub(crate) database: PathBuf,
     pub(crate) consumer: ConsumerId,
     pub(crate) delivery: Delivery,
-    /// Fields of every line.
+    /// The number of fields in every line.
     pub(crate) fields: usize,
-    /// Which of them is the freight.
+    /// The index of the freight field.
     pub(crate) freight: usize,
-    /// Orders taken at a time.
+    /// How many orders to take at a time.
     pub(crate) max_batch: usize,
-    /// Orders handled before the worker waits for its parent.
+    /// How many orders to handle before waiting for the parent.
     pub(crate) leash: u64,
-    /// Given by the environment: anyone may read a command line, and it may hold a password.
+    /// Passed in the environment. It may hold a password, and everyone can read a command line.
     #[arg(long, env = LOG_VARIABLE, hide_env_values = true)]
     pub(crate) log: String,
     #[arg(long, env = STORE_VARIABLE, hide_env_values = true)]
@@ -85,9 +85,9 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
     store: S,
     own_shop: impl AsyncFnOnce() -> Result<O, Failure>,
 ) -> Result<(), Failure> {
-    /// Rather fail than go round for ever when the database is not to be had.
+    /// Limits the restarts, so that the worker fails if the database stays unavailable.
     const RESTARTS: u32 = 20;
-    /// The worker before this one is dead: its parent has seen it end.
+    /// The previous worker is dead, as the parent has seen. Nobody needs to wait for it.
     const NO_STANDBY: Duration = Duration::ZERO;
     let log = backend.open_log().await?;
     let id = args.consumer.clone();
@@ -129,8 +129,9 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
 
 /// Ties the worker to its parent.
 ///
-/// Each handled line is told on stdout. After every `length` lines the worker waits for a byte on stdin: however slowly the parent gets
-/// to run, a kill that is meant for a line falls near it. When stdin ends, the parent is gone, and so is the worker.
+/// The worker reports each handled line on stdout. After every `length` lines it waits for a byte
+/// on stdin. So a kill meant for a line falls near it, however slow the parent is. When stdin ends,
+/// the parent is gone, and the worker ends too.
 pub(crate) struct Leash {
     length: u64,
     handled: u64,
@@ -152,7 +153,7 @@ impl Leash {
         }
     }
 
-    /// Tells the parent that a line was handled.
+    /// Reports a handled line to the parent.
     pub(crate) fn reached(&mut self, line: u32) -> Result<(), Failure> {
         writeln!(io::stdout(), "{line}")?;
         self.handled += 1;

@@ -1,4 +1,4 @@
-//! Runs the program as its user does, with log, store or both on a private server.
+//! Runs the program as its users do, with log, store or both on a private server.
 
 use std::process::{Command, ExitCode, Output};
 
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         };
         suite = match test_servers::rabbitmq_server() {
             Err(why) => suite.ignored(&format!("{name}_on_rabbitmq"), &why),
-            // A worker takes longer to begin there.
+            // A worker takes longer to start there.
             Ok(_) => suite.test(&format!("{name}_on_rabbitmq"), move || {
                 kills_lose_and_double_nothing(RabbitNode::start(), log, store, 1_000, 8)
             }),
@@ -28,11 +28,11 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// A server to run the program on.
+/// A server for the program's data.
 trait Server {
     fn url(&self) -> String;
 
-    /// What is on it.
+    /// The data left on it.
     fn left(&self) -> Result<String, Error>;
 }
 
@@ -63,7 +63,7 @@ fn orders(arguments: &[&str]) -> Result<Output, Violation> {
     Command::new(env!("CARGO_BIN_EXE_orders"))
         .args(arguments)
         .output()
-        .map_err(|error| Violation::new(format!("the program does not start: {error}")))
+        .map_err(|error| Violation::new(format!("the program cannot start: {error}")))
 }
 
 fn kills_lose_and_double_nothing(
@@ -90,7 +90,9 @@ fn kills_lose_and_double_nothing(
     let [at_most_once, at_least_once, essentially_once] =
         &report["deliveries"].as_array().cloned().unwrap_or_default()[..]
     else {
-        return Err(violation(format!("not three deliveries: {report}")));
+        return Err(violation(format!(
+            "the report does not have three deliveries: {report}"
+        )));
     };
     for (delivery, name, expected) in [
         (at_most_once, "shipped_more", true),
@@ -137,7 +139,7 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
             let why = told.lines().find(|line| line.starts_with("orders: "));
             if url.contains("127.0.0.1:1") && !why.is_some_and(|why| why.contains("127.0.0.1:1")) {
                 return Err(Violation::new(format!(
-                    "{option} {url}: the server is not named: {told}"
+                    "{option} {url}: the error does not name the server: {told}"
                 )));
             }
         }
