@@ -134,8 +134,8 @@ mod tests {
             ("1,2,\"Ann", "a quote is not closed"),
             ("1,2,Ann\r2,3,Bob", "carriage return"),
         ] {
-            let told = FORMAT.parse(line).expect_err(line);
-            assert!(told.contains(reason), "{line:?}: {told}");
+            let error = FORMAT.parse(line).expect_err(line);
+            assert!(error.contains(reason), "{line:?}: {error}");
         }
     }
 

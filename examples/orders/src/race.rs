@@ -129,14 +129,14 @@ impl Race<'_> {
             if reached >= line {
                 break;
             }
-            let told = match worker.lines.recv_timeout(LONGEST_SILENCE) {
-                Ok(told) => told?,
+            let reported = match worker.lines.recv_timeout(LONGEST_SILENCE) {
+                Ok(reported) => reported?,
                 Err(RecvTimeoutError::Disconnected) => return Ok(false),
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(format!("the {} worker hangs: it made no progress for a minute", self.delivery).into());
                 }
             };
-            reached = told.parse::<usize>()?.saturating_sub(HEADER_LINES);
+            reached = reported.parse::<usize>()?.saturating_sub(HEADER_LINES);
             bar.set_position(reached as u64);
             if handled % self.leash() == 0 {
                 worker.give_slack();
@@ -213,10 +213,10 @@ impl Drop for Worker {
 
 /// Reads on a separate thread, so that waiting for the next line can time out.
 fn listen(stdout: ChildStdout) -> mpsc::Receiver<io::Result<String>> {
-    let (tell, lines) = mpsc::channel();
+    let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(stdout).lines() {
-            if tell.send(line).is_err() {
+            if sender.send(line).is_err() {
                 return;
             }
         }

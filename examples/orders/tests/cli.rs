@@ -19,8 +19,8 @@ fn orders(arguments: &[&str]) -> Output {
 /// The JSON of a run that must succeed.
 fn deliveries(arguments: &[&str]) -> Vec<Value> {
     let output = orders(&[arguments, &["--json"]].concat());
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{told}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
     let json: Value = serde_json::from_slice(&output.stdout).expect("nothing but JSON on stdout");
     let deliveries = json["deliveries"].as_array().expect("a list").clone();
     let names: Vec<_> = deliveries.iter().map(|one| one["delivery"].as_str()).collect();
@@ -165,9 +165,9 @@ fn bad_input_is_refused_before_anything_is_written() {
             "line 3 is not UTF-8",
         ),
     ] {
-        let told = refused(&["--input", &input], folder.path());
-        assert!(told.contains(reason), "{told}");
-        assert!(told.contains(&input), "the error does not name the file: {told}");
+        let error = refused(&["--input", &input], folder.path());
+        assert!(error.contains(reason), "{error}");
+        assert!(error.contains(&input), "the error does not name the file: {error}");
     }
 }
 

@@ -81,9 +81,9 @@ fn kills_lose_and_double_nothing(
     let arguments = ["--orders", &count_text, "--kills", &kills_text, "--seed", "1", "--json"];
     let places = ["--log", place(log), "--store", place(store)];
     let output = orders(&[&arguments[..], &places].concat())?;
-    let told = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        return Err(violation(format!("{}: {told}", output.status)));
+        return Err(violation(format!("{}: {stderr}", output.status)));
     }
     let report: serde_json::Value =
         serde_json::from_slice(&output.stdout).map_err(|error| violation(error.to_string()))?;
@@ -132,14 +132,14 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
     ] {
         for option in ["--log", "--store"] {
             let output = orders(&["--orders", "5", option, &url])?;
-            let told = String::from_utf8_lossy(&output.stderr);
-            if output.status.success() || told.contains(SECRET) {
-                return Err(Violation::new(format!("{option}: {}: {told}", output.status)));
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            if output.status.success() || stderr.contains(SECRET) {
+                return Err(Violation::new(format!("{option}: {}: {stderr}", output.status)));
             }
-            let why = told.lines().find(|line| line.starts_with("orders: "));
+            let why = stderr.lines().find(|line| line.starts_with("orders: "));
             if url.contains("127.0.0.1:1") && !why.is_some_and(|why| why.contains("127.0.0.1:1")) {
                 return Err(Violation::new(format!(
-                    "{option} {url}: the error does not name the server: {told}"
+                    "{option} {url}: the error does not name the server: {stderr}"
                 )));
             }
         }

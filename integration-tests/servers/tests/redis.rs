@@ -67,7 +67,7 @@ fn frozen() -> Done {
     server.freeze();
     thread::scope(|scope| {
         let answer = scope.spawn(|| server.command(&["PING"]));
-        thread::sleep(Duration::from_millis(100)); // that nothing happens can only be waited for
+        thread::sleep(Duration::from_millis(100)); // no event reports that nothing happens
         assert!(!answer.is_finished(), "a frozen server answered");
         server.thaw();
         assert_eq!(answer.join().expect("no panic")?.text(), "PONG");

@@ -134,7 +134,7 @@ pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
                 for record in &records {
                     ensure!(
                         Some(record) == expected.next(),
-                        "a reader overtaken by retention went on at {} without an error, although {earliest} is the earliest",
+                        "an overtaken reader went on at {} without an error, although {earliest} is the earliest",
                         record.offset
                     );
                     if record.offset >= earliest {

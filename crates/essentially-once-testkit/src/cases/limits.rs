@@ -202,7 +202,7 @@ pub(super) async fn l8_a_record_over_the_limit_is_refused_before_any_is_appended
             .append(&[NewRecord::new("first"), too_large, NewRecord::new("last")])
             .await;
         ensure!(
-            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+            matches!(&result, Err(Error::TooLarge { limit: reported, .. }) if *reported == limit),
             "an append of a record over the limit of {limit} bytes returned {result:?}"
         );
     }

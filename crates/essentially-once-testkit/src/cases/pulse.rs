@@ -61,7 +61,7 @@ async fn pulse_that<S: OffsetStore>(
         }
     };
     match tokio::time::timeout(SOON / 6, asked).await {
-        Ok(told) => told,
+        Ok(found) => found,
         Err(_) => Err(Violation::new(format!(
             "{what}: the pulse is {:?} and does not change",
             store.pulse(consumer).await?

@@ -25,11 +25,11 @@ pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H,
         ensure!(after.is_ok(), "the append after a refused one returned {after:?}");
     }
     let found = to_the_end(backend).await?;
-    for (batch, told) in outcomes.iter().enumerate() {
-        judge(&found, &batch.to_string(), BATCH, told)?;
+    for (batch, outcome) in outcomes.iter().enumerate() {
+        judge(&found, &batch.to_string(), BATCH, outcome)?;
         ensure!(
-            told.is_err(),
-            "the backend refused a record of append {batch}, but the append returned {told:?}"
+            outcome.is_err(),
+            "the backend refused a record of append {batch}, but the append returned {outcome:?}"
         );
     }
     Ok(())
@@ -48,19 +48,19 @@ async fn to_the_end(backend: &impl Backend) -> Result<Vec<String>, Violation> {
 }
 
 /// Compares the records `<name>.0` to `<name>.<count>` in the log with the outcome of their append.
-fn judge(found: &[String], name: &str, count: usize, told: &Result<(), Error>) -> CaseResult {
+fn judge(found: &[String], name: &str, count: usize, outcome: &Result<(), Error>) -> CaseResult {
     let prefix = format!("{name}.");
     let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
     let expected = (0..count).map(|n| format!("{name}.{n}"));
     let is_prefix = there.len() <= count && there.iter().zip(expected).all(|(found, expected)| **found == expected);
-    let (fits, meaning) = match told {
+    let (fits, meaning) = match outcome {
         Ok(()) => (is_prefix && there.len() == count, "all of its records"),
         Err(error) if is_certain(error) => (there.is_empty(), "none"),
         Err(_) => (is_prefix, "a prefix"),
     };
     ensure!(
         fits,
-        "append {name} of {count} records returned {told:?}, which means {meaning}, but the log holds {there:?}"
+        "append {name} of {count} records returned {outcome:?}, which means {meaning}, but the log holds {there:?}"
     );
     Ok(())
 }
@@ -122,7 +122,7 @@ pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
             expected.push("new".to_owned());
         }
         // An error is best. An append that is deleted together with the old log is just as good.
-        let told = soon("an append to a deleted log", old.append(&records(["stray"]))).await?;
+        let outcome = soon("an append to a deleted log", old.append(&records(["stray"]))).await?;
         let new = backend.log(name).await?;
         let bounds = new.bounds().await?;
         let found = match bounds.earliest == bounds.end {
@@ -131,14 +131,14 @@ pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
         };
         ensure!(
             found == expected,
-            "an append through the handle of a deleted log returned {told:?}, and the log created later holds {found:?}"
+            "an append through the handle of a deleted log returned {outcome:?}, and the log created later holds {found:?}"
         );
         new.append(&records(["last"])).await?;
         expected.push("last".to_owned());
         let found = payloads(&read_all(&*new, expected.len()).await?);
         ensure!(
             found == expected,
-            "an append through the handle of a deleted log returned {told:?}, and the log created later holds {found:?}"
+            "an append through the handle of a deleted log returned {outcome:?}, and the log created later holds {found:?}"
         );
     }
     Ok(())

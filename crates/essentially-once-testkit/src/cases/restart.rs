@@ -133,16 +133,16 @@ async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
 /// prefix.
 pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let mut outcomes = Vec::new();
-    let told = &mut outcomes;
+    let results = &mut outcomes;
     while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
         let mut log = up(|| backend.log("orders")).await?;
         while !stop.load(Ordering::SeqCst) {
-            let batch = told.len();
+            let batch = results.len();
             let result = log.append(&records((0..3).map(|n| format!("{batch}.{n}")))).await;
             if result.is_err() {
                 log = up(|| backend.log("orders")).await?;
             }
-            told.push(result.map(drop));
+            results.push(result.map(drop));
             progress.fetch_add(1, Ordering::SeqCst);
             tokio::task::yield_now().await;
         }
@@ -153,21 +153,21 @@ pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backen
     let end = records(["end"]);
     once_ready(|| log.append(&end)).await?;
     let found = payloads(&once_ready(|| read_to_last(&*log, "end")).await?);
-    for (batch, told) in outcomes.iter().enumerate() {
+    for (batch, outcome) in outcomes.iter().enumerate() {
         let prefix = format!("{batch}.");
         let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
         let is_prefix = there
             .iter()
             .enumerate()
             .all(|(n, payload)| **payload == format!("{batch}.{n}"));
-        let (fits, expected) = match told {
+        let (fits, expected) = match outcome {
             Ok(()) => (is_prefix && there.len() == 3, "all three records"),
             Err(error) if is_certain(error) => (there.is_empty(), "none"),
             Err(_) => (is_prefix, "a prefix"),
         };
         ensure!(
             fits,
-            "append {batch} returned {told:?}, which means {expected}, but the log holds {there:?}"
+            "append {batch} returned {outcome:?}, which means {expected}, but the log holds {there:?}"
         );
     }
     Ok(())

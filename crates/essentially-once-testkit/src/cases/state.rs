@@ -145,7 +145,7 @@ pub(super) async fn s6_a_key_over_the_limit_is_refused_and_stages_nothing<H: Har
     tx.put(&largest, b"2").await?;
     let result = tx.put(&longer, b"3").await;
     ensure!(
-        matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+        matches!(&result, Err(Error::TooLarge { limit: reported, .. }) if *reported == limit),
         "a put of a key over the limit of {limit} bytes: {result:?}"
     );
     tx.commit(advance(None, &*log, 1)).await?;
@@ -184,7 +184,7 @@ pub(super) async fn s6_a_value_over_the_limit_is_refused_and_stages_nothing<H: H
         let before = tx.get(key).await?;
         let result = tx.put(key, &vec![b'x'; limit + 1]).await;
         ensure!(
-            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
+            matches!(&result, Err(Error::TooLarge { limit: reported, .. }) if *reported == limit),
             "a put of a value over the limit of {limit} bytes: {result:?}"
         );
         let after = tx.get(key).await?;

@@ -40,7 +40,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         let cuts = backend.cuts();
         let result = soon("a commit whose connection is cut", tx.commit(advance)).await?;
         was_cut(backend, cuts, round).await?;
-        let after = soon("the position after a cut", asked_until_told(&direct)).await?;
+        let after = soon("the position after a cut", stored_position(&direct)).await?;
         let found = after
             .as_ref()
             .map_or_else(Default::default, |position| position.revision);
@@ -67,7 +67,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
 }
 
 /// Reads the position, retrying until the backend answers again.
-async fn asked_until_told<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
+async fn stored_position<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
     loop {
         match store.position(&consumer("shipping")).await {
             Ok(position) => return position,
@@ -111,19 +111,19 @@ pub(super) async fn l7_a_lost_reply_never_doubles_an_append<H: Harness>(_: &H, b
     while found.last().is_none_or(|last| last != "end") {
         found.extend(payloads(&soon("the last record", reader.next(1_000)).await??));
     }
-    for (round, (cut, told)) in outcomes.iter().enumerate() {
+    for (round, (cut, outcome)) in outcomes.iter().enumerate() {
         let prefix = format!("{round}.");
         let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
         let expected = (0..3).map(|n| format!("{round}.{n}"));
         let is_prefix = there.len() <= 3 && there.iter().zip(expected).all(|(found, expected)| **found == expected);
-        let (fits, meaning) = match told {
+        let (fits, meaning) = match outcome {
             Ok(()) => (is_prefix && there.len() == 3, "all three records"),
             Err(error) if is_certain(error) => (there.is_empty(), "none"),
             Err(_) => (is_prefix, "a prefix"),
         };
         ensure!(
             fits,
-            "cut {round} ({cut:?}): an append returned {told:?}, which means {meaning}, but the log holds {there:?}"
+            "cut {round} ({cut:?}): an append returned {outcome:?}, which means {meaning}, but the log holds {there:?}"
         );
     }
     let all = read_all(&*direct, found.len()).await?;

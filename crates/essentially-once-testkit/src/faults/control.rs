@@ -191,7 +191,7 @@ impl Faults {
 }
 
 impl State {
-    fn tell(&mut self, event: Event) {
+    fn report(&mut self, event: Event) {
         self.events.push_back(event);
         if let Some(driver) = &self.driver {
             driver.wake_by_ref();
@@ -247,7 +247,7 @@ impl Process {
         });
         let number = state.trace.len();
         if number > OPERATION_LIMIT {
-            state.tell(Event::Runaway);
+            state.report(Event::Runaway);
             return Some(FaultKind::CrashBefore);
         }
         let before = state.slow.len();
@@ -259,11 +259,11 @@ impl Process {
         match fault {
             Some(FaultKind::Zombie) => {
                 state.gates[self.number] = Gate::Frozen;
-                state.tell(Event::Frozen(self.number));
+                state.report(Event::Frozen(self.number));
             }
             Some(FaultKind::Slow) => {
                 state.slow.push((self.number, number + SLOW_OPERATIONS));
-                state.tell(Event::Slowed(self.number));
+                state.report(Event::Slowed(self.number));
             }
             _ => {}
         }
@@ -274,7 +274,7 @@ impl Process {
         {
             let mut state = self.faults.lock();
             state.gates[self.number] = Gate::Dead;
-            state.tell(Event::Crashed(self.number));
+            state.report(Event::Crashed(self.number));
         }
         pending().await
     }
