@@ -30,7 +30,8 @@ enum Task {
     Test(Tests),
     /// Run what CI runs: format, lints, documentation, `test` and `tidy`.
     Ci(Tests),
-    /// Check what people forget: changelog, README table, inherited lints, leftovers, dead links.
+    /// Check what people forget: changelog, README table, manifests, exports of the core, long prose
+    /// lines, leftovers, dead links.
     Tidy,
 }
 
@@ -135,11 +136,14 @@ fn ci(servers: &Variables) -> Done {
 
 fn tidy() -> Done {
     say("cargo xtask tidy");
-    let complaints = tidy::complaints(root());
-    for complaint in &complaints {
+    let report = tidy::check(root());
+    for note in &report.notes {
+        eprintln!("tidy: allowed for now: {note}");
+    }
+    for complaint in &report.complaints {
         eprintln!("tidy: {complaint}");
     }
-    if complaints.is_empty() { Ok(()) } else { Err(1) }
+    if report.complaints.is_empty() { Ok(()) } else { Err(1) }
 }
 
 fn cargo(arguments: &[&str], variables: &Variables) -> Done {
