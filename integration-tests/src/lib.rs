@@ -6,6 +6,7 @@
 mod counter;
 mod place;
 mod store;
+mod work;
 pub mod worker;
 
 pub use crate::{

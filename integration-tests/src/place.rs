@@ -10,8 +10,6 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use test_servers::{RabbitNode, RedisServer};
 
-use crate::store::{Of, Store};
-
 /// A backend known to the tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backend {
@@ -137,18 +135,6 @@ impl Address {
                 let options = LogOptions::new().packed(16, 64 * 1024);
                 Arc::new(Rabbit::connect(url).await?.log_with(name, options).await?)
             }
-        })
-    }
-
-    /// Opens the store.
-    ///
-    /// # Errors
-    /// Those of the backend.
-    pub async fn store(&self) -> Result<Box<dyn Store>, Error> {
-        Ok(match self {
-            Self::Sqlite(path) => Box::new(Of(Sqlite::open(path).await?.store())),
-            Self::Redis(url) => Box::new(Of(Redis::connect(url).await?.store())),
-            Self::Rabbitmq(url) | Self::RabbitmqPacked(url) => Box::new(Of(Rabbit::connect(url).await?.store())),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{Error, Log, Offset, Origin, Record, backend::Position};
 
-use crate::Violation;
+use crate::violation::Violation;
 
 /// How many offsets of one kind a message names before it only counts the rest.
 const NAMED: usize = 10;

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use essentially_once::{Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source};
 
-use crate::Cut;
+use crate::proxy::Cut;
 
 /// Starts the backend under test. One harness serves all cases, each in its own namespace.
 #[async_trait]

@@ -7,7 +7,7 @@ use essentially_once::{
     ConsumerId, Error, Handler, HandlerError, KeyValue, OffsetStore, Record, async_trait, backend::Transaction,
 };
 
-use crate::Applied;
+use crate::checker::Applied;
 
 /// The block being written. Full blocks move to their own keys.
 const OPEN_BLOCK: &[u8] = b"ledger";

@@ -52,6 +52,7 @@
 //!   [`Capabilities::log_name_bytes`]. Keep the prefix of a store short.
 //! - Dropping the [`Backend`] removes everything the case left, even after a failure.
 
+mod case;
 mod cases;
 mod checker;
 pub mod faults;
@@ -60,11 +61,14 @@ mod ledger;
 pub mod memory;
 mod proxy;
 mod suite;
+mod violation;
 
 pub use crate::{
+    case::Case,
     checker::{Applied, Check, Doubled, Expectation, Findings, Reordered, read_log},
     harness::{Backend, Capabilities, Harness, Request, StateReader, Support},
     ledger::{Ledger, MemoryLedger, read_ledger},
     proxy::{Cut, Proxy},
-    suite::{Case, Suite, Violation, conformance_cases},
+    suite::{Suite, conformance_cases},
+    violation::Violation,
 };

@@ -8,7 +8,7 @@ use essentially_once::{
     memory::{Memory, MemoryStore, SIZE_LIMIT},
 };
 
-use crate::{Backend, Capabilities, Harness, StateReader, Support};
+use crate::harness::{Backend, Capabilities, Harness, StateReader, Support};
 
 /// Starts a [`Memory`] for each case.
 #[derive(Clone, Copy, Debug, Default)]

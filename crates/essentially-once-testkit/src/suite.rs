@@ -5,7 +5,6 @@ use std::{
     fs::OpenOptions,
     future::Future,
     io::Write as _,
-    pin::Pin,
     process::ExitCode,
     sync::{
         Arc,
@@ -14,124 +13,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{Error, backend::Source};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::{Capabilities, Expectation, Harness, Support, cases, faults::sampled};
-
-/// A case that takes longer is stuck. Waiting forever is a failure like any other.
-const TIME_LIMIT: Duration = Duration::from_secs(600);
+use crate::{
+    case::{Case, block_on},
+    cases,
+    checker::Expectation,
+    faults::sampled,
+    harness::{Harness, Support},
+    violation::{CaseResult, Violation},
+};
 
 const FAULT_CASES: [(&str, Expectation); 3] = [
     ("faults_essentially_once", Expectation::EssentiallyOnce),
     ("faults_at_least_once", Expectation::AtLeastOnce),
     ("faults_at_most_once", Expectation::AtMostOnce),
 ];
-
-/// Why a case failed.
-#[derive(Debug)]
-pub struct Violation(String);
-
-impl Violation {
-    /// Creates a violation with this message.
-    pub fn new(finding: impl Into<String>) -> Self {
-        Self(finding.into())
-    }
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Violation {}
-
-impl From<Error> for Violation {
-    fn from(error: Error) -> Self {
-        Self(format!("unexpected error: {error}"))
-    }
-}
-
-impl From<Source> for Violation {
-    fn from(error: Source) -> Self {
-        Self(format!("the harness failed: {error}"))
-    }
-}
-
-impl From<std::io::Error> for Violation {
-    fn from(error: std::io::Error) -> Self {
-        Source::from(error).into()
-    }
-}
-
-/// Ends the case with a [`Violation`] unless the condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($finding:tt)+) => {
-        if !$condition {
-            return Err($crate::suite::Violation::new(format!($($finding)+)));
-        }
-    };
-}
-pub(crate) use ensure;
-
-pub(crate) type CaseResult = Result<(), Violation>;
-type CaseFuture<'a> = Pin<Box<dyn Future<Output = CaseResult> + Send + 'a>>;
-
-/// One conformance case. Its name begins with the contract bullet that it checks.
-pub struct Case<H: Harness> {
-    pub(crate) name: &'static str,
-    pub(crate) needs: fn(&Capabilities) -> Support,
-    pub(crate) run: for<'a> fn(&'a H, &'a H::Backend) -> CaseFuture<'a>,
-}
-
-impl<H: Harness> Case<H> {
-    /// The case's name, such as `s2_a_stale_revision_is_fenced`.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
-    /// Whether a backend with these capabilities can run this case.
-    pub fn support(&self, capabilities: &Capabilities) -> Support {
-        (self.needs)(capabilities)
-    }
-
-    /// Runs the case on its own backend, in its own tokio runtime with two worker threads.
-    ///
-    /// # Errors
-    /// The violation that the case found, or a time-out after ten minutes.
-    pub fn run(&self, harness: &H) -> Result<(), Violation> {
-        self.run_within(harness, TIME_LIMIT)
-    }
-
-    /// Like [`run`](Self::run), with another time limit.
-    ///
-    /// # Errors
-    /// As for [`run`](Self::run).
-    pub fn run_within(&self, harness: &H, limit: Duration) -> Result<(), Violation> {
-        block_on(limit, async {
-            let backend = harness.start(self.name).await?;
-            (self.run)(harness, &backend).await
-        })
-    }
-}
-
-/// Runs a test in its own runtime.
-fn block_on(limit: Duration, test: impl Future<Output = CaseResult>) -> CaseResult {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Violation::new(format!("cannot start a tokio runtime: {error}")))?;
-    let result = runtime.block_on(async {
-        tokio::time::timeout(limit, test)
-            .await
-            .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {limit:?}"))))
-    });
-    // Tasks left behind by a stuck backend must not hold up the other tests.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
-}
 
 /// Returns all conformance cases, in the order of the contract's bullets.
 pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {

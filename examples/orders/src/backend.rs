@@ -2,8 +2,10 @@
 
 use std::{path::PathBuf, str::FromStr, sync::Arc};
 
-use essentially_once::{ConsumerId, Error, Log};
+use essentially_once::{ConsumerId, Error, Log, Record};
 use essentially_once_sqlite::Sqlite;
+
+use crate::Failure;
 
 /// The log and store of one delivery's run. Parent and worker open the same ones.
 pub(crate) struct Backend {
@@ -81,9 +83,7 @@ impl Backend {
             #[cfg(feature = "rabbitmq")]
             Place::Rabbitmq(url) => {
                 let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                Ok(Arc::new(
-                    rabbit.log(&crate::shop::rabbitmq::orders(&self.consumer)).await?,
-                ))
+                Ok(Arc::new(rabbit.log(&order_stream(&self.consumer)).await?))
             }
         }
     }
@@ -92,4 +92,25 @@ impl Backend {
     pub(crate) async fn sqlite(&self) -> Result<Sqlite, Error> {
         Sqlite::open(&self.database).await
     }
+}
+
+/// Reads all records that the log holds now.
+pub(crate) async fn read_all(log: &dyn Log) -> Result<Vec<Record>, Failure> {
+    const AT_A_TIME: usize = 1_000;
+    let bounds = log.bounds().await?;
+    let (mut records, mut next) = (Vec::<Record>::new(), bounds.earliest);
+    if next < bounds.end {
+        let mut reader = log.read(next).await?;
+        while next < bounds.end {
+            records.extend(reader.next(AT_A_TIME).await?);
+            next = records.last().map_or(bounds.end, |last| last.offset.successor());
+        }
+    }
+    Ok(records)
+}
+
+/// The stream of a run's orders on a RabbitMQ broker.
+#[cfg(feature = "rabbitmq")]
+pub(crate) fn order_stream(consumer: &ConsumerId) -> String {
+    format!("{consumer}.orders")
 }

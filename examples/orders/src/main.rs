@@ -39,6 +39,7 @@ use clap::{Parser, Subcommand};
 mod backend;
 mod delivery;
 mod input;
+mod leash;
 mod order;
 mod plan;
 mod race;

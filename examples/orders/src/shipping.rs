@@ -4,9 +4,9 @@ use async_trait::async_trait;
 use essentially_once::{Handler, HandlerError, Record};
 
 use crate::{
+    leash::Leash,
     order::Format,
     shop::{Effect, Shop},
-    worker::Leash,
 };
 
 /// Ships each order, or sets it aside if it is malformed. `D` determines where it writes.

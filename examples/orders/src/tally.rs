@@ -1,9 +1,13 @@
 //! Counts what happened to the orders, and shows it.
 
-use essentially_once::{Log, Offset, Record};
+use essentially_once::Offset;
 use serde::Serialize;
 
-use crate::{Failure, backend::Backend, delivery::Delivery};
+use crate::{
+    Failure,
+    backend::{Backend, read_all},
+    delivery::Delivery,
+};
 
 /// What happened to the orders of one run. Each is counted under its offset in the log, because an
 /// id may be missing or used twice.
@@ -31,7 +35,7 @@ impl Tally {
 
 /// Counts in the log and in the shop, as stored on disk.
 pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, seconds: f64) -> Result<Tally, Failure> {
-    let records = read(&*backend.open_log().await?).await?;
+    let records = read_all(&*backend.open_log().await?).await?;
     let orders = records.len() as u64;
     let offsets: Vec<Offset> = records.iter().map(|record| record.offset).collect();
     let books = backend.books(&offsets).await?;
@@ -46,21 +50,6 @@ pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, sec
         seconds: (seconds * 1_000.0).round() / 1_000.0,
         effects: books.effects,
     })
-}
-
-/// Reads all records that the log holds now.
-pub(crate) async fn read(log: &dyn Log) -> Result<Vec<Record>, Failure> {
-    const AT_A_TIME: usize = 1_000;
-    let bounds = log.bounds().await?;
-    let (mut records, mut next) = (Vec::<Record>::new(), bounds.earliest);
-    if next < bounds.end {
-        let mut reader = log.read(next).await?;
-        while next < bounds.end {
-            records.extend(reader.next(AT_A_TIME).await?);
-            next = records.last().map_or(bounds.end, |last| last.offset.successor());
-        }
-    }
-    Ok(records)
 }
 
 /// One line per delivery, below a heading.

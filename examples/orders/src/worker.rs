@@ -1,13 +1,6 @@
 //! The shipping worker: a process that can be killed at any moment.
 
-use std::{
-    io::{self, Read as _, Write as _},
-    path::PathBuf,
-    process,
-    sync::mpsc,
-    thread,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use essentially_once::{Consumer, ConsumerId, OffsetStore};
 
@@ -15,6 +8,7 @@ use crate::{
     Failure,
     backend::{Backend, Place},
     delivery::Delivery,
+    leash::Leash,
     order::Format,
     shipping::{InTransaction, OnItsOwn, Shipping},
     shop::{self, Shop},
@@ -125,41 +119,4 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
         }
     }
     Ok(())
-}
-
-/// Ties the worker to its parent.
-///
-/// The worker reports each handled line on stdout. After every `length` lines it waits for a byte
-/// on stdin. So a kill meant for a line falls near it, however slow the parent is. When stdin ends,
-/// the parent is gone, and the worker ends too.
-pub(crate) struct Leash {
-    length: u64,
-    handled: u64,
-    slack: mpsc::Receiver<()>,
-}
-
-impl Leash {
-    fn attach(length: u64) -> Self {
-        let (give, slack) = mpsc::channel();
-        thread::spawn(move || {
-            let mut byte = [0];
-            while io::stdin().read_exact(&mut byte).is_ok() && give.send(()).is_ok() {}
-            process::exit(1);
-        });
-        Self {
-            length: length.max(1),
-            handled: 0,
-            slack,
-        }
-    }
-
-    /// Reports a handled line to the parent.
-    pub(crate) fn reached(&mut self, line: u32) -> Result<(), Failure> {
-        writeln!(io::stdout(), "{line}")?;
-        self.handled += 1;
-        if self.handled.is_multiple_of(self.length) {
-            self.slack.recv()?;
-        }
-        Ok(())
-    }
 }

@@ -3,13 +3,13 @@
 use essentially_once::{Error, Log, Offset};
 
 use super::{
-    QUIET, compare, payloads, read, read_all, records,
+    common::{QUIET, payloads, read, read_all, records, soon},
+    compare,
     restart::{once_ready, up},
-    soon,
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// [L5](essentially_once::Log#contract): a reader at the end waits, then returns the next record

@@ -4,8 +4,8 @@
 use essentially_once::{Log, OffsetStore, backend::Durability};
 
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
 /// [L1](essentially_once::Log#contract): the log reports its durability, gives a reason unless it

@@ -9,12 +9,13 @@ use essentially_once::{
 use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{
-    advance, compare, consumer, counter, soon,
+    common::{advance, consumer, counter, soon},
+    compare,
     store::{commit, numbering, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
 /// [S2](essentially_once::OffsetStore#contract): commits based on older revisions, and on revisions

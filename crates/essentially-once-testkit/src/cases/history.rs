@@ -8,12 +8,13 @@ use essentially_once::{
 };
 
 use super::{
-    compare, consumer, counter,
+    common::{consumer, counter},
+    compare,
     store::{numbering, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// [S1](essentially_once::OffsetStore#contract): one consumer makes more than 255 commits.
@@ -55,9 +56,7 @@ async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
         (expected.owner, expected.passed) = (advance.owner, advance.passed);
         expected.windows = vec![(numbering("each"), Window::new(n)), first.clone()];
         if let Err(error) = tx.commit(advance).await {
-            return Err(crate::Violation::new(format!(
-                "commit {n} of one consumer failed: {error}"
-            )));
+            return Err(Violation::new(format!("commit {n} of one consumer failed: {error}")));
         }
         if n % look != 0 && n != count {
             continue;

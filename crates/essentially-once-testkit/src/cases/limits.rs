@@ -3,10 +3,13 @@
 
 use essentially_once::{Error, Log, NewRecord, Record};
 
-use super::{compare, payloads, read, read_all, records, soon};
+use super::{
+    common::{payloads, read, read_all, records, soon},
+    compare,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
 /// About how many bytes one call of `next` may return.

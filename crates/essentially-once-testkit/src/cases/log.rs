@@ -11,10 +11,13 @@ use bytes::Bytes;
 use essentially_once::{Epoch, Error, NewRecord, Origin, ProducerId};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{compare, payloads, read, read_all, records, soon};
+use super::{
+    common::{payloads, read, read_all, records, soon},
+    compare,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// [L2](essentially_once::Log#contract): four appenders on separate handles, and three readers, two

@@ -1,6 +1,7 @@
 //! The conformance cases. Each is named after the contract bullet that it checks, and links to it.
 
 mod bounds;
+mod common;
 mod compare;
 mod durability;
 mod fencing;
@@ -17,23 +18,10 @@ mod state;
 mod store;
 mod wire;
 
-use std::{future::Future, time::Duration};
-
-use essentially_once::{
-    ConsumerId, Error, Log, NewRecord, Offset, Record,
-    backend::{Advance, Position, Revision},
-};
-
 use crate::{
-    Harness, Support,
-    suite::{Case, Violation},
+    case::Case,
+    harness::{Harness, Support},
 };
-
-/// How long to watch for something that must not happen, such as a reader that returns a missing
-/// record.
-const QUIET: Duration = Duration::from_millis(50);
-/// How long to wait for something that must happen.
-const SOON: Duration = Duration::from_secs(60);
 
 macro_rules! case {
     ($module:ident :: $name:ident, needs $($capability:ident),+) => {
@@ -145,7 +133,7 @@ fn first_missing(needs: &[Support]) -> Support {
 
 /// What a case can require, by the names of the capabilities.
 mod needs {
-    use crate::{Capabilities, Support};
+    use crate::harness::{Capabilities, Support};
 
     macro_rules! need {
         ($($capability:ident),+) => {
@@ -194,72 +182,4 @@ mod needs {
             None => Support::No("the harness does not state a value limit"),
         }
     }
-}
-
-fn consumer(name: &str) -> ConsumerId {
-    ConsumerId::new(name).expect("the name is valid")
-}
-
-fn records(payloads: impl IntoIterator<Item = impl ToString>) -> Vec<NewRecord> {
-    payloads
-        .into_iter()
-        .map(|payload| NewRecord::new(payload.to_string()))
-        .collect()
-}
-
-fn payloads(records: &[Record]) -> Vec<String> {
-    records
-        .iter()
-        .map(|record| String::from_utf8_lossy(&record.payload).into_owned())
-        .collect()
-}
-
-/// Reads `count` records, starting at `from`.
-async fn read(log: &dyn Log, from: Offset, count: usize) -> Result<Vec<Record>, Violation> {
-    let mut reader = log.read(from).await?;
-    let mut read = Vec::new();
-    while read.len() < count {
-        let missing = count - read.len();
-        let next = soon(
-            &format!("{missing} of {count} records from {from}"),
-            reader.next(missing),
-        )
-        .await??;
-        read.extend(next);
-    }
-    Ok(read)
-}
-
-/// Reads all `count` records of the log.
-async fn read_all(log: &dyn Log, count: usize) -> Result<Vec<Record>, Violation> {
-    let earliest = log.bounds().await?.earliest;
-    read(log, earliest, count).await
-}
-
-/// Awaits something that must happen within [`SOON`].
-async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T, Violation> {
-    tokio::time::timeout(SOON, future)
-        .await
-        .map_err(|_| Violation::new(format!("{what}: nothing within {SOON:?}")))
-}
-
-/// An advance from a position (or none) to `next`.
-fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) -> Advance {
-    let (expected, revision) = match position {
-        Some(position) => (position.revision, position.revision.next_count()),
-        None => (Revision::NONE, Revision::NONE.next_epoch()),
-    };
-    Advance::new(log.id().clone(), next.into(), expected, revision)
-}
-
-/// The number that a case keeps as a value, or 0 if there is none.
-fn counter(value: Option<&[u8]>) -> u64 {
-    value
-        .and_then(|value| value.try_into().ok())
-        .map_or(0, u64::from_be_bytes)
-}
-
-/// Whether the error means that certainly nothing happened.
-fn is_certain(error: &Error) -> bool {
-    !matches!(error, Error::Indeterminate { .. })
 }

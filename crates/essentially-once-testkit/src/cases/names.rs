@@ -7,12 +7,13 @@ use essentially_once::{
 };
 
 use super::{
-    advance, compare, consumer, payloads, read_all, records,
+    common::{advance, consumer, payloads, read_all, records},
+    compare,
     store::{commit, numbering, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
 /// The longest name that the core accepts.

@@ -7,12 +7,12 @@ use essentially_once::{
 };
 
 use super::{
-    advance, consumer,
+    common::{advance, consumer, soon},
     store::{position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
 /// [S1](essentially_once::OffsetStore#contract): native writes, including several with one name,
@@ -144,7 +144,7 @@ pub(super) async fn s6_a_failed_read_commits_no_native_writes<H: Harness>(_: &H,
     advance.revision = Revision::new(1, 1);
     let result = tx.commit(advance).await;
     if failed {
-        let count = super::soon("the backend up again after a restart", async {
+        let count = soon("the backend up again after a restart", async {
             loop {
                 match backend.native_count("staged").await {
                     Ok(count) => return count,

@@ -18,12 +18,13 @@ use essentially_once::{
 use tokio::task::JoinSet;
 
 use super::{
-    advance, compare, consumer, soon,
+    common::{advance, consumer, soon},
+    compare,
     store::{commit, numbering, position},
 };
 use crate::{
-    Backend, Harness, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// The least number of commits, and the least number of reads by each reader.

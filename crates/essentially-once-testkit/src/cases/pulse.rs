@@ -11,12 +11,13 @@ use essentially_once::{
 };
 
 use super::{
-    QUIET, SOON, advance, compare, consumer, soon,
+    common::{QUIET, SOON, advance, consumer, soon},
+    compare,
     store::{numbering, position},
 };
 use crate::{
-    Backend, Harness, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// How often a store polls, if it has to.

@@ -3,10 +3,10 @@
 
 use essentially_once::{Error, NewRecord};
 
-use super::{is_certain, payloads, read_all, records, soon};
+use super::common::{is_certain, payloads, read_all, records, soon};
 use crate::{
-    Backend, Harness, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// [L7](essentially_once::Log#contract): the backend refuses a record in the middle of a batch, as

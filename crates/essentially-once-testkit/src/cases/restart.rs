@@ -15,10 +15,14 @@ use essentially_once::{
     backend::{Advance, Position, Revision, Transaction, Window},
 };
 
-use super::{advance, compare, consumer, counter, is_certain, payloads, records, soon, store::numbering};
+use super::{
+    common::{advance, consumer, counter, is_certain, payloads, records, soon},
+    compare,
+    store::numbering,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// How often the backend restarts while work is in progress.

@@ -6,12 +6,12 @@ use essentially_once::{
 };
 
 use super::{
-    advance, consumer,
+    common::{advance, consumer},
     store::{commit, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
 /// [S6](essentially_once::OffsetStore#contract): puts, overwrites, deletes, and values stored

@@ -7,10 +7,13 @@ use essentially_once::{
     backend::{Advance, LogId, Numbering, Owner, Passed, Position, Revision, Transaction, Window},
 };
 
-use super::{QUIET, advance, compare, consumer, counter};
+use super::{
+    common::{QUIET, advance, consumer, counter},
+    compare,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// Commits `writes` (`None` deletes) and an advance to `next`, based on the stored position.
@@ -148,7 +151,7 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     );
 
     expected[1].1 = window(2_000, 500);
-    let mut advance = super::advance(Some(&position(&store, &shipping).await?), &*log, 2);
+    let mut advance = super::common::advance(Some(&position(&store, &shipping).await?), &*log, 2);
     advance.windows = vec![expected[1].clone()];
     store.begin(&shipping).await?.commit(advance).await?;
     let found = stored_windows(&backend.store().await?, &shipping).await?;

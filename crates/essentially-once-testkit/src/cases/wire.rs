@@ -3,10 +3,14 @@
 
 use essentially_once::{Error, KeyValue, OffsetStore, backend::Transaction};
 
-use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon, store::value};
+use super::{
+    common::{SOON, advance, consumer, counter, is_certain, payloads, read_all, records, soon},
+    store::value,
+};
 use crate::{
-    Backend, Cut, Harness, Request, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness, Request},
+    proxy::Cut,
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// Each kind of cut occurs several times, because a handle may behave differently after a cut.
@@ -82,7 +86,7 @@ async fn was_cut(backend: &impl Backend, cuts: usize, round: usize) -> CaseResul
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     };
-    let made = tokio::time::timeout(super::SOON, made).await;
+    let made = tokio::time::timeout(SOON, made).await;
     made.map_err(|_| {
         Violation::new(format!(
             "the harness made no cut in round {round}: check that its pattern occurs in the request"

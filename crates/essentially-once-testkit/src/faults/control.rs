@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{sync::Notify, task::yield_now};
 
-use super::{FaultKind, Plan};
+use super::plan::{FaultKind, Plan};
 
 /// A run with more operations is stuck in a loop.
 pub(super) const OPERATION_LIMIT: usize = 10_000;

@@ -12,7 +12,7 @@ use essentially_once::Error;
 use tokio::time::{Sleep, sleep};
 
 use super::control::{Event, Faults, OPERATION_LIMIT, Process};
-use crate::Violation;
+use crate::violation::Violation;
 
 /// A consumer's run until it has caught up.
 pub(super) type Running<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;

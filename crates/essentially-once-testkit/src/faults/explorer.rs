@@ -6,11 +6,15 @@ use essentially_once::backend::Source;
 use tokio::runtime::{Builder, Runtime};
 
 use super::{
-    Fault, FaultKind, Plan,
     control::Step,
+    plan::{Fault, FaultKind, Plan},
     scene::{Outcome, Scene},
 };
-use crate::{Expectation, Harness, Support, Violation};
+use crate::{
+    checker::Expectation,
+    harness::{Harness, Support},
+    violation::Violation,
+};
 
 /// The time limit of a plan on a backend that does I/O.
 const TIME_LIMIT: Duration = Duration::from_secs(60);

@@ -3,8 +3,8 @@
 
 use std::env;
 
-use super::{Counterexample, Explorer};
-use crate::{Expectation, Harness, Violation};
+use super::explorer::{Counterexample, Explorer};
+use crate::{checker::Expectation, harness::Harness, violation::Violation};
 
 const SEED: &str = "ESSENTIALLY_ONCE_SEED";
 const PLAN: &str = "ESSENTIALLY_ONCE_PLAN";
@@ -44,7 +44,7 @@ mod tests {
     use essentially_once::{async_trait, backend::Source, memory::Memory};
 
     use super::*;
-    use crate::Capabilities;
+    use crate::harness::Capabilities;
 
     struct Missing;
 

@@ -12,11 +12,17 @@ use tokio::{
 };
 
 use super::{
-    FaultyHandler, FaultyLog, FaultyStore, FaultyTx, Plan,
     control::{Faults, Process, Step},
     driver::drive,
+    plan::Plan,
+    wrappers::{FaultyHandler, FaultyLog, FaultyStore, FaultyTx},
 };
-use crate::{Applied, Backend, Check, Expectation, Ledger, MemoryLedger, Violation, read_ledger, read_log};
+use crate::{
+    checker::{Applied, Check, Expectation, read_log},
+    harness::Backend,
+    ledger::{Ledger, MemoryLedger, read_ledger},
+    violation::Violation,
+};
 
 pub(super) struct Scene<'b, B> {
     pub(super) backend: &'b B,

@@ -9,8 +9,11 @@ use essentially_once_rabbitmq::{
     lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
 };
 
-use super::{Books, Effect, Shop};
-use crate::Failure;
+use super::effect::{Books, Effect, Shop};
+use crate::{
+    Failure,
+    backend::{order_stream, read_all},
+};
 
 /// In the transaction that commits the position. The state has no lists, so each effect is a key,
 /// and its value counts how often it was written.
@@ -54,7 +57,7 @@ impl RabbitShop {
     /// Counts the effects of these records.
     pub(super) async fn count(&mut self, offsets: &[Offset]) -> Result<Books, Failure> {
         let mut published: HashMap<Vec<u8>, u64> = HashMap::new();
-        for record in crate::tally::read(&self.effects).await? {
+        for record in read_all(&self.effects).await? {
             *published.entry(record.key.unwrap_or_default().into()).or_default() += 1;
         }
         let mut state = self.rabbit.store().begin(&self.consumer).await?;
@@ -77,11 +80,6 @@ impl RabbitShop {
     }
 }
 
-/// The stream of a run's orders.
-pub(crate) fn orders(consumer: &ConsumerId) -> String {
-    format!("{consumer}.orders")
-}
-
 fn effects(consumer: &ConsumerId) -> String {
     format!("{consumer}.effects")
 }
@@ -92,7 +90,7 @@ pub(super) async fn remove(url: &str, consumer: &ConsumerId) -> Result<(), Failu
     let channel = connection.create_channel().await?;
     let store =
         ["changelog", "snapshots.a", "snapshots.b"].map(|stream| format!("essentially-once.{consumer}.{stream}"));
-    for stream in [orders(consumer), effects(consumer)].into_iter().chain(store) {
+    for stream in [order_stream(consumer), effects(consumer)].into_iter().chain(store) {
         // Deleting a missing stream succeeds.
         channel
             .queue_delete(stream.into(), QueueDeleteOptions::default())

@@ -9,7 +9,7 @@ use essentially_once_redis::{
     redis::{AsyncConnectionConfig, Client, Cmd, RedisResult, aio::MultiplexedConnection, cmd},
 };
 
-use super::{Books, Effect, Shop};
+use super::effect::{Books, Effect, Shop};
 use crate::Failure;
 
 /// In the transaction that commits the position. The push happens in the same step or not at all.

@@ -9,7 +9,7 @@ use essentially_once_sqlite::{
     rusqlite::{self, Connection, ToSql, params},
 };
 
-use super::{Books, Effect, Shop};
+use super::effect::{Books, Effect, Shop};
 
 /// In the transaction that commits the position.
 #[async_trait]
