@@ -30,8 +30,8 @@ enum Task {
     Test(Tests),
     /// Run what CI runs: format, lints, documentation, `test` and `tidy`.
     Ci(Tests),
-    /// Check what people forget: changelog, README table, manifests, exports of the core, long prose
-    /// lines, leftovers, dead links.
+    /// Check what people forget: changelog, README table, manifests, exports of the core, long
+    /// prose lines, leftovers, dead links.
     Tidy,
 }
 
