@@ -1,7 +1,8 @@
-//! Measures the library against loops written by hand for the same backend, durability and work.
+//! Measures the library against hand-written loops with the same backend, durability and work.
 //!
-//! Absolute figures vary by the hour on a shared machine, so both sides run alternately in one process, on fresh files in the
-//! same folder or on one private server, and what counts is the ratio within each round.
+//! Absolute figures vary by the hour on a shared machine. So both sides run alternately in one
+//! process, on fresh files in the same folder or on one private server. The ratio within each round
+//! is what counts.
 
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
@@ -14,7 +15,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 
-/// Hand-written loops against this library, alternately in one run.
+/// Compares hand-written loops with this library, alternately in one run.
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]
@@ -25,50 +26,54 @@ struct Arguments {
     /// The batch sizes to measure.
     #[arg(long = "batch", global = true, value_delimiter = ',', default_values_t = BATCHES)]
     batches: Vec<usize>,
-    /// Where to put the files; a temporary folder unless set.
+    /// Where to put the files. The default is a temporary folder.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
-    /// How many counters the records of Redis are spread over.
+    /// How many counters the Redis records are spread over.
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     counters: u64,
-    /// Ends with status 1 if a median ratio is below this.
+    /// Exit with status 1 if a median ratio is below this.
     #[arg(long, global = true)]
     require: Option<f64>,
 }
 
 #[derive(Clone, Copy, Subcommand)]
 enum Backend {
-    /// SQLite, WAL and synchronous=FULL: one counter update per record, the offset in the same commit.
+    /// SQLite, WAL and synchronous=FULL: one counter update per record, with the offset in the same
+    /// commit.
     Sqlite,
-    /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record and the offset in one step.
+    /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record
+    /// and the offset in one step.
     Redis,
-    /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite, plain and packed. Without batch sizes.
+    /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
+    /// plain and packed. Ignores batch sizes.
     Rabbitmq,
-    /// How long the store on RabbitMQ takes to read its state anew, by keys and by commits since the snapshot.
+    /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
+    /// snapshot.
     Recovery,
 }
 
-/// What is measured in one row of the table.
+/// One measured row of the table.
 struct Row {
     label: String,
-    /// So many that a round takes about a second.
+    /// Chosen so that a round takes about a second.
     records: u64,
     batch: usize,
 }
 
-/// The same work on both sides. A name is used once.
+/// The same work on both sides. Each name is used once.
 trait Contest {
-    /// One row for each batch size, or others.
+    /// The rows: one per batch size, or others.
     fn rows(&self, batches: &[usize]) -> Vec<Row>;
 
-    /// The loop that one writes without a library.
+    /// The loop that a user writes without a library.
     fn by_hand(&self, name: &str, row: &Row) -> Result<Duration>;
 
-    /// The same through the library.
+    /// The same work through the library.
     fn ours(&self, name: &str, row: &Row) -> Result<Duration>;
 }
 
-/// A row for each batch size, with as many records as the backend manages in about a second.
+/// One row per batch size, with as many records as the backend handles in about a second.
 fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec<Row> {
     let row = |batch: &usize| Row {
         label: format!("batch {batch}"),
@@ -107,7 +112,7 @@ fn main() -> Result<ExitCode> {
         for round in 0..arguments.rounds {
             let run_by_hand = || contest.by_hand(&format!("hand-{number}-{round}"), row);
             let run_ours = || contest.ours(&format!("ours-{number}-{round}"), row);
-            // Whoever is first finds the disk quieter: they take turns.
+            // The first side finds a quieter disk, so they alternate.
             let (hand, our) = if round % 2 == 0 {
                 let hand = run_by_hand()?;
                 (hand, run_ours()?)
@@ -134,7 +139,7 @@ fn main() -> Result<ExitCode> {
     }
     match arguments.require {
         Some(required) if worst < required => {
-            println!("the lowest median ratio, {worst:.2}, is below {required}");
+            println!("the lowest median ratio is {worst:.2}, below {required}");
             Ok(ExitCode::FAILURE)
         }
         _ => Ok(ExitCode::SUCCESS),

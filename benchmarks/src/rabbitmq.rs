@@ -1,5 +1,6 @@
-//! RabbitMQ: publishing to a stream, and consuming it with counter and offset in one SQLite transaction, by hand with `lapin` and
-//! through the library, on one private node. The packed rows are compared with the same loops by hand, one message for each record.
+//! RabbitMQ on one private node: publishing to a stream, and consuming it with counter and offset
+//! in one SQLite transaction. By hand with `lapin`, and through the library. The packed rows are
+//! compared with the same hand-written loops, which send one message per record.
 
 use std::{
     cell::Cell,
@@ -27,13 +28,13 @@ use test_servers::RabbitNode;
 use crate::{Contest, PAYLOAD, Result, Row};
 
 const APPEND: &str = "append";
-/// The loop by hand also says when it sends, in a header as the library does.
+/// The hand-written loop also sends the time in a header, as the library does.
 const APPEND_WITH_TIME: &str = "append, with the time by hand too";
 const CONSUME: &str = "consume";
 const APPEND_PACKED: &str = "append, packed";
 const CONSUME_PACKED: &str = "consume, packed";
 
-/// Records per append and per commit, messages in flight and prefetched: on both sides.
+/// Records per append and commit, and messages in flight and prefetched, on both sides.
 const BATCH: usize = 1_000;
 
 const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
@@ -43,7 +44,7 @@ pub(crate) struct Node {
     node: RabbitNode,
     folder: TempDir,
     runtime: tokio::runtime::Runtime,
-    /// Streams and files are used once.
+    /// Each stream and file is used once.
     used: Cell<u32>,
 }
 
@@ -122,7 +123,8 @@ impl Contest for Node {
     }
 }
 
-/// Publishes with so many confirms outstanding, and takes a plain acknowledgement only.
+/// Publishes with a bounded number of outstanding confirms, and accepts only a plain
+/// acknowledgement.
 async fn publish(channel: &Channel, stream: &str, records: u64, with_time: bool) -> Result<Duration> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
@@ -169,7 +171,7 @@ fn now() -> Result<FieldTable> {
     Ok(headers)
 }
 
-/// Counts each message and keeps the offset, in one transaction for as many as were prefetched.
+/// Counts each message and stores the offset, in one transaction per prefetched batch.
 async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
     let mut database = rusqlite::Connection::open(path)?;
     database.pragma_update(None, "journal_mode", "wal")?;
@@ -217,7 +219,7 @@ fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
     let headers = delivery.properties.headers().as_ref();
     match headers.and_then(|headers| headers.inner().get("x-stream-offset")) {
         Some(AMQPValue::LongLongInt(offset)) => Ok(*offset),
-        _ => Err("a message of a stream has an offset".into()),
+        _ => Err("a message has no offset, although it comes from a stream".into()),
     }
 }
 
@@ -255,6 +257,6 @@ fn check(database: &rusqlite::Connection, records: u64) -> Result<()> {
     let counted: i64 = database.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
     match counted as u64 == records {
         true => Ok(()),
-        false => Err(format!("counted {counted} of {records} records: the measurement is void").into()),
+        false => Err(format!("counted {counted} of {records} records: the measurement is invalid").into()),
     }
 }

@@ -1,4 +1,5 @@
-//! How long the store on RabbitMQ takes to read its state anew: what a consumer waits for when it starts.
+//! How long the store on RabbitMQ takes to rebuild its state. A consumer waits for this when it
+//! starts.
 
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use test_servers::RabbitNode;
 
 use crate::{PAYLOAD, Result, median};
 
-/// Keys of 12 bytes with values of 100, and commits of one key each since the snapshot.
+/// Keys of 12 bytes with values of 100 bytes, and commits of one key each since the snapshot.
 const STATES: [(u64, u64); 7] = [
     (1_000, 0),
     (10_000, 0),
@@ -22,7 +23,7 @@ const STATES: [(u64, u64); 7] = [
     (1_000, 10_000),
 ];
 
-/// Keys in a commit while the state is built.
+/// Keys per commit while the state is built.
 const CHUNK: u64 = 20_000;
 
 pub(crate) fn measure(rounds: u32) -> Result<()> {
@@ -31,7 +32,7 @@ pub(crate) fn measure(rounds: u32) -> Result<()> {
         .enable_all()
         .build()?;
     let node = RabbitNode::start()?;
-    println!("{rounds} rounds; a new handle until its first transaction has begun");
+    println!("{rounds} rounds, each from a new handle until its first transaction has begun");
     println!("| keys | commits since the snapshot | median, s | longest, s |");
     println!("|---:|---:|---:|---:|");
     for (keys, commits) in STATES {
@@ -42,10 +43,10 @@ pub(crate) fn measure(rounds: u32) -> Result<()> {
     Ok(())
 }
 
-/// Seconds, for each round.
+/// The seconds of each round.
 async fn recoveries(url: &str, keys: u64, commits: u64, rounds: u32) -> Result<Vec<f64>> {
     let consumer = ConsumerId::new(format!("keys-{keys}-{commits}"))?;
-    // None but the one that is asked for below.
+    // Takes no snapshot except the one requested below.
     let store = Rabbit::connect(url).await?.store().snapshot_after(u64::MAX);
     let mut revision = Revision::NONE;
     for first in (0..keys).step_by(CHUNK as usize) {
@@ -64,7 +65,7 @@ async fn recoveries(url: &str, keys: u64, commits: u64, rounds: u32) -> Result<V
         let mut tx = store.begin(&consumer).await?;
         times.push(started.elapsed().as_secs_f64());
         if tx.get(&key(keys - 1)).await?.as_deref() != Some(&PAYLOAD[..]) {
-            return Err("what was read is not what was written".into());
+            return Err("the store returned another value than was written".into());
         }
     }
     Ok(times)

@@ -1,5 +1,5 @@
-//! Redis, AOF with `appendfsync always`: the same work by hand and through the library, on one server. Times are of the consuming
-//! alone; both check the counter.
+//! Redis, AOF with `appendfsync always`, on one server: the same work by hand and through the
+//! library. Times cover only the consuming. Both sides check the counter.
 
 use std::time::{Duration, Instant};
 
@@ -16,15 +16,15 @@ use crate::{Contest, PAYLOAD, Result, Row, by_batch};
 /// Records per append on both sides.
 const FILL: u64 = 1_000;
 
-/// A private server, with each write on disk before it is acknowledged.
+/// A private server that syncs each write to disk before it acknowledges it.
 pub(crate) struct Server {
     server: RedisServer,
     counters: u64,
 }
 
 impl Server {
-    /// The records are spread over so many counters: increments of one counter in one commit can be added up beforehand, which the library
-    /// does and the loop by hand does not.
+    /// The records are spread over `counters` counters. The library combines increments of one
+    /// counter in one commit. The hand-written loop does not.
     pub(crate) fn start(counters: u64) -> Result<Self> {
         Ok(Self {
             server: RedisServer::durable().start()?,
@@ -52,7 +52,8 @@ impl Contest for Server {
     }
 }
 
-/// What one writes without a library: XREAD a batch, then increment the counter for each and move the offset in one MULTI/EXEC.
+/// The loop that a user writes without a library: XREAD a batch, then increment the counter for
+/// each record and move the offset in one MULTI/EXEC.
 async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
     let mut connection = connect(url).await?;
     let (stream, state) = (format!("{{{name}}}:log"), format!("{{{name}}}:state"));
@@ -103,10 +104,10 @@ async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u6
     Ok(time)
 }
 
-/// An id, and fields and values in turn.
+/// An id, and alternating fields and values.
 type Entry = (String, Vec<Vec<u8>>);
 
-/// Ids and payloads of an XREAD reply of one stream: `[[stream, [[id, [field, value]], …]]]`.
+/// Ids and payloads of an XREAD reply for one stream: `[[stream, [[id, [field, value]], …]]]`.
 fn entries(reply: Value) -> Result<Vec<(String, Vec<u8>)>> {
     let mut streams: Vec<(String, Vec<Entry>)> = redis::from_redis_value(reply)?;
     let entries = streams.pop().map(|(_, entries)| entries).unwrap_or_default();
@@ -134,7 +135,7 @@ impl Handler<RedisTx> for Count {
     }
 }
 
-/// The same through the library.
+/// The same work through the library.
 async fn ours(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
     let redis = Redis::connect(url).await?;
     let log = redis.log(name).await?;
@@ -181,12 +182,12 @@ async fn check(connection: &mut MultiplexedConnection, state: &str, records: u64
         }
     }
     if counted != records {
-        return Err(format!("counted {counted} of {records} records: the measurement is void").into());
+        return Err(format!("counted {counted} of {records} records: the measurement is invalid").into());
     }
     Ok(())
 }
 
-/// The next round must not find a server that is fuller.
+/// Keeps the server as empty for the next round.
 async fn clear(connection: &mut MultiplexedConnection, keys: &[&str]) -> Result<()> {
     cmd("DEL").arg(keys).query_async::<u64>(connection).await?;
     Ok(())

@@ -1,4 +1,5 @@
-//! SQLite: the same work by hand and through the library. Times are of the consuming alone; both check the counter.
+//! SQLite: the same work by hand and through the library. Times cover only the consuming. Both
+//! sides check the counter.
 
 use std::{
     path::Path,
@@ -16,8 +17,8 @@ use crate::{Contest, PAYLOAD, Result, Row, by_batch};
 
 const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
 
-/// Records per append on both sides: it decides how large the WAL file is when the measurement begins, and writing into a
-/// file is faster than growing it.
+/// Records per append on both sides. This determines the size of the WAL file when the measurement
+/// begins, and overwriting a file is faster than growing it.
 const FILL: usize = 10_000;
 
 /// Fresh files in one folder.
@@ -42,7 +43,8 @@ impl Contest for Files {
     }
 }
 
-/// What one writes without a library: select a batch, update the counter for each, move the offset, commit.
+/// The loop that a user writes without a library: select a batch, update the counter for each
+/// record, move the offset, commit.
 fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     let mut connection = Connection::open(path)?;
     connection.pragma_update(None, "journal_mode", "wal")?;
@@ -105,7 +107,7 @@ impl Handler<SqliteTx> for Count {
     }
 }
 
-/// The same through the library.
+/// The same work through the library.
 fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
@@ -135,7 +137,7 @@ fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
 fn check(connection: &Connection, records: u64) -> Result<()> {
     let counted: i64 = connection.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
     if counted as u64 != records {
-        return Err(format!("counted {counted} of {records} records: the measurement is void").into());
+        return Err(format!("counted {counted} of {records} records: the measurement is invalid").into());
     }
     Ok(())
 }

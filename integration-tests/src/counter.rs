@@ -1,4 +1,5 @@
-//! A counter in the store's own terms. An increment that runs twice shows, where a value written twice would not.
+//! A counter in the store's own terms. It reveals an increment that runs twice. Writing a value
+//! twice would not show.
 
 use async_trait::async_trait;
 use essentially_once::{Error, KeyValue};
@@ -6,13 +7,13 @@ use essentially_once_rabbitmq::RabbitTx;
 use essentially_once_redis::{RedisTx, redis::cmd};
 use essentially_once_sqlite::SqliteTx;
 
-/// A counter of the transaction's consumer.
+/// The counter of the transaction's consumer.
 #[async_trait]
 pub(crate) trait Counter: Send {
-    /// Adds one, if the transaction is committed.
+    /// Adds one when the transaction commits.
     async fn increment(&mut self) -> Result<(), Error>;
 
-    /// What it counted.
+    /// Returns the count.
     async fn count(&mut self) -> Result<u64, Error>;
 }
 
@@ -52,7 +53,8 @@ impl Counter for RedisTx {
     }
 }
 
-/// The store has no commands of its own, so it is a value in the state; the ledger beside it shows what is done twice.
+/// The store has no commands of its own, so the counter is a value in the state. The ledger next to
+/// it reveals doubled records.
 #[async_trait]
 impl Counter for RabbitTx {
     async fn increment(&mut self) -> Result<(), Error> {

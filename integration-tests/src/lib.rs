@@ -1,10 +1,12 @@
-//! What the tests of this folder share: backends in private places, and workers that are processes of their own.
+//! Shared by the tests in this folder: private backends, and workers in separate processes.
 //!
-//! A test program with `harness = false` calls [`worker::main`] first: it starts itself again as its workers.
+//! A test program with `harness = false` must call [`worker::main`] first, because it starts itself
+//! again for its workers.
 
 mod counter;
 mod place;
 mod store;
+mod work;
 pub mod worker;
 
 pub use crate::{

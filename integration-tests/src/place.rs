@@ -1,4 +1,4 @@
-//! Where logs and stores are kept while a test runs.
+//! Where logs and stores live during a test.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -10,18 +10,17 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use test_servers::{RabbitNode, RedisServer};
 
-use crate::store::{Of, Store};
-
-/// A backend that the tests know.
+/// A backend known to the tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backend {
-    /// A file.
+    /// A SQLite file.
     Sqlite,
-    /// A server, with each write on disk before it is acknowledged.
+    /// A Redis server that syncs each write to disk before it acknowledges it.
     Redis,
-    /// A broker, one message for each record.
+    /// A RabbitMQ broker, with one message per record.
     Rabbitmq,
-    /// A broker, many records in a message. As a store it is the same as without packing.
+    /// A RabbitMQ broker, with many records per message. As a store it is the same as without
+    /// packing.
     RabbitmqPacked,
 }
 
@@ -32,7 +31,7 @@ impl Backend {
     /// All kinds of stores.
     pub const STORES: [Self; 3] = [Self::Sqlite, Self::Redis, Self::Rabbitmq];
 
-    /// Its name in test names.
+    /// The backend's name in test names.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
@@ -42,7 +41,7 @@ impl Backend {
         }
     }
 
-    /// Why it cannot be started here, if so.
+    /// Why it cannot start here. `None` if it can.
     pub fn missing(self) -> Option<String> {
         match self {
             Self::Sqlite => None,
@@ -51,7 +50,7 @@ impl Backend {
         }
     }
 
-    /// Starts it in a place of its own.
+    /// Starts a private instance.
     ///
     /// # Errors
     /// If the server does not come up.
@@ -65,20 +64,20 @@ impl Backend {
     }
 }
 
-/// A started backend. It goes when this is dropped.
+/// A started backend. Dropping it removes it.
 pub enum Place {
-    /// A folder with a file.
+    /// A folder with a SQLite file.
     Sqlite(TempDir),
-    /// A server.
+    /// A Redis server.
     Redis(RedisServer),
-    /// A broker.
+    /// A RabbitMQ broker.
     Rabbitmq(RabbitNode),
-    /// A broker, for a log of packed records.
+    /// A RabbitMQ broker, for a log of packed records.
     RabbitmqPacked(RabbitNode),
 }
 
 impl Place {
-    /// What another process opens.
+    /// The address at which another process opens it.
     pub fn address(&self) -> Address {
         match self {
             Self::Sqlite(folder) => Address::Sqlite(folder.path().join("test.db")),
@@ -126,7 +125,7 @@ impl Address {
     /// Opens the log of that name.
     ///
     /// # Errors
-    /// The backend's.
+    /// Those of the backend.
     pub async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
         Ok(match self {
             Self::Sqlite(path) => Arc::new(Sqlite::open(path).await?.log(name).await?),
@@ -136,18 +135,6 @@ impl Address {
                 let options = LogOptions::new().packed(16, 64 * 1024);
                 Arc::new(Rabbit::connect(url).await?.log_with(name, options).await?)
             }
-        })
-    }
-
-    /// Opens the store.
-    ///
-    /// # Errors
-    /// The backend's.
-    pub async fn store(&self) -> Result<Box<dyn Store>, Error> {
-        Ok(match self {
-            Self::Sqlite(path) => Box::new(Of(Sqlite::open(path).await?.store())),
-            Self::Redis(url) => Box::new(Of(Redis::connect(url).await?.store())),
-            Self::Rabbitmq(url) | Self::RabbitmqPacked(url) => Box::new(Of(Rabbit::connect(url).await?.store())),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Any store, for tests that do not care which.
+//! Any store, for tests that work with all of them.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,17 +12,20 @@ use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, OffsetStore, Record,
     backend::Position,
 };
+use essentially_once_rabbitmq::Rabbit;
+use essentially_once_redis::Redis;
+use essentially_once_sqlite::Sqlite;
 use essentially_once_testkit::{Applied, Ledger, read_ledger};
 
-use crate::{counter::Counter, worker::Work};
+use crate::{counter::Counter, place::Address, work::Work};
 
 /// Any store.
 #[async_trait]
 pub trait Store: Send + Sync {
-    /// Where the consumer stands.
+    /// The consumer's position.
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error>;
 
-    /// What the consumer's ledger says, in the order of application.
+    /// The consumer's ledger, in the order of application.
     async fn ledger(&self, consumer: &ConsumerId) -> Result<Vec<Applied>, Error>;
 
     /// How often the consumer's counter was incremented.
@@ -32,7 +35,21 @@ pub trait Store: Send + Sync {
     async fn consume(self: Box<Self>, consumer: ConsumerId, log: Arc<dyn Log>, work: Work) -> Result<(), Error>;
 }
 
-pub(crate) struct Of<S>(pub(crate) S);
+impl Address {
+    /// Opens the store.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub async fn store(&self) -> Result<Box<dyn Store>, Error> {
+        Ok(match self {
+            Self::Sqlite(path) => Box::new(Of(Sqlite::open(path).await?.store())),
+            Self::Redis(url) => Box::new(Of(Redis::connect(url).await?.store())),
+            Self::Rabbitmq(url) | Self::RabbitmqPacked(url) => Box::new(Of(Rabbit::connect(url).await?.store())),
+        })
+    }
+}
+
+struct Of<S>(S);
 
 #[async_trait]
 impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
@@ -75,7 +92,7 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
     }
 }
 
-/// Increments the counter for each record, and writes the record down in the ledger.
+/// Increments the counter for each record, and journals the record in the ledger.
 struct Worker {
     work: Work,
     handled: u64,

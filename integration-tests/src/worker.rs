@@ -1,66 +1,19 @@
-//! Workers: processes that consume until they are killed.
+//! Worker processes that consume until they are killed.
 
 use std::{
     env,
-    path::PathBuf,
     process::{Child, Command, ExitCode, Stdio},
-    time::Duration,
 };
 
 use essentially_once::{ConsumerId, backend::Source};
 use rustix::process::{Pid, Signal, kill_process};
-use serde::{Deserialize, Serialize};
-
 use test_servers::insist;
 
-use crate::place::Address;
+pub use crate::work::Work;
 
 const VARIABLE: &str = "ESSENTIALLY_ONCE_TEST_WORKER";
 
-/// What a worker does.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Work {
-    /// Where the log is.
-    pub log: Address,
-    /// The log's name.
-    pub log_name: String,
-    /// Where the store is.
-    pub store: Address,
-    /// The consumer's name.
-    pub consumer: String,
-    /// Records in a batch.
-    pub max_batch: usize,
-    /// How long each record takes.
-    pub pause: Duration,
-    /// Every so many records one takes `long_pause`.
-    pub long_every: Option<u64>,
-    /// How long that one takes.
-    pub long_pause: Duration,
-    /// How long a standby waits. Zero, unless set: a killed or frozen worker is then fenced at its commits, not waited for.
-    pub standby_after: Duration,
-    /// A file that grows by a byte for each call of the handler.
-    pub calls: Option<PathBuf>,
-}
-
-impl Work {
-    /// What takes no time, in batches of 100.
-    pub fn new(log: Address, store: Address, log_name: &str, consumer: &str) -> Self {
-        Self {
-            log,
-            log_name: log_name.to_owned(),
-            store,
-            consumer: consumer.to_owned(),
-            max_batch: 100,
-            pause: Duration::ZERO,
-            long_every: None,
-            long_pause: Duration::ZERO,
-            standby_after: Duration::ZERO,
-            calls: None,
-        }
-    }
-}
-
-/// Becomes a worker if this process was started as one, and then does not return before it ends.
+/// Becomes a worker if this process was started as one, and then returns only when the worker ends.
 pub fn main() -> Option<ExitCode> {
     let work = env::var(VARIABLE).ok()?;
     let done = serde_json::from_str(&work).map_err(Source::from).and_then(run);
@@ -74,7 +27,7 @@ pub fn main() -> Option<ExitCode> {
 }
 
 fn run(work: Work) -> Result<(), Source> {
-    // The parent holds the other end: when it is gone, so is this process.
+    // The parent holds the other end of stdin. When the parent ends, this process ends too.
     std::thread::spawn(|| {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         std::process::exit(1);
@@ -88,7 +41,7 @@ fn run(work: Work) -> Result<(), Source> {
     })
 }
 
-/// A worker, as its parent sees it. It ends with this.
+/// A worker, as its parent sees it. Dropping it ends the worker.
 pub struct Worker {
     process: Child,
 }
@@ -97,7 +50,7 @@ impl Worker {
     /// Starts this program again, as a worker.
     ///
     /// # Errors
-    /// If that is not possible.
+    /// If the program cannot start.
     pub fn start(work: &Work) -> Result<Self, Source> {
         let process = Command::new(env::current_exe()?)
             .env(VARIABLE, serde_json::to_string(work)?)
@@ -107,10 +60,10 @@ impl Worker {
         Ok(Self { process })
     }
 
-    /// SIGKILL: it has no chance to tidy up.
+    /// Sends SIGKILL, so the worker has no chance to clean up.
     ///
     /// # Errors
-    /// If it had ended by itself before, which no worker should.
+    /// If the worker had already ended on its own, which none should.
     pub fn kill(&mut self) -> Result<(), Source> {
         self.check()?;
         self.process.kill()?;
@@ -118,7 +71,7 @@ impl Worker {
         Ok(())
     }
 
-    /// SIGSTOP.
+    /// Sends SIGSTOP.
     ///
     /// # Errors
     /// As for [`kill`](Self::kill).
@@ -126,7 +79,7 @@ impl Worker {
         self.signal(Signal::STOP)
     }
 
-    /// SIGCONT.
+    /// Sends SIGCONT.
     ///
     /// # Errors
     /// As for [`kill`](Self::kill).
@@ -134,19 +87,19 @@ impl Worker {
         self.signal(Signal::CONT)
     }
 
-    /// Fails if the worker ended by itself.
+    /// Fails if the worker ended on its own.
     ///
     /// # Errors
-    /// Its exit status; why it ended stands on stderr.
+    /// The worker's exit status. Its stderr shows why it ended.
     pub fn check(&mut self) -> Result<(), Source> {
         match self.process.try_wait()? {
-            Some(status) => Err(format!("a worker ended by itself: {status}").into()),
+            Some(status) => Err(format!("a worker ended on its own: {status}").into()),
             None => Ok(()),
         }
     }
 
     fn signal(&mut self, signal: Signal) -> Result<(), Source> {
-        // Not waited for yet, the process keeps its id.
+        // The process keeps its id until it is waited for.
         self.check()?;
         kill_process(Pid::from_child(&self.process), signal)?;
         Ok(())

@@ -1,6 +1,6 @@
-//! What a consumer holds in memory while it drains a log whose records grow, on every log.
+//! The memory that a consumer uses while it drains a log whose records grow, for every log.
 //!
-//! Each case runs a consumer in a process of its own and prints the process's peak above an idle
+//! Each case runs a consumer in its own process and prints that process's peak above an idle
 //! consumer. Only Linux reports peaks, so the cases are ignored elsewhere.
 
 use std::{
@@ -26,10 +26,10 @@ const SMALL_LOG: &str = "small";
 const GROWING_LOG: &str = "growing";
 const MIB: usize = 1024 * 1024;
 
-/// Small records teach a reader to fetch many at once.
+/// Small records train a reader to fetch many at once.
 const SMALL: usize = 12_000;
 
-/// As many large records would fill 256 MiB if nothing limited their bytes.
+/// This many large records would fill 256 MiB if nothing limited their bytes.
 const LARGE: usize = 256;
 
 /// How long a case may take.
@@ -87,9 +87,9 @@ async fn check(backend: Backend) -> Result<(), Source> {
     }
 }
 
-/// How much is allowed, in KiB: what the consumer may hold (8 MiB), a fetch and a record, each twice
-/// for the client library's buffers and the allocator. A broker pushes up to 128 messages before it
-/// learns that they have grown.
+/// The allowed memory, in KiB: what the consumer may hold (8 MiB), a fetch and a record, each
+/// doubled for the client library's buffers and the allocator. A broker pushes up to 128 messages
+/// before it learns that they have grown.
 fn bar(backend: Backend) -> u64 {
     match backend {
         Backend::Sqlite | Backend::Redis => 20 * 1024,
@@ -97,14 +97,14 @@ fn bar(backend: Backend) -> u64 {
     }
 }
 
-/// Drains the log, and returns the peak of this process above the memory of an idle consumer, in KiB.
+/// Drains the log, and returns this process's peak above the memory of an idle consumer, in KiB.
 fn drain(address: &str) -> Result<u64, Source> {
     let address: Address = serde_json::from_str(address)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        // An idle consumer: it has drained its log once.
+        // A consumer that has drained its log once is idle.
         consumer(address.log(SMALL_LOG).await?)?.run_until_caught_up().await?;
-        // Resets the peak to the present size; see proc(5).
+        // Resets the peak to the current size. See proc(5).
         fs::write("/proc/self/clear_refs", "5")?;
         let before = status("VmRSS:")?;
         let growing = consumer(address.log(GROWING_LOG).await?)?;
@@ -121,7 +121,7 @@ fn consumer(log: Arc<dyn Log>) -> Result<Consumer<MemoryStore, impl Handler<()>,
         let is_large = record.payload.len() == MIB;
         Box::pin(async move {
             if is_large {
-                // Slower than the reader, so that as much as possible is read ahead.
+                // Slower than the reader, so that it reads as far ahead as possible.
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             Ok(())

@@ -1,5 +1,5 @@
-//! Every log with every store: the same portable handler and the same check, while workers are killed and frozen, servers are
-//! killed, and the sender sends again what it is in doubt of.
+//! Every log with every store, with the same portable handler and the same check. Meanwhile workers
+//! are killed and frozen, servers are killed, and the sender resends records in doubt.
 
 use std::{
     process::ExitCode,
@@ -15,13 +15,14 @@ use integration_tests::{
 };
 use test_servers::insist;
 
-/// At least; more if the servers take long to come back, since there must be something to handle meanwhile.
+/// The least number of records. More are sent if the servers take long to restart, because workers
+/// must have something to handle meanwhile.
 const RECORDS: u64 = 5_000;
 const KILLS: u32 = 3;
 /// The log's name.
 const LOG: &str = "orders";
 
-/// How long all of it may take.
+/// How long a test may take.
 const LIMIT: Duration = Duration::from_secs(240);
 
 fn main() -> ExitCode {
@@ -76,12 +77,13 @@ struct Pair {
     consumer: ConsumerId,
     work: Work,
     started: Instant,
-    /// All was done that should disturb.
+    /// Set when all disturbances are done.
     disturbed: AtomicBool,
 }
 
 impl Pair {
-    /// Appends all records, in order, and returns how many. What is in doubt is sent again with the same origin, as senders do.
+    /// Appends all records in order, and returns their number. Resends records in doubt with the
+    /// same origin, as senders do.
     async fn send(&self) -> Result<u64, Source> {
         const CHUNK: u64 = 50;
         let producer = ProducerId::new("web")?;
@@ -105,7 +107,7 @@ impl Pair {
         Ok(next)
     }
 
-    /// Kills, freezes and restarts until each was done, and then waits until everything is handled.
+    /// Kills, freezes and restarts until each was done. Then waits until everything is handled.
     async fn disturb(&self, sent: &AtomicBool) -> Result<(), Source> {
         let mut worker = Worker::start(&self.work)?;
         for kill in 1..=KILLS {
@@ -129,9 +131,11 @@ impl Pair {
         successor.kill()
     }
 
-    /// Freezes one of two workers until the other has committed beyond it, so that it wakes up in a world that has moved on.
+    /// Freezes one of two workers until the other has committed past it, so that the frozen one
+    /// wakes up after a take-over.
     async fn freeze_past_a_take_over(&self, worker: &mut Worker) -> Result<Worker, Source> {
-        /// A worker that is frozen while it holds the lock of a file lets nobody take over: then it is the other's turn.
+        /// A worker frozen while it holds a file's lock blocks every take-over. Then it is the
+        /// other worker's turn.
         const PATIENCE: Duration = Duration::from_secs(1);
         self.move_on(&mut [worker]).await?;
         let mut successor = Worker::start(&self.work)?;
@@ -166,7 +170,8 @@ impl Pair {
         Ok(())
     }
 
-    /// A moment of asking nobody: the workers are other processes, so asking again is the only way to know.
+    /// Pauses between two polls. The workers are separate processes, so polling is the only way to
+    /// know.
     async fn wait(&self, workers: &mut [&mut Worker]) -> Result<(), Source> {
         for worker in workers {
             worker.check()?;
@@ -196,7 +201,7 @@ impl Pair {
         }
     }
 
-    /// A server that was killed is back soon; every other error is one.
+    /// A killed server comes back soon, so its transient errors pass. All others are returned.
     async fn go_on_after(&self, error: Error) -> Result<(), Source> {
         if !error.is_transient() || self.started.elapsed() > LIMIT {
             return Err(error.into());
@@ -215,7 +220,9 @@ impl Pair {
         eprintln!("{} records in the log, {counter} handled", records.len());
         match (applied.len() as u64, counter) {
             (applied, counter) if (applied, counter) == (sent, sent) => Ok(()),
-            (applied, counter) => Err(format!("{applied} applied, {counter} counted of {sent}").into()),
+            (applied, counter) => {
+                Err(format!("{sent} records were sent, {applied} were applied, {counter} were counted").into())
+            }
         }
     }
 }

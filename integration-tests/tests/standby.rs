@@ -1,7 +1,8 @@
-//! Several processes with one consumer name and the default settings: one is active, the others stand by and take over.
+//! Several processes with one consumer name and the default settings. One is active. The others
+//! stand by and take over.
 //!
-//! Each case prints its figures; `ESSENTIALLY_ONCE_STANDBY=full` makes the cases long, and holds them to the full bar: at most
-//! 1.3 times the time of one process.
+//! Each case prints its figures. `ESSENTIALLY_ONCE_STANDBY=full` makes the cases long, and holds
+//! them to the full bar: at most 1.3 times the time of one process.
 
 use std::{
     env, fs,
@@ -49,7 +50,7 @@ fn main() -> ExitCode {
             suite = add(suite, "three_processes_are_about_as_fast_as_one", |stage| {
                 Box::pin(three_are_as_fast_as_one(stage))
             });
-            // The rest rests on the store alone.
+            // The other cases depend only on the store.
             if log == store {
                 suite = add(suite, "a_long_handler_keeps_its_process_active", |stage| {
                     Box::pin(a_long_handler_keeps_its_process_active(stage))
@@ -74,7 +75,7 @@ fn main() -> ExitCode {
 
 type Pending = std::pin::Pin<Box<dyn Future<Output = Result<(), Source>> + Send>>;
 
-/// The servers of all cases, each started for the first case that needs it.
+/// The servers of all cases. Each starts for the first case that needs it.
 #[derive(Default)]
 struct Servers {
     redis: OnceLock<Result<Place, String>>,
@@ -127,7 +128,7 @@ impl Stage {
         })
     }
 
-    /// A run of so many records, for the consumer of that name.
+    /// A run with `records` records, for the consumer of that name.
     async fn fill(&self, consumer: &str, records: u64, pause: Duration) -> Result<Run, Source> {
         let consumer = format!("{}-{consumer}", self.name);
         let log = self.log.log(&consumer).await?;
@@ -163,14 +164,14 @@ impl Run {
     async fn next(&self) -> Result<Option<Offset>, Source> {
         match self.store.position(&self.id).await {
             Ok(position) => Ok(position.map(|position| position.next)),
-            // Asked again by the caller.
+            // The caller polls again.
             Err(error) if error.is_transient() => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Waits until the position is at `place` or behind it: the workers are other processes, so asking is the only way to
-    /// know.
+    /// Waits until the position is at or past `place`. The workers are separate processes, so
+    /// polling is the only way to know.
     async fn reaches(&self, place: Offset, workers: &mut [Worker]) -> Result<(), Source> {
         eventually(|| {
             let alive = workers.iter_mut().try_for_each(Worker::check);
@@ -178,7 +179,7 @@ impl Run {
                 alive?;
                 Ok(match self.next().await? {
                     next if next >= Some(place) => Ok(()),
-                    next => Err(format!("a position at {next:?}, for {place}")),
+                    next => Err(format!("the position is {next:?}, expected {place} or later")),
                 })
             }
         })
@@ -189,7 +190,7 @@ impl Run {
         fs::metadata(&self.calls).map_or(0, |file| file.len())
     }
 
-    /// How long so many processes take for everything.
+    /// How long `processes` processes take for all records.
     async fn time(&self, processes: usize) -> Result<Duration, Source> {
         let mut workers = Vec::new();
         for _ in 0..processes {
@@ -223,7 +224,7 @@ fn is_full() -> bool {
 }
 
 async fn three_are_as_fast_as_one(stage: Stage) -> Result<(), Source> {
-    // A short run is mostly start-up, and a machine that does something else meanwhile needs leeway.
+    // A short run is mostly start-up, and a busy machine needs leeway.
     let (records, bar) = if is_full() { (500, 1.3) } else { (150, 3.0) };
     let pause = Duration::from_millis(5);
     let alone = stage.fill("1", records, pause).await?.time(1).await?;
@@ -233,7 +234,7 @@ async fn three_are_as_fast_as_one(stage: Stage) -> Result<(), Source> {
         let took = run.time(*processes).await?;
         run.check_calls()?;
         if took > alone.mul_f64(bar) {
-            return Err(format!("{processes} processes took {took:?}, one {alone:?}").into());
+            return Err(format!("{processes} processes took {took:?}, one took {alone:?}").into());
         }
     }
     Ok(())
@@ -255,19 +256,19 @@ async fn a_process_is_replaced(stage: Stage, end: fn(&mut Worker) -> Result<(), 
     let mut active = [Worker::start(&run.work)?];
     run.reaches(Offset::ZERO.successor(), &mut active).await?;
     let mut standby = [Worker::start(&run.work)?];
-    // It has begun to watch when it has started; until then the active one goes on.
+    // A standby has begun to watch once it has started. Until then the active one continues.
     let before = run.next().await?.unwrap_or_default();
     run.reaches(before.successor(), &mut active).await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
     end(&mut active[0])?;
     let ended = Instant::now();
-    // What was under way may still arrive.
+    // Commits in flight may still arrive.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let last = run.next().await?.unwrap_or_default();
     run.reaches(last.successor(), &mut standby).await?;
     let took = ended.elapsed();
     eprintln!("replaced after {took:?}");
-    // One batch, and leeway for a machine that does something else meanwhile.
+    // One batch, plus leeway for a busy machine.
     let bar = STANDBY_AFTER
         + if is_full() {
             Duration::from_millis(500)

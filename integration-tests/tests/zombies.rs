@@ -1,8 +1,8 @@
-//! Two processes with one consumer name, disturbed in four ways. Whatever happens, as many increments are committed as there are
-//! records.
+//! Two processes with one consumer name, disturbed in four ways. In every case, exactly as many
+//! increments are committed as there are records.
 //!
-//! The same disturbances made a peer's "atomic" mode, which checks no revision, increment 400 times for 200 records (a), 3,640
-//! times for 3,000 (b) and 1,176 times for 600 (c).
+//! Under the same disturbances, another library's "atomic" mode, which checks no revision, made 400
+//! increments for 200 records (a), 3,640 for 3,000 (b) and 1,176 for 600 (c).
 
 use std::{
     process::ExitCode,
@@ -17,7 +17,7 @@ use integration_tests::{
 };
 use test_servers::insist;
 
-/// The probes, with their records.
+/// The probes, with their numbers of records.
 const PROBES: [(&str, u64, Disturbance); 4] = [
     ("a_every_50th_record_takes_long", 200, Disturbance::LongRecords),
     ("b_one_process_is_frozen_ten_times", 3_000, Disturbance::Freezes),
@@ -71,7 +71,7 @@ async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result
         pause: match disturbance {
             Disturbance::LongRecords => Duration::from_millis(1),
             Disturbance::SlowRecords => Duration::from_millis(20),
-            // So that the records last as long as the disturbances.
+            // Makes the records last as long as the disturbances.
             Disturbance::Freezes => Duration::from_millis(4),
             Disturbance::Kills => Duration::from_millis(1),
         },
@@ -110,7 +110,7 @@ struct Probe<'a> {
 }
 
 impl Probe<'_> {
-    /// Freezes the worker so many times for 1.2 seconds each, spread over the records.
+    /// Freezes the worker `times` times for 1.2 seconds each, spread over the records.
     async fn freeze(&self, worker: &mut Worker, times: u64) -> Result<(), Source> {
         for time in 0..times {
             self.reach(self.records * time / (times + 2), std::slice::from_mut(worker))
@@ -122,7 +122,8 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// Kills one worker or the other, spread over the records, at moments that nobody chose, and starts it again.
+    /// Kills one worker or the other and starts it again, at random moments spread over the
+    /// records.
     async fn kill(&self, workers: &mut [Worker; 2], times: u64) -> Result<(), Source> {
         for time in 0..times {
             self.reach(self.records * time / (times + 2), workers).await?;
@@ -134,21 +135,23 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// Waits until so many increments are committed: the workers are other processes, so asking is the only way to know.
+    /// Waits until `increments` increments are committed. The workers are separate processes, so
+    /// polling is the only way to know.
     async fn reach(&self, increments: u64, workers: &mut [Worker]) -> Result<(), Source> {
         while self.reached().await? < increments {
             for worker in &mut *workers {
                 worker.check()?;
             }
             if self.started.elapsed() > LIMIT {
-                return Err(format!("{increments} increments are not reached within {LIMIT:?}").into());
+                return Err(format!("{increments} increments were not committed within {LIMIT:?}").into());
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
     }
 
-    /// Increments committed so far. Two workers that hold a file's lock by turns may leave none for this question: then it is asked again.
+    /// The number of increments committed so far. Two workers that pass a file's lock back and
+    /// forth may starve this query. Then it is repeated.
     async fn reached(&self) -> Result<u64, Source> {
         match self.store.counter(&self.consumer).await {
             Err(error) if error.is_transient() => Ok(0),

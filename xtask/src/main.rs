@@ -25,27 +25,29 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Everything a contributor runs before a change is proposed: all tests, documentation tests, and the model checker.
+    /// Run everything that a contributor runs before proposing a change: all tests, doctests and
+    /// the model checker.
     Test(Tests),
-    /// What the server runs: format, lints, documentation, `test` and `tidy`.
+    /// Run what CI runs: format, lints, documentation, `test` and `tidy`.
     Ci(Tests),
-    /// Checks what people forget: changelog, README table, inherited lints, leftovers, dead links.
+    /// Check what people forget: changelog, README table, manifests, exports of the core, long
+    /// prose lines, leftovers, dead links.
     Tidy,
 }
 
-/// Shown with the help of what runs tests.
+/// Shown in the help of the commands that run tests.
 const SERVERS: &str = "\
-Tests start the servers they need by themselves: private ones, on free ports, with their data in temporary folders.
-A program that is missing is installed with apt-get, if this runs as root or sudo asks for no password. Otherwise the
-task fails before anything is built, and says how to install it.
+Tests start private servers on free ports, with their data in temporary folders. If a server program is missing,
+apt-get installs it, provided that this runs as root or sudo needs no password. Otherwise the task fails before
+anything is built, and says how to install the program.
 
-ESSENTIALLY_ONCE_REDIS_SERVER names another redis-server, or a Valkey, than the one that is found;
-ESSENTIALLY_ONCE_RABBITMQ_SERVER another rabbitmq-server, with its rabbitmqctl beside it.";
+ESSENTIALLY_ONCE_REDIS_SERVER selects another redis-server, or a Valkey. ESSENTIALLY_ONCE_RABBITMQ_SERVER selects
+another rabbitmq-server, with its rabbitmqctl in the same folder.";
 
 #[derive(Args)]
 #[command(after_help = SERVERS)]
 struct Tests {
-    /// Do without a server: the cases that need it show as ignored.
+    /// Skip a server. Tests that need it show as ignored.
     #[arg(long, value_name = "SERVER")]
     without: Vec<servers::Server>,
 }
@@ -62,12 +64,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// A task stops at its first failure, with the exit status to end with.
+/// A task stops at its first failure. The error is the exit status.
 type Done = Result<(), u8>;
 
 type Variables = [(&'static str, OsString)];
 
-/// The first step, so that a missing server is told of before anything is built.
+/// Runs first, so that a missing server is reported before anything is built.
 fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
     servers::variables(&tests.without).map_err(|error| {
         eprintln!("xtask: {error}");
@@ -75,25 +77,26 @@ fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
     })
 }
 
-/// Runs all tests, whatever fails on the way, and ends with a summary.
+/// Runs all tests, even after failures, and ends with a summary.
 fn test(servers: &Variables) -> Done {
     let mut summary = Summary::new();
     let mut variables = servers.to_vec();
     variables.extend(summary.variables());
     let workspace = ["test", "--workspace", "--all-features", "--no-fail-fast"];
     summary.run(&[&workspace[..], &["--all-targets"]].concat(), &variables);
-    // `--all-targets` covers everything but documentation tests.
+    // `--all-targets` covers everything except doctests.
     summary.run(&[&workspace[..], &["--doc"]].concat(), &variables);
     model_check(&mut summary)?;
     summary.finish()
 }
 
-/// The consumer loop under shuttle: another build of the core, in a target folder of its own so that neither build undoes the other.
+/// Runs the consumer loop under shuttle. This builds the core differently, so it uses a separate
+/// target folder.
 fn model_check(summary: &mut Summary) -> Done {
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let target = target.join("shuttle");
     let Some(target) = target.to_str() else {
-        eprintln!("xtask: the target folder {} is not UTF-8; move it", target.display());
+        eprintln!("xtask: the target folder {} is not UTF-8: move it", target.display());
         return Err(1);
     };
     let package = [
@@ -116,7 +119,7 @@ fn ci(servers: &Variables) -> Done {
         &[&["clippy", "--workspace", "--all-targets", "--all-features"][..], &deny].concat(),
         &[],
     )?;
-    // What is tested has all features; these have some that can be left out.
+    // The tests use all features. These packages have optional ones.
     for package in ["essentially-once-redis", "essentially-once-rabbitmq", "orders"] {
         cargo(
             &[&["clippy", "--package", package, "--no-default-features"][..], &deny].concat(),
@@ -133,11 +136,14 @@ fn ci(servers: &Variables) -> Done {
 
 fn tidy() -> Done {
     say("cargo xtask tidy");
-    let complaints = tidy::complaints(root());
-    for complaint in &complaints {
+    let report = tidy::check(root());
+    for note in &report.notes {
+        eprintln!("tidy: allowed for now: {note}");
+    }
+    for complaint in &report.complaints {
         eprintln!("tidy: {complaint}");
     }
-    if complaints.is_empty() { Ok(()) } else { Err(1) }
+    if report.complaints.is_empty() { Ok(()) } else { Err(1) }
 }
 
 fn cargo(arguments: &[&str], variables: &Variables) -> Done {
@@ -146,7 +152,7 @@ fn cargo(arguments: &[&str], variables: &Variables) -> Done {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => {
             eprintln!("xtask: `{shown}` failed: {status}");
-            // A signal leaves no code, and a code beyond a byte cannot be passed on.
+            // A signal leaves no exit code, and only a byte can be passed on.
             Err(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
         }
         Err(error) => {
@@ -156,12 +162,12 @@ fn cargo(arguments: &[&str], variables: &Variables) -> Done {
     }
 }
 
-/// A call of cargo, which is shown.
+/// Creates a call of cargo, and prints it.
 fn command(arguments: &[&str], variables: &Variables) -> Command {
     let values = variables.iter();
     let values = values.map(|(name, value)| format!("{name}='{}' ", value.display()));
     say(&format!("{}cargo {}", values.collect::<String>(), arguments.join(" ")));
-    // Cargo names itself to what it runs, so that the same toolchain goes on.
+    // Cargo passes its own path in this variable, which keeps the toolchain the same.
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .args(arguments)
@@ -170,9 +176,9 @@ fn command(arguments: &[&str], variables: &Variables) -> Command {
     command
 }
 
-/// Shows a command before it runs; on stderr, where cargo writes too, so that the order is kept.
+/// Prints a command before it runs, to stderr as cargo does, which keeps the order.
 fn say(command: &str) {
-    // A closed stderr is no reason to stop.
+    // A closed stderr is not a reason to stop.
     let _ = writeln!(io::stderr(), "$ {command}");
 }
 

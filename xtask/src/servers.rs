@@ -1,4 +1,4 @@
-//! The servers that tests run against: found, or installed where that is possible without asking.
+//! Finds the servers that tests need. Installs missing ones if that works without a password.
 
 use std::{
     env,
@@ -11,23 +11,23 @@ use clap::ValueEnum;
 
 use crate::say;
 
-/// A server that tests start by themselves, privately, from its program.
+/// A server that tests start privately, from its program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Server {
-    /// `redis-server`; Valkey's works too.
+    /// `redis-server`, or Valkey's.
     Redis,
-    /// `rabbitmq-server`, with the `rabbitmqctl` beside it.
+    /// `rabbitmq-server`, with `rabbitmqctl` in the same folder.
     Rabbitmq,
 }
 
 struct Facts {
     name: &'static str,
     program: &'static str,
-    /// Names the program to the tests; given by hand, nothing is searched.
+    /// Names the program to the tests. If the user sets it, nothing is searched.
     variable: &'static str,
-    /// Where to look before `PATH`: a package may put something else there under the program's name.
+    /// Searched before `PATH`, where a package may put something else under the program's name.
     first: &'static [&'static str],
-    /// Where to look besides `PATH`: an ordinary user's often has no `sbin`.
+    /// Searched after `PATH`, because an ordinary user's often lacks `sbin`.
     folders: &'static [&'static str],
     debian: &'static str,
     brew: &'static str,
@@ -49,7 +49,7 @@ impl Server {
                 name: "rabbitmq",
                 program: "rabbitmq-server",
                 variable: "ESSENTIALLY_ONCE_RABBITMQ_SERVER",
-                // In Debian's `sbin` is a wrapper that changes the user.
+                // Debian's `sbin` has a wrapper that changes the user.
                 first: &["/usr/lib/rabbitmq/bin"],
                 folders: &[
                     "/usr/local/sbin",
@@ -64,10 +64,11 @@ impl Server {
     }
 }
 
-/// The variables that name all servers to the tests, but for those to do without: their variable is set to nothing.
+/// Returns the variables that name all servers to the tests. The variable of a skipped server is
+/// empty.
 ///
 /// # Errors
-/// What cannot be had, and what to do.
+/// Which server is missing, and what to do.
 pub(crate) fn variables(without: &[Server]) -> Result<Vec<(&'static str, OsString)>, String> {
     let servers = Server::value_variants().iter();
     servers
@@ -87,9 +88,9 @@ fn find_or_install(server: &Facts) -> Result<PathBuf, String> {
     if let Some(given) = env::var_os(variable).filter(|given| !given.is_empty()) {
         let path = PathBuf::from(given);
         return match path.is_file() {
-            // Tests are run in other folders.
+            // Tests run in other folders.
             true => std::path::absolute(&path).map_err(|error| format!("{variable}={}: {error}", path.display())),
-            false => Err(format!("{variable}={}: there is no such file", path.display())),
+            false => Err(format!("{variable}={}: the file does not exist", path.display())),
         };
     }
     if let Some(path) = find(server) {
@@ -103,7 +104,7 @@ fn find_or_install(server: &Facts) -> Result<PathBuf, String> {
         Err(why) => why,
     };
     Err(format!(
-        "the tests need {program}, which is not installed; {why}\n  \
+        "the tests need {program}, which is not installed: {why}\n  \
          Debian, Ubuntu:  sudo apt-get install {debian}\n  \
          macOS:           brew install {brew}\n  \
          elsewhere:       set {variable} to its path\n  \
@@ -118,7 +119,7 @@ fn find(server: &Facts) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let first = server.first.iter().map(PathBuf::from);
     let usual = server.folders.iter().map(PathBuf::from);
-    // An empty or relative entry of PATH would mean another folder to each test.
+    // An empty or relative entry of PATH would mean another folder for each test.
     let path = env::split_paths(&path).filter(|folder| folder.is_absolute());
     first
         .chain(path)
@@ -127,29 +128,31 @@ fn find(server: &Facts) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// Installs the Debian package, as root or where `sudo` asks for no password.
+/// Installs the Debian package, as root or where `sudo` needs no password.
 fn install(server: &Facts) -> Result<(), String> {
     if !succeeds(&["apt-get", "--version"]) {
-        return Err("there is no apt-get to install it with".into());
+        return Err("it cannot be installed, because this machine has no apt-get".into());
     }
     let sudo: &[&str] = if is_root() {
         &[]
     } else if succeeds(&["sudo", "-n", "true"]) {
         &["sudo", "-n"]
     } else {
-        return Err("it takes root, or sudo without a password, to install it".into());
+        return Err("installing it needs root, or sudo without a password".into());
     };
-    // In two steps, since most machines have package lists and refreshing them takes longer than the rest.
+    // In two steps. Most machines have package lists, and refreshing them takes longer than the
+    // installation.
     let install = ["apt-get", "install", "-y", "--no-install-recommends", server.debian];
     if apt(sudo, &install) || apt(sudo, &["apt-get", "update"]) && apt(sudo, &install) {
         Ok(())
     } else {
-        Err("apt-get could not install it, see above".into())
+        Err("apt-get could not install it, as shown above".into())
     }
 }
 
 fn apt(sudo: &[&str], command: &[&str]) -> bool {
-    // Through `env`, since sudo does not pass variables on; without a frontend nobody is asked anything.
+    // Through `env`, because sudo does not pass variables on. The frontend setting keeps apt from
+    // asking questions.
     let words = [sudo, &["env", "DEBIAN_FRONTEND=noninteractive"], command].concat();
     say(&words.join(" "));
     Command::new(words[0])
@@ -189,7 +192,7 @@ mod tests {
 
     #[test]
     fn without_a_server_its_variable_is_empty() {
-        let variables = variables(Server::value_variants()).expect("nothing is searched");
+        let variables = variables(Server::value_variants()).expect("no server is needed");
         assert_eq!(variables.len(), Server::value_variants().len());
         assert!(variables.iter().all(|(_, path)| path.is_empty()));
     }

@@ -1,4 +1,4 @@
-//! What the tests came to: counted while they run, shown when all have run.
+//! Counts tests while they run, and summarizes them at the end.
 
 use std::{
     ffi::OsString,
@@ -10,13 +10,13 @@ use std::{
 
 use crate::{Done, Variables, command};
 
-/// Names the file to which each case of a `Suite` adds its seconds and its name.
+/// Names the file to which each case of a `Suite` appends its seconds and its name.
 const TIMES: &str = "ESSENTIALLY_ONCE_TEST_TIMES";
 
 /// How many of the slowest cases are shown.
 const SLOWEST: usize = 20;
 
-/// Counts what test binaries report.
+/// Counts the results that test binaries print.
 pub(crate) struct Summary {
     passed: u64,
     failed: u64,
@@ -38,12 +38,12 @@ impl Summary {
         }
     }
 
-    /// What the tests need to add their times.
+    /// The variables that make tests report their times.
     pub(crate) fn variables(&self) -> Vec<(&'static str, OsString)> {
         vec![(TIMES, self.times.clone().into())]
     }
 
-    /// Runs cargo, shows what it writes, and counts its tests.
+    /// Runs cargo, passes its output on, and counts its tests.
     pub(crate) fn run(&mut self, arguments: &[&str], variables: &Variables) {
         let status = command(arguments, variables)
             .stdout(Stdio::piped())
@@ -57,24 +57,24 @@ impl Summary {
         let shown = format!("cargo {}", arguments.join(" "));
         match status {
             Ok(status) if status.success() => {}
-            Ok(status) => self.failures.push(format!("`{shown}` ended with {status}")),
-            Err(error) => self.failures.push(format!("`{shown}` cannot be started: {error}")),
+            Ok(status) => self.failures.push(format!("`{shown}` failed: {status}")),
+            Err(error) => self.failures.push(format!("`{shown}` cannot start: {error}")),
         }
     }
 
-    /// Counts what is written to `output`, and passes it on.
+    /// Counts the lines of `output`, and passes them on.
     fn read(&mut self, mut output: impl BufRead, mut shown: impl Write) {
         let mut line = Vec::new();
         while output.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
-            // A closed output is no reason to stop.
+            // A closed output is not a reason to stop.
             let _ = shown.write_all(&line);
             self.take(&String::from_utf8_lossy(&line));
             line.clear();
         }
     }
 
-    /// Counts a line such as `test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out`, and notes one
-    /// such as `test store::late_writer_is_fenced ... FAILED`.
+    /// Counts a line such as `test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0
+    /// filtered out`, and notes a line such as `test store::late_writer_is_fenced ... FAILED`.
     fn take(&mut self, line: &str) {
         if let Some(result) = line.strip_prefix("test result: ") {
             let counts = result.split_once(". ").map_or("", |(_, counts)| counts);
@@ -93,7 +93,7 @@ impl Summary {
         }
     }
 
-    /// Shows the slowest cases, what failed, and the counts.
+    /// Shows the slowest cases, the failures and the counts.
     pub(crate) fn finish(self) -> Done {
         let mut times: Vec<(f64, String)> = fs::read_to_string(&self.times)
             .unwrap_or_default()
@@ -103,7 +103,7 @@ impl Summary {
                 Some((seconds.parse().ok()?, name.to_owned()))
             })
             .collect();
-        // Left behind, it would only take up room.
+        // The file is only temporary.
         let _ = fs::remove_file(&self.times);
         times.sort_by(|(one, _), (other, _)| other.total_cmp(one));
         let mut out = std::io::stdout().lock();

@@ -1,76 +1,86 @@
 //! Small checks of what people forget.
 
+mod exports;
+mod manifests;
+mod markdown;
+mod width;
+
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// What is untidy below `root`, one sentence each; empty if nothing is.
-pub(crate) fn complaints(root: &Path) -> Vec<String> {
-    let files = files(root);
-    let mut complaints = Vec::new();
-    let mut read = |path: &Path| match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) => {
-            complaints.push(format!("cannot read {}: {error}", path.display()));
-            String::new()
-        }
-    };
-    let workspace = read(&root.join("Cargo.toml"));
-    let changelog = read(&root.join("CHANGELOG.md"));
-    let readme = read(&root.join("README.md"));
-    let texts: Vec<(PathBuf, String)> = files
-        .iter()
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|ext| ext == "rs" || ext == "md" || ext == "toml")
-        })
-        .map(|path| (path.clone(), read(path)))
-        .collect();
+/// The source of the crate root whose exports are counted.
+const CORE: &str = "crates/essentially-once/src/lib.rs";
 
-    match value(&workspace, "[workspace.package]", "version") {
-        None => complaints.push("Cargo.toml: [workspace.package] has no version".into()),
-        Some(version) if !has_version(&changelog, version) => {
-            complaints.push(format!("CHANGELOG.md: no heading for version {version}"));
-        }
-        Some(_) => {}
-    }
-    for adapter in adapters(&files) {
-        if !names_in_table(&readme, &adapter) {
-            complaints.push(format!("README.md: no table row names {adapter}"));
-        }
-    }
-    for (path, text) in &texts {
-        let shown = path.strip_prefix(root).unwrap_or(path).display();
-        match path.extension().and_then(|ext| ext.to_str()) {
-            Some("toml") => {
-                if is_member(path, text) && value(text, "[lints]", "workspace") != Some("true") {
-                    complaints.push(format!(
-                        "{shown}: does not inherit the workspace's lints ([lints] workspace = true)"
-                    ));
-                }
-            }
-            Some("rs") => {
-                complaints.extend(leftovers(text).map(|(line, word)| format!("{shown}:{line}: {word} is left over")))
-            }
-            _ => complaints.extend(
-                links(text)
-                    .filter(|link| !exists(path, link))
-                    .map(|link| format!("{shown}: the link {link} leads nowhere")),
-            ),
-        }
-    }
-    complaints
+/// What the checks found, one sentence each.
+pub(crate) struct Report {
+    /// The faults. `cargo xtask tidy` fails on them.
+    pub(crate) complaints: Vec<String>,
+    /// Faults that are still allowed.
+    pub(crate) notes: Vec<String>,
 }
 
-/// All files of the repository, without build output and what tools keep in hidden folders.
+/// Checks the repository at `root`.
+pub(crate) fn check(root: &Path) -> Report {
+    let mut complaints = Vec::new();
+    let mut notes = Vec::new();
+    let files = files(root);
+    let mut texts = Vec::new();
+    for path in &files {
+        let Some(kind) = kind(path) else { continue };
+        match fs::read_to_string(path) {
+            Ok(text) => texts.push((path.as_path(), kind, text)),
+            Err(error) => complaints.push(format!("cannot read {}: {error}", path.display())),
+        }
+    }
+    let text = |name: &str| {
+        let path = root.join(name);
+        let found = texts.iter().find(|(other, ..)| *other == path);
+        found.map_or("", |(_, _, text)| text.as_str())
+    };
+
+    let version = manifests::workspace_version(text("Cargo.toml"));
+    complaints.extend(markdown::missing_version(text("CHANGELOG.md"), version));
+    complaints.extend(markdown::missing_rows(text("README.md"), manifests::adapters(&files)));
+    complaints.extend(exports::fault(text(CORE)).map(|fault| format!("{CORE}: {fault}")));
+
+    let mut wide = Vec::new();
+    for (path, kind, text) in &texts {
+        let shown = path.strip_prefix(root).unwrap_or(path).display();
+        let faults = match *kind {
+            "toml" if path.ends_with("Cargo.toml") => {
+                manifests::faults(text, |name| path.with_file_name(name).exists())
+            }
+            "rs" => leftovers(text),
+            "md" => markdown::dead_links(path, text),
+            _ => Vec::new(),
+        };
+        complaints.extend(faults.iter().map(|fault| format!("{shown}: {fault}")));
+        wide.extend(width::wide_lines(kind, text).map(|line| format!("{shown}:{line}")));
+    }
+    match width::verdict(&wide) {
+        Some(width::Verdict::TooMany(complaint)) => complaints.push(complaint),
+        Some(width::Verdict::Allowed(note)) => notes.push(note),
+        None => {}
+    }
+    Report { complaints, notes }
+}
+
+/// The extension of a file whose text is checked.
+fn kind(path: &Path) -> Option<&str> {
+    let extension = path.extension()?.to_str()?;
+    ["lua", "md", "rs", "toml"].contains(&extension).then_some(extension)
+}
+
+/// All files of the repository, except build output and the contents of hidden folders.
 fn files(root: &Path) -> Vec<PathBuf> {
     let mut folders = vec![root.to_path_buf()];
     let mut files = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let (path, name) = (entry.path(), entry.file_name());
-            // A link to a folder could lead in a circle: the type of the entry itself decides.
+            // A link to a folder could form a loop, so the type of the entry itself decides.
             let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
             if !is_folder {
                 files.push(path);
@@ -83,95 +93,17 @@ fn files(root: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Members are the packages that open no workspace of their own.
-fn is_member(path: &Path, manifest: &str) -> bool {
-    path.ends_with("Cargo.toml")
-        && manifest.lines().any(|line| line.trim() == "[package]")
-        && !manifest.lines().any(|line| line.trim() == "[workspace]")
-}
-
-/// The adapter crates' names; the test kit shares their prefix and is none.
-fn adapters(files: &[PathBuf]) -> impl Iterator<Item = String> {
-    files
-        .iter()
-        .filter(|path| path.ends_with("Cargo.toml"))
-        .filter_map(|path| path.parent()?.file_name()?.to_str())
-        .filter(|name| name.starts_with("essentially-once-") && *name != "essentially-once-testkit")
-        .map(str::to_owned)
-}
-
-/// The value of `key` in a table of a TOML file as this repository writes them: one `key = value` a line.
-fn value<'a>(toml: &'a str, table: &str, key: &str) -> Option<&'a str> {
-    toml.lines()
-        .map(str::trim)
-        .skip_while(|line| *line != table)
-        .skip(1)
-        .take_while(|line| !line.starts_with('['))
-        .find_map(|line| {
-            let (name, value) = line.split_once('=')?;
-            (name.trim() == key).then(|| value.trim().trim_matches('"'))
-        })
-}
-
-fn has_version(changelog: &str, version: &str) -> bool {
-    changelog.lines().filter(|line| line.starts_with("## ")).any(|line| {
-        line.split(|c: char| c.is_whitespace() || "[]()".contains(c))
-            .any(|word| word.trim_start_matches('v') == version)
-    })
-}
-
-fn names_in_table(readme: &str, name: &str) -> bool {
-    readme
-        .lines()
-        .filter(|line| line.trim_start().starts_with('|'))
-        .any(|line| {
-            line.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-' || c == '_'))
-                .any(|word| word == name)
-        })
-}
-
-/// Notes to oneself, with their line numbers.
-fn leftovers(source: &str) -> impl Iterator<Item = (usize, &'static str)> {
-    // Put together here, so that this file does not complain of itself.
+/// Notes to oneself.
+fn leftovers(source: &str) -> Vec<String> {
+    // Assembled here, so that this file does not report itself.
     const WORDS: [&str; 2] = [concat!("FIX", "ME"), concat!("to", "do!")];
-    source.lines().enumerate().filter_map(|(line, text)| {
-        let word = WORDS.into_iter().find(|word| text.contains(word))?;
-        Some((line + 1, word))
-    })
-}
-
-/// The targets of inline links and link definitions, outside of code.
-fn links(markdown: &str) -> impl Iterator<Item = &str> {
-    let mut in_code = false;
-    markdown
-        .lines()
-        .filter(move |line| {
-            let fence = line.trim_start().starts_with("```");
-            in_code ^= fence;
-            !fence && !in_code
+    let lines = (1..).zip(source.lines());
+    lines
+        .filter_map(|(line, text)| {
+            let word = WORDS.into_iter().find(|word| text.contains(word))?;
+            Some(format!("line {line} has a leftover {word}"))
         })
-        .flat_map(|line| {
-            let definition = line
-                .strip_prefix('[')
-                .and_then(|rest| rest.split_once("]: "))
-                .map(|(_, target)| target);
-            // Every second piece between backticks is code.
-            let inline = line
-                .split('`')
-                .step_by(2)
-                .flat_map(|text| text.split("](").skip(1))
-                .filter_map(|rest| rest.split(')').next());
-            // A link whose text is code closes in the piece after it, which begins with the bracket.
-            inline.chain(definition)
-        })
-        .filter_map(|target| target.split_whitespace().next())
-}
-
-/// Whether a relative link leads to a file; where other links lead is not this check's business.
-fn exists(file: &Path, link: &str) -> bool {
-    let target = link.split('#').next().unwrap_or(link);
-    let elsewhere = target.is_empty() || target.contains("://") || target.starts_with("mailto:");
-    elsewhere || file.parent().is_some_and(|folder| folder.join(target).exists())
+        .collect()
 }
 
 #[cfg(test)]
@@ -179,73 +111,55 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_are_found_outside_of_code_only() {
-        let markdown = "\
-See [a](a.md#part), [`b`](b/c.md \"title\") and `[no](no.md)`.
-```rust
-let x = [y](z);
-```
-[d]: d.md
-[web](https://example.org)";
-        assert_eq!(
-            links(markdown).collect::<Vec<_>>(),
-            ["a.md#part", "b/c.md", "d.md", "https://example.org"]
+    fn leftovers_are_reported_with_their_line() {
+        let source = concat!("fn f() {\n    to", "do!()\n}\n// FIX", "ME later\n");
+        let found = leftovers(source);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(
+            found[0].starts_with("line 2 ") && found[1].starts_with("line 4 "),
+            "{found:?}"
         );
     }
 
     #[test]
-    fn only_relative_links_must_exist() {
-        let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
-        for good in [
-            "src/tidy.rs",
-            "src/tidy.rs#l1",
-            "#top",
-            "https://example.org/x",
-            "mailto:a@example.org",
+    fn every_check_reports_its_planted_fault() -> std::io::Result<()> {
+        let root = tempfile::tempdir()?;
+        let write = |name: &str, text: &str| {
+            let path = root.path().join(name);
+            fs::create_dir_all(path.parent().unwrap_or(root.path()))?;
+            fs::write(path, text)
+        };
+        let exports: Vec<String> = (0..25).map(|n| format!("pub mod m{n};\n")).collect();
+        let wide = format!("// {}\n", "word ".repeat(21)).repeat(31);
+        write("Cargo.toml", "[workspace]\n[workspace.package]\nversion = \"1.2.3\"\n")?;
+        write("CHANGELOG.md", "## 1.2.2\n")?;
+        write("README.md", "[dead](nowhere.md)\n")?;
+        write(CORE, &exports.concat())?;
+        write(
+            "crates/essentially-once-x/Cargo.toml",
+            "[package]\nname = \"essentially-once-x\"\n",
+        )?;
+        write(
+            "crates/essentially-once-x/src/lib.rs",
+            &format!("{wide}// {}\n", concat!("FIX", "ME")),
+        )?;
+        let complaints = check(root.path()).complaints;
+        for fault in [
+            "no heading for version 1.2.3",
+            "no table row names essentially-once-x",
+            "the root exports 25 names",
+            "does not inherit",
+            "has no description",
+            "has no README.md",
+            "has no [package.metadata.docs.rs]",
+            "has a leftover",
+            "leads nowhere",
+            "31 lines",
         ] {
-            assert!(exists(&here, good), "{good}");
+            let found = complaints.iter().filter(|complaint| complaint.contains(fault));
+            assert_eq!(found.count(), 1, "{fault}: {complaints:#?}");
         }
-        assert!(!exists(&here, "src/nowhere.rs"));
-    }
-
-    #[test]
-    fn a_version_needs_a_heading_of_its_own() {
-        for good in ["## 0.1.0", "## [0.1.0] - 2026-11-23", "## v0.1.0 (soon)"] {
-            assert!(has_version(good, "0.1.0"), "{good}");
-        }
-        for bad in ["", "0.1.0", "## 0.1.01", "## 10.1.0", "### 0.1.0"] {
-            assert!(!has_version(bad, "0.1.0"), "{bad}");
-        }
-    }
-
-    #[test]
-    fn an_adapter_is_named_in_full_and_in_a_table() {
-        let row = "| [`essentially-once-sqlite`](crates/essentially-once-sqlite) | one machine |";
-        assert!(names_in_table(row, "essentially-once-sqlite"));
-        assert!(!names_in_table(row, "essentially-once-sql"));
-        assert!(!names_in_table("essentially-once-sqlite", "essentially-once-sqlite"));
-    }
-
-    #[test]
-    fn values_are_read_from_their_own_table() {
-        let toml = "[package]\nversion = \"1\"\n[lints]\nworkspace = true\n[x]\nworkspace = false\n";
-        assert_eq!(value(toml, "[lints]", "workspace"), Some("true"));
-        assert_eq!(value(toml, "[package]", "version"), Some("1"));
-        assert_eq!(value(toml, "[package]", "workspace"), None);
-        assert_eq!(value(toml, "[other]", "workspace"), None);
-    }
-
-    #[test]
-    fn leftovers_are_told_with_their_line() {
-        let source = concat!("fn f() {\n    to", "do!()\n}\n// FIX", "ME later\n");
-        assert_eq!(leftovers(source).map(|(line, _)| line).collect::<Vec<_>>(), [2, 4]);
-    }
-
-    #[test]
-    fn packages_of_other_workspaces_are_no_members() {
-        let path = Path::new("benchmarks/peers/Cargo.toml");
-        assert!(is_member(path, "[package]\nname = \"a\""));
-        assert!(!is_member(path, "[package]\nname = \"a\"\n[workspace]"));
-        assert!(!is_member(Path::new("rustfmt.toml"), "[package]"));
+        assert_eq!(complaints.len(), 10, "{complaints:#?}");
+        Ok(())
     }
 }

@@ -1,4 +1,5 @@
-//! Judges what a consumer made of a log: lost, doubled, reordered, or as promised.
+//! Compares a log with the records that a consumer applied: lost, doubled, reordered, or as
+//! promised.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -8,9 +9,9 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{Error, Log, Offset, Origin, Record, backend::Position};
 
-use crate::Violation;
+use crate::violation::Violation;
 
-/// How many offsets of one kind a text names before it says how many more there are.
+/// How many offsets of one kind a message names before it only counts the rest.
 const NAMED: usize = 10;
 
 /// One effect of a record, as found in the state that a handler wrote.
@@ -31,14 +32,14 @@ impl From<&Record> for Applied {
     }
 }
 
-/// What a delivery promises, and so what [`Findings::judge`] forgives.
+/// What a delivery promises, and so what [`Findings::judge`] tolerates.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Expectation {
-    /// Every message was applied once, in the order of its key, and state and position agree.
+    /// Every message was applied once, in the order of its key. State and position agree.
     EssentiallyOnce,
-    /// No message was lost; some may have been applied again.
+    /// No message was lost. Some may have been applied more than once.
     AtLeastOnce,
-    /// No message was applied twice; some may have been lost.
+    /// No message was applied twice. Some may have been lost.
     AtMostOnce,
 }
 
@@ -52,17 +53,19 @@ impl fmt::Display for Expectation {
     }
 }
 
-/// Compares a log with what was applied. Where the state lives is of no interest: a table, a file, another service.
+/// Compares a log with the applied records. The state may live anywhere: in a table, a file, or
+/// another service.
 ///
-/// Records of one [`Origin`] are one message, which was sent more than once: exactly one of them must be applied.
-/// [Malformed](Record::malformed) records are no messages, since no handler ever gets them.
+/// Records with the same [`Origin`] are one message that was sent more than once. Exactly one of
+/// them must be applied. [Malformed](Record::malformed) records are not messages, because handlers
+/// never get them.
 ///
 /// ```
 /// # use essentially_once::{Offset, Record};
 /// use essentially_once_testkit::{Applied, Check, Expectation};
 /// # let now = std::time::SystemTime::UNIX_EPOCH;
 /// let records: Vec<Record> = (0..4).map(|n| Record::new(Offset::from(n), now, "")).collect();
-/// // Read it from your database, in the order in which it was written.
+/// // Read these from your database, in the order in which they were written.
 /// let applied: Vec<Applied> = [0, 1, 1, 3].map(|n| Applied::from(&records[n])).into();
 ///
 /// let findings = Check::new(&records, &applied).drained().findings();
@@ -79,8 +82,8 @@ pub struct Check<'a> {
 }
 
 impl<'a> Check<'a> {
-    /// A check of all `records` that the consumer should have seen, in the log's order, against all that was `applied`, in the
-    /// order of application.
+    /// Creates a check of all `records` that the consumer should have seen, in log order, against
+    /// everything it `applied`, in the order of application.
     pub fn new(records: &'a [Record], applied: &'a [Applied]) -> Self {
         Self {
             records,
@@ -90,21 +93,23 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// What the store says of the consumer; `None` if it has no position. Read it when the consumer stands still.
+    /// Adds the consumer's stored position, or `None` if it has no position. Read it while the
+    /// consumer is idle.
     #[must_use]
     pub fn position(mut self, position: Option<&'a Position>) -> Self {
         self.position = Some(position);
         self
     }
 
-    /// The consumer has come to the log's end: whatever was not applied is lost.
+    /// States that the consumer has reached the end of the log. Every message that was not applied
+    /// is then lost.
     #[must_use]
     pub fn drained(mut self) -> Self {
         self.drained = true;
         self
     }
 
-    /// Compares.
+    /// Compares the log with the applied records.
     pub fn findings(&self) -> Findings {
         let mut findings = Findings::default();
         let mut messages = Messages::of(self.records);
@@ -158,8 +163,8 @@ impl<'a> Check<'a> {
 /// Reads all records that the log holds now.
 ///
 /// # Errors
-/// Those of [`Log::bounds`], [`Log::read`] and of the reader. It waits for ever if the log's last record was removed
-/// without those before it.
+/// Those of [`Log::bounds`], [`Log::read`] and the reader. It waits forever if the log's last
+/// record was removed without those before it.
 pub async fn read_log(log: &dyn Log) -> Result<Vec<Record>, Error> {
     const FETCH: usize = 1_000;
     let bounds = log.bounds().await?;
@@ -175,21 +180,24 @@ pub async fn read_log(log: &dyn Log) -> Result<Vec<Record>, Error> {
     Ok(records)
 }
 
-/// What a [`Check`] found. Offsets are those of the log; a message sent more than once goes by its first record's.
+/// What a [`Check`] found. Offsets are those of the log. A message sent more than once is named by
+/// its first record.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Findings {
-    /// Never applied, though the position is past it or the log is drained.
+    /// Messages never applied, although the position is past them or the log is drained.
     pub lost: Vec<Offset>,
-    /// Applied more than once.
+    /// Messages applied more than once.
     pub doubled: Vec<Doubled>,
-    /// First applied after a later record of the same key. Records without a key have no order.
+    /// Records first applied after a later record of the same key. Records without a key have no
+    /// order.
     pub reordered: Vec<Reordered>,
-    /// Applied, but no record of the log, or with another key.
+    /// Applied offsets that the log does not hold, or holds with another key.
     pub phantom: Vec<Offset>,
-    /// Never applied, though the position is past it: the part of `lost` that no consumer will come back to.
+    /// Messages never applied, although the position is past them. Of those in `lost`, no consumer
+    /// will return to these.
     pub position_beyond_state: Vec<Offset>,
-    /// Applied at or past the position.
+    /// Applied offsets at or past the position.
     pub state_beyond_position: Vec<Offset>,
 }
 
@@ -198,9 +206,9 @@ pub struct Findings {
 pub struct Doubled {
     /// Its first record.
     pub offset: Offset,
-    /// How often it was applied.
+    /// How many times it was applied.
     pub times: usize,
-    /// Which of its records were applied: more than one if the sender sent it again.
+    /// Which of its records were applied. More than one if the sender sent it again.
     pub copies: Vec<Offset>,
 }
 
@@ -209,7 +217,7 @@ pub struct Doubled {
 pub struct Reordered {
     /// The earlier record.
     pub offset: Offset,
-    /// The later one of the same key, which was applied before it.
+    /// The later record of the same key that was applied before it.
     pub behind: Offset,
 }
 
@@ -219,14 +227,14 @@ impl Findings {
         *self == Self::default()
     }
 
-    /// Holds the findings against a promise:
+    /// Compares the findings with a promise:
     ///
-    /// - essentially-once: nothing may be found;
-    /// - at-least-once: nothing lost, no phantom;
-    /// - at-most-once: nothing doubled, no phantom.
+    /// - essentially-once allows no findings.
+    /// - at-least-once allows no lost message and no phantom.
+    /// - at-most-once allows no doubled message and no phantom.
     ///
     /// # Errors
-    /// What breaks the promise, naming offsets.
+    /// The findings that break the promise, with their offsets.
     pub fn judge(&self, expectation: Expectation) -> Result<(), Violation> {
         let breach = match expectation {
             Expectation::EssentiallyOnce => self.clone(),
@@ -248,7 +256,7 @@ impl Findings {
     }
 }
 
-/// All findings by kind, with up to ten offsets of each and the number of the others.
+/// Lists all findings by kind, with up to ten offsets each and the number of the others.
 impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kinds = [
@@ -268,7 +276,7 @@ impl fmt::Display for Findings {
     }
 }
 
-/// The offset and how often, with the copies if there is more than one: `3 (2x, as 3 and 5)`.
+/// Shows the offset and the count, plus the copies if there is more than one: `3 (2x, as 3 and 5)`.
 impl fmt::Display for Doubled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { offset, times, copies } = self;
@@ -297,7 +305,7 @@ fn list(items: &[impl fmt::Display]) -> String {
 /// A log's messages, and how often each was applied.
 struct Messages<'a> {
     messages: Vec<Message>,
-    /// By offset: the record's key, and its place in `messages`.
+    /// By offset: the record's key and its index in `messages`.
     records: HashMap<Offset, (Option<&'a Bytes>, usize)>,
 }
 
@@ -330,7 +338,8 @@ impl<'a> Messages<'a> {
         Self { messages, records }
     }
 
-    /// Takes note of an application; tells whether it is the message's first, or `None` if there is no such record.
+    /// Notes an application. Returns whether it is the message's first, or `None` if the log has no
+    /// such record.
     fn apply(&mut self, applied: &Applied) -> Option<bool> {
         let (key, index) = self.records.get(&applied.offset)?;
         if *key != applied.key.as_ref() {

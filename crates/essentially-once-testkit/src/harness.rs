@@ -1,31 +1,33 @@
-//! What a backend's author provides, so that the kit can test it.
+//! What a backend's author implements so that the kit can test the backend.
 
 use std::{sync::Arc, time::Duration};
 
 use essentially_once::{Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source};
 
-use crate::Cut;
+use crate::proxy::Cut;
 
-/// Starts the backend under test. One harness serves all cases, each on a namespace of its own.
+/// Starts the backend under test. One harness serves all cases, each in its own namespace.
 #[async_trait]
 pub trait Harness: Send + Sync + 'static {
-    /// What a case works with.
+    /// The backend that a case works with.
     type Backend: Backend;
 
-    /// What the backend can do beyond the minimum. Each capability adds cases; without it they show as ignored, with the
-    /// reason that stands here.
+    /// What the backend can do beyond the minimum. Each capability adds cases. Without it, those
+    /// cases show as ignored, with the reason given here.
     fn capabilities(&self) -> Capabilities;
 
-    /// A fresh backend: no log and no position of another namespace shows in it. `namespace` is a valid log or consumer name
-    /// of up to 80 bytes: the name of the case. On a shared server, put it and something random in every name, since a case
-    /// can run more than once.
+    /// Starts a fresh backend, in which no log and no position of another namespace shows.
+    ///
+    /// `namespace` is the name of the case: a valid log or consumer name of up to 80 bytes. On a
+    /// shared server, put it in every name, plus something random, since a case can run more than
+    /// once.
     ///
     /// # Errors
-    /// Whatever keeps the backend from starting; the case fails with it.
+    /// Any reason why the backend cannot start. The case fails with it.
     async fn start(&self, namespace: &str) -> Result<Self::Backend, Source>;
 }
 
-/// What [`ReadState`] reads through, whichever type implements it.
+/// The type through which cases use [`ReadState`], whichever type implements it.
 pub type StateReader<S> = Arc<dyn ReadState<Tx = <S as OffsetStore>::Tx>>;
 
 /// A request whose connection [`Backend::cut_next`] cuts.
@@ -37,35 +39,38 @@ pub enum Request {
     Commit,
 }
 
-/// One case's own backend. Dropping it cleans up after the case, failed or not.
+/// The backend of one case. Dropping it cleans up after the case, even a failed one.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
     /// The store under test.
     type Store: OffsetStore<Tx: KeyValue> + 'static;
 
-    /// Opens the log of that name, creating it at the first call. Each call gives a handle of its own, as to another process.
+    /// Opens the log of that name, and creates it on the first call. Each call returns a separate
+    /// handle, as another process would have it.
     ///
     /// # Errors
-    /// As the backend says.
+    /// Those of the backend.
     async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error>;
 
-    /// Opens the store. Each call gives a handle of its own, as to another process.
+    /// Opens the store. Each call returns a separate handle, as another process would have it.
     ///
     /// # Errors
-    /// As the backend says.
+    /// Those of the backend.
     async fn store(&self) -> Result<Self::Store, Error>;
 
-    /// Restarts the backend, as hard as can be: whatever it did not keep durably is gone. Called while appends and commits
-    /// are under way. Handles given out before may fail from now on. Capability `restart`.
+    /// Restarts the backend as abruptly as possible: everything that it did not store durably is
+    /// lost. Cases call this while appends and commits are in progress. Handles opened earlier may
+    /// fail from now on. Capability `restart`.
     ///
     /// # Errors
-    /// If it did not come up again; the case fails with it.
+    /// If the backend does not come up again. The case fails with it.
     async fn restart(&self) -> Result<(), Source> {
         Err(UNSUPPORTED.into())
     }
 
-    /// Applies retention: removes at least the log's first record, and none at or after `before`. Capability `truncate`;
-    /// with `truncate_all` it removes every record before `before`, even if none is left.
+    /// Applies retention: removes at least the log's first record, and none at or after `before`.
+    /// With `truncate_all`, it removes every record before `before`, even if no record is left.
+    /// Capability `truncate`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -83,7 +88,7 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Deletes the log, and does not create it again. Capability `delete`.
+    /// Deletes the log and does not create it again. Capability `delete`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -92,7 +97,7 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Deletes the one record at `offset`, wherever in the log it is. Capability `delete_record`.
+    /// Deletes the one record at `offset`, wherever it is in the log. Capability `delete_record`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -101,9 +106,10 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Makes the backend refuse a record with that payload from now on, as a full disk would: by a trigger, say, or a
-    /// quota. The record is amid a batch. Whether the backend then refuses all of the batch, or keeps what it took before, is
-    /// its own affair. Appends of other records must succeed. Capability `refuse`.
+    /// Makes the backend refuse a record with that payload from now on, as a full disk would. A
+    /// trigger or a quota can do it. The record is in the middle of a batch. The backend may then
+    /// refuse the whole batch, or keep the records before it. Appends of other records must
+    /// succeed. Capability `refuse`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -112,10 +118,13 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Cuts the connection of the next such request that a handle sends, before the request or before its reply. It replaces
-    /// a cut that was not made. Only handles opened after the first call need to be affected: open them through a
-    /// [`Proxy`](crate::Proxy) from then on, and arm it with [`Proxy::cut_at`](crate::Proxy::cut_at) and some bytes that such a
-    /// request has and opening a handle has not. Capability `wire`.
+    /// Cuts the connection on which a handle sends the next request of this kind, before the
+    /// request or before its reply. It replaces a cut that has not been made.
+    ///
+    /// Only handles opened after the first call need to be affected. Open them through a
+    /// [`Proxy`](crate::Proxy) from then on. Arm the proxy with
+    /// [`Proxy::cut_at`](crate::Proxy::cut_at) and some bytes that the request contains, but
+    /// opening a handle does not. Capability `wire`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -124,24 +133,26 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// How many cuts of [`cut_next`](Self::cut_next) were made: [`Proxy::fired`](crate::Proxy::fired).
+    /// The number of cuts made by [`cut_next`](Self::cut_next):
+    /// [`Proxy::fired`](crate::Proxy::fired).
     fn cuts(&self) -> usize {
         0
     }
 
-    /// Adds 1 to what the backend keeps natively under `name`, as part of the transaction: a row more, a number that is
-    /// counted up, a message that is sent. It must not go through [`KeyValue`]. `name` has up to 120 bytes of letters,
-    /// digits, `-` and `_`. Capability `native`.
+    /// Adds 1 to what the backend keeps natively under `name`, as part of the transaction. Examples
+    /// are one more row, an incremented number, or a sent message. It must not go through
+    /// [`KeyValue`]. `name` has up to 120 bytes of letters, digits, `-` and `_`. Capability
+    /// `native`.
     ///
     /// # Errors
-    /// As of a native method that a handler calls.
+    /// Those of a native method that a handler calls.
     async fn native_put(&self, tx: &mut <Self::Store as OffsetStore>::Tx, name: &str) -> Result<(), Error> {
         let _ = (tx, name);
         Err(Error::failed("write natively", UNSUPPORTED))
     }
 
-    /// How often [`native_put`](Self::native_put) took effect under that name, as everyone sees it outside any transaction.
-    /// Capability `native`.
+    /// How often [`native_put`](Self::native_put) took effect under that name, as visible outside
+    /// any transaction. Capability `native`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -150,7 +161,7 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Opens what reads state without a transaction, on a handle of its own. Capability `read_state`.
+    /// Opens a separate handle that reads state without a transaction. Capability `read_state`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -158,8 +169,9 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Appends an entry that looks like this crate's own but cannot be decoded, and returns its raw bytes: those that the payload
-    /// of the yielded record must hold. Choose some that are no text. Capability `malformed`.
+    /// Appends an entry that looks like this crate's own but cannot be decoded. Returns its raw
+    /// bytes, which the yielded record must have as its payload. Choose bytes that are not valid
+    /// UTF-8. Capability `malformed`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -168,7 +180,7 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
-    /// Appends `payload` as someone would who does not know this crate. Capability `foreign`.
+    /// Appends `payload` as a program that does not use this crate would. Capability `foreign`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -178,37 +190,39 @@ pub trait Backend: Send + Sync + 'static {
     }
 }
 
-const UNSUPPORTED: &str = "the harness claims a capability whose method it does not implement";
+const UNSUPPORTED: &str = "the harness claims a capability but does not implement its method";
 
 /// Whether the backend can do something.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Support {
-    /// It can: the cases run.
+    /// It can. The cases run.
     Yes,
-    /// It cannot, for this reason: the cases show as ignored.
+    /// It cannot, for this reason. The cases show as ignored.
     No(&'static str),
 }
 
-/// What a backend can do beyond the minimum. Start from [`Capabilities::minimal`] and say more.
+/// What a backend can do beyond the minimum. Start from [`Capabilities::minimal`] and add to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// It has a log of its own. A harness for a mere store lends the in-memory one.
+    /// The backend has its own log. The harness of a store-only backend lends the in-memory log.
     pub log: Support,
-    /// It has a store of its own. A harness for a mere log lends the in-memory one.
+    /// The backend has its own store. The harness of a log-only backend lends the in-memory store.
     pub store: Support,
     /// [`Backend::restart`] works.
     pub restart: Support,
-    /// [`Backend::restart`] works while a transaction is open, and reads of that transaction then fail at first.
+    /// [`Backend::restart`] works while a transaction is open, and that transaction's reads fail at
+    /// first after it.
     pub restart_amid_transaction: Support,
     /// [`Backend::truncate`] works.
     pub truncate: Support,
     /// [`Backend::recreate`] works.
     pub recreate: Support,
-    /// [`Backend::truncate`] can remove all records that a log holds.
+    /// [`Backend::truncate`] can remove all records of a log.
     pub truncate_all: Support,
-    /// [`Backend::delete`] works, and a handle that is still open can tell that its log is gone. Without incarnations
-    /// (see [`LogId`](essentially_once::backend::LogId)) it cannot, and the log of that name is the same log to everyone.
+    /// [`Backend::delete`] works, and an open handle can detect that its log is gone. A backend
+    /// without incarnations (see [`LogId`](essentially_once::backend::LogId)) cannot detect it,
+    /// because every log of that name looks like the same log.
     pub delete: Support,
     /// [`Backend::delete_record`] works.
     pub delete_record: Support,
@@ -216,38 +230,45 @@ pub struct Capabilities {
     pub refuse: Support,
     /// [`Backend::cut_next`] works.
     pub wire: Support,
-    /// [`Backend::native_put`] and [`Backend::native_count`] work. The fault runs then write natively too.
+    /// [`Backend::native_put`] and [`Backend::native_count`] work. The fault runs then also write
+    /// natively.
     pub native: Support,
     /// [`Backend::state_reader`] works.
     pub read_state: Support,
-    /// The store keeps beats: [`OffsetStore::beat`] and [`OffsetStore::release`] are implemented.
+    /// The store keeps beats: it implements [`OffsetStore::beat`] and [`OffsetStore::release`].
     pub beats: Support,
-    /// A commit takes some microseconds, so that a case may make more than 65,536 of them.
+    /// A commit takes a few microseconds, so a case may make more than 65,536 of them.
     pub commits_are_cheap: Support,
     /// [`Backend::append_malformed`] works.
     pub malformed: Support,
     /// [`Backend::append_foreign`] works.
     pub foreign: Support,
-    /// The largest record that the log takes, in bytes, if it should be tested; choose a small limit where it can be set.
+    /// The largest record that the log accepts, in bytes, if it should be tested. Where the limit
+    /// can be set, choose a small one.
     pub record_limit: Option<usize>,
-    /// The largest value that a `put` takes, in bytes, if it should be tested; choose a small limit where it can be set.
+    /// The largest value that a `put` accepts, in bytes, if it should be tested. Where the limit
+    /// can be set, choose a small one.
     pub value_limit: Option<usize>,
-    /// The largest key that a `put` takes, in bytes, if it should be tested. At least 1,024.
+    /// The largest key that a `put` accepts, in bytes, if it should be tested. At least 1,024.
     pub key_limit: Option<usize>,
-    /// How long the names of logs may be that cases use, in bytes; less than 200 where the harness puts a prefix before them.
+    /// The longest log name that cases may use, in bytes. Less than 200 if the harness adds a
+    /// prefix.
     pub log_name_bytes: usize,
-    /// How often a case appends one record and waits until a reader has it; fewer where that takes long.
+    /// How often a case appends one record and waits until a reader has it. Use fewer rounds where
+    /// that takes long.
     pub paced_rounds: usize,
-    /// How far the clock that [`appended_at`](essentially_once::Record::appended_at) is from may be from this process's.
+    /// The largest difference between this process's clock and the clock that sets
+    /// [`appended_at`](essentially_once::Record::appended_at).
     pub clock_skew: Duration,
-    /// How many plans of faults each run samples for each delivery; fewer where a handle takes long to open.
+    /// How many fault plans each run samples for each delivery. Use fewer where a handle takes long
+    /// to open.
     pub fault_plans: usize,
 }
 
 impl Capabilities {
-    /// A log and a store, and nothing else.
+    /// A backend with a log and a store, and no other capability.
     pub fn minimal() -> Self {
-        let no = Support::No("the harness does not say that it can");
+        let no = Support::No("the harness does not claim this capability");
         Self {
             log: Support::Yes,
             store: Support::Yes,

@@ -1,4 +1,4 @@
-//! Handlers that write down what they were called with, so that a checker can read it back.
+//! Handlers that journal the records they are called with, so that a check can read them back.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,21 +7,22 @@ use essentially_once::{
     ConsumerId, Error, Handler, HandlerError, KeyValue, OffsetStore, Record, async_trait, backend::Transaction,
 };
 
-use crate::Applied;
+use crate::checker::Applied;
 
-/// The block that is being written; full ones move to keys of their own.
+/// The block being written. Full blocks move to their own keys.
 const OPEN_BLOCK: &[u8] = b"ledger";
-/// Records in a block at most, so that what is written for one record does not grow with the run.
+/// The most records in a block, so that the cost of a record does not grow with the run.
 const BLOCK_RECORDS: u32 = 256;
-/// Bytes at which a block is full, however few records it has.
+/// The size at which a block is full, even if it holds few records.
 const BLOCK_BYTES: usize = 32 * 1024;
-/// The length that stands for "no key".
+/// The key length that encodes "no key".
 const NO_KEY: u32 = u32::MAX;
 
-/// A handler for any store: it journals offset and key of each record in the consumer's state, in the order of application.
+/// A handler for any store. It journals the offset and key of each record in the consumer's state,
+/// in the order of application.
 ///
-/// One `get` and one `put` for each record, and one `put` more for each 256. It takes the keys `ledger` and `ledger/<n>`.
-/// Read it back with [`read_ledger`].
+/// It makes one `get` and one `put` per record, and one more `put` per 256 records. It uses the
+/// keys `ledger` and `ledger/<n>`. Read the journal back with [`read_ledger`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ledger;
 
@@ -45,10 +46,10 @@ impl<Tx: KeyValue> Handler<Tx> for Ledger {
     }
 }
 
-/// What [`Ledger`] wrote for a consumer, in the order of application.
+/// Returns what [`Ledger`] wrote for a consumer, in the order of application.
 ///
 /// # Errors
-/// The store's own, and [`Error::Failed`] if the state is not a ledger's.
+/// Those of the store, and [`Error::Failed`] if the state was not written by a ledger.
 pub async fn read_ledger<S>(store: &S, consumer: &ConsumerId) -> Result<Vec<Applied>, Error>
 where
     S: OffsetStore<Tx: KeyValue>,
@@ -68,19 +69,20 @@ where
     Ok(applied)
 }
 
-/// A handler without a transaction: it journals in this process's memory. Clones share the journal.
+/// A handler without a transaction that journals in this process's memory. Clones share the
+/// journal.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryLedger {
     applied: Arc<Mutex<Vec<Applied>>>,
 }
 
 impl MemoryLedger {
-    /// An empty ledger.
+    /// Creates an empty ledger.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What was handled until now, in the order of application.
+    /// Returns the records handled so far, in the order of application.
     pub fn applied(&self) -> Vec<Applied> {
         self.lock().clone()
     }
@@ -98,7 +100,8 @@ impl Handler<()> for MemoryLedger {
     }
 }
 
-/// Numbers are big-endian: block number, count of records, then each record's offset, key length and key.
+/// Numbers are big-endian: block number, record count, then each record's offset, key length and
+/// key.
 #[derive(Default)]
 struct Block {
     number: u64,
@@ -139,7 +142,7 @@ impl Block {
             Some(key) => {
                 let length = u32::try_from(key.len()).ok().filter(|length| *length != NO_KEY);
                 self.entries
-                    .put_u32(length.ok_or_else(|| damaged("a key of 4 GiB or more"))?);
+                    .put_u32(length.ok_or_else(|| damaged("a key has 4 GiB or more"))?);
                 self.entries.put_slice(key);
             }
             None => self.entries.put_u32(NO_KEY),
@@ -155,7 +158,7 @@ impl Block {
         match entries.len() {
             0 => Ok(()),
             more => Err(damaged(format!(
-                "{more} bytes more than block {} tells of",
+                "block {} has {more} bytes after its last record",
                 self.number
             ))),
         }
@@ -181,7 +184,7 @@ fn full_block(number: u64) -> Vec<u8> {
 }
 
 fn damaged(reason: impl Into<essentially_once::backend::Source>) -> Error {
-    Error::failed("read the ledger: the state is not one that `Ledger` wrote", reason)
+    Error::failed("read the ledger: the state was not written by `Ledger`", reason)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The core's in-memory backend under test: the shortest harness there is.
+//! The harness of the core's in-memory backend: the shortest harness there is.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use essentially_once::{
     memory::{Memory, MemoryStore, SIZE_LIMIT},
 };
 
-use crate::{Backend, Capabilities, Harness, StateReader, Support};
+use crate::harness::{Backend, Capabilities, Harness, StateReader, Support};
 
 /// Starts a [`Memory`] for each case.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,13 +22,13 @@ impl Harness for MemoryHarness {
         Capabilities {
             restart: Support::No("the in-memory backend ends with its process"),
             recreate: Support::No("the in-memory backend does not delete logs"),
-            malformed: Support::No("the in-memory backend keeps records, not bytes to decode"),
-            foreign: Support::No("nobody else can reach the in-memory backend"),
+            malformed: Support::No("the in-memory backend stores records, which need no decoding"),
+            foreign: Support::No("other programs cannot reach the in-memory backend"),
             delete: Support::No("the in-memory backend does not delete logs"),
-            delete_record: Support::No("the in-memory backend deletes from the front only"),
-            refuse: Support::No("the in-memory backend refuses nothing but sizes"),
-            wire: Support::No("there is no wire to the in-memory backend"),
-            native: Support::No("the in-memory backend has no data but its state"),
+            delete_record: Support::No("the in-memory backend deletes only from the front"),
+            refuse: Support::No("the in-memory backend refuses records only for their size"),
+            wire: Support::No("the in-memory backend uses no network"),
+            native: Support::No("the in-memory backend has no native data"),
             read_state: Support::Yes,
             beats: Support::Yes,
             commits_are_cheap: Support::Yes,

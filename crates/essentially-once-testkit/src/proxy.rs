@@ -1,4 +1,4 @@
-//! A TCP proxy that cuts connections at chosen moments, between a backend's client and its server.
+//! A TCP proxy that cuts connections between a client and its server at chosen moments.
 
 use std::{
     fmt,
@@ -11,33 +11,35 @@ use std::{
 
 use essentially_once::backend::Source;
 
-/// How much of what a connection sent is remembered, to find a pattern that came in pieces.
+/// How many sent bytes each connection remembers, to find a pattern that arrived in pieces.
 const TAIL: usize = 4096;
 
 /// When [`Proxy::cut_at`] cuts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
-    /// The request is not passed on: the server did not see it.
+    /// Before the request is passed on. The server never sees it.
     BeforeRequest,
-    /// The request is passed on, and the client is cut off when the server has begun to reply: it was done, and the client does not know.
+    /// After the request is passed on, as soon as the server begins to reply. The server executed
+    /// the request, and the client does not know.
     ///
-    /// Exact for a client that has one request under way on a connection. Of several, it may be the reply to an earlier one
-    /// that shows first; the server still gets, and does, whatever the client had sent.
+    /// This is exact for a client with one request in flight per connection. With several, the
+    /// first reply may answer an earlier request. The server still receives and executes everything
+    /// the client had sent.
     BeforeReply,
 }
 
-/// Stands between clients and a server, on a port of 127.0.0.1.
+/// A proxy between clients and a server, on a port of 127.0.0.1.
 ///
-/// It passes bytes on and understands none of them, so it serves any protocol that is not encrypted. Give clients its
-/// [`port`](Self::port) in place of the server's. It blocks nothing: each connection has threads of its own. Dropping it closes
-/// its connections and its port.
+/// It forwards bytes without interpreting them, so it works with any unencrypted protocol. Give
+/// clients its [`port`](Self::port) instead of the server's. It blocks no runtime, because each
+/// connection has its own threads. Dropping it closes its connections and its port.
 ///
 /// ```no_run
 /// use essentially_once_testkit::{Cut, Proxy};
 ///
 /// let proxy = Proxy::start(6379)?;
 /// let url = format!("redis://127.0.0.1:{}", proxy.port());
-/// // The next command that holds these bytes is done, and its reply is lost.
+/// // The server executes the next command that contains these bytes, and its reply is lost.
 /// proxy.cut_at(b"EVALSHA", Cut::BeforeReply);
 /// # drop(url);
 /// # Ok::<(), essentially_once::backend::Source>(())
@@ -50,7 +52,7 @@ pub struct Proxy {
 
 struct Shared {
     state: Mutex<State>,
-    /// Told of every change of the state.
+    /// Notified of every change of the state.
     changed: Condvar,
 }
 
@@ -69,23 +71,23 @@ struct Connection {
     id: u64,
     client: TcpStream,
     server: TcpStream,
-    /// Its client is to be cut off at the server's next bytes.
+    /// Cut the client off at the server's next bytes.
     reply_lost: bool,
 }
 
 impl Proxy {
-    /// Listens on a free port, and connects whatever connects to it with that port of 127.0.0.1.
+    /// Listens on a free port, and connects each client to the target port of 127.0.0.1.
     ///
     /// # Errors
-    /// There is no free port.
+    /// If no port is free.
     pub fn start(target: u16) -> Result<Self, Source> {
         Self::to((Ipv4Addr::LOCALHOST, target).into())
     }
 
-    /// As [`start`](Self::start), with a server on any address, such as a container's.
+    /// Like [`start`](Self::start), for a server at any address, such as a container's.
     ///
     /// # Errors
-    /// There is no free port.
+    /// If no port is free.
     pub fn to(target: SocketAddr) -> Result<Self, Source> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
@@ -102,7 +104,8 @@ impl Proxy {
                         _ if state.closed => break,
                         Ok(client) if !state.refuse => {
                             let shared = Arc::clone(&shared);
-                            // A target that is down ends the client's connection too; there is nothing else to tell it.
+                            // If the target is down, the client's connection ends too. A proxy has
+                            // no other way to report it.
                             thread::spawn(move || drop(shared.connect(client, target)));
                         }
                         _ => {}
@@ -117,12 +120,12 @@ impl Proxy {
         })
     }
 
-    /// The port to connect to.
+    /// The port that clients connect to.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Closes all present connections.
+    /// Closes all current connections.
     pub fn cut(&self) {
         let mut state = self.shared.lock();
         for connection in state.connections.drain(..) {
@@ -131,18 +134,20 @@ impl Proxy {
         self.shared.changed.notify_all();
     }
 
-    /// Whether new connections are closed at once.
+    /// Sets whether new connections are closed at once.
     pub fn refuse(&self, refuse: bool) {
         self.shared.lock().refuse = refuse;
     }
 
-    /// Whether connections are kept open while nothing passes in either direction. What was held back passes afterwards.
+    /// Sets whether traffic stops in both directions while connections stay open. Bytes held back
+    /// are forwarded afterwards.
     pub fn hold(&self, hold: bool) {
         self.shared.lock().hold = hold;
         self.shared.changed.notify_all();
     }
 
-    /// Cuts the connection on which a client next sends these bytes, once. Replaces a cut that has not been made.
+    /// Cuts the connection on which a client next sends these bytes, once. Replaces a cut that has
+    /// not been made.
     pub fn cut_at(&self, pattern: &[u8], cut: Cut) {
         let mut state = self.shared.lock();
         for connection in &mut state.connections {
@@ -151,12 +156,13 @@ impl Proxy {
         state.armed = Some((pattern.to_vec(), cut));
     }
 
-    /// How many cuts of [`cut_at`](Self::cut_at) were made.
+    /// The number of cuts that [`cut_at`](Self::cut_at) has made.
     pub fn fired(&self) -> usize {
         self.shared.lock().fired
     }
 
-    /// Waits until that many cuts of [`cut_at`](Self::cut_at) were made in all; `false` if they were not within the limit.
+    /// Waits until [`cut_at`](Self::cut_at) has made `cuts` cuts in total. Returns `false` if it
+    /// has not within the limit.
     #[must_use]
     pub fn wait_fired(&self, cuts: usize, limit: Duration) -> bool {
         let state = self.shared.lock();
@@ -180,7 +186,8 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
         self.cut();
-        // Wakes the thread that accepts. Where it cannot be reached, it is left alone rather than waited for.
+        // Wakes the accepting thread. If it cannot be reached, it is left running, and the drop
+        // does not wait for it.
         if TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_ok()
             && let Some(acceptor) = self.acceptor.take()
         {
@@ -191,11 +198,11 @@ impl Drop for Proxy {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No panic leaves the state half changed.
+        // A panic never leaves the state half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes bytes on until one side ends.
+    /// Forwards bytes until one side closes.
     fn connect(self: Arc<Self>, client: TcpStream, target: SocketAddr) -> io::Result<()> {
         let server = TcpStream::connect(target)?;
         client.set_nodelay(true)?;
@@ -225,7 +232,7 @@ impl Shared {
         Ok(())
     }
 
-    /// From the client to the server.
+    /// Forwards bytes from the client to the server.
     fn requests(&self, id: u64, mut client: TcpStream, mut server: TcpStream) {
         let mut buffer = vec![0; 65_536];
         let mut tail = Vec::new();
@@ -242,7 +249,7 @@ impl Shared {
                         .retain(|connection| connection.id != id || connection.close());
                     return self.fire(state);
                 }
-                // Noted before the request is passed on, so that the reply cannot come first.
+                // Set before the request is forwarded, so that the reply cannot arrive first.
                 Some((_, Cut::BeforeReply)) => state
                     .connections
                     .iter_mut()
@@ -258,7 +265,7 @@ impl Shared {
         let _ = server.shutdown(Shutdown::Write);
     }
 
-    /// From the server to the client.
+    /// Forwards bytes from the server to the client.
     fn replies(&self, id: u64, mut server: TcpStream, mut client: TcpStream) {
         let mut buffer = vec![0; 65_536];
         while let Ok(read @ 1..) = server.read(&mut buffer) {
@@ -267,7 +274,8 @@ impl Shared {
             if state.connections.iter().any(lost) {
                 let _ = client.shutdown(Shutdown::Both);
                 self.fire(state);
-                // Closed at once, the server's side could drop what the client sent before the server has read it.
+                // Without this, closing the server's side could discard bytes that the server has
+                // not read yet.
                 while let Ok(1..) = server.read(&mut buffer) {}
                 return;
             }
@@ -279,7 +287,7 @@ impl Shared {
         let _ = client.shutdown(Shutdown::Write);
     }
 
-    /// Waits until bytes may pass; `None` if the connection was cut.
+    /// Waits until bytes may pass. Returns `None` if the connection was cut.
     fn pass(&self, id: u64) -> Option<MutexGuard<'_, State>> {
         let present = |state: &State| state.connections.iter().any(|connection| connection.id == id);
         let state = self
@@ -296,16 +304,16 @@ impl Shared {
 }
 
 impl Connection {
-    /// Always `false`: it is not to be kept.
+    /// Always returns `false`, so that `retain` drops the connection.
     fn close(&self) -> bool {
-        // An error says that it is closed already.
+        // An error means that it is already closed.
         let _ = self.client.shutdown(Shutdown::Both);
         let _ = self.server.shutdown(Shutdown::Both);
         false
     }
 }
 
-/// Whether the pattern ends among the bytes from `new` on.
+/// Whether the pattern ends within the bytes from `new` on.
 fn contains(bytes: &[u8], new: usize, pattern: &[u8]) -> bool {
     let from = (new + 1).saturating_sub(pattern.len());
     bytes[from..]

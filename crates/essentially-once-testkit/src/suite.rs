@@ -1,11 +1,10 @@
-//! Cases as named tests, under `cargo test` and nextest.
+//! Runs cases as named tests, under `cargo test` and nextest.
 
 use std::{
     fmt,
     fs::OpenOptions,
     future::Future,
     io::Write as _,
-    pin::Pin,
     process::ExitCode,
     sync::{
         Arc,
@@ -14,13 +13,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use essentially_once::{Error, backend::Source};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::{Capabilities, Expectation, Harness, Support, cases, faults::sampled};
-
-/// A case that takes longer is stuck: "waits for ever" is a failure like any other.
-const TIME_LIMIT: Duration = Duration::from_secs(600);
+use crate::{
+    case::{Case, block_on},
+    cases,
+    checker::Expectation,
+    faults::sampled,
+    harness::{Harness, Support},
+    violation::{CaseResult, Violation},
+};
 
 const FAULT_CASES: [(&str, Expectation); 3] = [
     ("faults_essentially_once", Expectation::EssentiallyOnce),
@@ -28,122 +30,20 @@ const FAULT_CASES: [(&str, Expectation); 3] = [
     ("faults_at_most_once", Expectation::AtMostOnce),
 ];
 
-/// What a case found to be wrong.
-#[derive(Debug)]
-pub struct Violation(String);
-
-impl Violation {
-    /// A finding in words.
-    pub fn new(finding: impl Into<String>) -> Self {
-        Self(finding.into())
-    }
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Violation {}
-
-impl From<Error> for Violation {
-    fn from(error: Error) -> Self {
-        Self(format!("unexpected error: {error}"))
-    }
-}
-
-impl From<Source> for Violation {
-    fn from(error: Source) -> Self {
-        Self(format!("the harness failed: {error}"))
-    }
-}
-
-impl From<std::io::Error> for Violation {
-    fn from(error: std::io::Error) -> Self {
-        Source::from(error).into()
-    }
-}
-
-/// Ends the case with a [`Violation`] unless the condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($finding:tt)+) => {
-        if !$condition {
-            return Err($crate::suite::Violation::new(format!($($finding)+)));
-        }
-    };
-}
-pub(crate) use ensure;
-
-pub(crate) type CaseResult = Result<(), Violation>;
-type CaseFuture<'a> = Pin<Box<dyn Future<Output = CaseResult> + Send + 'a>>;
-
-/// One conformance case: a name that begins with the contract bullet it checks, and what it needs to run.
-pub struct Case<H: Harness> {
-    pub(crate) name: &'static str,
-    pub(crate) needs: fn(&Capabilities) -> Support,
-    pub(crate) run: for<'a> fn(&'a H, &'a H::Backend) -> CaseFuture<'a>,
-}
-
-impl<H: Harness> Case<H> {
-    /// The case's name, such as `s2_a_stale_revision_is_fenced`.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
-    /// Whether a backend with these capabilities can be asked.
-    pub fn support(&self, capabilities: &Capabilities) -> Support {
-        (self.needs)(capabilities)
-    }
-
-    /// Runs the case on a backend of its own, in a tokio runtime of its own with two workers.
-    ///
-    /// # Errors
-    /// What was found to be wrong, or that it took more than ten minutes.
-    pub fn run(&self, harness: &H) -> Result<(), Violation> {
-        self.run_within(harness, TIME_LIMIT)
-    }
-
-    /// As [`run`](Self::run), with another time limit.
-    ///
-    /// # Errors
-    /// As for [`run`](Self::run).
-    pub fn run_within(&self, harness: &H, limit: Duration) -> Result<(), Violation> {
-        block_on(limit, async {
-            let backend = harness.start(self.name).await?;
-            (self.run)(harness, &backend).await
-        })
-    }
-}
-
-/// Runs a test in a runtime of its own.
-fn block_on(limit: Duration, test: impl Future<Output = CaseResult>) -> CaseResult {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Violation::new(format!("no tokio runtime: {error}")))?;
-    let result = runtime.block_on(async {
-        tokio::time::timeout(limit, test)
-            .await
-            .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {limit:?}"))))
-    });
-    // Tasks that a stuck backend left behind must not hold up the other tests.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
-}
-
-/// All conformance cases, in the order of the contract's bullets.
+/// Returns all conformance cases, in the order of the contract's bullets.
 pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
     cases::all()
 }
 
-/// The main function of a test target with `harness = false`: runs all cases on the backend, each as a test named
-/// `<backend>::<case>`. Understands the arguments of `cargo test`, so that cases can be filtered by name, and of nextest.
+/// The main function of a test target with `harness = false`.
 ///
-/// One argument is its own: `--repeat N` runs each case and each sample of faults `N` times, on a fresh backend each time, and
-/// stops at the first failure. What depends on timing shows only now and then, so repeat a case before you trust it:
-/// `cargo test --test conformance -- s9_ --repeat 50`. Tests of your own, added by [`test`](Self::test), run once.
+/// It runs every case on each backend as a test named `<backend>::<case>`. It accepts the arguments
+/// of `cargo test`, so cases can be filtered by name, and it works under nextest.
+///
+/// It adds one argument: `--repeat N` runs each case and each sample of faults `N` times, each time
+/// on a fresh backend, and stops at the first failure. Timing bugs show only now and then, so
+/// repeat a case before you trust it: `cargo test --test conformance -- s9_ --repeat 50`. Tests
+/// that you add with [`test`](Self::test) run once.
 ///
 /// ```no_run
 /// use essentially_once_testkit::{Suite, memory::MemoryHarness};
@@ -155,18 +55,19 @@ pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
 #[derive(Default)]
 pub struct Suite {
     trials: Vec<Trial>,
-    /// How often to run each case; 0 until the arguments are known.
+    /// How often to run each case. 0 until the arguments are parsed.
     repeat: Arc<AtomicUsize>,
 }
 
 impl Suite {
-    /// A suite without cases.
+    /// Creates a suite without cases.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds all cases for a backend, under that name, and for each delivery a [sample](crate::faults::Explorer::sample) of
-    /// faults. What a sample finds can be replayed: its message names the command.
+    /// Adds all cases for a backend, under that name, plus a
+    /// [sample](crate::faults::Explorer::sample) of faults for each delivery. When a sample fails,
+    /// its message holds the command that replays it.
     #[must_use]
     pub fn backend<H: Harness>(mut self, name: &str, harness: H) -> Self {
         let harness = Arc::new(harness);
@@ -188,7 +89,7 @@ impl Suite {
         self
     }
 
-    /// A test that runs as often as the arguments say.
+    /// Adds a test that runs as often as the arguments say.
     fn repeated(&self, name: String, test: impl Fn(&str) -> CaseResult + Send + 'static) -> Trial {
         let repeat = Arc::clone(&self.repeat);
         Trial::test(name.clone(), move || {
@@ -197,7 +98,7 @@ impl Suite {
         })
     }
 
-    /// Adds all cases for a backend that cannot be started here, as ignored, with the reason.
+    /// Adds all cases for a backend that cannot start here. They show as ignored, with the reason.
     #[must_use]
     pub fn missing<H: Harness>(mut self, name: &str, why: &str) -> Self {
         let cases = conformance_cases::<H>();
@@ -208,7 +109,7 @@ impl Suite {
         self
     }
 
-    /// Adds a test of your own.
+    /// Adds your own test.
     #[must_use]
     pub fn test(mut self, name: &str, test: impl FnOnce() -> Result<(), Violation> + Send + 'static) -> Self {
         let full_name = name.to_owned();
@@ -217,8 +118,8 @@ impl Suite {
         self
     }
 
-    /// Adds an asynchronous test of your own, which fails if it takes longer than the limit. It is run in a tokio runtime of its own with two
-    /// workers.
+    /// Adds your own asynchronous test, which fails if it exceeds the limit. It runs in its own
+    /// tokio runtime with two worker threads.
     #[must_use]
     pub fn async_test<F, E>(self, name: &str, limit: Duration, test: impl FnOnce() -> F + Send + 'static) -> Self
     where
@@ -233,7 +134,7 @@ impl Suite {
         })
     }
 
-    /// Adds a test that cannot be run here, shown as ignored with the reason.
+    /// Adds a test that cannot run here. It shows as ignored, with the reason.
     #[must_use]
     pub fn ignored(mut self, name: &str, why: &str) -> Self {
         self.trials.push(ignored(name.to_owned(), why));
@@ -255,7 +156,7 @@ impl Suite {
     }
 }
 
-/// Runs a test so many times, or until it fails.
+/// Runs a test `times` times, or until it fails.
 fn again(times: usize, test: impl Fn() -> CaseResult) -> CaseResult {
     for run in 1..=times {
         test().map_err(|violation| match times {
@@ -266,7 +167,8 @@ fn again(times: usize, test: impl Fn() -> CaseResult) -> CaseResult {
     Ok(())
 }
 
-/// Takes `--repeat N` or `--repeat=N` out of the arguments, which the test runner does not know.
+/// Takes `--repeat N` or `--repeat=N` out of the arguments, because the test runner does not know
+/// it.
 fn take_repeat(arguments: impl IntoIterator<Item = String>) -> Result<(usize, Vec<String>), String> {
     const NAME: &str = "--repeat";
     let (mut repeat, mut others) = (1, Vec::new());
@@ -288,20 +190,21 @@ fn take_repeat(arguments: impl IntoIterator<Item = String>) -> Result<(usize, Ve
     Ok((repeat, others))
 }
 
-/// Runs a test, and adds its seconds and name to the file that `ESSENTIALLY_ONCE_TEST_TIMES` names, if it is set.
+/// Runs a test. If `ESSENTIALLY_ONCE_TEST_TIMES` names a file, appends the test's seconds and name
+/// to it.
 fn timed<T>(name: &str, test: impl FnOnce() -> T) -> T {
     let started = Instant::now();
     let result = test();
     if let Some(path) = std::env::var_os("ESSENTIALLY_ONCE_TEST_TIMES") {
         let line = format!("{:.3} {name}\n", started.elapsed().as_secs_f64());
-        // Only a summary is the worse for a line that cannot be written.
+        // A line that cannot be written only makes the summary incomplete.
         let file = OpenOptions::new().append(true).create(true).open(path);
         let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
     }
     result
 }
 
-/// The reason is shown as the test's kind: `test [why] name ... ignored`.
+/// Adds the reason as the test's kind, which shows as `test [why] name ... ignored`.
 fn ignored(name: String, why: &str) -> Trial {
     let reason = Failed::from(why.to_owned());
     Trial::test(name, move || Err(reason))

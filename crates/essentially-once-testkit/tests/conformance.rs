@@ -1,4 +1,4 @@
-//! The backends of this workspace that need no server, under all conformance cases.
+//! Runs all conformance cases on the backends of this workspace that need no server.
 
 use std::process::ExitCode;
 

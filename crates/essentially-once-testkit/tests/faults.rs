@@ -1,9 +1,6 @@
-//! Every fault and every pair of faults, on the in-memory backend. Prints how many plans were run.
+//! Every fault, and every pair of faults, on the in-memory backend. Prints the number of plans.
 
-#![allow(
-    clippy::print_stdout,
-    reason = "the numbers are to be seen in the output of `cargo test`"
-)]
+#![allow(clippy::print_stdout, reason = "the output of `cargo test` should show the numbers")]
 
 mod broken;
 mod wrapped;
@@ -79,17 +76,17 @@ fn every_pair(delivery: Expectation, max_batch: usize) -> Result<(), Violation> 
     Ok(())
 }
 
-/// The explorer finds the fault, and its plan, as text, leads to the same finding again.
+/// The explorer finds the fault, and replaying its plan from text leads to the same finding.
 fn is_found<H: Harness>(harness: &H, delivery: Expectation, what: &str) -> Result<(), Violation> {
     let explorer = Explorer::new(harness, delivery);
     let found = match explorer.explore() {
-        Ok(explored) => return Err(Violation::new(format!("nothing found in {explored}"))),
+        Ok(explored) => return Err(Violation::new(format!("the explorer found nothing in {explored}"))),
         Err(found) => found,
     };
     println!("found: {found}");
     let plan = found.plan.to_string().parse()?;
     let again = match explorer.replay(&plan) {
-        Ok(()) => return Err(Violation::new(format!("plan {plan} finds nothing when replayed"))),
+        Ok(()) => return Err(Violation::new(format!("replaying plan {plan} finds nothing"))),
         Err(again) => again,
     };
     let (found, again) = (found.to_string(), again.to_string());

@@ -1,4 +1,5 @@
-//! The kit can fail: backends that are wrong in one way each fail the cases named for it, and a correct one passes them all.
+//! The kit can fail. Backends with one defect each fail the cases named for it, and a correct
+//! backend passes them all.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,13 +32,13 @@ use crate::{
     table::{MUTANTS, Mutant, SOUND, STUCK, Sound},
 };
 
-/// How long a mutant that gets stuck may be stuck.
+/// How long a case waits before a stuck mutant counts as found.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
 /// How long any other mutant may take to be found.
 const FOUND_WITHIN: Duration = Duration::from_secs(50);
-/// What new cases must find and accept; see there.
+/// The defects that the newer cases must find and the variants that they must accept.
 const PLANNED: &str = include_str!("../DEFECTS.md");
-/// As much of a violation as tells what was found.
+/// How much of a violation is printed.
 const SHOWN_CHARS: usize = 160;
 
 fn main() -> ExitCode {
@@ -76,7 +77,7 @@ fn must_pass(Sound { variant, case }: &Sound) -> Result<(), Violation> {
 fn find(name: &str) -> Result<Case<ModelHarness>, Violation> {
     let mut cases = conformance_cases::<ModelHarness>().into_iter();
     let found = cases.find(|case| case.name() == name);
-    found.ok_or_else(|| Violation::new(format!("there is no case {name}")))
+    found.ok_or_else(|| Violation::new(format!("no case is named {name}")))
 }
 
 fn must_fail(mutant: &Mutant) -> Result<(), Violation> {
@@ -104,7 +105,10 @@ fn no_case_is_ignored() -> Result<(), Violation> {
     let ignored = conformance_cases::<ModelHarness>()
         .into_iter()
         .filter(|case| case.support(&capabilities) != Support::Yes);
-    nothing_in("ignored by the model", ignored.map(|case| case.name().to_owned()))
+    nothing_in(
+        "cases that the model ignores",
+        ignored.map(|case| case.name().to_owned()),
+    )
 }
 
 fn every_case_has_a_mutant() -> Result<(), Violation> {
@@ -121,7 +125,7 @@ fn every_defect_is_found_by_a_case() -> Result<(), Violation> {
         .iter()
         .filter(|defect| MUTANTS.iter().all(|mutant| mutant.defect != **defect));
     nothing_in(
-        "defects that no case is named for",
+        "defects that no case must find",
         unused.map(|defect| format!("{defect:?}")),
     )
 }
@@ -136,7 +140,8 @@ fn every_sound_variant_is_run() -> Result<(), Violation> {
     )
 }
 
-/// Row by row, the list and the tables name the same defects and variants: two of the one, at least, and one of the other.
+/// Row by row, the list and the tables name the same defects and variants: at least two defects,
+/// and one variant.
 fn the_planned_list_is_kept() -> Result<(), Violation> {
     let mut differing = Vec::new();
     let mut rows = 0;
@@ -165,7 +170,7 @@ fn the_planned_list_is_kept() -> Result<(), Violation> {
     nothing_in("rows of DEFECTS.md that differ from the tables", differing.into_iter())
 }
 
-/// What stands between backquotes.
+/// The names between backquotes.
 fn names_in(column: &str) -> BTreeSet<String> {
     column.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }

@@ -1,4 +1,4 @@
-//! A crate from outside this workspace proves its own backend, with no more than its harness and a main function.
+//! A crate outside this workspace tests its own backend with only a harness and a main function.
 
 use std::{
     env, fs,
@@ -6,10 +6,10 @@ use std::{
     process::{Command, Output},
 };
 
-/// How the crate's manifest finds this workspace's crates.
+/// How the crate's manifest refers to this workspace's crates.
 const RELATIVE: &str = "../../../";
 const CASE: &str = "mine::s2_a_stale_revision_is_fenced";
-/// Of the conformance test, without the harness.
+/// The longest that the conformance test may be, without the harness.
 const MOST_LINES: usize = 10;
 
 #[test]
@@ -38,7 +38,8 @@ fn a_crate_from_outside_proves_its_backend_and_learns_that_it_is_broken() {
     assert!(has_line(&stdout, "mine::l4_", "... ok"), "{}", shown(&broken));
 }
 
-/// The manifest and what it builds; a lock file or build output that someone left beside them stays there.
+/// Copies the manifest and the sources that it builds. A stray lock file or build output stays
+/// behind.
 fn copy(from: &Path, to: &Path) {
     let mut folders = vec!["src".into(), "tests".into()];
     fs::copy(from.join("Cargo.toml"), to.join("Cargo.toml")).expect("copy");
@@ -55,7 +56,8 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Runs the crate's tests. They share this test's build output, so that its dependencies are there already.
+/// Runs the crate's tests. They share this test's build output, so their dependencies are already
+/// built.
 fn conformance(folder: &Path, broken: bool) -> (Output, String) {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()

@@ -1,21 +1,24 @@
-//! Where log and store are opened: the one place to change for another backend.
+//! Opens log and store. This is the one place to change for another backend.
 
 use std::{path::PathBuf, str::FromStr, sync::Arc};
 
-use essentially_once::{ConsumerId, Error, Log};
+use essentially_once::{ConsumerId, Error, Log, Record};
 use essentially_once_sqlite::Sqlite;
 
-/// What one delivery's run works on. Parent and worker open the same.
+use crate::Failure;
+
+/// The log and store of one delivery's run. Parent and worker open the same ones.
 pub(crate) struct Backend {
     pub(crate) log: Place,
     pub(crate) store: Place,
-    /// The SQLite file, for whichever of the two is kept in it.
+    /// The SQLite file, if the log or the store is kept in SQLite.
     pub(crate) database: PathBuf,
-    /// Whose position it is. Servers are shared with others and with earlier runs, so the name is this run's alone.
+    /// The consumer whose position is stored. Other programs and earlier runs use the same servers,
+    /// so the name is unique to this run.
     pub(crate) consumer: ConsumerId,
 }
 
-/// Where a log or a store is kept. It has no `Debug`: a URL may hold a password.
+/// Where a log or a store is kept. It has no `Debug`, because a URL may hold a password.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Place {
     /// In a SQLite file.
@@ -53,7 +56,7 @@ impl FromStr for Place {
 }
 
 impl Place {
-    /// What [`FromStr`] takes back; with the password, so it is for the worker alone.
+    /// The text that [`FromStr`] accepts. It includes the password, so only the worker may get it.
     pub(crate) fn secret(&self) -> &str {
         match self {
             Self::Sqlite => "sqlite",
@@ -66,7 +69,7 @@ impl Place {
 }
 
 impl Backend {
-    /// The log of orders, created empty if it is not there.
+    /// Opens the log of orders, and creates it if it is missing.
     pub(crate) async fn open_log(&self) -> Result<Arc<dyn Log>, Error> {
         match &self.log {
             Place::Sqlite => Ok(Arc::new(self.sqlite().await?.log("orders").await?)),
@@ -80,15 +83,34 @@ impl Backend {
             #[cfg(feature = "rabbitmq")]
             Place::Rabbitmq(url) => {
                 let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                Ok(Arc::new(
-                    rabbit.log(&crate::shop::rabbitmq::orders(&self.consumer)).await?,
-                ))
+                Ok(Arc::new(rabbit.log(&order_stream(&self.consumer)).await?))
             }
         }
     }
 
-    /// The file, created if it is not there.
+    /// Opens the SQLite file, and creates it if it is missing.
     pub(crate) async fn sqlite(&self) -> Result<Sqlite, Error> {
         Sqlite::open(&self.database).await
     }
+}
+
+/// Reads all records that the log holds now.
+pub(crate) async fn read_all(log: &dyn Log) -> Result<Vec<Record>, Failure> {
+    const AT_A_TIME: usize = 1_000;
+    let bounds = log.bounds().await?;
+    let (mut records, mut next) = (Vec::<Record>::new(), bounds.earliest);
+    if next < bounds.end {
+        let mut reader = log.read(next).await?;
+        while next < bounds.end {
+            records.extend(reader.next(AT_A_TIME).await?);
+            next = records.last().map_or(bounds.end, |last| last.offset.successor());
+        }
+    }
+    Ok(records)
+}
+
+/// The stream of a run's orders on a RabbitMQ broker.
+#[cfg(feature = "rabbitmq")]
+pub(crate) fn order_stream(consumer: &ConsumerId) -> String {
+    format!("{consumer}.orders")
 }

@@ -1,4 +1,4 @@
-//! The deliveries that are compared.
+//! The deliveries to compare.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize)]
 #[expect(
     clippy::enum_variant_names,
-    reason = "without its last word none of the names is known"
+    reason = "the deliveries are only known by their full names"
 )]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Delivery {
@@ -21,7 +21,7 @@ impl Delivery {
     pub(crate) const ALL: [Self; 3] = [Self::AtMostOnce, Self::AtLeastOnce, Self::EssentiallyOnce];
 }
 
-/// The same text that the command line and the JSON use.
+/// Also used on the command line and in the JSON.
 impl fmt::Display for Delivery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {

@@ -1,13 +1,13 @@
-//! The orders to ship: from a file, or made up.
+//! The orders to ship, from a file or generated.
 
 use std::{fs, path::Path};
 
 use crate::order::Format;
 
-/// Bytes of a line: half of what a log takes as a record by default.
+/// The longest line, in bytes: half the size of a record that a log accepts by default.
 const LONGEST_LINE: usize = 8 * 1024 * 1024;
 
-/// Lines, and how to read them.
+/// The lines, and how to read them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Input {
     pub(crate) format: Format,
@@ -15,10 +15,11 @@ pub(crate) struct Input {
 }
 
 impl Input {
-    /// Reads a CSV file, one order a line.
+    /// Reads a CSV file with one order per line.
     ///
     /// # Errors
-    /// What is wrong with the file as a whole; a line that is no valid order is the shipping worker's business.
+    /// The reason why the file as a whole is invalid. The shipping worker deals with a line that is
+    /// not a valid order.
     pub(crate) fn read(path: &Path) -> Result<Self, String> {
         let bytes = fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         Self::parse(&bytes).map_err(|error| format!("{}: {error}", path.display()))
@@ -30,31 +31,33 @@ impl Input {
                 .iter()
                 .filter(|byte| **byte == b'\n')
                 .count();
-            format!("line {line} is not UTF-8: convert the file first")
+            format!("line {line} is not UTF-8: convert the file to UTF-8")
         })?;
         let mut lines = text.strip_prefix('\u{feff}').unwrap_or(text).lines().map(str::to_owned);
         let header = lines
             .next()
-            .ok_or("the file is empty: a header with a column `freight` is needed")?;
+            .ok_or("the file is empty: it needs a header with a column `freight`")?;
         let format = Format::of(&header)?;
         let lines: Vec<String> = lines.collect();
         if let Some(index) = lines.iter().position(|line| line.len() > LONGEST_LINE) {
             let (line, bytes) = (index + 2, lines[index].len());
             return Err(format!(
-                "line {line} has {bytes} bytes, the most is {LONGEST_LINE}: is the file one order a line?"
+                "line {line} has {bytes} bytes, the most is {LONGEST_LINE}: put one order on each line"
             ));
         }
         if lines.is_empty() {
-            return Err("no orders after the header: nothing to do".into());
+            return Err("no orders follow the header".into());
         }
         Ok(Self { format, lines })
     }
 
-    /// Makes up orders; about one in a thousand is malformed. The same seed makes the same orders.
+    /// Generates orders, of which about one in a thousand is malformed. The same seed generates the
+    /// same orders.
     pub(crate) fn made_up(orders: usize, seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         Self {
-            // The columns of `made_up_line`: orderID, customerID, orderDate, freight, shipName, shipCountry.
+            // The columns of `made_up_line`: orderID, customerID, orderDate, freight, shipName,
+            // shipCountry.
             format: Format { fields: 6, freight: 3 },
             lines: (0..orders)
                 .map(|index| made_up_line(&mut rng, 10_001 + index))

@@ -5,24 +5,28 @@
 //! cargo run --release -p orders -- --input orders.csv --kills 50 --seed 7
 //! ```
 //!
-//! Orders are written to a log. A worker, a process of its own, reads them and inserts one shipment per order. This process
-//! kills the worker at random moments (SIGKILL: it has no chance to tidy up) and starts it again, until the log is drained. Then
-//! it counts, in the database, which orders were shipped once, more than once, or never.
+//! This program writes orders to a log. A worker process reads them and inserts one shipment per
+//! order. The program kills the worker at random moments (with SIGKILL, so it has no chance to
+//! clean up) and starts it again, until the log is drained. Then it counts in the database which
+//! orders were shipped once, more than once, or never.
 //!
-//! All of that happens three times, on fresh files, with the same handler and the same kills:
+//! It does this three times, on fresh files, with the same handler and the same kills:
 //!
-//! - **at-most-once** commits the position, then ships: what was not yet shipped at a kill is lost;
-//! - **at-least-once** ships, then commits the position: what was not yet committed at a kill is shipped again;
-//! - **essentially-once** ships in the transaction that commits the position: no kill can come between.
+//! - **at-most-once** commits the position, then ships. A kill loses the orders not yet shipped.
+//! - **at-least-once** ships, then commits the position. After a kill, orders not yet committed are
+//!   shipped again.
+//! - **essentially-once** ships in the transaction that commits the position. A kill cannot
+//!   separate the two.
 //!
-//! A line that is no valid order is set aside in the table `rejected`, with the reason, by the same handler and in the same
-//! transaction. It counts as rejected once, however often it was written there, and as never shipped if it was lost.
+//! The same handler, in the same transaction, sets aside an invalid line in the table `rejected`,
+//! with the reason. The line counts as rejected once, however often it was written there, and as
+//! never shipped if it was lost.
 //!
-//! Log and store are kept in SQLite files, or with `--log` or `--store` on a Redis server (`--features redis`) or a RabbitMQ broker
-//! (`--features rabbitmq`).
+//! Log and store are kept in SQLite files. With `--log` or `--store` they are kept on a Redis
+//! server (`--features redis`) or a RabbitMQ broker (`--features rabbitmq`).
 //!
-//! Where to read on: `backend` opens log and store, `shipping` is the handler, `shop` is what it writes, `worker` runs the consumer, `race` kills it, and
-//! `tally` counts.
+//! Where to read on: `backend` opens log and store. `shipping` is the handler. `shop` is what it
+//! writes to. `worker` runs the consumer. `race` kills it, and `tally` counts.
 
 use std::{
     io::{self, Write as _},
@@ -35,6 +39,7 @@ use clap::{Parser, Subcommand};
 mod backend;
 mod delivery;
 mod input;
+mod leash;
 mod order;
 mod plan;
 mod race;
@@ -49,10 +54,11 @@ use essentially_once::ConsumerId;
 use input::Input;
 use tally::Tally;
 
-/// Whatever stops the program, in words for its user.
+/// Any error that stops the program, as text for its user.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Ships orders while the shipping worker is killed again and again, once for each delivery, and counts what became of them.
+/// Ships orders while the shipping worker is killed again and again, once for each delivery, and
+/// counts what happened to them.
 #[derive(Parser)]
 #[command(
     version,
@@ -76,10 +82,11 @@ enum Command {
 
 #[derive(clap::Args)]
 struct RunArgs {
-    /// Ship the lines of this CSV file: a header with a column `freight`, then one order a line, its id in the first field.
+    /// Ship the lines of this CSV file. It has a header with a column `freight`, then one order per
+    /// line with its id in the first field.
     #[arg(long, value_name = "FILE", conflicts_with = "orders")]
     input: Option<PathBuf>,
-    /// How many orders to make up when there is no FILE.
+    /// How many orders to generate without FILE.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     orders: u32,
     /// How often to kill the worker, for each delivery.
@@ -88,16 +95,18 @@ struct RunArgs {
     /// How many orders the worker takes at a time.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_batch: u32,
-    /// Repeat the made-up orders and the kills of an earlier run.
+    /// Repeat the generated orders and the kills of an earlier run.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Keep the databases in this folder, which must not hold any yet, and what is on servers there.
+    /// Keep the databases and the data on servers. The databases go to this folder, which must not
+    /// hold any yet.
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Keep the log there: `sqlite`, or a URL: redis://host:6379/0 with `--features redis`, amqp://user:password@host/%2f with `--features rabbitmq`.
+    /// Where to keep the log: `sqlite`, redis://host:6379/0 (with `--features redis`) or
+    /// amqp://user:password@host/%2f (with `--features rabbitmq`).
     #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::LOG_VARIABLE, hide_env_values = true)]
     log: String,
-    /// Keep shipments and position there: as for the log.
+    /// Where to keep shipments and position. Takes the same values as `--log`.
     #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::STORE_VARIABLE, hide_env_values = true)]
     store: String,
     /// Print the result as one JSON object.
@@ -118,14 +127,14 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            // A closed stderr is no reason to panic.
+            // A closed stderr is not a reason to panic.
             let _ = writeln!(io::stderr(), "orders: {error}");
             ExitCode::from(bad_input)
         }
     }
 }
 
-/// What is fixed before anything is written.
+/// Everything that is decided before anything is written.
 struct Prepared {
     seed: u64,
     input: Input,
@@ -140,7 +149,7 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
         Some(path) => Input::read(path)?,
         None => Input::made_up(args.orders as usize, seed),
     };
-    // Not by clap, which shows a bad value, and with it the password in a URL.
+    // Parsed here because clap would print a bad value, including the password in a URL.
     let log = args.log.parse().map_err(|error| format!("--log: {error}"))?;
     let store = args.store.parse().map_err(|error| format!("--store: {error}"))?;
     let folder = Folder::open(args.dir.as_deref())?;
@@ -153,7 +162,7 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
     })
 }
 
-/// Runs all deliveries and prints the result; true if essentially-once kept its promise.
+/// Runs all deliveries and prints the result. Returns whether essentially-once kept its promise.
 fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     let Prepared {
         seed,
@@ -165,11 +174,12 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     let orders = input.lines.len();
     let _ = writeln!(
         io::stderr(),
-        "{orders} orders, {} kills for each delivery; --seed {seed} repeats them",
+        "{orders} orders, {} kills for each delivery (--seed {seed} repeats them)",
         args.kills
     );
     let kills = plan::kills(seed, orders, args.kills as usize);
-    // Not of the seed: a repeated run is another run to a server.
+    // Independent of the seed, because a repeated run must not reuse an earlier run's names on a
+    // server.
     let run = fastrand::Rng::new().u32(..);
     let mut tallies = Vec::new();
     for delivery in Delivery::ALL {
@@ -189,8 +199,8 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
         if let Folder::Temporary(_) = &folder
             && let Err(error) = runtime()?.block_on(race.backend.remove())
         {
-            // No reason to end with: why the run failed, if it did, says more.
-            let _ = writeln!(io::stderr(), "what the run wrote could not be removed: {error}");
+            // Only reported, because an error of the run itself is more important.
+            let _ = writeln!(io::stderr(), "cannot remove the data of this run: {error}");
         }
         tallies.push(tally?);
     }
@@ -200,7 +210,7 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     };
     io::stdout().lock().write_all(shown.as_bytes())?;
     if let Folder::Kept(path) = &folder {
-        let _ = writeln!(io::stderr(), "the databases are kept in {}", path.display());
+        let _ = writeln!(io::stderr(), "the databases are in {}", path.display());
     }
     Ok(tallies
         .iter()
@@ -212,14 +222,14 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-/// Where the databases are.
+/// The folder of the databases.
 enum Folder {
     Kept(PathBuf),
     Temporary(tempfile::TempDir),
 }
 
 impl Folder {
-    /// Refuses a folder with databases in it: two runs in one file would be counted as one.
+    /// Refuses a folder that holds databases, because two runs in one file would be counted as one.
     fn open(kept: Option<&std::path::Path>) -> Result<Self, Failure> {
         let Some(path) = kept else {
             let folder = tempfile::Builder::new()
@@ -234,7 +244,7 @@ impl Folder {
             let database = folder.database(delivery);
             if database.exists() {
                 let shown = database.display();
-                return Err(format!("{shown} is there already: remove it or choose another folder").into());
+                return Err(format!("{shown} already exists: remove it or choose another folder").into());
             }
         }
         Ok(folder)

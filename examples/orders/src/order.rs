@@ -1,11 +1,11 @@
-//! What a valid order is.
+//! Parses orders.
 
-/// How the lines of a file are read.
+/// The format of a file's lines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Format {
-    /// Number of fields of every line.
+    /// The number of fields in every line.
     pub(crate) fields: usize,
-    /// Which of them is the freight, counted from 0.
+    /// The index of the freight field.
     pub(crate) freight: usize,
 }
 
@@ -19,7 +19,7 @@ impl Format {
     /// Reads the header of a file.
     ///
     /// # Errors
-    /// The columns that were found, if `freight` is not one of them.
+    /// The columns found, if none of them is `freight`.
     pub(crate) fn of(header: &str) -> Result<Self, String> {
         let columns = fields(header)?;
         let freight = columns
@@ -27,7 +27,7 @@ impl Format {
             .position(|name| name.trim().eq_ignore_ascii_case("freight"))
             .ok_or_else(|| {
                 let found: Vec<&str> = columns.iter().collect();
-                format!("the header names no column `freight`, only: {}", found.join(", "))
+                format!("the header has no column `freight`, only: {}", found.join(", "))
             })?;
         Ok(Self {
             fields: columns.len(),
@@ -38,7 +38,7 @@ impl Format {
     /// Reads one order.
     ///
     /// # Errors
-    /// Why the line is no valid order.
+    /// Why the line is not a valid order.
     pub(crate) fn parse(&self, line: &str) -> Result<Order, String> {
         let fields = fields(line)?;
         let id = fields.iter().next().unwrap_or_default().trim();
@@ -46,12 +46,12 @@ impl Format {
             return Err("no order id".into());
         }
         if fields.len() != self.fields {
-            return Err(format!("{} fields, the header has {}", fields.len(), self.fields));
+            return Err(format!("{} fields, but the header has {}", fields.len(), self.fields));
         }
         let freight = fields.get(self.freight).unwrap_or_default().trim();
         match freight.parse::<f64>() {
-            Err(_) => Err(format!("freight {freight:?} is no number")),
-            Ok(number) if !number.is_finite() => Err(format!("freight {freight:?} is no finite number")),
+            Err(_) => Err(format!("freight {freight:?} is not a number")),
+            Ok(number) if !number.is_finite() => Err(format!("freight {freight:?} is not a finite number")),
             Ok(number) if number < 0.0 => Err(format!("freight {freight:?} is negative")),
             Ok(number) => Ok(Order {
                 id: id.into(),
@@ -61,7 +61,7 @@ impl Format {
     }
 }
 
-/// The first field of a line, if it says anything: what the order is about.
+/// The first field of a line, unless it is blank. It identifies the order.
 pub(crate) fn key(line: &str) -> Option<String> {
     let id = fields(line).ok()?.get(0)?.trim().to_owned();
     (!id.is_empty()).then_some(id)
@@ -72,19 +72,19 @@ fn fields(line: &str) -> Result<csv::StringRecord, String> {
     if line.is_empty() {
         return Ok(csv::StringRecord::new());
     }
-    // A second line, which a quote that is not closed swallows.
+    // Adds a second line, which an unclosed quote swallows.
     let text = format!("{line}\n.");
     let reader = csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
-        // A reader lives for one line only.
+        // A reader lives for only one line.
         .buffer_capacity(text.len())
         .from_reader(text.as_bytes());
     let records: Result<Vec<csv::StringRecord>, csv::Error> = reader.into_records().collect();
     match records.map_err(|error| error.to_string())?.as_slice() {
         [first, _] => Ok(first.clone()),
-        [_] => Err("a quote is not closed: an order is one line".into()),
-        _ => Err("a carriage return inside the line".into()),
+        [_] => Err("a quote is not closed: an order must fit on one line".into()),
+        _ => Err("the line contains a carriage return".into()),
     }
 }
 
@@ -122,20 +122,20 @@ mod tests {
             ("", "no order id"),
             ("   ", "no order id"),
             (",1,Ann", "no order id"),
-            ("1", "1 fields, the header has 3"),
-            ("1,2,Smith, Ann", "4 fields, the header has 3"),
+            ("1", "1 fields, but the header has 3"),
+            ("1,2,Smith, Ann", "4 fields, but the header has 3"),
             ("1,-0.01,Ann", "negative"),
-            ("1,NaN,Ann", "no finite number"),
-            ("1,inf,Ann", "no finite number"),
-            ("1,1e999,Ann", "no finite number"),
-            ("1,NULL,Ann", "no number"),
-            ("1,,Ann", "no number"),
+            ("1,NaN,Ann", "not a finite number"),
+            ("1,inf,Ann", "not a finite number"),
+            ("1,1e999,Ann", "not a finite number"),
+            ("1,NULL,Ann", "not a number"),
+            ("1,,Ann", "not a number"),
             ("1,\"2,Ann", "a quote is not closed"),
             ("1,2,\"Ann", "a quote is not closed"),
             ("1,2,Ann\r2,3,Bob", "carriage return"),
         ] {
-            let told = FORMAT.parse(line).expect_err(line);
-            assert!(told.contains(reason), "{line:?}: {told}");
+            let error = FORMAT.parse(line).expect_err(line);
+            assert!(error.contains(reason), "{line:?}: {error}");
         }
     }
 

@@ -1,19 +1,20 @@
-//! When the worker is killed.
+//! Chooses when the worker is killed.
 
 use std::time::Duration;
 
-/// One kill: once the worker is past a line, and a little later.
+/// One kill: after the worker has passed a line, plus a short delay.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Kill {
-    /// How many lines must have been reached; 0 kills the worker while it starts.
+    /// How many lines the worker must have reached. 0 kills it while it starts.
     pub(crate) after_line: usize,
-    /// A little more, so that the kill falls on a commit as well as on a write.
+    /// The delay varies, so that kills hit commits as well as writes.
     pub(crate) delay: Duration,
 }
 
-/// Draws the kills, spread over the log so that the worker does something between any two: a line in each of as many equal parts of
-/// it as there are kills. The last tenth is left out, lest the worker be done before the last kill. The same arguments draw the
-/// same kills.
+/// Draws the kills, spread over the log so that the worker makes progress between them. It divides
+/// the log into as many equal parts as there are kills, and draws one line in each. It leaves out
+/// the last tenth, so that the worker does not finish before the last kill. The same arguments draw
+/// the same kills.
 pub(crate) fn kills(seed: u64, lines: usize, kills: usize) -> Vec<Kill> {
     const LONGEST_DELAY_MICROS: u64 = 2_000;
     let mut rng = fastrand::Rng::with_seed(seed);

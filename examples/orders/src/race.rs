@@ -1,4 +1,5 @@
-//! One delivery's run: write the log, start workers and kill them until the log is drained, count.
+//! Runs one delivery: writes the log, starts workers and kills them until the log is drained, then
+//! counts.
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
@@ -65,7 +66,8 @@ impl Race<'_> {
         Ok(())
     }
 
-    /// Returns how many workers were killed. It ends: each planned kill is tried a few times, and then one worker is let be.
+    /// Returns how many workers were killed. Each planned kill is tried a few times, and the last
+    /// worker is never killed, so this ends.
     fn kill_until_drained(&self, bar: &ProgressBar) -> Result<u64, Failure> {
         const TRIES: usize = 3;
         const AT_ONCE: Kill = Kill {
@@ -74,7 +76,7 @@ impl Race<'_> {
         };
         let mut killed = 0;
         for kill in self.kills {
-            // A worker that is done before its time leaves the kill to its successor, who is killed while it starts.
+            // If a worker finishes before its kill, its successor is killed at its start instead.
             for kill in [*kill].into_iter().chain([AT_ONCE; TRIES]) {
                 if let End::Killed = self.one_life(Some(kill), bar)? {
                     killed += 1;
@@ -94,10 +96,10 @@ impl Race<'_> {
             None => self.follow(&mut worker, usize::MAX, bar)?,
         };
         if let (true, Some(kill)) = (alive, kill) {
-            // A worker that waited meanwhile would always be killed at the same place.
+            // A worker that had to wait meanwhile would always be killed at the same place.
             worker.give_slack();
             thread::sleep(kill.delay);
-            // It fails if the worker just ended by itself, which its status tells.
+            // An error means that the worker just ended on its own. Its status shows it.
             let _ = worker.process.kill();
         }
         let mut words = String::new();
@@ -105,12 +107,12 @@ impl Race<'_> {
             stderr.read_to_string(&mut words)?;
         }
         let status = worker.process.wait()?;
-        // A killed worker has no last words.
+        // A killed worker writes nothing to stderr.
         match (status.success(), alive && words.is_empty()) {
             (true, _) => Ok(End::Drained),
             (false, true) => Ok(End::Killed),
             (false, false) => Err(format!(
-                "the {} worker ended by itself, {status}: {}",
+                "the {} worker ended on its own, {status}: {}",
                 self.delivery,
                 words.trim_end()
             )
@@ -118,7 +120,8 @@ impl Race<'_> {
         }
     }
 
-    /// Reads what the worker tells until it is past `line`; false if it ended before.
+    /// Reads the worker's reports until it is past `line`. Returns `false` if the worker ended
+    /// before.
     fn follow(&self, worker: &mut Worker, line: usize, bar: &ProgressBar) -> Result<bool, Failure> {
         const LONGEST_SILENCE: Duration = Duration::from_secs(60);
         let mut reached = 0;
@@ -126,14 +129,14 @@ impl Race<'_> {
             if reached >= line {
                 break;
             }
-            let told = match worker.lines.recv_timeout(LONGEST_SILENCE) {
-                Ok(told) => told?,
+            let reported = match worker.lines.recv_timeout(LONGEST_SILENCE) {
+                Ok(reported) => reported?,
                 Err(RecvTimeoutError::Disconnected) => return Ok(false),
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(format!("the {} worker hangs: it did nothing for a minute", self.delivery).into());
+                    return Err(format!("the {} worker hangs: it made no progress for a minute", self.delivery).into());
                 }
             };
-            reached = told.parse::<usize>()?.saturating_sub(HEADER_LINES);
+            reached = reported.parse::<usize>()?.saturating_sub(HEADER_LINES);
             bar.set_position(reached as u64);
             if handled % self.leash() == 0 {
                 worker.give_slack();
@@ -166,8 +169,8 @@ impl Race<'_> {
         })
     }
 
-    /// How many lines the worker may be ahead of what was read here: more than it handles within a kill's delay. The odd number
-    /// keeps its waiting from falling on the ends of batches.
+    /// How many lines the worker may be ahead of its parent: more than it handles within a kill's
+    /// delay. An odd number keeps the worker's waits from coinciding with the ends of batches.
     fn leash(&self) -> u64 {
         2 * u64::from(self.max_batch) + 101
     }
@@ -191,10 +194,10 @@ struct Worker {
 }
 
 impl Worker {
-    /// Lets the worker go on for the length of its leash.
+    /// Lets the worker continue for the length of its leash.
     fn give_slack(&mut self) {
         if let Some(stdin) = &mut self.process.stdin {
-            // It fails if the worker just ended, which its silence tells.
+            // An error means that the worker just ended. It then sends no more lines.
             let _ = stdin.write_all(b".");
         }
     }
@@ -208,12 +211,12 @@ impl Drop for Worker {
     }
 }
 
-/// Reads in a thread, so that waiting for the next line can end.
+/// Reads on a separate thread, so that waiting for the next line can time out.
 fn listen(stdout: ChildStdout) -> mpsc::Receiver<io::Result<String>> {
-    let (tell, lines) = mpsc::channel();
+    let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(stdout).lines() {
-            if tell.send(line).is_err() {
+            if sender.send(line).is_err() {
                 return;
             }
         }

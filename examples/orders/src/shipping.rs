@@ -1,15 +1,15 @@
-//! What is done with an order: the same code for every delivery and every store.
+//! Handles an order, with the same code for every delivery and every store.
 
 use async_trait::async_trait;
 use essentially_once::{Handler, HandlerError, Record};
 
 use crate::{
+    leash::Leash,
     order::Format,
     shop::{Effect, Shop},
-    worker::Leash,
 };
 
-/// Ships each order, or sets it aside if it is malformed. `D` says where it writes.
+/// Ships each order, or sets it aside if it is malformed. `D` determines where it writes.
 pub(crate) struct Shipping<D> {
     pub(crate) desk: D,
     pub(crate) format: Format,
@@ -42,22 +42,22 @@ async fn ship(shop: &mut impl Shop, format: Format, record: &Record, line: u32) 
     }
 }
 
-/// The line of the file that the record was, as its writer noted.
+/// The line of the file that the record came from, as the writer noted it.
 fn line_number(record: &Record) -> Result<u32, HandlerError> {
     record
         .header("line")
         .and_then(|value| std::str::from_utf8(value).ok()?.parse().ok())
-        .ok_or_else(|| HandlerError::fatal("the record has no header `line`: it is not of this program"))
+        .ok_or_else(|| HandlerError::fatal("the record has no header `line`: another program wrote it"))
 }
 
-/// Finds the shop to write in, given what the delivery hands to its handler.
+/// Finds the shop to write to, given the argument that the delivery passes to its handler.
 pub(crate) trait Desk<Tx>: Send {
     type Shop: Shop;
 
     fn shop<'a>(&'a mut self, tx: &'a mut Tx) -> &'a mut Self::Shop;
 }
 
-/// Essentially-once hands over a transaction.
+/// Essentially-once passes a transaction.
 pub(crate) struct InTransaction;
 
 impl<Tx: Shop> Desk<Tx> for InTransaction {
@@ -68,7 +68,7 @@ impl<Tx: Shop> Desk<Tx> for InTransaction {
     }
 }
 
-/// The other deliveries hand over nothing, so the handler brings its own connection.
+/// The other deliveries pass nothing, so the handler brings its own connection.
 pub(crate) struct OnItsOwn<S>(pub(crate) S);
 
 impl<S: Shop> Desk<()> for OnItsOwn<S> {

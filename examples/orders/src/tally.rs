@@ -1,11 +1,16 @@
-//! Counts what became of the orders, and shows it.
+//! Counts what happened to the orders, and shows it.
 
-use essentially_once::{Log, Offset, Record};
+use essentially_once::Offset;
 use serde::Serialize;
 
-use crate::{Failure, backend::Backend, delivery::Delivery};
+use crate::{
+    Failure,
+    backend::{Backend, read_all},
+    delivery::Delivery,
+};
 
-/// What became of the orders of one run. Each is counted under its offset in the log: an id may be missing or used twice.
+/// What happened to the orders of one run. Each is counted under its offset in the log, because an
+/// id may be missing or used twice.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub(crate) struct Tally {
     pub(crate) delivery: Delivery,
@@ -22,15 +27,15 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Nothing lost and nothing doubled, rejected lines included.
+    /// Whether no order and no rejected line was lost or doubled.
     pub(crate) fn each_took_effect_once(&self) -> bool {
         self.shipped_once + self.rejected == self.orders && self.effects == self.orders
     }
 }
 
-/// Counts in the log and in the shop, as they are on disk.
+/// Counts in the log and in the shop, as stored on disk.
 pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, seconds: f64) -> Result<Tally, Failure> {
-    let records = read(&*backend.open_log().await?).await?;
+    let records = read_all(&*backend.open_log().await?).await?;
     let orders = records.len() as u64;
     let offsets: Vec<Offset> = records.iter().map(|record| record.offset).collect();
     let books = backend.books(&offsets).await?;
@@ -47,22 +52,7 @@ pub(crate) async fn count(backend: &Backend, delivery: Delivery, kills: u64, sec
     })
 }
 
-/// All that the log holds now.
-pub(crate) async fn read(log: &dyn Log) -> Result<Vec<Record>, Failure> {
-    const AT_A_TIME: usize = 1_000;
-    let bounds = log.bounds().await?;
-    let (mut records, mut next) = (Vec::<Record>::new(), bounds.earliest);
-    if next < bounds.end {
-        let mut reader = log.read(next).await?;
-        while next < bounds.end {
-            records.extend(reader.next(AT_A_TIME).await?);
-            next = records.last().map_or(bounds.end, |last| last.offset.successor());
-        }
-    }
-    Ok(records)
-}
-
-/// One line for each delivery, below a heading.
+/// One line per delivery, below a heading.
 pub(crate) fn table(tallies: &[Tally]) -> String {
     let mut table = String::from(
         "delivery          orders  shipped once  shipped twice or more  never shipped  rejected  kills  seconds\n",

@@ -1,13 +1,6 @@
 //! The shipping worker: a process that can be killed at any moment.
 
-use std::{
-    io::{self, Read as _, Write as _},
-    path::PathBuf,
-    process,
-    sync::mpsc,
-    thread,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use essentially_once::{Consumer, ConsumerId, OffsetStore};
 
@@ -15,26 +8,27 @@ use crate::{
     Failure,
     backend::{Backend, Place},
     delivery::Delivery,
+    leash::Leash,
     order::Format,
     shipping::{InTransaction, OnItsOwn, Shipping},
     shop::{self, Shop},
 };
 
-/// What the parent tells its worker.
+/// The settings that the parent passes to its worker.
 #[derive(clap::Args)]
 pub(crate) struct WorkerArgs {
     pub(crate) database: PathBuf,
     pub(crate) consumer: ConsumerId,
     pub(crate) delivery: Delivery,
-    /// Fields of every line.
+    /// The number of fields in every line.
     pub(crate) fields: usize,
-    /// Which of them is the freight.
+    /// The index of the freight field.
     pub(crate) freight: usize,
-    /// Orders taken at a time.
+    /// How many orders to take at a time.
     pub(crate) max_batch: usize,
-    /// Orders handled before the worker waits for its parent.
+    /// How many orders to handle before waiting for the parent.
     pub(crate) leash: u64,
-    /// Given by the environment: anyone may read a command line, and it may hold a password.
+    /// Passed in the environment. It may hold a password, and everyone can read a command line.
     #[arg(long, env = LOG_VARIABLE, hide_env_values = true)]
     pub(crate) log: String,
     #[arg(long, env = STORE_VARIABLE, hide_env_values = true)]
@@ -85,9 +79,9 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
     store: S,
     own_shop: impl AsyncFnOnce() -> Result<O, Failure>,
 ) -> Result<(), Failure> {
-    /// Rather fail than go round for ever when the database is not to be had.
+    /// Limits the restarts, so that the worker fails if the database stays unavailable.
     const RESTARTS: u32 = 20;
-    /// The worker before this one is dead: its parent has seen it end.
+    /// The previous worker is dead, as the parent has seen. Nobody needs to wait for it.
     const NO_STANDBY: Duration = Duration::ZERO;
     let log = backend.open_log().await?;
     let id = args.consumer.clone();
@@ -125,40 +119,4 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
         }
     }
     Ok(())
-}
-
-/// Ties the worker to its parent.
-///
-/// Each handled line is told on stdout. After every `length` lines the worker waits for a byte on stdin: however slowly the parent gets
-/// to run, a kill that is meant for a line falls near it. When stdin ends, the parent is gone, and so is the worker.
-pub(crate) struct Leash {
-    length: u64,
-    handled: u64,
-    slack: mpsc::Receiver<()>,
-}
-
-impl Leash {
-    fn attach(length: u64) -> Self {
-        let (give, slack) = mpsc::channel();
-        thread::spawn(move || {
-            let mut byte = [0];
-            while io::stdin().read_exact(&mut byte).is_ok() && give.send(()).is_ok() {}
-            process::exit(1);
-        });
-        Self {
-            length: length.max(1),
-            handled: 0,
-            slack,
-        }
-    }
-
-    /// Tells the parent that a line was handled.
-    pub(crate) fn reached(&mut self, line: u32) -> Result<(), Failure> {
-        writeln!(io::stdout(), "{line}")?;
-        self.handled += 1;
-        if self.handled.is_multiple_of(self.length) {
-            self.slack.recv()?;
-        }
-        Ok(())
-    }
 }

@@ -1,4 +1,4 @@
-//! Runs the program as its user does.
+//! Runs the program as its users do.
 
 use std::{
     fs,
@@ -16,11 +16,11 @@ fn orders(arguments: &[&str]) -> Output {
         .expect("the program starts")
 }
 
-/// The JSON of a run that must end well.
+/// The JSON of a run that must succeed.
 fn deliveries(arguments: &[&str]) -> Vec<Value> {
     let output = orders(&[arguments, &["--json"]].concat());
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{told}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
     let json: Value = serde_json::from_slice(&output.stdout).expect("nothing but JSON on stdout");
     let deliveries = json["deliveries"].as_array().expect("a list").clone();
     let names: Vec<_> = deliveries.iter().map(|one| one["delivery"].as_str()).collect();
@@ -37,7 +37,7 @@ fn number(delivery: &Value, name: &str) -> u64 {
         .unwrap_or_else(|| panic!("{name} in {delivery}"))
 }
 
-/// Runs a bad command line, and returns what is told; nothing may be written.
+/// Runs a bad command line, and returns the error. The program must not write anything.
 fn refused(arguments: &[&str], folder: &Path) -> String {
     let untouched = folder.join("untouched");
     let output = orders(&[arguments, &["--dir", &untouched.to_string_lossy()]].concat());
@@ -67,7 +67,7 @@ fn kills_lose_and_double_nothing_under_essentially_once() {
     assert_eq!(number(at_least_once, "never_shipped"), 0);
     assert_eq!(number(essentially_once, "shipped_more"), 0);
     assert_eq!(number(essentially_once, "never_shipped"), 0);
-    // Twenty kills that all miss a batch in hand would mean that they do not fall into the work.
+    // If all twenty kills miss a batch in progress, they do not fall into the work.
     assert!(number(at_most_once, "never_shipped") > 0, "{at_most_once}");
     assert!(number(at_least_once, "shipped_more") > 0, "{at_least_once}");
 }
@@ -107,7 +107,7 @@ fn malformed_lines_are_set_aside_with_their_reason() {
         (4, "4 fields", "3,5.00,Smith, Bob"),
         (5, "no order id", ",7.00,Ann"),
         (6, "negative", "5,-1,Ann"),
-        (7, "no finite number", "6,NaN,Ann"),
+        (7, "not a finite number", "6,NaN,Ann"),
         (8, "no order id", ""),
     ];
     assert_eq!(rejected.len(), expected.len());
@@ -118,7 +118,7 @@ fn malformed_lines_are_set_aside_with_their_reason() {
 
     let again = orders(&["--input", &input, "--dir", &kept]);
     assert_eq!(again.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&again.stderr).contains("is there already"));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("already exists"));
 }
 
 #[test]
@@ -165,9 +165,9 @@ fn bad_input_is_refused_before_anything_is_written() {
             "line 3 is not UTF-8",
         ),
     ] {
-        let told = refused(&["--input", &input], folder.path());
-        assert!(told.contains(reason), "{told}");
-        assert!(told.contains(&input), "the file is named: {told}");
+        let error = refused(&["--input", &input], folder.path());
+        assert!(error.contains(reason), "{error}");
+        assert!(error.contains(&input), "the error does not name the file: {error}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Runs the program as its user does, with log, store or both on a private server.
+//! Runs the program as its users do, with log, store or both on a private server.
 
 use std::process::{Command, ExitCode, Output};
 
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         };
         suite = match test_servers::rabbitmq_server() {
             Err(why) => suite.ignored(&format!("{name}_on_rabbitmq"), &why),
-            // A worker takes longer to begin there.
+            // A worker takes longer to start there.
             Ok(_) => suite.test(&format!("{name}_on_rabbitmq"), move || {
                 kills_lose_and_double_nothing(RabbitNode::start(), log, store, 1_000, 8)
             }),
@@ -28,11 +28,11 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// A server to run the program on.
+/// A server for the program's data.
 trait Server {
     fn url(&self) -> String;
 
-    /// What is on it.
+    /// The data left on it.
     fn left(&self) -> Result<String, Error>;
 }
 
@@ -63,7 +63,7 @@ fn orders(arguments: &[&str]) -> Result<Output, Violation> {
     Command::new(env!("CARGO_BIN_EXE_orders"))
         .args(arguments)
         .output()
-        .map_err(|error| Violation::new(format!("the program does not start: {error}")))
+        .map_err(|error| Violation::new(format!("the program cannot start: {error}")))
 }
 
 fn kills_lose_and_double_nothing(
@@ -81,16 +81,18 @@ fn kills_lose_and_double_nothing(
     let arguments = ["--orders", &count_text, "--kills", &kills_text, "--seed", "1", "--json"];
     let places = ["--log", place(log), "--store", place(store)];
     let output = orders(&[&arguments[..], &places].concat())?;
-    let told = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        return Err(violation(format!("{}: {told}", output.status)));
+        return Err(violation(format!("{}: {stderr}", output.status)));
     }
     let report: serde_json::Value =
         serde_json::from_slice(&output.stdout).map_err(|error| violation(error.to_string()))?;
     let [at_most_once, at_least_once, essentially_once] =
         &report["deliveries"].as_array().cloned().unwrap_or_default()[..]
     else {
-        return Err(violation(format!("not three deliveries: {report}")));
+        return Err(violation(format!(
+            "the report does not have three deliveries: {report}"
+        )));
     };
     for (delivery, name, expected) in [
         (at_most_once, "shipped_more", true),
@@ -130,14 +132,14 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
     ] {
         for option in ["--log", "--store"] {
             let output = orders(&["--orders", "5", option, &url])?;
-            let told = String::from_utf8_lossy(&output.stderr);
-            if output.status.success() || told.contains(SECRET) {
-                return Err(Violation::new(format!("{option}: {}: {told}", output.status)));
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            if output.status.success() || stderr.contains(SECRET) {
+                return Err(Violation::new(format!("{option}: {}: {stderr}", output.status)));
             }
-            let why = told.lines().find(|line| line.starts_with("orders: "));
+            let why = stderr.lines().find(|line| line.starts_with("orders: "));
             if url.contains("127.0.0.1:1") && !why.is_some_and(|why| why.contains("127.0.0.1:1")) {
                 return Err(Violation::new(format!(
-                    "{option} {url}: the server is not named: {told}"
+                    "{option} {url}: the error does not name the server: {stderr}"
                 )));
             }
         }

@@ -1,20 +1,21 @@
-//! Asking again, for what no event reports: a server that comes up, a broker's own bookkeeping, another process.
+//! Polling, for changes that no event reports: a server that comes up, a broker's own bookkeeping,
+//! another process.
 
 use std::{future::Future, time::Duration};
 
 use essentially_once::Error;
 use tokio::time::{Instant, sleep};
 
-/// What takes longer is stuck, also on a machine with other work to do.
+/// Longer means stuck, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// How soon to ask again.
+/// The pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Repeats what fails in passing until it is done.
+/// Retries an operation while it fails with transient errors.
 ///
 /// # Errors
-/// What does not pass by itself, and what has not passed after two minutes.
+/// Any other error, and a transient one that persists for two minutes.
 pub async fn insist<T, F>(ask: impl FnMut() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Error>>,
@@ -22,7 +23,7 @@ where
     Ok(insist_and_count(ask).await?.0)
 }
 
-/// The same, and what failed on the way.
+/// Like [`insist`], and also returns the errors on the way.
 ///
 /// # Errors
 /// As for [`insist`].
@@ -42,10 +43,10 @@ where
     }
 }
 
-/// Asks until the answer is `Ok`. Until then it says what there is instead.
+/// Polls until the answer is `Ok`. An `Err` answer holds the current state.
 ///
 /// # Errors
-/// What the question fails with, and the last answer if it is still not the right one after two minutes.
+/// An error of the question, and the last answer if it is still `Err` after two minutes.
 pub async fn eventually<T, F>(mut ask: impl FnMut() -> F) -> Result<T, crate::Error>
 where
     F: Future<Output = Result<Result<T, String>, crate::Error>>,
@@ -55,7 +56,7 @@ where
         match ask().await? {
             Ok(answer) => return Ok(answer),
             Err(instead) if Instant::now() >= given_up => {
-                return Err(format!("after {LIMIT:?} there is still: {instead}").into());
+                return Err(format!("not reached after {LIMIT:?}, the last answer is: {instead}").into());
             }
             Err(_) => sleep(PAUSE).await,
         }

@@ -1,4 +1,4 @@
-//! Certificates.
+//! Creates certificates.
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
@@ -12,21 +12,21 @@ pub struct Pair {
     pub key: String,
 }
 
-/// An authority that nobody else knows, and what it signed.
+/// A certificate authority that nobody else trusts, and the certificates that it signed.
 pub struct Authority {
-    /// Its own certificate, as PEM.
+    /// The authority's own certificate, as PEM.
     pub root: String,
-    /// For a server.
+    /// The server's certificate.
     pub server: Pair,
-    /// For a client.
+    /// The client's certificate.
     pub client: Pair,
 }
 
 impl Authority {
-    /// With new keys; the server's certificate is for these names.
+    /// Creates all of them with new keys. The server's certificate is valid for these names.
     ///
     /// # Errors
-    /// The library's.
+    /// Those of the library.
     pub fn new(server_names: &[&str]) -> Result<Self, Error> {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

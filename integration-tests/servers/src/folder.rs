@@ -1,4 +1,4 @@
-//! Folders and servers that go away with their owner, however it ends.
+//! Folders and servers that are removed with their owner, however it ends.
 
 use std::{
     env,
@@ -10,9 +10,10 @@ use std::{
 
 use crate::Error;
 
-/// Makes the folder, says where it is, and waits until its standard input ends: the owner closed it, or is gone. Then it kills the
-/// process group that is entered in the folder, and removes the folder. It is moved away first, so that a server which is just
-/// about to be started can no longer enter itself, and is not started.
+/// Makes the folder, prints its path, and waits until its standard input ends, which means that the
+/// owner closed it or died. Then it kills the process group noted in the folder and removes the
+/// folder. It first moves the folder away, so that a server about to start can no longer note its
+/// group, and does not start.
 const JANITOR: &str = r#"
 trap '' HUP INT TERM PIPE
 folder=$(mktemp -d "$1/$2.XXXXXX") || exit 1
@@ -24,7 +25,7 @@ read -r group <"$folder/group" && kill -s KILL -- "-$group"
 rm -rf "$folder" || { sleep 1; rm -rf "$folder"; }
 "#;
 
-/// A temporary folder that a janitor, a process of its own, removes when this value is dropped or its process dies.
+/// A temporary folder. A janitor process removes it when this value is dropped or its process dies.
 pub(crate) struct Folder {
     path: PathBuf,
     janitor: Child,
@@ -40,7 +41,7 @@ impl Folder {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // Out of reach of what is sent to the test's group, such as Ctrl-C or a runner's SIGKILL.
+            // Out of reach of signals to the test's group, such as Ctrl-C or a runner's SIGKILL.
             .process_group(0)
             .spawn()
             .map_err(|error| format!("cannot start `sh`, which cleans up after test servers: {error}"))?;
@@ -52,7 +53,7 @@ impl Folder {
         if path.as_os_str().is_empty() {
             janitor.wait()?;
             return Err(format!(
-                "cannot make a folder in {}: set TMPDIR to another one",
+                "cannot make a folder in {}: set TMPDIR to another folder",
                 parent.display()
             )
             .into());
@@ -64,12 +65,12 @@ impl Folder {
         &self.path
     }
 
-    /// Where a server enters its process group, so that the janitor can kill it.
+    /// The file in which a server notes its process group, so that the janitor can kill it.
     pub(crate) fn group(&self) -> PathBuf {
         self.path.join("group")
     }
 
-    /// Where the server's output goes.
+    /// The file that receives the server's output.
     pub(crate) fn log(&self) -> PathBuf {
         self.path.join("server.log")
     }
@@ -78,7 +79,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         drop(self.janitor.stdin.take());
-        // There is nobody to tell; the janitor does what can be done.
+        // An error cannot be reported here. The janitor cleans up as far as it can.
         let _ = self.janitor.wait();
     }
 }

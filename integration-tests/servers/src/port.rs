@@ -4,11 +4,13 @@ use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 
 use crate::Error;
 
-/// Below the ports that Linux gives to outgoing connections, which could otherwise take that of a killed server.
+/// Below the range that Linux uses for outgoing connections. One of those could otherwise take the
+/// port of a killed server.
 const RANGE: std::ops::Range<u16> = 20_000..30_000;
 
-/// A TCP port of 127.0.0.1. The UDP port of the same number is held as a token: it keeps other processes with servers for tests
-/// off this number, is free for nobody's TCP, and goes away with this process.
+/// A TCP port of 127.0.0.1. It also holds the UDP port of the same number as a token, which keeps
+/// other test processes off this number. The token takes no TCP port from anyone, and goes away
+/// with this process.
 pub(crate) struct Port {
     number: u16,
     _token: UdpSocket,

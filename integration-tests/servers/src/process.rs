@@ -1,4 +1,4 @@
-//! A server's process.
+//! Runs a server's process.
 
 use std::{
     ffi::OsString,
@@ -14,10 +14,11 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::{Error, folder::Folder};
 
-/// How long a server may take to start, on a machine that does much else.
+/// How long a server may take to start on a busy machine.
 pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// A running server and its children: a process group of its own, entered in its folder.
+/// A running server and its children, in their own process group. The group is noted in the
+/// server's folder.
 pub(crate) struct Process {
     child: Child,
     group: PathBuf,
@@ -25,7 +26,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts a program; its output is appended to the folder's log.
+    /// Starts a program and appends its output to the folder's log.
     pub(crate) fn spawn(
         folder: &Folder,
         program: &Path,
@@ -33,7 +34,7 @@ impl Process {
         variables: &[(&str, OsString)],
     ) -> Result<Self, Error> {
         let log = File::options().create(true).append(true).open(folder.log())?;
-        // The shell enters the group before it becomes the server: there is no moment at which the janitor could miss it.
+        // The shell notes the group before it becomes the server, so the janitor can never miss it.
         let child = Command::new("sh")
             .args(["-c", r#"echo $$ >"$0" && exec "$@""#])
             .arg(folder.group())
@@ -58,7 +59,7 @@ impl Process {
         self.child.id()
     }
 
-    /// Asks until the answer is yes; `what` completes "... is not ready".
+    /// Polls until the server is ready. `what` completes "... is not ready".
     pub(crate) fn wait_ready(
         &mut self,
         what: &str,
@@ -69,7 +70,7 @@ impl Process {
         loop {
             let Err(error) = ready() else { return Ok(()) };
             if let Some(status) = self.child.try_wait()? {
-                return Err(format!("{what} ended when it was started ({status}): {}", log_tail(&self.log)).into());
+                return Err(format!("{what} ended at its start ({status}): {}", log_tail(&self.log)).into());
             }
             if Instant::now() > deadline {
                 return Err(format!("{what} is not ready after {limit:?} ({error}): {}", log_tail(&self.log)).into());
@@ -78,7 +79,8 @@ impl Process {
         }
     }
 
-    /// Sends a signal to all of the group. It may be gone, which is no error: it could go at any moment.
+    /// Sends a signal to the whole group. The group may already be gone, since it can end at any
+    /// moment.
     pub(crate) fn signal(&self, signal: Signal) {
         let Some(group) = i32::try_from(self.id()).ok().and_then(Pid::from_raw) else {
             return;
@@ -89,7 +91,7 @@ impl Process {
     /// Sends a signal that ends the server, and waits until it has ended.
     pub(crate) fn end(mut self, signal: Signal) -> Result<(), Error> {
         self.signal(signal);
-        // A frozen one would not notice.
+        // A frozen process would not notice the signal.
         self.signal(Signal::CONT);
         self.child.wait()?;
         Ok(())
@@ -98,7 +100,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Not if it was waited for: its number may be another's by now.
+        // Only if nobody has waited for it. Otherwise another process may have its number by now.
         if let Ok(None) = self.child.try_wait() {
             self.signal(Signal::KILL);
             let _ = self.child.wait();
@@ -107,7 +109,7 @@ impl Drop for Process {
     }
 }
 
-/// Asks every few milliseconds until the answer is yes; `what` completes "... did not come true".
+/// Polls every few milliseconds until the answer is yes. `what` names the awaited state.
 pub(crate) fn wait_until(
     what: &str,
     limit: Duration,
@@ -121,7 +123,7 @@ pub(crate) fn wait_until(
             Err(error) => error.to_string(),
         };
         if Instant::now() > deadline {
-            return Err(format!("waited {limit:?} in vain: {what} ({last})").into());
+            return Err(format!("not reached within {limit:?}: {what} ({last})").into());
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -136,7 +138,7 @@ fn log_tail(log: &Path) -> String {
     format!("its log ends with\n{}", tail.join("\n"))
 }
 
-/// Whether an error of [`Process::wait_ready`] says that somebody else listens on the port.
+/// Whether an error of [`Process::wait_ready`] says that another process listens on the port.
 pub(crate) fn address_in_use(error: &Error) -> bool {
     let text = error.to_string().to_lowercase();
     text.contains("address already in use") || text.contains("eaddrinuse")

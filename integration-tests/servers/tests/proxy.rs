@@ -1,4 +1,4 @@
-//! The proxy cuts where it is told to.
+//! The proxy cuts where a test asks it to.
 
 use std::{
     io::{Read as _, Write as _},
@@ -55,7 +55,7 @@ impl Setup {
     }
 }
 
-/// The reply's line; an empty one if the connection was closed.
+/// The reply's line. Empty if the connection was closed.
 fn ask(stream: &mut TcpStream, request: &str) -> Result<String, Error> {
     stream.write_all(request.as_bytes())?;
     let mut reply = [0; 100];
@@ -100,7 +100,7 @@ fn in_pieces() -> Done {
     setup.proxy.cut_at(b"INCR n", Cut::BeforeReply);
     for piece in ["SET a 1\r\nIN", "CR", " "] {
         stream.write_all(piece.as_bytes())?;
-        // The reply to the first piece shows that it was passed on by itself.
+        // The reply to the first piece proves that it was forwarded on its own.
         if piece.len() > 2 {
             assert_eq!(ask(&mut stream, "")?, "+OK");
         }

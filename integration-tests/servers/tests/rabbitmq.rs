@@ -1,4 +1,4 @@
-//! RabbitMQ nodes start, die, freeze, come back with their data, and leave nothing behind.
+//! RabbitMQ nodes start, die, freeze, restart with their data, and leave nothing behind.
 
 use std::{process::ExitCode, thread, time::Duration};
 
@@ -44,7 +44,7 @@ fn survives_a_kill() -> Done {
 }
 
 fn answers_late() -> Done {
-    // Erlang gives a connection 7 s, and nothing tells when it has given up.
+    // Erlang gives a connection 7 s, and no event reports when it gives up.
     const FROZEN: Duration = Duration::from_secs(20);
     let node = RabbitNode::start()?;
     node.freeze();

@@ -1,4 +1,4 @@
-//! Redis servers start, die, freeze, come back with their data, and leave nothing behind.
+//! Redis servers start, die, freeze, restart with their data, and leave nothing behind.
 
 use std::{
     net::TcpStream,
@@ -67,7 +67,7 @@ fn frozen() -> Done {
     server.freeze();
     thread::scope(|scope| {
         let answer = scope.spawn(|| server.command(&["PING"]));
-        thread::sleep(Duration::from_millis(100)); // that nothing happens can only be waited for
+        thread::sleep(Duration::from_millis(100)); // no event reports that nothing happens
         assert!(!answer.is_finished(), "a frozen server answered");
         server.thaw();
         assert_eq!(answer.join().expect("no panic")?.text(), "PONG");
@@ -76,7 +76,7 @@ fn frozen() -> Done {
 }
 
 fn many_at_once() -> Done {
-    // Three processes: the victims' servers start while ours do.
+    // Three processes. The victims' servers start while this process starts its own.
     let victims = [(); 2].map(|()| thread::spawn(|| Victim::start(4)));
     let servers = (0..4)
         .map(|_| RedisServer::durable().start())
@@ -136,7 +136,7 @@ fn cluster() -> Done {
         let info = node.command(&["CLUSTER", "INFO"])?;
         assert_eq!(info.line("cluster_slots_ok"), Some("16384"));
     }
-    // `b` has slot 3300, of the first node.
+    // `b` is in slot 3300, which belongs to the first node.
     assert_eq!(cluster.nodes()[0].command(&["SET", "b", "1"])?.text(), "OK");
     let moved = cluster.nodes()[1].command(&["SET", "b", "1"]);
     assert!(moved.is_err_and(|error| error.to_string().contains("MOVED 3300")));

@@ -1,18 +1,19 @@
-//! Cases for what a log holds and what it has lost, [L5](essentially_once::Log#contract).
+//! Cases for the records that a log holds and has lost, [L5](essentially_once::Log#contract).
 
 use essentially_once::{Error, Log, Offset};
 
 use super::{
-    QUIET, compare, payloads, read, read_all, records,
+    common::{QUIET, payloads, read, read_all, records, soon},
+    compare,
     restart::{once_ready, up},
-    soon,
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// [L5](essentially_once::Log#contract): at the end itself a reader waits, and then gets what comes, from any handle.
+/// [L5](essentially_once::Log#contract): a reader at the end waits, then returns the next record
+/// appended by any handle.
 pub(super) async fn l5_a_reader_at_the_end_waits_for_the_next_record<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -24,7 +25,7 @@ pub(super) async fn l5_a_reader_at_the_end_waits_for_the_next_record<H: Harness>
         let early = tokio::time::timeout(QUIET, &mut waiting).await;
         ensure!(
             early.is_err(),
-            "round {round}: a reader at the end did not wait, it got {early:?}"
+            "round {round}: a reader at the end did not wait, it returned {early:?}"
         );
         backend.log("orders").await?.append(&records([round])).await?;
         let next = soon("a record appended while a reader waits", waiting).await??;
@@ -37,7 +38,7 @@ pub(super) async fn l5_a_reader_at_the_end_waits_for_the_next_record<H: Harness>
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract): `bounds` of an empty log, and after each append.
+/// [L5](essentially_once::Log#contract): `bounds` of an empty log and after each append.
 pub(super) async fn l5_bounds_tell_the_earliest_record_and_the_end<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -55,7 +56,7 @@ pub(super) async fn l5_bounds_tell_the_earliest_record_and_the_end<H: Harness>(
         let all = read(&*log, bounds.earliest, n).await?;
         ensure!(
             bounds.end == all[n - 1].offset.successor(),
-            "the end is {}, the last record is at {}",
+            "the end is {}, but the last record is at {}",
             bounds.end,
             all[n - 1].offset
         );
@@ -63,7 +64,8 @@ pub(super) async fn l5_bounds_tell_the_earliest_record_and_the_end<H: Harness>(
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract): where retention removed records, reading them is an error that tells what is left.
+/// [L5](essentially_once::Log#contract): reading records that retention removed is an error that
+/// names the earliest remaining record.
 pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     log.append(&records(0..20)).await?;
@@ -73,7 +75,7 @@ pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H,
     let bounds = log.bounds().await?;
     ensure!(
         all[0].offset < bounds.earliest && bounds.earliest <= all[10].offset,
-        "after a truncation before {} the bounds are {bounds:?}",
+        "after a truncation before {}, the bounds are {bounds:?}",
         all[10].offset
     );
     let error = first_error(&*log, all[0].offset).await?;
@@ -90,13 +92,13 @@ pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H,
     let differing = compare::records(&read_all(&*log, left.len()).await?, &left);
     ensure!(
         differing.is_none(),
-        "what is left is not what was there: {}",
+        "retention changed the remaining records: {}",
         differing.unwrap_or_default()
     );
     Ok(())
 }
 
-/// The error of reading at `from`, whether `read` or the first `next` fails.
+/// The error of reading at `from`, from `read` or from the first `next`.
 async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
     let attempt = async {
         match log.read(from).await {
@@ -104,13 +106,14 @@ async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
             Err(error) => Err(error),
         }
     };
-    match soon(&format!("an error of reading at {from}, not silence"), attempt).await? {
+    match soon(&format!("an error from reading at {from}"), attempt).await? {
         Ok(found) => Err(Violation::new(format!("reading at {from} found {found:?}"))),
         Err(error) => Ok(error),
     }
 }
 
-/// [L5](essentially_once::Log#contract): a reader that falls behind retention is told, not moved.
+/// [L5](essentially_once::Log#contract): a reader that falls behind retention gets an error. It
+/// does not silently move on.
 pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -123,7 +126,7 @@ pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
     ensure!(first == all[..1], "the first record is {first:?}");
     backend.truncate("orders", all[15].offset).await?;
     let earliest = log.bounds().await?.earliest;
-    // What the reader holds already, it may still yield; then it must stop.
+    // It may still yield records that it already holds. Then it must stop.
     let mut expected = all[1..].iter();
     loop {
         match soon("a record or an error", reader.next(1)).await? {
@@ -131,11 +134,11 @@ pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
                 for record in &records {
                     ensure!(
                         Some(record) == expected.next(),
-                        "a reader overtaken by retention went on at {} without a word; the earliest is {earliest}",
+                        "an overtaken reader went on at {} without an error, although {earliest} is the earliest",
                         record.offset
                     );
                     if record.offset >= earliest {
-                        // It had read ahead of the truncation: nothing was lost to it.
+                        // It had read ahead of the truncation, so it lost nothing.
                         return Ok(());
                     }
                 }
@@ -146,7 +149,8 @@ pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
     }
 }
 
-/// [L5](essentially_once::Log#contract): a log from which retention removed every record keeps its end, and goes on there.
+/// [L5](essentially_once::Log#contract): a log that retention emptied keeps its end and continues
+/// from there.
 pub(super) async fn l5_retention_of_everything_keeps_the_end<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     let mut highest = None;
@@ -156,7 +160,7 @@ pub(super) async fn l5_retention_of_everything_keeps_the_end<H: Harness>(_: &H, 
         let all = read(&*log, bounds.earliest, 10).await?;
         ensure!(
             highest.is_none_or(|highest| highest < all[0].offset),
-            "round {round}: the record at {} is appended at an offset that was used before, up to {highest:?}",
+            "round {round}: the record at {} reuses an offset, the highest so far is {highest:?}",
             all[0].offset
         );
         highest = Some(all[9].offset);
@@ -167,7 +171,7 @@ pub(super) async fn l5_retention_of_everything_keeps_the_end<H: Harness>(_: &H, 
         let last = other.append(&records([format!("{round} again")])).await?;
         ensure!(
             last.is_none_or(|last| last >= bounds.end),
-            "round {round}: an append to the emptied log told offset {last:?}, before its end {}",
+            "round {round}: an append to the emptied log returned offset {last:?}, before its end {}",
             bounds.end
         );
         let mut late = other.read(bounds.end).await?;
@@ -188,24 +192,25 @@ pub(super) async fn l5_retention_of_everything_keeps_the_end<H: Harness>(_: &H, 
     Ok(())
 }
 
-/// The bounds of a log that retention emptied, on a handle of its own.
+/// Checks the bounds of a log that retention emptied, on a new handle.
 async fn emptied(backend: &impl Backend, end: Offset) -> CaseResult {
     let log = backend.log("orders").await?;
     let bounds = log.bounds().await?;
     ensure!(
         bounds.earliest == bounds.end && bounds.end == end,
-        "a log that ended at {end} was emptied by retention, now its bounds are {bounds:?}"
+        "retention emptied a log that ended at {end}, now its bounds are {bounds:?}"
     );
     let waiting = async { log.read(end).await?.next(1).await };
     let early = tokio::time::timeout(QUIET, waiting).await;
     ensure!(
         early.is_err(),
-        "a reader at the end of an emptied log did not wait, it got {early:?}"
+        "a reader at the end of an emptied log did not wait, it returned {early:?}"
     );
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract): offsets go on where they were, also if the backend restarts while the log is empty.
+/// [L5](essentially_once::Log#contract): offsets continue where they were, even if the backend
+/// restarts while the log is empty.
 pub(super) async fn l5_offsets_are_not_reused_after_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     log.append(&records(0..5)).await?;
@@ -219,20 +224,20 @@ pub(super) async fn l5_offsets_are_not_reused_after_a_restart<H: Harness>(_: &H,
     let next = once_ready(|| async { log.read(end).await?.next(10).await }).await?;
     ensure!(
         payloads(&next) == ["after"] && next[0].offset >= end,
-        "behind the old end {end} there is {:?}",
+        "reading from the old end {end} returned {:?}",
         payloads(&next)
     );
     let bounds = log.bounds().await?;
     ensure!(
         bounds.end == next[0].offset.successor(),
-        "after one more append the bounds are {bounds:?}, the record is at {}",
+        "after one more append, the bounds are {bounds:?}, but the record is at {}",
         next[0].offset
     );
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract), [`readable_end`](essentially_once::Log::readable_end): one past the last record that is left, when
-/// those behind it were deleted one by one.
+/// [L5](essentially_once::Log#contract), [`readable_end`](essentially_once::Log::readable_end): one
+/// past the last remaining record, after the records behind it were deleted one at a time.
 pub(super) async fn l5_the_readable_end_leaves_out_deleted_records<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -241,11 +246,12 @@ pub(super) async fn l5_the_readable_end_leaves_out_deleted_records<H: Harness>(
     let empty = (log.readable_end().await?, log.bounds().await?.end);
     ensure!(
         empty.0 <= empty.1,
-        "of an empty log, readable end and end are {empty:?}"
+        "the readable end and the end of an empty log are {empty:?}"
     );
     log.append(&records(0..6)).await?;
     let all = read_all(&*log, 6).await?;
-    // One in the middle changes nothing, those at the end do; in the end none is left.
+    // Deleting one in the middle changes nothing. Deleting one at the end does. The last step
+    // leaves none.
     let steps: [(usize, Option<usize>); 6] = [
         (1, Some(5)),
         (5, Some(4)),
@@ -273,12 +279,13 @@ pub(super) async fn l5_the_readable_end_leaves_out_deleted_records<H: Harness>(
     let (readable, end) = (log.readable_end().await?, log.bounds().await?.end);
     ensure!(
         readable == end && readable > all[5].offset,
-        "after one more append the readable end is {readable}, the end {end}"
+        "after one more append, the readable end is {readable}, and the end is {end}"
     );
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract): past the end there is an error, and no waiting for the log to grow that far.
+/// [L5](essentially_once::Log#contract): reading past the end is an error. The reader does not wait
+/// until the log has grown that far.
 pub(super) async fn l5_past_the_end_is_out_of_range<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     log.append(&records(0..3)).await?;
@@ -297,7 +304,8 @@ pub(super) async fn l5_past_the_end_is_out_of_range<H: Harness>(_: &H, backend: 
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract): an old place in a log that was created anew is an error, or another log to begin with.
+/// [L5](essentially_once::Log#contract): in a log that was deleted and created again, an old offset
+/// is an error, or the log has another id.
 pub(super) async fn l5_a_log_created_anew_is_never_silent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let old = backend.log("orders").await?;
     old.append(&records(0..5)).await?;
@@ -312,7 +320,8 @@ pub(super) async fn l5_a_log_created_anew_is_never_silent<H: Harness>(_: &H, bac
             "reading at the old end failed with: {error}"
         );
     }
-    // A reader that was waiting in the old log must notice, without anyone appending as much as the old one held.
+    // A reader waiting in the old log must notice, even before as many records are appended as the
+    // old log held.
     let noticed = soon("a waiting reader that notices that its log is gone", waiting.next(1)).await?;
     ensure!(noticed.is_err(), "a reader of the old log got {noticed:?}");
     Ok(())

@@ -1,4 +1,4 @@
-//! Comparisons that name the field that differs, since two records side by side hide it.
+//! Comparisons that name the differing field, because two records printed side by side hide it.
 
 use std::fmt::Debug;
 
@@ -8,10 +8,10 @@ use essentially_once::{
     backend::{Numbering, Position, Window},
 };
 
-/// Longer texts are cut: a value of a megabyte helps nobody.
+/// Longer texts are cut. Printing a value of a megabyte helps nobody.
 const SHOWN_CHARS: usize = 120;
 
-/// How a record that was read differs from the one that was appended: `its key is None, not Some(b"")`.
+/// How the record read differs from the one appended: `its key is None, not Some(b"")`.
 pub(super) fn from_appended(read: &Record, appended: &NewRecord) -> Option<String> {
     first([
         field("key", &read.key, &appended.key),
@@ -21,7 +21,7 @@ pub(super) fn from_appended(read: &Record, appended: &NewRecord) -> Option<Strin
     ])
 }
 
-/// How two readings of one record differ.
+/// How two reads of one record differ.
 pub(super) fn record(found: &Record, expected: &Record) -> Option<String> {
     first([
         field("offset", &found.offset, &expected.offset),
@@ -34,16 +34,16 @@ pub(super) fn record(found: &Record, expected: &Record) -> Option<String> {
     ])
 }
 
-/// How two readings of some records differ, and at which record.
+/// How two reads of several records differ, and at which record.
 pub(super) fn records(found: &[Record], expected: &[Record]) -> Option<String> {
     let mut differing = found.iter().zip(expected).enumerate();
     let differing = differing.find_map(|(number, (found, expected))| {
-        record(found, expected).map(|how| format!("of record {number} at {}, {how}", expected.offset))
+        record(found, expected).map(|how| format!("record {number} at {}: {how}", expected.offset))
     });
     differing.or_else(|| field("number of records", &found.len(), &expected.len()))
 }
 
-/// How a position differs from another one. Windows have no order.
+/// How a position differs from another one. The order of windows does not count.
 pub(super) fn position(found: &Position, expected: &Position) -> Option<String> {
     first([
         field("log", &found.log, &expected.log),
@@ -55,7 +55,7 @@ pub(super) fn position(found: &Position, expected: &Position) -> Option<String> 
     ])
 }
 
-/// How two sets of windows differ, in any order.
+/// How two sets of windows differ, regardless of their order.
 pub(super) fn windows(found: &[(Numbering, Window)], expected: &[(Numbering, Window)]) -> Option<String> {
     let missing =
         expected.iter().find_map(
@@ -131,7 +131,7 @@ mod tests {
             Some("its number of headers is 1, not 0")
         );
         let how = records(&[one.clone(), other], &[one.clone(), one]).expect("they differ");
-        assert_eq!(how, "of record 1 at 0, its number of headers is 1, not 0");
+        assert_eq!(how, "record 1 at 0: its number of headers is 1, not 0");
     }
 
     #[test]

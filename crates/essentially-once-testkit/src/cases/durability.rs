@@ -1,14 +1,15 @@
-//! Cases for what a backend says of itself, [L1](essentially_once::Log#contract) and
+//! Cases for the durability that a backend reports, [L1](essentially_once::Log#contract) and
 //! [S3](essentially_once::OffsetStore#contract).
 
 use essentially_once::{Log, OffsetStore, backend::Durability};
 
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
-/// [L1](essentially_once::Log#contract): an answer, with a reason unless it is durable, and the same from every handle.
+/// [L1](essentially_once::Log#contract): the log reports its durability, gives a reason unless it
+/// is durable, and reports the same on every handle.
 pub(super) async fn l1_a_log_tells_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (log, other) = (backend.log("orders").await?, backend.log("orders").await?);
     agree(&[
@@ -18,7 +19,8 @@ pub(super) async fn l1_a_log_tells_its_durability<H: Harness>(_: &H, backend: &H
     ])
 }
 
-/// [S3](essentially_once::OffsetStore#contract): an answer, with a reason unless it is durable, and the same from every handle.
+/// [S3](essentially_once::OffsetStore#contract): the store reports its durability, gives a reason
+/// unless it is durable, and reports the same on every handle.
 pub(super) async fn s3_a_store_tells_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, other) = (backend.store().await?, backend.store().await?);
     agree(&[
@@ -32,7 +34,7 @@ fn agree(answers: &[Durability]) -> CaseResult {
     for answer in answers {
         ensure!(
             *answer == answers[0],
-            "asked again, the durability is {answer:?}, after {:?}",
+            "asked again, the backend reports the durability {answer:?}, before it was {:?}",
             answers[0]
         );
         let why = match answer {

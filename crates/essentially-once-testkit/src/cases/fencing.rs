@@ -1,4 +1,4 @@
-//! Cases for commits that come too late, [S2](essentially_once::OffsetStore#contract).
+//! Cases for stale commits, [S2](essentially_once::OffsetStore#contract).
 
 use std::sync::Arc;
 
@@ -9,15 +9,17 @@ use essentially_once::{
 use tokio::{sync::Barrier, task::JoinSet};
 
 use super::{
-    advance, compare, consumer, counter, soon,
+    common::{advance, consumer, counter, soon},
+    compare,
     store::{commit, numbering, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
-/// [S2](essentially_once::OffsetStore#contract): older revisions and ones that never were, from this handle and another.
+/// [S2](essentially_once::OffsetStore#contract): commits based on older revisions, and on revisions
+/// that never existed, from this handle and another.
 pub(super) async fn s2_a_stale_revision_is_fenced<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -40,13 +42,14 @@ pub(super) async fn s2_a_stale_revision_is_fenced<H: Harness>(_: &H, backend: &H
         let result = store.begin(&shipping).await?.commit(late).await;
         ensure!(
             matches!(&result, Err(Error::Fenced { expected, .. }) if *expected == revision),
-            "a commit based on revision {revision}, where {stored} is stored: {result:?}"
+            "a commit based on revision {revision}, where {stored} is stored, returned {result:?}"
         );
     }
     Ok(())
 }
 
-/// [S2](essentially_once::OffsetStore#contract): neither state, nor position, nor windows.
+/// [S2](essentially_once::OffsetStore#contract): a fenced commit changes neither state, nor
+/// position, nor windows.
 pub(super) async fn s2_a_fenced_commit_applies_nothing<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -68,7 +71,10 @@ pub(super) async fn s2_a_fenced_commit_applies_nothing<H: Harness>(_: &H, backen
     late.next = 9.into();
     late.windows = vec![(numbering("a"), Window::new(1))];
     let result = tx.commit(late).await;
-    ensure!(matches!(result, Err(Error::Fenced { .. })), "a late commit: {result:?}");
+    ensure!(
+        matches!(result, Err(Error::Fenced { .. })),
+        "a late commit returned {result:?}"
+    );
     let after = position(&store, &shipping).await?;
     let differing = compare::position(&after, &before);
     ensure!(
@@ -83,7 +89,7 @@ pub(super) async fn s2_a_fenced_commit_applies_nothing<H: Harness>(_: &H, backen
             "a fenced commit left {key} = {found:?}, not {expected:?}"
         );
     }
-    // The handle is as good as before.
+    // The handle still works.
     commit(&store, &shipping, &*log, &[(b"changed", Some(b"3"))], 2).await?;
     Ok(())
 }
@@ -103,14 +109,18 @@ pub(super) async fn s2_a_first_commit_is_fenced_if_there_is_a_position<H: Harnes
     let result = two.begin(&shipping).await?.commit(second).await;
     ensure!(
         matches!(result, Err(Error::Fenced { .. })),
-        "a second first commit: {result:?}"
+        "a second first commit returned {result:?}"
     );
     let found = position(&one, &shipping).await?;
-    ensure!(found.next == 5.into(), "the position is {found:?}");
+    ensure!(
+        found.next == 5.into(),
+        "after a second first commit, the position is {found:?}"
+    );
     Ok(())
 }
 
-/// [S2](essentially_once::OffsetStore#contract): in every round four handles race from one revision; each adds 1.
+/// [S2](essentially_once::OffsetStore#contract): in every round, four handles race from one
+/// revision. Each adds 1.
 pub(super) async fn s2_of_racing_commits_one_wins<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     const ROUNDS: u64 = 25;
     const RACERS: usize = 4;
@@ -142,7 +152,8 @@ pub(super) async fn s2_of_racing_commits_one_wins<H: Harness>(_: &H, backend: &H
             winners == 1,
             "round {round}: {winners} of {RACERS} racing commits won: {results:?}"
         );
-        // A loser may also have been refused before its commit, by a lock say; but then for a while only.
+        // A loser may also fail before its commit, for example on a lock. That error must be
+        // transient.
         for error in results.iter().filter_map(|result| result.as_ref().err()) {
             ensure!(error.is_transient(), "round {round}: a loser got: {error}");
         }

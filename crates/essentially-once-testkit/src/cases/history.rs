@@ -1,4 +1,4 @@
-//! Cases for consumers that have committed many times, [S1](essentially_once::OffsetStore#contract).
+//! Cases for consumers with many commits, [S1](essentially_once::OffsetStore#contract).
 
 use std::time::UNIX_EPOCH;
 
@@ -8,20 +8,21 @@ use essentially_once::{
 };
 
 use super::{
-    compare, consumer, counter,
+    common::{consumer, counter},
+    compare,
     store::{numbering, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// [S1](essentially_once::OffsetStore#contract): more commits of one consumer than a byte counts.
+/// [S1](essentially_once::OffsetStore#contract): one consumer makes more than 255 commits.
 pub(super) async fn s1_hundreds_of_commits_keep_everything<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     commits(backend, 300, 1).await
 }
 
-/// [S1](essentially_once::OffsetStore#contract): more commits of one consumer than 16 bits count.
+/// [S1](essentially_once::OffsetStore#contract): one consumer makes more than 65,535 commits.
 pub(super) async fn s1_tens_of_thousands_of_commits_keep_everything<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -29,7 +30,8 @@ pub(super) async fn s1_tens_of_thousands_of_commits_keep_everything<H: Harness>(
     commits(backend, 66_000, 500).await
 }
 
-/// Commits `count` times, and looks at everything after every `look` commits. What the first commit alone wrote must stay.
+/// Commits `count` times, and checks everything after every `look` commits. Values written only by
+/// the first commit must stay.
 async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, other) = (consumer("shipping"), backend.store().await?);
@@ -54,9 +56,7 @@ async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
         (expected.owner, expected.passed) = (advance.owner, advance.passed);
         expected.windows = vec![(numbering("each"), Window::new(n)), first.clone()];
         if let Err(error) = tx.commit(advance).await {
-            return Err(crate::Violation::new(format!(
-                "commit {n} of one consumer failed: {error}"
-            )));
+            return Err(Violation::new(format!("commit {n} of one consumer failed: {error}")));
         }
         if n % look != 0 && n != count {
             continue;
@@ -66,7 +66,7 @@ async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
             let differing = compare::position(&found, &expected);
             ensure!(
                 differing.is_none(),
-                "after {n} commits, of the position, {}",
+                "after {n} commits, the position is wrong: {}",
                 differing.unwrap_or_default()
             );
             let found = counter(value(store, &shipping, b"n").await?.as_deref());

@@ -1,19 +1,24 @@
-//! Cases for sizes and for what cannot be decoded, [L4, L8 and L9](essentially_once::Log#contract).
+//! Cases for sizes and for entries that cannot be decoded, [L4, L8 and
+//! L9](essentially_once::Log#contract).
 
 use essentially_once::{Error, Log, NewRecord, Record};
 
-use super::{compare, payloads, read, read_all, records, soon};
+use super::{
+    common::{payloads, read, read_all, records, soon},
+    compare,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
-/// About how many bytes one call of `next` returns at most.
+/// About how many bytes one call of `next` may return.
 const MEGABYTE: usize = 1024 * 1024;
-/// The records of the case for it: small enough for every backend, whether it states a limit or not.
+/// The record size of that case. It suits every backend, with or without a stated limit.
 const LARGE_RECORD: usize = 64 * 1024;
 
-/// [L4](essentially_once::Log#contract), `next`: however many records are asked for, and nothing is left out between calls.
+/// [L4](essentially_once::Log#contract), `next`: bounded however many records are requested, and no
+/// record lost between calls.
 pub(super) async fn l4_one_call_of_next_returns_a_megabyte_at_most<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -23,7 +28,7 @@ pub(super) async fn l4_one_call_of_next_returns_a_megabyte_at_most<H: Harness>(
     let count = 5 * MEGABYTE / size;
     let new: Vec<_> = (0..count).map(|n| NewRecord::new(vec![n as u8; size])).collect();
     let log = backend.log("orders").await?;
-    // In batches of half a megabyte, since some backends bound a batch too.
+    // In batches of half a megabyte, because some backends also limit a batch.
     for batch in new.chunks((MEGABYTE / 2 / size).max(1)) {
         log.append(batch).await?;
     }
@@ -41,7 +46,7 @@ pub(super) async fn l4_one_call_of_next_returns_a_megabyte_at_most<H: Harness>(
         for record in next {
             ensure!(
                 new.get(seen).is_some_and(|new| new.payload == record.payload),
-                "at {} there is another record than number {seen} of those appended",
+                "at {} there is another record than record {seen} of those appended",
                 record.offset
             );
             seen += 1;
@@ -50,12 +55,13 @@ pub(super) async fn l4_one_call_of_next_returns_a_megabyte_at_most<H: Harness>(
     Ok(())
 }
 
-/// The limit that the harness states, or one that every backend has.
+/// The limit that the harness states, or one that every backend meets.
 fn record_limit(harness: &impl Harness) -> usize {
     harness.capabilities().record_limit.unwrap_or(LARGE_RECORD)
 }
 
-/// [L4](essentially_once::Log#contract): more headers than a byte counts, and values longer than 16 bits count.
+/// [L4](essentially_once::Log#contract): more than 255 headers, and values longer than 65,535
+/// bytes.
 pub(super) async fn l4_a_record_keeps_hundreds_of_headers<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
     const ENVELOPE: usize = 1_000;
     let limit = record_limit(harness);
@@ -80,16 +86,17 @@ pub(super) async fn l4_a_record_keeps_hundreds_of_headers<H: Harness>(harness: &
         let differing = compare::from_appended(read, new);
         ensure!(
             differing.is_none() && read.malformed.is_none(),
-            "of a record with {} headers, {}",
+            "a record with {} headers is wrong: {}",
             new.headers.len(),
-            differing.unwrap_or_else(|| "nothing differs, but it is called malformed".into())
+            differing.unwrap_or_else(|| "it is called malformed".into())
         );
     }
     Ok(())
 }
 
-/// Appends the records in batches of half a megabyte, since some backends bound a batch too, and reads them in calls of any
-/// size: about a megabyte at most, unless a single record is larger.
+/// Appends the records in batches of half a megabyte, because some backends also limit a batch.
+/// Then reads them back, and checks that each call returns about a megabyte at most, unless it
+/// returns a single larger record.
 async fn stay_below_a_megabyte(log: &dyn Log, new: &[NewRecord], max: usize) -> CaseResult {
     let mut rest = new;
     while !rest.is_empty() {
@@ -105,7 +112,7 @@ async fn stay_below_a_megabyte(log: &dyn Log, new: &[NewRecord], max: usize) -> 
     let mut reader = log.read(log.bounds().await?.earliest).await?;
     let mut seen = 0;
     while seen < new.len() {
-        let what = format!("next({max}) behind record {seen} of {}", new.len());
+        let what = format!("next({max}) after record {seen} of {}", new.len());
         let next = soon(&what, reader.next(max)).await??;
         ensure!(!next.is_empty(), "{what} returned nothing");
         let bytes: usize = next.iter().map(Record::size).sum();
@@ -119,10 +126,10 @@ async fn stay_below_a_megabyte(log: &dyn Log, new: &[NewRecord], max: usize) -> 
             let differing = expected.map(|new| compare::from_appended(&record, new));
             ensure!(
                 differing == Some(None),
-                "of record {seen} of {} at {}, {}",
+                "record {seen} of {} at {} is wrong: {}",
                 new.len(),
                 record.offset,
-                differing.flatten().unwrap_or_else(|| "there is one too many".into())
+                differing.flatten().unwrap_or_else(|| "it was never appended".into())
             );
             seen += 1;
         }
@@ -130,7 +137,7 @@ async fn stay_below_a_megabyte(log: &dyn Log, new: &[NewRecord], max: usize) -> 
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract), `next`: what is large about a record may be its headers.
+/// [L4](essentially_once::Log#contract), `next`: a record may be large because of its headers.
 pub(super) async fn l4_headers_count_towards_the_megabyte<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
     let size = (record_limit(harness) / 2).clamp(1, LARGE_RECORD / 2);
     let log = backend.log("orders").await?;
@@ -139,7 +146,8 @@ pub(super) async fn l4_headers_count_towards_the_megabyte<H: Harness>(harness: &
     stay_below_a_megabyte(&*log, &new, new.len() + 1).await
 }
 
-/// [L4](essentially_once::Log#contract), `next`: thousands of small records, then large ones, then small ones, then one as large as can be.
+/// [L4](essentially_once::Log#contract), `next`: thousands of small records, then large ones, small
+/// ones again, and one of the maximum size.
 pub(super) async fn l4_records_that_grow_do_not_overfill_a_call<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -154,7 +162,7 @@ pub(super) async fn l4_records_that_grow_do_not_overfill_a_call<H: Harness>(
     stay_below_a_megabyte(&*backend.log("orders").await?, &new, usize::MAX - 1).await
 }
 
-/// [L4](essentially_once::Log#contract), `next`: the largest `max` there is means "as many as there are".
+/// [L4](essentially_once::Log#contract), `next`: the largest `max` means "as many as there are".
 pub(super) async fn l4_next_takes_the_largest_max<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     let new: Vec<_> = (0..50).map(|n: usize| NewRecord::new(n.to_string())).collect();
@@ -172,14 +180,15 @@ pub(super) async fn l8_sizes_up_to_the_limit_are_taken<H: Harness>(harness: &H, 
     for (size, record) in sizes.iter().zip(read_all(&*log, sizes.len()).await?) {
         ensure!(
             record.payload.len() == *size && record.payload.iter().all(|byte| *byte == b'x'),
-            "a payload of {size} bytes came back with {}",
+            "a payload of {size} bytes came back with {} bytes",
             record.payload.len()
         );
     }
     Ok(())
 }
 
-/// [L8](essentially_once::Log#contract): one record too large refuses the whole batch, and takes back nothing.
+/// [L8](essentially_once::Log#contract): one oversized record refuses the whole batch, and the log
+/// stays as it was.
 pub(super) async fn l8_a_record_over_the_limit_is_refused_before_any_is_appended<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -196,8 +205,8 @@ pub(super) async fn l8_a_record_over_the_limit_is_refused_before_any_is_appended
             .append(&[NewRecord::new("first"), too_large, NewRecord::new("last")])
             .await;
         ensure!(
-            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
-            "a record over the limit of {limit} bytes: {result:?}"
+            matches!(&result, Err(Error::TooLarge { limit: reported, .. }) if *reported == limit),
+            "an append of a record over the limit of {limit} bytes returned {result:?}"
         );
     }
     let bounds = log.bounds().await?;
@@ -211,7 +220,8 @@ pub(super) async fn l8_a_record_over_the_limit_is_refused_before_any_is_appended
     Ok(())
 }
 
-/// [L9](essentially_once::Log#contract): not skipped, not an error, and what follows is read.
+/// [L9](essentially_once::Log#contract): a malformed entry is neither skipped nor an error, and the
+/// records after it are read.
 pub(super) async fn l9_a_malformed_entry_is_yielded_in_its_place<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -237,10 +247,10 @@ pub(super) async fn l9_a_malformed_entry_is_yielded_in_its_place<H: Harness>(
     );
     ensure!(
         all[1].payload == raw,
-        "of a malformed entry's raw bytes {raw:?}, the payload holds {:?}",
+        "a malformed entry has the raw bytes {raw:?}, but the payload holds {:?}",
         all[1].payload
     );
-    // From its own offset too: a consumer that stopped there comes back.
+    // Also from its own offset, where a consumer that stopped there resumes.
     let again = read(&*log, all[1].offset, 2).await?;
     ensure!(
         again == all[1..],

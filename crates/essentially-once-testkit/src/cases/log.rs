@@ -11,13 +11,17 @@ use bytes::Bytes;
 use essentially_once::{Epoch, Error, NewRecord, Origin, ProducerId};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{compare, payloads, read, read_all, records, soon};
+use super::{
+    common::{payloads, read, read_all, records, soon},
+    compare,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// [L2](essentially_once::Log#contract): four appenders on handles of their own, and three readers, of which two read along.
+/// [L2](essentially_once::Log#contract): four appenders on separate handles, and three readers, two
+/// of which read during the appends.
 pub(super) async fn l2_many_appenders_and_readers_agree_on_one_order<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -53,7 +57,8 @@ pub(super) async fn l2_many_appenders_and_readers_agree_on_one_order<H: Harness>
     Ok(())
 }
 
-/// [L2](essentially_once::Log#contract): within a batch, from batch to batch, and while others append.
+/// [L2](essentially_once::Log#contract): order within a batch, from batch to batch, and while
+/// others append.
 pub(super) async fn l2_one_appenders_records_keep_their_order<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     const APPENDERS: usize = 3;
     const EACH: usize = 60;
@@ -74,7 +79,7 @@ pub(super) async fn l2_one_appenders_records_keep_their_order<H: Harness>(_: &H,
     Ok(())
 }
 
-/// Appends `each` records `<appender>:<n>` per appender, in batches of 1 to 5, on handles of their own.
+/// Appends `each` records `<appender>:<n>` per appender, in batches of 1 to 5, on separate handles.
 async fn append_concurrently(backend: &impl Backend, appenders: usize, each: usize) -> Result<(), Violation> {
     let mut tasks = JoinSet::new();
     for appender in 0..appenders {
@@ -98,7 +103,8 @@ async fn append_concurrently(backend: &impl Backend, appenders: usize, each: usi
     Ok(())
 }
 
-/// [L3](essentially_once::Log#contract): what a reader saw while others appended is all there is in the end.
+/// [L3](essentially_once::Log#contract): a reader during concurrent appends sees exactly the
+/// records that the log holds in the end.
 pub(super) async fn l3_a_reader_under_concurrent_appends_skips_nothing<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -123,9 +129,7 @@ pub(super) async fn l3_a_reader_under_concurrent_appends_skips_nothing<H: Harnes
     let seen = match seen {
         Ok(seen) => seen,
         Err(stuck) => {
-            return Err(Violation::new(format!(
-                "a reader skipped records, or is stuck: {stuck}"
-            )));
+            return Err(Violation::new(format!("a reader skipped records or is stuck: {stuck}")));
         }
     };
     if let Some((expected, seen)) = expected.iter().zip(&seen).find(|(a, b)| a.offset != b.offset) {
@@ -137,7 +141,8 @@ pub(super) async fn l3_a_reader_under_concurrent_appends_skips_nothing<H: Harnes
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract): from every record's offset, from behind it, and from before the first.
+/// [L4](essentially_once::Log#contract): reading from every record's offset, from behind it, and
+/// from before the first record.
 pub(super) async fn l4_read_yields_exactly_what_is_at_or_after_the_offset<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -163,7 +168,7 @@ pub(super) async fn l4_read_yields_exactly_what_is_at_or_after_the_offset<H: Har
             );
         }
     }
-    // Two readers at different places of one handle do not disturb each other.
+    // Two readers of one handle at different offsets are independent.
     let (mut first, mut second) = (log.read(all[0].offset).await?, log.read(all[5].offset).await?);
     let (one, two) = (
         soon("next", first.next(1)).await??,
@@ -176,11 +181,12 @@ pub(super) async fn l4_read_yields_exactly_what_is_at_or_after_the_offset<H: Har
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract): key, headers, payload, origin and time; binary, empty and absent ones.
+/// [L4](essentially_once::Log#contract): key, headers, payload, origin and time, including binary,
+/// empty and absent values.
 pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     let binary: Bytes = (0..=255).collect::<Vec<u8>>().into();
-    let producer = ProducerId::new("web-1").expect("a valid name");
+    let producer = ProducerId::new("web-1").expect("the name is valid");
     let new = [
         NewRecord::new(""),
         NewRecord::new(binary.clone()).key(binary.clone()),
@@ -200,7 +206,7 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
         let differing = compare::from_appended(read, new);
         ensure!(
             differing.is_none(),
-            "of the record read at {}, {}",
+            "the record read at {} is wrong: {}",
             read.offset,
             differing.unwrap_or_default()
         );
@@ -210,10 +216,10 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
     let last_read = all.last().map(|record| record.offset);
     ensure!(
         last.is_none() || last == last_read,
-        "append told {last:?} as the last offset, it is {last_read:?}"
+        "append returned {last:?} as the last offset, but it is {last_read:?}"
     );
     let before = log.bounds().await?;
-    ensure!(log.append(&[]).await?.is_none(), "an empty append told an offset");
+    ensure!(log.append(&[]).await?.is_none(), "an empty append returned an offset");
     let after = log.bounds().await?;
     ensure!(
         after == before && read_all(&*log, new.len()).await? == all,
@@ -222,14 +228,15 @@ pub(super) async fn l4_a_record_is_read_as_it_was_appended<H: Harness>(_: &H, ba
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract): the time is that of the append, to the millisecond, whoever reads it and whenever.
+/// [L4](essentially_once::Log#contract): the time is that of the append, to the millisecond,
+/// regardless of who reads it and when.
 ///
-/// Intervals are compared with those of this process's monotonic clock, which needs no agreement between two clocks.
+/// Intervals are compared with this process's monotonic clock, so the two clocks need not agree.
 pub(super) async fn l4_append_times_are_of_the_append<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
     const RECORDS: usize = 12;
-    /// Odd, so that no coarser clock hits it by chance.
+    /// Odd, so that no coarser clock matches it by chance.
     const PAUSE: Duration = Duration::from_millis(17);
-    /// Of a clock that counts milliseconds, at either end, and of one that is slewed meanwhile.
+    /// Covers a millisecond clock's rounding at either end, and a clock that is slewed meanwhile.
     const ROUNDING: Duration = Duration::from_millis(3);
     let skew = harness.capabilities().clock_skew;
     let log = backend.log("orders").await?;
@@ -244,12 +251,16 @@ pub(super) async fn l4_append_times_are_of_the_append<H: Harness>(harness: &H, b
     tokio::time::sleep(PAUSE).await;
     let again = read_all(&*backend.log("orders").await?, RECORDS).await?;
     let differing = compare::records(&again, &all);
-    ensure!(differing.is_none(), "read again, {}", differing.unwrap_or_default());
+    ensure!(
+        differing.is_none(),
+        "the records changed between two reads: {}",
+        differing.unwrap_or_default()
+    );
     for (record, (before, _, _, after)) in all.iter().zip(&appends) {
         let at = record.appended_at;
         ensure!(
             at + skew >= *before && at <= *after + skew,
-            "the append at {} ran from {before:?} to {after:?}, its time is {at:?}",
+            "the append at {} ran from {before:?} to {after:?}, but its time is {at:?}",
             record.offset
         );
     }
@@ -265,11 +276,12 @@ pub(super) async fn l4_append_times_are_of_the_append<H: Harness>(harness: &H, b
     Ok(())
 }
 
-/// [L5](essentially_once::Log#contract): reader and appender in lockstep, so that each append comes when the reader is about to wait.
+/// [L5](essentially_once::Log#contract): reader and appender run in lockstep, so that each append
+/// arrives just as the reader is about to wait.
 pub(super) async fn l5_no_wake_up_is_missed<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
-    /// A record that shows after that was not waited for, it was stumbled upon.
+    /// A record that takes longer reached the reader by chance, not through a wake-up.
     const WITHIN: Duration = Duration::from_secs(5);
-    /// The next append comes that many steps later at most.
+    /// The next append follows at most this many steps later.
     const STAGES: usize = 32;
     let rounds = harness.capabilities().paced_rounds;
     let (log, other) = (backend.log("orders").await?, backend.log("orders").await?);
@@ -278,7 +290,7 @@ pub(super) async fn l5_no_wake_up_is_missed<H: Harness>(harness: &H, backend: &H
     let reading = tokio::spawn(async move {
         for _ in 0..rounds {
             let next = reader.next(10).await?;
-            // The other end ends first only if it has found something.
+            // The receiver ends first only if it has found something.
             let _ = seen.send(payloads(&next));
         }
         Ok::<_, Error>(())
@@ -287,7 +299,8 @@ pub(super) async fn l5_no_wake_up_is_missed<H: Harness>(harness: &H, backend: &H
         for _ in 0..round % STAGES {
             tokio::task::yield_now().await;
         }
-        // By the reader's own handle and by another, since many backends wake readers in two ways.
+        // Appends alternate between the reader's own handle and another, because many backends wake
+        // readers in two ways.
         let appender = if (round / STAGES).is_multiple_of(2) {
             &other
         } else {
@@ -308,7 +321,8 @@ pub(super) async fn l5_no_wake_up_is_missed<H: Harness>(harness: &H, backend: &H
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract), `next`: at least one record, never more than `max`, nothing left out between calls.
+/// [L4](essentially_once::Log#contract), `next`: at least one record, never more than `max`, and no
+/// record lost between calls.
 pub(super) async fn l4_next_returns_at_least_one_record_and_at_most_max<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -330,7 +344,7 @@ pub(super) async fn l4_next_returns_at_least_one_record_and_at_most_max<H: Harne
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract): a log holds what was appended to it, not to its neighbour.
+/// [L4](essentially_once::Log#contract): a log holds only records appended to it.
 pub(super) async fn l4_logs_of_other_names_are_independent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (orders, invoices) = (backend.log("orders").await?, backend.log("invoices").await?);
     for n in 0..3 {
@@ -345,7 +359,8 @@ pub(super) async fn l4_logs_of_other_names_are_independent<H: Harness>(_: &H, ba
     Ok(())
 }
 
-/// [L4](essentially_once::Log#contract): records of others are records, between our own.
+/// [L4](essentially_once::Log#contract): records written by other programs are read in their place
+/// between our own.
 pub(super) async fn l4_foreign_records_are_read<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     log.append(&records(["ours"])).await?;
@@ -369,7 +384,8 @@ pub(super) async fn l4_foreign_records_are_read<H: Harness>(_: &H, backend: &H::
     Ok(())
 }
 
-/// [L6](essentially_once::Log#contract): calls of `next` are dropped at every stage, in a tight loop, while records arrive.
+/// [L6](essentially_once::Log#contract): calls of `next` are dropped at every stage, in a tight
+/// loop, while records arrive.
 pub(super) async fn l6_a_cancelled_next_loses_and_repeats_nothing<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -406,7 +422,8 @@ pub(super) async fn l6_a_cancelled_next_loses_and_repeats_nothing<H: Harness>(
         if let Some(found) = found {
             seen.extend(payloads(&found?));
         } else if patience == 0 {
-            // The longest call was cancelled too: let one call wait, so that a slow backend gets on.
+            // Even the longest call was cancelled. Let one call wait, so that a slow backend makes
+            // progress.
             seen.extend(payloads(
                 &soon("a record that cancelled calls lost", reader.next(3)).await??,
             ));

@@ -1,6 +1,7 @@
-//! The conformance cases. Each is named after the contract bullet that it checks, and links it.
+//! The conformance cases. Each is named after the contract bullet that it checks, and links to it.
 
 mod bounds;
+mod common;
 mod compare;
 mod durability;
 mod fencing;
@@ -17,22 +18,10 @@ mod state;
 mod store;
 mod wire;
 
-use std::{future::Future, time::Duration};
-
-use essentially_once::{
-    ConsumerId, Error, Log, NewRecord, Offset, Record,
-    backend::{Advance, Position, Revision},
-};
-
 use crate::{
-    Harness, Support,
-    suite::{Case, Violation},
+    case::Case,
+    harness::{Harness, Support},
 };
-
-/// How long to watch for something that must not happen, such as a reader getting a record that is not there.
-const QUIET: Duration = Duration::from_millis(50);
-/// How long something may take that must happen.
-const SOON: Duration = Duration::from_secs(60);
 
 macro_rules! case {
     ($module:ident :: $name:ident, needs $($capability:ident),+) => {
@@ -142,9 +131,9 @@ fn first_missing(needs: &[Support]) -> Support {
         .unwrap_or(&Support::Yes)
 }
 
-/// What a case can ask for, by the names of the capabilities.
+/// What a case can require, by the names of the capabilities.
 mod needs {
-    use crate::{Capabilities, Support};
+    use crate::harness::{Capabilities, Support};
 
     macro_rules! need {
         ($($capability:ident),+) => {
@@ -193,72 +182,4 @@ mod needs {
             None => Support::No("the harness does not state a value limit"),
         }
     }
-}
-
-fn consumer(name: &str) -> ConsumerId {
-    ConsumerId::new(name).expect("a valid name")
-}
-
-fn records(payloads: impl IntoIterator<Item = impl ToString>) -> Vec<NewRecord> {
-    payloads
-        .into_iter()
-        .map(|payload| NewRecord::new(payload.to_string()))
-        .collect()
-}
-
-fn payloads(records: &[Record]) -> Vec<String> {
-    records
-        .iter()
-        .map(|record| String::from_utf8_lossy(&record.payload).into_owned())
-        .collect()
-}
-
-/// Reads the `count` records from `from` on.
-async fn read(log: &dyn Log, from: Offset, count: usize) -> Result<Vec<Record>, Violation> {
-    let mut reader = log.read(from).await?;
-    let mut read = Vec::new();
-    while read.len() < count {
-        let missing = count - read.len();
-        let next = soon(
-            &format!("{missing} of {count} records from {from}"),
-            reader.next(missing),
-        )
-        .await??;
-        read.extend(next);
-    }
-    Ok(read)
-}
-
-/// All records of the log.
-async fn read_all(log: &dyn Log, count: usize) -> Result<Vec<Record>, Violation> {
-    let earliest = log.bounds().await?.earliest;
-    read(log, earliest, count).await
-}
-
-/// Awaits what must happen.
-async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T, Violation> {
-    tokio::time::timeout(SOON, future)
-        .await
-        .map_err(|_| Violation::new(format!("{what}: nothing within {SOON:?}")))
-}
-
-/// The advance from a position (or none) to `next`, of a log that needs no backend.
-fn advance(position: Option<&Position>, log: &dyn Log, next: impl Into<Offset>) -> Advance {
-    let (expected, revision) = match position {
-        Some(position) => (position.revision, position.revision.next_count()),
-        None => (Revision::NONE, Revision::NONE.next_epoch()),
-    };
-    Advance::new(log.id().clone(), next.into(), expected, revision)
-}
-
-/// The number that a case keeps as a value; 0 if it is not there.
-fn counter(value: Option<&[u8]>) -> u64 {
-    value
-        .and_then(|value| value.try_into().ok())
-        .map_or(0, u64::from_be_bytes)
-}
-
-/// Whether the error says for certain that nothing happened.
-fn is_certain(error: &Error) -> bool {
-    !matches!(error, Error::Indeterminate { .. })
 }

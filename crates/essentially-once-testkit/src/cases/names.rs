@@ -1,4 +1,5 @@
-//! Cases for names that are alike: long ones, ones that differ in case or in a separator only, and ones that begin alike.
+//! Cases for similar names: long names, names that differ only in case or in a separator, and names
+//! with a common prefix.
 
 use essentially_once::{
     KeyValue, OffsetStore,
@@ -6,18 +7,19 @@ use essentially_once::{
 };
 
 use super::{
-    advance, compare, consumer, payloads, read_all, records,
+    common::{advance, consumer, payloads, read_all, records},
+    compare,
     store::{commit, numbering, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
-/// The longest name that the core allows.
+/// The longest name that the core accepts.
 const LONGEST: usize = 200;
 
-/// Names of up to `longest` bytes, no two of them equal, of which a careless backend takes some for one.
+/// Distinct names of up to `longest` bytes that a careless backend confuses.
 fn similar(longest: usize) -> Vec<String> {
     let stem = "n".repeat(longest - 1);
     let separated = ['.', '-', '_', ':', '/', '@', '+', '='].map(|separator| format!("a{separator}b"));
@@ -31,7 +33,7 @@ fn similar(longest: usize) -> Vec<String> {
         .collect()
 }
 
-/// As much of a name as tells which it is.
+/// The part of a name that identifies it.
 fn shown(name: &str) -> String {
     match name.len() {
         0..40 => name.to_owned(),
@@ -39,7 +41,7 @@ fn shown(name: &str) -> String {
     }
 }
 
-/// [L4](essentially_once::Log#contract): a log of a similar name is another log.
+/// [L4](essentially_once::Log#contract): a log with a similar name is another log.
 pub(super) async fn l4_logs_with_similar_names_are_independent<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -60,14 +62,14 @@ pub(super) async fn l4_logs_with_similar_names_are_independent<H: Harness>(
         let found = payloads(&read_all(&*log, 1).await?);
         ensure!(
             found == [n.to_string()],
-            "log {} holds {found:?}, record {n} was appended to it",
+            "log {} holds {found:?}, but only record {n} was appended to it",
             shown(name)
         );
         let bounds = log.bounds().await?;
         let end = log.read(bounds.earliest).await?.next(1).await?[0].offset.successor();
         ensure!(
             bounds.end == end,
-            "log {} ends at {}, its one record ends at {end}",
+            "log {} ends at {}, but its one record ends at {end}",
             shown(name),
             bounds.end
         );
@@ -75,7 +77,8 @@ pub(super) async fn l4_logs_with_similar_names_are_independent<H: Harness>(
     Ok(())
 }
 
-/// [S7](essentially_once::OffsetStore#contract): a consumer of a similar name is another consumer.
+/// [S7](essentially_once::OffsetStore#contract): a consumer with a similar name is another
+/// consumer.
 pub(super) async fn s7_consumers_with_similar_names_are_independent<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -96,21 +99,22 @@ pub(super) async fn s7_consumers_with_similar_names_are_independent<H: Harness>(
         let found = position(&store, &id).await?;
         ensure!(
             found.next == n.into(),
-            "consumer {} committed {n}, its position is {}",
+            "consumer {} committed {n}, but its position is {}",
             shown(name),
             found.next
         );
         let found = value(&store, &id, b"k").await?;
         ensure!(
             found.as_deref() == Some(&n.to_be_bytes()),
-            "consumer {} wrote {n}, it reads {found:?}",
+            "consumer {} wrote {n}, but it reads {found:?}",
             shown(name)
         );
     }
     Ok(())
 }
 
-/// [S1](essentially_once::OffsetStore#contract): producers of similar names have windows of their own.
+/// [S1](essentially_once::OffsetStore#contract): producers with similar names have separate
+/// windows.
 pub(super) async fn s1_windows_of_similar_producers_are_independent<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -132,7 +136,7 @@ pub(super) async fn s1_windows_of_similar_producers_are_independent<H: Harness>(
         differing.unwrap_or_default()
     );
 
-    // Every other one goes, and those that are alike stay.
+    // Forget every other producer. The similarly named ones must stay.
     let mut second = advance(Some(&found), &*log, 2);
     second.forgotten = windows.iter().step_by(2).map(|(name, _)| name.clone()).collect();
     let mut tx = store.begin(&shipping).await?;
@@ -149,7 +153,7 @@ pub(super) async fn s1_windows_of_similar_producers_are_independent<H: Harness>(
     Ok(())
 }
 
-/// [S7](essentially_once::OffsetStore#contract): two consumers of one log, and of one producer.
+/// [S7](essentially_once::OffsetStore#contract): two consumers of one log and one producer.
 pub(super) async fn s7_consumers_do_not_see_each_others_windows<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, billing) = (consumer("shipping"), consumer("billing"));

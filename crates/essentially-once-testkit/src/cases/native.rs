@@ -1,4 +1,5 @@
-//! Cases for native writes within a commit: [S1, S2, S4 and S6](essentially_once::OffsetStore#contract).
+//! Cases for native writes within a commit: [S1, S2, S4 and
+//! S6](essentially_once::OffsetStore#contract).
 
 use essentially_once::{
     Error, KeyValue, OffsetStore,
@@ -6,15 +7,16 @@ use essentially_once::{
 };
 
 use super::{
-    advance, consumer,
+    common::{advance, consumer, soon},
     store::{position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
-/// [S1](essentially_once::OffsetStore#contract): native writes, several of one name too, are there if and only if the commit is.
+/// [S1](essentially_once::OffsetStore#contract): native writes, including several with one name,
+/// exist if and only if the commit does.
 pub(super) async fn s1_native_writes_are_applied_with_the_commit<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -34,7 +36,7 @@ pub(super) async fn s1_native_writes_are_applied_with_the_commit<H: Harness>(
         );
         ensure!(
             found == (2 * (n - 1), 0),
-            "commit {n} is not made yet, but its native writes show: {found:?}"
+            "commit {n} is not made yet, but its native writes are visible: {found:?}"
         );
         tx.commit(advance(before.as_ref(), &*log, n)).await?;
         for (name, expected) in [("each".to_owned(), 2 * n), (format!("commit-{n}"), 1)] {
@@ -50,13 +52,14 @@ pub(super) async fn s1_native_writes_are_applied_with_the_commit<H: Harness>(
         );
         ensure!(
             found == (n.into(), Some(n.to_be_bytes().to_vec())),
-            "native writes took the rest of commit {n} with them: {found:?}"
+            "commit {n} wrote natively, but lost its other changes: {found:?}"
         );
     }
     Ok(())
 }
 
-/// [S2](essentially_once::OffsetStore#contract): a commit that comes too late leaves nothing natively, nor does one for another log.
+/// [S2](essentially_once::OffsetStore#contract): a stale commit leaves no native writes, and
+/// neither does a commit for another log.
 pub(super) async fn s2_a_fenced_commit_applies_no_native_writes<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (invoices, shipping) = (backend.log("invoices").await?, consumer("shipping"));
@@ -65,28 +68,32 @@ pub(super) async fn s2_a_fenced_commit_applies_no_native_writes<H: Harness>(_: &
     let mut tx = store.begin(&shipping).await?;
     backend.native_put(&mut tx, "late").await?;
     let result = tx.commit(first).await;
-    ensure!(matches!(result, Err(Error::Fenced { .. })), "a late commit: {result:?}");
+    ensure!(
+        matches!(result, Err(Error::Fenced { .. })),
+        "a late commit returned {result:?}"
+    );
     let stored = position(&store, &shipping).await?;
     let mut tx = store.begin(&shipping).await?;
     backend.native_put(&mut tx, "late").await?;
     let result = tx.commit(advance(Some(&stored), &*invoices, 2)).await;
     ensure!(
         matches!(result, Err(Error::WrongLog { .. })),
-        "a commit for another log: {result:?}"
+        "a commit for another log returned {result:?}"
     );
-    // What was refused does not come with the next commit either.
+    // The next commit must not bring the refused writes along.
     let mut tx = store.begin(&shipping).await?;
     backend.native_put(&mut tx, "next").await?;
     tx.commit(advance(Some(&stored), &*log, 2)).await?;
     let found = (backend.native_count("late").await?, backend.native_count("next").await?);
     ensure!(
         found == (0, 1),
-        "after two refused commits and one that was made, (late, next) are natively {found:?}, not (0, 1)"
+        "after two refused commits and one successful commit, (late, next) are natively {found:?}, not (0, 1)"
     );
     Ok(())
 }
 
-/// [S4](essentially_once::OffsetStore#contract): dropped or rolled back, nothing is left natively.
+/// [S4](essentially_once::OffsetStore#contract): dropping or rolling back a transaction leaves no
+/// native writes.
 pub(super) async fn s4_a_transaction_that_ends_leaves_no_native_writes<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -101,7 +108,7 @@ pub(super) async fn s4_a_transaction_that_ends_leaves_no_native_writes<H: Harnes
             true => drop(tx),
             false => tx.rollback().await?,
         }
-        // Whatever a dropped transaction left open comes to its end with the next one, at the latest.
+        // The next transaction completes whatever a dropped one left open.
         let before = store.position(&shipping).await?;
         let mut tx = store.begin(&shipping).await?;
         backend.native_put(&mut tx, "made").await?;
@@ -116,12 +123,13 @@ pub(super) async fn s4_a_transaction_that_ends_leaves_no_native_writes<H: Harnes
     let found = backend.native_count("made").await?;
     ensure!(
         found == 2,
-        "two commits wrote natively once each, {found} writes are there"
+        "two commits wrote natively once each, but {found} native writes are there"
     );
     Ok(())
 }
 
-/// [S6](essentially_once::OffsetStore#contract): native writes of a transaction whose read failed are not committed.
+/// [S6](essentially_once::OffsetStore#contract): a transaction whose read failed does not commit
+/// its native writes.
 pub(super) async fn s6_a_failed_read_commits_no_native_writes<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -136,11 +144,12 @@ pub(super) async fn s6_a_failed_read_commits_no_native_writes<H: Harness>(_: &H,
     advance.revision = Revision::new(1, 1);
     let result = tx.commit(advance).await;
     if failed {
-        let count = super::soon("the backend up again after a restart", async {
+        let count = soon("the backend up again after a restart", async {
             loop {
                 match backend.native_count("staged").await {
                     Ok(count) => return count,
-                    // Nothing tells when a server takes connections again; asking is the only way to know.
+                    // No event reports that a server accepts connections again. Polling is the only
+                    // way to know.
                     Err(_) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
                 }
             }
@@ -148,7 +157,7 @@ pub(super) async fn s6_a_failed_read_commits_no_native_writes<H: Harness>(_: &H,
         .await?;
         ensure!(
             result.is_err() && count == 0,
-            "a read failed and was ignored, the commit ended with {result:?}, and {count} native writes are there"
+            "a read failed and was ignored, then the commit returned {result:?}, and {count} native writes are there"
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Cases for what is read while commits run: [S9](essentially_once::OffsetStore#contract), and
+//! Cases for reads while commits run: [S9](essentially_once::OffsetStore#contract) and
 //! [`ReadState`](essentially_once::ReadState).
 
 use std::{
@@ -18,29 +18,30 @@ use essentially_once::{
 use tokio::task::JoinSet;
 
 use super::{
-    advance, compare, consumer, soon,
+    common::{advance, consumer, soon},
+    compare,
     store::{commit, numbering, position},
 };
 use crate::{
-    Backend, Harness, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// So many commits are made at least, and so many times each reader reads at least.
+/// The least number of commits, and the least number of reads by each reader.
 const AT_LEAST: u64 = 150;
-/// After so many commits a reader that is slow has seen enough.
+/// After this many commits, even a slow reader has seen enough.
 const AT_MOST: u64 = 5_000;
-/// After so many commits one is read with no other under way.
+/// One read in this many commits happens while no commit is in progress.
 const QUIET_COMMITS: u64 = 10;
-/// The keys that each commit writes, and a snapshot reads.
+/// The keys that each commit writes and a snapshot reads.
 const KEYS: [&[u8]; 3] = [b"z", b"a", b"m"];
 
 type Reading = Pin<Box<dyn Future<Output = Result<Snapshot, Error>> + Send>>;
-/// Reads the position, and values or none, on a handle of its own.
+/// Reads the position, and optionally values, on a separate handle.
 type Reader = Arc<dyn Fn() -> Reading + Send + Sync>;
 
-/// [S9](essentially_once::OffsetStore#contract): whoever reads the position while commits run sees all of one commit, and none
-/// that is older than one acknowledged before.
+/// [S9](essentially_once::OffsetStore#contract): a position read while commits run belongs entirely
+/// to one commit, and is never older than a commit acknowledged before the read.
 pub(super) async fn s9_a_position_is_of_one_commit<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let writing = Arc::new(backend.store().await?);
     let mut readers = Vec::new();
@@ -61,8 +62,8 @@ pub(super) async fn s9_a_position_is_of_one_commit<H: Harness>(_: &H, backend: &
     read_while_committing(backend, &*writing, readers).await
 }
 
-/// [`ReadState`](essentially_once::ReadState): position and values are of one commit, and of none older than one acknowledged
-/// before.
+/// [`ReadState`](essentially_once::ReadState): position and values belong to one commit, and are
+/// never older than a commit acknowledged before the read.
 pub(super) async fn s11_a_snapshot_is_of_one_commit<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let mut readers = Vec::new();
     for reading in [backend.state_reader().await?, backend.state_reader().await?] {
@@ -75,10 +76,12 @@ pub(super) async fn s11_a_snapshot_is_of_one_commit<H: Harness>(_: &H, backend: 
     read_while_committing(backend, &backend.store().await?, readers).await
 }
 
-/// Commits by one consumer, each of which says its number everywhere, while readers look for parts of two.
+/// One consumer commits, and each commit writes its number everywhere. Meanwhile readers look for
+/// parts of two commits.
 async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, readers: Vec<Reader>) -> CaseResult {
     let id = backend.log("orders").await?.id().clone();
-    // Made at rest: a store may have something to create for a consumer, and say to a reader that it is not there for now.
+    // Done before any reader starts. A store may have to create something for a consumer, and
+    // report it as unavailable until then.
     commit_number(store, &id, 1).await?;
     let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(1)));
     let mut reading = JoinSet::new();
@@ -105,7 +108,8 @@ async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, reader
         commit_number(store, &id, n).await?;
         acknowledged.store(n, Ordering::SeqCst);
         if n.is_multiple_of(QUIET_COMMITS) {
-            // Readers beside the commits may by chance always come amid one, which may show or not.
+            // Concurrent readers may by chance always read in the middle of a commit, whose changes
+            // may or may not show.
             for reader in &readers {
                 whole(&id, n, &reader().await?)?;
             }
@@ -127,7 +131,7 @@ async fn read_while_committing<B: Backend>(backend: &B, store: &B::Store, reader
     Ok(())
 }
 
-/// Commits `n`, which says its number everywhere.
+/// Commits `n`, and writes this number everywhere.
 async fn commit_number<S: OffsetStore<Tx: KeyValue>>(store: &S, id: &LogId, n: u64) -> Result<(), Error> {
     let position = position_number(id, n);
     let before = match n {
@@ -147,7 +151,7 @@ fn read_to_its_end(ended: Result<CaseResult, tokio::task::JoinError>) -> CaseRes
     ended.map_err(|error| Violation::new(format!("a reader panicked: {error}")))?
 }
 
-/// The position that commit `n` makes.
+/// The position that commit `n` stores.
 fn position_number(log: &LogId, n: u64) -> Position {
     let mut position = Position::new(log.clone(), Offset::new(n, n), Revision::new(1, n));
     position.owner = Some(Owner::new(u128::from(n)));
@@ -165,7 +169,7 @@ fn whole(log: &LogId, floor: u64, snapshot: &Snapshot) -> CaseResult {
     let Some(found) = &snapshot.position else {
         ensure!(
             floor == 0,
-            "commit {floor} was acknowledged, and then no position was read"
+            "commit {floor} was acknowledged, and then a read found no position"
         );
         ensure!(
             snapshot.values.iter().all(Option::is_none),
@@ -177,12 +181,12 @@ fn whole(log: &LogId, floor: u64, snapshot: &Snapshot) -> CaseResult {
     let n = found.revision.count();
     ensure!(
         n >= floor,
-        "commit {floor} was acknowledged, and then commit {n} was read"
+        "commit {floor} was acknowledged, and then a read returned commit {n}"
     );
     let torn = compare::position(found, &position_number(log, n));
     ensure!(
         torn.is_none(),
-        "of a position read while commits run, {}",
+        "a position read while commits run is wrong: {}",
         torn.unwrap_or_default()
     );
     for (value, key) in snapshot.values.iter().zip(KEYS) {
@@ -195,8 +199,8 @@ fn whole(log: &LogId, floor: u64, snapshot: &Snapshot) -> CaseResult {
     Ok(())
 }
 
-/// [`ReadState`](essentially_once::ReadState): values come in the order of the keys, `None` where there is none, repeated keys
-/// repeated, and nothing of other consumers.
+/// [`ReadState`](essentially_once::ReadState): values are returned in the order of the keys, with
+/// `None` for a missing value. Repeated keys are repeated. Other consumers' values never appear.
 pub(super) async fn s11_a_snapshot_keeps_the_order_of_keys<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, billing) = (consumer("shipping"), consumer("billing"));
@@ -250,8 +254,8 @@ pub(super) async fn s11_a_snapshot_keeps_the_order_of_keys<H: Harness>(_: &H, ba
     Ok(())
 }
 
-/// [`ReadState`](essentially_once::ReadState): an open transaction neither holds up a snapshot nor shows in it, and a snapshot
-/// does not hold up the transaction.
+/// [`ReadState`](essentially_once::ReadState): an open transaction neither delays a snapshot nor
+/// shows in it, and a snapshot does not delay the transaction.
 pub(super) async fn s11_a_snapshot_waits_for_no_transaction<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -262,14 +266,14 @@ pub(super) async fn s11_a_snapshot_waits_for_no_transaction<H: Harness>(_: &H, b
     tx.put(b"k", b"2").await?;
     for _ in 0..3 {
         let found = soon(
-            "a snapshot beside an open transaction",
+            "a snapshot during an open transaction",
             reading.read_state(&shipping, &[b"k"]),
         )
         .await??;
         let next = found.position.map(|position| position.next);
         ensure!(
             (next, found.values[0].as_deref()) == (Some(1.into()), Some(b"1")),
-            "a snapshot beside an open transaction has next {next:?} and k = {:?}",
+            "a snapshot during an open transaction has next {next:?} and k = {:?}",
             found.values[0]
         );
     }
@@ -280,7 +284,7 @@ pub(super) async fn s11_a_snapshot_waits_for_no_transaction<H: Harness>(_: &H, b
         "after the commit a snapshot has k = {:?}",
         found.values[0]
     );
-    // Neither does one whose future was dropped.
+    // Neither does a snapshot whose future was dropped.
     let dropped = tokio::time::timeout(std::time::Duration::ZERO, reading.read_state(&shipping, &[b"k"])).await;
     drop(dropped);
     soon(

@@ -1,6 +1,7 @@
-//! Cases for signs of life: [`pulse`](essentially_once::OffsetStore::pulse), [`watch`](essentially_once::OffsetStore::watch),
-//! [`beat`](essentially_once::OffsetStore::beat) and [`release`](essentially_once::OffsetStore::release). They are hints, so
-//! a pulse may lag; nothing that it is a sign of may be missing from it for good.
+//! Cases for signs of life: [`pulse`](essentially_once::OffsetStore::pulse),
+//! [`watch`](essentially_once::OffsetStore::watch), [`beat`](essentially_once::OffsetStore::beat)
+//! and [`release`](essentially_once::OffsetStore::release). They are hints, so a pulse may lag. It
+//! must still show every sign of life eventually.
 
 use std::time::Duration;
 
@@ -10,21 +11,22 @@ use essentially_once::{
 };
 
 use super::{
-    QUIET, SOON, advance, compare, consumer, soon,
+    common::{QUIET, SOON, advance, consumer, soon},
+    compare,
     store::{numbering, position},
 };
 use crate::{
-    Backend, Harness, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// How often a store that has to look, looks.
+/// How often a store polls, if it has to.
 const INTERVAL: Duration = Duration::from_millis(5);
 
 const OWNER: Owner = Owner::new(7);
 const OTHER: Owner = Owner::new(8);
 
-/// Commits the position with that owner and a window, `n` being next offset and revision.
+/// Commits a position with that owner and one window. `n` is both the next offset and the revision.
 async fn commit_as<S: OffsetStore>(
     store: &S,
     consumer: &ConsumerId,
@@ -43,7 +45,7 @@ async fn commit_as<S: OffsetStore>(
     Ok(store.begin(consumer).await?.commit(advance).await?)
 }
 
-/// The pulse, once it is what is expected of it: it may lag.
+/// Returns the pulse once it is as expected. It may lag.
 async fn pulse_that<S: OffsetStore>(
     store: &S,
     consumer: &ConsumerId,
@@ -60,15 +62,15 @@ async fn pulse_that<S: OffsetStore>(
         }
     };
     match tokio::time::timeout(SOON / 6, asked).await {
-        Ok(told) => told,
+        Ok(found) => found,
         Err(_) => Err(Violation::new(format!(
-            "{what}: the pulse is {:?} for good",
+            "{what}: the pulse is {:?} and does not change",
             store.pulse(consumer).await?
         ))),
     }
 }
 
-/// A pulse that has had the time to show what it must not show.
+/// Returns a pulse after enough time for an unwanted change to show.
 async fn settled<S: OffsetStore>(store: &S, consumer: &ConsumerId) -> Result<Pulse, Violation> {
     tokio::time::sleep(QUIET).await;
     Ok(store.pulse(consumer).await?)
@@ -79,8 +81,8 @@ fn is_of(position: &Position) -> impl Fn(&Pulse) -> bool {
     move |pulse| (pulse.next, pulse.revision, pulse.owner) == (next, revision, owner)
 }
 
-/// [`pulse`](essentially_once::OffsetStore::pulse): on every handle it comes to what was committed last, and reads nothing of other
-/// consumers.
+/// [`pulse`](essentially_once::OffsetStore::pulse): on every handle it arrives at the last commit,
+/// and it never shows other consumers.
 pub(super) async fn s10_a_commit_changes_the_pulse<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, standby) = (consumer("shipping"), backend.store().await?);
@@ -108,7 +110,8 @@ pub(super) async fn s10_a_commit_changes_the_pulse<H: Harness>(_: &H, backend: &
     Ok(())
 }
 
-/// [`beat`](essentially_once::OffsetStore::beat): each beat of the owner changes the pulse, on other handles too.
+/// [`beat`](essentially_once::OffsetStore::beat): each beat of the owner changes the pulse, also on
+/// other handles.
 pub(super) async fn s10_a_beat_of_the_owner_changes_the_pulse<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, standby) = (consumer("shipping"), backend.store().await?);
@@ -130,7 +133,8 @@ pub(super) async fn s10_a_beat_of_the_owner_changes_the_pulse<H: Harness>(_: &H,
     Ok(())
 }
 
-/// [`beat`](essentially_once::OffsetStore::beat): one for a position with another owner, with none, or that does not exist.
+/// [`beat`](essentially_once::OffsetStore::beat): a beat for a position with another owner, with no
+/// owner, or that does not exist.
 pub(super) async fn s10_a_beat_of_another_changes_nothing<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -138,7 +142,7 @@ pub(super) async fn s10_a_beat_of_another_changes_nothing<H: Harness>(_: &H, bac
     let found = (store.position(&shipping).await?, settled(&store, &shipping).await?);
     ensure!(
         found == (None, Pulse::default()),
-        "a beat without a position made one: {found:?}"
+        "a beat without a position created one: {found:?}"
     );
     for (n, owner) in [(1, Some(OWNER)), (2, None)] {
         commit_as(&store, &shipping, &*log, owner, n).await?;
@@ -148,13 +152,14 @@ pub(super) async fn s10_a_beat_of_another_changes_nothing<H: Harness>(_: &H, bac
         let after = settled(&store, &shipping).await?;
         ensure!(
             before == after,
-            "a beat of another than the owner {owner:?} changed the pulse from {before:?} to {after:?}"
+            "a beat by another than the owner {owner:?} changed the pulse from {before:?} to {after:?}"
         );
     }
     Ok(())
 }
 
-/// [`beat`](essentially_once::OffsetStore::beat): the position stays as it is to the bit, and a transaction that was open commits.
+/// [`beat`](essentially_once::OffsetStore::beat): the position stays the same to the bit, and an
+/// open transaction commits.
 pub(super) async fn s10_a_beat_fences_nobody<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -167,34 +172,35 @@ pub(super) async fn s10_a_beat_fences_nobody<H: Harness>(_: &H, backend: &H::Bac
     let differing = compare::position(&after, &before);
     ensure!(
         differing.is_none(),
-        "after beats, of the position, {}",
+        "beats changed the position: {}",
         differing.unwrap_or_default()
     );
     let mut tx = store.begin(&shipping).await?;
     tx.put(b"k", b"v").await?;
-    // A beat may wait for a lock that the transaction holds, as when the handler takes long; it must not break it.
+    // A beat may wait for a lock that the transaction holds, as when the handler is slow. It must
+    // not break the transaction.
     let beaten = tokio::time::timeout(QUIET, store.beat(&shipping, OWNER)).await;
     let committed = tx.commit(advance(Some(&before), &*log, 2)).await;
     ensure!(
         committed.is_ok(),
-        "a commit with a beat beside it ended with {committed:?}; the beat with {beaten:?}"
+        "a commit with a concurrent beat returned {committed:?}, and the beat {beaten:?}"
     );
     let found = position(&store, &shipping).await?;
     ensure!(
         found.next == 2.into() && found.revision == before.revision.next_count(),
-        "after a beat and a commit the position is {found:?}"
+        "after a beat and a commit, the position is {found:?}"
     );
     Ok(())
 }
 
-/// [`release`](essentially_once::OffsetStore::release): the owner's own clears the owner and nothing else; another's does nothing; the
-/// next commit goes through in either case.
+/// [`release`](essentially_once::OffsetStore::release): the owner's release clears the owner and
+/// nothing else. Another's release does nothing. The next commit succeeds in either case.
 pub(super) async fn s10_a_release_clears_its_own_owner_only<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, standby) = (consumer("shipping"), backend.store().await?);
     store.release(&shipping, OWNER).await?;
     let none = store.position(&shipping).await?;
-    ensure!(none.is_none(), "a release without a position made one: {none:?}");
+    ensure!(none.is_none(), "a release without a position created one: {none:?}");
     commit_as(&store, &shipping, &*log, Some(OWNER), 1).await?;
     let before = position(&store, &shipping).await?;
     standby.release(&shipping, OTHER).await?;
@@ -203,7 +209,7 @@ pub(super) async fn s10_a_release_clears_its_own_owner_only<H: Harness>(_: &H, b
     let differing = compare::position(&after, &before);
     ensure!(
         differing.is_none(),
-        "after a release by another than the owner, of the position, {}",
+        "a release by another than the owner changed the position: {}",
         differing.unwrap_or_default()
     );
     store.release(&shipping, OWNER).await?;
@@ -215,24 +221,24 @@ pub(super) async fn s10_a_release_clears_its_own_owner_only<H: Harness>(_: &H, b
         let differing = compare::position(&found, &released);
         ensure!(
             differing.is_none(),
-            "after a release by the owner, of the position, {}",
+            "after a release by the owner, the position is wrong: {}",
             differing.unwrap_or_default()
         );
     }
     commit_as(&standby, &shipping, &*log, Some(OTHER), 2).await?;
-    // Late, by one that does not know that it was overtaken.
+    // A late release, by an owner that does not know that it was displaced.
     store.release(&shipping, OWNER).await?;
     tokio::time::sleep(QUIET).await;
     let found = position(&store, &shipping).await?;
     ensure!(
         found.owner == Some(OTHER) && found.revision == Revision::new(1, 2),
-        "after a late release the position is {found:?}"
+        "after a late release, the position is {found:?}"
     );
     Ok(())
 }
 
-/// [`watch`](essentially_once::OffsetStore::watch): called again and again it comes to a commit on another handle, also if that
-/// came before the call, and a call that is dropped costs nothing.
+/// [`watch`](essentially_once::OffsetStore::watch): repeated calls eventually return a commit made
+/// on another handle, even one made before the call. A dropped call loses nothing.
 pub(super) async fn s10_watch_returns_after_a_commit_elsewhere<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let (shipping, standby) = (consumer("shipping"), backend.store().await?);
@@ -249,7 +255,7 @@ pub(super) async fn s10_watch_returns_after_a_commit_elsewhere<H: Harness>(_: &H
         };
         let committing = async {
             if n % 2 == 0 {
-                // Late enough that the other has begun to wait.
+                // Late enough that the watch has begun to wait.
                 tokio::time::sleep(QUIET).await;
             }
             commit_as(&store, &shipping, &*log, Some(OWNER), n).await

@@ -1,14 +1,16 @@
-//! Cases for appends that are refused, and for those beside them: [L7 and L10](essentially_once::Log#contract).
+//! Cases for refused appends, and for the appends next to them: [L7 and
+//! L10](essentially_once::Log#contract).
 
 use essentially_once::{Error, NewRecord};
 
-use super::{is_certain, payloads, read_all, records, soon};
+use super::common::{is_certain, payloads, read_all, records, soon};
 use crate::{
-    Backend, Harness, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// [L7](essentially_once::Log#contract): the backend refuses a record amid a batch, as a full disk does.
+/// [L7](essentially_once::Log#contract): the backend refuses a record in the middle of a batch, as
+/// a full disk does.
 pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     const BATCH: usize = 5;
     let log = backend.log("orders").await?;
@@ -20,20 +22,20 @@ pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H,
         let result = log.append(&records((0..BATCH).map(|n| format!("{batch}.{n}")))).await;
         outcomes.push(result.map(drop));
         let after = log.append(&records([format!("after {nth}")])).await;
-        ensure!(after.is_ok(), "the append after a refused one ended with {after:?}");
+        ensure!(after.is_ok(), "the append after a refused one returned {after:?}");
     }
     let found = to_the_end(backend).await?;
-    for (batch, told) in outcomes.iter().enumerate() {
-        judge(&found, &batch.to_string(), BATCH, told)?;
+    for (batch, outcome) in outcomes.iter().enumerate() {
+        judge(&found, &batch.to_string(), BATCH, outcome)?;
         ensure!(
-            told.is_err(),
-            "the backend refused a record of append {batch}, and the append ended with {told:?}"
+            outcome.is_err(),
+            "the backend refused a record of append {batch}, but the append returned {outcome:?}"
         );
     }
     Ok(())
 }
 
-/// All payloads, by a handle of its own.
+/// Reads all payloads on a new handle.
 async fn to_the_end(backend: &impl Backend) -> Result<Vec<String>, Violation> {
     let log = backend.log("orders").await?;
     log.append(&records(["end"])).await?;
@@ -45,26 +47,26 @@ async fn to_the_end(backend: &impl Backend) -> Result<Vec<String>, Violation> {
     Ok(found)
 }
 
-/// Holds what is there of the records `<name>.0` to `<name>.<count>` against what their append told.
-fn judge(found: &[String], name: &str, count: usize, told: &Result<(), Error>) -> CaseResult {
+/// Compares the records `<name>.0` to `<name>.<count>` in the log with the outcome of their append.
+fn judge(found: &[String], name: &str, count: usize, outcome: &Result<(), Error>) -> CaseResult {
     let prefix = format!("{name}.");
     let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
     let expected = (0..count).map(|n| format!("{name}.{n}"));
     let is_prefix = there.len() <= count && there.iter().zip(expected).all(|(found, expected)| **found == expected);
-    let (fits, meaning) = match told {
+    let (fits, meaning) = match outcome {
         Ok(()) => (is_prefix && there.len() == count, "all of its records"),
         Err(error) if is_certain(error) => (there.is_empty(), "none"),
         Err(_) => (is_prefix, "a prefix"),
     };
     ensure!(
         fits,
-        "append {name} of {count} records ended with {told:?}, which means {meaning}, but {there:?} are there"
+        "append {name} of {count} records returned {outcome:?}, which means {meaning}, but the log holds {there:?}"
     );
     Ok(())
 }
 
-/// [L7](essentially_once::Log#contract): two appends at a time on one handle, of which one is refused for a record's size. The
-/// other must neither fail with it nor lose anything.
+/// [L7](essentially_once::Log#contract): two concurrent appends on one handle, one of which is
+/// refused for a record's size. The other must neither fail nor lose records.
 pub(super) async fn l7_concurrent_appends_have_their_own_outcomes<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -87,11 +89,11 @@ pub(super) async fn l7_concurrent_appends_have_their_own_outcomes<H: Harness>(
         };
         ensure!(
             matches!(bad, Err(Error::TooLarge { .. })),
-            "round {round}: the append of a record over the limit ended with {bad:?}"
+            "round {round}: the append of a record over the limit returned {bad:?}"
         );
         if let Err(error) = &good {
             return Err(Violation::new(format!(
-                "round {round}: an append failed because one beside it was refused: {error}"
+                "round {round}: an append failed because a concurrent one was refused: {error}"
             )));
         }
         outcomes.push((good.map(drop), bad.map(drop)));
@@ -119,8 +121,8 @@ pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
             backend.log(name).await?.append(&records(["new"])).await?;
             expected.push("new".to_owned());
         }
-        // An error is best. A log that is deleted together with what was appended to it is as good.
-        let told = soon("an append to a deleted log", old.append(&records(["stray"]))).await?;
+        // An error is best. An append that is deleted together with the old log is just as good.
+        let outcome = soon("an append to a deleted log", old.append(&records(["stray"]))).await?;
         let new = backend.log(name).await?;
         let bounds = new.bounds().await?;
         let found = match bounds.earliest == bounds.end {
@@ -129,14 +131,14 @@ pub(super) async fn l10_an_old_handle_never_appends_to_a_new_log<H: Harness>(
         };
         ensure!(
             found == expected,
-            "an append through the handle of a deleted log ended with {told:?}; the log created later holds {found:?}"
+            "an append through the handle of a deleted log returned {outcome:?}, and the log created later holds {found:?}"
         );
         new.append(&records(["last"])).await?;
         expected.push("last".to_owned());
         let found = payloads(&read_all(&*new, expected.len()).await?);
         ensure!(
             found == expected,
-            "an append through the handle of a deleted log ended with {told:?}; the log created later holds {found:?}"
+            "an append through the handle of a deleted log returned {outcome:?}, and the log created later holds {found:?}"
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Cases that restart the backend, at rest and under way: [L1, L7](essentially_once::Log#contract) and
+//! Cases that restart the backend, both idle and busy: [L1, L7](essentially_once::Log#contract) and
 //! [S1, S3, S5](essentially_once::OffsetStore#contract).
 
 use std::{
@@ -15,16 +15,21 @@ use essentially_once::{
     backend::{Advance, Position, Revision, Transaction, Window},
 };
 
-use super::{advance, compare, consumer, counter, is_certain, payloads, records, soon, store::numbering};
+use super::{
+    common::{advance, consumer, counter, is_certain, payloads, records, soon},
+    compare,
+    store::numbering,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// How often the backend is restarted while work is under way.
+/// How often the backend restarts while work is in progress.
 const RESTARTS: usize = 4;
 
-/// [L1](essentially_once::Log#contract): what was acknowledged is there after a restart, and appends go on behind it.
+/// [L1](essentially_once::Log#contract): acknowledged records survive a restart, and appends
+/// continue after them.
 pub(super) async fn l1_appended_records_survive_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     for round in 0..3 {
         let log = up(|| backend.log("orders")).await?;
@@ -49,13 +54,14 @@ pub(super) async fn l1_appended_records_survive_a_restart<H: Harness>(_: &H, bac
     Ok(())
 }
 
-/// Awaits a backend that comes up again.
+/// Opens a backend as soon as it is up again.
 pub(super) async fn up<T, F: Future<Output = Result<T, Error>>>(mut open: impl FnMut() -> F) -> Result<T, Violation> {
     soon("the backend up again after a restart", async {
         loop {
             match open().await {
                 Ok(opened) => return opened,
-                // Nothing tells when a server takes connections again; asking is the only way to know.
+                // No event reports that a server accepts connections again. Polling is the only way
+                // to know.
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
         }
@@ -63,8 +69,9 @@ pub(super) async fn up<T, F: Future<Output = Result<T, Error>>>(mut open: impl F
     .await
 }
 
-/// Asks a backend that has come up again, until it does not say [`Error::Unavailable`]: then nothing has
-/// happened yet, and it may open a log before it can use it.
+/// Repeats a request to a restarted backend until it no longer returns [`Error::Unavailable`]. That
+/// error means that nothing has happened yet. The backend may have to open a log before it can use
+/// it.
 pub(super) async fn once_ready<T, F: Future<Output = Result<T, Error>>>(
     mut ask: impl FnMut() -> F,
 ) -> Result<T, Violation> {
@@ -84,7 +91,7 @@ pub(super) async fn once_ready<T, F: Future<Output = Result<T, Error>>>(
     }
 }
 
-/// All records up to the one with this payload.
+/// Reads all records up to the one with this payload.
 async fn read_to_last(log: &dyn Log, payload: &str) -> Result<Vec<Record>, Error> {
     let mut reader = log.read(log.bounds().await?.earliest).await?;
     let mut found: Vec<Record> = Vec::new();
@@ -94,7 +101,8 @@ async fn read_to_last(log: &dyn Log, payload: &str) -> Result<Vec<Record>, Error
     Ok(found)
 }
 
-/// Runs `work` until it has seen [`RESTARTS`] restarts, with some progress (told through the counter) between them.
+/// Runs `work` until it has seen [`RESTARTS`] restarts. Between restarts the work must advance, as
+/// `progress` counts.
 async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
     backend: &B,
     work: impl FnOnce(Arc<AtomicBool>, Arc<AtomicUsize>) -> F,
@@ -106,7 +114,8 @@ async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
             while progress.load(Ordering::SeqCst) < seen + 20 {
                 tokio::task::yield_now().await;
             }
-            // Progress is told between two operations; a restart is to hit them at different stages.
+            // `work` counts between two operations, and restarts should hit those at different
+            // stages.
             for _ in 0..5_u32.pow(restart) {
                 tokio::task::yield_now().await;
             }
@@ -116,26 +125,28 @@ async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
         stop.store(true, Ordering::SeqCst);
         Ok::<_, Violation>(())
     };
-    // A violation ends both at once: the restarts would wait for ever for work that has stopped.
-    // Biased, that is step by step in turn: otherwise restarts could come after every other step of the work only.
+    // A violation ends both at once. Otherwise the restarts would wait forever for work that has
+    // stopped. `biased` polls both in strict turns. Otherwise restarts could fall only after every
+    // other step of the work.
     tokio::try_join!(biased; work(Arc::clone(&stop), Arc::clone(&progress)), restarts)?;
     Ok(())
 }
 
-/// [L7](essentially_once::Log#contract): batches of three while the backend restarts. What was acknowledged is there whole; what failed for
-/// certain left nothing; what is in doubt left a prefix.
+/// [L7](essentially_once::Log#contract): batches of three while the backend restarts. Acknowledged
+/// batches are there in full. Batches that certainly failed left nothing. Batches in doubt left a
+/// prefix.
 pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let mut outcomes = Vec::new();
-    let told = &mut outcomes;
+    let results = &mut outcomes;
     while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
         let mut log = up(|| backend.log("orders")).await?;
         while !stop.load(Ordering::SeqCst) {
-            let batch = told.len();
+            let batch = results.len();
             let result = log.append(&records((0..3).map(|n| format!("{batch}.{n}")))).await;
             if result.is_err() {
                 log = up(|| backend.log("orders")).await?;
             }
-            told.push(result.map(drop));
+            results.push(result.map(drop));
             progress.fetch_add(1, Ordering::SeqCst);
             tokio::task::yield_now().await;
         }
@@ -146,27 +157,27 @@ pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backen
     let end = records(["end"]);
     once_ready(|| log.append(&end)).await?;
     let found = payloads(&once_ready(|| read_to_last(&*log, "end")).await?);
-    for (batch, told) in outcomes.iter().enumerate() {
+    for (batch, outcome) in outcomes.iter().enumerate() {
         let prefix = format!("{batch}.");
         let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
         let is_prefix = there
             .iter()
             .enumerate()
             .all(|(n, payload)| **payload == format!("{batch}.{n}"));
-        let (fits, expected) = match told {
+        let (fits, expected) = match outcome {
             Ok(()) => (is_prefix && there.len() == 3, "all three records"),
             Err(error) if is_certain(error) => (there.is_empty(), "none"),
             Err(_) => (is_prefix, "a prefix"),
         };
         ensure!(
             fits,
-            "append {batch} ended with {told:?}, which means {expected}, but {there:?} are there"
+            "append {batch} returned {outcome:?}, which means {expected}, but the log holds {there:?}"
         );
     }
     Ok(())
 }
 
-/// The truth that a store tells: position and counter.
+/// Reads the stored position and counter.
 async fn stored<S: OffsetStore<Tx: KeyValue>>(store: &S) -> Result<(Option<Position>, u64), Error> {
     let shipping = consumer("shipping");
     let mut tx = store.begin(&shipping).await?;
@@ -175,7 +186,8 @@ async fn stored<S: OffsetStore<Tx: KeyValue>>(store: &S) -> Result<(Option<Posit
     Ok((store.position(&shipping).await?, n))
 }
 
-/// [S1](essentially_once::OffsetStore#contract): the state counts the commits, and says the same as the position after every failure.
+/// [S1](essentially_once::OffsetStore#contract): the state counts the commits, and agrees with the
+/// position after every failure.
 pub(super) async fn s1_a_restart_never_parts_state_from_position<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -188,7 +200,10 @@ pub(super) async fn s1_a_restart_never_parts_state_from_position<H: Harness>(
                 store = up(|| backend.store()).await?;
                 let (position, n) = settled(backend, &mut store).await?;
                 let next = position.map(|position| position.next).unwrap_or_default();
-                ensure!(next == n.into(), "after {error}: the position is {next}, the state {n}");
+                ensure!(
+                    next == n.into(),
+                    "after {error}: the position is {next}, but the state counts {n}"
+                );
             }
             progress.fetch_add(1, Ordering::SeqCst);
             tokio::task::yield_now().await;
@@ -198,7 +213,7 @@ pub(super) async fn s1_a_restart_never_parts_state_from_position<H: Harness>(
     .await
 }
 
-/// Adds 1 to the counter and to the position.
+/// Adds 1 to the counter and the position.
 async fn count_one<S: OffsetStore<Tx: KeyValue>>(store: &S, log: &dyn Log) -> Result<(), Error> {
     let (position, _) = stored(store).await?;
     let mut tx = store.begin(&consumer("shipping")).await?;
@@ -214,7 +229,7 @@ async fn commit_count<S: OffsetStore<Tx: KeyValue>>(store: &S, n: u64, advance: 
     tx.commit(advance.clone()).await
 }
 
-/// The stored truth, asked until the store answers.
+/// Reads the stored position and counter, retrying until the store answers.
 async fn settled<B: Backend>(backend: &B, store: &mut B::Store) -> Result<(Option<Position>, u64), Violation> {
     loop {
         match stored(store).await {
@@ -224,8 +239,8 @@ async fn settled<B: Backend>(backend: &B, store: &mut B::Store) -> Result<(Optio
     }
 }
 
-/// [S6](essentially_once::OffsetStore#contract): a handler that ignores the error of a read must not commit what it computed
-/// without the value.
+/// [S6](essentially_once::OffsetStore#contract): a handler that ignores a failed read must not
+/// commit a result computed without the value.
 pub(super) async fn s6_a_transaction_whose_read_failed_does_not_commit<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -237,7 +252,8 @@ pub(super) async fn s6_a_transaction_whose_read_failed_does_not_commit<H: Harnes
     let mut tx = store.begin(&shipping).await?;
     backend.restart().await?;
     let mut failed = false;
-    // Another key each time, so that no answer is known already. A backend may connect again between two of them.
+    // Each read uses another key, so that no answer is cached. A backend may reconnect between two
+    // of them.
     for key in [&b"a"[..], b"b", b"c"] {
         failed |= tx.get(key).await.is_err();
     }
@@ -247,13 +263,14 @@ pub(super) async fn s6_a_transaction_whose_read_failed_does_not_commit<H: Harnes
         let after = settled(backend, &mut store).await?;
         ensure!(
             result.is_err() && after == before,
-            "a read failed and was ignored, the commit ended with {result:?}, and {before:?} became {after:?}"
+            "a read failed and was ignored, then the commit returned {result:?}, and {before:?} became {after:?}"
         );
     }
     Ok(())
 }
 
-/// [S3](essentially_once::OffsetStore#contract): position, windows and state of an acknowledged commit.
+/// [S3](essentially_once::OffsetStore#contract): position, windows and state of an acknowledged
+/// commit.
 pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     for round in 1..=3 {
@@ -276,13 +293,14 @@ pub(super) async fn s3_commits_survive_a_restart<H: Harness>(_: &H, backend: &H:
         ensure!(
             differing == Some(None),
             "restart {round} changed the position: {}",
-            differing.flatten().unwrap_or_else(|| "there is none".into())
+            differing.flatten().unwrap_or_else(|| "it has no position".into())
         );
     }
     Ok(())
 }
 
-/// [S3](essentially_once::OffsetStore#contract): a commit of a position alone, or of windows alone, is as durable as any other.
+/// [S3](essentially_once::OffsetStore#contract): a commit of only a position, or only windows, is
+/// as durable as any other.
 pub(super) async fn s3_a_commit_that_stages_nothing_survives_a_restart<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -307,20 +325,21 @@ pub(super) async fn s3_a_commit_that_stages_nothing_survives_a_restart<H: Harnes
         let window = after.windows.first().map(|(_, window)| window.clone());
         ensure!(
             after.next == round.into() && after.revision.count() == round,
-            "restart {round}: commit {round} was acknowledged, the position is {} at revision {}",
+            "restart {round}: commit {round} was acknowledged, but the position is {} at revision {}",
             after.next,
             after.revision
         );
         ensure!(
             n == 1 && window == (round >= 3).then(|| Window::new(round / 3 * 3)),
-            "restart {round}: the state is {n}, the window {window:?}"
+            "restart {round}: the state counts {n}, and the window is {window:?}"
         );
     }
     Ok(())
 }
 
-/// [S5](essentially_once::OffsetStore#contract): commits while the backend restarts. A certain failure moved nothing; after an unknown
-/// outcome the position tells which; an acknowledged commit is there.
+/// [S5](essentially_once::OffsetStore#contract): commits while the backend restarts. A certain
+/// failure moved nothing. After an unknown outcome, the position shows which. An acknowledged
+/// commit is there.
 pub(super) async fn s5_position_resolves_an_unknown_outcome<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let log = backend.log("orders").await?;
     while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
@@ -344,7 +363,7 @@ pub(super) async fn s5_position_resolves_an_unknown_outcome<H: Harness>(_: &H, b
             };
             ensure!(
                 fits,
-                "revision {revision} was stored, a commit ended with {result:?}, now revision {found} is stored"
+                "revision {revision} was stored, a commit returned {result:?}, now revision {found} is stored"
             );
             revision = found;
             progress.fetch_add(1, Ordering::SeqCst);

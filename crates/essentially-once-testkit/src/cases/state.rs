@@ -6,15 +6,16 @@ use essentially_once::{
 };
 
 use super::{
-    advance, consumer,
+    common::{advance, consumer},
     store::{commit, position, value},
 };
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, ensure},
 };
 
-/// [S6](essentially_once::OffsetStore#contract): puts, overwrites, deletes, and what was there before.
+/// [S6](essentially_once::OffsetStore#contract): puts, overwrites, deletes, and values stored
+/// before the transaction.
 pub(super) async fn s6_a_transaction_reads_its_own_writes<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -43,7 +44,8 @@ pub(super) async fn s6_a_transaction_reads_its_own_writes<H: Harness>(_: &H, bac
     Ok(())
 }
 
-/// [S6](essentially_once::OffsetStore#contract): binary and empty ones, keys that are prefixes of others, large values.
+/// [S6](essentially_once::OffsetStore#contract): binary and empty keys and values, keys that are
+/// prefixes of others, and large values.
 pub(super) async fn s6_keys_and_values_are_kept_to_the_byte<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -80,7 +82,8 @@ pub(super) async fn s6_keys_and_values_are_kept_to_the_byte<H: Harness>(
     Ok(())
 }
 
-/// [`KeyValue`]: every backend takes keys of up to 1,024 bytes and values of up to 64 KiB, of any bytes, empty ones too.
+/// [`KeyValue`]: every backend accepts keys of up to 1,024 bytes and values of up to 64 KiB, with
+/// any bytes, including empty ones.
 pub(super) async fn s6_every_key_and_value_of_the_guaranteed_sizes_is_taken<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -96,14 +99,14 @@ pub(super) async fn s6_every_key_and_value_of_the_guaranteed_sizes_is_taken<H: H
     };
     let mut keys = vec![Vec::new()];
     for length in [254, 255, 256, 511, 767, KEY - 1] {
-        // Two that differ in their last byte only.
+        // Two that differ only in their last byte.
         keys.extend([key(length, 0), key(length, 255)]);
     }
     let values: Vec<Vec<u8>> = [VALUE, 0, 1, VALUE - 1, 255, 256, 32_768]
         .map(|length| (0..length).map(|n| (n % 251) as u8).collect())
         .into();
     let pairs: Vec<_> = keys.iter().zip(values.iter().cycle()).collect();
-    // Not all in one commit, which may have a limit of its own.
+    // In several commits, because a commit may have a limit of its own.
     for (n, (key, value)) in (1u64..).zip(&pairs) {
         let written = commit(&store, &shipping, &*log, &[(key, Some(value))], n).await;
         ensure!(
@@ -127,7 +130,8 @@ pub(super) async fn s6_every_key_and_value_of_the_guaranteed_sizes_is_taken<H: H
     Ok(())
 }
 
-/// [S6](essentially_once::OffsetStore#contract), `put`: a key of the limit is kept, a longer one is refused and stages nothing.
+/// [S6](essentially_once::OffsetStore#contract), `put`: a key of the maximum size is kept. A longer
+/// one is refused and stages nothing.
 pub(super) async fn s6_a_key_over_the_limit_is_refused_and_stages_nothing<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -141,8 +145,8 @@ pub(super) async fn s6_a_key_over_the_limit_is_refused_and_stages_nothing<H: Har
     tx.put(&largest, b"2").await?;
     let result = tx.put(&longer, b"3").await;
     ensure!(
-        matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
-        "a key over the limit of {limit} bytes: {result:?}"
+        matches!(&result, Err(Error::TooLarge { limit: reported, .. }) if *reported == limit),
+        "a put of a key over the limit of {limit} bytes: {result:?}"
     );
     tx.commit(advance(None, &*log, 1)).await?;
     for (key, expected) in [(&b"staged"[..], b"1"), (&largest, b"2")] {
@@ -156,8 +160,8 @@ pub(super) async fn s6_a_key_over_the_limit_is_refused_and_stages_nothing<H: Har
     Ok(())
 }
 
-/// [S6](essentially_once::OffsetStore#contract), `put`: a value of the limit is kept; beyond it the transaction reads, and
-/// commits, what it had without that value.
+/// [S6](essentially_once::OffsetStore#contract), `put`: a value of the maximum size is kept. A
+/// larger one is refused, and the transaction then reads and commits the state without it.
 pub(super) async fn s6_a_value_over_the_limit_is_refused_and_stages_nothing<H: Harness>(
     harness: &H,
     backend: &H::Backend,
@@ -180,13 +184,13 @@ pub(super) async fn s6_a_value_over_the_limit_is_refused_and_stages_nothing<H: H
         let before = tx.get(key).await?;
         let result = tx.put(key, &vec![b'x'; limit + 1]).await;
         ensure!(
-            matches!(&result, Err(Error::TooLarge { limit: told, .. }) if *told == limit),
-            "a value over the limit of {limit} bytes: {result:?}"
+            matches!(&result, Err(Error::TooLarge { limit: reported, .. }) if *reported == limit),
+            "a put of a value over the limit of {limit} bytes: {result:?}"
         );
         let after = tx.get(key).await?;
         ensure!(
             after == before,
-            "a refused put left {} bytes where {} were",
+            "a refused put left {} bytes where {} were stored",
             after.map_or(0, |value| value.len()),
             before.map_or(0, |value| value.len())
         );
@@ -211,7 +215,8 @@ pub(super) async fn s6_a_value_over_the_limit_is_refused_and_stages_nothing<H: H
     Ok(())
 }
 
-/// [S7](essentially_once::OffsetStore#contract): equal keys, and names of which one begins like the other.
+/// [S7](essentially_once::OffsetStore#contract): equal keys, and consumer names of which one is a
+/// prefix of another.
 pub(super) async fn s7_consumers_do_not_see_each_others_state<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let names = ["shipping", "shipping-2", "shipping:k", "Shipping"].map(consumer);
@@ -228,10 +233,10 @@ pub(super) async fn s7_consumers_do_not_see_each_others_state<H: Harness>(_: &H,
         let found = (value(&store, name, b"k").await?, position(&store, name).await?.next);
         ensure!(
             found == (Some(vec![n]), u64::from(n).into()),
-            "{name} found {found:?}, it wrote {n}"
+            "{name} found {found:?}, but it wrote {n}"
         );
     }
-    // Where a backend joins names and keys, these are the keys of the others.
+    // If a backend joins names and keys, these are the other consumers' keys.
     for key in [&b"-2k"[..], b":kk", b"k:k"] {
         let found = value(&store, &names[0], key).await?;
         ensure!(
@@ -260,7 +265,7 @@ pub(super) async fn s7_a_thousand_consumers_keep_their_positions<H: Harness>(
         let found = position(&store, &name).await?;
         ensure!(
             (found.next, found.revision) == (n.into(), Revision::NONE.next_epoch()),
-            "{name} committed {n}, it stands at {found:?}"
+            "{name} committed {n}, but its position is {found:?}"
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Cases for what a commit does and leaves, [S1, S4, S5 and S8](essentially_once::OffsetStore#contract).
+//! Cases for the effects of a commit, [S1, S4, S5 and S8](essentially_once::OffsetStore#contract).
 
 use std::{task::Poll, time::UNIX_EPOCH};
 
@@ -7,10 +7,13 @@ use essentially_once::{
     backend::{Advance, LogId, Numbering, Owner, Passed, Position, Revision, Transaction, Window},
 };
 
-use super::{QUIET, advance, compare, consumer, counter};
+use super::{
+    common::{QUIET, advance, consumer, counter},
+    compare,
+};
 use crate::{
-    Backend, Harness,
-    suite::{CaseResult, Violation, ensure},
+    harness::{Backend, Harness},
+    violation::{CaseResult, Violation, ensure},
 };
 
 /// Commits `writes` (`None` deletes) and an advance to `next`, based on the stored position.
@@ -32,7 +35,7 @@ pub(super) async fn commit<S: OffsetStore<Tx: KeyValue>>(
     tx.commit(advance(position.as_ref(), log, next)).await
 }
 
-/// A value as a transaction of its own sees it.
+/// A value as a new transaction sees it.
 pub(super) async fn value<S: OffsetStore<Tx: KeyValue>>(
     store: &S,
     consumer: &ConsumerId,
@@ -51,7 +54,8 @@ pub(super) async fn position<S: OffsetStore>(store: &S, consumer: &ConsumerId) -
         .ok_or_else(|| Violation::new(format!("{consumer} has no position after a commit")))
 }
 
-/// [S1](essentially_once::OffsetStore#contract): puts, overwrites and deletes, seen from another handle.
+/// [S1](essentially_once::OffsetStore#contract): puts, overwrites and deletes, seen from another
+/// handle.
 pub(super) async fn s1_a_commit_applies_state_and_position<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -81,7 +85,7 @@ pub(super) async fn s1_a_commit_applies_state_and_position<H: Harness>(_: &H, ba
             "{key} is {found:?}, not {expected:?}"
         );
     }
-    // A position with a high part, and one that goes back, as `seek` does.
+    // A position with a high part, then one that goes back, as `seek` makes it.
     for next in [Offset::new(u64::MAX, u64::MAX), Offset::ZERO] {
         let before = position(&store, &shipping).await?;
         store
@@ -95,13 +99,15 @@ pub(super) async fn s1_a_commit_applies_state_and_position<H: Harness>(_: &H, ba
     Ok(())
 }
 
-/// A window of `count` sequences up to `highest`, every third left out, and with a last offset and time.
+/// A window of `count` sequences up to `highest` without every third one, and with a last offset
+/// and time.
 fn window(highest: u64, count: u64) -> Window {
     let mut window = Window::new(highest);
     for sequence in (highest - count..highest).filter(|sequence| sequence % 3 != 0) {
         window.mark(sequence);
     }
-    // Only a consumer sets them, so they are written where the encoding has them: behind version and highest sequence.
+    // Only a consumer sets the last offset and time. The encoding has them after the version and
+    // the highest sequence.
     let mut encoded = window.encode();
     encoded[9..41].fill(7);
     Window::decode(&encoded).expect("its own encoding")
@@ -120,7 +126,8 @@ pub(super) fn numbering(text: &str) -> Numbering {
     text.parse().expect("a valid numbering")
 }
 
-/// [S1](essentially_once::OffsetStore#contract): every bit of every window; what an advance does not name stays.
+/// [S1](essentially_once::OffsetStore#contract): every bit of every window is kept. Windows that an
+/// advance does not name stay.
 pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -144,7 +151,7 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     );
 
     expected[1].1 = window(2_000, 500);
-    let mut advance = super::advance(Some(&position(&store, &shipping).await?), &*log, 2);
+    let mut advance = super::common::advance(Some(&position(&store, &shipping).await?), &*log, 2);
     advance.windows = vec![expected[1].clone()];
     store.begin(&shipping).await?.commit(advance).await?;
     let found = stored_windows(&backend.store().await?, &shipping).await?;
@@ -157,8 +164,8 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     Ok(())
 }
 
-/// [S1](essentially_once::OffsetStore#contract): revision, owner and passed record are kept as the advance says, to the bit;
-/// what the next advance leaves out is gone.
+/// [S1](essentially_once::OffsetStore#contract): revision, owner and passed record are kept to the
+/// bit. Those that the next advance omits are removed.
 pub(super) async fn s1_the_whole_position_is_kept<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -205,7 +212,8 @@ pub(super) async fn s1_the_whole_position_is_kept<H: Harness>(_: &H, backend: &H
     Ok(())
 }
 
-/// [S1](essentially_once::OffsetStore#contract): a forgotten producer's window goes, and no other.
+/// [S1](essentially_once::OffsetStore#contract): a forgotten producer's window is removed, and no
+/// other.
 pub(super) async fn s1_forgotten_windows_are_removed<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -223,7 +231,8 @@ pub(super) async fn s1_forgotten_windows_are_removed<H: Harness>(_: &H, backend:
     Ok(())
 }
 
-/// [S4](essentially_once::OffsetStore#contract): dropped at any moment, it leaves no trace and nothing locked.
+/// [S4](essentially_once::OffsetStore#contract): a transaction dropped at any moment leaves no
+/// trace and no lock.
 pub(super) async fn s4_a_dropped_transaction_leaves_no_trace<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
@@ -260,7 +269,7 @@ async fn untouched<S: OffsetStore<Tx: KeyValue>>(store: &S, consumer: &ConsumerI
     Ok(())
 }
 
-/// [S4](essentially_once::OffsetStore#contract): the same for a rollback that is asked for.
+/// [S4](essentially_once::OffsetStore#contract): the same for an explicit rollback.
 pub(super) async fn s4_a_rolled_back_transaction_leaves_no_trace<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -275,8 +284,9 @@ pub(super) async fn s4_a_rolled_back_transaction_leaves_no_trace<H: Harness>(
     untouched(&store, &shipping, "rolled back").await
 }
 
-/// [S5](essentially_once::OffsetStore#contract): a commit whose future is dropped happened whole or not at all; if it still
-/// comes later, it is checked like any other, and takes nothing back.
+/// [S5](essentially_once::OffsetStore#contract): a commit whose future is dropped takes effect
+/// either entirely or not at all. If it arrives later, it is checked like any other commit, and
+/// never undoes a newer one.
 pub(super) async fn s5_a_cancelled_commit_is_all_or_nothing_and_for_good<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -316,17 +326,17 @@ pub(super) async fn s5_a_cancelled_commit_is_all_or_nothing_and_for_good<H: Harn
             Some(Err(error)) => return Err(error.into()),
         }
     }
-    // A late commit that was not checked would take back what was committed since.
+    // A late commit that is not checked would undo newer commits.
     tokio::time::sleep(QUIET).await;
     let (found, n) = position_and_counter(&store, &shipping).await?;
     ensure!(
         found.next == n.into() && found.revision >= highest,
-        "cancelled commits came late and unchecked: revision {highest} was stored, now {found:?} with state {n}"
+        "a late cancelled commit was not checked: revision {highest} was stored, now {found:?} with state {n}"
     );
     Ok(())
 }
 
-/// Position and state of one moment: late commits may land between two reads.
+/// Position and state as of one moment. Late commits may land between two reads.
 async fn position_and_counter<S: OffsetStore<Tx: KeyValue>>(
     store: &S,
     consumer: &ConsumerId,
@@ -355,7 +365,8 @@ pub(super) async fn s8_a_position_remembers_its_log<H: Harness>(_: &H, backend: 
     Ok(())
 }
 
-/// [S8](essentially_once::OffsetStore#contract): a handle that cannot tell incarnations commits, and wipes nothing out.
+/// [S8](essentially_once::OffsetStore#contract): a handle that does not know the incarnation can
+/// commit, and does not erase the stored one.
 pub(super) async fn s8_a_known_incarnation_is_kept<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let store = backend.store().await?;
     let shipping = consumer("shipping");
@@ -383,13 +394,13 @@ pub(super) async fn s8_a_known_incarnation_is_kept<H: Harness>(_: &H, backend: &
     let result = store.begin(&shipping).await?.commit(advance).await;
     ensure!(
         matches!(result, Err(Error::WrongLog { .. })),
-        "a commit for another incarnation: {result:?}"
+        "a commit for another incarnation returned {result:?}"
     );
     Ok(())
 }
 
-/// [S8](essentially_once::OffsetStore#contract): an unknown incarnation is no other log: what such a commit holds is applied
-/// whole, in either direction. Another name is another log all the same.
+/// [S8](essentially_once::OffsetStore#contract): an unknown incarnation does not make it another
+/// log. Such a commit is applied in full, in either direction. Another name is still another log.
 pub(super) async fn s8_a_log_without_incarnation_is_the_same_log<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -446,7 +457,8 @@ pub(super) async fn s8_a_log_without_incarnation_is_the_same_log<H: Harness>(
     Ok(())
 }
 
-/// [S8](essentially_once::OffsetStore#contract): the position may have changed its log since, so `Fenced` wins.
+/// [S8](essentially_once::OffsetStore#contract): the position may have changed its log since, so
+/// `Fenced` takes precedence.
 pub(super) async fn s8_a_stale_commit_for_another_log_is_fenced<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let store = backend.store().await?;
     let (orders, invoices) = (backend.log("orders").await?, backend.log("invoices").await?);
@@ -461,12 +473,13 @@ pub(super) async fn s8_a_stale_commit_for_another_log_is_fenced<H: Harness>(_: &
         .await;
     ensure!(
         matches!(result, Err(Error::Fenced { .. })),
-        "a stale commit for another log: {result:?}"
+        "a stale commit for another log returned {result:?}"
     );
     Ok(())
 }
 
-/// [S8](essentially_once::OffsetStore#contract): even with the right revision.
+/// [S8](essentially_once::OffsetStore#contract): a commit for another log is refused even with the
+/// right revision.
 pub(super) async fn s8_a_commit_for_another_log_is_refused<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let store = backend.store().await?;
     let (orders, invoices) = (backend.log("orders").await?, backend.log("invoices").await?);
@@ -478,7 +491,7 @@ pub(super) async fn s8_a_commit_for_another_log_is_refused<H: Harness>(_: &H, ba
     let result = tx.commit(advance(Some(&before), &*invoices, 2)).await;
     ensure!(
         matches!(&result, Err(Error::WrongLog { stored, .. }) if stored.name() == orders.id().name()),
-        "a commit for another log: {result:?}"
+        "a commit for another log returned {result:?}"
     );
     let after = position(&store, &shipping).await?;
     let differing = compare::position(&after, &before);

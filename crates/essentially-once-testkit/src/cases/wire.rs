@@ -1,15 +1,19 @@
-//! Cases for requests and replies that are lost on the wire: [L7](essentially_once::Log#contract) and
+//! Cases for requests and replies lost on the wire: [L7](essentially_once::Log#contract) and
 //! [S5](essentially_once::OffsetStore#contract).
 
 use essentially_once::{Error, KeyValue, OffsetStore, backend::Transaction};
 
-use super::{advance, consumer, counter, is_certain, payloads, read_all, records, soon, store::value};
+use super::{
+    common::{SOON, advance, consumer, counter, is_certain, payloads, read_all, records, soon},
+    store::value,
+};
 use crate::{
-    Backend, Cut, Harness, Request, Violation,
-    suite::{CaseResult, ensure},
+    harness::{Backend, Harness, Request},
+    proxy::Cut,
+    violation::{CaseResult, Violation, ensure},
 };
 
-/// Each way of cutting, more than once: a handle may do something else when it has been cut before.
+/// Each kind of cut occurs several times, because a handle may behave differently after a cut.
 const CUTS: [Cut; 6] = [
     Cut::BeforeReply,
     Cut::BeforeRequest,
@@ -19,8 +23,8 @@ const CUTS: [Cut; 6] = [
     Cut::BeforeRequest,
 ];
 
-/// [S5](essentially_once::OffsetStore#contract): after a cut the commit says what it knows, the position tells the truth, and
-/// no commit was made twice.
+/// [S5](essentially_once::OffsetStore#contract): after a cut, the commit returns what it knows, the
+/// position shows the truth, and no commit took effect twice.
 pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
     _: &H,
     backend: &H::Backend,
@@ -28,7 +32,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
     let shipping = consumer("shipping");
     let (direct, log) = (backend.store().await?, backend.log("orders").await?);
     for (round, cut) in CUTS.into_iter().enumerate() {
-        // Armed once before the handle is opened, so that the way to the server is through the proxy.
+        // Armed once before the handle opens, so that its connection runs through the proxy.
         backend.cut_next(Request::Commit, cut).await?;
         let store = backend.store().await?;
         let before = store.position(&shipping).await?;
@@ -40,7 +44,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         let cuts = backend.cuts();
         let result = soon("a commit whose connection is cut", tx.commit(advance)).await?;
         was_cut(backend, cuts, round).await?;
-        let after = soon("the position after a cut", asked_until_told(&direct)).await?;
+        let after = soon("the position after a cut", stored_position(&direct)).await?;
         let found = after
             .as_ref()
             .map_or_else(Default::default, |position| position.revision);
@@ -51,7 +55,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         };
         ensure!(
             fits,
-            "cut {round} ({cut:?}): a commit from revision {expected} to {revision} ended with {result:?}, \
+            "cut {round} ({cut:?}): a commit from revision {expected} to {revision} returned {result:?}, \
              which means {meaning}, but {found} is stored"
         );
         let (next, n) = (
@@ -60,14 +64,14 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         );
         ensure!(
             next == n.into(),
-            "cut {round} ({cut:?}): the position is {next}, the state {n}"
+            "cut {round} ({cut:?}): the position is {next}, but the state counts {n}"
         );
     }
     Ok(())
 }
 
-/// The position, once the backend answers again.
-async fn asked_until_told<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
+/// Reads the position, retrying until the backend answers again.
+async fn stored_position<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
     loop {
         match store.position(&consumer("shipping")).await {
             Ok(position) => return position,
@@ -82,16 +86,17 @@ async fn was_cut(backend: &impl Backend, cuts: usize, round: usize) -> CaseResul
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     };
-    let made = tokio::time::timeout(super::SOON, made).await;
+    let made = tokio::time::timeout(SOON, made).await;
     made.map_err(|_| {
         Violation::new(format!(
-            "the harness made no cut in round {round}: does its pattern occur?"
+            "the harness made no cut in round {round}: check that its pattern occurs in the request"
         ))
     })
 }
 
-/// [L7](essentially_once::Log#contract): batches of three whose connection is cut. What was acknowledged is there once; what
-/// failed for certain left nothing; what is in doubt left a prefix; nothing is there twice.
+/// [L7](essentially_once::Log#contract): batches of three whose connection is cut. Acknowledged
+/// batches are there once. Batches that certainly failed left nothing. Batches in doubt left a
+/// prefix. No record is there twice.
 pub(super) async fn l7_a_lost_reply_never_doubles_an_append<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let direct = backend.log("orders").await?;
     let mut outcomes: Vec<(Cut, Result<(), Error>)> = Vec::new();
@@ -110,25 +115,25 @@ pub(super) async fn l7_a_lost_reply_never_doubles_an_append<H: Harness>(_: &H, b
     while found.last().is_none_or(|last| last != "end") {
         found.extend(payloads(&soon("the last record", reader.next(1_000)).await??));
     }
-    for (round, (cut, told)) in outcomes.iter().enumerate() {
+    for (round, (cut, outcome)) in outcomes.iter().enumerate() {
         let prefix = format!("{round}.");
         let there: Vec<_> = found.iter().filter(|payload| payload.starts_with(&prefix)).collect();
         let expected = (0..3).map(|n| format!("{round}.{n}"));
         let is_prefix = there.len() <= 3 && there.iter().zip(expected).all(|(found, expected)| **found == expected);
-        let (fits, meaning) = match told {
+        let (fits, meaning) = match outcome {
             Ok(()) => (is_prefix && there.len() == 3, "all three records"),
             Err(error) if is_certain(error) => (there.is_empty(), "none"),
             Err(_) => (is_prefix, "a prefix"),
         };
         ensure!(
             fits,
-            "cut {round} ({cut:?}): an append ended with {told:?}, which means {meaning}, but {there:?} are there"
+            "cut {round} ({cut:?}): an append returned {outcome:?}, which means {meaning}, but the log holds {there:?}"
         );
     }
     let all = read_all(&*direct, found.len()).await?;
     ensure!(
         payloads(&all) == found,
-        "read again, the log holds {:?}",
+        "a second read of the log returned {:?}",
         payloads(&all)
     );
     Ok(())

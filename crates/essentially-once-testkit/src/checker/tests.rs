@@ -8,7 +8,7 @@ use essentially_once::{
 
 use super::*;
 
-/// Keys and, where not 0, sequences of a producer.
+/// A log of these keys, with a producer's sequence where it is not 0.
 fn log(records: &[(&'static str, u64)]) -> Vec<Record> {
     let producer = ProducerId::new("p").unwrap();
     (0u64..)
@@ -55,7 +55,10 @@ fn lost_is_what_the_position_passed_and_all_the_rest_once_drained() {
     let done = applied(&records, &[0]);
     let position = position(2);
     let check = Check::new(&records, &done);
-    assert!(check.findings().is_empty(), "nobody says that the consumer is done");
+    assert!(
+        check.findings().is_empty(),
+        "the check does not know that the consumer is done"
+    );
     let findings = check.position(Some(&position)).findings();
     assert_eq!(findings.lost, offsets([1]));
     assert_eq!(findings.position_beyond_state, offsets([1]));
@@ -161,7 +164,7 @@ fn state_beyond_the_position_breaks_essentially_once_only() {
     assert_eq!(
         findings.state_beyond_position,
         offsets([0, 1, 2]),
-        "there is no position"
+        "the consumer has no position"
     );
 }
 

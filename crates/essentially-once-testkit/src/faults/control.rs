@@ -1,4 +1,4 @@
-//! Counts the operations of all consumers of a run, and lets faults strike.
+//! Counts the operations of all consumers in a run, and injects the planned faults.
 
 use std::{
     collections::VecDeque,
@@ -10,15 +10,16 @@ use std::{
 
 use tokio::{sync::Notify, task::yield_now};
 
-use super::{FaultKind, Plan};
+use super::plan::{FaultKind, Plan};
 
-/// A run with more operations than that has gone round in circles.
+/// A run with more operations is stuck in a loop.
 pub(super) const OPERATION_LIMIT: usize = 10_000;
 
-/// How many operations later a slow one takes effect: enough for the other consumer to have loaded the position.
+/// How many operations later a slow one takes effect. The other consumer loads the position in that
+/// time.
 const SLOW_OPERATIONS: usize = 2;
 
-/// What a consumer asks of its log, store and handler.
+/// An operation that a consumer performs on its log, store or handler.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
 pub enum Operation {
@@ -26,9 +27,9 @@ pub enum Operation {
     Bounds,
     /// `Log::read`.
     Read,
-    /// `LogReader::next`; counted when it is called, whether or not anything is there yet.
+    /// `LogReader::next`, counted when it is called, even if no record is available yet.
     Next,
-    /// `durability` of log or store.
+    /// `durability` of the log or store.
     Durability,
     /// `OffsetStore::position`.
     Position,
@@ -58,27 +59,27 @@ pub enum Operation {
     Handle,
 }
 
-/// Shared by all wrappers of a run: the plan, and the count of operations. Clones share both.
+/// The plan and the operation count of a run. All its wrappers share them, and so do clones.
 #[derive(Clone)]
 pub struct Faults {
     shared: Arc<Shared>,
 }
 
-/// One consumer of a run: what dies, freezes and wakes as a whole.
+/// One consumer of a run. It dies, freezes and wakes as a whole.
 #[derive(Clone, Debug)]
 pub struct Process {
     faults: Faults,
     number: usize,
 }
 
-/// An operation that a run took, and which consumer took it.
+/// One operation of a run, and the consumer that performed it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Step {
     pub(super) operation: Operation,
     pub(super) process: usize,
 }
 
-/// What the driver has to do.
+/// What the driver must do next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Event {
     Crashed(usize),
@@ -96,7 +97,7 @@ pub(super) enum Failure {
 
 struct Shared {
     state: Mutex<State>,
-    /// A gate opened, or a slow operation is due.
+    /// Notified when a gate opens or a slow operation is due.
     changed: Notify,
 }
 
@@ -119,8 +120,8 @@ enum Gate {
 }
 
 impl Faults {
-    /// Faults as planned. Only an [`Explorer`](super::Explorer) ends crashes and freezes: without it, such an operation
-    /// and all later ones of its process wait for ever.
+    /// Creates the planned faults. Only an [`Explorer`](super::Explorer) ends crashes and freezes.
+    /// Without one, such an operation and all later ones of its process wait forever.
     pub fn new(plan: Plan) -> Self {
         let state = State {
             plan,
@@ -139,7 +140,7 @@ impl Faults {
         }
     }
 
-    /// A new process, whose log, store and handler are to be wrapped.
+    /// Adds a process, whose log, store and handler are to be wrapped.
     pub fn process(&self) -> Process {
         let gates = &mut self.lock().gates;
         gates.push(Gate::Open);
@@ -153,7 +154,7 @@ impl Faults {
         self.lock().trace.clone()
     }
 
-    /// The next event; if there is none, the waker is told of it when it comes.
+    /// Returns the next event. If there is none yet, the waker is called when one arrives.
     pub(super) fn next_event(&self, driver: &Waker) -> Option<Event> {
         let mut state = self.lock();
         let event = state.events.pop_front();
@@ -167,12 +168,13 @@ impl Faults {
         !self.lock().events.is_empty()
     }
 
-    /// Whether consumers run side by side: they then take turns at each operation, as an in-memory backend never would.
+    /// Sets whether consumers run concurrently. They then take turns at each operation, which an
+    /// in-memory backend would never do on its own.
     pub(super) fn set_race(&self, is_race: bool) {
         self.lock().is_race = is_race;
     }
 
-    /// A frozen process goes on, and so does a slow operation of it.
+    /// Resumes a frozen process, or its slow operation.
     pub(super) fn wake(&self, process: usize) {
         let mut state = self.lock();
         if state.gates[process] == Gate::Frozen {
@@ -189,7 +191,7 @@ impl Faults {
 }
 
 impl State {
-    fn tell(&mut self, event: Event) {
+    fn report(&mut self, event: Event) {
         self.events.push_back(event);
         if let Some(driver) = &self.driver {
             driver.wake_by_ref();
@@ -198,8 +200,9 @@ impl State {
 }
 
 impl Process {
-    /// Counts an operation and does it, unless a fault says otherwise. Cancel-safe if `act` is: once `act` is done nothing is
-    /// awaited any more, except in a process that froze or died meanwhile.
+    /// Counts an operation and runs it, unless a fault is planned for it. Cancel-safe if `act` is:
+    /// after `act` completes, nothing else is awaited, except in a process that has frozen or died
+    /// meanwhile.
     pub(super) async fn operate<T, E>(
         &self,
         operation: Operation,
@@ -244,7 +247,7 @@ impl Process {
         });
         let number = state.trace.len();
         if number > OPERATION_LIMIT {
-            state.tell(Event::Runaway);
+            state.report(Event::Runaway);
             return Some(FaultKind::CrashBefore);
         }
         let before = state.slow.len();
@@ -256,11 +259,11 @@ impl Process {
         match fault {
             Some(FaultKind::Zombie) => {
                 state.gates[self.number] = Gate::Frozen;
-                state.tell(Event::Frozen(self.number));
+                state.report(Event::Frozen(self.number));
             }
             Some(FaultKind::Slow) => {
                 state.slow.push((self.number, number + SLOW_OPERATIONS));
-                state.tell(Event::Slowed(self.number));
+                state.report(Event::Slowed(self.number));
             }
             _ => {}
         }
@@ -271,7 +274,7 @@ impl Process {
         {
             let mut state = self.faults.lock();
             state.gates[self.number] = Gate::Dead;
-            state.tell(Event::Crashed(self.number));
+            state.report(Event::Crashed(self.number));
         }
         pending().await
     }
@@ -288,7 +291,7 @@ impl Process {
     async fn wait_until(&self, condition: impl Fn(&State) -> bool) {
         while !condition(&self.faults.lock()) {
             let changed = self.faults.shared.changed.notified();
-            // Looked at again, since it may have changed before `changed` was listening.
+            // Checked again, because it may have changed before `changed` was registered.
             if condition(&self.faults.lock()) {
                 return;
             }

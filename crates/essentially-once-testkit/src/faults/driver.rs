@@ -1,4 +1,5 @@
-//! Runs the consumers of one plan: starts another where one dies or freezes, until all are done.
+//! Runs the consumers of one plan. Starts another one when a consumer dies or freezes, until all
+//! are done.
 
 use std::{
     future::{Future, poll_fn},
@@ -11,13 +12,13 @@ use essentially_once::Error;
 use tokio::time::{Sleep, sleep};
 
 use super::control::{Event, Faults, OPERATION_LIMIT, Process};
-use crate::Violation;
+use crate::violation::Violation;
 
 /// A consumer's run until it has caught up.
 pub(super) type Running<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
 
-/// Runs until no consumer is left. `patience` is how long a frozen or slow consumer stays so at most: another one may need a
-/// lock that it holds.
+/// Runs until all consumers have ended. `patience` limits how long a consumer stays frozen or slow,
+/// because another one may need a lock that it holds.
 pub(super) async fn drive<'a>(
     faults: &Faults,
     patience: Option<Duration>,
@@ -37,16 +38,16 @@ struct Driver<'d, 'a, F> {
     faults: &'d Faults,
     patience: Option<Duration>,
     start: F,
-    /// By the number of the process.
+    /// Indexed by process number.
     processes: Vec<Slot<'a>>,
 }
 
 struct Slot<'a> {
-    /// `None` when done or dead.
+    /// `None` once it is done or dead.
     running: Option<Running<'a>>,
     /// Frozen until that process is done.
     waits_for: Option<usize>,
-    /// When it goes on in any case.
+    /// When it resumes in any case.
     alarm: Option<Pin<Box<Sleep>>>,
 }
 
@@ -69,7 +70,8 @@ impl<'a, F: Fn(Process) -> Running<'a>> Driver<'_, 'a, F> {
             for number in 0..self.processes.len() {
                 is_idle &= !self.is_woken_by_alarm(number, context);
                 is_idle &= !self.is_finished(number, context)?;
-                // The others must not see a moment at which a dead process still holds its transaction.
+                // The others must never see a moment at which a dead process still holds its
+                // transaction.
                 if self.faults.has_events() {
                     is_idle = false;
                     break;
@@ -106,7 +108,7 @@ impl<'a, F: Fn(Process) -> Running<'a>> Driver<'_, 'a, F> {
             }
             Event::Runaway => {
                 return Err(Violation::new(format!(
-                    "no end in sight after {OPERATION_LIMIT} operations"
+                    "the consumers have not caught up after {OPERATION_LIMIT} operations"
                 )));
             }
         }
@@ -114,7 +116,7 @@ impl<'a, F: Fn(Process) -> Running<'a>> Driver<'_, 'a, F> {
         Ok(())
     }
 
-    /// Lets the process run if it can; tells whether it came to its end.
+    /// Runs the process if it can run. Returns whether it has ended.
     fn is_finished(&mut self, number: usize, context: &mut Context<'_>) -> Result<bool, Violation> {
         let slot = &mut self.processes[number];
         let Some(running) = slot.running.as_mut().filter(|_| slot.waits_for.is_none()) else {

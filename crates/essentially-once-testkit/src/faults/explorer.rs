@@ -1,4 +1,4 @@
-//! Which plans are run, and what was found.
+//! Chooses which plans to run, and reports the findings.
 
 use std::{fmt, time::Duration};
 
@@ -6,21 +6,25 @@ use essentially_once::backend::Source;
 use tokio::runtime::{Builder, Runtime};
 
 use super::{
-    Fault, FaultKind, Plan,
     control::Step,
+    plan::{Fault, FaultKind, Plan},
     scene::{Outcome, Scene},
 };
-use crate::{Expectation, Harness, Support, Violation};
+use crate::{
+    checker::Expectation,
+    harness::{Harness, Support},
+    violation::Violation,
+};
 
-/// How long a plan may take on a backend that does I/O.
+/// The time limit of a plan on a backend that does I/O.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
-/// How long a consumer stays frozen or slow at most: another one may need a lock that it holds.
+/// How long a consumer stays frozen or slow at most. Another one may need a lock that it holds.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Runs a consumer with a fault at each operation; see the [module](super).
+/// Runs a consumer with a fault at each operation. See the [module](super).
 ///
-/// The log holds four records of two keys, one of them sent twice. All methods block, each in a tokio runtime of its own with
-/// one thread.
+/// The log holds four records with two keys. One record is sent twice. All methods block, each in
+/// its own single-threaded tokio runtime.
 #[derive(Debug)]
 pub struct Explorer<'h, H> {
     harness: &'h H,
@@ -29,15 +33,16 @@ pub struct Explorer<'h, H> {
     is_real_time: bool,
 }
 
-/// What was explored without finding anything.
+/// The size of an exploration that found nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Explored {
-    /// Plans that were run, the one without faults included.
+    /// The number of plans run, including the one without faults.
     pub plans: usize,
-    /// Faults that struck: in a sample a plan may name an operation that its run never comes to.
+    /// The number of faults that struck. A sampled plan may name an operation that its run never
+    /// reaches.
     pub faults: usize,
-    /// Operations of the run without faults.
+    /// The number of operations in the run without faults.
     pub operations: usize,
 }
 
@@ -45,23 +50,24 @@ pub struct Explored {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Counterexample {
-    /// The plan: [`Explorer::replay`] it.
+    /// The plan. [`Explorer::replay`] runs it again.
     pub plan: Plan,
     /// The delivery.
     pub delivery: Expectation,
     /// The consumer's `max_batch`.
     pub max_batch: usize,
-    /// The seed of the sample that the plan is from.
+    /// The seed of the sample that produced the plan.
     pub seed: Option<u64>,
     /// Where the faults struck: `7 is Commit by consumer 0`.
     pub places: Vec<String>,
-    /// What was found.
+    /// The broken promise.
     pub finding: Violation,
 }
 
 impl<'h, H: Harness> Explorer<'h, H> {
-    /// An explorer of one delivery on the harness's backend. Time is paused, and passes only when all consumers wait: fast,
-    /// and the same at each run, but for backends that do no I/O only.
+    /// Creates an explorer of one delivery on the harness's backend. Time is paused, and advances
+    /// only when all consumers wait. This is fast and deterministic, but works only for backends
+    /// that do no I/O.
     pub fn new(harness: &'h H, delivery: Expectation) -> Self {
         Self {
             harness,
@@ -71,25 +77,26 @@ impl<'h, H: Harness> Explorer<'h, H> {
         }
     }
 
-    /// The consumer's [`max_batch`](essentially_once::Consumer::max_batch), and how far it reads ahead; 2 unless set.
+    /// Sets the consumer's [`max_batch`](essentially_once::Consumer::max_batch) and its read-ahead.
+    /// The default is 2.
     #[must_use]
     pub fn max_batch(mut self, records: usize) -> Self {
         self.max_batch = records;
         self
     }
 
-    /// Time passes: for a backend that does I/O.
+    /// Uses real time, for a backend that does I/O.
     #[must_use]
     pub fn real_time(mut self) -> Self {
         self.is_real_time = true;
         self
     }
 
-    /// Runs every plan of one fault and every plan of two, each on a fresh backend. Plans of one fault come first, so that what
-    /// is found is as simple as can be.
+    /// Runs every plan with one fault, then every plan with two, each on a fresh backend. That
+    /// order makes the first counterexample as simple as possible.
     ///
     /// # Errors
-    /// The first plan under which something was found, or that did not do the same when it was run again.
+    /// The first plan that breaks the promise, or that behaves differently when it is run again.
     pub fn explore(&self) -> Result<Explored, Box<Counterexample>> {
         let runtime = self.runtime(&Plan::none())?;
         let run = |plan: &Plan| self.run_on_fresh_backend(&runtime, plan);
@@ -105,18 +112,18 @@ impl<'h, H: Harness> Explorer<'h, H> {
         for plan in pairs {
             let trace = run(&plan)?;
             if explored.count(&plan, &trace) < plan.faults().len() {
-                let finding = Violation::new("a fault did not strike: the backend does not do the same at each run");
+                let finding = Violation::new("a fault did not strike: the backend behaves differently from run to run");
                 return Err(self.counterexample(&plan, &trace, finding));
             }
         }
         Ok(explored)
     }
 
-    /// Runs that many random plans of one or two faults, all on one backend but on logs and consumers of their own. Equal
-    /// seeds give equal plans.
+    /// Runs `plans` random plans with one or two faults. All share one backend, but each has its
+    /// own log and consumer. Equal seeds give equal plans.
     ///
     /// # Errors
-    /// The first plan under which something was found.
+    /// The first plan that breaks the promise.
     pub fn sample(&self, seed: u64, plans: usize) -> Result<Explored, Box<Counterexample>> {
         let runtime = self.runtime(&Plan::none())?;
         let result = runtime.block_on(self.run_sample(seed, plans));
@@ -127,10 +134,10 @@ impl<'h, H: Harness> Explorer<'h, H> {
         })
     }
 
-    /// Runs one plan, on a fresh backend.
+    /// Runs one plan on a fresh backend.
     ///
     /// # Errors
-    /// What was found.
+    /// The plan, if it breaks the promise.
     pub fn replay(&self, plan: &Plan) -> Result<(), Box<Counterexample>> {
         let runtime = self.runtime(plan)?;
         let result = self.run_on_fresh_backend(&runtime, plan);
@@ -182,7 +189,7 @@ impl<'h, H: Harness> Explorer<'h, H> {
         }
     }
 
-    /// Without I/O, since looking for it would be most of the work.
+    /// Under paused time it has no I/O driver, because polling one would take most of the time.
     fn runtime(&self, plan: &Plan) -> Result<Runtime, Box<Counterexample>> {
         let mut builder = Builder::new_current_thread();
         match self.is_real_time {
@@ -238,7 +245,7 @@ impl Explored {
         }
     }
 
-    /// Counts a plan that was run; returns how many of its faults struck.
+    /// Counts a plan that was run. Returns how many of its faults struck.
     fn count(&mut self, plan: &Plan, trace: &[Step]) -> usize {
         let faults = plan.faults().iter();
         let struck = faults.filter(|fault| fault.operation <= trace.len()).count();
@@ -279,17 +286,18 @@ impl From<Box<Counterexample>> for Violation {
     }
 }
 
-/// Tasks that a stuck backend left behind must not hold up the caller.
+/// Tasks left behind by a stuck backend must not hold up the caller.
 fn release(runtime: Runtime) {
     runtime.shutdown_timeout(Duration::from_secs(1));
 }
 
-/// Every kind at each of the operations.
+/// Every kind of fault at each of these operations.
 fn faults(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Fault> {
     operations.flat_map(|operation| FaultKind::ALL.map(|kind| Fault { operation, kind }))
 }
 
-/// One fault or two; the second may come in what the first made of the run, which is longer than it was.
+/// One or two faults. The second may strike an operation that exists only because of the first,
+/// which makes the run longer.
 fn random_plan(rng: &mut fastrand::Rng, operations: usize) -> Plan {
     let mut fault = |range: std::ops::RangeInclusive<usize>| Fault {
         operation: rng.usize(range),

@@ -1,12 +1,15 @@
-//! A fault at every operation of a consumer, and at every pair of them.
+//! Injects a fault at every operation of a consumer, and at every pair of operations.
 //!
-//! An [`Explorer`] runs a consumer over the log and store of a [`Harness`](crate::Harness) once without faults, and counts
-//! what it asks of them: each read, each step of a transaction, each call of the handler. It then runs it again for each
-//! operation and each [`FaultKind`], and for each pair of faults. A crash drops the consumer and starts another; a zombie
-//! sleeps while another takes over, and wakes to find the world changed. After each run a [`Check`](crate::Check) judges what
-//! the handler did against what the delivery promises, and again when one more consumer has come to the log's end.
+//! An [`Explorer`] first runs a consumer without faults over the log and store of a
+//! [`Harness`](crate::Harness), and counts its operations: each read, each step of a transaction,
+//! each call of the handler. It then runs the consumer again for each operation and each
+//! [`FaultKind`], and for each pair of faults. A crash drops the consumer and starts another. A
+//! zombie sleeps while another consumer takes over, then wakes up and carries on. After each run a
+//! [`Check`](crate::Check) compares what the handler did with the delivery's promise. It does so
+//! again after one more consumer has reached the end of the log.
 //!
-//! Runs are deterministic on a backend that does no I/O. What was found is named by its [`Plan`], which can be replayed:
+//! Runs are deterministic on a backend that does no I/O. A [`Plan`] names each finding and can be
+//! replayed:
 //!
 //! ```
 //! use essentially_once_testkit::{Expectation, faults::Explorer, memory::MemoryHarness};
@@ -16,9 +19,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! On real backends, where a run takes longer and never is quite the same, a [`Suite`](crate::Suite) runs a random sample of
-//! plans, and two environment variables repeat what it found: `ESSENTIALLY_ONCE_PLAN` runs a plan, `ESSENTIALLY_ONCE_SEED`
-//! the whole sample.
+//! On real backends a run takes longer and is never quite the same. There, a
+//! [`Suite`](crate::Suite) runs a random sample of plans. Two environment variables repeat its
+//! findings: `ESSENTIALLY_ONCE_PLAN` runs one plan, `ESSENTIALLY_ONCE_SEED` the whole sample.
 
 mod control;
 mod driver;

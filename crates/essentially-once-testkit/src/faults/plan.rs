@@ -4,25 +4,26 @@ use std::{fmt, str::FromStr};
 
 use essentially_once::Error;
 
-/// What happens at an operation.
+/// How an operation fails.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum FaultKind {
-    /// It fails, and did not happen.
+    /// It fails and has no effect.
     ErrorBefore,
-    /// It happens, but the reply is lost.
+    /// It takes effect, but its reply is lost.
     ErrorAfter,
-    /// The consumer dies before it, and is started again.
+    /// The consumer dies before it and is started again.
     CrashBefore,
-    /// The consumer dies after it, and is started again.
+    /// The consumer dies after it and is started again.
     CrashAfter,
-    /// The consumer freezes before it; another one takes over and finishes; then the first wakes, and goes on with it.
+    /// The consumer freezes before it. Another one takes over and finishes. Then the first wakes up
+    /// and carries on with the operation.
     Zombie,
-    /// It takes so long that another consumer starts; then both run side by side.
+    /// It takes so long that another consumer starts. Then both run concurrently.
     Slow,
 }
 
 impl FaultKind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 6] = [
         Self::ErrorBefore,
         Self::ErrorAfter,
@@ -47,13 +48,14 @@ impl FaultKind {
 /// One fault. As text: `7:crash-after`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Fault {
-    /// Which operation of the run; the first one is 1. All consumers of the run are counted together.
+    /// The operation's number in the run. The first operation is 1. Operations of all consumers are
+    /// counted together.
     pub operation: usize,
-    /// What happens there.
+    /// How that operation fails.
     pub kind: FaultKind,
 }
 
-/// The faults of one run, by operation. As text: `7:crash-after,12:zombie`, or `none`.
+/// The faults of one run, ordered by operation. As text: `7:crash-after,12:zombie`, or `none`.
 ///
 /// ```
 /// # use essentially_once_testkit::faults::{Fault, FaultKind, Plan};
@@ -68,7 +70,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A plan of these faults. Of two faults at one operation the first counts.
+    /// Creates a plan with these faults. If two name the same operation, the first one counts.
     pub fn new(faults: impl IntoIterator<Item = Fault>) -> Self {
         let mut faults: Vec<Fault> = faults.into_iter().collect();
         faults.sort_by_key(|fault| fault.operation);
@@ -76,7 +78,7 @@ impl Plan {
         Self { faults }
     }
 
-    /// A plan in which nothing goes wrong.
+    /// Creates a plan without faults.
     pub fn none() -> Self {
         Self::default()
     }

@@ -1,14 +1,15 @@
-//! The sample of plans as a test: a seed of its own at each run, or the environment's.
+//! Runs the sample of plans as a test, with a new seed on each run or the seed from the
+//! environment.
 
 use std::env;
 
-use super::{Counterexample, Explorer};
-use crate::{Expectation, Harness, Violation};
+use super::explorer::{Counterexample, Explorer};
+use crate::{checker::Expectation, harness::Harness, violation::Violation};
 
 const SEED: &str = "ESSENTIALLY_ONCE_SEED";
 const PLAN: &str = "ESSENTIALLY_ONCE_PLAN";
 
-/// Runs the sample, or the plan that the environment names. `test` is the name under which the test is found.
+/// Runs the sample, or the plan that the environment names. `test` is the test's full name.
 pub(crate) fn sampled<H: Harness>(harness: &H, delivery: Expectation, test: &str) -> Result<(), Violation> {
     let explorer = Explorer::new(harness, delivery).real_time();
     let seed = from_env(SEED)?.unwrap_or_else(|| fastrand::u64(..));
@@ -19,7 +20,7 @@ pub(crate) fn sampled<H: Harness>(harness: &H, delivery: Expectation, test: &str
     result.map_err(|found| Violation::new(format!("{found}\nreplay: {}", command(&found, seed, test))))
 }
 
-/// What to type to see it again.
+/// The command that repeats the finding.
 fn command(found: &Counterexample, seed: u64, test: &str) -> String {
     let package = env::var("CARGO_PKG_NAME").map_or(String::new(), |name| format!(" -p {name}"));
     format!(
@@ -43,7 +44,7 @@ mod tests {
     use essentially_once::{async_trait, backend::Source, memory::Memory};
 
     use super::*;
-    use crate::Capabilities;
+    use crate::harness::Capabilities;
 
     struct Missing;
 

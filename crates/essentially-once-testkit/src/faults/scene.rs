@@ -12,29 +12,35 @@ use tokio::{
 };
 
 use super::{
-    FaultyHandler, FaultyLog, FaultyStore, FaultyTx, Plan,
     control::{Faults, Process, Step},
     driver::drive,
+    plan::Plan,
+    wrappers::{FaultyHandler, FaultyLog, FaultyStore, FaultyTx},
 };
-use crate::{Applied, Backend, Check, Expectation, Ledger, MemoryLedger, Violation, read_ledger, read_log};
+use crate::{
+    checker::{Applied, Check, Expectation, read_log},
+    harness::Backend,
+    ledger::{Ledger, MemoryLedger, read_ledger},
+    violation::Violation,
+};
 
 pub(super) struct Scene<'b, B> {
     pub(super) backend: &'b B,
-    /// Of the log and of the consumer.
+    /// The name of the log and of the consumer.
     pub(super) name: String,
     pub(super) delivery: Expectation,
     pub(super) max_batch: usize,
-    /// The consumer's backoff.
+    /// The consumer's shortest and longest backoff.
     pub(super) pauses: (Duration, Duration),
-    /// How long a consumer stays frozen at most; for ever if `None`.
+    /// How long a consumer stays frozen at most. Forever if `None`.
     pub(super) patience: Option<Duration>,
     pub(super) time_limit: Duration,
-    /// Whether handlers write natively as well.
+    /// Whether handlers also write natively.
     pub(super) is_native: bool,
 }
 
 pub(super) struct Outcome {
-    /// The operations of the run, up to where the consumers had caught up.
+    /// The operations of the run, until the consumers had caught up.
     pub(super) trace: Vec<Step>,
     pub(super) verdict: Result<(), Violation>,
 }
@@ -42,7 +48,7 @@ pub(super) struct Outcome {
 /// What the consumers of a run share.
 struct Stage {
     consumer: ConsumerId,
-    /// Where the deliveries without a transaction leave their effects.
+    /// Holds the effects of the deliveries without a transaction.
     ledger: MemoryLedger,
     accept_volatile: bool,
 }
@@ -50,11 +56,11 @@ struct Stage {
 impl<B: Backend> Scene<'_, B> {
     pub(super) async fn run(&self, plan: &Plan) -> Outcome {
         let faults = Faults::new(plan.clone());
-        // Under paused time the limit comes at once when all wait for each other.
+        // Under paused time, the limit expires at once if all consumers wait for each other.
         let verdict = timeout(self.time_limit, self.play(&faults))
             .await
             .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {:?}", self.time_limit))));
-        // Lets go of the tasks of dropped consumers, so that they are no part of the next run.
+        // Lets the tasks of dropped consumers end, so that they do not become part of the next run.
         yield_now().await;
         let trace = faults.trace();
         Outcome { trace, verdict }
@@ -79,7 +85,7 @@ impl<B: Backend> Scene<'_, B> {
         self.judge(&stage, &records, true).await
     }
 
-    /// One consumer, on handles of its own, until it has caught up.
+    /// Runs one consumer on its own handles until it has caught up.
     async fn consume(&self, stage: &Stage, process: Process) -> Result<(), Error> {
         let process = &process;
         let log = FaultyLog::new(patiently(|| self.backend.log(&self.name)).await?, process);
@@ -113,12 +119,13 @@ impl<B: Backend> Scene<'_, B> {
         let (first, longest) = self.pauses;
         let mut consumer = consumer
             .max_batch(self.max_batch)
-            // As little as can be, so that reading and handling alternate and more faults fall between them.
+            // As small as possible, so that reading and handling alternate and more faults fall
+            // between them.
             .read_ahead_records(self.max_batch)
             .read_ahead_bytes(1024 * 1024)
             .min_backoff(first)
             .max_backoff(longest)
-            // Zombies are to be fenced at their commits, not waited for.
+            // Zombies should be fenced at their commits. Nobody should wait for them.
             .standby_after(Duration::ZERO);
         if stage.accept_volatile {
             consumer = consumer.accept_volatile();
@@ -152,7 +159,7 @@ impl<B: Backend> Scene<'_, B> {
 }
 
 impl<B: Backend> Scene<'_, B> {
-    /// What was written natively must be what was applied, record by record.
+    /// Checks that the native writes match the applied records, record by record.
     async fn judge_natively(&self, records: &[Record], applied: &[Applied]) -> Result<(), Violation> {
         if !self.is_native || self.delivery != Expectation::EssentiallyOnce {
             return Ok(());
@@ -175,7 +182,7 @@ impl<B: Backend> Scene<'_, B> {
     }
 }
 
-/// A [`Ledger`] that writes natively too, where the backend can.
+/// A [`Ledger`] that also writes natively where the backend can.
 struct NativeLedger<'s, 'b, B> {
     scene: &'s Scene<'b, B>,
 }
@@ -197,7 +204,7 @@ impl<B: Backend> Handler<FaultyTx<<B::Store as OffsetStore>::Tx>> for NativeLedg
     }
 }
 
-/// Two keys, one message that was sent twice, and one behind it that may not be reordered.
+/// Two keys, one message that is sent twice, and a later one that may not be reordered with it.
 fn messages() -> Result<Vec<NewRecord>, Error> {
     let origin = Origin::new(ProducerId::new("sender")?, Epoch::fresh(), 1);
     Ok(vec![
@@ -212,7 +219,7 @@ fn is_volatile(durability: Durability) -> bool {
     matches!(durability, Durability::Volatile(_))
 }
 
-/// Opens a handle, which may need a lock that a frozen consumer holds for a while.
+/// Opens a handle. That may need a lock that a frozen consumer holds for a while.
 async fn patiently<T, F: Future<Output = Result<T, Error>>>(open: impl Fn() -> F) -> Result<T, Error> {
     loop {
         match open().await {

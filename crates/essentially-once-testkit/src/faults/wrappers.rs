@@ -1,4 +1,4 @@
-//! Log, store and handler of one process, with faults in between.
+//! Wraps the log, store and handler of one process, and injects faults.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use essentially_once::{
 
 use super::control::{Failure, Operation, Process};
 
-/// A log whose reading may fail as planned. Appending never does.
+/// A log whose reads may fail as planned. Appends never do.
 #[derive(Debug)]
 pub struct FaultyLog<L> {
     inner: L,
@@ -69,7 +69,7 @@ impl LogReader for FaultyReader {
     }
 }
 
-/// A store that may fail as planned, in its transactions too.
+/// A store whose operations may fail as planned, including those of its transactions.
 #[derive(Debug)]
 pub struct FaultyStore<S> {
     inner: S,
@@ -124,7 +124,7 @@ impl<S: OffsetStore> OffsetStore for FaultyStore<S> {
 
 #[async_trait]
 impl<S: ReadState> ReadState for FaultyStore<S> {
-    /// No consumer reads state outside its transactions, so no fault strikes here.
+    /// Consumers never read state outside their transactions, so no fault strikes here.
     async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
         self.inner.read_state(consumer, keys).await
     }
@@ -138,7 +138,7 @@ pub struct FaultyTx<T> {
 }
 
 impl<T> FaultyTx<T> {
-    /// Writes natively in the transaction that this one wraps.
+    /// Writes natively in the wrapped transaction.
     pub(super) async fn natively(&mut self, write: impl AsyncFnOnce(&mut T) -> Result<(), Error>) -> Result<(), Error> {
         ask(&self.process, Operation::Native, write(&mut self.inner)).await
     }
@@ -198,9 +198,9 @@ impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for FaultyHandler<H> {
                 Operation::Handle,
                 self.inner.handle(record, tx),
                 |failure| match failure {
-                    // The backend is in trouble, and the handler is the one to notice.
+                    // The backend fails, and the handler notices it first.
                     Failure::NotDone => not_done(Operation::Handle).into(),
-                    // The record itself is in trouble: the consumer treats it alone.
+                    // The record itself fails, so the consumer handles it alone.
                     Failure::ReplyLost => HandlerError::retry("a planned fault after the handler did its work"),
                 },
             )
@@ -212,7 +212,8 @@ impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for FaultyHandler<H> {
     }
 }
 
-/// An operation whose reply can be lost without any doubt about the backend: asked again, it tells the same.
+/// An operation whose reply can be lost without leaving doubt. Repeating it returns the same
+/// answer.
 async fn ask<T>(
     process: &Process,
     operation: Operation,

@@ -1,4 +1,5 @@
-//! The in-memory backend, broken on purpose: an explorer that finds nothing here proves nothing elsewhere.
+//! The in-memory backend, broken on purpose. An explorer that finds nothing here proves nothing
+//! elsewhere.
 
 use std::{
     collections::HashMap,
@@ -18,13 +19,13 @@ use essentially_once_testkit::{Backend, Capabilities, Harness, Support};
 /// What is broken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Flaw {
-    /// A commit goes through at whatever revision the store is.
+    /// A commit succeeds whatever the stored revision is.
     AnyRevision,
-    /// `put` takes effect at once, outside the transaction.
+    /// `put` takes effect immediately, outside the transaction.
     Leaky,
     /// Windows are not kept with the position.
     ForgottenWindows,
-    /// A native write takes effect at once, outside the transaction.
+    /// A native write takes effect immediately, outside the transaction.
     NativeAtOnce,
     /// A native write takes effect although its commit is fenced.
     NativeUnfenced,
@@ -32,7 +33,7 @@ pub(crate) enum Flaw {
     Skipping,
 }
 
-/// A harness for the flaw.
+/// A harness for a backend with this flaw.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Broken(pub(crate) Flaw);
 
@@ -99,7 +100,7 @@ impl Backend for BrokenMemory {
     }
 }
 
-/// What was put outside the transaction.
+/// Values that were put outside the transaction.
 #[derive(Clone, Default)]
 struct Leaked(Arc<Mutex<HashMap<Vec<u8>, Vec<u8>>>>);
 
@@ -109,7 +110,7 @@ impl Leaked {
     }
 }
 
-/// What was written natively, and how often.
+/// How often each name was written natively.
 #[derive(Clone, Default)]
 struct Written(Arc<Mutex<HashMap<String, u64>>>);
 
@@ -164,7 +165,7 @@ pub(crate) struct BrokenTx {
     consumer: ConsumerId,
     leaked: Leaked,
     written: Written,
-    /// Names under which it wrote natively.
+    /// The names under which this transaction wrote natively.
     native: Vec<String>,
 }
 
@@ -213,7 +214,7 @@ impl KeyValue for BrokenTx {
     }
 }
 
-/// A log whose readers skip a record, but for the first one of each handle.
+/// A log whose readers skip a record, except for the first reader of each handle.
 struct SkippingLog<L>(L, AtomicBool);
 
 #[async_trait]
@@ -230,7 +231,7 @@ impl<L: Log> Log for SkippingLog<L> {
         if !self.1.swap(true, Ordering::SeqCst) {
             return self.0.read(from).await;
         }
-        // Past the record that a consumer compares, so that it is one behind it that is missing.
+        // Skips the record after the one that a consumer compares with its position.
         let skipped = from.successor().successor();
         self.0.read(skipped.min(self.0.bounds().await?.end)).await
     }

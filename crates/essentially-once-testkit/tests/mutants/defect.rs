@@ -1,5 +1,5 @@
-//! The ways in which the model can be wrong: exactly one at a time, each a mistake that a real backend can make. And ways in
-//! which it can differ that are sound.
+//! The ways in which the model can be wrong, one at a time. Each is a mistake that a real backend
+//! can make. Also the sound ways in which it can differ.
 
 macro_rules! defects {
     (wrong { $($(#[$doc:meta])+ $defect:ident,)+ } sound { $($(#[$sound_doc:meta])+ $sound:ident,)+ }) => {
@@ -28,37 +28,37 @@ wrong {
     AppendAcknowledgedBeforeDurable,
     /// Recovery applies the last entry of the journal a second time.
     RestartReplaysTheTail,
-    /// An append whose reply was lost is called a certain failure.
+    /// An append whose reply was lost is reported as certainly failed.
     LostAppendReplyToldAsFailure,
-    /// A connection lost within a batch goes on behind the record that was lost with it.
+    /// After losing its connection within a batch, an append continues behind the lost record.
     ReconnectTearsBatch,
-    /// The records of a batch are written last first.
+    /// The records of a batch are written in reverse order.
     BatchWrittenBackwards,
-    /// A batch waits in the handle and is written after the next one.
+    /// A batch stays in the handle and is written after the next one.
     LaterBatchOvertakes,
-    /// An offset is given out before its record is visible, and readers go past it.
+    /// An offset is assigned before its record is visible, and readers move past it.
     HoleFillsInLater,
-    /// A reader that was there first sees the first two records the other way round.
+    /// The first reader sees the first two records in the wrong order.
     FirstReaderSwapsTwo,
-    /// Two records in a row are told to have one offset.
+    /// Two consecutive records are reported with the same offset.
     OffsetsEqualInPairs,
-    /// Opened at a record's offset, a reader begins behind the record.
+    /// A reader opened at a record's offset begins after the record.
     ReaderStartsOneLate,
-    /// Opened at a record's offset, a reader begins with the record before.
+    /// A reader opened at a record's offset begins with the record before it.
     ReaderStartsOneEarly,
-    /// Opened between two records, a reader begins with the earlier one.
+    /// A reader opened between two records begins with the earlier one.
     ReaderStartsBeforeABetween,
-    /// All readers of a handle have one place in the log.
+    /// All readers of a handle share one place in the log.
     ReadersShareACursor,
     /// An empty key comes back as no key.
     EmptyKeyReadAsNone,
     /// Headers come back in another order.
     HeadersSorted,
-    /// Of headers that look alike, one comes back.
+    /// Of several headers with the same name, only one comes back.
     RepeatedHeadersLost,
     /// Header names come back with their special characters lost.
     HeaderNamesReadAsAscii,
-    /// A payload that is no text comes back changed.
+    /// A payload that is not text comes back changed.
     PayloadReadAsText,
     /// A payload comes back one byte longer.
     PayloadPadded,
@@ -72,115 +72,116 @@ wrong {
     EmptyPayloadCalledMalformed,
     /// The time of the append is not kept.
     AppendTimeLost,
-    /// An append of a batch tells the offset of its first record.
+    /// An append of a batch returns the offset of its first record.
     AppendTellsTheFirst,
-    /// An append of nothing tells an offset.
+    /// An empty append returns an offset.
     EmptyAppendTellsTheEnd,
-    /// An append of nothing adds a blank record.
+    /// An empty append adds a blank record.
     EmptyAppendAddsARecord,
     /// A reader's first call returns no record.
     NextReturnsNothing,
-    /// A call returns one record more than it was asked for.
+    /// A call returns one record more than requested.
     NextIgnoresMax,
-    /// Each call begins with the last record of the call before.
+    /// Each call begins with the last record of the previous call.
     NextRepeatsTheBoundary,
     /// The bytes of a call are not bounded.
     NextIgnoresBytes,
-    /// What is too much for a call is cut off, and the next call begins behind it.
+    /// Records that do not fit into a call are dropped, and the next call begins after them.
     NextSkipsWhatItCutsOff,
-    /// All logs of a backend are one.
+    /// All logs of a backend share their records.
     LogsShareRecords,
-    /// A record that someone else wrote is skipped.
+    /// A foreign record is skipped.
     ForeignSkipped,
-    /// A record that someone else wrote comes back empty.
+    /// A foreign record comes back empty.
     ForeignPayloadLost,
-    /// A record that someone else wrote is taken for a damaged one.
+    /// A foreign record is taken for a damaged one.
     ForeignCalledMalformed,
-    /// A record that someone else wrote is given an origin.
+    /// A foreign record gets an origin.
     ForeignGetsOrigin,
-    /// A waiting reader hears nothing of an append.
+    /// An append does not wake a waiting reader.
     WaitingReaderIsNotWoken,
-    /// A reader that had to wait begins again at the first record.
+    /// A reader that had to wait starts over at the first record.
     WokenReaderStartsOver,
     /// The bounds of an empty log show a record.
     EmptyLogHasAnEnd,
-    /// The earliest offset is told as one behind the first record.
+    /// The earliest offset is reported as one past the first record.
     EarliestIsBehindTheFirst,
-    /// The end is told as the offset of the last record.
+    /// The end is reported as the offset of the last record.
     EndIsTheLastRecord,
-    /// The bounds still tell what retention removed.
+    /// The bounds still include records that retention removed.
     BoundsIgnoreRetention,
     /// Retention removes one record more than it should.
     RetentionRemovesTooMuch,
-    /// Retention rewrites what is left without its append times.
+    /// Retention rewrites the remaining records without their append times.
     RetentionLosesAppendTimes,
-    /// Reading what was removed begins at what is left.
+    /// Reading a removed record silently begins at the earliest remaining one.
     TruncationSilent,
-    /// Reading what was removed waits for a new record.
+    /// Reading a removed record waits for a new record.
     TruncationWaits,
-    /// Reading what was removed is a failure without a reason.
+    /// Reading a removed record is reported as a general failure.
     TruncatedToldAsFailure,
-    /// Reading what was removed does not tell what is left.
+    /// Reading a removed record does not report the earliest remaining one.
     TruncatedTellsNoEarliest,
-    /// A reader that retention overtook goes on at what is left.
+    /// A reader that retention overtook moves on to the remaining records.
     OvertakenReaderMovesOn,
-    /// A reader that retention overtook waits for ever.
+    /// A reader that retention overtook waits forever.
     OvertakenReaderWaits,
-    /// A reader that retention overtook fails without a reason.
+    /// A reader that retention overtook reports a general failure.
     OvertakenReaderFailsVaguely,
     /// A position past the end waits for the log to grow that far.
     PastEndWaits,
-    /// A position right past the end waits, one further on does not.
+    /// A reader just past the end waits. One further on does not.
     EndCheckedLoosely,
     /// Only the lower part of an offset is compared with the end.
     OffsetsComparedByLowPart,
     /// A position past the end reads the last record.
     PastEndReadsTheLast,
-    /// A position past the end is a failure without a reason.
+    /// A position past the end is reported as a general failure.
     PastEndToldAsFailure,
-    /// A log that was created anew has its old id, and an old position waits in it.
+    /// A log that was deleted and created again keeps its id, and an old position waits in it.
     OldOffsetWaitsInNewLog,
-    /// A log that was created anew has its old id, and calls an old position removed by retention.
+    /// A log that was deleted and created again keeps its id, and reports an old position as
+    /// removed by retention.
     OldOffsetTruncatedInNewLog,
     /// A waiting reader does not notice that its log is gone.
     ReaderMissesRecreation,
-    /// A waiting reader whose log is gone returns no records, and no error.
+    /// A waiting reader whose log is gone returns no records and no error.
     OldReaderEndsQuietly,
-    /// A call of next moves the reader before it has returned.
+    /// A call of `next` moves the reader before it returns.
     CancelledNextLoses,
-    /// A cancelled call's records are returned by the next call, which does not move the reader.
+    /// The next call returns a cancelled call's records, and does not move the reader.
     CancelledNextRepeats,
-    /// A record of exactly the limit is refused.
+    /// A record of exactly the maximum size is refused.
     LimitIsExclusive,
-    /// There is no limit.
+    /// The size of records is not limited.
     NoRecordLimit,
     /// The key does not count towards the limit.
     KeyNotMeasured,
     /// Headers do not count towards the limit.
     HeadersNotMeasured,
-    /// A refusal does not say what the limit is.
+    /// A refusal does not report the limit.
     RefusalNamesNoLimit,
     /// Sizes are checked record by record, while the records are written.
     PrefixAppendedBeforeRefusal,
-    /// What was refused goes out with the next append.
+    /// Refused records are sent with the next append.
     RefusedBatchStaysBuffered,
     /// A damaged entry is skipped.
     MalformedSkipped,
-    /// A damaged entry is an error that no reader gets past.
+    /// A damaged entry is an error that blocks every reader.
     MalformedBlocks,
     /// A damaged entry is taken for a record.
     MalformedNotMarked,
     /// A damaged entry damages the record before it.
     MalformedGarblesNeighbour,
-    /// A damaged entry gives no reason.
+    /// A damaged entry has no reason.
     MalformedWithoutReason,
     /// A damaged entry comes back empty.
     MalformedBytesLost,
-    /// A log cannot be asked for its durability.
+    /// A log fails to report its durability.
     LogDurabilityFails,
-    /// A log answers otherwise when it is asked for its durability again.
+    /// A log reports another durability the second time.
     LogDurabilityWavers,
-    /// A log that is not durable does not say why.
+    /// A log that is not durable gives no reason.
     LogVolatileWithoutReason,
 
     // The store.
@@ -190,25 +191,25 @@ wrong {
     PositionNotCommitted,
     /// Only the first commit is counted.
     RevisionNotCounted,
-    /// The store counts revisions by itself.
+    /// The store counts revisions on its own.
     RevisionCountedByTheStore,
-    /// Of a revision only the count is kept.
+    /// Only the count of a revision is kept.
     EpochOfRevisionNotKept,
     /// The owner is not kept.
     OwnerNotKept,
-    /// The first owner stays.
+    /// The first owner is kept forever.
     OwnerKeptForever,
     /// The passed record is not kept.
     PassedNotKept,
-    /// An advance without a passed record leaves the old one.
+    /// An advance without a passed record keeps the old one.
     PassedStays,
-    /// State is kept in the handle, for no other to see.
+    /// State is kept in the handle, and other handles do not see it.
     StateKeptInTheHandle,
     /// Deletes are not committed.
     DeletesNotCommitted,
     /// The upper part of an offset is not kept.
     HighPartOfOffsetNotKept,
-    /// A commit cannot go back.
+    /// A position never goes back.
     PositionNeverGoesBack,
     /// Windows are not kept.
     WindowsNotPersisted,
@@ -220,9 +221,9 @@ wrong {
     WindowReadAsSigned,
     /// A commit of one window removes the others.
     WindowsReplacedAsAWhole,
-    /// A window that is there is not written again.
+    /// A stored window is never written again.
     WindowsWrittenOnce,
-    /// A producer has one window, whatever the epoch.
+    /// A producer has one window for all its epochs.
     WindowsByProducerOnly,
     /// Forgotten windows stay.
     ForgottenWindowsStay,
@@ -236,11 +237,11 @@ wrong {
     LaterRevisionAccepted,
     /// A first commit is never fenced.
     FirstCommitNotChecked,
-    /// The revision is checked, and then written in another step.
+    /// The revision is checked in one step, and written in another.
     RevisionCheckedOutside,
-    /// A fenced commit is told with the stored revision in place of the expected one.
+    /// A fenced commit reports the stored revision in place of the expected one.
     FencedTellsWrongRevision,
-    /// A fenced commit is told as a failure that will not pass.
+    /// A fenced commit is reported as a permanent failure.
     FencedToldAsFailure,
     /// A fenced commit moves the offset.
     FencedCommitMovesOffset,
@@ -248,7 +249,7 @@ wrong {
     FencedCommitLeavesWindows,
     /// A fenced commit leaves its state.
     FencedCommitLeavesState,
-    /// After a fenced commit the handle is of no use.
+    /// A handle is unusable after a fenced commit.
     HandleDeadAfterFenced,
     /// A handle reads each key once and never again.
     GetServedFromAStaleCache,
@@ -258,35 +259,35 @@ wrong {
     StateNotDurable,
     /// Windows are kept in memory only.
     WindowsNotDurable,
-    /// A store cannot be asked for its durability.
+    /// A store fails to report its durability.
     StoreDurabilityFails,
-    /// A store answers otherwise when it is asked for its durability again.
+    /// A store reports another durability the second time.
     StoreDurabilityWavers,
-    /// A store that is not durable does not say why.
+    /// A store that is not durable gives no reason.
     StoreVolatileWithoutReason,
     /// Dropping a transaction applies what it staged.
     DroppedTransactionApplied,
-    /// Dropping a transaction leaves its lock.
+    /// Dropping a transaction leaves its lock behind.
     DroppedTransactionKeepsLock,
     /// Beginning a transaction counts as a commit.
     BeginCountsARevision,
     /// A rollback applies what was staged.
     RollbackApplied,
-    /// A cancelled commit is shown, and taken back with the next one.
+    /// A cancelled commit is visible, and the next one undoes it.
     CancelledCommitTakenBackLater,
-    /// A cancelled commit still arrives, and is not checked then.
+    /// A cancelled commit still arrives, and is then not checked.
     CancelledCommitComesLateUnchecked,
     /// A commit is applied together with the next one.
     CommitAppliedAfterReply,
-    /// A commit that succeeded, but whose reply was lost, is called a certain failure.
+    /// A commit that succeeded, but whose reply was lost, is reported as certainly failed.
     LostCommitReplyToldAsFailure,
-    /// A commit whose reply was lost is tried again, past the fence.
+    /// A commit whose reply was lost is retried without the fence.
     CommitRetriedAfterLostReply,
-    /// A transaction does not see its puts.
+    /// A transaction does not see its own puts.
     GetDoesNotSeePut,
-    /// A transaction does not see its deletes.
+    /// A transaction does not see its own deletes.
     GetDoesNotSeeDelete,
-    /// A transaction sees nothing but its own writes.
+    /// A transaction sees only its own writes.
     GetSeesOnlyOwnWrites,
     /// A second put of a key in one transaction is ignored.
     SecondPutIgnored,
@@ -294,47 +295,47 @@ wrong {
     PutAfterDeleteIgnored,
     /// A delete of a key that the transaction put is ignored.
     DeleteOfOwnPutIgnored,
-    /// There is no limit for values.
+    /// The size of values is not limited.
     NoValueLimit,
-    /// A value of exactly the limit is refused.
+    /// A value of exactly the maximum size is refused.
     ValueLimitIsExclusive,
-    /// A refused value is told as a failure without its limit.
+    /// A refused value is reported as a general failure, without the limit.
     ValueRefusalNamesNoLimit,
-    /// A refused value is staged as far as it fits.
+    /// The part of a refused value that fits is staged.
     RefusedValueStaged,
-    /// A refused value drops what was staged before it.
+    /// A refused value drops everything staged before it.
     RefusedValueDropsTheStaged,
-    /// Keys that are no text fall together.
+    /// Keys that are not text are confused with each other.
     KeysKeptAsText,
-    /// Keys that differ in case only fall together.
+    /// Keys that differ only in case are confused with each other.
     KeysIgnoreCase,
     /// Keys end at their first zero byte.
     KeysEndAtZero,
-    /// An empty value comes back as none.
+    /// An empty value comes back as `None`.
     EmptyValueReadAsNone,
     /// Large values are cut.
     LargeValuesCut,
-    /// Values that are no text come back changed.
+    /// Values that are not text come back changed.
     ValuesKeptAsText,
-    /// All consumers have one state.
+    /// All consumers share one state.
     StateSharedBetweenConsumers,
-    /// All consumers have one position.
+    /// All consumers share one position.
     PositionSharedBetweenConsumers,
-    /// A key is joined to its consumer's name by a character that both may hold.
+    /// A key and its consumer's name are joined by a character that both may contain.
     KeysJoinedToNames,
     /// A key is appended to its consumer's name.
     KeysAppendedToNames,
     /// A commit removes the state of all other consumers.
     CommitWipesStateOfOthers,
-    /// The positions of some hundred consumers are kept, and no more.
+    /// Only the positions of some hundred consumers are kept.
     OldConsumersForgotten,
     /// The commits of all consumers are counted together.
     RevisionsCountedForAll,
-    /// A position remembers its log's name only.
+    /// A position keeps only the name of its log.
     IncarnationNotKept,
-    /// After a read that failed the transaction connects again, and commits.
+    /// After a failed read, the transaction reconnects and commits.
     FailedReadForgotten,
-    /// A commit without an incarnation wipes out the known one.
+    /// A commit without an incarnation erases the known one.
     IncarnationWiped,
     /// The log is compared before the revision.
     WrongLogBeforeFenced,
@@ -344,105 +345,107 @@ wrong {
     OtherLogMovesOffset,
     /// A commit for another log is refused, but leaves its state.
     OtherLogLeavesState,
-    /// A refused commit names the log it was given as the stored one.
+    /// A refused commit reports the given log as the stored one.
     WrongLogNamesTheGiven,
 
-    // The log, once more.
-    /// More headers than a byte counts are lost.
+    // More of the log.
+    /// Headers beyond the number that a byte can count are lost.
     HeadersOver255Lost,
-    /// A header's value is cut where 16 bits end.
+    /// A header's value is cut to the length that 16 bits can count.
     HeaderValuesCut,
     /// Headers do not count towards the bytes of a call.
     FetchIgnoresHeaders,
-    /// A call takes as many records as would fit if all were as large as the first.
+    /// A call fetches as many records as would fit if all had the size of the first.
     FetchSizedByTheFirst,
-    /// A call takes as many records as would fit if all were as large as those of the call before.
+    /// A call fetches as many records as would fit if all had the size of those in the previous
+    /// call.
     FetchSizedByTheCallBefore,
-    /// One more than `max` is asked for, and the sum overflows.
+    /// The reader requests one more than `max`, and the sum overflows.
     MaxOverflows,
-    /// A `max` that is not a 32-bit number is an error.
+    /// A `max` beyond 32 bits is an error.
     LargeMaxRefused,
     /// The time of an append is kept in whole seconds.
     AppendTimeInSeconds,
-    /// The time of an append is made up when the record is read.
+    /// The time of an append is set when the record is read.
     AppendTimeOfTheRead,
-    /// The time of an append is that at which the handle was opened.
+    /// The time of an append is the time at which the handle was opened.
     AppendTimeOfTheHandle,
-    /// Names of logs that differ in case only are one name.
+    /// Log names that differ only in case are one name.
     LogNamesIgnoreCase,
-    /// Names of logs are cut.
+    /// Log names are cut.
     LogNamesCut,
-    /// Names of logs that differ in a separator only are one name.
+    /// Log names that differ only in a separator are one name.
     LogSeparatorsFallTogether,
-    /// A log is found by the beginning of its name.
+    /// A log is found by a prefix of its name.
     LogNamesMatchPrefixes,
-    /// A reader begins to listen after it has looked, and sleeps through what came between.
+    /// A reader checks for records before it starts to listen, and misses an append in between.
     WakeUpLostBeforeWaiting,
-    /// Of two wake-ups in short succession the second is left out.
+    /// The second of two wake-ups in quick succession is dropped.
     WakeUpsDebounced,
-    /// The first offset is given out again when retention has removed everything.
+    /// The first offset is assigned again after retention removed everything.
     OffsetsStartOverWhenEmptied,
-    /// The end of a log that retention emptied is told as 0.
+    /// The end of a log that retention emptied is reported as 0.
     EndForgottenWhenEmptied,
-    /// The end of a log that retention emptied cannot be read at: it counts as removed.
+    /// Reading at the end of a log that retention emptied fails, because the end counts as removed.
     EmptiedLogRefusesItsEnd,
-    /// A restart counts the records that are left, to know the next offset.
+    /// A restart counts the remaining records to find the next offset.
     OffsetsRecountedAtRestart,
-    /// A restart finds no record, and tells the end as 0.
+    /// A restart finds no record, and reports the end as 0.
     EndForgottenAtRestart,
-    /// The readable end is the end, whatever was deleted.
+    /// The readable end is the end, even if records were deleted.
     ReadableEndIgnoresDeletes,
     /// The readable end is the offset of the last record.
     ReadableEndIsTheLastRecord,
     /// An append whose reply was lost is sent again.
     AppendRetriedAfterLostReply,
-    /// An append whose request was lost is called a success.
+    /// An append whose request was lost is reported as successful.
     LostAppendRequestToldAsSuccess,
-    /// Of a batch that the backend refused in the middle a part stays, and the failure is called certain.
+    /// A part of a batch stays although the backend refused a record in its middle, and the failure
+    /// is reported as certain.
     RefusedMiddleLeavesAPrefix,
-    /// Of a batch that the backend refused in the middle the rest is written.
+    /// After the backend refused a record in the middle of a batch, the rest is written.
     RefusedMiddleSkipped,
-    /// What the backend refused, and the rest of its batch, goes out with the next append.
+    /// The refused record and the rest of its batch are sent with the next append.
     RefusedTailComesLater,
-    /// An append fails if another one of the same handle is refused meanwhile.
+    /// An append fails because a concurrent one on the same handle is refused.
     NeighbourToldTheRefusal,
-    /// An append that is refused takes along what its handle has under way.
+    /// A refused append also drops the other records that its handle is sending.
     RefusalDropsTheNeighbour,
-    /// The handle of a deleted log appends to the one that was created later.
+    /// The handle of a deleted log appends to the log that was created later.
     OldHandleAppendsToNewLog,
     /// The handle of a deleted log creates it again.
     OldHandleCreatesTheLog,
 
-    // The store, once more.
-    /// After 256 commits a consumer has made none.
+    // More of the store.
+    /// After 256 commits, a consumer appears to have made none.
     CommitsCountedInAByte,
-    /// A value that was not written within 256 commits is gone.
+    /// A value that was not written within 256 commits is lost.
     ValuesLostAfter256Commits,
-    /// After 65,536 commits a consumer has made none.
+    /// After 65,536 commits, a consumer appears to have made none.
     CommitsCountedIn16Bits,
-    /// A value that was not written within 65,536 commits is gone.
+    /// A value that was not written within 65,536 commits is lost.
     ValuesLostAfter65536Commits,
-    /// Names of consumers that differ in case only are one name.
+    /// Consumer names that differ only in case are one name.
     ConsumerNamesIgnoreCase,
-    /// Names of consumers are cut.
+    /// Consumer names are cut.
     ConsumerNamesCut,
-    /// Names of consumers that differ in a separator only are one name.
+    /// Consumer names that differ only in a separator are one name.
     ConsumerSeparatorsFallTogether,
-    /// Names of producers that differ in case only are one name.
+    /// Producer names that differ only in case are one name.
     ProducerNamesIgnoreCase,
-    /// Names of producers are cut.
+    /// Producer names are cut.
     ProducerNamesCut,
-    /// Names of producers that differ in a separator only are one name.
+    /// Producer names that differ only in a separator are one name.
     ProducerSeparatorsFallTogether,
-    /// All consumers have the same windows.
+    /// All consumers share their windows.
     WindowsSharedBetweenConsumers,
-    /// What one consumer forgets, all forget.
+    /// When one consumer forgets a producer, all consumers do.
     ForgottenForAllConsumers,
     /// A commit without an incarnation is refused where one is known.
     UnknownIncarnationRefused,
     /// A commit with an incarnation is refused where none is known.
     KnownIncarnationRefused,
-    /// A commit without an incarnation is for any log.
+    /// A commit without an incarnation is accepted for any log.
     UnknownIncarnationMatchesAnyName,
     /// A commit that stages nothing is flushed with the next one.
     EmptyCommitNotDurable,
@@ -452,119 +455,119 @@ wrong {
     NativeNotCommitted,
     /// Native writes are sent twice.
     NativeAppliedTwice,
-    /// Native writes take effect at once.
+    /// Native writes take effect immediately.
     NativeAppliedAtOnce,
     /// Native writes of a fenced commit take effect.
     NativeNotFenced,
     /// Dropping a transaction applies its native writes.
     NativeAppliedByDrop,
-    /// A commit whose request was lost is called a success.
+    /// A commit whose request was lost is reported as successful.
     LostCommitRequestToldAsSuccess,
     /// An empty key is refused.
     EmptyKeyRefused,
-    /// A key whose length is no byte is refused.
+    /// A key whose length does not fit into a byte is refused.
     KeysOver255Refused,
     /// Long keys are cut.
     LongKeysCut,
-    /// A value of 64 KiB is refused: 16 bits hold one byte less.
+    /// A value of 64 KiB is refused, because 16 bits hold one byte less.
     ValuesOf64KibRefused,
-    /// There is no limit for keys.
+    /// The size of keys is not limited.
     NoKeyLimit,
-    /// A key of exactly the limit is refused.
+    /// A key of exactly the maximum size is refused.
     KeyLimitIsExclusive,
-    /// A refused key is staged as far as it fits.
+    /// The part of a refused key that fits is staged.
     RefusedKeyStaged,
-    /// The position is read field by field while commits go on.
+    /// The position is read field by field while commits continue.
     PositionReadInSteps,
     /// Windows are read after the position.
     WindowsReadApart,
     /// Windows are written after the position.
     WindowsWrittenApart,
-    /// The position is read from a copy that is behind.
+    /// The position is read from a stale copy.
     PositionServedStale,
-    /// A pulse is that of the first commit, with the beats since.
+    /// A pulse holds the first commit, and the beats since.
     PulseOnlyOfBeats,
     /// A handle keeps the pulse that it saw first.
     PulseKeptInTheHandle,
-    /// Beats are taken and not kept.
+    /// Beats are accepted but not kept.
     BeatsNotKept,
-    /// Beats are kept in the handle, for no other to see.
+    /// Beats are kept in the handle, and other handles do not see them.
     BeatsKeptInTheHandle,
-    /// Whoever beats counts.
+    /// A beat by any owner counts.
     BeatOfAnotherCounts,
-    /// A beat makes a position where there is none.
+    /// A beat without a position creates one.
     BeatCreatesAPosition,
     /// A beat counts as a commit.
     BeatRaisesTheRevision,
-    /// A beat ends the transaction that is open.
+    /// A beat ends the open transaction.
     BeatEndsTransactions,
     /// A release does nothing.
     ReleaseIgnored,
-    /// Whoever releases clears the owner.
+    /// A release by any owner clears the owner.
     ReleaseOfAnotherCounts,
     /// A release counts as a commit.
     ReleaseRaisesTheRevision,
-    /// A watch hears only of its own handle's commits.
+    /// A watch only notices its own handle's commits.
     WatchHearsOnlyItsHandle,
-    /// A watch compares with what there is when it begins.
+    /// A watch compares with the pulse at its own start.
     WatchForgetsWhatItSaw,
-    /// A snapshot reads one value after the other.
+    /// A snapshot reads its values one at a time.
     SnapshotReadInSteps,
-    /// A snapshot is of a copy that is behind.
+    /// A snapshot is read from a stale copy.
     SnapshotServedStale,
-    /// Commits write values first and the position later, and snapshots see that.
+    /// Commits write values first and the position later, and snapshots see the state in between.
     SnapshotSeesHalfACommit,
     /// A snapshot returns values in the order of the sorted keys.
     SnapshotSorted,
     /// A snapshot leaves out keys without a value.
     SnapshotLeavesOutMissing,
-    /// A snapshot finds values of other consumers.
+    /// A snapshot returns values of other consumers.
     SnapshotMixesConsumers,
     /// A snapshot waits for open transactions.
     SnapshotWaitsForTransactions,
-    /// A snapshot shows what open transactions staged.
+    /// A snapshot shows writes staged by open transactions.
     SnapshotSeesWhatIsStaged,
-    /// A commit fails if a snapshot was taken since its transaction began.
+    /// A commit fails if a snapshot was taken after its transaction began.
     SnapshotHoldsUpCommits,
 }
 sound {
     /// Each call of `next` returns one record.
     FetchesOneByOne,
-    /// Append times are those of another machine, which is a little ahead.
+    /// Append times come from another machine, whose clock is slightly ahead.
     ClockOfTheServer,
-    /// What names are kept under tells nothing of them.
+    /// Names are stored as digests.
     NamesKeptAsDigests,
-    /// Readers look every now and then, and nobody wakes them.
+    /// Readers poll, and appends do not wake them.
     PollsForRecords,
-    /// After retention and restarts offsets go on further up.
+    /// Offsets jump ahead after retention and restarts.
     OffsetsLeapAfterRetention,
-    /// Where no record is left the readable end is the earliest offset.
+    /// If no record is left, the readable end is the earliest offset.
     EmptiedReadableEndIsTheEarliest,
-    /// After a lost reply the handle looks what became of its request, and says so.
+    /// After a lost reply, the handle looks up what happened to its request, and reports it.
     LostRepliesLookedUp,
     /// A batch that the backend refused in the middle is in doubt, and a part of it stays.
     RefusedMiddleInDoubt,
-    /// One append of a handle waits for the other.
+    /// Appends of one handle wait for each other.
     AppendsTakeTurns,
-    /// An append to a deleted log succeeds, and is deleted with it.
+    /// An append to a deleted log succeeds, and its records are deleted with the log.
     OldHandleAppendsVanish,
-    /// Every so often a commit takes longer, and rewrites all that is kept.
+    /// Every 100 commits, a commit takes longer and rewrites everything.
     CompactsEvery100Commits,
     /// A commit applies native writes before state.
     NativeAppliedFirst,
-    /// What keys are kept under tells nothing of them.
+    /// Keys are stored as digests.
     KeysKeptAsDigests,
-    /// A position has its windows in another order each time.
+    /// A position lists its windows in another order each time.
     WindowsInAnyOrder,
-    /// A position is copied in one moment and handed out later.
+    /// A position is copied at one moment and returned later.
     PositionReadFromACopy,
-    /// A pulse is that of a moment ago.
+    /// A pulse shows the state of a moment ago.
     PulseLags,
-    /// Beats are counted anew after each commit.
+    /// Each commit resets the count of beats.
     BeatsStartOverAtCommits,
-    /// A watch returns now and then although nothing changed.
+    /// A watch sometimes returns although nothing changed.
     WatchReturnsEarly,
-    /// A snapshot is copied in one moment and handed out later.
+    /// A snapshot is copied at one moment and returned later.
     SnapshotFromACopy,
 }
 }

@@ -1,4 +1,4 @@
-//! The model's log: offsets are sparse and begin high, so that no case can rely on counting them.
+//! The model's log. Offsets are sparse and begin high, so that no case can rely on counting them.
 
 use std::{
     sync::{
@@ -21,11 +21,11 @@ use crate::{
     reader::ModelReader,
 };
 
-/// How many records the defect that acknowledges too early keeps in memory at most.
+/// How many records at most stay in memory under the defect that acknowledges too early.
 const FLUSH_EVERY: usize = 32;
-/// For how long after a wake-up a defect leaves out others.
+/// How long after a wake-up a defect drops further ones.
 const DEBOUNCE: Duration = Duration::from_millis(1);
-/// How far a clock of another machine is ahead.
+/// How far another machine's clock is ahead.
 const AHEAD: Duration = Duration::from_millis(400);
 
 pub(crate) fn origin(producer: &str, sequence: u64) -> Result<Origin, Error> {
@@ -33,21 +33,21 @@ pub(crate) fn origin(producer: &str, sequence: u64) -> Result<Origin, Error> {
     Ok(Origin::new(producer, Epoch::STABLE, sequence))
 }
 
-/// What the backend holds of one log.
+/// The backend's data of one log.
 pub(crate) struct LogState {
     pub(crate) incarnation: u64,
     pub(crate) entries: Vec<Record>,
-    /// A record with an offset before others that are visible: only a defect leaves such a hole.
+    /// A record whose offset precedes visible records. Only a defect leaves such a hole.
     hole: Option<Record>,
-    /// How many of the last entries a restart loses: none, without a defect.
+    /// How many of the last entries a restart loses. 0 without a defect.
     volatile: usize,
-    /// Counts all records ever written.
+    /// The number of records ever written.
     written: u64,
     earliest: Offset,
     end: Offset,
-    /// How far offsets are ahead of the count: they need not be dense.
+    /// How far offsets are ahead of the count, because they need not be dense.
     leaps: u64,
-    /// The payload of a record that is to be refused, once.
+    /// The payload of a record to refuse, once.
     pub(crate) refuse: Option<Vec<u8>>,
     woken: Option<Instant>,
 }
@@ -68,7 +68,7 @@ impl LogState {
         }
     }
 
-    /// The index of the first entry that is not before `offset`.
+    /// The index of the first entry at or after `offset`.
     pub(crate) fn index(&self, offset: Offset) -> usize {
         self.entries.partition_point(|record| record.offset < offset)
     }
@@ -96,7 +96,7 @@ impl LogState {
         offset
     }
 
-    /// Which of the records is refused, if any.
+    /// The index of the record to refuse, if any.
     fn take_refusal(&mut self, new: &[NewRecord]) -> Option<usize> {
         let payload = self.refuse.as_ref()?;
         let refused = new.iter().position(|record| record.payload == *payload)?;
@@ -104,7 +104,7 @@ impl LogState {
         Some(refused)
     }
 
-    /// Removes one record, wherever it is; the end stays.
+    /// Removes one record at any place. The end stays.
     pub(crate) fn delete(&mut self, shared: &Shared, offset: Offset) {
         self.entries.retain(|record| record.offset != offset);
         if self.entries.is_empty() && shared.is(Defect::EmptiedReadableEndIsTheEarliest) {
@@ -132,7 +132,7 @@ impl LogState {
         }
     }
 
-    /// A reader has gone past `offset`: the latest moment for a hole before it to fill in.
+    /// A reader has moved past `offset`. A hole before it fills in now at the latest.
     pub(crate) fn passed(&mut self, offset: Offset) {
         if self.hole.as_ref().is_some_and(|hole| hole.offset < offset) {
             self.fill_hole();
@@ -182,7 +182,7 @@ impl LogState {
         }
     }
 
-    /// Why nothing can be read from there, if so.
+    /// Returns the error of reading at `requested`, if there is one.
     pub(crate) fn check(&self, shared: &Shared, log: &LogId, requested: Offset) -> Result<(), Error> {
         let (log, earliest, end) = (log.clone(), self.earliest, self.end);
         let is_refused = shared.is(Defect::EmptiedLogRefusesItsEnd) && self.is_emptied() && requested == end;
@@ -193,7 +193,7 @@ impl LogState {
                     requested,
                     earliest: requested,
                 }),
-                Defect::TruncatedToldAsFailure => Err(Error::failed("read", "it is gone")),
+                Defect::TruncatedToldAsFailure => Err(Error::failed("read", "the record is gone")),
                 Defect::TruncationSilent | Defect::TruncationWaits => Ok(()),
                 _ => Err(Error::Truncated {
                     log,
@@ -222,7 +222,7 @@ impl LogState {
         Ok(())
     }
 
-    /// Where a reader that is opened at `from` begins.
+    /// Where a reader opened at `from` begins.
     fn start(&self, shared: &Shared, from: Offset) -> Offset {
         let index = self.index(from);
         let is_exact = self.entries.get(index).is_some_and(|record| record.offset == from);
@@ -246,14 +246,14 @@ pub(crate) struct ModelLog {
     pub(crate) key: String,
     pub(crate) incarnation: u64,
     pub(crate) generation: u64,
-    /// What a defect keeps back from one append to the next.
+    /// Records that a defect delays from one append to the next.
     kept_back: Mutex<Vec<NewRecord>>,
-    /// The place that a defect has all readers of the handle share.
+    /// The place that all readers of the handle share under a defect.
     pub(crate) cursor: Arc<Mutex<Offset>>,
     opened: SystemTime,
-    /// Counts appends that were refused for a record's size.
+    /// The number of appends refused for a record's size.
     refusals: AtomicUsize,
-    /// Held by the append whose turn it is, where appends take turns.
+    /// Held by the current append, where appends take turns.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -273,7 +273,7 @@ impl ModelLog {
         }
     }
 
-    /// Runs `work` on the log, if handle, log and connection are still there.
+    /// Runs `work` on the log if the handle, the log and the connection still exist.
     fn with<T>(&self, work: impl FnOnce(&mut LogState) -> Result<T, Error>) -> Result<T, Error> {
         self.with_connection(self.generation, work)
     }
@@ -332,7 +332,7 @@ impl ModelLog {
         record
     }
 
-    /// The batch as it goes out, with what a defect makes of it.
+    /// The batch as it is sent, changed by a defect.
     fn outgoing(&self, new: &[NewRecord]) -> Vec<NewRecord> {
         let mut outgoing = new.to_vec();
         let mut kept_back = self.kept_back.lock().unwrap_or_else(PoisonError::into_inner);
@@ -351,13 +351,13 @@ impl ModelLog {
         outgoing
     }
 
-    /// The backend refuses that record of a batch: all of it, without a defect.
+    /// The backend refuses one record of a batch. Without a defect, it refuses the whole batch.
     fn refused(&self, outgoing: &[NewRecord], refused: usize) -> Error {
         let full = Error::unavailable("append", "the disk is full");
         let (before, rest) = outgoing.split_at(refused);
         let write = |records: &[NewRecord]| {
             for record in records {
-                // A log that is gone meanwhile takes nothing.
+                // Writing to a deleted log has no effect.
                 let _ = self.with(|log| Ok(log.write(&self.shared, self.entry(record))));
             }
         };
@@ -381,7 +381,7 @@ impl ModelLog {
         full
     }
 
-    /// What became of a request or a reply that was lost on the wire.
+    /// Applies the effect of a request or reply lost on the wire.
     fn lost(&self, cut: Cut, outgoing: &[NewRecord], last: Option<Offset>) -> Result<Option<Offset>, Error> {
         let lost = Error::unavailable("append", "the connection was cut");
         match (self.shared.defect, cut) {

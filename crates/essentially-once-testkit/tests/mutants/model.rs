@@ -1,4 +1,5 @@
-//! A small backend with every capability, correct but for one defect. A restart keeps what is durable and drops the rest.
+//! A small backend with every capability, correct except for one defect. A restart keeps durable
+//! data and drops the rest.
 
 use std::{
     collections::HashMap,
@@ -24,16 +25,16 @@ use crate::{
     transaction::ModelTx,
 };
 
-/// Largest record that the model takes, in bytes.
+/// The largest record that the model accepts, in bytes.
 pub(crate) const RECORD_LIMIT: usize = 200_000;
-/// Largest key that the model takes, in bytes.
+/// The largest key that the model accepts, in bytes.
 pub(crate) const KEY_LIMIT: usize = 2_000;
-/// Largest value that the model takes, in bytes.
+/// The largest value that the model accepts, in bytes.
 pub(crate) const VALUE_LIMIT: usize = 300_000;
-/// What the model holds of an entry that it cannot decode.
+/// The stored bytes of an entry that the model cannot decode.
 const UNDECODABLE: &[u8] = b"\xFFno record\0";
 
-/// More than any append or commit takes.
+/// More steps than any append or commit takes.
 const STEPS_TO_A_STAGE: usize = 50;
 
 /// How many requests a slow model refuses after each restart.
@@ -42,7 +43,8 @@ const REFUSALS: usize = 5;
 /// Starts models with one defect.
 pub(crate) struct ModelHarness(pub(crate) Defect);
 
-/// Starts models without a defect, which are not ready for a while after a restart, as servers are.
+/// Starts models without a defect that need time after a restart before they are ready, as servers
+/// do.
 pub(crate) struct SlowModelHarness;
 
 #[async_trait]
@@ -90,7 +92,7 @@ impl Harness for SlowModelHarness {
     }
 }
 
-/// Where an append or a commit can be when the backend restarts.
+/// The stage of an append or commit at which the backend restarts.
 #[derive(Clone, Copy)]
 pub(crate) enum Stage {
     Idle,
@@ -101,7 +103,7 @@ pub(crate) enum Stage {
     Reply,
 }
 
-/// One backend; its parts share what a server would hold.
+/// One backend. Its handles share the data that a server would hold.
 pub(crate) struct Model {
     shared: Arc<Shared>,
     refuses_after_restart: usize,
@@ -129,27 +131,27 @@ impl Model {
 pub(crate) struct Shared {
     pub(crate) defect: Defect,
     state: Mutex<State>,
-    /// The [`Stage`] of the operation that is under way.
+    /// The [`Stage`] of the current operation.
     stage: AtomicUsize,
-    /// Counts questions for durability.
+    /// The number of requests for durability.
     asked: AtomicUsize,
-    /// How many requests are yet to be refused.
+    /// How many more requests to refuse.
     refusals: AtomicUsize,
     /// Wakes all waiting readers.
     pub(crate) changes: watch::Sender<()>,
-    /// Wakes all who watch a consumer.
+    /// Wakes everyone who watches a consumer.
     pub(crate) commits: watch::Sender<()>,
-    /// The request whose connection is to be cut, and when.
+    /// The request whose connection to cut, and when.
     armed: Mutex<Option<(Request, Cut)>>,
-    /// Counts the cuts that were made.
+    /// The number of cuts made.
     cuts: AtomicUsize,
 }
 
 #[derive(Default)]
 pub(crate) struct State {
-    /// Counts restarts: a handle of an earlier generation has lost its connection.
+    /// The number of restarts. A handle of an earlier generation has lost its connection.
     pub(crate) generation: u64,
-    /// Counts creations of logs, to tell their incarnations apart.
+    /// The number of logs created, which distinguishes their incarnations.
     created: u64,
     pub(crate) logs: HashMap<String, LogState>,
     pub(crate) store: StoreState,
@@ -160,12 +162,12 @@ impl Shared {
         self.defect == defect
     }
 
-    /// A panic in a case is a failure of that case alone, so poisoning is of no interest.
+    /// A panic fails only its own case, so a poisoned lock does not matter.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, if the backend was not restarted since the handle was opened.
+    /// The state, unless the backend was restarted after the handle was opened.
     pub(crate) fn connected(&self, generation: u64) -> Result<MutexGuard<'_, State>, Error> {
         let state = self.state();
         match state.generation == generation {
@@ -182,7 +184,7 @@ impl Shared {
         Some(cut)
     }
 
-    /// What log and store say of themselves, each with its own defects.
+    /// The durability that log and store report, each with its own defects.
     pub(crate) fn durability(&self, [fails, wavers, unreasoned]: [Defect; 3]) -> Result<Durability, Error> {
         let asked = self.asked.fetch_add(1, Ordering::SeqCst);
         match self.defect {
@@ -193,7 +195,7 @@ impl Shared {
         }
     }
 
-    /// A request's way to the backend or back, on which a restart may overtake it.
+    /// Carries a request to the backend or back. A restart may overtake it.
     pub(crate) async fn travel(&self, generation: u64, stage: Stage) -> Result<(), Error> {
         self.pause(stage).await;
         // Nothing has happened yet.
@@ -209,7 +211,7 @@ impl Shared {
         counted.is_ok()
     }
 
-    /// Lets others go on, and lets a restart know where it would hit an operation.
+    /// Yields to other tasks, and shows a restart which stage it would hit.
     pub(crate) async fn pause(&self, stage: Stage) {
         self.stage.store(stage as usize, Ordering::SeqCst);
         yield_now().await;
@@ -217,13 +219,13 @@ impl Shared {
     }
 }
 
-/// A restart hit the operation when it may have happened.
+/// A restart hit the operation when it may have taken effect.
 pub(crate) fn in_doubt(_: Error) -> Error {
-    Error::indeterminate("hear from the model", "it was restarted before it replied")
+    Error::indeterminate("read the model's reply", "it was restarted before it replied")
 }
 
 impl State {
-    /// The log of that name, created empty at the first call.
+    /// The log of that name, created empty on the first call.
     fn log(&mut self, shared: &Shared, name: &str) -> Result<&mut LogState, Error> {
         let key = self.log_key(shared, name);
         if !self.logs.contains_key(&key) {
@@ -235,7 +237,7 @@ impl State {
             .ok_or_else(|| Error::failed("open a log", "it was just created"))
     }
 
-    /// What the log of that name is kept under.
+    /// The key under which the log of that name is stored.
     fn log_key(&self, shared: &Shared, name: &str) -> String {
         match shared.defect {
             Defect::LogsShareRecords => "shared".into(),
@@ -285,7 +287,8 @@ impl Backend for Model {
 
     async fn restart(&self) -> Result<(), Source> {
         let generation = self.shared.state().generation;
-        // Waits for an operation to hit, at another stage each time; nothing may be under way, so not for long.
+        // Waits for an operation to hit, each time at another stage. None may be running, so the
+        // wait is short.
         let stage = [Stage::Reply, Stage::Begun, Stage::Halfway, Stage::Request][generation as usize % 4];
         for _ in 0..STEPS_TO_A_STAGE {
             if self.shared.stage.load(Ordering::SeqCst) == stage as usize {

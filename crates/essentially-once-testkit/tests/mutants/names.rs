@@ -1,4 +1,4 @@
-//! What defects make of names.
+//! Changes names as defects do.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -17,7 +17,7 @@ pub(crate) fn without_separators(name: &str) -> String {
     name.replace(|c: char| !c.is_ascii_alphanumeric(), "_")
 }
 
-/// Enough of a digest for the few names of a case.
+/// A digest that is good enough for the few names of a case.
 pub(crate) fn digest(bytes: &[u8]) -> String {
     let half = |salt: u8| {
         let mut hasher = DefaultHasher::new();

@@ -1,4 +1,4 @@
-//! The model's reader, and what a defect makes of the records on their way through it.
+//! The model's reader. Defects change the records that pass through it.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -14,11 +14,12 @@ use tokio::{sync::watch, task::yield_now, time::sleep};
 
 use crate::{defect::Defect, log::ModelLog, model::Shared};
 
-/// Longer than most cancelled calls of a case live, so that a call which must not be cancelled there is cancelled there.
+/// Longer than most cancelled calls of a case live, so that the cancellation falls after the reader
+/// has moved.
 const STEPS_AFTER_MOVING: usize = 20;
-/// About how many bytes of records one `next` returns at most.
+/// About how many bytes of records one call of `next` returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
-/// How often a reader looks that nobody wakes.
+/// How often a reader polls if nothing wakes it.
 const POLL: Duration = Duration::from_millis(1);
 
 pub(crate) struct ModelReader {
@@ -30,12 +31,12 @@ pub(crate) struct ModelReader {
     changes: watch::Receiver<()>,
     next: Offset,
     cursor: Arc<Mutex<Offset>>,
-    /// Whether it was opened when the log was empty.
+    /// Whether it was opened while the log was empty.
     was_first: bool,
     calls: u64,
     waited: bool,
     fetched: Option<Vec<Record>>,
-    /// Of the records of the last call.
+    /// The average record size of the last call.
     average: Option<usize>,
 }
 
@@ -66,7 +67,7 @@ impl ModelReader {
         }
     }
 
-    /// What is there from the reader's place on; it does not move the reader.
+    /// Reads the records from the reader's place on, without moving the reader.
     fn fetch(&self, max: usize) -> Result<Vec<Record>, Error> {
         let mut state = self.shared.connected(self.generation)?;
         let next = self.place();
@@ -106,7 +107,7 @@ impl ModelReader {
         Ok(found)
     }
 
-    /// How many of the records fit into one call: one at least.
+    /// How many of the records fit into one call. At least one.
     fn fitting(&self, records: &[Record]) -> usize {
         if matches!(
             self.shared.defect,
@@ -139,7 +140,7 @@ impl ModelReader {
         }
     }
 
-    /// Moves behind what was found, and hands it out.
+    /// Moves past the found records, and returns them.
     fn moved(&mut self, mut found: Vec<Record>) -> Vec<Record> {
         if let Some(last) = found.last() {
             self.next = match self.shared.defect {
@@ -163,7 +164,7 @@ impl ModelReader {
         found
     }
 
-    /// What a call that finds nothing returns at once, if a defect keeps it from waiting.
+    /// What a call without records returns immediately, if a defect keeps it from waiting.
     fn instead_of_waiting(&self) -> Option<Vec<Record>> {
         let is_gone = || {
             let state = self.shared.state();
@@ -188,7 +189,8 @@ impl LogReader for ModelReader {
         }
         loop {
             yield_now().await;
-            // Seen before the look, so that a change between look and wait still wakes this reader.
+            // Marked before the check, so that a change between check and wait still wakes this
+            // reader.
             self.changes.mark_unchanged();
             let found = match self.instead_of_waiting() {
                 Some(nothing) => return Ok(nothing),
@@ -228,13 +230,13 @@ impl LogReader for ModelReader {
                 }
                 _ => {}
             }
-            // The sender lives in what this reader shares.
+            // This reader shares ownership of the sender, so the channel stays open.
             let _ = self.changes.changed().await;
         }
     }
 }
 
-/// How many of the records are a megabyte at most; one that is larger goes alone.
+/// How many of the records fit into a megabyte. A larger one is returned alone.
 fn fitting(records: &[Record], size: impl Fn(&Record) -> usize) -> usize {
     let mut bytes = 0;
     let over = records.iter().position(|record| {
@@ -250,7 +252,7 @@ async fn steps() {
     }
 }
 
-/// What a defect does to a record between the log and the reader's caller.
+/// Changes a record between the log and the reader's caller, as a defect does.
 fn distort(defect: Defect, record: &mut Record) {
     match defect {
         Defect::OffsetsEqualInPairs => {

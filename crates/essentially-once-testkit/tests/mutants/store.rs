@@ -1,4 +1,4 @@
-//! The model's store: what commits changed, and what of it a restart keeps.
+//! The model's store: the changes that commits made, and which of them a restart keeps.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,31 +27,32 @@ use crate::{
     transaction::{ModelTx, Staged},
 };
 
-/// How many consumers the defect that forgets some keeps.
+/// How many consumers the forgetting defect keeps.
 const CONSUMERS_KEPT: usize = 500;
 /// How many sequences the defect with the small window keeps.
 const SMALL_WINDOW: u64 = 64;
-/// How many bytes of a key the defect that cuts some keeps.
+/// How many bytes of a key the cutting defect keeps.
 const KEY_CUT: usize = 1_000;
-/// Between two parts of a reading: time enough for a commit.
+/// The pause between two parts of a read, long enough for a commit.
 const BETWEEN_PARTS: Duration = Duration::from_millis(1);
-/// How far a pulse lags behind.
+/// How far a pulse lags.
 const LAG: Duration = Duration::from_millis(10);
-/// What the defect that shares windows keeps them under.
+/// The name under which the defect that shares windows keeps them.
 const SHARED_WINDOWS: &str = "*";
 
-/// What is kept of one consumer.
+/// The data of one consumer.
 #[derive(Clone, Default)]
 pub(crate) struct Stored {
     pub(crate) position: Option<Position>,
     pub(crate) windows: BTreeMap<Numbering, Window>,
-    /// Counts its commits.
+    /// The number of its commits.
     commits: u64,
     beats: u64,
-    /// The positions of the first commit and of the one before the last: of use to defects only.
+    /// The position of the first commit, and that of the one before the last. Only defects use
+    /// them.
     first: Option<Position>,
     previous: Option<Position>,
-    /// When the pulse changed last, and from what.
+    /// When the pulse last changed, and its value before.
     changed: Option<(Instant, Pulse)>,
 }
 
@@ -70,7 +71,7 @@ impl Stored {
         Pulse::new(position, self.beats)
     }
 
-    /// To be called before each change of the pulse.
+    /// Must be called before each change of the pulse.
     fn changes(&mut self) {
         self.changed = Some((Instant::now(), Pulse::new(self.position.as_ref(), self.beats)));
     }
@@ -82,13 +83,13 @@ impl Stored {
     }
 }
 
-/// All that can be lost or kept at a restart.
+/// All data that a restart can lose or keep.
 #[derive(Clone, Default)]
 pub(crate) struct Contents {
     pub(crate) consumers: HashMap<String, Stored>,
     /// By consumer, then by key.
     pub(crate) state: BTreeMap<(String, Bytes), Bytes>,
-    /// At which commit a value was written last: of use to defects only.
+    /// The commit that last wrote each value. Only defects use it.
     written: BTreeMap<(String, Bytes), u64>,
     pub(crate) native: BTreeMap<String, u64>,
 }
@@ -96,26 +97,26 @@ pub(crate) struct Contents {
 #[derive(Default)]
 pub(crate) struct StoreState {
     pub(crate) live: Contents,
-    /// What a restart comes back with, where a defect makes that something else than what is live.
+    /// The data after a restart, where a defect makes it differ from the live data.
     flushed: Option<Contents>,
-    /// Counts the commits of all consumers.
+    /// The number of commits by all consumers.
     pub(crate) commits: u64,
     /// A lock that only a defect takes.
     pub(crate) locked: bool,
-    /// What a cancelled commit left to be taken back, which only a defect does.
+    /// The data to which a defect reverts after a cancelled commit.
     pub(crate) leftover: Option<Contents>,
-    /// Counts open transactions, all beats and all snapshots: of use to defects only.
+    /// The number of open transactions, of all beats and of all snapshots. Only defects use them.
     pub(crate) open: usize,
     pub(crate) beats: u64,
     pub(crate) snapshots: u64,
-    /// What open transactions staged, where a defect shows it to others.
+    /// The writes staged by open transactions, where a defect shows them to others.
     pub(crate) staging: BTreeMap<(String, Bytes), Option<Bytes>>,
-    /// What was there before the last commit, where a defect shows that.
+    /// The data before the last commit, where a defect shows it.
     behind: Option<Contents>,
 }
 
 impl StoreState {
-    /// To be called before each change: defects that flush late come back with what was there then.
+    /// Must be called before each change. Defects that flush late restart with this data.
     pub(crate) fn before_change(&mut self, shared: &Shared, is_empty: bool) {
         match shared.defect {
             Defect::CommitAcknowledgedBeforeDurable => self.flushed = Some(self.live.clone()),
@@ -152,7 +153,7 @@ impl StoreState {
         self.open = 0;
     }
 
-    /// The check that is part of every commit; a defect may let something through, or leave something behind.
+    /// The check within every commit. A defect may accept too much, or leave something behind.
     pub(crate) fn check(
         &mut self,
         shared: &Shared,
@@ -368,7 +369,7 @@ fn position_key(defect: Defect, consumer: &ConsumerId) -> String {
     }
 }
 
-/// What a consumer's name is kept as.
+/// The name under which a consumer is stored.
 fn consumer_key(defect: Defect, consumer: &ConsumerId) -> String {
     let name = consumer.as_str();
     match defect {
@@ -380,7 +381,7 @@ fn consumer_key(defect: Defect, consumer: &ConsumerId) -> String {
     }
 }
 
-/// What a producer's name is kept as.
+/// The name under which a producer is stored.
 fn kept_numbering(defect: Defect, numbering: &Numbering) -> Numbering {
     let name = numbering.producer().as_str();
     let kept = match defect {
@@ -401,7 +402,8 @@ fn is_same_log(defect: Defect, stored: &LogId, given: &LogId) -> bool {
     }
 }
 
-/// Where a value is kept: a case sees to it that no two consumers and no two keys share one place.
+/// The key under which a value is stored. A case checks that no two consumers and no two keys share
+/// one.
 pub(crate) fn state_key(defect: Defect, consumer: &ConsumerId, key: &[u8]) -> (String, Bytes) {
     let owner = consumer_key(defect, consumer);
     let text = || String::from_utf8_lossy(key).into_owned();
@@ -429,7 +431,7 @@ fn kept_value(defect: Defect, value: &Bytes) -> Bytes {
     }
 }
 
-/// A window as it comes back: rebuilt from its numbers, where a defect keeps it as such.
+/// A window as it is read back. Where a defect keeps only its numbers, it is rebuilt from them.
 fn kept_window(defect: Defect, window: &Window) -> Window {
     let mut encoded = window.encode();
     let size = match defect {
@@ -451,7 +453,7 @@ fn kept_window(defect: Defect, window: &Window) -> Window {
     kept
 }
 
-/// What a handle of the store has of its own, beside its connection: of use to defects only.
+/// A store handle's own data, besides its connection. Only defects use it.
 #[derive(Default)]
 pub(crate) struct Handle {
     pub(crate) dead: AtomicBool,
@@ -460,7 +462,7 @@ pub(crate) struct Handle {
     pub(crate) positions: Mutex<HashMap<String, Position>>,
     pulses: Mutex<HashMap<String, Pulse>>,
     beats: AtomicU64,
-    /// Wakes those who watch through this handle.
+    /// Wakes watches on this handle.
     pub(crate) own_commits: watch::Sender<()>,
 }
 
@@ -484,7 +486,7 @@ impl ModelStore {
         self.shared.connected(self.generation)
     }
 
-    /// The position as it is in this moment.
+    /// The current position.
     fn position_now(&self, contents: &Contents, consumer: &ConsumerId) -> Option<Position> {
         let defect = self.shared.defect;
         let key = position_key(defect, consumer);
@@ -513,7 +515,7 @@ impl ModelStore {
         Some(position)
     }
 
-    /// The position as this handle reads it, in one moment or, with a defect, in several.
+    /// The position as this handle reads it: at one moment or, with a defect, at several.
     async fn read_position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         let mut found = self.position_now(&self.connected()?.store.live, consumer);
         match self.shared.defect {
@@ -559,7 +561,7 @@ impl ModelStore {
         }
     }
 
-    /// Changes the stored position, if there is one, outside of any commit.
+    /// Changes the stored position, if there is one, outside any commit.
     fn amend(&self, consumer: &ConsumerId, change: impl FnOnce(&mut Stored, &mut Position)) -> Result<(), Error> {
         let mut state = self.connected()?;
         let key = position_key(self.shared.defect, consumer);
@@ -647,7 +649,8 @@ impl OffsetStore for ModelStore {
             if pulse != seen {
                 return Ok(pulse);
             }
-            // The senders live in what this handle holds, and a time-out means to look again.
+            // This handle owns the senders, so the channel stays open. After a time-out the watch
+            // checks again.
             match self.shared.defect {
                 Defect::WatchHearsOnlyItsHandle => drop(own.changed().await),
                 _ => drop(timeout(interval, all.changed()).await),

@@ -1,12 +1,12 @@
-//! Which case must find which defect, and by which words its finding is known.
+//! Which case must find which defect, and the words that identify its finding.
 
 use crate::defect::Defect;
 
-/// A backend that is wrong in one way, and a case that must say so.
+/// A backend with one defect, and a case that must find it.
 pub(crate) struct Mutant {
     pub(crate) defect: Defect,
     pub(crate) case: &'static str,
-    /// A part of the violation: a case that fails for another reason has not found this defect.
+    /// A part of the violation. A case that fails for another reason has not found this defect.
     pub(crate) finding: &'static str,
 }
 
@@ -16,7 +16,7 @@ pub(crate) struct Sound {
     pub(crate) case: &'static str,
 }
 
-/// The finding of a case that ran into its time limit.
+/// The finding of a case that reached its time limit.
 pub(crate) const STUCK: &str = "still waiting";
 
 macro_rules! mutants {
@@ -66,7 +66,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         EmptyPayloadCalledMalformed => "is called malformed",
         AppendTimeLost => "has no append time",
         AppendTellsTheFirst => "as the last offset",
-        EmptyAppendTellsTheEnd => "an empty append told",
+        EmptyAppendTellsTheEnd => "an empty append returned",
         EmptyAppendAddsARecord => "an empty append changed",
     }
     l4_next_returns_at_least_one_record_and_at_most_max {
@@ -144,7 +144,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         OvertakenReaderFailsVaguely => "unexpected error",
     }
     l5_retention_of_everything_keeps_the_end {
-        OffsetsStartOverWhenEmptied => "an append to the emptied log told offset",
+        OffsetsStartOverWhenEmptied => "an append to the emptied log returned offset",
         EndForgottenWhenEmptied => "now its bounds are",
         EmptiedLogRefusesItsEnd => "did not wait",
     }
@@ -189,7 +189,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         RefusedTailComesLater => "which means none",
     }
     l7_concurrent_appends_have_their_own_outcomes {
-        NeighbourToldTheRefusal => "because one beside it was refused",
+        NeighbourToldTheRefusal => "because a concurrent one was refused",
         RefusalDropsTheNeighbour => "which means all of its records",
     }
     l10_an_old_handle_never_appends_to_a_new_log {
@@ -300,8 +300,8 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         WindowsNotDurable => "restart 1 changed the position: its window of web-1 is missing",
     }
     s3_a_commit_that_stages_nothing_survives_a_restart {
-        EmptyCommitNotDurable => "commit 2 was acknowledged, the position is 1",
-        EmptyCommitKeptInTheHandle => "commit 2 was acknowledged, the position is 1",
+        EmptyCommitNotDurable => "commit 2 was acknowledged, but the position is 1",
+        EmptyCommitKeptInTheHandle => "commit 2 was acknowledged, but the position is 1",
     }
     s3_a_store_tells_its_durability {
         StoreDurabilityFails => "unexpected error",
@@ -327,13 +327,13 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         CancelledCommitComesLateUnchecked => "was stored, now",
     }
     s5_position_resolves_an_unknown_outcome {
-        CommitAppliedAfterReply => "ended with Ok",
-        LostCommitReplyToldAsFailure => "ended with Err(Unavailable",
-        CommitRetriedAfterLostReply => "ended with Err(Fenced",
+        CommitAppliedAfterReply => "returned Ok",
+        LostCommitReplyToldAsFailure => "returned Err(Unavailable",
+        CommitRetriedAfterLostReply => "returned Err(Fenced",
     }
     s5_a_lost_reply_leaves_the_truth_to_position {
         LostCommitReplyToldAsFailure => "which means not made",
-        CommitRetriedAfterLostReply => "ended with Err(Fenced",
+        CommitRetriedAfterLostReply => "returned Err(Fenced",
         LostCommitRequestToldAsSuccess => "which means made",
     }
     s6_a_transaction_whose_read_failed_does_not_commit {
@@ -396,7 +396,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     s7_a_thousand_consumers_keep_their_positions {
         OldConsumersForgotten => "has no position",
-        RevisionsCountedForAll => "it stands at",
+        RevisionsCountedForAll => "but its position is",
     }
     s8_a_position_remembers_its_log {
         IncarnationNotKept => "committed for",
@@ -414,8 +414,8 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         WrongLogBeforeFenced => "a stale commit for another log",
     }
     s8_a_commit_for_another_log_is_refused {
-        OtherLogAccepted => "a commit for another log:",
-        WrongLogNamesTheGiven => "a commit for another log:",
+        OtherLogAccepted => "a commit for another log returned",
+        WrongLogNamesTheGiven => "a commit for another log returned",
         OtherLogMovesOffset => "moved the position: its log is",
         OtherLogLeavesState => "left state",
     }
@@ -439,11 +439,11 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     s10_a_beat_of_another_changes_nothing {
         BeatOfAnotherCounts => "changed the pulse from",
-        BeatCreatesAPosition => "a beat without a position made one",
+        BeatCreatesAPosition => "a beat without a position created one",
     }
     s10_a_beat_fences_nobody {
         BeatRaisesTheRevision => "its revision is",
-        BeatEndsTransactions => "a commit with a beat beside it",
+        BeatEndsTransactions => "a commit with a concurrent beat",
     }
     s10_a_release_clears_its_own_owner_only {
         ReleaseIgnored => "after a release by the owner",
@@ -462,7 +462,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     s11_a_snapshot_waits_for_no_transaction {
         SnapshotWaitsForTransactions => STUCK,
-        SnapshotSeesWhatIsStaged => "beside an open transaction has",
+        SnapshotSeesWhatIsStaged => "during an open transaction has",
         SnapshotHoldsUpCommits => "unexpected error",
     }
 };

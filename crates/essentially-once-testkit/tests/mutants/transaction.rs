@@ -1,4 +1,5 @@
-//! The model's transaction. It takes no lock until it commits, so that transactions race as they do between machines.
+//! The model's transaction. It takes no lock until it commits, so transactions race as they do
+//! between machines.
 
 use std::{
     collections::BTreeMap,
@@ -21,12 +22,14 @@ use crate::{
     store::{Contents, Handle, state_key},
 };
 
-/// Between a check and the write that it should be part of: time enough for every rival to be checked too.
+/// The pause between a check and the write that it should be part of. Long enough for every rival
+/// to be checked too.
 const CHECK_TO_WRITE: Duration = Duration::from_millis(1);
-/// How late a cancelled commit comes: after the rounds of a case, and before it looks again.
+/// How late a cancelled commit arrives: after the rounds of a case, and before the case checks
+/// again.
 const LATE: Duration = Duration::from_millis(30);
 
-/// What to write; `None` deletes.
+/// The staged writes. `None` deletes.
 pub(crate) type Staged = BTreeMap<Bytes, Option<Bytes>>;
 
 pub(crate) struct ModelTx {
@@ -35,10 +38,10 @@ pub(crate) struct ModelTx {
     handle: Arc<Handle>,
     consumer: ConsumerId,
     staged: Staged,
-    /// Names under which it wrote natively.
+    /// The names under which this transaction wrote natively.
     native: Vec<String>,
     finished: bool,
-    /// How many beats and snapshots there were when it began.
+    /// The numbers of beats and snapshots when it began.
     begun: (u64, u64),
 }
 
@@ -87,7 +90,7 @@ impl ModelTx {
         Ok(())
     }
 
-    /// Applies the native writes, as often as a defect says.
+    /// Applies the native writes, as often as a defect demands.
     fn apply_natively(&self, state: &mut State) {
         let times = match self.shared.defect {
             Defect::NativeNotCommitted => 0,
@@ -99,7 +102,7 @@ impl ModelTx {
         }
     }
 
-    /// Refuses a key over the limit, or one that a defect does not take.
+    /// Refuses a key over the limit, or one that a defect does not accept.
     fn check_key(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
         let limit = match self.shared.defect {
             Defect::EmptyKeyRefused if key.is_empty() => return Err(Error::failed("put", "the key is empty")),
@@ -129,7 +132,7 @@ impl ModelTx {
         self.shared.connected(self.generation)
     }
 
-    /// Refuses a value over the limit; a defect may do something with it before.
+    /// Refuses a value over the limit. A defect may act on it first.
     fn check_size(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
         let limit = match self.shared.defect {
             Defect::ValueLimitIsExclusive => VALUE_LIMIT - 1,
@@ -154,7 +157,7 @@ impl ModelTx {
         })
     }
 
-    /// Applies what was staged and the position: in one step, unless a defect parts it.
+    /// Applies the staged writes and the position: in one step, unless a defect separates them.
     async fn apply(&self, staged: &Staged, advance: &Advance) -> Result<(), Error> {
         if self.shared.is(Defect::RevisionCheckedOutside) {
             self.connected()?
@@ -221,7 +224,7 @@ impl ModelTx {
         Ok(())
     }
 
-    /// Applies the commits that a defect acknowledged before, and keeps this one back.
+    /// Applies the commits that a defect acknowledged before, and delays this one.
     fn apply_the_one_before(&self, staged: Staged, advance: Advance) -> Result<(), Error> {
         let mut waiting = self
             .handle
@@ -247,7 +250,7 @@ impl Transaction for ModelTx {
             let (beats, snapshots) = (state.store.beats != self.begun.0, state.store.snapshots != self.begun.1);
             match self.shared.defect {
                 Defect::BeatEndsTransactions if beats => {
-                    return Err(Error::failed("commit", "there is no transaction"));
+                    return Err(Error::failed("commit", "no transaction is open"));
                 }
                 Defect::SnapshotHoldsUpCommits if snapshots => {
                     return Err(Error::unavailable("commit", "a reader holds a lock"));
@@ -305,7 +308,7 @@ impl Transaction for ModelTx {
             (Err(error), Defect::LostCommitReplyToldAsFailure) => Err(error),
             (Err(error), Defect::CommitRetriedAfterLostReply) => {
                 let mut state = self.shared.state();
-                // The second try is checked as any commit is, and so fenced by the first.
+                // The second attempt is checked like any other commit, so the first one fences it.
                 state.store.check(&self.shared, &self.consumer, &staged, &advance)?;
                 Err(in_doubt(error))
             }
@@ -341,7 +344,7 @@ impl Drop for ModelTx {
     }
 }
 
-/// Sees a commit being cancelled, for the defects that then do something later.
+/// Notices a cancelled commit, for the defects that act later.
 struct CancelWatch {
     shared: Arc<Shared>,
     consumer: ConsumerId,

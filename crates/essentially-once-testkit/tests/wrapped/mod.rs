@@ -1,4 +1,5 @@
-//! The in-memory backend in wrappers in which nothing is to fail: they must change nothing that a contract tells of.
+//! The in-memory backend in wrappers that inject no faults. They must change nothing that a
+//! contract covers.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use essentially_once_testkit::{
     memory::MemoryHarness,
 };
 
-/// A harness of wrappers.
+/// The harness of the wrapped backend.
 pub(crate) struct Wrapped;
 
 #[async_trait]
@@ -22,7 +23,7 @@ impl Harness for Wrapped {
 
     fn capabilities(&self) -> Capabilities {
         let mut capabilities = MemoryHarness.capabilities();
-        capabilities.commits_are_cheap = Support::No("the wrappers end a run of so many operations");
+        capabilities.commits_are_cheap = Support::No("the wrappers limit a run to fewer operations");
         capabilities
     }
 

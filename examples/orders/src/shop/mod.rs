@@ -1,60 +1,32 @@
-//! Where shipments are written: in the store's transaction, or beside it.
+//! Writes shipments, in the store's transaction or outside it.
 
+mod effect;
 mod sqlite;
 
 #[cfg(feature = "rabbitmq")]
-pub(crate) mod rabbitmq;
+mod rabbitmq;
 #[cfg(feature = "redis")]
 mod redis;
 
-use async_trait::async_trait;
-use essentially_once::{HandlerError, Offset};
+use essentially_once::Offset;
 
 use crate::{
     Failure,
     backend::{Backend, Place},
-    order::Order,
 };
 
+use self::effect::Books;
 #[cfg(feature = "rabbitmq")]
 pub(crate) use self::rabbitmq::RabbitShop;
 #[cfg(feature = "redis")]
 pub(crate) use self::redis::RedisShop;
-pub(crate) use self::sqlite::own_connection;
-
-/// What a line of the log leads to. Offsets are kept as text, because a log's offsets are opaque.
-pub(crate) enum Effect<'a> {
-    Shipped {
-        offset: String,
-        order: &'a Order,
-    },
-    Rejected {
-        offset: String,
-        line: u32,
-        payload: &'a str,
-        reason: &'a str,
-    },
-}
-
-/// Writes effects.
-#[async_trait]
-pub(crate) trait Shop: Send {
-    /// Any error stops the worker: one that at-most-once passed over would be counted as lost to a kill.
-    async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError>;
-}
-
-/// What the shop holds, counted by offset.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Books {
-    pub(crate) shipped_once: u64,
-    pub(crate) shipped_more: u64,
-    pub(crate) rejected: u64,
-    /// Everything ever written, doubles included.
-    pub(crate) effects: u64,
-}
+pub(crate) use self::{
+    effect::{Effect, Shop},
+    sqlite::own_connection,
+};
 
 impl Backend {
-    /// Makes what the shop needs before the first effect.
+    /// Creates everything that the shop needs before the first effect.
     pub(crate) fn create_shop(&self) -> Result<(), Failure> {
         match self.store {
             Place::Sqlite => Ok(sqlite::create_tables(&self.database)?),
@@ -63,7 +35,7 @@ impl Backend {
         }
     }
 
-    /// Counts what was written for the records at these offsets, as it is on disk.
+    /// Counts the effects written for the records at these offsets, as stored on disk.
     pub(crate) async fn books(&self, offsets: &[Offset]) -> Result<Books, Failure> {
         let _ = offsets;
         match &self.store {
@@ -75,7 +47,7 @@ impl Backend {
         }
     }
 
-    /// Removes from a shared server what this run left there.
+    /// Removes this run's data from a shared server.
     pub(crate) async fn remove(&self) -> Result<(), Failure> {
         for place in [&self.log, &self.store] {
             match place {

@@ -1,4 +1,4 @@
-//! The shop on a RabbitMQ broker: in the consumer's state, or in a stream of its own.
+//! The shop on a RabbitMQ broker: in the consumer's state, or in a separate stream.
 
 use std::collections::HashMap;
 
@@ -9,10 +9,14 @@ use essentially_once_rabbitmq::{
     lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
 };
 
-use super::{Books, Effect, Shop};
-use crate::Failure;
+use super::effect::{Books, Effect, Shop};
+use crate::{
+    Failure,
+    backend::{order_stream, read_all},
+};
 
-/// In the transaction that commits the position. The state has no lists, so each effect is a key, and its value says how often it came.
+/// In the transaction that commits the position. The state has no lists, so each effect is a key,
+/// and its value counts how often it was written.
 #[async_trait]
 impl Shop for RabbitTx {
     async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
@@ -24,7 +28,7 @@ impl Shop for RabbitTx {
     }
 }
 
-/// A stream of the shop's own, to which every effect is published at once, without regard to the position.
+/// The shop's own stream. Every effect is published immediately, independently of the position.
 pub(crate) struct RabbitShop {
     rabbit: Rabbit,
     effects: RabbitLog,
@@ -53,7 +57,7 @@ impl RabbitShop {
     /// Counts the effects of these records.
     pub(super) async fn count(&mut self, offsets: &[Offset]) -> Result<Books, Failure> {
         let mut published: HashMap<Vec<u8>, u64> = HashMap::new();
-        for record in crate::tally::read(&self.effects).await? {
+        for record in read_all(&self.effects).await? {
             *published.entry(record.key.unwrap_or_default().into()).or_default() += 1;
         }
         let mut state = self.rabbit.store().begin(&self.consumer).await?;
@@ -76,23 +80,18 @@ impl RabbitShop {
     }
 }
 
-/// The stream of a run's orders.
-pub(crate) fn orders(consumer: &ConsumerId) -> String {
-    format!("{consumer}.orders")
-}
-
 fn effects(consumer: &ConsumerId) -> String {
     format!("{consumer}.effects")
 }
 
-/// Deletes the streams of this run, and those of the store for its consumer.
+/// Deletes the streams of this run, and the store's streams for its consumer.
 pub(super) async fn remove(url: &str, consumer: &ConsumerId) -> Result<(), Failure> {
     let connection = Connection::connect(url, ConnectionProperties::default()).await?;
     let channel = connection.create_channel().await?;
     let store =
         ["changelog", "snapshots.a", "snapshots.b"].map(|stream| format!("essentially-once.{consumer}.{stream}"));
-    for stream in [orders(consumer), effects(consumer)].into_iter().chain(store) {
-        // Deleting what is not there is no error.
+    for stream in [order_stream(consumer), effects(consumer)].into_iter().chain(store) {
+        // Deleting a missing stream succeeds.
         channel
             .queue_delete(stream.into(), QueueDeleteOptions::default())
             .await?;
@@ -104,7 +103,7 @@ pub(super) async fn remove(url: &str, consumer: &ConsumerId) -> Result<(), Failu
 const SHIPPED: &str = "shipped";
 const REJECTED: &str = "rejected";
 
-/// Under which key an effect is kept, and what it says.
+/// The key under which an effect is kept, and its text.
 fn entry(effect: &Effect<'_>) -> (String, String) {
     match effect {
         Effect::Shipped { offset, order } => (format!("{SHIPPED}/{offset}"), format!("{},{}", order.id, order.freight)),

@@ -1,4 +1,4 @@
-//! The shop's lists on a Redis server: one of shipments, one of rejected lines.
+//! The shop's lists on a Redis server: one for shipments, one for rejected lines.
 
 use std::collections::HashMap;
 
@@ -9,10 +9,10 @@ use essentially_once_redis::{
     redis::{AsyncConnectionConfig, Client, Cmd, RedisResult, aio::MultiplexedConnection, cmd},
 };
 
-use super::{Books, Effect, Shop};
+use super::effect::{Books, Effect, Shop};
 use crate::Failure;
 
-/// In the transaction that commits the position: pushed in the same step, or not at all.
+/// In the transaction that commits the position. The push happens in the same step or not at all.
 #[async_trait]
 impl Shop for RedisTx {
     async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
@@ -21,7 +21,7 @@ impl Shop for RedisTx {
     }
 }
 
-/// A connection of the shop's own, on which every push takes effect at once, without regard to the position.
+/// The shop's own connection. Every push takes effect immediately, independently of the position.
 pub(crate) struct RedisShop {
     connection: MultiplexedConnection,
     consumer: ConsumerId,
@@ -38,7 +38,7 @@ impl Shop for RedisShop {
 
 impl RedisShop {
     pub(crate) async fn connect(url: &str, consumer: &ConsumerId) -> Result<Self, Failure> {
-        // Without a time limit of its own: a reply that is late is no reason to ship twice.
+        // Without its own time limit, because a late reply is not a reason to ship twice.
         let config = AsyncConnectionConfig::new().set_response_timeout(None);
         Ok(Self {
             connection: Client::open(url)?
@@ -79,7 +79,8 @@ impl RedisShop {
         Ok(times)
     }
 
-    /// Deletes all keys that begin with the consumer's hash tag, and the store's own for this consumer.
+    /// Deletes all keys that begin with the consumer's hash tag, and the store's own keys for this
+    /// consumer.
     pub(super) async fn remove(&mut self) -> Result<(), Failure> {
         let mut cursor = 0_u64;
         loop {
@@ -107,7 +108,8 @@ struct Keys {
     rejected: String,
 }
 
-/// They share the consumer's hash tag, so that they can be written with its position in a cluster, too.
+/// The keys share the consumer's hash tag, so that one step can write them together with its
+/// position, even in a cluster.
 fn keys(consumer: &ConsumerId) -> Keys {
     Keys {
         shipments: format!("{{{consumer}}}:shipments"),
@@ -115,7 +117,7 @@ fn keys(consumer: &ConsumerId) -> Keys {
     }
 }
 
-/// A push that runs twice leaves two entries, so that what a delivery does twice shows.
+/// A push that runs twice leaves two entries, so a doubled effect is visible.
 fn push(keys: &Keys, effect: &Effect<'_>) -> Cmd {
     let (key, entry) = match effect {
         Effect::Shipped { offset, order } => (&keys.shipments, format!("{offset},{},{}", order.id, order.freight)),

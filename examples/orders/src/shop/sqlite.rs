@@ -9,7 +9,7 @@ use essentially_once_sqlite::{
     rusqlite::{self, Connection, ToSql, params},
 };
 
-use super::{Books, Effect, Shop};
+use super::effect::{Books, Effect, Shop};
 
 /// In the transaction that commits the position.
 #[async_trait]
@@ -21,7 +21,7 @@ impl Shop for SqliteTx {
     }
 }
 
-/// At once, without regard to the position.
+/// Immediately, independently of the position.
 #[async_trait]
 impl Shop for Connection {
     async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
@@ -50,7 +50,7 @@ fn with_statement<T>(effect: &Effect<'_>, run: impl FnOnce(&str, &[&dyn ToSql]) 
     }
 }
 
-/// They have no unique constraint: it would hide what a delivery does twice.
+/// The tables have no unique constraint, which would hide doubled effects.
 pub(super) fn create_tables(path: &Path) -> rusqlite::Result<()> {
     Connection::open(path)?.execute_batch(
         "CREATE TABLE shipments (log_offset TEXT NOT NULL, order_id TEXT NOT NULL, freight REAL NOT NULL);
@@ -58,12 +58,12 @@ pub(super) fn create_tables(path: &Path) -> rusqlite::Result<()> {
     )
 }
 
-/// A connection of the shop's own, on which every statement commits by itself.
+/// The shop's own connection, on which every statement commits on its own.
 pub(crate) fn own_connection(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     // The consumer commits its position to the same file meanwhile.
     connection.busy_timeout(Duration::from_secs(10))?;
-    // A write survives the death of the process without waiting for the disk, and only processes die here.
+    // A write survives the death of its process without a sync. Here only processes die.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
     Ok(connection)
 }

@@ -1,4 +1,4 @@
-//! Several nodes.
+//! A cluster of several nodes.
 
 use std::{sync::Arc, thread};
 
@@ -14,10 +14,10 @@ pub struct RabbitCluster {
 }
 
 impl RabbitCluster {
-    /// Starts that many nodes at once, and returns when all of them run as one cluster.
+    /// Starts `nodes` nodes at once, and returns when all of them run as one cluster.
     ///
     /// # Errors
-    /// As for [`RabbitNode::start`], or they do not find each other within two minutes.
+    /// As for [`RabbitNode::start`], or if the nodes do not find each other within two minutes.
     pub fn start(nodes: usize) -> Result<Self, Error> {
         let epmd = Arc::new(Epmd::start()?);
         let mut nodes = (0..nodes)
@@ -30,7 +30,7 @@ impl RabbitCluster {
         thread::scope(|scope| {
             let starts: Vec<_> = nodes.iter().map(|node| scope.spawn(|| node.restart())).collect();
             let mut starts = starts.into_iter().map(|start| start.join());
-            starts.try_for_each(|start| start.unwrap_or_else(|_| Err("a start panicked".into())))
+            starts.try_for_each(|start| start.unwrap_or_else(|_| Err("starting a node panicked".into())))
         })?;
         let cluster = Self { nodes };
         cluster.wait_complete()?;
@@ -45,7 +45,7 @@ impl RabbitCluster {
     /// Waits until the first node sees all others run.
     ///
     /// # Errors
-    /// It cannot be asked, or they do not within two minutes.
+    /// If the first node does not answer, or does not see the others within two minutes.
     pub fn wait_complete(&self) -> Result<(), Error> {
         if let Some(first) = self.nodes.first() {
             let limit = LIMIT.as_secs().to_string();

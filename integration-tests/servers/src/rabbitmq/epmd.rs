@@ -13,13 +13,14 @@ use crate::{
     process::{Process, START_LIMIT},
 };
 
-/// Tells nodes where others listen. A private one, since the machine's own may not run, and would be left behind.
+/// Tells nodes where the others listen. It is private, because the machine's own may not run, and
+/// would be left behind.
 pub(super) struct Epmd {
-    // Before the folder, so that it is gone when the folder is removed.
+    // Declared before the folder, so that it ends before the folder is removed.
     _process: Process,
     _folder: Folder,
     pub(super) port: Port,
-    /// What the nodes that it serves have in common, and nobody else knows.
+    /// The secret that its nodes share.
     pub(super) cookie: String,
 }
 

@@ -1,4 +1,4 @@
-//! One node.
+//! A single node.
 
 use std::{
     ffi::OsString,
@@ -22,15 +22,16 @@ use crate::{
     process::{Process, START_LIMIT, address_in_use, wait_until},
 };
 
-/// A node that was killed in a cluster may have to wait for the others.
+/// Long, because a node killed in a cluster may have to wait for the others.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
-/// What `rabbitmqctl` exits with if it did not reach the node (Erlang gives a connection 7 s), or
-/// the node took too long: `EX_UNAVAILABLE` and `EX_TEMPFAIL`.
+/// The exit codes of `rabbitmqctl` when it did not reach the node (Erlang gives a connection 7 s)
+/// or the node took too long: `EX_UNAVAILABLE` and `EX_TEMPFAIL`.
 const NO_ANSWER: [i32; 2] = [69, 75];
 
-/// Erlang: waits up to a minute for the replicas of all streams, and returns the names of the
-/// streams that are down. It waits on the node, since each `rabbitmqctl` takes a second to begin.
+/// Erlang code that waits up to a minute for the replicas of all streams, and returns the names of
+/// the streams that are down. It waits on the node, because each `rabbitmqctl` takes a second to
+/// begin.
 const STREAMS_DOWN: &str = "
     Streams = [Queue || Vhost <- rabbit_vhost:list_names(),
         Queue <- rabbit_amqqueue:list(Vhost) ++ rabbit_amqqueue:list_down(Vhost),
@@ -51,10 +52,10 @@ const STREAMS_DOWN: &str = "
     Wait(1200).
 ";
 
-/// A private node, with its data, cookie and log in a temporary folder. It can be killed and started again while other
-/// threads use it; when it is dropped, the node, its `epmd` and its folder are gone.
+/// A private node with its data, cookie and log in a temporary folder. It can be killed and started
+/// again while other threads use it. Dropping it removes the node, its `epmd` and its folder.
 pub struct RabbitNode {
-    // Before the folder, so that it is gone when the folder is removed.
+    // Declared before the folder, so that it ends before the folder is removed.
     process: Mutex<Option<Process>>,
     folder: Folder,
     port: Port,
@@ -63,7 +64,7 @@ pub struct RabbitNode {
     program: PathBuf,
     name: String,
     epmd: Arc<Epmd>,
-    /// Part of a cluster, whose other nodes may be down: then its streams are too.
+    /// Whether it is part of a cluster. While other nodes are down, its streams are down too.
     has_peers: bool,
 }
 
@@ -71,12 +72,13 @@ impl RabbitNode {
     /// Starts a node without plugins, and returns when it answers.
     ///
     /// # Errors
-    /// `ESSENTIALLY_ONCE_RABBITMQ_SERVER` is not set, or the node ended or did not answer within two minutes; then with the end of its log.
+    /// If `ESSENTIALLY_ONCE_RABBITMQ_SERVER` is not set, or if the node ended or did not answer
+    /// within two minutes. The error then holds the end of its log.
     pub fn start() -> Result<Self, Error> {
         Self::start_with("")
     }
 
-    /// [Starts](Self::start) a node with these lines more in its `rabbitmq.conf`.
+    /// [Starts](Self::start) a node with additional lines in its `rabbitmq.conf`.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
@@ -84,8 +86,9 @@ impl RabbitNode {
         Self::start_as(|node| node.configure(&[], settings))
     }
 
-    /// [Starts](Self::start) a node that also speaks TLS with this certificate and key (PEM), and takes certificates of clients that
-    /// the authority signed; with these lines more in its `rabbitmq.conf`.
+    /// [Starts](Self::start) a node that also serves TLS with this certificate and key (PEM), and
+    /// accepts client certificates signed by the authority. `settings` are additional lines in its
+    /// `rabbitmq.conf`.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
@@ -120,14 +123,14 @@ impl RabbitNode {
         }
     }
 
-    /// A node that is not started yet.
+    /// Creates a node that is not started yet.
     pub(super) fn new(epmd: &Arc<Epmd>) -> Result<Self, Error> {
         let (folder, port, distribution) = (Folder::new("rabbitmq")?, Port::claim()?, Port::claim()?);
         let program = without_plugins(&crate::rabbitmq_server()?, folder.path())?;
         let path = folder.path().to_owned();
         let name = format!("test{}@localhost", port.number());
         let variables = vec![
-            ("HOME", path.clone().into()), // where the cookie is
+            ("HOME", path.clone().into()), // the folder of the cookie
             ("ERL_EPMD_PORT", epmd.port.number().to_string().into()),
             ("RABBITMQ_NODENAME", name.clone().into()),
             ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1".into()),
@@ -142,9 +145,9 @@ impl RabbitNode {
             ("RABBITMQ_CONFIG_FILE", path.join("rabbitmq.conf").into()),
             ("RABBITMQ_ADVANCED_CONFIG_FILE", path.join("advanced.config").into()),
             ("RABBITMQ_ENABLED_PLUGINS_FILE", path.join("enabled_plugins").into()),
-            // The script becomes the node instead of keeping it as a child.
+            // The script becomes the node instead of starting it as a child.
             ("RUNNING_UNDER_SYSTEMD", "true".into()),
-            // Gentle to small machines, and within this one.
+            // Saves resources, both on small machines and among the nodes of this one.
             (
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none -start_epmd false \
@@ -166,7 +169,8 @@ impl RabbitNode {
         })
     }
 
-    /// Writes the files that a node reads when it starts; `peers` are the names of all nodes of its cluster.
+    /// Writes the files that a node reads at its start. `peers` are the names of all nodes of its
+    /// cluster.
     pub(super) fn configure(&mut self, peers: &[String], settings: &str) -> Result<(), Error> {
         self.has_peers = !peers.is_empty();
         let mut config = format!("loopback_users = none\ndisk_free_limit.absolute = 1MB\n{settings}\n");
@@ -183,12 +187,12 @@ impl RabbitNode {
         fs::write(folder.join("enabled_plugins"), "[].\n")?;
         let cookie = folder.join(".erlang.cookie");
         fs::write(&cookie, &self.epmd.cookie)?;
-        // Erlang insists.
+        // Erlang requires these permissions.
         fs::set_permissions(&cookie, fs::Permissions::from_mode(0o400))?;
         Ok(())
     }
 
-    /// The port of 127.0.0.1 that it listens on for AMQP; it stays the same.
+    /// The AMQP port of 127.0.0.1. It stays the same.
     pub fn port(&self) -> u16 {
         self.port.number()
     }
@@ -219,18 +223,19 @@ impl RabbitNode {
         self.folder.path()
     }
 
-    /// The process's id, while it runs.
+    /// The process id while the node runs.
     pub fn pid(&self) -> Option<u32> {
         self.process().as_ref().map(Process::id)
     }
 
     /// Kills it with `SIGKILL`, and returns when it is gone.
     ///
-    /// RabbitMQ 3.10 loses all streams if it is killed in the second after its very first one was declared, since the register of who
-    /// coordinates streams is written late. So this waits until it is written.
+    /// RabbitMQ 3.10 loses all streams if it is killed in the second after its very first stream
+    /// was declared, because it writes the register of stream coordinators late. So this waits
+    /// until the register is written.
     ///
     /// # Errors
-    /// It cannot be waited for.
+    /// If the process cannot be waited for.
     pub fn kill(&self) -> Result<(), Error> {
         self.wait_registered()?;
         self.end(Signal::KILL)
@@ -239,7 +244,7 @@ impl RabbitNode {
     /// Ends it with `SIGTERM`, as a service manager would, and returns when it is gone.
     ///
     /// # Errors
-    /// It cannot be waited for.
+    /// If the process cannot be waited for.
     pub fn stop(&self) -> Result<(), Error> {
         self.end(Signal::TERM)
     }
@@ -248,13 +253,14 @@ impl RabbitNode {
         self.process().take().map_or(Ok(()), |process| process.end(signal))
     }
 
-    /// Starts it again on the same folder and ports, and returns when it answers, as do all its
-    /// streams. If it runs, it is [killed](Self::kill).
+    /// Starts it again on the same folder and ports, and returns when it and all its streams
+    /// answer. If it is running, it is [killed](Self::kill) first.
     ///
-    /// In a cluster it does not wait for the streams: they need more than half of the nodes.
+    /// In a cluster it does not wait for the streams, because they need more than half of the
+    /// nodes.
     ///
     /// # Errors
-    /// As for [`start`](Self::start), or a stream did not answer within two minutes.
+    /// As for [`start`](Self::start), or if a stream does not answer within two minutes.
     pub fn restart(&self) -> Result<(), Error> {
         self.wait_registered()?;
         let mut running = self.process();
@@ -269,7 +275,7 @@ impl RabbitNode {
         self.wait_streams()
     }
 
-    /// A node answers before its streams do, and only the node knows which ones it has.
+    /// A node answers before its streams do, and only the node knows its streams.
     fn wait_streams(&self) -> Result<(), Error> {
         if self.has_peers || !self.has_streams() {
             return Ok(());
@@ -277,7 +283,7 @@ impl RabbitNode {
         let what = format!("all streams of {} answer", self.name);
         wait_until(&what, LIMIT, || match self.ctl(&["eval", STREAMS_DOWN])?.trim() {
             "[]" => Ok(true),
-            down => Err(format!("these are down: {down}").into()),
+            down => Err(format!("these streams are down: {down}").into()),
         })
     }
 
@@ -293,19 +299,19 @@ impl RabbitNode {
         if !self.has_streams() || self.pid().is_none() {
             return Ok(());
         }
-        wait_until("the register names who coordinates streams", START_LIMIT, || {
+        wait_until("the register names the stream coordinator", START_LIMIT, || {
             Ok(fs::read(&register)?
                 .windows(COORDINATOR.len())
                 .any(|name| name == COORDINATOR))
         })
     }
 
-    /// Stops its process with `SIGSTOP`: connections stay open, and nothing is answered.
+    /// Stops its process with `SIGSTOP`. Connections stay open, but the node does not answer.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
     }
 
-    /// Lets a frozen process go on.
+    /// Resumes a frozen node.
     pub fn thaw(&self) {
         self.signal(Signal::CONT);
     }
@@ -316,13 +322,13 @@ impl RabbitNode {
         }
     }
 
-    /// Runs `rabbitmqctl` for this node, and returns what it wrote. It takes a second or more.
+    /// Runs `rabbitmqctl` for this node, and returns its output. This takes a second or more.
     ///
-    /// A node that runs but does not answer in time, as on a busy machine, is asked again for two
-    /// minutes. So a command that is not idempotent may run twice.
+    /// A node that runs but does not answer in time, for example on a busy machine, is asked again
+    /// for up to two minutes. So a command that is not idempotent may run twice.
     ///
     /// # Errors
-    /// It failed, with what it wrote.
+    /// If the command failed, with its output.
     pub fn ctl(&self, arguments: &[&str]) -> Result<String, Error> {
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -361,7 +367,7 @@ impl RabbitNode {
     }
 
     fn process(&self) -> MutexGuard<'_, Option<Process>> {
-        // A panic elsewhere leaves either a process or none: both are sound.
+        // A panic elsewhere leaves either a process or none. Both states are consistent.
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -369,11 +375,11 @@ impl RabbitNode {
 /// Why `rabbitmqctl` failed.
 struct Refusal {
     error: Error,
-    /// The node did not answer: the next try may succeed.
+    /// The node did not answer, so the next attempt may succeed.
     passes: bool,
 }
 
-/// Whether an AMQP server answers the protocol's header with its first frame.
+/// Whether an AMQP server answers the protocol header with its first frame.
 fn greets(port: u16) -> Result<(), Error> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(START_LIMIT))?;

@@ -1,13 +1,13 @@
-//! What a server is started with.
+//! The settings of a server before it starts.
 
 use std::path::Path;
 
 use super::RedisServer;
 use crate::{Error, port::Port, process::address_in_use};
 
-/// A server that is not started yet: see [`RedisServer::durable`].
+/// A server that is not started yet. See [`RedisServer::durable`].
 #[derive(Clone, Default)]
-#[must_use = "nothing runs before `start`"]
+#[must_use = "the server runs only after `start`"]
 pub struct RedisBuilder {
     directives: Vec<(String, String)>,
     pub(super) tls: bool,
@@ -16,15 +16,16 @@ pub struct RedisBuilder {
 }
 
 impl RedisBuilder {
-    /// Adds lines of the configuration file: a directive and its value, written as there (`("save", "\"\"")`). Later ones win.
+    /// Adds lines to the configuration file: a directive and its value in the file's syntax
+    /// (`("save", "\"\"")`). Later lines override earlier ones.
     pub fn with(mut self, directives: &[(&str, &str)]) -> Self {
         let directives = directives.iter().map(|(name, value)| ((*name).into(), (*value).into()));
         self.directives.extend(directives);
         self
     }
 
-    /// Serves TLS too, on a port of its own ([`RedisServer::tls_url`]); clients need no certificate unless
-    /// `tls-auth-clients` says so.
+    /// Also serves TLS, on a separate port ([`RedisServer::tls_url`]). Clients need no certificate
+    /// unless `tls-auth-clients` says so.
     pub fn tls(mut self, certificate: &Path, key: &Path, authority: &Path) -> Self {
         self.tls = true;
         let quoted = |path: &Path| format!("{:?}", path.to_string_lossy());
@@ -36,7 +37,7 @@ impl RedisBuilder {
         ])
     }
 
-    /// Follows another server; it may take a moment after the start until it has caught up.
+    /// Replicates another server. It may take a moment after the start to catch up.
     pub fn replica_of(self, master: &RedisServer) -> Self {
         self.with(&[("replicaof", &format!("127.0.0.1 {}", master.port()))])
     }
@@ -54,7 +55,8 @@ impl RedisBuilder {
     /// Starts the server, and returns when it answers.
     ///
     /// # Errors
-    /// `ESSENTIALLY_ONCE_REDIS_SERVER` is not set, or the server ended or did not answer within 20 s; then with the end of its log.
+    /// If `ESSENTIALLY_ONCE_REDIS_SERVER` is not set, or if the server ended or did not answer
+    /// within 20 s. The error then holds the end of its log.
     pub fn start(&self) -> Result<RedisServer, Error> {
         let mut tries = 0..20;
         loop {
@@ -66,7 +68,7 @@ impl RedisBuilder {
         }
     }
 
-    /// The configuration file's text; the caller's directives come last.
+    /// The text of the configuration file, with the caller's directives last.
     pub(super) fn config(&self, folder: &Path, ports: &Ports) -> String {
         let socket = format!("{:?}", folder.join("redis.sock").to_string_lossy());
         let mut lines = vec![
@@ -76,7 +78,7 @@ impl RedisBuilder {
             ("daemonize", "no".into()),
             ("dir", format!("{:?}", folder.to_string_lossy())),
             ("unixsocket", socket),
-            // Administration works whatever a test does to the default user.
+            // Administration keeps working whatever a test does to the default user.
             ("user", format!("{ADMINISTRATOR} on nopass ~* &* +@all")),
         ];
         if let Some(port) = &ports.tls {
@@ -93,7 +95,7 @@ impl RedisBuilder {
     }
 }
 
-/// The user that [`RedisServer::command`] signs in as.
+/// The user for [`RedisServer::command`].
 pub(super) const ADMINISTRATOR: &str = "test-servers";
 
 /// The ports that a server listens on.

@@ -1,4 +1,4 @@
-//! Cluster mode.
+//! A Redis cluster.
 
 use super::RedisServer;
 use crate::{
@@ -8,16 +8,17 @@ use crate::{
 
 const SLOTS: usize = 16_384;
 
-/// A cluster of masters that share all slots.
+/// A cluster of masters that together serve all slots.
 pub struct RedisCluster {
     nodes: Vec<RedisServer>,
 }
 
 impl RedisCluster {
-    /// Starts that many durable nodes, and returns when each of them says that the cluster is complete.
+    /// Starts `nodes` durable nodes, and returns when each of them reports a complete cluster.
     ///
     /// # Errors
-    /// A node cannot be started (it needs Redis 7 or Valkey), or they do not find each other within a minute.
+    /// If a node cannot start (it needs Redis 7 or Valkey), or if they do not find each other
+    /// within a minute.
     pub fn start(nodes: usize) -> Result<Self, Error> {
         let nodes = (0..nodes)
             .map(|_| RedisServer::durable().cluster().start())
@@ -25,11 +26,11 @@ impl RedisCluster {
         for (index, node) in nodes.iter().enumerate() {
             let slots = index * SLOTS / nodes.len()..(index + 1) * SLOTS / nodes.len();
             let (first, last) = (slots.start.to_string(), (slots.end - 1).to_string());
-            // Given by hand, since nodes that begin with equal epochs would first have to settle them.
+            // Set explicitly, because nodes with equal epochs would first have to resolve them.
             node.command(&["CLUSTER", "SET-CONFIG-EPOCH", &(index + 1).to_string()])?;
             node.command(&["CLUSTER", "ADDSLOTSRANGE", &first, &last])?;
         }
-        // Each meets each: to hear of one another from a third takes seconds.
+        // Every node meets every other. Learning about a node from a third one takes seconds.
         for (index, node) in nodes.iter().enumerate() {
             for other in &nodes[index + 1..] {
                 let (port, bus) = (other.port().to_string(), other.bus_port().to_string());
@@ -50,10 +51,10 @@ impl RedisCluster {
         &self.nodes
     }
 
-    /// Whether every node knows all others and finds that all slots are served.
+    /// Whether every node knows all others and sees all slots served.
     ///
     /// # Errors
-    /// A node does not answer.
+    /// If a node does not answer.
     pub fn is_ok(&self) -> Result<bool, Error> {
         let size = self.nodes.len().to_string();
         for node in &self.nodes {

@@ -1,4 +1,4 @@
-//! As much of the protocol as administration needs: one command, one reply.
+//! The part of the protocol that administration needs: one command, one reply.
 
 use std::{
     io::{BufRead, BufReader, Read as _, Write as _},
@@ -9,21 +9,21 @@ use std::{
 
 use crate::Error;
 
-/// What a server answered; its errors are `Err`.
+/// A server's reply. Its errors are `Err`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// Nothing, such as the value of a key that does not exist.
+    /// No value, for example of a missing key.
     Nil,
     /// A number.
     Int(i64),
-    /// A status or a string; bytes that are no UTF-8 are replaced.
+    /// A status or a string. Bytes that are not UTF-8 are replaced.
     Text(String),
     /// Several replies.
     List(Vec<Reply>),
 }
 
 impl Reply {
-    /// The text; of other replies, an empty one.
+    /// The text. Empty for other kinds of replies.
     pub fn text(&self) -> &str {
         match self {
             Self::Text(text) => text,
@@ -31,7 +31,7 @@ impl Reply {
         }
     }
 
-    /// The replies of a list; of other replies, none.
+    /// The replies of a list. Empty for other kinds of replies.
     pub fn list(&self) -> &[Reply] {
         match self {
             Self::List(list) => list,
@@ -39,13 +39,14 @@ impl Reply {
         }
     }
 
-    /// The value that follows a name in a flat list of names and values, as `SENTINEL MASTER` and `XINFO` answer.
+    /// The value after a name in a flat list of names and values, as in the replies to `SENTINEL
+    /// MASTER` and `XINFO`.
     pub fn field(&self, name: &str) -> Option<&Reply> {
         let (pairs, _) = self.list().as_chunks::<2>();
         pairs.iter().find(|[key, _]| key.text() == name).map(|[_, value]| value)
     }
 
-    /// The value in a text of `name:value` lines, as `INFO` and `CLUSTER INFO` answer.
+    /// The value in a text of `name:value` lines, as in the replies to `INFO` and `CLUSTER INFO`.
     pub fn line(&self, name: &str) -> Option<&str> {
         self.text()
             .lines()

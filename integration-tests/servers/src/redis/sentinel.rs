@@ -1,4 +1,4 @@
-//! Sentinel.
+//! A Redis Sentinel.
 
 use super::{RedisBuilder, RedisServer};
 use crate::{
@@ -6,17 +6,19 @@ use crate::{
     process::{START_LIMIT, wait_until},
 };
 
-/// A sentinel that watches a master alone (quorum 1), and makes a replica master half a second after it went silent.
+/// A sentinel that watches a master alone (quorum 1). It promotes a replica half a second after the
+/// master falls silent.
 pub struct RedisSentinel {
     name: String,
     server: RedisServer,
 }
 
 impl RedisSentinel {
-    /// Starts a sentinel that knows the master by this name, and returns when it sees the master and all of its replicas.
+    /// Starts a sentinel that knows the master by this name, and returns when it sees the master
+    /// and all replicas.
     ///
     /// # Errors
-    /// It cannot be started, or does not reach the master within a minute.
+    /// If it cannot start, or does not reach the master within a minute.
     pub fn start(name: &str, master: &RedisServer) -> Result<Self, Error> {
         let server = RedisBuilder::default()
             .sentinel()
@@ -40,10 +42,10 @@ impl RedisSentinel {
         Ok(sentinel)
     }
 
-    /// The port of the present master, as clients are told.
+    /// The port of the current master, as the sentinel reports it to clients.
     ///
     /// # Errors
-    /// The sentinel does not answer.
+    /// If the sentinel does not answer.
     pub fn master_port(&self) -> Result<u16, Error> {
         let address = self
             .server
@@ -52,12 +54,12 @@ impl RedisSentinel {
         Ok(port.ok_or("the sentinel does not know its master's address")?.parse()?)
     }
 
-    /// The name that the master is known by.
+    /// The name of the master.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The sentinel's own process and port.
+    /// The sentinel's own server process.
     pub fn server(&self) -> &RedisServer {
         &self.server
     }

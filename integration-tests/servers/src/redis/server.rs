@@ -1,4 +1,4 @@
-//! One server.
+//! A single server.
 
 use std::{
     ffi::OsString,
@@ -22,13 +22,13 @@ use crate::{
     process::{Process, START_LIMIT},
 };
 
-/// How long a command may take before the server counts as stuck.
+/// A command that takes longer means that the server is stuck.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// A private server, Redis or Valkey, with its data in a temporary folder. It can be killed and started again while
-/// other threads use it; when it is dropped, the server and its folder are gone.
+/// A private Redis or Valkey server with its data in a temporary folder. It can be killed and
+/// started again while other threads use it. Dropping it removes the server and its folder.
 pub struct RedisServer {
-    // Before the folder, so that it is gone when the folder is removed.
+    // Declared before the folder, so that it ends before the folder is removed.
     process: Mutex<Option<Process>>,
     folder: Folder,
     ports: Ports,
@@ -37,7 +37,8 @@ pub struct RedisServer {
 }
 
 impl RedisServer {
-    /// A server that has on disk what it has acknowledged: each write is appended to a file and synced.
+    /// A server that stores every acknowledged write on disk: it appends each write to a file and
+    /// syncs it.
     pub fn durable() -> RedisBuilder {
         RedisBuilder::default().with(&[
             ("appendonly", "yes"),
@@ -63,7 +64,7 @@ impl RedisServer {
         Ok(server)
     }
 
-    /// The port of 127.0.0.1 that it listens on; it stays the same.
+    /// The TCP port of 127.0.0.1. It stays the same.
     pub fn port(&self) -> u16 {
         self.ports.plain.number()
     }
@@ -94,7 +95,7 @@ impl RedisServer {
         self.folder.path()
     }
 
-    /// The process's id, while it runs.
+    /// The process id while the server runs.
     pub fn pid(&self) -> Option<u32> {
         self.process().as_ref().map(Process::id)
     }
@@ -102,7 +103,7 @@ impl RedisServer {
     /// Kills it with `SIGKILL`, and returns when it is gone.
     ///
     /// # Errors
-    /// It cannot be waited for.
+    /// If the process cannot be waited for.
     pub fn kill(&self) -> Result<(), Error> {
         self.end(Signal::KILL)
     }
@@ -110,7 +111,7 @@ impl RedisServer {
     /// Ends it with `SIGTERM`, as a service manager would, and returns when it is gone.
     ///
     /// # Errors
-    /// It cannot be waited for.
+    /// If the process cannot be waited for.
     pub fn stop(&self) -> Result<(), Error> {
         self.end(Signal::TERM)
     }
@@ -119,7 +120,8 @@ impl RedisServer {
         self.process().take().map_or(Ok(()), |process| process.end(signal))
     }
 
-    /// Starts it again on the same folder and ports, and returns when it has loaded its data and answers. If it runs, it is killed.
+    /// Starts it again on the same folder and ports, and returns when it has loaded its data and
+    /// answers. If it is running, it is killed first.
     ///
     /// # Errors
     /// As for [`RedisBuilder::start`].
@@ -134,7 +136,7 @@ impl RedisServer {
         }
         let mut process = Process::spawn(&self.folder, &self.program, &arguments, &[])?;
         let what = format!("{} on port {}", self.program.display(), self.port());
-        // Over its socket nobody else can answer, whoever listens on the port.
+        // Asked over its socket, so that no other server on the port can answer.
         process.wait_ready(&what, START_LIMIT, || match self.ask(&["PING"], START_LIMIT)?.text() {
             "PONG" => Ok(()),
             other => Err(format!("answered PING with {other:?}").into()),
@@ -143,12 +145,12 @@ impl RedisServer {
         Ok(())
     }
 
-    /// Stops its process with `SIGSTOP`: connections stay open, and nothing is answered.
+    /// Stops its process with `SIGSTOP`. Connections stay open, but the server does not answer.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
     }
 
-    /// Lets a frozen process go on.
+    /// Resumes a frozen server.
     pub fn thaw(&self) {
         self.signal(Signal::CONT);
     }
@@ -159,15 +161,15 @@ impl RedisServer {
         }
     }
 
-    /// Sends one command over the Unix socket, as a user of its own who may do everything.
+    /// Sends one command over the Unix socket, as a separate user with all permissions.
     ///
     /// # Errors
-    /// It does not run, refuses the command, or takes more than a minute.
+    /// If the server does not run, refuses the command, or takes more than a minute.
     pub fn command<A: AsRef<[u8]>>(&self, arguments: &[A]) -> Result<Reply, Error> {
         self.ask(arguments, COMMAND_LIMIT).map_err(|error| {
             let command = arguments.first().map(|first| String::from_utf8_lossy(first.as_ref()));
             let command = command.unwrap_or_default();
-            format!("redis-server on port {}, asked for {command}: {error}", self.port()).into()
+            format!("redis-server on port {} failed to run {command}: {error}", self.port()).into()
         })
     }
 
@@ -178,7 +180,7 @@ impl RedisServer {
     }
 
     fn process(&self) -> MutexGuard<'_, Option<Process>> {
-        // A panic elsewhere leaves either a process or none: both are sound.
+        // A panic elsewhere leaves either a process or none. Both states are consistent.
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,5 @@
-//! A process that owns servers, to be killed: this test program again, told so by a variable.
+//! A process that owns servers and is then killed. It is this test program, started again with a
+//! variable that selects this role.
 
 use std::{
     env, fs,
@@ -18,7 +19,7 @@ const VARIABLE: &str = "TEST_SERVERS_VICTIM";
 pub(crate) type Done = Result<(), Error>;
 pub(crate) type Test = (&'static str, fn() -> Done);
 
-/// Runs the tests; without the server they are shown as ignored, with the reason.
+/// Runs the tests. Without the server they show as ignored, with the reason.
 pub(crate) fn run(tests: impl IntoIterator<Item = Test>, server: &Result<std::path::PathBuf, String>) -> ExitCode {
     let trials = tests.into_iter().map(|(name, test)| match server {
         Ok(_) => Trial::test(name, move || test().map_err(Into::into)),
@@ -36,12 +37,12 @@ pub(crate) struct Owned {
 
 impl Owned {
     fn is_left(&self) -> bool {
-        // The ports by themselves: a process that is dead already may have threads that still hold them.
+        // The ports are checked separately, because threads of a dead process may still hold them.
         let answers = |port: &u16| TcpStream::connect(("127.0.0.1", *port)).is_ok();
         self.is_alive() || Path::new(&self.folder).exists() || self.ports.iter().any(answers)
     }
 
-    /// Whether its process runs; one that waits to be reaped does not.
+    /// Whether its process runs. A zombie does not count.
     fn is_alive(&self) -> bool {
         let pid = self.pid.to_string();
         let signal = Command::new("sh")
@@ -52,14 +53,14 @@ impl Owned {
     }
 }
 
-/// The process, and what it owns.
+/// The process, and the servers that it owns.
 pub(crate) struct Victim {
     child: Child,
     pub(crate) servers: Vec<Owned>,
 }
 
 impl Victim {
-    /// Starts it, until it has started that many servers.
+    /// Starts the process, and waits until it has started `servers` servers.
     pub(crate) fn start(servers: usize) -> Result<Self, Error> {
         let mut child = Command::new(env::current_exe()?)
             .env(VARIABLE, servers.to_string())
@@ -86,7 +87,7 @@ impl Victim {
         Ok(victim)
     }
 
-    /// Kills it, and waits until nothing of its servers is left.
+    /// Kills the process, and waits until no trace of its servers is left.
     pub(crate) fn kill(mut self) -> Done {
         assert!(
             self.servers
@@ -101,7 +102,7 @@ impl Victim {
                 let Owned { pid, ports, folder } = server;
                 assert!(
                     Instant::now() < deadline,
-                    "left: process {pid}, ports {ports:?} or {folder}"
+                    "left behind: process {pid}, ports {ports:?} or {folder}"
                 );
                 thread::sleep(Duration::from_millis(10));
             }
@@ -110,7 +111,8 @@ impl Victim {
     }
 }
 
-/// In the process that is to be killed: starts servers, tells of them, and waits. `None` in others.
+/// In the victim process: starts servers, reports them, and waits. Returns `None` in other
+/// processes.
 #[expect(clippy::print_stdout, reason = "the parent reads it")]
 pub(crate) fn victim<S>(start: fn() -> Result<S, Error>, owned: fn(&S) -> Owned) -> Option<ExitCode> {
     let count: usize = env::var(VARIABLE).ok()?.parse().ok()?;
@@ -122,7 +124,7 @@ pub(crate) fn victim<S>(start: fn() -> Result<S, Error>, owned: fn(&S) -> Owned)
         println!("{pid} {} {folder}", ports.join(","));
         servers.push(server);
     }
-    // Until it is killed, or its parent is gone.
+    // Until the process is killed or its parent ends.
     let _ = std::io::stdin().read_line(&mut String::new());
     Some(ExitCode::SUCCESS)
 }

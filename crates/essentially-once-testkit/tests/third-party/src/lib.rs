@@ -22,7 +22,7 @@ pub struct Mine {
 }
 
 impl Mine {
-    /// `fences` is false in a backend that is broken on purpose.
+    /// `fences` is false for a backend that is broken on purpose.
     pub fn new(fences: bool) -> Self {
         Self {
             logs: Arc::default(),
@@ -46,5 +46,5 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn volatile() -> Durability {
-    Durability::Volatile("it is in this process's memory".into())
+    Durability::Volatile("the data is in this process's memory".into())
 }

@@ -10,7 +10,7 @@ use crate::{lock, volatile};
 
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// Offsets are the records' places in the `Vec`, from 0.
+/// Offsets are indices into the `Vec`.
 #[derive(Clone)]
 pub struct MineLog {
     id: LogId,
@@ -101,7 +101,8 @@ struct MineReader {
 impl LogReader for MineReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         loop {
-            // Before the look, so that an append between look and wait still wakes this reader.
+            // Marked before the check, so that an append between check and wait still wakes this
+            // reader.
             self.appended.mark_unchanged();
             let found = self.log.fetch(self.next, max)?;
             if let Some(last) = found.last() {
