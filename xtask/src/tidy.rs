@@ -13,6 +13,9 @@ use std::{
 /// The source of the crate root whose exports are counted.
 const CORE: &str = "crates/essentially-once/src/lib.rs";
 
+/// The page whose rows name the tests that show them.
+const GUARANTEES: &str = "docs/guarantees.md";
+
 /// What the checks found, one sentence each.
 pub(crate) struct Report {
     /// The faults. `cargo xtask tidy` fails on them.
@@ -44,6 +47,14 @@ pub(crate) fn check(root: &Path) -> Report {
     complaints.extend(markdown::missing_version(text("CHANGELOG.md"), version));
     complaints.extend(markdown::missing_rows(text("README.md"), manifests::adapters(&files)));
     complaints.extend(exports::fault(text(CORE)).map(|fault| format!("{CORE}: {fault}")));
+
+    let sources: Vec<&str> = texts
+        .iter()
+        .filter(|(_, kind, _)| *kind == "rs")
+        .map(|(.., text)| text.as_str())
+        .collect();
+    let untested = markdown::missing_tests(text(GUARANTEES), &sources);
+    complaints.extend(untested.iter().map(|fault| format!("{GUARANTEES}: {fault}")));
 
     let mut wide = Vec::new();
     for (path, kind, text) in &texts {

@@ -26,6 +26,30 @@ pub(super) fn dead_links(file: &Path, markdown: &str) -> Vec<String> {
         .collect()
 }
 
+/// Complains about each test that a table of guarantees names and that no source defines. A name
+/// with `*` stands for several tests, and the pairs of log and store build their names.
+pub(super) fn missing_tests(guarantees: &str, sources: &[&str]) -> Vec<String> {
+    let rows = guarantees.lines().filter(|line| line.starts_with("| "));
+    let names = rows.flat_map(|row| row.split('`').skip(1).step_by(2));
+    names
+        .filter_map(|name| name.rsplit("::").next())
+        .filter(|name| is_test_name(name) && !name.starts_with("log_"))
+        .filter(|name| !sources.iter().any(|source| defines(source, name)))
+        .map(|name| format!("no test is called {name}"))
+        .collect()
+}
+
+/// As a function, or as the name under which a suite registers one.
+fn defines(source: &str, test: &str) -> bool {
+    source.contains(&format!("fn {test}")) || source.contains(&format!("{test}\""))
+}
+
+/// Settings and types have fewer words than a test's name, which is a sentence.
+fn is_test_name(name: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    name.chars().all(is_word) && name.matches('_').count() >= 3
+}
+
 fn has_version(changelog: &str, version: &str) -> bool {
     changelog.lines().filter(|line| line.starts_with("## ")).any(|line| {
         line.split(|c: char| c.is_whitespace() || "[]()".contains(c))
@@ -128,5 +152,14 @@ let x = [y](z);
         assert!(names_in_table(row, "essentially-once-sqlite"));
         assert!(!names_in_table(row, "essentially-once-sql"));
         assert!(!names_in_table("essentially-once-sqlite", "essentially-once-sqlite"));
+    }
+
+    #[test]
+    fn a_guarantee_names_a_test_that_exists() {
+        let sources = ["async fn a_late_writer_is_fenced() {}"];
+        let row = |test: &str| format!("| Fenced | `forget_producers_after` | `store::{test}`, `faults_*` |");
+        assert!(missing_tests(&row("a_late_writer_is_fenced"), &sources).is_empty());
+        let missing = missing_tests(&row("a_late_writer_is_not_fenced"), &sources);
+        assert_eq!(missing, ["no test is called a_late_writer_is_not_fenced"]);
     }
 }
