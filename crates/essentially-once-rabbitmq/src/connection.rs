@@ -1,8 +1,8 @@
-//! Connections on a runtime of their own, which leave nothing behind.
+//! Connections on their own runtime.
 //!
-//! The client library reads and writes on a thread of its own, but sends heartbeats and learns that
-//! its socket is ready by the runtime that it was started on. On the caller's runtime, a handler that
-//! blocks it would stop both, and the broker would close the connection.
+//! lapin reads and writes on a thread of its own. For heartbeats and socket readiness it uses the
+//! runtime that it was started on. On the caller's runtime, a handler that blocks it would stop
+//! both, and the broker would close the connection.
 
 use std::{
     io,
@@ -28,10 +28,11 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a broker may take to confirm that a connection is closed, before its socket is.
+/// How long the broker may take to confirm that a connection is closed before its socket is shut
+/// down.
 const CLOSING: Duration = Duration::from_secs(5);
 
-/// An open connection. Dropping it closes it, also if the broker does not answer.
+/// An open connection. Dropping it closes it, even if the broker does not answer.
 #[derive(Debug)]
 pub(crate) struct Connection {
     inner: Arc<lapin::Connection>,
@@ -44,7 +45,7 @@ pub(crate) struct Channel {
     inner: lapin::Channel,
 }
 
-/// Why there is no connection.
+/// Why a connection could not be opened.
 pub(crate) enum Refusal {
     /// No answer within the limit.
     Silence,
@@ -54,19 +55,19 @@ pub(crate) enum Refusal {
 impl Connection {
     /// Connects within the limit.
     ///
-    /// A dropped call leaves nothing behind: the attempt goes on beside it, and what comes of it is
-    /// closed.
+    /// Dropping the call leaves nothing behind: the attempt continues in the background, and its
+    /// connection is closed.
     pub(crate) async fn open(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<Self, Refusal> {
         let runtime = runtime().map_err(|error| Refusal::Error(io::Error::other(error).into()))?;
         let (sender, opened) = oneshot::channel();
         runtime.spawn(async move {
-            // Nobody may be left to take it; then it is dropped, and so closed.
+            // The caller may be gone. Then the connection is dropped, which closes it.
             let _ = sender.send(attempt(uri, tls, limit).await);
         });
         opened.await.unwrap_or(Err(Refusal::Silence))
     }
 
-    /// Opens a channel. A dropped call leaves none behind.
+    /// Opens a channel. Dropping the call leaves none behind.
     pub(crate) async fn create_channel(&self) -> lapin::Result<Channel> {
         let connection = Arc::clone(&self.inner);
         let (sender, opened) = oneshot::channel();
@@ -90,9 +91,9 @@ impl Deref for Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         let (connection, socket) = (Arc::clone(&self.inner), Arc::clone(&self.socket));
-        // There is a runtime, or there would be no connection.
+        // The runtime exists, since the connection does.
         let _ = spawn(async move {
-            // An error says that it is closed already.
+            // An error means that it is already closed.
             let _ = timeout(CLOSING, connection.close(200, "OK".into())).await;
             socket.shut();
         });
@@ -107,7 +108,7 @@ impl Deref for Channel {
     }
 }
 
-/// The library closes a dropped channel as well, but not while it waits for a reply on it.
+/// lapin also closes a dropped channel, but not while it waits for a reply on it.
 impl Drop for Channel {
     fn drop(&mut self) {
         if !self.inner.status().connected() {
@@ -129,7 +130,7 @@ async fn attempt(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<C
         }),
         Ok(Err(error)) => Err(Refusal::Error(error)),
         Err(_) => {
-            // The library's thread would wait for the broker for ever.
+            // lapin's thread would wait for the broker forever.
             socket.shut();
             Err(Refusal::Silence)
         }
@@ -138,7 +139,8 @@ async fn attempt(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<C
 
 async fn connect(uri: AMQPUri, tls: OwnedTLSConfig, socket: Arc<Socket>) -> lapin::Result<lapin::Connection> {
     let properties = ConnectionProperties::default().with_connection_name("essentially-once".into());
-    // It does not recover by itself: what was under way when it broke is for its user to judge.
+    // lapin's own recovery stays off: the caller must judge what was in progress when a connection
+    // broke.
     lapin::Connection::connector(
         uri,
         lapin::runtime::default_runtime()?,
@@ -159,7 +161,7 @@ async fn connect(uri: AMQPUri, tls: OwnedTLSConfig, socket: Arc<Socket>) -> lapi
     .await
 }
 
-/// A second handle to a connection's socket, to end what waits for it.
+/// A second handle to a connection's socket, to end whatever waits for it.
 #[derive(Debug, Default)]
 struct Socket {
     handle: Mutex<Option<TcpStream>>,
@@ -176,12 +178,12 @@ impl Socket {
         Ok(())
     }
 
-    /// Ends the connection on it, and any that is still to be made.
+    /// Shuts the socket down, and any socket that is kept later.
     fn shut(&self) {
         let mut kept = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_shut.store(true, Ordering::Relaxed);
         if let Some(handle) = kept.take() {
-            // An error says that the other side was faster.
+            // An error means that the peer was faster.
             let _ = handle.shutdown(Shutdown::Both);
         }
     }
@@ -197,7 +199,7 @@ fn duplicate(stream: &impl std::os::windows::io::AsSocket) -> io::Result<TcpStre
     stream.as_socket().try_clone_to_owned().map(TcpStream::from)
 }
 
-/// Runs it to its end, also if the returned handle is dropped.
+/// Runs the future to its end, even if the returned handle is dropped.
 pub(crate) fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> io::Result<JoinHandle<T>> {
     runtime().map(|runtime| runtime.spawn(future)).map_err(io::Error::other)
 }

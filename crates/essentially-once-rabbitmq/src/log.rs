@@ -24,18 +24,21 @@ use crate::{
     tail::{Delivered, Tail},
 };
 
-/// A table of up to 255 publishers must fit. With less, RabbitMQ 3.10 begins one segment after the other for ever.
+/// A segment must have room for a table of up to 255 publishers. With less, RabbitMQ 3.10 keeps
+/// starting new segments forever.
 const LEAST_SEGMENT: u64 = 64 * 1024;
 
-/// The size of segments where nobody says.
+/// RabbitMQ's default segment size.
 const USUAL_SEGMENT: u64 = 500_000_000;
 
-/// How long a replica that was just started may show nothing, until its leader tells it what is committed.
+/// How long a replica may show nothing after its start, until its leader tells it what is
+/// committed.
 const SHOWS: Duration = Duration::from_millis(250);
 
-/// How a log's stream is declared, and how records are written to it; see [`Rabbit::log_with`](crate::Rabbit::log_with).
+/// How a log's stream is declared and how records are written to it; see
+/// [`Rabbit::log_with`](crate::Rabbit::log_with).
 ///
-/// Retention is the stream's own: RabbitMQ removes whole segments, and never the last one.
+/// RabbitMQ enforces retention itself. It removes whole segments, and never the last one.
 #[derive(Clone, Debug, Default)]
 pub struct LogOptions {
     existing: bool,
@@ -47,61 +50,63 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// A stream that keeps everything, with a message per record.
+    /// A stream that keeps everything, with one message per record.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes the stream as it is, however it was declared, and fails if there is none. Otherwise it is declared, which fails if it exists
-    /// with other settings than these.
+    /// Opens the stream however it was declared, and fails if it does not exist. Without this
+    /// option the stream is declared, which fails if it exists with other settings.
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
         self
     }
 
-    /// Removes segments whose records are all older (`x-max-age`), in whole seconds.
+    /// Removes segments whose records are all older than this (`x-max-age`), in whole seconds.
     #[must_use]
     pub fn max_age(mut self, age: Duration) -> Self {
         self.max_age = Some(age);
         self
     }
 
-    /// Removes the oldest segments while the stream is larger (`x-max-length-bytes`). At least two segments must fit: with fewer RabbitMQ
-    /// would remove everything, read or not, whenever a segment is full.
+    /// Removes the oldest segments while the stream is larger than this (`x-max-length-bytes`). At
+    /// least two segments must fit. With fewer, RabbitMQ would remove everything, read or not,
+    /// whenever a segment is full.
     #[must_use]
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = Some(bytes);
         self
     }
 
-    /// The size of segments (`x-stream-max-segment-size-bytes`), from 64 KiB to 3 GB. By default 500 MB, or a quarter of
-    /// [`max_bytes`](Self::max_bytes) if that is less.
+    /// The size of segments (`x-stream-max-segment-size-bytes`), from 64 KiB to 3 GB. By default
+    /// 500 MB, or a quarter of [`max_bytes`](Self::max_bytes) if that is less.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
         self
     }
 
-    /// Writes up to so many records and bytes of one append into one message: many times faster, and no longer readable by clients that do not
-    /// know [the format](crate#packed-messages). Readers of this crate read both, also mixed.
+    /// Writes up to this many records and bytes of one append into one message. This is many times
+    /// faster, but clients that do not know [the format](crate#packed-messages) cannot read such
+    /// messages. Readers of this crate read both kinds, also mixed.
     ///
-    /// Records of one message are confirmed together, and removed together. A message must not be larger than the broker's
-    /// `max_message_size`.
+    /// The records of one message are confirmed together and removed together. A message must not
+    /// be larger than the broker's `max_message_size`.
     #[must_use]
     pub fn packed(mut self, records: usize, bytes: usize) -> Self {
         self.packed = Some((records.clamp(1, u32::MAX as usize), bytes));
         self
     }
 
-    /// Compresses packed messages with LZ4, if that makes them smaller.
+    /// Compresses packed messages with LZ4 if that makes them smaller.
     #[must_use]
     pub fn compressed(mut self) -> Self {
         self.compressed = true;
         self
     }
 
-    /// The size of segments to ask for, if it is not the usual one.
+    /// The segment size to ask for, if it is not the default.
     fn segment(&self) -> Option<u64> {
         let quarter = self.max_bytes.map(|max| (max / 4).max(LEAST_SEGMENT));
         self.segment_bytes
@@ -111,10 +116,10 @@ impl LogOptions {
     fn check(&self) -> Result<(), Error> {
         let segment = self.segment().unwrap_or(USUAL_SEGMENT);
         let (setting, reason) = if segment < LEAST_SEGMENT {
-            let why = "each begins with a table of the latest publishers, and has to hold more";
+            let why = "each begins with a table of publishers and must hold more than that";
             ("segment_bytes", format!("a segment needs {LEAST_SEGMENT} bytes: {why}"))
         } else if self.max_bytes.is_some_and(|max| max / 2 < segment) {
-            let why = "or the broker would remove everything whenever one is full";
+            let why = "or the broker removes everything whenever one is full";
             ("max_bytes", format!("two segments of {segment} bytes must fit, {why}"))
         } else {
             return Ok(());
@@ -166,24 +171,31 @@ impl LogOptions {
 
 /// A stream as a log; see [`Rabbit::log`](crate::Rabbit::log).
 ///
-/// - An offset is the message's offset in the stream and, within a [packed](LogOptions::packed) message, the record's place: `17-0` is the first
-///   record of message 17. Offsets rise and may have holes.
-/// - AMQP does not tell a published message's offset, so `append` returns `None`.
-/// - RabbitMQ does not tell incarnations of a stream apart. A stream deleted and created again is noticed where it is shorter
-///   than a reader's place; a consumer of the old one should be given another name, or `seek`. An append through a handle of
-///   the deleted stream fails until there is one of that name again, and then goes to the new one: the broker routes messages by
-///   the name alone, and offers nothing to compare.
-/// - A reader holds about 8 MiB of messages that the broker sends ahead. The broker counts messages, not bytes, so where they
-///   suddenly grow it may be 128 of the new size once.
-/// - A confirmed record is on more than half of the stream's replicas, and survives that their brokers are killed and started again. RabbitMQ
-///   does not sync it to disk first: it can be lost if more than half of the machines lose power at once.
-/// - In a cluster, `bounds` are those of the replica that is asked, which may be behind. That a position is past the end is told only when it stays
-///   so for the [time-out](crate::RabbitOptions::timeout).
-/// - Of a stream from which retention, by a policy for instance, has removed everything, the broker tells no offset: `bounds` and `read` are
-///   [`Error::Unavailable`] until there is another record.
-/// - RabbitMQ 3.10 forgets the first stream that a node ever had if it is killed within the next second or two.
-/// - A reader whose position lies right behind a removed segment is told [`Error::Truncated`], although it may have read it to its end:
-///   how many records the last message held is not known any more.
+/// - An offset is the message's offset in the stream and, within a [packed](LogOptions::packed)
+///   message, the index of the record: `17-0` is the first record of message 17. Offsets rise and
+///   may have holes.
+/// - AMQP does not report the offset of a published message, so `append` returns `None`.
+/// - RabbitMQ does not distinguish incarnations of a stream. A stream that was deleted and created
+///   again is detected only if it is shorter than a reader's offset. Give a consumer of the old
+///   stream another name, or use `seek`. An append through a handle of the deleted stream fails
+///   until a stream of that name exists again, and then goes to the new one: the broker routes
+///   messages by the name alone.
+/// - A reader holds about 8 MiB of messages that the broker sends ahead. The broker counts
+///   messages, not bytes. If they suddenly grow, up to 128 messages of the new size may arrive
+///   once.
+/// - A confirmed record is on more than half of the stream's replicas, and survives if their
+///   brokers are killed and restarted. RabbitMQ does not sync it to disk first: it can be lost if
+///   more than half of the machines lose power at once.
+/// - In a cluster, `bounds` are those of the replica that is asked, which may lag. A position past
+///   the end is an error only if it stays past the end for the
+///   [timeout](crate::RabbitOptions::timeout).
+/// - If retention, say by a policy, has removed every record of a stream, the broker reports no
+///   offset. `bounds` and `read` are [`Error::Unavailable`] until there is another record.
+/// - RabbitMQ 3.10 forgets the first stream that a node ever had if the node is killed within the
+///   next second or two.
+/// - A reader positioned directly after a removed segment gets [`Error::Truncated`], although it
+///   may have read that segment to its end: the number of records in the last message is no longer
+///   known.
 #[derive(Clone)]
 pub struct RabbitLog {
     inner: Arc<Inner>,
@@ -206,8 +218,8 @@ impl RabbitLog {
                 kind: "log",
                 name: name.into(),
                 reason: format!(
-                    "it is a name of the store's own streams, of consumer {consumer}; choose another, or read what that consumer has \
-                     sent with `RabbitStore::sent`"
+                    "it is the name of one of the store's own streams, of consumer {consumer}; choose another name, or read the \
+                     records that this consumer sent with `RabbitStore::sent`"
                 ),
             });
         }
@@ -217,7 +229,7 @@ impl RabbitLog {
                 kind: "log",
                 name: name.chars().take(60).collect(),
                 reason: format!(
-                    "it has {} bytes, and RabbitMQ takes {most} for a stream of this virtual host",
+                    "it has {} bytes, and RabbitMQ takes {most} for a stream in this virtual host",
                     name.len()
                 ),
             });
@@ -314,7 +326,7 @@ impl Log for RabbitLog {
         Ok(bounds_of(ends.as_ref()))
     }
 
-    /// Streams are durable, or are no streams; how many replicas there are cannot be asked over AMQP.
+    /// Streams are always durable. AMQP offers no way to ask for the number of replicas.
     async fn durability(&self) -> Result<Durability, Error> {
         let (server, name) = (&self.inner.server, self.inner.id.name());
         let connection = server.asking.connection(server).await?;

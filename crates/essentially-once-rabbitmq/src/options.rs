@@ -33,7 +33,8 @@ pub struct RabbitOptions {
 }
 
 impl RabbitOptions {
-    /// The defaults: 10 seconds, 15 MiB, prefix `essentially-once`, and as many replicas as the broker chooses.
+    /// The defaults: a timeout of 10 seconds, records of up to 15 MiB, prefix `essentially-once`,
+    /// and as many replicas as the broker chooses.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(10),
@@ -47,51 +48,59 @@ impl RabbitOptions {
         }
     }
 
-    /// How long to wait for a connection, for each reply, for each confirm, and for the turn where calls take turns; from a
-    /// millisecond to a day. So every call of a log or store on a broker that does not answer ends within twice this time,
-    /// except `next`, which waits for records and asks the broker only after a while.
+    /// How long to wait for a connection, for each reply and confirm, and for other calls that must
+    /// finish first. From 1 millisecond to 1 day; 10 seconds by default.
     ///
-    /// A message that was published and not confirmed in time is [`Error::Indeterminate`], everything else
-    /// [`Error::Unavailable`]. A replica may be behind for as long before a position that it does not reach is an
-    /// [`Error::OutOfRange`].
+    /// Every call of a log or store on a broker that does not answer ends within twice this time.
+    /// The exception is `next`, which waits for records and only asks the broker after a while.
+    ///
+    /// A message that was published but not confirmed in time is [`Error::Indeterminate`].
+    /// Everything else is [`Error::Unavailable`]. A replica may lag for this long before a position
+    /// that it does not reach becomes an [`Error::OutOfRange`].
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
         self
     }
 
-    /// Largest record (key, headers and payload together), state key or state value, in bytes. RabbitMQ itself takes
-    /// messages of 128 MiB up to version 3.13, of 16 MiB since 4.0 (`max_message_size`); the default leaves room for what is around a record.
+    /// The largest record (key, headers and payload together), state key or state value, in bytes.
+    /// RabbitMQ itself takes messages of up to 128 MiB until version 3.13, and of 16 MiB since 4.0
+    /// (`max_message_size`). The default of 15 MiB leaves room for what surrounds a record.
     ///
-    /// A broker with a lower limit names it when it refuses the first message. From then on, this handle and its clones refuse
-    /// larger messages with [`Error::TooLarge`] before they send anything, until the broker is restarted or closes the
-    /// connection on which it named the limit.
+    /// A broker with a lower limit names it when it refuses the first message. From then on, this
+    /// handle and its clones refuse larger messages with [`Error::TooLarge`] before they send
+    /// anything. They forget the limit when the broker restarts or closes the connection on which
+    /// it named the limit.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;
         self
     }
 
-    /// What the names of this crate's own streams, those of the store, begin with. Two services that share a virtual host and
-    /// have consumers of the same name need different ones. 1 to 200 bytes: ASCII letters, digits and `. _ - : / @ + =`, beginning
-    /// with a letter or digit. The names of streams double its dots.
+    /// The prefix of the names of the store's streams. Two services that share a virtual host and
+    /// have consumers of the same name need different prefixes.
+    ///
+    /// A prefix has 1 to 200 bytes: ASCII letters, digits and `. _ - : / @ + =`, beginning with a
+    /// letter or digit. Stream names double its dots.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
         self
     }
 
-    /// On how many nodes of a cluster the streams are kept that are declared from here (`x-initial-cluster-size`). An append is
-    /// confirmed when more than half of them have it. A stream that was declared with another number is refused.
+    /// The number of replicas of the streams that this handle declares (`x-initial-cluster-size`).
+    /// An append is confirmed when more than half of them have it. A stream declared with another
+    /// number is refused.
     ///
-    /// A cluster with fewer nodes uses them all, without a word: RabbitMQ offers no way to ask over AMQP.
+    /// A smaller cluster uses all of its nodes and does not report it. RabbitMQ offers no way to
+    /// ask over AMQP.
     #[must_use]
     pub fn replicas(mut self, replicas: u16) -> Self {
         self.replicas = Some(replicas);
         self
     }
 
-    /// Trusts this certificate authority (PEM) beside the system's, for `amqps://`.
+    /// Trusts this certificate authority (PEM) in addition to the system's, for `amqps://`.
     #[cfg(feature = "tls")]
     #[must_use]
     pub fn root_certificate(mut self, pem: impl Into<String>) -> Self {
@@ -99,7 +108,7 @@ impl RabbitOptions {
         self
     }
 
-    /// Shows this certificate and key (PEM) to the broker, for `amqps://`.
+    /// Presents this certificate and key (PEM) to the broker, for `amqps://`.
     #[cfg(feature = "tls")]
     #[must_use]
     pub fn client_certificate(mut self, certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
@@ -107,13 +116,16 @@ impl RabbitOptions {
         self
     }
 
-    /// Connects: `amqp://[user:password@]host[:port][/vhost]`, `amqps://` for TLS; a `/` in the virtual host's name is written
-    /// `%2f`. Understands `?heartbeat=` (seconds, 10 by default), `connection_timeout=` (milliseconds), `frame_max=`,
-    /// `channel_max=` and `auth_mechanism=`.
+    /// Connects to `amqp://[user:password@]host[:port][/vhost]`, or to `amqps://` for TLS. Write a
+    /// `/` in the name of the virtual host as `%2f`.
+    ///
+    /// The URL may set `?heartbeat=` (seconds, 10 by default), `connection_timeout=`
+    /// (milliseconds), `frame_max=`, `channel_max=` and `auth_mechanism=`.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for a URL that is none; [`Error::Failed`] for a refused user, password or virtual host;
-    /// [`Error::Unavailable`] if the broker cannot be reached. No message holds the URL's user or password.
+    /// [`Error::InvalidSetting`] for a malformed URL or an option out of its bounds.
+    /// [`Error::Failed`] for a refused user, password or virtual host. [`Error::Unavailable`] if
+    /// the broker cannot be reached. No message contains the user or password of the URL.
     pub async fn connect(self, url: &str) -> Result<Rabbit, Error> {
         names::check_prefix(&self.prefix)?;
         if self.replicas == Some(0) {

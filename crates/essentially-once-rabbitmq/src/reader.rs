@@ -1,4 +1,4 @@
-//! Reading a log: messages as they come, records as they are asked for.
+//! Reads a log: fetches messages, and yields their records.
 
 use std::collections::VecDeque;
 
@@ -10,20 +10,21 @@ use essentially_once::{
 
 use crate::tail::{Delivered, Tail};
 
-/// How many bytes of records, with their headers, one `next` returns at most, unless a single one is larger.
+/// The bytes of records, with their headers, that one `next` returns at most, unless a single
+/// record is larger.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// Reads a stream whose messages hold records in the way that `D` knows.
+/// Reads a stream. `D` decodes the records of a message.
 pub(crate) struct RabbitReader<D> {
     decode: D,
     log: LogId,
     tail: Tail,
-    /// Where the next record stands, or before it.
+    /// The offset of the next record, or a lower one.
     next: Offset,
     messages: VecDeque<Delivered>,
-    /// What the last decoded message holds and was not yielded yet.
+    /// The records of the last decoded message that were not yielded yet.
     records: VecDeque<Record>,
-    /// What comes after those.
+    /// The error that follows those records.
     failed: Option<Error>,
 }
 
@@ -40,7 +41,8 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> RabbitReader<D> {
         }
     }
 
-    /// The next record of those that came. Messages are decoded one by one: packed ones may be much larger than they look.
+    /// The next record of the fetched messages. Messages are decoded one at a time, since packed
+    /// ones may be much larger than they look.
     fn take(&mut self) -> Option<Record> {
         while self.records.is_empty() && self.failed.is_none() {
             let message = self.messages.pop_front()?;
@@ -55,8 +57,8 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> RabbitReader<D> {
         self.records.pop_front()
     }
 
-    /// The tail knows messages only: what was wanted, and of which log, is known here.
-    fn told(&self, error: Error) -> Error {
+    /// The tail knows messages only. Names the log and the offset that the caller asked for.
+    fn for_log(&self, error: Error) -> Error {
         let (log, requested) = (self.log.clone(), self.next);
         match error {
             Error::Truncated { earliest, .. } => Error::Truncated {
@@ -81,10 +83,10 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> LogReader for Rab
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            let came = self.tail.next(max).await;
-            self.messages.extend(came.map_err(|error| self.told(error))?);
+            let fetched = self.tail.next(max).await;
+            self.messages.extend(fetched.map_err(|error| self.for_log(error))?);
         };
-        // From here on nothing is awaited, so a dropped call has taken nothing.
+        // Nothing is awaited from here on, so a dropped call has taken nothing.
         let mut bytes = first.size();
         let mut records = vec![first];
         while records.len() < max

@@ -1,4 +1,4 @@
-//! Where the broker is, and how to connect to it.
+//! A broker and its connections.
 
 use std::{
     fmt,
@@ -21,19 +21,23 @@ use crate::{
     shared::Shared,
 };
 
-/// Seconds between heartbeats, where the URL does not say: a peer that is silent for twice as long is gone.
+/// Seconds between heartbeats, unless the URL says otherwise. A peer that is silent for twice as
+/// long is gone.
 const HEARTBEAT: u16 = 10;
 
-/// What the headers of a message may take in any case. A frame has 128 KiB unless someone chose less.
+/// The size of headers that a message can always have. A frame has 128 KiB unless someone
+/// configured less.
 const HEADERS_LIMIT: usize = 32 * 1024;
 
 /// A broker or cluster, and how to talk to it.
 pub(crate) struct Server {
     pub(crate) options: RabbitOptions,
     uri: AMQPUri,
-    /// For what is soon answered. The broker ends the connection of who asks for a stream that is not up yet, so nothing else is on it.
+    /// For short questions. The broker closes the connection of a client that asks for a stream
+    /// which is not up yet, so nothing else uses it.
     pub(crate) asking: Shared,
-    /// For the stores: what publishes and what reads is kept apart, since the broker may stop reading from the first.
+    /// For the stores. Publishing and reading are kept apart, since the broker may stop reading
+    /// from connections that publish.
     pub(crate) publishing: Shared,
     pub(crate) reading: Shared,
     /// See [`message_limit`](Self::message_limit).
@@ -49,7 +53,7 @@ struct Learned {
 }
 
 impl Server {
-    /// Checks that the broker lets us in.
+    /// Connects once, to check that the broker accepts the user.
     pub(crate) async fn connect(options: RabbitOptions, url: &str) -> Result<Arc<Self>, Error> {
         let uri = parse(url, &options)?;
         let server = Arc::new(Self::new(options, uri));
@@ -69,7 +73,7 @@ impl Server {
         }
     }
 
-    /// A new connection.
+    /// Opens a new connection.
     pub(crate) async fn open_connection(&self) -> Result<Connection, Error> {
         let action = || format!("connect to {self}");
         let limit = match self.uri.query.connection_timeout {
@@ -81,7 +85,7 @@ impl Server {
             Refusal::Error(error) => not_done(action(), error),
             Refusal::Silence => Error::unavailable(action(), format!("no answer within {limit:?}")),
         })?;
-        // 0 means that there is no limit.
+        // 0 means no limit.
         let half_a_frame = match connection.configuration().frame_max() as usize / 2 {
             0 => HEADERS_LIMIT,
             half => half.min(HEADERS_LIMIT),
@@ -90,18 +94,19 @@ impl Server {
         Ok(connection)
     }
 
-    /// Waits for a turn, within the time limit: others may wait for a broker that does not answer.
+    /// Waits for a lock within the time limit. Its holder may be waiting for a broker that does not
+    /// answer.
     pub(crate) async fn in_turn<T>(&self, turn: impl Future<Output = T>) -> Result<T, Error> {
         let limit = self.options.timeout;
         tokio::time::timeout(limit, turn).await.map_err(|_| {
             Error::unavailable(
                 self.on("wait for other calls"),
-                format!("they did not end within {limit:?}"),
+                format!("they did not finish within {limit:?}"),
             )
         })
     }
 
-    /// Awaits the reply to something that changes nothing, within the time limit.
+    /// Awaits the reply to a request that changes nothing, within the time limit.
     pub(crate) async fn reply<T>(
         &self,
         action: impl Fn() -> String,
@@ -117,19 +122,19 @@ impl Server {
         }
     }
 
-    /// The largest body of a message that the broker takes (`max_message_size`), once it has refused a
+    /// The largest message body that the broker takes (`max_message_size`), once it has refused a
     /// larger one. AMQP has no request for it.
     ///
-    /// It is forgotten with the connection on which the broker named it: a node reads the setting when
-    /// it starts.
+    /// The limit is forgotten with the connection on which the broker named it, since a node reads
+    /// the setting when it starts.
     pub(crate) fn message_limit(&self) -> usize {
         let mut learned = self.learned();
         learned.take_if(|learned| !learned.connection.status().connected());
         learned.as_ref().map_or(usize::MAX, |learned| learned.limit)
     }
 
-    /// The limit that this error names, if it does; it is remembered. The nodes of a cluster may have
-    /// different ones: the smallest is what [`message_limit`](Self::message_limit) says.
+    /// Remembers the limit that this error names, and returns it. The nodes of a cluster may have
+    /// different limits; [`message_limit`](Self::message_limit) returns the smallest.
     pub(crate) fn learn_message_limit(&self, error: &lapin::Error, connection: &Arc<Connection>) -> Option<usize> {
         let limit = message_limit(error)?;
         if limit < self.message_limit() {
@@ -145,19 +150,19 @@ impl Server {
         self.message_limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the headers of a message may take: they must fit one frame, with something to spare.
+    /// The size of headers that a message can have. They must fit one frame with room to spare.
     pub(crate) fn headers_limit(&self) -> usize {
         self.headers_limit.load(Ordering::Relaxed)
     }
 
-    /// What was attempted, and on which broker.
+    /// Names the action and the broker.
     pub(crate) fn on(&self, action: impl fmt::Display) -> String {
         format!("{action} on {self}")
     }
 
     #[cfg(feature = "tls")]
     fn tls(&self) -> OwnedTLSConfig {
-        // A program with two cryptography providers must choose one, or rustls panics: if it did not, it is this.
+        // rustls panics in a program with two cryptography providers unless one is chosen.
         if rustls::crypto::CryptoProvider::get_default().is_none() {
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
@@ -198,14 +203,15 @@ impl fmt::Debug for Server {
     }
 }
 
-/// Parses a URL. The library's words for a bad one may quote it, with the password, so ours do not.
+/// Parses a URL. lapin's message for a malformed one may quote it with the password, so it is not
+/// used.
 fn parse(url: &str, options: &RabbitOptions) -> Result<AMQPUri, Error> {
     let invalid = |reason: &str| Error::InvalidSetting {
         setting: "RabbitMQ URL",
         reason: format!("{reason}; expected amqp://[user:password@]host[:port][/vhost], or amqps:// for TLS"),
     };
     let mut uri: AMQPUri = url.parse().map_err(|_| invalid("it cannot be parsed"))?;
-    // The library takes only names and IPv4 addresses, and `localhost` in place of anything else.
+    // lapin takes names and IPv4 addresses only, and replaces anything else by `localhost`.
     if let Some(host) = ipv6_host(url) {
         uri.authority.host = host.to_string();
     }
@@ -214,7 +220,7 @@ fn parse(url: &str, options: &RabbitOptions) -> Result<AMQPUri, Error> {
     }
     let is_tls = url.starts_with("amqps:");
     if is_tls && !cfg!(feature = "tls") {
-        return Err(invalid("this build has no TLS: enable the crate's feature `tls`"));
+        return Err(invalid("this build has no TLS; enable the crate's feature `tls`"));
     }
     #[cfg(feature = "tls")]
     if !is_tls && (options.root_certificate.is_some() || options.client_certificate.is_some()) {

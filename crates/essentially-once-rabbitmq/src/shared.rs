@@ -1,4 +1,5 @@
-//! Connections that many share, with a channel for each: to open one costs the broker more than a message does.
+//! Connections shared by many, with a channel for each. Opening a connection costs the broker more
+//! than a message does.
 
 use std::sync::Arc;
 
@@ -11,14 +12,15 @@ use crate::{
     server::Server,
 };
 
-/// Connections for one purpose. There is more than one only where the broker allows no more channels on the others.
+/// Connections for one purpose. There is more than one only if the broker allows no more channels
+/// on the others.
 #[derive(Default)]
 pub(crate) struct Shared {
     connections: Mutex<Vec<Arc<Connection>>>,
 }
 
 impl Shared {
-    /// A channel, and the connection that it is on.
+    /// Opens a channel. Also returns its connection.
     pub(crate) async fn channel(
         &self,
         server: &Server,
@@ -48,7 +50,7 @@ impl Shared {
         Ok((connection, channel))
     }
 
-    /// A connection for a few channels that are soon closed again.
+    /// A connection for a few short-lived channels.
     pub(crate) async fn connection(&self, server: &Server) -> Result<Arc<Connection>, Error> {
         let mut connections = self.alive(server).await?;
         if let Some(connection) = connections.first() {
@@ -65,16 +67,17 @@ impl Shared {
         Ok(connections)
     }
 
-    /// Passes on what came of using the connection, and forgets it after an error: the client library never again lets the number of a channel
-    /// be used that the broker has closed, though it gives it away again after two thousand others.
-    pub(crate) async fn used<T>(&self, connection: &Arc<Connection>, came: Result<T, Error>) -> Result<T, Error> {
-        if came.is_err() {
+    /// Returns the result of using the connection, and forgets the connection after an error. lapin
+    /// keeps handing out channel numbers that the broker has closed, and they never work again.
+    pub(crate) async fn used<T>(&self, connection: &Arc<Connection>, result: Result<T, Error>) -> Result<T, Error> {
+        if result.is_err() {
             self.forget(connection).await;
         }
-        came
+        result
     }
 
-    /// Gives no more channels of that connection away. Those who have one notice by themselves what is wrong with it.
+    /// Opens no more channels on that connection. Those who use one of its channels notice the
+    /// error themselves.
     pub(crate) async fn forget(&self, broken: &Arc<Connection>) {
         let mut connections = self.connections.lock().await;
         connections.retain(|connection| !Arc::ptr_eq(connection, broken));

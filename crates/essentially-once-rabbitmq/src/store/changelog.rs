@@ -1,4 +1,4 @@
-//! One consumer's changelog, as one handle of the store sees it: what it has read of it is folded in memory.
+//! One consumer's changelog as one handle of the store sees it: folded in memory.
 
 use std::{
     future::pending,
@@ -46,27 +46,27 @@ pub(super) struct Changelog {
     pub(super) stream: String,
     publisher: Arc<Publisher>,
     pub(super) snapshots: Arc<Snapshots>,
-    /// A true prefix of the changelog at any time; only who holds `replica` changes it.
+    /// Always a true prefix of the changelog. Only the holder of `replica` changes it.
     pub(super) fold: Arc<RwLock<Fold<State>>>,
-    /// What reads; none before the first use and after an error.
+    /// The reader of the stream; `None` before the first use and after an error.
     replica: Mutex<Option<Replica>>,
-    /// Whether the fold is more than the default.
+    /// Whether the fold was loaded.
     has_loaded: AtomicBool,
     turns: Turns,
-    /// Wakes those who watch the fold.
+    /// Wakes tasks that watch the fold.
     changed: Notify,
-    /// Whether a hint of the owner is under way.
+    /// Whether a beat of the owner is in progress.
     is_beating: Arc<AtomicBool>,
 }
 
-/// Who only waits for entries lets go of the replica when someone has a use for it.
+/// Lets a task that only waits for entries release the replica when another needs it.
 #[derive(Default)]
 struct Turns {
     waiting: AtomicUsize,
     called: Notify,
 }
 
-/// A beat that is under way.
+/// A beat in progress.
 struct Beating(Arc<AtomicBool>);
 
 impl Drop for Beating {
@@ -75,7 +75,7 @@ impl Drop for Beating {
     }
 }
 
-/// Someone who waits for the replica.
+/// A task that waits for the replica.
 struct Turn<'a>(&'a Turns);
 
 impl Turns {
@@ -98,12 +98,13 @@ impl Drop for Turn<'_> {
 
 pub(super) struct Replica {
     pub(super) tail: Tail,
-    /// The fold holds what this handle's last `position` or `commit` told its caller, and no transaction was begun since.
+    /// Whether the fold holds what this handle's last `position` or `commit` returned, and no
+    /// transaction has begun since.
     pub(super) fresh: bool,
     /// Bytes read, from the snapshot on.
     pub(super) read: u64,
     pub(super) cover: Arc<Cover>,
-    /// Held while a snapshot is written: which stream takes the next, if that is known.
+    /// Locked while a snapshot is written. Holds the stream for the next one, if known.
     pub(super) target: Arc<Mutex<Option<usize>>>,
 }
 
@@ -126,7 +127,7 @@ impl Changelog {
         }
     }
 
-    /// The replica, when it is free.
+    /// Locks the replica.
     pub(super) async fn replica(&self) -> Result<MutexGuard<'_, Option<Replica>>, Error> {
         let _turn = self.turns.wait();
         self.server.in_turn(self.replica.lock()).await
@@ -161,15 +162,15 @@ impl Changelog {
         let mut slot = self.replica().await?;
         self.refresh(&mut slot).await?;
         let fold = self.fold();
-        // Copies: a value shares the memory of nothing else, and the caller may keep it for long.
+        // Copied, since the caller may keep a value for long.
         let value = |key: &&[u8]| fold.state.get(key).map(|value| Bytes::copy_from_slice(value));
         Ok(Snapshot::new(position_of(&fold), keys.iter().map(value).collect()))
     }
 
-    /// The pulse as far as entries have come; nothing is published for it.
+    /// The pulse according to the entries that have arrived. Publishes nothing.
     pub(super) async fn pulse(&self) -> Result<Pulse, Error> {
         let slot = match self.has_loaded.load(Ordering::Relaxed) {
-            // Who has the replica reads, too.
+            // The holder of the replica reads, too.
             true => self.replica.try_lock().ok(),
             false => Some(self.replica().await?),
         };
@@ -183,7 +184,7 @@ impl Changelog {
         Ok(pulse_of(&self.fold()))
     }
 
-    /// Waits until the pulse is another one, but not much longer than `interval`.
+    /// Waits until the pulse changes, but not much longer than `interval`.
     pub(super) async fn watch(&self, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
         let deadline = Instant::now() + interval;
         loop {
@@ -193,7 +194,7 @@ impl Changelog {
             if pulse != *seen || Instant::now() >= deadline {
                 return Ok(pulse);
             }
-            // Marks and late entries come too, and change nothing.
+            // Marks and late entries also wake this task, and change nothing.
             tokio::select! {
                 biased;
                 () = changed => {}
@@ -203,18 +204,18 @@ impl Changelog {
         }
     }
 
-    /// Waits until an entry has come.
+    /// Waits for an entry.
     async fn follow(&self) -> Result<(), Error> {
         loop {
             let mut called = pin!(self.turns.called.notified());
             called.as_mut().enable();
             let mut slot = self.replica.lock().await;
-            // The lock is fair: they have it before us.
+            // The lock is fair, so the waiting tasks get it first.
             if self.turns.are_waited_for() {
                 continue;
             }
             let Some(replica) = slot.as_mut() else {
-                // Someone's reading failed; the next call of `pulse` begins again.
+                // Another task failed to read. The next call of `pulse` starts over.
                 return pending().await;
             };
             let followed = tokio::select! {
@@ -235,9 +236,9 @@ impl Changelog {
         }
     }
 
-    /// Reads what has come, without waiting for more.
+    /// Reads the entries that have arrived, without waiting for more.
     async fn read_ready(&self, slot: &mut Option<Replica>) -> Result<(), Error> {
-        // Others may publish as fast as we read.
+        // A bound, since others may publish as fast as we read.
         const ROUNDS: usize = 8;
         let Some(replica) = slot else { return Ok(()) };
         let reading = async {
@@ -248,7 +249,7 @@ impl Changelog {
                 }
                 self.take_all(replica, delivered, 0)?;
             }
-            // Who uses it next, and when, is not known.
+            // The next use may be far away.
             replica.tail.settle().await
         };
         let read = reading.await;
@@ -269,8 +270,9 @@ impl Changelog {
         found
     }
 
-    /// Shows that the owner lives; one hint at a time. The entry is also read back: who handles a record for long reads nothing
-    /// else, and the broker ends a channel on which too much time passes.
+    /// Shows that the owner lives, with one beat at a time. Also reads it back: an owner that
+    /// handles a record for long reads nothing else, and the broker ends a channel that is idle for
+    /// too long.
     pub(super) async fn beat(&self, owner: Owner) -> Result<(), Error> {
         if self.is_in_vain(owner).await? || self.is_beating.swap(true, Ordering::Relaxed) {
             return Ok(());
@@ -287,7 +289,7 @@ impl Changelog {
         self.publish_hint(Hint::Beat.token(owner), Some(beating))
             .await
             .map_err(nothing_done)?;
-        // Who has the replica reads, and writes snapshots, too.
+        // The holder of the replica reads and writes snapshots, too.
         if let Ok(mut slot) = self.replica.try_lock() {
             self.read_ready(&mut slot).await?;
             if let Some(replica) = slot.as_ref() {
@@ -305,7 +307,8 @@ impl Changelog {
         self.publish_hint(Hint::Release.token(owner), None).await
     }
 
-    /// Whether a hint of this owner is known to have no effect: the position has another one, or there is none.
+    /// Whether a hint of this owner has no effect for certain: the position has another owner or
+    /// does not exist.
     async fn is_in_vain(&self, owner: Owner) -> Result<bool, Error> {
         match self.has_loaded.load(Ordering::Relaxed) {
             true => Ok(self.fold().owner != Some(owner)),
@@ -313,8 +316,8 @@ impl Changelog {
         }
     }
 
-    /// Publishes a mark by a task of its own: to drop this call, as consumers do with beats, would spoil the channel for the
-    /// next commit.
+    /// Publishes a mark in a task of its own. Consumers drop calls that beat, which would spoil the
+    /// channel for the next commit.
     async fn publish_hint(&self, token: Token, beating: Option<Beating>) -> Result<(), Error> {
         let (publisher, mark) = (Arc::clone(&self.publisher), message(encode_mark(token)));
         let publishing = connection::spawn(async move {
@@ -339,7 +342,8 @@ impl Changelog {
         Ok(self.fold().revision)
     }
 
-    /// Who wants to go on reading by himself begins here: a fold without the state, no older than the call, and where what was sent ends.
+    /// The starting point of an independent reader: a fold without the state, no older than the
+    /// call, and the end of the sent records.
     pub(super) async fn base(&self) -> Result<(Fold<Nothing>, Offset), Error> {
         let mut slot = self.replica().await?;
         self.refresh(&mut slot).await?;
@@ -357,7 +361,7 @@ impl Changelog {
         Ok((base, fold.state.sent_end))
     }
 
-    /// Publishes an entry, and reads on until it comes back: then it is known whether it came first.
+    /// Publishes an entry and reads on until it comes back, which shows whether it came first.
     pub(super) async fn commit(
         &self,
         based_on: Revision,
@@ -398,7 +402,7 @@ impl Changelog {
         }
     }
 
-    /// The entry, unless it is known beforehand that it will not do.
+    /// Makes the entry, unless it would certainly not apply.
     fn prepare(&self, writes: Writes, sent: Vec<NewRecord>, advance: Advance) -> Result<(Token, Vec<u8>), Error> {
         let fold = self.fold();
         if fold.revision != advance.expected {
@@ -437,12 +441,12 @@ impl Changelog {
         }
     }
 
-    /// The largest entry that this broker takes, as far as it is known.
+    /// The largest entry that this broker takes, as far as known.
     fn entry_limit(&self) -> usize {
         self.limits.entry.min(self.server.message_limit())
     }
 
-    /// Refuses to stage so much that the commit would be too large.
+    /// Refuses to stage more than a commit can hold.
     pub(super) fn check_entry_size(&self, staged: usize) -> Result<(), Error> {
         let (size, limit) = (staged + HEAD, self.entry_limit());
         match size > limit {
@@ -463,7 +467,7 @@ impl Changelog {
         Error::failed(
             self.on("commit of"),
             format!(
-                "all that it changes and sends takes {size} bytes, and one commit can hold {limit}: handle fewer records at a time (the \
+                "its changes and sent records take {size} bytes, and a commit can hold {limit}; handle fewer records at a time (the \
                  consumer's `max_batch`), or {raise}; nothing was published"
             ),
         )
@@ -480,8 +484,8 @@ impl Changelog {
             limit if after > limit && after > before => Err(Error::failed(
                 self.on("change the state of"),
                 format!(
-                    "it would take about {after} bytes of memory, over the limit of {limit} (`RabbitStore::state_limit`): delete what \
-                     is not needed, or keep the state in a database, with a store of its own"
+                    "it would take about {after} bytes of memory, over the limit of {limit} (`RabbitStore::state_limit`); delete \
+                     keys that are not needed, or keep the state in a database with a store of its own"
                 ),
             )),
             _ => Ok(()),
@@ -508,7 +512,8 @@ impl Changelog {
         }
     }
 
-    /// Reads all that was there when this was called: a mark is behind it, wherever the stream's end is said to be.
+    /// Reads everything published before this call: a mark follows it, wherever the broker says
+    /// that the stream ends.
     async fn refresh(&self, slot: &mut Option<Replica>) -> Result<(), Error> {
         let replica = self.loaded(slot).await?;
         let refreshed = self.read_to_mark(replica).await;
@@ -531,14 +536,14 @@ impl Changelog {
         Ok(())
     }
 
-    /// The next call begins anew, and on another connection.
+    /// Makes the next call start over, on another connection.
     async fn discard(&self, slot: &mut Option<Replica>) {
         if let Some(replica) = slot.take() {
             self.server.reading.forget(&replica.tail.connection).await;
         }
     }
 
-    /// Reads up to the entry of that token, and what came with it.
+    /// Reads up to the entry with that token, and the messages that arrived with it.
     async fn read_until(&self, replica: &mut Replica, token: Token) -> Result<Verdict, Error> {
         let reading = async {
             loop {
@@ -553,7 +558,7 @@ impl Changelog {
             }
         };
         let verdict = self.within_limit(reading).await?;
-        // Who uses it next, and when, is not known. Should it fail, the next call notices.
+        // The next use may be far away. If this fails, the next call notices.
         let _ = replica.tail.settle().await;
         Ok(verdict)
     }
@@ -563,12 +568,12 @@ impl Changelog {
         tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| {
             Err(Error::unavailable(
                 self.on("read"),
-                format!("what was published did not come back within {limit:?}"),
+                format!("the published entry did not come back within {limit:?}"),
             ))
         })
     }
 
-    /// Folds messages, and tells what became of the one with that token, if it is among them.
+    /// Folds messages. Returns the verdict on the one with that token, if it is among them.
     fn take_all(
         &self,
         replica: &mut Replica,
@@ -586,7 +591,7 @@ impl Changelog {
         Ok(own)
     }
 
-    /// Folds a message, and tells what became of it if it has that token.
+    /// Folds a message. Returns the verdict on it if it has that token.
     pub(super) fn take(
         &self,
         fold: &mut Fold<State>,
@@ -610,7 +615,7 @@ impl Changelog {
                 tracing::warn!(
                     stream = self.stream,
                     offset,
-                    "passed over a message that is not of this crate"
+                    "ignored a message that is not an entry of this crate"
                 );
                 fold.pass(offset);
                 Ok(None)
@@ -622,7 +627,7 @@ impl Changelog {
     pub(super) fn unreadable(&self, offset: u64, why: &str) -> Error {
         Error::failed(
             self.on("read"),
-            format!("the entry at offset {offset} cannot be read: {why}; to pass over it could lose a commit"),
+            format!("the entry at offset {offset} cannot be read: {why}; ignoring it could lose a commit"),
         )
     }
 
@@ -646,7 +651,7 @@ impl Changelog {
     pub(super) fn lost(&self, what: String) -> Error {
         Error::failed(
             self.on("read"),
-            format!("state lost: {what}; restore the streams, or use another consumer name to begin anew"),
+            format!("state lost: {what}; restore the streams, or start over with another consumer name"),
         )
     }
 
@@ -655,7 +660,7 @@ impl Changelog {
             // The next call starts from a newer snapshot.
             Error::Truncated { .. } => Error::unavailable(self.on("read"), error),
             Error::OutOfRange { end, .. } => {
-                self.lost(format!("the changelog ends at {end}, before what was read of it: it was created anew, or the broker lost its tail"))
+                self.lost(format!("the changelog ends at {end}, before an entry that was read; it was created again, or the broker lost its tail"))
             }
             error => error,
         }
@@ -682,12 +687,12 @@ fn pulse_of(fold: &Fold<State>) -> Pulse {
     pulse
 }
 
-/// Never 0, which stands for "none".
+/// Never 0, which means "none".
 fn draw_token() -> Token {
     u128::from(fastrand::u64(1..)) << 64 | u128::from(fastrand::u64(..))
 }
 
-/// What is in doubt here changes neither state nor position.
+/// An entry in doubt here changes neither state nor position.
 pub(super) fn nothing_done(error: Error) -> Error {
     match error {
         Error::Indeterminate { action, cause } => Error::Unavailable { action, cause },

@@ -1,4 +1,5 @@
-//! Keeping what is needed: retention works by length and knows nothing of snapshots, so snapshots must keep ahead of it.
+//! Decides when to write a snapshot. Retention works by length and ignores snapshots, so they must
+//! stay ahead of it.
 
 use std::sync::{
     Arc, PoisonError,
@@ -15,16 +16,17 @@ use super::{
 
 const MIB: u64 = 1024 * 1024;
 
-/// What the broker keeps at least, but for a segment. It is never told which entries are not needed any more, so it must
-/// be certain that those of the last `LENGTH` bytes suffice: see [`UNCOVERED`].
+/// The bytes that the broker keeps at least, except for a segment. It does not know which entries
+/// are still needed, so the last `LENGTH` bytes must always suffice; see [`UNCOVERED`].
 pub(super) const LENGTH: u64 = 512 * MIB;
 pub(super) const SEGMENT: u64 = 16 * MIB;
 
-/// How much may follow the newest snapshot. Beyond it nothing is published before there is a newer one. Between this and `LENGTH`
-/// is room for what other writers publish in the meantime: ten of the largest entries.
+/// How much may follow the newest snapshot. Beyond it, nothing is published before there is a newer
+/// one. The difference to `LENGTH` is room for entries that other writers publish in the meantime:
+/// ten of the largest.
 const UNCOVERED: u64 = 128 * MIB;
 
-/// More than a message takes in the stream besides its body: a chunk of its own, names, properties.
+/// More than a message takes in the stream besides its body: its own chunk, names, properties.
 pub(super) const OVERHEAD: u64 = 1024;
 
 /// What snapshots cover, in terms of [`Replica::read`].
@@ -35,7 +37,7 @@ pub(super) struct Cover {
 }
 
 impl Replica {
-    /// Whether so much may be published before there is a newer snapshot.
+    /// Whether this many bytes may be published before there is a newer snapshot.
     pub(super) fn has_room(&self, bytes: usize) -> bool {
         let covered = self.cover.complete.load(Ordering::Relaxed);
         self.read + bytes as u64 + OVERHEAD <= covered + UNCOVERED
@@ -43,13 +45,13 @@ impl Replica {
 }
 
 impl Changelog {
-    /// Sees to it that retention cannot remove what no snapshot covers.
+    /// Makes sure that retention cannot remove entries that no snapshot covers.
     pub(super) async fn make_room(&self, replica: &mut Replica, bytes: usize) -> Result<(), Error> {
         if replica.has_room(bytes) {
             return Ok(());
         }
         let target = Arc::clone(&replica.target).lock_owned().await;
-        // One that was under way may have done it.
+        // A snapshot that was in progress may have made room.
         if replica.has_room(bytes) {
             return Ok(());
         }
@@ -69,7 +71,7 @@ impl Changelog {
             .complete
             .load(Ordering::Relaxed)
             .max(cover.tried.load(Ordering::Relaxed));
-        // A large state is written less often, so that snapshots do not take more than commits do.
+        // A large state is written less often, so that snapshots do not take more than commits.
         let due = self
             .limits
             .snapshot_after
@@ -82,13 +84,13 @@ impl Changelog {
             let (stream, snapshot) = (self.stream.clone(), self.snapshot(replica, target));
             tokio::spawn(async move {
                 if let Err(error) = snapshot.await {
-                    tracing::warn!(stream, %error, "no snapshot was written; it will be tried again");
+                    tracing::warn!(stream, %error, "could not write a snapshot; it will be tried again");
                 }
             });
         }
     }
 
-    /// Writes what is folded now.
+    /// Writes the current fold.
     fn snapshot(
         &self,
         replica: &Replica,
@@ -99,14 +101,15 @@ impl Changelog {
         let (snapshots, cover) = (Arc::clone(&self.snapshots), Arc::clone(&replica.cover));
         cover.tried.store(mark, Ordering::Relaxed);
         async move {
-            // Not on the runtime's threads: a large state takes a while. What is read meanwhile may be in it, which
-            // does no harm.
+            // A large state takes a while to copy, so this must not block the runtime. The copy may
+            // include later entries, which does no harm.
             let copied = tokio::task::spawn_blocking(move || {
                 let copy = fold.read().unwrap_or_else(PoisonError::into_inner).clone();
                 Image::new(&copy)
             });
             let image = copied.await.map_err(|error| Error::unavailable(action, error))?;
-            // Taken, so that after a failure the next one looks again: another process may have written in the meantime.
+            // Taken, so that the next snapshot after a failure looks again. Another process may
+            // have written one in the meantime.
             let stream = match target.take() {
                 Some(stream) => stream,
                 None => snapshots.find().await?.map_or(0, |found| 1 - found.stream),

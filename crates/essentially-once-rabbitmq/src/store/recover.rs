@@ -1,4 +1,4 @@
-//! Where a handle begins: the newest snapshot, and what follows it.
+//! Loads a handle's state: the newest snapshot and the entries after it.
 
 use std::sync::Arc;
 
@@ -23,9 +23,9 @@ use crate::{
 };
 
 impl Changelog {
-    /// Reads the newest snapshot and what follows it.
+    /// Reads the newest snapshot and the entries after it.
     pub(super) async fn load(&self) -> Result<Replica, Error> {
-        // One that is not used again: that there are no snapshots is an error on it.
+        // Not a shared connection: a missing snapshot stream is an error on it.
         let connection = Arc::new(self.server.open_connection().await?);
         self.refuse_old_name(&connection).await?;
         let arguments = retention(LENGTH as i64, SEGMENT as i64);
@@ -35,11 +35,11 @@ impl Changelog {
             let ends = stream::ends(&self.server, &connection, &self.stream).await?;
             let (range, size) = (Range::of(ends.as_ref()), ends.map_or(0, |ends| ends.size()));
             let found = self.snapshots.newest(&connection, range.first).await?;
-            // A snapshot never goes to the stream that holds the newest.
+            // A snapshot never goes to the stream that holds the newest one.
             let target = found.as_ref().map_or(0, |found| 1 - found.stream);
             let fold = found.map(|found| found.fold).unwrap_or_default();
             match self.check_reach(&fold, range) {
-                // A replica that is behind has lost nothing.
+                // A lagging replica has lost nothing.
                 Err(_) if Instant::now() < deadline => sleep(BEHIND).await,
                 checked => break checked.map(|()| (range, size, target, fold))?,
             }
@@ -72,7 +72,8 @@ impl Changelog {
         Ok(replica)
     }
 
-    /// A stream under the name that version 0.1 would have used may hold this consumer's position, or belong to another one.
+    /// A stream under the name that version 0.1 would have used may hold this consumer's position,
+    /// or belong to another consumer.
     async fn refuse_old_name(&self, connection: &Connection) -> Result<(), Error> {
         let (prefix, consumer) = (&self.server.options.prefix, &self.consumer);
         let Some(old) = names::old_changelog(prefix, consumer) else {
@@ -90,8 +91,8 @@ impl Changelog {
         Err(Error::failed(
             self.on("read"),
             format!(
-                "stream {old} exists: version 0.1 kept consumer {consumer} with prefix {prefix} under that name; {open}, or delete it if \
-                 nobody needs it, or choose another prefix if another consumer uses it"
+                "stream {old} exists: version 0.1 kept consumer {consumer} with prefix {prefix} under that name; {open}, or delete it \
+                 if it is not needed, or choose another prefix if another consumer uses it"
             ),
         ))
     }
@@ -99,18 +100,18 @@ impl Changelog {
     fn check_reach(&self, fold: &Fold<State>, range: Range) -> Result<(), Error> {
         let (at, first, end) = (fold.offset, range.first, range.end);
         let source = if at == 0 {
-            "there is no complete snapshot".into()
+            "no snapshot is complete".into()
         } else {
-            format!("the newest snapshot reaches up to {at}")
+            format!("the newest snapshot ends at {at}")
         };
         if at < first {
             return Err(self.lost(format!(
-                "{source}, and the changelog begins at {first}: a policy may shorten it, or a snapshot is damaged"
+                "{source}, and the changelog begins at {first}; a policy may shorten it, or a snapshot is damaged"
             )));
         }
         if at > end {
             return Err(self.lost(format!(
-                "{source}, and the changelog ends at {end}: it was created anew, or the broker lost its tail"
+                "{source}, and the changelog ends at {end}; it was created again, or the broker lost its tail"
             )));
         }
         Ok(())

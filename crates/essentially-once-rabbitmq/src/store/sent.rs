@@ -1,4 +1,5 @@
-//! Records that are sent by a commit: they are a part of its entry, and so are there if and only if it applies.
+//! Records sent by commits. They are part of the commit's entry, so they exist if and only if it
+//! applies.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -28,12 +29,14 @@ use crate::{
 };
 
 impl RabbitTx {
-    /// Sends a record if this transaction commits: it then is in the log [`RabbitStore::sent`] of this consumer, in the order of commits and
-    /// calls. Nobody ever sees a record of a transaction that did not commit, or that lost to another.
+    /// Sends a record if this transaction commits. It is then in the log [`RabbitStore::sent`] of
+    /// this consumer, in the order of commits and calls. Nobody sees a record of a transaction that
+    /// did not commit, or that lost to another.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit), and for one that no longer fits
-    /// the transaction, see [`RabbitStore`]. The transaction stays as it was.
+    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit),
+    /// and for one that no longer fits the transaction; see [`RabbitStore`]. The transaction stays
+    /// as it was.
     pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
         record.check_size(self.changelog.value_limit())?;
         let staged = self.staged + packed::size_bound(&record);
@@ -45,10 +48,12 @@ impl RabbitTx {
 }
 
 impl RabbitStore {
-    /// What the commits of a consumer have [sent](RabbitTx::send), as a log for other consumers.
+    /// The records [sent](RabbitTx::send) by the commits of a consumer, as a log for other
+    /// consumers.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer make no name for it.
+    /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer do not make a
+    /// valid name.
     pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
         let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
         Ok(RabbitSent {
@@ -58,13 +63,13 @@ impl RabbitStore {
     }
 }
 
-/// The records that a consumer's commits have sent; see [`RabbitStore::sent`].
+/// The records sent by a consumer's commits; see [`RabbitStore::sent`].
 ///
-/// - They are kept in the consumer's changelog, so long as that keeps its entries: the last 512 MiB of it. A reader that is further behind is told
-///   [`Error::Truncated`] if it has missed a record.
-/// - Offsets are those of the changelog's messages, with the record's place in the commit.
+/// - They are kept in the consumer's changelog as long as it keeps its entries: the last 512 MiB. A
+///   reader that is further behind gets [`Error::Truncated`] if it missed a record.
+/// - Offsets are those of the changelog's messages, with the index of the record in the commit.
 /// - Appending fails: only commits send.
-/// - To open a reader, this handle reads the consumer's state, as the store does.
+/// - To open a reader, the handle reads the consumer's state, as the store does.
 #[derive(Clone)]
 pub struct RabbitSent {
     changelog: Arc<Changelog>,
@@ -72,10 +77,11 @@ pub struct RabbitSent {
 }
 
 impl RabbitSent {
-    /// Which of the entries from `start` up to the base's offset apply.
+    /// Which entries from `start` up to the base's offset apply.
     ///
-    /// A reader that has not seen all entries cannot judge one by the rule. But each names the entry that it builds on, and the base knows
-    /// the last that applies: so those that apply are found backwards.
+    /// A reader that has not seen all entries cannot apply the rule. But each entry names the one
+    /// that it builds on, and the base knows the last one that applies. So those that apply are
+    /// found backwards.
     async fn applied(
         &self,
         connection: &Arc<Connection>,
@@ -107,7 +113,7 @@ impl RabbitSent {
     }
 }
 
-/// Entries, and which one each builds on.
+/// Entries, each with the one that it builds on.
 #[derive(Default)]
 struct Links {
     entries: HashMap<Token, (u64, Token)>,
@@ -115,15 +121,15 @@ struct Links {
 
 impl Links {
     fn add(&mut self, offset: u64, token: Token, parent: Token) {
-        // Of one that came twice, only the first can apply.
+        // Of an entry published twice, only the first can apply.
         self.entries.entry(token).or_insert((offset, parent));
     }
 
-    /// The offsets of those that the last one builds on, and its own.
+    /// The offset of the last entry, and of all entries that it builds on.
     fn back_from(&self, last: Token, end: u64) -> HashSet<u64> {
         let mut applied = HashSet::new();
         let (mut token, mut before) = (last, end);
-        // Downwards, so that it ends whatever the entries say.
+        // Only downwards, so that the loop ends whatever the entries contain.
         while let Some((offset, parent)) = self.entries.get(&token)
             && *offset < before
         {
@@ -134,7 +140,7 @@ impl Links {
     }
 }
 
-/// A reader needs to know which entries apply, and not what they add up to.
+/// A reader needs to know which entries apply, but not the state that they make.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Nothing;
 
@@ -144,14 +150,14 @@ impl Change for Nothing {
     fn apply(self, _: u64, _: &mut Self) {}
 }
 
-/// Judges the entries that a reader comes by.
+/// Judges entries as a reader reaches them.
 struct Judge {
     changelog: Arc<Changelog>,
     log: LogId,
-    /// Of those before the base, the ones that apply.
+    /// Those entries before the base that apply.
     applied: HashSet<u64>,
     fold: Fold<Nothing>,
-    /// Up to where the records were read.
+    /// The end of the records read so far.
     next: Offset,
 }
 
@@ -161,7 +167,7 @@ impl Judge {
         let commit = match parse(delivered.body.into()) {
             Parsed::Entry(Entry::Commit(commit)) => commit,
             Parsed::Unreadable(why) => return Err(self.changelog.unreadable(offset, why)),
-            // Offsets before the base's are not counted again.
+            // The base counts everything before its offset already.
             Parsed::Entry(Entry::Mark(_)) | Parsed::Foreign => return Ok(vec![]),
         };
         let (commit, change) = commit.replace(Nothing);
@@ -198,8 +204,8 @@ impl Log for RabbitSent {
             return Ok(None);
         }
         Err(Error::failed(
-            self.changelog.on("append to what was sent by"),
-            "only its commits send: use `RabbitTx::send` in its handler",
+            self.changelog.on("append to the records sent by"),
+            "only its commits send; use `RabbitTx::send` in its handler",
         ))
     }
 
@@ -264,7 +270,8 @@ mod tests {
 
     use super::{super::fold::Commit, *};
 
-    /// Entries as two writers make them that now and then read what the other wrote, and republish an older one, and which of them apply.
+    /// Entries of two writers that sometimes read the other's entries and sometimes republish an
+    /// older one. Also returns the folds and the offsets that apply.
     fn history(steps: &[(bool, u8)]) -> (Vec<Commit<Nothing>>, Vec<Fold<Nothing>>, HashSet<u64>) {
         let mut entries: Vec<Commit<Nothing>> = Vec::new();
         let (mut folds, mut applied) = (vec![Fold::<Nothing>::default()], HashSet::new());
@@ -317,7 +324,8 @@ mod tests {
                     }
                     let expected: HashSet<u64> = (start as u64..end as u64).filter(|at| applied.contains(at)).collect();
                     let found = links.back_from(fold.token, end as u64);
-                    // A copy of one that applied before the start looks like it; nobody but a stranger makes such.
+                    // A copy of an entry that applied before the start looks like it. Only a
+                    // foreign program writes one.
                     let is_copy = |at: u64| {
                         let token = entries[at as usize].token;
                         entries.iter().position(|entry| entry.token == token) < Some(start)

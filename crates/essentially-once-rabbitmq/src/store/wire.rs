@@ -1,4 +1,5 @@
-//! How numbers, byte strings and names stand in entries and snapshots: big-endian, byte strings after their length as a u32.
+//! The encoding of numbers, byte strings and names in entries and snapshots: big-endian, and byte
+//! strings after their length as a u32.
 
 use bytes::{BufMut as _, Bytes};
 use essentially_once::{
@@ -6,7 +7,7 @@ use essentially_once::{
     backend::{LogId, Numbering, Revision, Window},
 };
 
-/// What was read, or why it cannot be.
+/// A decoded value, or why it cannot be decoded.
 pub(super) type Decoded<T> = Result<T, &'static str>;
 
 const CUT_SHORT: &str = "it is cut short";
@@ -42,10 +43,10 @@ pub(super) fn put_window(out: &mut Vec<u8>, numbering: &Numbering, window: &Wind
     put_bytes(out, &window.encode());
 }
 
-/// Bytes of a window in version 1, where they had no length before them.
+/// Bytes of a window in version 1, where no length preceded it.
 const WINDOW_1: usize = 169;
 
-/// Reads from the front of what is left. Byte strings share the memory of the whole.
+/// Decodes from the front. Byte strings share the memory of the whole.
 pub(super) struct Reader {
     rest: Bytes,
 }
@@ -128,7 +129,7 @@ impl Reader {
         Ok((numbering, window))
     }
 
-    /// A count, then so many items. Nothing is reserved for them beforehand: the count may be wrong.
+    /// A count, then that many items. Nothing is reserved for them, since the count may be wrong.
     pub(super) fn list<T>(&mut self, mut item: impl FnMut(&mut Self) -> Decoded<T>) -> Decoded<Vec<T>> {
         let count = self.u32()?;
         (0..count).map(|_| item(self)).collect()
@@ -142,7 +143,7 @@ impl Reader {
         if self.rest.is_empty() {
             Ok(())
         } else {
-            Err("something stands behind its end")
+            Err("bytes follow its end")
         }
     }
 }
