@@ -33,6 +33,11 @@
 //! connection. Heartbeats therefore continue while a handler blocks its runtime, and handles may be
 //! used from several runtimes.
 //!
+//! # TLS
+//!
+//! This crate uses rustls and installs no process-wide provider of cryptography. It uses the one
+//! that the program has installed, or else `ring` for its own connections.
+//!
 //! # Logging
 //!
 //! No event of this crate contains a user name or a password. The client library, lapin, logs every
@@ -40,29 +45,20 @@
 //! level at `DEBUG` or above.
 #![doc = include_str!("format.md")]
 
-mod codec;
 mod connection;
 mod error;
 mod log;
 mod options;
-mod packed;
-mod publisher;
-mod reader;
-mod server;
-mod shared;
 mod store;
-mod stream;
-mod tail;
 
-use std::{fmt, sync::Arc};
+use std::sync::Arc;
 
 use essentially_once::Error;
-pub use lapin;
 
-use crate::server::Server;
+use crate::connection::server::Server;
 pub use crate::{
-    log::{LogOptions, RabbitLog},
-    options::RabbitOptions,
+    log::RabbitLog,
+    options::{LogOptions, Packing, RabbitOptions},
     store::{RabbitSent, RabbitStore, RabbitTx},
 };
 
@@ -70,7 +66,7 @@ pub use crate::{
 ///
 /// Each log that is appended to has its own connection, and so has each reader. The consumers of
 /// all stores opened from one handle share two: one to publish and one to read.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Rabbit {
     server: Arc<Server>,
 }
@@ -104,15 +100,27 @@ impl Rabbit {
         RabbitLog::open(Arc::clone(&self.server), name, options).await
     }
 
-    pub(crate) fn new(server: Arc<Server>) -> Self {
-        Self { server }
+    /// The store. Every call returns a handle that reads the state for itself. Clones of one handle
+    /// share what they have read.
+    pub fn store(&self) -> RabbitStore {
+        RabbitStore::new(Arc::clone(&self.server))
     }
 }
 
-impl fmt::Debug for Rabbit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rabbit")
-            .field("server", &self.server.to_string())
-            .finish_non_exhaustive()
+impl RabbitOptions {
+    /// Connects to `amqp://[user:password@]host[:port][/vhost]`, or to `amqps://` for TLS. Write a
+    /// `/` in the name of the virtual host as `%2f`.
+    ///
+    /// The URL may set `?heartbeat=` (seconds, 10 by default), `connection_timeout=`
+    /// (milliseconds), `frame_max=`, `channel_max=` and `auth_mechanism=`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] for a malformed URL, an unusable certificate, or an option out of
+    /// its bounds. [`Error::Failed`] for a refused user, password or virtual host.
+    /// [`Error::Unavailable`] if the broker cannot be reached. No message contains the user or
+    /// password of the URL.
+    pub async fn connect(self, url: &str) -> Result<Rabbit, Error> {
+        let server = Server::connect(self, url).await?;
+        Ok(Rabbit { server })
     }
 }

@@ -10,15 +10,13 @@ use essentially_once::{
     Error, Log, NewRecord, Offset, async_trait,
     backend::{Bounds, Durability, LogId, LogReader, Source},
 };
-use essentially_once_rabbitmq::{
-    LogOptions, Rabbit, RabbitLog, RabbitOptions, RabbitStore,
-    lapin::{
-        BasicProperties, Channel, Connection, ConnectionProperties,
-        options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog, RabbitOptions, RabbitStore};
 use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support};
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
+};
 use test_servers::{RabbitNode, eventually};
 use tokio::sync::OnceCell;
 
@@ -48,7 +46,9 @@ fn main() -> ExitCode {
         options,
         store,
     };
-    let packed = LogOptions::new().packed(1_000, 64 * 1024).compressed();
+    let packed = LogOptions::new()
+        .packed(Packing::new().max_bytes(64 * 1024))
+        .compressed();
     suite
         .backend("rabbitmq", harness(LogOptions::new(), Support::Yes))
         .backend(

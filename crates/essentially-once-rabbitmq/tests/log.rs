@@ -10,20 +10,16 @@ use std::{
 
 use essentially_once::{
     ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, Record,
-    backend::{Advance, Revision, Transaction as _},
+    backend::{Advance, Retention, Revision, Transaction as _},
 };
-use essentially_once_rabbitmq::{
-    LogOptions, Rabbit, RabbitLog, RabbitOptions,
-    lapin::{
-        BasicProperties, Channel, Connection, ConnectionProperties,
-        options::{
-            BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
-        },
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog, RabbitOptions};
 use essentially_once_testkit::Suite;
 use futures_core::Stream as _;
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties,
+    options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
 use test_servers::{Cut, Proxy, RabbitNode, insist};
 
 /// How long a test may take; only what is stuck takes so long.
@@ -82,7 +78,7 @@ fn fresh(name: &str) -> String {
     format!("{name}-{:08x}", fastrand::u32(..))
 }
 
-async fn plain_client(node: &RabbitNode) -> Result<(Connection, Channel), essentially_once_rabbitmq::lapin::Error> {
+async fn plain_client(node: &RabbitNode) -> Result<(Connection, Channel), lapin::Error> {
     let connection = Connection::connect(&node.url(), ConnectionProperties::default()).await?;
     let channel = connection.create_channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -310,9 +306,19 @@ fn unacknowledged(node: &RabbitNode) -> Result<usize, Box<dyn std::error::Error 
 async fn mixed(node: Arc<RabbitNode>) -> Outcome {
     let (name, rabbit) = (fresh("mixed"), Rabbit::connect(&node.url()).await?);
     let plain = rabbit.log(&name).await?;
-    let packed = rabbit.log_with(&name, LogOptions::new().packed(4, 1_000)).await?;
+    let packed = rabbit
+        .log_with(
+            &name,
+            LogOptions::new().packed(Packing::new().max_records(4).max_bytes(1_000)),
+        )
+        .await?;
     let small = rabbit
-        .log_with(&name, LogOptions::new().packed(100, 64 * 1024).compressed())
+        .log_with(
+            &name,
+            LogOptions::new()
+                .packed(Packing::new().max_records(100).max_bytes(64 * 1024))
+                .compressed(),
+        )
         .await?;
     let new: Vec<_> = (0..30)
         .map(|n| {
@@ -346,7 +352,12 @@ async fn mixed(node: Arc<RabbitNode>) -> Outcome {
 async fn overtaken(node: Arc<RabbitNode>) -> Outcome {
     let (name, rabbit) = (fresh("overtaken"), Rabbit::connect(&node.url()).await?);
     let log = rabbit
-        .log_with(&name, LogOptions::new().segment_bytes(65_536).max_bytes(200_000))
+        .log_with(
+            &name,
+            LogOptions::new()
+                .segment_bytes(65_536)
+                .retention(Retention::new().max_bytes(200_000)),
+        )
         .await?;
     let batch: Vec<_> = (0..100).map(|_| NewRecord::new(vec![b'x'; 1_000])).collect();
     log.append(&batch).await?;
@@ -418,7 +429,12 @@ async fn emptied(node: Arc<RabbitNode>) -> Outcome {
 async fn mismatch(node: Arc<RabbitNode>) -> Outcome {
     let (name, rabbit) = (fresh("mismatch"), Rabbit::connect(&node.url()).await?);
     rabbit.log(&name).await?;
-    let other = rabbit.log_with(&name, LogOptions::new().max_bytes(1_000_000)).await;
+    let other = rabbit
+        .log_with(
+            &name,
+            LogOptions::new().retention(Retention::new().max_bytes(1_000_000)),
+        )
+        .await;
     let error = other.err().ok_or("it was taken")?;
     assert!(
         matches!(error, Error::Failed { .. }) && error.to_string().contains("x-max-length-bytes"),
@@ -433,7 +449,12 @@ async fn mismatch(node: Arc<RabbitNode>) -> Outcome {
     let error = more.err().ok_or("it was taken")?.to_string();
     assert!(error.contains("x-initial-cluster-size"), "{error}");
     rabbit
-        .log_with(&name, LogOptions::new().max_bytes(1_000_000).existing())
+        .log_with(
+            &name,
+            LogOptions::new()
+                .retention(Retention::new().max_bytes(1_000_000))
+                .existing(),
+        )
         .await?;
     let missing = rabbit.log_with(&fresh("missing"), LogOptions::new().existing()).await;
     let error = missing.err().ok_or("it was found")?.to_string();

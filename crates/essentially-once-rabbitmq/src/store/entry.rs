@@ -4,11 +4,11 @@ use bytes::{BufMut as _, Bytes};
 use essentially_once::backend::{Owner, Passed, Revision};
 
 use super::{
-    fold::{Commit, Token},
+    rule::{Commit, Token},
     state::{Sent, StateChange},
     wire::{Decoded, Reader, put_bytes, put_log, put_numbering, put_offset, put_revision, put_window},
 };
-use crate::packed;
+use crate::log::packed;
 
 /// The first bytes of every entry, in this version and all later ones.
 const MAGIC: &[u8] = b"eo-entry";

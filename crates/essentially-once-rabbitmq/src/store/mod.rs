@@ -7,17 +7,21 @@
 //! which one it was.
 
 mod changelog;
-mod cover;
 mod entry;
-mod fold;
+mod hints;
+mod image;
 #[cfg(test)]
 mod model;
 pub(crate) mod names;
-mod recover;
-mod sent;
-mod snapshot;
+mod outbox;
+mod replica;
+mod rule;
+mod scope;
+mod snapshot_policy;
 mod snapshots;
 mod state;
+mod turns;
+mod tx;
 mod wire;
 
 use std::{
@@ -28,62 +32,20 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, KeyValue, NewRecord, OffsetStore, ReadState,
-    backend::{Advance, Durability, Owner, Position, Pulse, Revision, Snapshot, Transaction},
+    ConsumerId, Error, OffsetStore, ReadState,
+    backend::{Durability, LogId, Owner, Position, Pulse, Snapshot},
 };
 
-pub use self::sent::RabbitSent;
 use self::{
     changelog::Changelog,
-    state::{Writes, value_size},
+    names::Kind,
+    scope::{Limits, Scope},
 };
-use crate::{Rabbit, server::Server};
+pub use self::{outbox::RabbitSent, tx::RabbitTx};
+use crate::connection::server::Server;
 
-const MIB: usize = 1024 * 1024;
-
-/// The largest state. The streams of the snapshots have room for a few of this size.
-const STATE_MAX: usize = 256 * MIB;
-
-/// What an entry takes besides staged changes if few producers are read at a time. If it takes
-/// more, the commit fails.
-const HEAD: usize = 1024;
-
-/// The largest entry. The changelog's retention relies on it.
-const ENTRY_MAX: usize = 32 * MIB;
-
-/// What an entry may take besides its largest value.
-const BESIDE_VALUE: usize = 64 * 1024;
-
-impl Rabbit {
-    /// The store. Every call returns a handle that reads the state for itself. Clones of one handle
-    /// share what they have read.
-    pub fn store(&self) -> RabbitStore {
-        let record_limit = self.server.options.record_limit.min(ENTRY_MAX - BESIDE_VALUE);
-        RabbitStore {
-            server: Arc::clone(&self.server),
-            limits: Limits {
-                value: record_limit,
-                entry: (record_limit + BESIDE_VALUE).max(8 * MIB),
-                state: STATE_MAX,
-                snapshot_after: 8 * MIB as u64,
-            },
-            consumers: Arc::default(),
-        }
-    }
-}
-
-/// Limits of one handle, in bytes.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    value: usize,
-    entry: usize,
-    state: usize,
-    snapshot_after: u64,
-}
-
-/// Positions and state in streams; see [`Rabbit::store`].
+/// Positions and state in streams; see [`Rabbit::store`](crate::Rabbit::store).
 ///
 /// Each consumer has up to three streams, created when they are first needed, with as many replicas
 /// as the [options](crate::RabbitOptions::replicas) say. `<prefix>.<consumer>.changelog` has one
@@ -138,13 +100,22 @@ pub struct RabbitStore {
 }
 
 impl RabbitStore {
+    pub(crate) fn new(server: Arc<Server>) -> Self {
+        let limits = Limits::new(server.options.record_limit);
+        Self {
+            server,
+            limits,
+            consumers: Arc::default(),
+        }
+    }
+
     /// The most state that a consumer may have, in bytes of memory: keys, values, windows, and
     /// about 96 bytes for each. At most 256 MiB, which is the default. A `put` or commit that would
     /// exceed it fails with [`Error::Failed`]. State that is already larger can still be read and
     /// deleted.
     #[must_use]
     pub fn state_limit(mut self, bytes: usize) -> Self {
-        self.limits.state = bytes.min(STATE_MAX);
+        self.limits.state = bytes;
         self.with_limits()
     }
 
@@ -169,7 +140,18 @@ impl RabbitStore {
     /// # Errors
     /// [`Error::Unavailable`] and [`Error::Failed`]. The state does not change.
     pub async fn snapshot(&self, consumer: &ConsumerId) -> Result<(), Error> {
-        self.changelog(consumer)?.snapshot_now().await
+        self.changelog(consumer)?.snapshot().await
+    }
+
+    /// The records [sent](RabbitTx::send) by the commits of a consumer, as a log for other
+    /// consumers.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer do not make a
+    /// valid name.
+    pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
+        let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
+        Ok(RabbitSent::new(self.changelog(consumer)?, LogId::new(name)?))
     }
 
     /// Starts with no changelogs: the limits apply to those opened from now on.
@@ -179,9 +161,10 @@ impl RabbitStore {
     }
 
     fn changelog(&self, consumer: &ConsumerId) -> Result<Arc<Changelog>, Error> {
+        self.limits.check()?;
         names::check_length(&self.server.options.prefix, self.server.vhost(), consumer)?;
         let mut consumers = self.consumers.lock().unwrap_or_else(PoisonError::into_inner);
-        let changelog = || Arc::new(Changelog::new(&self.server, consumer, self.limits));
+        let changelog = || Arc::new(Changelog::new(Scope::new(&self.server, consumer, self.limits)));
         Ok(Arc::clone(consumers.entry(consumer.clone()).or_insert_with(changelog)))
     }
 }
@@ -206,15 +189,7 @@ impl OffsetStore for RabbitStore {
     async fn begin(&self, consumer: &ConsumerId) -> Result<RabbitTx, Error> {
         let changelog = self.changelog(consumer)?;
         let based_on = changelog.begin().await?;
-        Ok(RabbitTx {
-            changelog,
-            based_on,
-            writes: Writes::new(),
-            growth: 0,
-            staged: 0,
-            sent: Vec::new(),
-            failure: None,
-        })
+        Ok(RabbitTx::new(changelog, based_on))
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
@@ -245,128 +220,5 @@ impl OffsetStore for RabbitStore {
 impl ReadState for RabbitStore {
     async fn read_state(&self, consumer: &ConsumerId, keys: &[&[u8]]) -> Result<Snapshot, Error> {
         self.changelog(consumer)?.read_state(keys).await
-    }
-}
-
-/// The bytes of a write in an entry.
-fn write_size(key: &[u8], value: Option<&[u8]>) -> usize {
-    4 + key.len() + 1 + value.map_or(0, |value| 4 + value.len())
-}
-
-/// What a handler stages. Nothing leaves this process before the commit, and nothing is locked.
-///
-/// After an error other than [`Error::TooLarge`], the transaction can only be rolled back. A commit
-/// then fails with that error and applies nothing, even if the handler ignored it.
-pub struct RabbitTx {
-    changelog: Arc<Changelog>,
-    /// The revision that it reads.
-    based_on: Revision,
-    writes: Writes,
-    /// By how much the writes make the state grow.
-    growth: isize,
-    /// About how many bytes of the commit's message the writes and the sent records take.
-    staged: usize,
-    sent: Vec<NewRecord>,
-    /// The first error of an operation.
-    failure: Option<String>,
-}
-
-impl RabbitTx {
-    /// The consumer whose transaction this is.
-    pub fn consumer(&self) -> &ConsumerId {
-        &self.changelog.consumer
-    }
-
-    fn read(&self, key: &[u8]) -> Option<Bytes> {
-        match self.writes.get(key) {
-            Some(staged) => staged.clone(),
-            None => self.changelog.fold().state.get(key).cloned(),
-        }
-    }
-
-    fn stage_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        let limit = self.changelog.value_limit();
-        for (what, size) in [("key", key.len()), ("value", value.len())] {
-            if size > limit {
-                return Err(Error::TooLarge { what, size, limit });
-            }
-        }
-        let before = match self.writes.get(key) {
-            Some(write) => write_size(key, write.as_deref()),
-            None => 0,
-        };
-        let staged = self.staged - before + write_size(key, Some(value));
-        self.changelog.check_entry_size(staged)?;
-        let stored = self.changelog.fold().state.size();
-        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
-        let (before, after) = (
-            stored.saturating_add_signed(self.growth),
-            stored.saturating_add_signed(growth),
-        );
-        self.changelog.check_state_size(before, after)?;
-        (self.growth, self.staged) = (growth, staged);
-        self.writes
-            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
-        Ok(())
-    }
-
-    /// Keeps the transaction from committing without the failed operation. The handler may have
-    /// ignored the error.
-    fn remember(&mut self, error: Error) -> Error {
-        if !matches!(error, Error::TooLarge { .. }) {
-            self.failure.get_or_insert_with(|| error.to_string());
-        }
-        error
-    }
-
-    fn size_of(&self, key: &[u8]) -> isize {
-        self.read(key).map_or(0, |value| value_size(key, &value)) as isize
-    }
-}
-
-impl fmt::Debug for RabbitTx {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RabbitTx")
-            .field("consumer", self.consumer())
-            .finish_non_exhaustive()
-    }
-}
-
-#[async_trait]
-impl Transaction for RabbitTx {
-    async fn commit(self, advance: Advance) -> Result<(), Error> {
-        let Self {
-            changelog, based_on, ..
-        } = self;
-        if let Some(failure) = self.failure {
-            return Err(Error::failed(
-                changelog.on("commit of"),
-                format!("nothing was applied because an operation in the transaction failed: {failure}"),
-            ));
-        }
-        changelog.commit(based_on, self.writes, self.sent, advance).await
-    }
-
-    async fn rollback(self) -> Result<(), Error> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl KeyValue for RabbitTx {
-    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
-        Ok(self.read(key))
-    }
-
-    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        self.stage_put(key, value).map_err(|error| self.remember(error))
-    }
-
-    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
-        self.growth -= self.size_of(key);
-        let before = self.writes.insert(Bytes::copy_from_slice(key), None);
-        self.staged += write_size(key, None);
-        self.staged -= before.map_or(0, |write| write_size(key, write.as_deref()));
-        Ok(())
     }
 }

@@ -13,7 +13,7 @@ use essentially_once::{
 };
 use stateright::{Checker, Model, Property};
 
-use super::fold::{Change, Commit, Fold, Hint, Missing, Token, Verdict};
+use super::rule::{Change, Commit, Fold, Hint, Missing, Token, Verdict};
 
 /// A state that lists the applied changes in order.
 type Applied = Vec<u8>;

@@ -7,23 +7,19 @@
 use std::sync::Arc;
 
 use essentially_once::{ConsumerId, Error};
-use lapin::{
-    BasicProperties,
-    types::{AMQPValue, FieldTable},
-};
 
 use super::{
-    fold::Fold,
+    image::{Added, Assembly, CHUNK, CHUNK_HEAD, Chunk, Image, Whole},
     names::{self, Kind},
-    snapshot::{Added, Assembly, CHUNK, CHUNK_HEAD, Chunk, Image, Whole},
+    rule::Fold,
     state::State,
     wire::Decoded,
 };
-use crate::{
-    connection::Connection,
+use crate::connection::{
+    Connection,
     publisher::{Message, Publisher},
     server::Server,
-    stream::{self, Range},
+    stream::{self, Range, retention},
     tail::Tail,
 };
 
@@ -175,7 +171,7 @@ impl Snapshots {
         let mut tail = Tail::open(&self.server, connection, name, from).await?;
         let mut next = from;
         while next < end {
-            let limit = self.server.options.timeout;
+            let limit = self.server.timeout;
             let delivered = tokio::time::timeout(limit, tail.next(usize::MAX))
                 .await
                 .unwrap_or_else(|_| {
@@ -245,7 +241,7 @@ impl Snapshots {
 }
 
 async fn publish_chunks(publisher: &Publisher, image: &Image, size: usize) -> Result<(), Error> {
-    let mut chunks = image.chunks(size).map(message);
+    let mut chunks = image.chunks(size).map(Message::new);
     loop {
         let batch: Vec<_> = chunks.by_ref().take(BATCH).collect();
         if batch.is_empty() {
@@ -253,24 +249,6 @@ async fn publish_chunks(publisher: &Publisher, image: &Image, size: usize) -> Re
         }
         publisher.publish(batch).await?;
     }
-}
-
-pub(super) fn message(body: Vec<u8>) -> Message {
-    Message {
-        body: body.into(),
-        properties: BasicProperties::default(),
-    }
-}
-
-/// Retention by length. The broker removes whole segments, so small ones make it exact.
-pub(super) fn retention(length: i64, segment: i64) -> FieldTable {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(length));
-    arguments.insert(
-        "x-stream-max-segment-size-bytes".into(),
-        AMQPValue::LongLongInt(segment),
-    );
-    arguments
 }
 
 const _: () = assert!(CHUNK * BATCH <= 8 * 1024 * 1024);

@@ -1,15 +1,19 @@
 //! The state that the commits of one consumer make.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
 
 use bytes::Bytes;
 use essentially_once::{
     Offset,
     backend::{Numbering, Window},
 };
+use tokio::sync::{Notify, futures::Notified};
 
-use super::fold::Change;
-use crate::packed;
+use super::rule::{Change, Fold};
+use crate::log::packed;
 
 /// About what an item costs in memory besides its bytes.
 const OVERHEAD: usize = 96;
@@ -141,6 +145,39 @@ impl Change for StateChange {
                 None => state.delete(&key),
             }
         }
+    }
+}
+
+/// The fold of one handle. It is always a true prefix of the changelog, and only the handle's reader
+/// changes it.
+#[derive(Clone, Default)]
+pub(super) struct SharedFold {
+    inner: Arc<Watched>,
+}
+
+#[derive(Default)]
+struct Watched {
+    fold: RwLock<Fold<State>>,
+    changed: Notify,
+}
+
+impl SharedFold {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Fold<State>> {
+        self.inner.fold.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Fold<State>> {
+        self.inner.fold.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes tasks that wait for a change.
+    pub(super) fn notify(&self) {
+        self.inner.changed.notify_waiters();
+    }
+
+    /// Completes at the next [`notify`](Self::notify).
+    pub(super) fn changed(&self) -> Notified<'_> {
+        self.inner.changed.notified()
     }
 }
 

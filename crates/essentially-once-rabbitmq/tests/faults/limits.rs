@@ -7,11 +7,9 @@ use essentially_once::{
     async_trait,
     backend::{Advance, LogId, Revision, Source, Transaction as _},
 };
-use essentially_once_rabbitmq::{
-    Rabbit, RabbitStore, RabbitTx,
-    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
-};
+use essentially_once_rabbitmq::{Rabbit, RabbitStore, RabbitTx};
 use essentially_once_testkit::read_log;
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 use test_servers::RabbitNode;
 use tokio::{
     task::{JoinSet, block_in_place},

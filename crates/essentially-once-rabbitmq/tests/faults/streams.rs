@@ -4,13 +4,12 @@ use std::ops::Range;
 
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, StartAt,
-    backend::Source, seek,
+    backend::{Retention, Source},
+    seek,
 };
-use essentially_once_rabbitmq::{
-    LogOptions,
-    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
-};
+use essentially_once_rabbitmq::LogOptions;
 use essentially_once_testkit::{Ledger, read_ledger, read_log};
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 use test_servers::Proxy;
 
 use crate::common::{Outcome, Running, ensure, fresh, insist, options, send, shared_node, url};
@@ -120,7 +119,9 @@ pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
     let (node, name) = (shared_node()?, fresh("overtaken"));
     let consumer = ConsumerId::new(&name)?;
     let rabbit = options().connect(&url(node.port())).await?;
-    let small = LogOptions::new().segment_bytes(65_536).max_bytes(200_000);
+    let small = LogOptions::new()
+        .segment_bytes(65_536)
+        .retention(Retention::new().max_bytes(200_000));
     let log = rabbit.log_with(&name, small).await?;
     append(&log, 0..5).await?;
     let mut running = Running::start(&consumer, log.clone(), rabbit.store());

@@ -1,6 +1,6 @@
 //! Messages that earlier versions wrote. See `tests/fixtures`.
 
-use essentially_once_rabbitmq::lapin::{
+use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
 };

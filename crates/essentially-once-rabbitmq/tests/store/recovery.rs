@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use essentially_once::{Error, KeyValue as _, OffsetStore as _, backend::Transaction as _};
-use essentially_once_rabbitmq::lapin::options::QueueDeleteOptions;
 use essentially_once_testkit::Violation;
+use lapin::options::QueueDeleteOptions;
 
 use crate::{
     Tests,

@@ -6,17 +6,13 @@ use essentially_once::{
     ConsumerId, Error, KeyValue as _, OffsetStore as _,
     backend::{Advance, LogId, Revision, Transaction as _},
 };
-use essentially_once_rabbitmq::{
-    Rabbit, RabbitOptions, RabbitStore,
-    lapin::{
-        self, BasicProperties, Channel, Connection, ConnectionProperties, Consumer,
-        options::{
-            BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
-        },
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::{Rabbit, RabbitOptions, RabbitStore};
 use futures_core::Stream as _;
+use lapin::{
+    self, BasicProperties, Channel, Connection, ConnectionProperties, Consumer,
+    options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
 use test_servers::RabbitNode;
 
 /// It is never dropped; its janitor ends it with this process.

@@ -4,7 +4,7 @@ use essentially_once::backend::Revision;
 use stateright::{Checker, Model};
 
 use super::{
-    super::fold::{Fold, Missing, Verdict},
+    super::rule::{Fold, Missing, Verdict},
     Applied, Apply, Entry, System,
 };
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::Error;
+use essentially_once::{Error, backend::check_size};
 use lapin::{
     BasicProperties, Confirmation,
     options::{BasicPublishOptions, ConfirmSelectOptions},
@@ -23,21 +23,31 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-use crate::{
-    connection::{Channel, Connection},
-    error::in_doubt,
-    server::Server,
-};
+use super::{Channel, Connection, server::Server};
+use crate::error::in_doubt;
 
 /// How much may be published and not yet confirmed.
 const IN_FLIGHT_MESSAGES: usize = 4_096;
 const IN_FLIGHT_BYTES: usize = 8 * 1024 * 1024;
+
+/// How errors about the broker's limit name a message.
+const MESSAGE: &str = "message for RabbitMQ (`max_message_size`)";
 
 /// A message to publish.
 #[derive(Clone, Debug)]
 pub(crate) struct Message {
     pub(crate) body: Bytes,
     pub(crate) properties: BasicProperties,
+}
+
+impl Message {
+    /// A message without properties.
+    pub(crate) fn new(body: Vec<u8>) -> Self {
+        Self {
+            body: body.into(),
+            properties: BasicProperties::default(),
+        }
+    }
 }
 
 /// Publishes to one stream, on a connection that nothing reads from. The broker stops reading from
@@ -106,9 +116,7 @@ impl Publisher {
         // Without this check, the messages before an oversized one would be stored, and stored
         // again by the next try.
         let limit = self.server.message_limit();
-        if largest > limit {
-            return Err(too_large(largest, limit));
-        }
+        check_size(MESSAGE, largest, limit)?;
         self.publish_all(messages, smallest).await
     }
 
@@ -143,7 +151,7 @@ impl Publisher {
             publishing.forget(&broken.connection).await;
         }
         let (connection, channel) = match self.is_sharing {
-            true => publishing.channel(&self.server, action).await?,
+            true => publishing.channel(action).await?,
             false => {
                 let connection = self.server.open_connection().await?;
                 let channel = self.server.reply(action, connection.create_channel()).await?;
@@ -223,7 +231,7 @@ impl<'a> Batch<'a> {
             return Ok(());
         };
         self.in_flight_bytes -= size;
-        let confirmed = timeout(self.publisher.server.options.timeout, publishing).await;
+        let confirmed = timeout(self.publisher.server.timeout, publishing).await;
         self.confirmed(confirmed)
     }
 
@@ -261,13 +269,13 @@ impl<'a> Batch<'a> {
                 // doubt. Only the limit of this node counts, since another call may have learned
                 // the limit of another node.
                 let limit = self.publisher.server.learn_message_limit(&error, &self.link.connection);
-                if let Some(limit) = limit.filter(|limit| self.smallest > *limit) {
-                    return Err(too_large(self.smallest, limit));
+                if let Some(limit) = limit {
+                    check_size(MESSAGE, self.smallest, limit)?;
                 }
                 Err(in_doubt(self.publisher.server.on(self.publisher.action()), error))
             }
             Err(_) => {
-                let limit = self.publisher.server.options.timeout;
+                let limit = self.publisher.server.timeout;
                 let why = match self.link.connection.status().blocked() {
                     true => "the broker blocks publishers because it is short of memory or disk",
                     false => "the broker may be blocking publishers because of a memory or disk alarm",
@@ -279,14 +287,6 @@ impl<'a> Batch<'a> {
 
     fn in_doubt(&self, why: String) -> Error {
         Error::indeterminate(self.publisher.server.on(self.publisher.action()), why)
-    }
-}
-
-fn too_large(size: usize, limit: usize) -> Error {
-    Error::TooLarge {
-        what: "message for RabbitMQ (`max_message_size`)",
-        size,
-        limit,
     }
 }
 

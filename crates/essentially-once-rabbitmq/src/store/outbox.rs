@@ -9,61 +9,22 @@ use std::{
 
 use async_trait::async_trait;
 use essentially_once::{
-    ConsumerId, Error, Log, NewRecord, Offset, Record,
+    Error, Log, NewRecord, Offset, Record,
     backend::{Bounds, Durability, LogId, LogReader},
 };
 
 use super::{
-    RabbitStore, RabbitTx,
     changelog::Changelog,
     entry::{Entry, Parsed, parse},
-    fold::{Change, Fold, Token, Verdict},
-    names::{self, Kind},
+    rule::{Fold, Token, Verdict},
+    scope::Scope,
 };
 use crate::{
-    connection::Connection,
-    packed,
-    reader::RabbitReader,
-    stream,
-    tail::{Delivered, Tail},
+    connection::{Connection, deliveries::Delivered, stream, tail::Tail},
+    log::{packed, reader::RabbitReader},
 };
 
-impl RabbitTx {
-    /// Sends a record if this transaction commits. It is then in the log [`RabbitStore::sent`] of
-    /// this consumer, in the order of commits and calls. Nobody sees a record of a transaction that
-    /// did not commit, or that lost to another.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit),
-    /// and for one that no longer fits the transaction; see [`RabbitStore`]. The transaction stays
-    /// as it was.
-    pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
-        record.check_size(self.changelog.value_limit())?;
-        let staged = self.staged + packed::size_bound(&record);
-        self.changelog.check_entry_size(staged)?;
-        self.staged = staged;
-        self.sent.push(record);
-        Ok(())
-    }
-}
-
-impl RabbitStore {
-    /// The records [sent](RabbitTx::send) by the commits of a consumer, as a log for other
-    /// consumers.
-    ///
-    /// # Errors
-    /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer do not make a
-    /// valid name.
-    pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
-        let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
-        Ok(RabbitSent {
-            changelog: self.changelog(consumer)?,
-            id: LogId::new(name)?,
-        })
-    }
-}
-
-/// The records sent by a consumer's commits; see [`RabbitStore::sent`].
+/// The records sent by a consumer's commits; see [`RabbitStore::sent`](super::RabbitStore::sent).
 ///
 /// - They are kept in the consumer's changelog as long as it keeps its entries: the last 512 MiB. A
 ///   reader that is further behind gets [`Error::Truncated`] if it missed a record.
@@ -77,24 +38,23 @@ pub struct RabbitSent {
 }
 
 impl RabbitSent {
+    pub(super) fn new(changelog: Arc<Changelog>, id: LogId) -> Self {
+        Self { changelog, id }
+    }
+
     /// Which entries from `start` up to the base's offset apply.
     ///
     /// A reader that has not seen all entries cannot apply the rule. But each entry names the one
     /// that it builds on, and the base knows the last one that applies. So those that apply are
     /// found backwards.
-    async fn applied(
-        &self,
-        connection: &Arc<Connection>,
-        start: u64,
-        base: &Fold<Nothing>,
-    ) -> Result<HashSet<u64>, Error> {
-        let changelog = &self.changelog;
+    async fn applied(&self, connection: &Arc<Connection>, start: u64, base: &Fold<()>) -> Result<HashSet<u64>, Error> {
+        let scope = &self.changelog.scope;
         let mut links = Links::default();
         let mut next = start;
         if next < base.offset {
             let mut tail = self.tail(connection, start).await?;
             while next < base.offset {
-                for delivered in changelog.within_limit(tail.next(usize::MAX)).await? {
+                for delivered in scope.within_limit(tail.next(usize::MAX)).await? {
                     next = delivered.offset + 1;
                     if let Parsed::Entry(Entry::Commit(commit)) = parse(delivered.body.into()) {
                         links.add(delivered.offset, commit.token, commit.parent);
@@ -106,10 +66,10 @@ impl RabbitSent {
     }
 
     async fn tail(&self, connection: &Arc<Connection>, start: u64) -> Result<Tail, Error> {
-        let changelog = &self.changelog;
-        Tail::open(&changelog.server, connection, &changelog.stream, start)
+        let scope = &self.changelog.scope;
+        Tail::open(&scope.server, connection, &scope.stream, start)
             .await
-            .map_err(|error| changelog.read_error(error))
+            .map_err(|error| scope.read_error(error))
     }
 }
 
@@ -140,23 +100,13 @@ impl Links {
     }
 }
 
-/// A reader needs to know which entries apply, but not the state that they make.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Nothing;
-
-impl Change for Nothing {
-    type State = Self;
-
-    fn apply(self, _: u64, _: &mut Self) {}
-}
-
 /// Judges entries as a reader reaches them.
 struct Judge {
-    changelog: Arc<Changelog>,
+    scope: Arc<Scope>,
     log: LogId,
     /// Those entries before the base that apply.
     applied: HashSet<u64>,
-    fold: Fold<Nothing>,
+    fold: Fold<()>,
     /// The end of the records read so far.
     next: Offset,
 }
@@ -166,16 +116,16 @@ impl Judge {
         let offset = delivered.offset;
         let commit = match parse(delivered.body.into()) {
             Parsed::Entry(Entry::Commit(commit)) => commit,
-            Parsed::Unreadable(why) => return Err(self.changelog.unreadable(offset, why)),
+            Parsed::Unreadable(why) => return Err(self.scope.unreadable(offset, why)),
             // The base counts everything before its offset already.
             Parsed::Entry(Entry::Mark(_)) | Parsed::Foreign => return Ok(vec![]),
         };
-        let (commit, change) = commit.replace(Nothing);
+        let (commit, change) = commit.replace(());
         let applies = if offset < self.fold.offset {
             self.applied.contains(&offset)
         } else {
             let verdict = self.fold.apply(offset, commit);
-            verdict.map_err(|missing| self.changelog.missing(offset, missing))? == Verdict::Applied
+            verdict.map_err(|missing| self.scope.missing(offset, missing))? == Verdict::Applied
         };
         let Some(sent) = change.sent.filter(|_| applies) else {
             return Ok(vec![]);
@@ -188,7 +138,7 @@ impl Judge {
             });
         }
         self.next = Offset::new(offset, packed::count(&sent.packed));
-        packed::decode(offset, &sent.packed).map_err(|why| Error::failed(self.changelog.on("read"), why))
+        packed::decode(offset, &sent.packed).map_err(|why| Error::failed(self.scope.on("read"), why))
     }
 }
 
@@ -204,30 +154,30 @@ impl Log for RabbitSent {
             return Ok(None);
         }
         Err(Error::failed(
-            self.changelog.on("append to the records sent by"),
+            self.changelog.scope.on("append to the records sent by"),
             "only its commits send; use `RabbitTx::send` in its handler",
         ))
     }
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
-        let (changelog, log) = (&self.changelog, self.id.clone());
-        let (base, end) = changelog.base().await?;
-        if from > end {
-            let requested = from;
-            return Err(Error::OutOfRange { log, requested, end });
+        let (scope, log) = (&self.changelog.scope, self.id.clone());
+        let (base, end) = self.changelog.base().await?;
+        // A reader that starts too early learns it from the entries.
+        Bounds {
+            earliest: Offset::ZERO,
+            end,
         }
-        let connection = Arc::new(changelog.server.open_connection().await?);
+        .check(&log, from)?;
+        let connection = Arc::new(scope.server.open_connection().await?);
         let start = match from == end {
             true => base.offset,
             false => {
-                let first = stream::bounds(&changelog.server, &connection, &changelog.stream)
-                    .await?
-                    .first;
+                let first = stream::bounds(&scope.server, &connection, &scope.stream).await?.first;
                 from.hi().max(first)
             }
         };
         let mut judge = Judge {
-            changelog: Arc::clone(changelog),
+            scope: Arc::clone(scope),
             log: log.clone(),
             applied: self.applied(&connection, start, &base).await?,
             fold: base,
@@ -239,11 +189,11 @@ impl Log for RabbitSent {
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
-        let changelog = &self.changelog;
-        let (_, end) = changelog.base().await?;
-        let asking = &changelog.server.asking;
-        let connection = asking.connection(&changelog.server).await?;
-        let range = stream::bounds(&changelog.server, &connection, &changelog.stream).await;
+        let scope = &self.changelog.scope;
+        let (_, end) = self.changelog.base().await?;
+        let asking = &scope.server.asking;
+        let connection = asking.connection().await?;
+        let range = stream::bounds(&scope.server, &connection, &scope.stream).await;
         let first = asking.used(&connection, range).await?.first;
         Ok(Bounds {
             earliest: Offset::new(first, 0).min(end),
@@ -268,13 +218,13 @@ impl fmt::Debug for RabbitSent {
 mod tests {
     use proptest::{collection::vec, prelude::*};
 
-    use super::{super::fold::Commit, *};
+    use super::{super::rule::Commit, *};
 
     /// Entries of two writers that sometimes read the other's entries and sometimes republish an
     /// older one. Also returns the folds and the offsets that apply.
-    fn history(steps: &[(bool, u8)]) -> (Vec<Commit<Nothing>>, Vec<Fold<Nothing>>, HashSet<u64>) {
-        let mut entries: Vec<Commit<Nothing>> = Vec::new();
-        let (mut folds, mut applied) = (vec![Fold::<Nothing>::default()], HashSet::new());
+    fn history(steps: &[(bool, u8)]) -> (Vec<Commit<()>>, Vec<Fold<()>>, HashSet<u64>) {
+        let mut entries: Vec<Commit<()>> = Vec::new();
+        let (mut folds, mut applied) = (vec![Fold::<()>::default()], HashSet::new());
         let mut known = [0, 0];
         for (writer, act) in steps {
             let writer = usize::from(*writer);
@@ -295,7 +245,7 @@ mod tests {
                         next: Offset::ZERO,
                         owner: None,
                         passed: None,
-                        change: Nothing,
+                        change: (),
                     }
                 }
             };

@@ -1,14 +1,12 @@
 //! Many records in one message. The crate's documentation describes the format, byte by byte.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, BufMut, Bytes};
 use essentially_once::{
     NewRecord, Offset, Origin, Record,
-    backend::{Header, Numbering},
+    backend::{Header, NumberingCache},
 };
-
-use crate::codec::{millis, time};
 
 /// The content type of a message with many records.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.essentially-once.packed";
@@ -27,6 +25,19 @@ const COMPRESSED: u8 = 1;
 const KEY: u8 = 1;
 const ORIGIN: u8 = 2;
 const HEADERS: u8 = 4;
+
+/// Milliseconds since 1970; 0 before.
+pub(super) fn millis(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+/// The inverse of [`millis`].
+pub(super) fn time(millis: u64) -> SystemTime {
+    UNIX_EPOCH
+        .checked_add(Duration::from_millis(millis))
+        .unwrap_or(UNIX_EPOCH)
+}
 
 /// Packs the records. They must fit a message.
 pub(crate) fn encode(records: &[NewRecord], now: SystemTime, compress: bool) -> Bytes {
@@ -137,9 +148,9 @@ pub(crate) fn decode(offset: u64, body: &Bytes) -> Result<Vec<Record>, String> {
         ));
     }
     let mut records = Vec::with_capacity(count);
-    let mut last = None;
+    let mut numberings = NumberingCache::new();
     for index in 0..count {
-        let read = input.record(Offset::new(offset, index as u64), appended_at, &mut last);
+        let read = input.record(Offset::new(offset, index as u64), appended_at, &mut numberings);
         records.push(read.ok_or_else(|| format!("packed record {index} of {count} cannot be decoded"))?);
     }
     match input.0.is_empty() {
@@ -162,7 +173,7 @@ fn expand(compressed: &[u8], length: usize) -> Result<Bytes, String> {
 struct Input(Bytes);
 
 impl Input {
-    fn record(&mut self, offset: Offset, at: SystemTime, last: &mut Option<(Bytes, Numbering)>) -> Option<Record> {
+    fn record(&mut self, offset: Offset, at: SystemTime, numberings: &mut NumberingCache) -> Option<Record> {
         let flags = self.byte()?;
         if flags & !(KEY | ORIGIN | HEADERS) != 0 {
             return None;
@@ -172,7 +183,7 @@ impl Input {
             record.key = Some(self.bytes()?);
         }
         if flags & ORIGIN != 0 {
-            record.origin = Some(self.origin(last)?);
+            record.origin = Some(self.origin(numberings)?);
         }
         if flags & HEADERS != 0 {
             let count = self.varint()?;
@@ -184,14 +195,8 @@ impl Input {
         Some(record)
     }
 
-    /// The records of one message mostly have one producer. Its name is then shared.
-    fn origin(&mut self, last: &mut Option<(Bytes, Numbering)>) -> Option<Origin> {
-        let name = self.bytes()?;
-        if last.as_ref().is_none_or(|(last, _)| *last != name) {
-            let numbering = std::str::from_utf8(&name).ok()?.parse().ok()?;
-            *last = Some((name, numbering));
-        }
-        let (_, numbering) = last.as_ref()?;
+    fn origin(&mut self, numberings: &mut NumberingCache) -> Option<Origin> {
+        let numbering = numberings.parse(&self.bytes()?).ok()?;
         let (producer, epoch) = (numbering.producer().clone(), numbering.epoch());
         Some(Origin::new(producer, epoch, self.varint()?))
     }
@@ -229,12 +234,10 @@ impl Input {
 
 #[cfg(test)]
 mod tests {
-    use std::time::UNIX_EPOCH;
-
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
-    use crate::codec::tests::any_record;
+    use crate::log::codec::tests::any_record;
 
     fn same(new: &NewRecord, read: &Record) -> bool {
         (&new.key, &new.headers, &new.payload, &new.origin) == (&read.key, &read.headers, &read.payload, &read.origin)

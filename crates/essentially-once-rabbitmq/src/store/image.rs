@@ -10,7 +10,7 @@ use bytes::{BufMut as _, Bytes};
 
 use super::{
     entry::{put_owner, put_passed, read_owner, read_passed},
-    fold::Fold,
+    rule::Fold,
     state::State,
     wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_revision, put_window},
 };
@@ -274,7 +274,7 @@ mod tests {
     use super::{
         super::{
             entry::tests::{change, log, owner, passed, revision},
-            fold::Change as _,
+            rule::Change as _,
         },
         *,
     };

@@ -1,17 +1,22 @@
 //! Decides when to write a snapshot. Retention works by length and ignores snapshots, so they must
 //! stay ahead of it.
 
-use std::sync::{
-    Arc, PoisonError,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use essentially_once::Error;
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::{
-    changelog::{Changelog, Replica, nothing_done},
-    snapshot::Image,
+    image::Image,
+    scope::{Scope, nothing_done},
+    snapshots::Snapshots,
+    state::SharedFold,
 };
 
 const MIB: u64 = 1024 * 1024;
@@ -27,63 +32,83 @@ pub(super) const SEGMENT: u64 = 16 * MIB;
 const UNCOVERED: u64 = 128 * MIB;
 
 /// More than a message takes in the stream besides its body: its own chunk, names, properties.
-pub(super) const OVERHEAD: u64 = 1024;
+const OVERHEAD: u64 = 1024;
 
-/// What snapshots cover, in terms of [`Replica::read`].
+/// Keeps snapshots ahead of retention, for one reader of the changelog.
+pub(super) struct SnapshotPolicy {
+    scope: Arc<Scope>,
+    snapshots: Arc<Snapshots>,
+    fold: SharedFold,
+    /// Bytes read, from the snapshot on.
+    read: u64,
+    cover: Arc<Cover>,
+    /// Locked while a snapshot is written. Holds the stream for the next one, if known.
+    target: Arc<Mutex<Option<usize>>>,
+}
+
+/// What snapshots cover, in terms of [`SnapshotPolicy::read`].
 #[derive(Default)]
-pub(super) struct Cover {
+struct Cover {
     complete: AtomicU64,
     tried: AtomicU64,
 }
 
-impl Replica {
+impl SnapshotPolicy {
+    /// The next snapshot goes to the stream `target`.
+    pub(super) fn new(scope: &Arc<Scope>, snapshots: &Arc<Snapshots>, fold: &SharedFold, target: usize) -> Self {
+        Self {
+            scope: Arc::clone(scope),
+            snapshots: Arc::clone(snapshots),
+            fold: fold.clone(),
+            read: 0,
+            cover: Arc::default(),
+            target: Arc::new(Mutex::new(Some(target))),
+        }
+    }
+
+    /// Counts a message that was read.
+    pub(super) fn count(&mut self, bytes: usize) {
+        self.read += bytes as u64 + OVERHEAD;
+    }
+
     /// Whether this many bytes may be published before there is a newer snapshot.
     pub(super) fn has_room(&self, bytes: usize) -> bool {
         let covered = self.cover.complete.load(Ordering::Relaxed);
         self.read + bytes as u64 + OVERHEAD <= covered + UNCOVERED
     }
-}
 
-impl Changelog {
     /// Makes sure that retention cannot remove entries that no snapshot covers.
-    pub(super) async fn make_room(&self, replica: &mut Replica, bytes: usize) -> Result<(), Error> {
-        if replica.has_room(bytes) {
+    pub(super) async fn make_room(&self, bytes: usize) -> Result<(), Error> {
+        if self.has_room(bytes) {
             return Ok(());
         }
-        let target = Arc::clone(&replica.target).lock_owned().await;
+        let target = Arc::clone(&self.target).lock_owned().await;
         // A snapshot that was in progress may have made room.
-        if replica.has_room(bytes) {
+        if self.has_room(bytes) {
             return Ok(());
         }
-        self.snapshot(replica, target).await.map_err(nothing_done)
+        self.write(target).await.map_err(nothing_done)
     }
 
-    pub(super) async fn snapshot_now(&self) -> Result<(), Error> {
-        let mut slot = self.replica().await?;
-        let replica = self.loaded(&mut slot).await?;
-        let target = Arc::clone(&replica.target).lock_owned().await;
-        self.snapshot(replica, target).await.map_err(nothing_done)
+    pub(super) async fn write_now(&self) -> Result<(), Error> {
+        let target = Arc::clone(&self.target).lock_owned().await;
+        self.write(target).await.map_err(nothing_done)
     }
 
-    pub(super) fn snapshot_if_due(&self, replica: &Replica) {
-        let cover = &replica.cover;
-        let last = cover
-            .complete
-            .load(Ordering::Relaxed)
-            .max(cover.tried.load(Ordering::Relaxed));
+    /// Writes a snapshot in the background if enough was read since the last one.
+    pub(super) fn write_if_due(&self) {
+        let complete = self.cover.complete.load(Ordering::Relaxed);
+        let last = complete.max(self.cover.tried.load(Ordering::Relaxed));
         // A large state is written less often, so that snapshots do not take more than commits.
-        let due = self
-            .limits
-            .snapshot_after
-            .max(self.fold().state.size() as u64)
-            .min(UNCOVERED / 2);
-        if replica.read - last < due {
+        let size = self.fold.read().state.size() as u64;
+        let due = self.scope.limits.snapshot_after.max(size).min(UNCOVERED / 2);
+        if self.read - last < due {
             return;
         }
-        if let Ok(target) = Arc::clone(&replica.target).try_lock_owned() {
-            let (stream, snapshot) = (self.stream.clone(), self.snapshot(replica, target));
+        if let Ok(target) = Arc::clone(&self.target).try_lock_owned() {
+            let (stream, writing) = (self.scope.stream.clone(), self.write(target));
             tokio::spawn(async move {
-                if let Err(error) = snapshot.await {
+                if let Err(error) = writing.await {
                     tracing::warn!(stream, %error, "could not write a snapshot; it will be tried again");
                 }
             });
@@ -91,20 +116,16 @@ impl Changelog {
     }
 
     /// Writes the current fold.
-    fn snapshot(
-        &self,
-        replica: &Replica,
-        mut target: OwnedMutexGuard<Option<usize>>,
-    ) -> impl Future<Output = Result<(), Error>> + use<> {
-        let (fold, mark) = (Arc::clone(&self.fold), replica.read);
-        let action = self.on("write a snapshot of");
-        let (snapshots, cover) = (Arc::clone(&self.snapshots), Arc::clone(&replica.cover));
+    fn write(&self, mut target: OwnedMutexGuard<Option<usize>>) -> impl Future<Output = Result<(), Error>> + use<> {
+        let (fold, mark) = (self.fold.clone(), self.read);
+        let action = self.scope.on("write a snapshot of");
+        let (snapshots, cover) = (Arc::clone(&self.snapshots), Arc::clone(&self.cover));
         cover.tried.store(mark, Ordering::Relaxed);
         async move {
             // A large state takes a while to copy, so this must not block the runtime. The copy may
             // include later entries, which does no harm.
             let copied = tokio::task::spawn_blocking(move || {
-                let copy = fold.read().unwrap_or_else(PoisonError::into_inner).clone();
+                let copy = fold.read().clone();
                 Image::new(&copy)
             });
             let image = copied.await.map_err(|error| Error::unavailable(action, error))?;

@@ -3,20 +3,24 @@
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use essentially_once::{
     NewRecord, Offset, Origin, Record,
-    backend::{Header, Numbering},
+    backend::{FetchBudget, Header, Numbering},
 };
 use lapin::{
     BasicProperties,
     types::{AMQPValue, DecimalValue, FieldTable, ShortString},
 };
 
-use crate::{packed, publisher::Message, tail::OFFSET};
+use super::packed::{self, millis, time};
+use crate::{
+    connection::{deliveries::OFFSET, publisher::Message},
+    options::LogOptions,
+};
 
 /// The prefix of our own headers.
 const OWN: &str = "essentially-once-";
@@ -26,20 +30,35 @@ const SEQUENCE: &str = "essentially-once-sequence";
 const TIME: &str = "essentially-once-time";
 const ORDER: &str = "essentially-once-order";
 
-pub(crate) fn millis(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
-}
-
-pub(crate) fn time(millis: u64) -> SystemTime {
-    UNIX_EPOCH
-        .checked_add(Duration::from_millis(millis))
-        .unwrap_or(UNIX_EPOCH)
+/// The messages of one append.
+pub(crate) fn encode_all(
+    records: &[NewRecord],
+    now: SystemTime,
+    options: &LogOptions,
+    headers_limit: usize,
+) -> Vec<Message> {
+    let Some(packing) = options.packed else {
+        return records
+            .iter()
+            .map(|record| encode(record, now, headers_limit))
+            .collect();
+    };
+    let mut messages = Vec::new();
+    let mut rest = records;
+    while !rest.is_empty() {
+        let mut budget = FetchBudget::of(packing.bytes);
+        let fits = |record: &&NewRecord| budget.admits(record.size());
+        let count = rest.iter().take(packing.records).take_while(fits).count();
+        let (message, after) = rest.split_at(count);
+        messages.push(encode_packed(message, now, options.compressed));
+        rest = after;
+    }
+    messages
 }
 
 /// One message for one record. The record is packed if its key and headers take more than
 /// `headers_limit`.
-pub(crate) fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) -> Message {
+fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) -> Message {
     match headers(record, now).filter(|headers| table_size(headers) <= headers_limit) {
         Some(headers) => Message {
             body: record.payload.clone(),
@@ -50,7 +69,7 @@ pub(crate) fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) 
 }
 
 /// One message for all records.
-pub(crate) fn encode_packed(records: &[NewRecord], now: SystemTime, compress: bool) -> Message {
+fn encode_packed(records: &[NewRecord], now: SystemTime, compress: bool) -> Message {
     Message {
         body: packed::encode(records, now, compress),
         properties: BasicProperties::default().with_content_type(packed::CONTENT_TYPE.into()),

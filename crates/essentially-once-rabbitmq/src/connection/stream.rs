@@ -4,22 +4,27 @@ use std::{collections::BTreeMap, time::Duration};
 
 use essentially_once::Error;
 use lapin::{
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-
 use tokio::time::timeout;
 
-use crate::{
-    connection::{Channel, Connection},
-    error::is_not_found,
+use super::{
+    Channel, Connection,
+    deliveries::{Delivered, Deliveries, attach},
     server::Server,
-    tail::{Delivered, Deliveries},
 };
+use crate::error::is_not_found;
 
 /// How many messages of the last chunk are requested at a time. RabbitMQ 3 sends the whole chunk
 /// regardless.
 const STEP: u16 = 64;
+
+/// The argument that limits a stream's length in bytes.
+pub(crate) const MAX_LENGTH: &str = "x-max-length-bytes";
+
+/// The argument that limits the size of its segments.
+pub(crate) const MAX_SEGMENT: &str = "x-stream-max-segment-size-bytes";
 
 /// The offsets that a stream holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,6 +74,15 @@ pub(crate) async fn declare(
     }
     let options = QueueDeclareOptions::durable();
     ask_for(server, connection, name, options, wanted.into()).await
+}
+
+/// The arguments for retention by length. The broker removes whole segments, so small ones make it
+/// exact.
+pub(crate) fn retention(length: i64, segment: i64) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert(MAX_LENGTH.into(), AMQPValue::LongLongInt(length));
+    arguments.insert(MAX_SEGMENT.into(), AMQPValue::LongLongInt(segment));
+    arguments
 }
 
 /// Fails unless a queue of that name exists.
@@ -139,7 +153,7 @@ pub(crate) async fn ends(server: &Server, connection: &Connection, name: &str) -
             }
         }
     };
-    match timeout(server.options.timeout, asking).await {
+    match timeout(server.timeout, asking).await {
         Ok(ends) => ends,
         Err(_) => Err(Error::unavailable(
             server.on(action(name)),
@@ -242,21 +256,4 @@ fn action(name: &str) -> String {
 /// Returns when the channel has answered all earlier requests.
 async fn answered(channel: &Channel) -> lapin::Result<()> {
     channel.basic_qos(1, BasicQosOptions::default()).await
-}
-
-/// Starts a consumer at that offset or place.
-pub(crate) async fn attach(
-    channel: &Channel,
-    name: &str,
-    offset: AMQPValue,
-    prefetch: u16,
-) -> lapin::Result<Deliveries> {
-    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-stream-offset".into(), offset);
-    let options = BasicConsumeOptions::default();
-    let consumer = channel
-        .basic_consume(name.into(), "".into(), options, arguments)
-        .await?;
-    Ok(Deliveries::new(consumer))
 }

@@ -7,28 +7,29 @@ use essentially_once::Error;
 use lapin::ErrorKind;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::{
-    connection::{Channel, Connection},
-    server::Server,
-};
+use super::{Channel, Connection, endpoint::Endpoint};
 
 /// Connections for one purpose. There is more than one only if the broker allows no more channels
 /// on the others.
-#[derive(Default)]
-pub(crate) struct Shared {
+#[derive(Debug)]
+pub(crate) struct Connections {
+    endpoint: Arc<Endpoint>,
     connections: Mutex<Vec<Arc<Connection>>>,
 }
 
-impl Shared {
+impl Connections {
+    pub(crate) fn new(endpoint: Arc<Endpoint>) -> Self {
+        Self {
+            endpoint,
+            connections: Mutex::default(),
+        }
+    }
+
     /// Opens a channel. Also returns its connection.
-    pub(crate) async fn channel(
-        &self,
-        server: &Server,
-        action: impl Fn() -> String,
-    ) -> Result<(Arc<Connection>, Channel), Error> {
-        let mut connections = self.alive(server).await?;
+    pub(crate) async fn channel(&self, action: impl Fn() -> String) -> Result<(Arc<Connection>, Channel), Error> {
+        let mut connections = self.alive().await?;
         for connection in connections.iter() {
-            let created = server.reply(&action, async {
+            let created = self.endpoint.reply(&action, async {
                 match connection.create_channel().await {
                     Err(error) if matches!(error.kind(), ErrorKind::ChannelsLimitReached) => Ok(None),
                     created => created.map(Some),
@@ -44,25 +45,25 @@ impl Shared {
                 }
             }
         }
-        let connection = Arc::new(server.open_connection().await?);
-        let channel = server.reply(&action, connection.create_channel()).await?;
+        let connection = Arc::new(self.endpoint.open_connection().await?);
+        let channel = self.endpoint.reply(&action, connection.create_channel()).await?;
         connections.push(Arc::clone(&connection));
         Ok((connection, channel))
     }
 
     /// A connection for a few short-lived channels.
-    pub(crate) async fn connection(&self, server: &Server) -> Result<Arc<Connection>, Error> {
-        let mut connections = self.alive(server).await?;
+    pub(crate) async fn connection(&self) -> Result<Arc<Connection>, Error> {
+        let mut connections = self.alive().await?;
         if let Some(connection) = connections.first() {
             return Ok(Arc::clone(connection));
         }
-        let connection = Arc::new(server.open_connection().await?);
+        let connection = Arc::new(self.endpoint.open_connection().await?);
         connections.push(Arc::clone(&connection));
         Ok(connection)
     }
 
-    async fn alive(&self, server: &Server) -> Result<MutexGuard<'_, Vec<Arc<Connection>>>, Error> {
-        let mut connections = server.in_turn(self.connections.lock()).await?;
+    async fn alive(&self) -> Result<MutexGuard<'_, Vec<Arc<Connection>>>, Error> {
+        let mut connections = self.endpoint.in_turn(self.connections.lock()).await?;
         connections.retain(|connection| connection.status().connected());
         Ok(connections)
     }

@@ -4,6 +4,16 @@
 //! runtime that it was started on. On the caller's runtime, a handler that blocks it would stop
 //! both, and the broker would close the connection.
 
+pub(crate) mod connections;
+pub(crate) mod deliveries;
+pub(crate) mod endpoint;
+pub(crate) mod publisher;
+pub(crate) mod server;
+pub(crate) mod stream;
+pub(crate) mod tail;
+#[cfg(feature = "tls")]
+mod tls;
+
 use std::{
     io,
     net::{Shutdown, TcpStream},
@@ -16,11 +26,7 @@ use std::{
     time::Duration,
 };
 
-use lapin::{
-    ConnectionProperties, ConnectionState, ErrorKind,
-    tcp::{AsyncTcpStream, OwnedTLSConfig},
-    uri::{AMQPScheme, AMQPUri},
-};
+use lapin::{ConnectionProperties, ConnectionState, ErrorKind, tcp::AsyncTcpStream, uri::AMQPUri};
 use tokio::{
     runtime::{Builder, Handle},
     sync::oneshot,
@@ -45,6 +51,12 @@ pub(crate) struct Channel {
     inner: lapin::Channel,
 }
 
+/// How to encrypt a connection.
+#[cfg(feature = "tls")]
+pub(crate) type Tls = Option<Arc<rustls::ClientConfig>>;
+#[cfg(not(feature = "tls"))]
+pub(crate) type Tls = ();
+
 /// Why a connection could not be opened.
 pub(crate) enum Refusal {
     /// No answer within the limit.
@@ -57,7 +69,7 @@ impl Connection {
     ///
     /// Dropping the call leaves nothing behind: the attempt continues in the background, and its
     /// connection is closed.
-    pub(crate) async fn open(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<Self, Refusal> {
+    pub(crate) async fn open(uri: AMQPUri, tls: Tls, limit: Duration) -> Result<Self, Refusal> {
         let runtime = runtime().map_err(|error| Refusal::Error(io::Error::other(error).into()))?;
         let (sender, opened) = oneshot::channel();
         runtime.spawn(async move {
@@ -121,7 +133,7 @@ impl Drop for Channel {
     }
 }
 
-async fn attempt(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<Connection, Refusal> {
+async fn attempt(uri: AMQPUri, tls: Tls, limit: Duration) -> Result<Connection, Refusal> {
     let socket = Arc::new(Socket::default());
     match timeout(limit, connect(uri, tls, Arc::clone(&socket))).await {
         Ok(Ok(connection)) => Ok(Connection {
@@ -137,7 +149,7 @@ async fn attempt(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<C
     }
 }
 
-async fn connect(uri: AMQPUri, tls: OwnedTLSConfig, socket: Arc<Socket>) -> lapin::Result<lapin::Connection> {
+async fn connect(uri: AMQPUri, tls: Tls, socket: Arc<Socket>) -> lapin::Result<lapin::Connection> {
     let properties = ConnectionProperties::default().with_connection_name("essentially-once".into());
     // lapin's own recovery stays off: the caller must judge what was in progress when a connection
     // broke.
@@ -151,10 +163,13 @@ async fn connect(uri: AMQPUri, tls: OwnedTLSConfig, socket: Arc<Socket>) -> lapi
             if let AsyncTcpStream::Plain(stream) = &stream {
                 socket.keep(duplicate(stream.get_ref())?)?;
             }
-            Ok(match uri.scheme {
-                AMQPScheme::AMQP => stream,
-                AMQPScheme::AMQPS => stream.into_tls(&uri.authority.host, tls.as_ref()).await?,
-            })
+            // `into_tls` would install a provider of cryptography for the whole process.
+            #[cfg(feature = "tls")]
+            if let Some(config) = tls.clone() {
+                return Ok(stream.into_rustls(&config.into(), &uri.authority.host).await?);
+            }
+            let _ = &tls;
+            Ok(stream)
         },
         properties,
     )

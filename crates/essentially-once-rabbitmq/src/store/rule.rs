@@ -56,6 +56,13 @@ pub(super) trait Change {
     fn apply(self, offset: u64, state: &mut Self::State);
 }
 
+/// For readers that need to know which entries apply, but not the state that they make.
+impl Change for () {
+    type State = ();
+
+    fn apply(self, _: u64, (): &mut ()) {}
+}
+
 /// What became of an entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Verdict {
@@ -165,7 +172,21 @@ impl<S> Fold<S> {
         })
     }
 
-    pub(super) fn is_same_log(&self, log: &LogId) -> bool {
+    /// The same fold without the state.
+    pub(super) fn without_state(&self) -> Fold<()> {
+        Fold {
+            offset: self.offset,
+            revision: self.revision,
+            token: self.token,
+            place: self.place.clone(),
+            owner: self.owner,
+            beats: self.beats,
+            passed: self.passed,
+            state: (),
+        }
+    }
+
+    fn is_same_log(&self, log: &LogId) -> bool {
         self.place.as_ref().is_none_or(|(stored, _)| stored.is_same_log(log))
     }
 

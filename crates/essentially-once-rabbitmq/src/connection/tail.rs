@@ -1,28 +1,20 @@
 //! Follows a stream from an offset on.
 
-use std::{
-    collections::VecDeque,
-    future::poll_fn,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, Waker},
-    time::Duration,
-};
+use std::{collections::VecDeque, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
-use essentially_once::{Error, Offset, backend::LogId};
-use futures_core::Stream as _;
-use lapin::{BasicProperties, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue};
+use essentially_once::{
+    Error, Offset,
+    backend::{Bounds, LogId},
+};
+use lapin::{options::BasicAckOptions, types::AMQPValue};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::{
-    connection::{Channel, Connection},
-    error::not_done,
+use super::{
+    Channel, Connection,
+    deliveries::{Delivered, Deliveries, attach, looking},
     server::Server,
-    stream::{Ends, attach, ends},
+    stream::{Ends, Range, ends},
 };
-
-/// The header in which the broker reports a message's offset.
-pub(crate) const OFFSET: &str = "x-stream-offset";
 
 /// About how many bytes one [`Tail::next`] returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
@@ -42,99 +34,6 @@ const GRACE: Duration = Duration::from_millis(200);
 
 /// The pause before asking a lagging replica again.
 pub(crate) const BEHIND: Duration = Duration::from_millis(100);
-
-/// A message and its offset.
-#[derive(Debug)]
-pub(crate) struct Delivered {
-    pub(crate) offset: u64,
-    pub(crate) properties: BasicProperties,
-    pub(crate) body: Vec<u8>,
-    pub(crate) tag: u64,
-}
-
-/// The messages that the broker sends to a consumer.
-#[derive(Debug)]
-pub(crate) struct Deliveries {
-    consumer: Consumer,
-    /// How the consumer ended. lapin reports the end once and then stays silent.
-    ended: Option<lapin::Result<()>>,
-}
-
-impl Deliveries {
-    pub(crate) fn new(consumer: Consumer) -> Self {
-        Self { consumer, ended: None }
-    }
-
-    /// The messages that have arrived, without waiting.
-    pub(crate) fn take_ready(&mut self, server: &Server, stream: &str) -> Result<Vec<Delivered>, Error> {
-        let mut taken = VecDeque::new();
-        let all = (usize::MAX, usize::MAX);
-        match self.poll_into(&mut taken, all, server, stream, &mut looking()) {
-            Poll::Ready(Err(error)) => Err(error),
-            _ => Ok(taken.into()),
-        }
-    }
-
-    /// Adds up to `max` messages, or about that many bytes. Ready if there are any.
-    fn poll_into(
-        &mut self,
-        taken: &mut VecDeque<Delivered>,
-        (max, max_bytes): (usize, usize),
-        server: &Server,
-        stream: &str,
-        context: &mut Context<'_>,
-    ) -> Poll<Result<(), Error>> {
-        let mut bytes = 0;
-        let action = || server.on(action(stream));
-        while self.ended.is_none() && taken.len() < max && bytes < max_bytes {
-            let delivery = match Pin::new(&mut self.consumer).poll_next(context) {
-                Poll::Ready(Some(Ok(delivery))) => delivery,
-                Poll::Ready(Some(Err(error))) => {
-                    self.ended = Some(Err(error));
-                    break;
-                }
-                Poll::Ready(None) => {
-                    self.ended = Some(Ok(()));
-                    break;
-                }
-                Poll::Pending => break,
-            };
-            let Some(offset) = offset_of(&delivery) else {
-                let why = "a message without an offset arrived, so the queue is not a stream; use the name of a stream";
-                return Poll::Ready(Err(Error::failed(action(), why)));
-            };
-            let delivered = Delivered {
-                offset,
-                properties: delivery.properties,
-                body: delivery.data,
-                tag: delivery.delivery_tag,
-            };
-            bytes += delivered.size();
-            taken.push_back(delivered);
-        }
-        match &self.ended {
-            _ if !taken.is_empty() => Poll::Ready(Ok(())),
-            None => Poll::Pending,
-            Some(Err(error)) => Poll::Ready(Err(not_done(action(), error.clone()))),
-            Some(Ok(())) => {
-                let why = "the broker ended the consumer; the stream was deleted or moved, or its node stops";
-                Poll::Ready(Err(Error::unavailable(action(), why)))
-            }
-        }
-    }
-}
-
-/// For a poll that does not wait.
-fn looking() -> Context<'static> {
-    Context::from_waker(Waker::noop())
-}
-
-fn offset_of(delivery: &Delivery) -> Option<u64> {
-    match delivery.properties.headers().as_ref()?.inner().get(OFFSET)? {
-        AMQPValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
-        _ => None,
-    }
-}
 
 /// A reader of a stream, on its own channel. It ends at the first error.
 pub(crate) struct Tail {
@@ -376,24 +275,6 @@ impl Tail {
     }
 }
 
-impl Delivered {
-    /// The bytes of the message, with its headers.
-    pub(crate) fn size(&self) -> usize {
-        let value = |value: &AMQPValue| match value {
-            AMQPValue::LongString(text) => text.len(),
-            AMQPValue::ByteArray(bytes) => bytes.len(),
-            _ => 8,
-        };
-        let headers = self.properties.headers().as_ref().map_or(0, |headers| {
-            headers
-                .into_iter()
-                .map(|(name, held)| name.as_str().len() + value(held))
-                .sum()
-        });
-        self.body.len() + headers
-    }
-}
-
 /// What `judge` makes of the stream's ends.
 ///
 /// In a cluster, a replica may lag, and one that was just started shows nothing at first. An offset
@@ -404,7 +285,7 @@ async fn unless_behind<T>(
     stream: &str,
     judge: impl Fn(Option<&Ends>) -> Result<T, Error>,
 ) -> Result<(Option<Ends>, T), Error> {
-    believed(server.options.timeout, || ends(server, connection, stream), judge).await
+    believed(server.timeout, || ends(server, connection, stream), judge).await
 }
 
 async fn believed<T, F>(
@@ -447,20 +328,16 @@ fn prefetch_for(size: usize) -> u16 {
 
 /// Whether the stream holds `next`, or ends there.
 fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
-    let (first, end) = ends.map_or((0, 0), |ends| (ends.first.offset, ends.last.offset + 1));
-    let requested = Offset::new(next, 0);
+    let Range { first, end } = Range::of(ends);
+    if (first..=end).contains(&next) {
+        return Ok(());
+    }
+    let bounds = Bounds {
+        earliest: Offset::new(first, 0),
+        end: Offset::new(end, 0),
+    };
     match LogId::new(stream) {
-        _ if (first..=end).contains(&next) => Ok(()),
-        Ok(log) if next < first => Err(Error::Truncated {
-            log,
-            requested,
-            earliest: Offset::new(first, 0),
-        }),
-        Ok(log) => Err(Error::OutOfRange {
-            log,
-            requested,
-            end: Offset::new(end, 0),
-        }),
+        Ok(log) => bounds.check(&log, Offset::new(next, 0)),
         Err(_) => Err(Error::failed(
             format!("read stream {stream} at {next}"),
             format!("it holds offsets from {first} up to {end}"),
@@ -470,6 +347,8 @@ fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use lapin::BasicProperties;
+
     use super::*;
 
     fn ends_of(first: u64, last: u64) -> Ends {

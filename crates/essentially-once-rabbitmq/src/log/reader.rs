@@ -5,14 +5,10 @@ use std::collections::VecDeque;
 use async_trait::async_trait;
 use essentially_once::{
     Error, Offset, Record,
-    backend::{LogId, LogReader},
+    backend::{FetchBudget, LogId, LogReader},
 };
 
-use crate::tail::{Delivered, Tail};
-
-/// The bytes of records, with their headers, that one `next` returns at most, unless a single
-/// record is larger.
-const FETCH_BYTES: usize = 1024 * 1024;
+use crate::connection::{deliveries::Delivered, tail::Tail};
 
 /// Reads a stream. `D` decodes the records of a message.
 pub(crate) struct RabbitReader<D> {
@@ -87,13 +83,13 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> LogReader for Rab
             self.messages.extend(fetched.map_err(|error| self.for_log(error))?);
         };
         // Nothing is awaited from here on, so a dropped call has taken nothing.
-        let mut bytes = first.size();
+        let mut budget = FetchBudget::new();
+        budget.admits(first.size());
         let mut records = vec![first];
         while records.len() < max
             && let Some(record) = self.take()
         {
-            bytes += record.size();
-            if bytes > FETCH_BYTES {
+            if !budget.admits(record.size()) {
                 self.records.push_front(record);
                 break;
             }
