@@ -22,8 +22,8 @@ pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
 /// Whether the broker says that a queue of that name does not exist.
 pub(crate) fn is_not_found(error: &lapin::Error) -> bool {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => {
-            *told.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) && !is_down(told.get_message().as_str())
+        ErrorKind::ProtocolError(reply) => {
+            *reply.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) && !is_down(reply.get_message().as_str())
         }
         _ => false,
     }
@@ -32,7 +32,7 @@ pub(crate) fn is_not_found(error: &lapin::Error) -> bool {
 /// The broker's largest message, if it closed the channel because of a larger one.
 pub(crate) fn message_limit(error: &lapin::Error) -> Option<usize> {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => limit_in(told.get_message().as_str()),
+        ErrorKind::ProtocolError(reply) => limit_in(reply.get_message().as_str()),
         _ => None,
     }
 }
@@ -50,7 +50,7 @@ fn limit_in(message: &str) -> Option<usize> {
 /// pass: trying again is better than giving up.
 fn lasting(error: &lapin::Error) -> Option<&'static str> {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => lasting_reply(told.kind(), told.get_message().as_str()),
+        ErrorKind::ProtocolError(reply) => lasting_reply(reply.kind(), reply.get_message().as_str()),
         #[cfg(feature = "tls")]
         ErrorKind::IOError(error) => tls(error),
         ErrorKind::InvalidProtocolVersion(_) => Some("connect to RabbitMQ 3.9 or later, by AMQP 0-9-1"),
@@ -106,15 +106,8 @@ fn passes(message: &str) -> bool {
 /// Certificate errors last, except for those about dates. Other TLS errors may pass.
 #[cfg(feature = "tls")]
 fn tls(error: &std::io::Error) -> Option<&'static str> {
-    use rustls::{
-        AlertDescription as Alert, CertificateError, Error, InvalidMessage,
-        pki_types::{InvalidDnsNameError, pem},
-    };
+    use rustls::{AlertDescription as Alert, CertificateError, Error, InvalidMessage, pki_types::InvalidDnsNameError};
     let error = error.get_ref()?;
-    let no_pair = Some("check `client_certificate`: it takes a certificate and its own key, in PEM format");
-    if error.is::<pem::Error>() {
-        return no_pair;
-    }
     if error.is::<InvalidDnsNameError>() {
         return Some("no certificate can name the URL's host; name the broker in the URL as its certificate does");
     }
@@ -127,8 +120,8 @@ fn tls(error: &std::io::Error) -> Option<&'static str> {
             | CertificateError::NotValidYetContext { .. },
         ) => None,
         Error::InvalidCertificate(_) => Some(
-            "set `root_certificate` to the authority's (PEM) that signed the broker's certificate, and name the broker in the URL as its \
-             certificate does",
+            "set `add_root_certificate` to the authority (PEM) that signed the broker's certificate, and name the \
+             broker in the URL as its certificate does",
         ),
         Error::AlertReceived(
             Alert::CertificateRequired
@@ -140,7 +133,6 @@ fn tls(error: &std::io::Error) -> Option<&'static str> {
             | Alert::UnknownCA
             | Alert::HandshakeFailure,
         ) => Some("the broker may demand a certificate of an authority that it trusts: set `client_certificate`"),
-        Error::NoCertificatesPresented | Error::InconsistentKeys(_) => no_pair,
         Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
             Some("this port does not speak TLS; use the broker's TLS port, or amqp://")
         }
@@ -169,7 +161,7 @@ fn is_down(message: &str) -> bool {
 
 fn explained(error: &lapin::Error, advice: &str) -> String {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => format!("{}; {advice}", told.get_message()),
+        ErrorKind::ProtocolError(reply) => format!("{}; {advice}", reply.get_message()),
         _ => format!("{error}; {advice}"),
     }
 }

@@ -1,4 +1,5 @@
-//! What only a RabbitMQ log can meet: other clients, retention by segments, alarms, cut and silent connections.
+//! Cases that only a RabbitMQ log has: other clients, retention by segments, alarms, cut and silent
+//! connections.
 
 use std::{
     future::Future,
@@ -22,7 +23,7 @@ use lapin::{
 };
 use test_servers::{Cut, Proxy, RabbitNode, insist};
 
-/// How long a test may take; only what is stuck takes so long.
+/// How long a test may take. Only a stuck test takes this long.
 const LIMIT: Duration = Duration::from_secs(100);
 
 type Test = fn(Arc<RabbitNode>) -> Pin<Box<dyn Future<Output = Outcome>>>;
@@ -187,7 +188,7 @@ async fn readable(node: Arc<RabbitNode>) -> Outcome {
 }
 
 async fn headers(node: Arc<RabbitNode>) -> Outcome {
-    // The second is the least that RabbitMQ lets a client have.
+    // The second URL has the smallest frame that RabbitMQ lets a client have.
     for (round, url) in [node.url(), format!("{}?frame_max=8192", node.url())]
         .iter()
         .enumerate()
@@ -205,7 +206,8 @@ async fn headers(node: Arc<RabbitNode>) -> Outcome {
                 record.header(name(number), vec![b'x'; size])
             })
         };
-        // Many, large, both, and so many that their names and lengths are most of it; also out of order.
+        // Many, large, both, and enough of them that names and lengths are most of the size. Some
+        // are out of order.
         let mut records: Vec<_> = [
             (300, 10),
             (300, 100),
@@ -233,7 +235,7 @@ async fn headers(node: Arc<RabbitNode>) -> Outcome {
     Ok(())
 }
 
-/// The broker drops them when it stores a message, so that a reader cannot know of them.
+/// The broker drops them when it stores a message, so no reader can see them.
 async fn nested(node: Arc<RabbitNode>) -> Outcome {
     let (name, rabbit) = (fresh("nested"), Rabbit::connect(&node.url()).await?);
     let log = rabbit.log(&name).await?;
@@ -262,7 +264,8 @@ async fn nested(node: Arc<RabbitNode>) -> Outcome {
     Ok(())
 }
 
-/// Small records, and then large ones: what was right for the first must not be for the others.
+/// Small records, and then large ones: a prefetch that is right for the first must not be kept for
+/// the others.
 async fn bounded(node: Arc<RabbitNode>) -> Outcome {
     const LARGE: usize = 256 * 1024;
     const FETCH: usize = 1024 * 1024;
@@ -283,7 +286,7 @@ async fn bounded(node: Arc<RabbitNode>) -> Outcome {
         let is_first_large = seen < 12_000 && seen + records.len() >= 12_000;
         seen += records.len();
         if is_first_large {
-            // Nothing more is asked for, and nothing more may come.
+            // Nothing more is requested, so nothing more may arrive.
             let node = Arc::clone(&node);
             let ahead = tokio::task::spawn_blocking(move || unacknowledged(&node)).await??;
             assert!(ahead * LARGE <= 64 * FETCH, "{ahead} messages are sent ahead");
@@ -363,7 +366,7 @@ async fn overtaken(node: Arc<RabbitNode>) -> Outcome {
     log.append(&batch).await?;
     let mut reader = log.read(log.bounds().await?.earliest).await?;
     let mut next = reader.next(1).await?[0].offset.successor();
-    // More than it may be sent ahead.
+    // More than the broker may send ahead.
     for _ in 0..30 {
         log.append(&batch).await?;
     }
@@ -373,7 +376,7 @@ async fn overtaken(node: Arc<RabbitNode>) -> Outcome {
                 assert_eq!(
                     records[0].offset.hi(),
                     next.hi() + 1,
-                    "it went on elsewhere without a word"
+                    "it continued elsewhere without an error"
                 );
                 next = records[records.len() - 1].offset;
             }
@@ -384,12 +387,15 @@ async fn overtaken(node: Arc<RabbitNode>) -> Outcome {
     match error {
         Error::Truncated {
             requested,
-            earliest: told,
+            earliest: reported,
             ..
         } => {
             assert_eq!(requested, next.successor());
-            // The broker goes on removing.
-            assert!(requested < told && told <= earliest, "{told}, and it is {earliest}");
+            // The broker continues to remove records.
+            assert!(
+                requested < reported && reported <= earliest,
+                "reported {reported}, but the earliest is {earliest}"
+            );
             Ok(())
         }
         error => Err(format!("another error: {error}").into()),
@@ -400,7 +406,7 @@ async fn emptied(node: Arc<RabbitNode>) -> Outcome {
     let (name, rabbit) = (fresh("emptied"), Rabbit::connect(&node.url()).await?);
     let log = rabbit.log_with(&name, LogOptions::new().segment_bytes(65_536)).await?;
     let impatient = insist(|| impatient(node.url(), &name)).await?;
-    // It fills the segment, so that the next one is begun behind it.
+    // It fills the segment, so that the next one begins after it.
     log.append(&[NewRecord::new(vec![b'x'; 70_000])]).await?;
     let (policy, pattern) = (name.clone(), format!("^{name}$"));
     tokio::task::spawn_blocking(move || {
@@ -411,7 +417,7 @@ async fn emptied(node: Arc<RabbitNode>) -> Outcome {
     loop {
         match impatient.bounds().await {
             Err(error) if error.is_transient() && error.to_string().contains("retention") => break,
-            // A busy broker may be too slow for it, too.
+            // A busy broker may be too slow to answer, too.
             Err(error) if !error.is_transient() => return Err(format!("another error: {error}").into()),
             Ok(_) | Err(_) => {}
         }
@@ -420,7 +426,7 @@ async fn emptied(node: Arc<RabbitNode>) -> Outcome {
     let earliest = log.bounds().await?.earliest;
     assert!(earliest > Offset::ZERO, "{earliest}");
     match log.read(Offset::ZERO).await {
-        Err(Error::Truncated { earliest: told, .. }) if told == earliest => Ok(()),
+        Err(Error::Truncated { earliest: reported, .. }) if reported == earliest => Ok(()),
         Err(error) => Err(format!("another error: {error}").into()),
         Ok(_) => Err("it was read".into()),
     }
@@ -487,8 +493,8 @@ async fn longest_name(node: Arc<RabbitNode>) -> Outcome {
         .connect(&node.url())
         .await?;
     let (log, store) = (rabbit.log("longest").await?, rabbit.store());
-    // RabbitMQ makes one name of 255 bytes of the virtual host, the stream, and a number. The longest of the store's names
-    // ends in `.snapshots.a`.
+    // RabbitMQ makes one name of 255 bytes of the virtual host, the stream, and a number. The
+    // longest of the store's names ends in `.snapshots.a`.
     let consumer = ConsumerId::new("c".repeat(120))?;
     let revision = Revision::NONE.next_epoch();
     let advance = Advance::new(log.id().clone(), 1.into(), Revision::NONE, revision);
@@ -501,7 +507,7 @@ async fn longest_name(node: Arc<RabbitNode>) -> Outcome {
     Ok(())
 }
 
-/// Streams take all that they can store; a queue with an overflow refuses.
+/// Streams take all that they can store. A queue with an overflow refuses.
 async fn nack(node: Arc<RabbitNode>) -> Outcome {
     let (name, rabbit) = (fresh("full"), Rabbit::connect(&node.url()).await?);
     let (_connection, channel) = plain_client(&node).await?;
@@ -523,7 +529,7 @@ async fn nack(node: Arc<RabbitNode>) -> Outcome {
 }
 
 async fn refused(node: Arc<RabbitNode>) -> Outcome {
-    for (url, told) in [
+    for (url, expected) in [
         (node.url().replace(":guest@", ":sesame@"), "ACCESS_REFUSED"),
         (node.url().replace("%2f", "none"), "vhost none not found"),
     ] {
@@ -534,7 +540,10 @@ async fn refused(node: Arc<RabbitNode>) -> Outcome {
             shown += &format!(" {error} {error:?}");
             cause = error.source();
         }
-        assert!(matches!(error, Error::Failed { .. }) && shown.contains(told), "{shown}");
+        assert!(
+            matches!(error, Error::Failed { .. }) && shown.contains(expected),
+            "{shown}"
+        );
         assert!(!shown.contains("sesame") && !shown.contains("guest"), "{shown}");
     }
     let proxy = Proxy::start(node.port())?;
@@ -548,7 +557,7 @@ fn through(proxy: &Proxy) -> String {
     format!("amqp://guest:guest@127.0.0.1:{}/%2f", proxy.port())
 }
 
-/// A handle that takes the broker for stuck after three seconds.
+/// A handle that considers the broker stuck after three seconds.
 async fn impatient(url: String, log: &str) -> Result<RabbitLog, Error> {
     let options = RabbitOptions::new().timeout(Duration::from_secs(3));
     options
@@ -574,7 +583,7 @@ async fn cut(node: Arc<RabbitNode>) -> Outcome {
         log.append(&[NewRecord::new(format!("after {round}"))]).await?;
     }
     proxy.cut();
-    // Known to be broken before anything is sent on it.
+    // The connection is known to be broken before anything is sent on it.
     while let Err(error) = log.append(&[NewRecord::new("last")]).await {
         assert!(
             matches!(error, Error::Indeterminate { .. } | Error::Unavailable { .. }),
@@ -601,13 +610,13 @@ async fn silent(node: Arc<RabbitNode>) -> Outcome {
     proxy.hold(true);
     let waiting = tokio::time::timeout(Duration::from_secs(60), reader.next(1)).await;
     let error = waiting
-        .map_err(|_| "a reader waits on a dead connection for ever")?
+        .map_err(|_| "a reader waits on a dead connection forever")?
         .err()
         .ok_or("it read")?;
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     let appending = tokio::time::timeout(Duration::from_secs(60), log.append(&[NewRecord::new("lost")])).await;
     let error = appending
-        .map_err(|_| "an append waits on a dead connection for ever")?
+        .map_err(|_| "an append waits on a dead connection forever")?
         .err()
         .ok_or("it was confirmed")?;
     assert!(error.is_transient(), "{error}");
@@ -615,7 +624,7 @@ async fn silent(node: Arc<RabbitNode>) -> Outcome {
     Ok(())
 }
 
-/// On a node of its own: an alarm holds up everyone who publishes.
+/// On its own node, since an alarm blocks everyone who publishes.
 async fn alarm() -> Outcome {
     let node = Arc::new(tokio::task::block_in_place(RabbitNode::start)?);
     let (name, rabbit) = (fresh("alarm"), Rabbit::connect(&node.url()).await?);

@@ -1,4 +1,4 @@
-//! TLS: certificates that are trusted, missing, or another's; and no password in any text.
+//! TLS with certificates that are trusted, missing, or another's, and no password in any text.
 
 mod common;
 
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// An authority, whose brokers are known by number and not by name.
+/// An authority whose certificates name brokers by address, not by name.
 struct Authority {
     keys: test_servers::Authority,
 }
@@ -57,10 +57,10 @@ async fn works(options: RabbitOptions, url: &str) -> Outcome {
     judge(&rabbit, &name, &consumer, MESSAGES).await
 }
 
-/// What a refusal says; it must be one that lasts, and keep the password to itself.
+/// The text of a refusal, which must be lasting and must not contain the password.
 async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
     let url = url.replace("guest:guest@", &format!("guest:{PASSWORD}@"));
-    // Where the broker hangs up, its reason may be lost on the way.
+    // If the broker hangs up, its reason may be lost on the way.
     match timeout(LIMIT, insist(|| options.clone().connect(&url))).await {
         Ok(Err(error @ Error::Failed { .. })) => {
             let mut said = format!("{error} {error:?} {options:?}");
@@ -73,7 +73,7 @@ async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
             Ok(error.to_string())
         }
         Ok(other) => Err(format!("it should be refused: {other:?}").into()),
-        Err(_) => Err("it is tried for ever".into()),
+        Err(_) => Err("it is tried forever".into()),
     }
 }
 
@@ -105,10 +105,10 @@ async fn the_broker_must_have_a_trusted_certificate() -> Outcome {
     let plain = node.url().replace("amqp:", "amqps:");
     let text = refusal(authority.trusted(), &plain).await?;
     ensure!(text.contains("does not speak TLS"), "{text}");
-    // TLS does not change what a wrong password means.
+    // TLS does not change the meaning of a wrong password.
     let text = refusal(authority.trusted(), &url).await?;
     ensure!(text.contains("check the URL's user, password"), "{text}");
-    // Certificates mean that TLS is wanted.
+    // Certificates require TLS.
     let plain = authority.trusted().connect(&node.url()).await;
     ensure!(matches!(plain, Err(Error::InvalidSetting { .. })), "{plain:?}");
     Ok(())

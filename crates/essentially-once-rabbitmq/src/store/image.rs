@@ -95,7 +95,7 @@ impl Chunk {
         let (id, offset) = (reader.u128()?, reader.u64()?);
         let (index, count) = (reader.u32()?, reader.u32()?);
         let checksum = reader.u32()?;
-        let part = reader.rest();
+        let part = reader.rest().clone();
         if index >= count || crc32fast::hash(&part) != checksum {
             return Err("it is damaged");
         }

@@ -113,6 +113,8 @@ impl RabbitStore {
     /// about 96 bytes for each. At most 256 MiB, which is the default. A `put` or commit that would
     /// exceed it fails with [`Error::Failed`]. State that is already larger can still be read and
     /// deleted.
+    ///
+    /// With a limit over 256 MiB, every call fails with [`Error::InvalidSetting`].
     #[must_use]
     pub fn state_limit(mut self, bytes: usize) -> Self {
         self.limits.state = bytes;
@@ -123,6 +125,8 @@ impl RabbitStore {
     /// background. 8 MiB by default. Each entry counts a kilobyte more than its size. If the state
     /// is larger than this, the size of the state counts instead, up to 64 MiB. Fewer bytes make
     /// starting faster and cost more writing.
+    ///
+    /// With more than 64 MiB, every call fails with [`Error::InvalidSetting`].
     ///
     /// A snapshot that fails is tried again later. If snapshots keep failing until 128 MiB of
     /// changelog are not covered, commits wait for one and fail with its error. The broker's

@@ -198,3 +198,29 @@ pub(super) fn nothing_done(error: Error) -> Error {
         error => error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_out_of_bounds_are_refused() {
+        let limits = Limits::new(usize::MAX);
+        assert!(limits.check().is_ok());
+        let state = Limits {
+            state: STATE_MAX + 1,
+            ..limits
+        };
+        let snapshots = Limits {
+            snapshot_after: SNAPSHOT_AFTER_MAX + 1,
+            ..limits
+        };
+        for (limits, wrong) in [(state, "state_limit"), (snapshots, "snapshot_after")] {
+            let refused = limits.check();
+            assert!(
+                matches!(refused, Err(Error::InvalidSetting { setting, .. }) if setting == wrong),
+                "{refused:?}"
+            );
+        }
+    }
+}

@@ -148,8 +148,8 @@ impl Change for StateChange {
     }
 }
 
-/// The fold of one handle. It is always a true prefix of the changelog, and only the handle's reader
-/// changes it.
+/// The fold of one handle. It is always a true prefix of the changelog, and only the handle's
+/// reader changes it.
 #[derive(Clone, Default)]
 pub(super) struct SharedFold {
     inner: Arc<Watched>,

@@ -51,14 +51,15 @@ impl RabbitTx {
         &self.changelog.scope.consumer
     }
 
-    /// Sends a record if this transaction commits. It is then in the log [`RabbitStore::sent`](super::RabbitStore::sent) of
-    /// this consumer, in the order of commits and calls. Nobody sees a record of a transaction that
-    /// did not commit, or that lost to another.
+    /// Sends a record if this transaction commits. It is then in the log
+    /// [`RabbitStore::sent`](super::RabbitStore::sent) of this consumer, in the order of commits
+    /// and calls. Nobody sees a record of a transaction that did not commit, or that lost to
+    /// another.
     ///
     /// # Errors
     /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit),
-    /// and for one that no longer fits the transaction; see [`RabbitStore`](super::RabbitStore). The transaction stays
-    /// as it was.
+    /// and for one that no longer fits the transaction; see
+    /// [`RabbitStore`](super::RabbitStore). The transaction stays as it was.
     pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
         record.check_size(self.changelog.scope.value_limit())?;
         let staged = self.staged + packed::size_bound(&record);

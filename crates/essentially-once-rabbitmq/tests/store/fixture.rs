@@ -52,7 +52,7 @@ fn bytes(digits: &str) -> Vec<u8> {
     (0..digits.len()).step_by(2).map(byte).collect()
 }
 
-/// Writes what one stream of a fixture holds to another stream.
+/// Copies one stream of a fixture to another stream.
 pub(crate) async fn copy(fixture: &'static str, stranger: &Stranger, from: &str, to: &str) {
     for message in messages(fixture, from) {
         stranger.publish_with(to, &message.body, message.properties).await;
