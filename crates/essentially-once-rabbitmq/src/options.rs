@@ -3,12 +3,8 @@
 use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use essentially_once::{Error, backend::Retention};
-use lapin::types::{AMQPValue, FieldTable};
 
-use crate::{
-    connection::stream::{MAX_LENGTH, MAX_SEGMENT},
-    store::names,
-};
+use crate::store::names;
 
 /// The bounds of [`RabbitOptions::timeout`].
 const TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(24 * 60 * 60);
@@ -201,7 +197,7 @@ fn invalid(setting: &'static str, reason: String) -> Result<(), Error> {
 #[derive(Clone, Debug, Default)]
 pub struct LogOptions {
     pub(crate) existing: bool,
-    retention: Retention,
+    pub(crate) retention: Retention,
     segment_bytes: Option<u64>,
     pub(crate) packed: Option<Packing>,
     pub(crate) compressed: bool,
@@ -265,7 +261,7 @@ impl LogOptions {
     }
 
     /// The segment size to ask for, if it is not the default.
-    fn segment(&self) -> Option<u64> {
+    pub(crate) fn segment(&self) -> Option<u64> {
         let quarter = self.retention.bytes.map(|max| (max / 4).max(LEAST_SEGMENT));
         self.segment_bytes
             .or(quarter.filter(|quarter| *quarter < USUAL_SEGMENT))
@@ -295,22 +291,6 @@ impl LogOptions {
             return invalid("retention", reason);
         }
         Ok(())
-    }
-
-    pub(crate) fn arguments(&self) -> FieldTable {
-        let mut arguments = FieldTable::default();
-        let bytes = |bytes: u64| AMQPValue::LongLongInt(i64::try_from(bytes).unwrap_or(i64::MAX));
-        if let Some(age) = self.retention.age {
-            let age = format!("{}s", age.as_secs());
-            arguments.insert("x-max-age".into(), AMQPValue::LongString(age.into()));
-        }
-        if let Some(max) = self.retention.bytes {
-            arguments.insert(MAX_LENGTH.into(), bytes(max));
-        }
-        if let Some(segment) = self.segment() {
-            arguments.insert(MAX_SEGMENT.into(), bytes(segment));
-        }
-        arguments
     }
 }
 

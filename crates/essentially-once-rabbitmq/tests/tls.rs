@@ -90,6 +90,10 @@ async fn the_broker_must_have_a_trusted_certificate() -> Outcome {
     let node = authority.start("ssl_options.fail_if_no_peer_cert = false")?;
     let url = tls_url(&node)?;
     works(authority.trusted(), &url).await?;
+    ensure!(
+        rustls::crypto::CryptoProvider::get_default().is_none(),
+        "the library installed a provider for the whole process"
+    );
     for options in [options(), Authority::new()?.trusted()] {
         let text = refusal(options, &url).await?;
         ensure!(

@@ -11,7 +11,6 @@ use super::{Channel, Connection, endpoint::Endpoint};
 
 /// Connections for one purpose. There is more than one only if the broker allows no more channels
 /// on the others.
-#[derive(Debug)]
 pub(crate) struct Connections {
     endpoint: Arc<Endpoint>,
     connections: Mutex<Vec<Arc<Connection>>>,

@@ -1,6 +1,7 @@
 //! A broker and the connections to it.
 
 use std::{
+    fmt,
     ops::Deref,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -16,7 +17,6 @@ use super::{
 use crate::{error::message_limit, options::RabbitOptions};
 
 /// A broker or cluster, and the shared connections to it.
-#[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) options: RabbitOptions,
     endpoint: Arc<Endpoint>,
@@ -32,7 +32,6 @@ pub(crate) struct Server {
 }
 
 /// A limit, and the connection on which the broker named it.
-#[derive(Debug)]
 struct Learned {
     limit: usize,
     connection: Arc<Connection>,
@@ -92,6 +91,13 @@ impl Deref for Server {
 
     fn deref(&self) -> &Endpoint {
         &self.endpoint
+    }
+}
+
+/// Shows the address only: the connections know the user.
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.endpoint.fmt(f)
     }
 }
 

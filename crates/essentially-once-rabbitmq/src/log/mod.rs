@@ -16,6 +16,7 @@ use essentially_once::{
     Error, Log, NewRecord, Offset,
     backend::{Bounds, Durability, LogId, LogReader},
 };
+use lapin::types::{AMQPValue, FieldTable};
 
 use self::{
     codec::{decode, encode_all},
@@ -26,7 +27,7 @@ use crate::{
         deliveries::Delivered,
         publisher::Publisher,
         server::Server,
-        stream::{self, Ends},
+        stream::{self, Ends, MAX_LENGTH, MAX_SEGMENT},
         tail::Tail,
     },
     options::LogOptions,
@@ -106,7 +107,7 @@ impl RabbitLog {
         let connection = server.asking.connection().await?;
         let found = match options.existing {
             true => stream::require(&server, &connection, name).await,
-            false => stream::declare(&server, &connection, name, options.arguments()).await,
+            false => stream::declare(&server, &connection, name, arguments(&options)).await,
         };
         server.asking.used(&connection, found).await?;
         Ok(Self {
@@ -118,6 +119,23 @@ impl RabbitLog {
             }),
         })
     }
+}
+
+/// The arguments that declare a log's stream.
+fn arguments(options: &LogOptions) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    let bytes = |bytes: u64| AMQPValue::LongLongInt(i64::try_from(bytes).unwrap_or(i64::MAX));
+    if let Some(age) = options.retention.age {
+        let age = format!("{}s", age.as_secs());
+        arguments.insert("x-max-age".into(), AMQPValue::LongString(age.into()));
+    }
+    if let Some(max) = options.retention.bytes {
+        arguments.insert(MAX_LENGTH.into(), bytes(max));
+    }
+    if let Some(segment) = options.segment() {
+        arguments.insert(MAX_SEGMENT.into(), bytes(segment));
+    }
+    arguments
 }
 
 /// The bounds of a stream with these first and last messages.

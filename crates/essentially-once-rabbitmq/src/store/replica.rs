@@ -128,7 +128,7 @@ impl Replica {
         Ok(verdict)
     }
 
-    /// Leaves its connection to others no longer, after an error.
+    /// Ends it after an error. Nothing new opens a channel on its connection.
     pub(super) async fn discard(self) {
         self.scope.server.reading.forget(&self.tail.connection).await;
     }
