@@ -1,6 +1,6 @@
 //! How to connect, and how to open a log.
 
-use std::{fmt, ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, time::Duration};
 
 use essentially_once::{Error, backend::Retention};
 
@@ -54,8 +54,8 @@ pub(crate) struct Pem(pub(crate) Vec<u8>);
 
 /// Hides the contents, which may be a key.
 #[cfg(feature = "tls")]
-impl fmt::Debug for Pem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl std::fmt::Debug for Pem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Pem(..)")
     }
 }
@@ -234,7 +234,7 @@ impl LogOptions {
     }
 
     /// The size of segments (`x-stream-max-segment-size-bytes`), from 64 KiB to 3 GB. By default
-    /// 500 MB, or a quarter of [`max_bytes`](Self::max_bytes) if that is less.
+    /// 500 MB, or a quarter of [`max_bytes`](Retention::max_bytes) if that is less.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);

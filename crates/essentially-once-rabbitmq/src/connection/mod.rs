@@ -55,7 +55,7 @@ pub(crate) struct Channel {
 #[cfg(feature = "tls")]
 pub(crate) type Tls = Option<Arc<rustls::ClientConfig>>;
 #[cfg(not(feature = "tls"))]
-pub(crate) type Tls = ();
+pub(crate) type Tls = Option<Arc<std::convert::Infallible>>;
 
 /// Why a connection could not be opened.
 pub(crate) enum Refusal {

@@ -114,6 +114,6 @@ fn tls(options: &RabbitOptions, is_tls: bool) -> Result<Tls, Error> {
 fn tls(_: &RabbitOptions, is_tls: bool) -> Result<Tls, Error> {
     match is_tls {
         true => Err(invalid_url("this build has no TLS; enable the crate's feature `tls`")),
-        false => Ok(()),
+        false => Ok(None),
     }
 }
