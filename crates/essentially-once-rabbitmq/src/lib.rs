@@ -54,6 +54,7 @@ mod store;
 use std::sync::Arc;
 
 use essentially_once::Error;
+pub use essentially_once::backend::Retention;
 
 use crate::connection::server::Server;
 pub use crate::{
