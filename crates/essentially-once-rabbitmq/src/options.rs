@@ -79,7 +79,7 @@ impl RabbitOptions {
     }
 
     /// How long to wait for a connection, for each reply and confirm, and for other calls that must
-    /// finish first. From 1 millisecond to 1 day; 10 seconds by default.
+    /// finish first. From 1 millisecond to 1 day; other values are refused. 10 seconds by default.
     ///
     /// Every call of a log or store on a broker that does not answer ends within twice this time.
     /// The exception is `next`, which waits for records and only asks the broker after a while.

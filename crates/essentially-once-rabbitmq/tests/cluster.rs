@@ -108,7 +108,7 @@ async fn until_replicas(cluster: &RabbitCluster, streams: &[String], count: usiz
         };
         Ok(match streams.iter().all(up) {
             true => Ok(()),
-            false => Err(format!("not {count} replicas of each: {seen}")),
+            false => Err(format!("a stream does not have {count} replicas: {seen}")),
         })
     })
     .await

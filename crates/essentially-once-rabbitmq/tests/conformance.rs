@@ -78,12 +78,13 @@ impl Harness for RabbitHarness {
         capabilities.truncate = Support::Yes;
         capabilities.truncate_all = Support::No("a stream keeps its last segment");
         capabilities.recreate = Support::Yes;
-        capabilities.delete = Support::No("a stream has no incarnation: one of the same name is the same log");
+        capabilities.delete = Support::No("a stream has no incarnation, so one of the same name is the same log");
         capabilities.delete_record = Support::No("a stream is removed from its front only");
         capabilities.refuse = Support::No("a broker that is short of disk or memory refuses connections, not messages");
         capabilities.wire = Support::Yes;
-        capabilities.native = Support::No("what is native is sending within a commit, which tests/store covers");
-        capabilities.commits_are_cheap = Support::No("each commit is a message that is confirmed and read back");
+        capabilities.native =
+            Support::No("the only native operation is sending within a commit, which tests/store covers");
+        capabilities.commits_are_cheap = Support::No("each commit is one message, confirmed and read back");
         capabilities.paced_rounds = 300;
         capabilities.log_name_bytes = 180;
         capabilities.read_state = Support::Yes;

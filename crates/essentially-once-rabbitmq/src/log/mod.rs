@@ -34,7 +34,7 @@ use crate::{
     store::names,
 };
 
-/// How long a replica may show nothing after its start, until its leader tells it what is
+/// How long a replica may show nothing after its start, until its leader reports what is
 /// committed.
 const SHOWS: Duration = Duration::from_millis(250);
 

@@ -1,7 +1,7 @@
 //! What the fault tests share: cases, records that are sent until they are stored, an observable
 //! handler, and the verdict.
 
-#![allow(dead_code, reason = "each target uses a part of it")]
+#![allow(dead_code, reason = "every test target uses only a part of it")]
 
 use std::{
     collections::BTreeSet,
@@ -272,7 +272,10 @@ impl Running {
 
     /// The error that it ends with on its own.
     pub(crate) async fn fails(self) -> Result<Error, Source> {
-        match timeout(LIMIT, self.task).await.map_err(|_| "the consumer goes on")?? {
+        match timeout(LIMIT, self.task)
+            .await
+            .map_err(|_| "the consumer did not end")??
+        {
             Err(error) => Ok(error),
             Ok(report) => Err(format!("it ended without an error: {report}").into()),
         }
@@ -292,7 +295,7 @@ pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, mes
     let last = sent.last();
     ensure!(
         missing.is_empty() && sent.len() as u64 == messages,
-        "of {messages} messages the log lacks {missing:?}, and its last is {last:?}"
+        "the log lacks {missing:?} of {messages} messages, and its last is {last:?}"
     );
     agree(&records, &store, consumer).await
 }

@@ -85,7 +85,7 @@ pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
     let held = (sending.sent(), running.seen().handled);
     running.resets(before.resets + 2).await?;
     let still = (sending.sent(), running.seen().handled);
-    ensure!(still == held, "something passed: {held:?}, then {still:?}");
+    ensure!(still == held, "a commit passed: {held:?}, then {still:?}");
     watermark("0.4")?;
     sending.sends(20).await?;
     running.handles(sending.sent()).await?;

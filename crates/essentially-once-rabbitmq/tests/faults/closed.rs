@@ -34,10 +34,7 @@ pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
     a_reader_that_takes_nothing_is_told(&node).await?;
     // A consumer that waited in the meantime handles everything.
     let closed = closed_channels(&node)?;
-    ensure!(
-        closed == 1,
-        "the broker closed {closed} channels, and not that one alone"
-    );
+    ensure!(closed == 1, "the broker closed {closed} channels instead of one");
     send(&log, 21..30).await?;
     running.handles(30).await?;
     ensure!(running.seen().resets == 0, "{:?}", running.seen());

@@ -39,7 +39,7 @@ pub(crate) async fn connections_cut_amid_appends_and_commits() -> Outcome {
     let (messages, failed) = sending.stop().await?;
     let report = running.stop().await?;
     ensure!(failed >= 2 * ROUNDS, "only {failed} appends failed");
-    ensure!(report.duplicates > 0, "nothing came twice: {report}");
+    ensure!(report.duplicates > 0, "no record was sent twice: {report}");
     // Not through the proxies.
     judge(&options().connect(&url(node.port())).await?, &name, &consumer, messages).await
 }

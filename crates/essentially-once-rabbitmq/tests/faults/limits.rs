@@ -68,7 +68,7 @@ pub(crate) async fn a_record_too_large_for_the_broker_says_nothing_about_others(
         .iter()
         .filter(|small| stored.iter().any(|record| record.payload == small.as_bytes()))
         .collect();
-    ensure!(lies.is_empty(), "said not to be appended, and in the log: {lies:?}");
+    ensure!(lies.is_empty(), "reported as not appended, but in the log: {lies:?}");
     Ok(())
 }
 

@@ -34,12 +34,12 @@ pub(crate) async fn bounded(node: Arc<RabbitNode>) -> Outcome {
             let node = Arc::clone(&node);
             let ahead = tokio::task::spawn_blocking(move || unacknowledged(&node)).await??;
             assert!(ahead * LARGE <= 64 * FETCH, "{ahead} messages are sent ahead");
-            assert!(ahead > 0, "the count is of something else");
+            assert!(ahead > 0, "nothing was sent ahead, so the count is wrong");
         }
     }
     let last = log.append(&[NewRecord::new(vec![b'x'; 2 * FETCH])]).await;
     last?;
-    assert_eq!(reader.next(usize::MAX).await?.len(), 1, "a single one may be larger");
+    assert_eq!(reader.next(usize::MAX).await?.len(), 1, "a single record may be larger");
     Ok(())
 }
 

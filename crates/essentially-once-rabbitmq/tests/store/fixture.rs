@@ -17,7 +17,7 @@ pub(crate) struct Message {
 pub(crate) fn messages(fixture: &'static str, stream: &str) -> Vec<Message> {
     let all = fixture.trim().split("\n\n").map(parse);
     let messages: Vec<_> = all.filter(|message| message.stream == stream).collect();
-    assert!(!messages.is_empty(), "the fixture holds no stream {stream}");
+    assert!(!messages.is_empty(), "the fixture has no stream {stream}");
     messages
 }
 
@@ -33,7 +33,7 @@ fn parse(block: &'static str) -> Message {
                 headers.insert(name.into(), AMQPValue::LongString(bytes(value).into()));
             }
             "body" => body = bytes(value),
-            _ => panic!("a line that is not known: {line}"),
+            _ => panic!("an unknown line: {line}"),
         }
     }
     let mut properties = BasicProperties::default().with_headers(headers);

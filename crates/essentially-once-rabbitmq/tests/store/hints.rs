@@ -82,7 +82,7 @@ async fn shown() -> Result<(), Violation> {
     };
     timeout(Duration::from_secs(30), sees)
         .await
-        .map_err(|_| Violation::new("the active one does not see its own beats"))??;
+        .map_err(|_| Violation::new("the active instance does not see its own beats"))??;
     // A stranger's hints have no effect.
     place.store().await?.beat(&shipping(), OTHER).await?;
     place.store().await?.release(&shipping(), OTHER).await?;
@@ -192,10 +192,7 @@ async fn silent() -> Result<(), Violation> {
     standby.release(&nobody, OWNER).await?;
     assert_eq!(standby.pulse(&nobody).await?, Pulse::default());
     let stream = format!("{}.nobody.changelog", place.prefix);
-    assert!(
-        !place.stranger().await.sees(&stream).await,
-        "to look has created {stream}"
-    );
+    assert!(!place.stranger().await.sees(&stream).await, "looking created {stream}");
     Ok(())
 }
 

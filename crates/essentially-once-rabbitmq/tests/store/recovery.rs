@@ -130,7 +130,7 @@ async fn lost() -> Result<(), Violation> {
     assert_eq!(
         emptied.position(&shipping()).await?,
         None,
-        "nothing tells that there was something"
+        "no error although the state is gone"
     );
     // It builds on two missing entries.
     stranger.publish(&place.changelog(), &third).await;
