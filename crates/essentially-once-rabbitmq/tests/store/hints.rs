@@ -161,7 +161,7 @@ async fn covered() -> Result<(), Violation> {
                 match end.await {
                     Ok(end) if end > Offset::ZERO => return Ok::<_, Error>(()),
                     Ok(_) | Err(Error::Failed { .. }) => {}
-                    // RabbitMQ 3.10 may answer with INTERNAL_ERROR while the stream is being declared.
+                    // RabbitMQ 3.10 may answer with INTERNAL_ERROR while the stream is declared.
                     Err(error) if error.is_transient() => {}
                     Err(error) => return Err(error),
                 }
