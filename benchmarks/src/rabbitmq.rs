@@ -9,19 +9,17 @@ use std::{
 };
 
 use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
-use essentially_once_rabbitmq::{
-    LogOptions, Rabbit, RabbitLog,
-    lapin::{
-        self, BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
-        options::{
-            BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
-            QueueDeclareOptions,
-        },
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog};
 use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite};
 use futures_util::StreamExt as _;
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+        QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
 use tempfile::TempDir;
 use test_servers::RabbitNode;
 
@@ -104,7 +102,9 @@ impl Contest for Node {
     fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
         let path = self.path();
         let options = match row.label.as_str() {
-            APPEND_PACKED | CONSUME_PACKED => LogOptions::new().packed(BATCH, 1024 * 1024),
+            APPEND_PACKED | CONSUME_PACKED => {
+                LogOptions::new().packed(Packing::new().max_records(BATCH).max_bytes(1024 * 1024))
+            }
             _ => LogOptions::new(),
         };
         self.runtime.block_on(async {

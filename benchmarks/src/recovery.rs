@@ -47,7 +47,7 @@ pub(crate) fn measure(rounds: u32) -> Result<()> {
 async fn recoveries(url: &str, keys: u64, commits: u64, rounds: u32) -> Result<Vec<f64>> {
     let consumer = ConsumerId::new(format!("keys-{keys}-{commits}"))?;
     // Takes no snapshot except the one requested below.
-    let store = Rabbit::connect(url).await?.store().snapshot_after(u64::MAX);
+    let store = Rabbit::connect(url).await?.store().snapshot_after(64 * 1024 * 1024);
     let mut revision = Revision::NONE;
     for first in (0..keys).step_by(CHUNK as usize) {
         let last = (first + CHUNK).min(keys);

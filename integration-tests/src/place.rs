@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use essentially_once::{Error, Log, backend::Source};
-use essentially_once_rabbitmq::{LogOptions, Rabbit};
+use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use serde::{Deserialize, Serialize};
@@ -132,7 +132,7 @@ impl Address {
             Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(name).await?),
             Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(name).await?),
             Self::RabbitmqPacked(url) => {
-                let options = LogOptions::new().packed(16, 64 * 1024);
+                let options = LogOptions::new().packed(Packing::new().max_records(16).max_bytes(64 * 1024));
                 Arc::new(Rabbit::connect(url).await?.log_with(name, options).await?)
             }
         })

@@ -1,4 +1,4 @@
-//! What an error of the client library says about what happened.
+//! Sorts lapin's errors: did it happen, and is it worth trying again?
 
 use essentially_once::Error;
 use lapin::{
@@ -6,7 +6,7 @@ use lapin::{
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
 };
 
-/// The failure of something that changes nothing, or that was not begun.
+/// The failure of an action that changes nothing, or that did not begin.
 pub(crate) fn not_done(action: String, error: lapin::Error) -> Error {
     match lasting(&error) {
         Some(advice) => Error::failed(action, explained(&error, advice)),
@@ -14,31 +14,31 @@ pub(crate) fn not_done(action: String, error: lapin::Error) -> Error {
     }
 }
 
-/// The failure of something that may have been done.
+/// The failure of an action that may have happened.
 pub(crate) fn in_doubt(action: String, error: lapin::Error) -> Error {
     Error::indeterminate(action, error)
 }
 
-/// Whether the broker knows no queue of that name.
+/// Whether the broker says that a queue of that name does not exist.
 pub(crate) fn is_not_found(error: &lapin::Error) -> bool {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => {
-            *told.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) && !is_down(told.get_message().as_str())
+        ErrorKind::ProtocolError(reply) => {
+            *reply.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) && !is_down(reply.get_message().as_str())
         }
         _ => false,
     }
 }
 
-/// The largest message that the broker takes, if it closed the channel because of a larger one.
+/// The broker's largest message, if it closed the channel because of a larger one.
 pub(crate) fn message_limit(error: &lapin::Error) -> Option<usize> {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => limit_in(told.get_message().as_str()),
+        ErrorKind::ProtocolError(reply) => limit_in(reply.get_message().as_str()),
         _ => None,
     }
 }
 
-/// Reads "message size 300000 is larger than configured max size 200000"; the broker leaves out "configured" where the
-/// limit is the largest that it knows.
+/// Reads "message size 300000 is larger than configured max size 200000". The broker omits
+/// "configured" if the limit is the highest possible one.
 fn limit_in(message: &str) -> Option<usize> {
     let (_, behind) = message.split_once("is larger than ")?;
     let (_, limit) = behind.split_once("max size ")?;
@@ -46,11 +46,11 @@ fn limit_in(message: &str) -> Option<usize> {
     limit[..digits].parse().ok()
 }
 
-/// What a user can do about it, if it does not pass by itself. An unknown error may pass: to give up
-/// is worse than to try again.
+/// What a user can do about an error that does not pass on its own. An unknown error is assumed to
+/// pass: trying again is better than giving up.
 fn lasting(error: &lapin::Error) -> Option<&'static str> {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => lasting_reply(told.kind(), told.get_message().as_str()),
+        ErrorKind::ProtocolError(reply) => lasting_reply(reply.kind(), reply.get_message().as_str()),
         #[cfg(feature = "tls")]
         ErrorKind::IOError(error) => tls(error),
         ErrorKind::InvalidProtocolVersion(_) => Some("connect to RabbitMQ 3.9 or later, by AMQP 0-9-1"),
@@ -60,9 +60,10 @@ fn lasting(error: &lapin::Error) -> Option<&'static str> {
     }
 }
 
-/// As [`lasting`], of what the broker replied.
+/// As [`lasting`], for a reply of the broker.
 fn lasting_reply(kind: &AMQPErrorKind, message: &str) -> Option<&'static str> {
-    // Whatever the code: an unreachable leader, for instance, is "not found" or "precondition failed".
+    // The text decides before the code. An unreachable leader, for instance, is "not found" or
+    // "precondition failed".
     if passes(message) {
         return None;
     }
@@ -72,10 +73,10 @@ fn lasting_reply(kind: &AMQPErrorKind, message: &str) -> Option<&'static str> {
         }
         AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => Some("it does not exist, or was deleted"),
         AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
-            Some("it exists with other arguments: ask for the same ones, or choose another name")
+            Some("it exists with other arguments; use the same ones, or choose another name")
         }
         AMQPErrorKind::Soft(AMQPSoftError::CONTENTTOOLARGE) => {
-            Some("raise `max_message_size` of the broker, or send less at a time")
+            Some("raise `max_message_size` of the broker, or send smaller messages")
         }
         AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED | AMQPHardError::INVALIDPATH) => {
             Some("check the URL's virtual host and the user's rights to it")
@@ -85,14 +86,16 @@ fn lasting_reply(kind: &AMQPErrorKind, message: &str) -> Option<&'static str> {
     }
 }
 
-/// Whether the broker's words say that it is as it is only for now.
+/// Whether the broker's text describes a temporary state.
 fn passes(message: &str) -> bool {
     is_down(message)
         || [
-            // Limits: of connections, channels or queues, per node, virtual host or user. Others come and go.
+            // Limits of connections, channels or queues, per node, virtual host or user. Others
+            // come and go.
             "is reached",
             "has reached",
-            // A channel on which nothing was acknowledged for too long ends so; another one is as good as new.
+            // The broker ends a channel without acknowledgements after a while. A new channel
+            // works.
             "delivery acknowledgement",
             "unknown delivery tag",
         ]
@@ -100,23 +103,16 @@ fn passes(message: &str) -> bool {
         .any(|passing| message.contains(passing))
 }
 
-/// What is wrong with certificates does not pass, but for their time; other failures of TLS may.
+/// Certificate errors last, except for those about dates. Other TLS errors may pass.
 #[cfg(feature = "tls")]
 fn tls(error: &std::io::Error) -> Option<&'static str> {
-    use rustls::{
-        AlertDescription as Alert, CertificateError, Error, InvalidMessage,
-        pki_types::{InvalidDnsNameError, pem},
-    };
+    use rustls::{AlertDescription as Alert, CertificateError, Error, InvalidMessage, pki_types::InvalidDnsNameError};
     let error = error.get_ref()?;
-    let no_pair = Some("check `client_certificate`: it takes a certificate and its own key, in PEM format");
-    if error.is::<pem::Error>() {
-        return no_pair;
-    }
     if error.is::<InvalidDnsNameError>() {
-        return Some("the URL's host can be no certificate's: name the broker as its certificate does");
+        return Some("no certificate can name the URL's host; name the broker in the URL as its certificate does");
     }
     match error.downcast_ref()? {
-        // Clocks are set, and certificates renewed, while services run.
+        // Clocks get set and certificates renewed while services run.
         Error::InvalidCertificate(
             CertificateError::Expired
             | CertificateError::ExpiredContext { .. }
@@ -124,8 +120,8 @@ fn tls(error: &std::io::Error) -> Option<&'static str> {
             | CertificateError::NotValidYetContext { .. },
         ) => None,
         Error::InvalidCertificate(_) => Some(
-            "set `root_certificate` to the authority's (PEM) that signed the broker's certificate, and name the broker in the URL as its \
-             certificate does",
+            "set `add_root_certificate` to the authority (PEM) that signed the broker's certificate, and name the \
+             broker in the URL as its certificate does",
         ),
         Error::AlertReceived(
             Alert::CertificateRequired
@@ -137,15 +133,14 @@ fn tls(error: &std::io::Error) -> Option<&'static str> {
             | Alert::UnknownCA
             | Alert::HandshakeFailure,
         ) => Some("the broker may demand a certificate of an authority that it trusts: set `client_certificate`"),
-        Error::NoCertificatesPresented | Error::InconsistentKeys(_) => no_pair,
         Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
-            Some("what answers does not speak TLS: use the broker's port for TLS, or amqp://")
+            Some("this port does not speak TLS; use the broker's TLS port, or amqp://")
         }
         _ => None,
     }
 }
 
-/// Whether it exists, and some node that it needs does not run, or not yet.
+/// Whether the queue exists but a node that it needs does not run, or not yet.
 fn is_down(message: &str) -> bool {
     [
         "down or inaccessible",
@@ -166,7 +161,7 @@ fn is_down(message: &str) -> bool {
 
 fn explained(error: &lapin::Error, advice: &str) -> String {
     match error.kind() {
-        ErrorKind::ProtocolError(told) => format!("{}; {advice}", told.get_message()),
+        ErrorKind::ProtocolError(reply) => format!("{}; {advice}", reply.get_message()),
         _ => format!("{error}; {advice}"),
     }
 }
@@ -183,8 +178,8 @@ mod tests {
         ErrorKind::ProtocolError(AMQPError::new(kind.into(), message.into())).into()
     }
 
-    /// Can it pass by itself? Every reply code and every kind of error that the library has, and of
-    /// RabbitMQ's words those that decide.
+    /// Covers every reply code, every kind of error that lapin has, and those texts of RabbitMQ
+    /// that decide.
     #[test]
     fn every_error_is_sorted_by_whether_it_passes() {
         use AMQPHardError as Hard;
@@ -230,7 +225,7 @@ mod tests {
             ),
             reply(Hard::CONNECTIONFORCED, "user 'shop' was deleted"),
             reply(Hard::RESOURCEERROR, "no file handles"),
-            // A connection that lost its place; the next one begins anew.
+            // The connection lost its place. The next one starts fresh.
             reply(Hard::FRAMEERROR, "type 3, first 16 octets"),
             reply(Hard::SYNTAXERROR, ""),
             reply(Hard::COMMANDINVALID, "unimplemented method"),
@@ -299,7 +294,7 @@ mod tests {
             io(io::ErrorKind::ConnectionReset),
             io(io::ErrorKind::ConnectionAborted),
             io(io::ErrorKind::TimedOut),
-            // No such host: a name server may be down, or not know it yet.
+            // No such host: the name server may be down, or may not know the host yet.
             io::Error::other("failed to lookup address information: Name or service not known").into(),
         ];
         for error in passing {

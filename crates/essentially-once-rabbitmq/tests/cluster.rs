@@ -1,4 +1,4 @@
-//! A cluster of three nodes of which one is stopped and another killed.
+//! A cluster of three nodes, of which one is stopped and another killed.
 
 mod common;
 
@@ -19,7 +19,7 @@ async fn a_node_stopped_and_a_node_killed_lose_nothing() -> Outcome {
     let cluster = block_in_place(|| RabbitCluster::start(3))?;
     let [first, second] = [0, 1].map(|node: usize| url(cluster.nodes()[node].port()));
     let (rabbit, other) = (connect(&first).await?, connect(&second).await?);
-    // The node that is asked to declare a stream leads it: the log's leader will be killed.
+    // The node that declares a stream leads it, so the leader of the log is the one killed.
     let elsewhere = insist(|| other.log("orders")).await?;
     let log = insist(|| rabbit.log("orders")).await?;
     let mut sending = Sending::start(log.clone());
@@ -78,7 +78,7 @@ fn changelog(consumer: &ConsumerId) -> String {
     format!("essentially-once.{consumer}.changelog")
 }
 
-/// Records are appended, handled and committed.
+/// Appends, handles and commits records.
 async fn moves_on(store: &RabbitStore, consumer: &ConsumerId, sending: &mut Sending, running: &mut Running) -> Outcome {
     let position = || async {
         let position = insist(|| store.position(consumer)).await?;
@@ -96,7 +96,7 @@ async fn moves_on(store: &RabbitStore, consumer: &ConsumerId, sending: &mut Send
     Ok(())
 }
 
-/// Waits until each of the streams has so many replicas that are up.
+/// Waits until each stream has this many replicas that are up.
 async fn until_replicas(cluster: &RabbitCluster, streams: &[String], count: usize) -> Outcome {
     let arguments = ["-q", "list_queues", "name", "online", "--no-table-headers"];
     eventually(|| async {
@@ -108,7 +108,7 @@ async fn until_replicas(cluster: &RabbitCluster, streams: &[String], count: usiz
         };
         Ok(match streams.iter().all(up) {
             true => Ok(()),
-            false => Err(format!("not {count} replicas of each: {seen}")),
+            false => Err(format!("a stream does not have {count} replicas: {seen}")),
         })
     })
     .await

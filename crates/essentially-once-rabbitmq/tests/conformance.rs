@@ -1,4 +1,5 @@
-//! RabbitMQ streams under the conformance cases of the test kit: as log and store with a message per record, and as a log that packs.
+//! RabbitMQ streams under the conformance cases of the test kit: as log and store with one message
+//! per record, and as a log that packs records.
 
 use std::{
     process::ExitCode,
@@ -10,21 +11,19 @@ use essentially_once::{
     Error, Log, NewRecord, Offset, async_trait,
     backend::{Bounds, Durability, LogId, LogReader, Source},
 };
-use essentially_once_rabbitmq::{
-    LogOptions, Rabbit, RabbitLog, RabbitOptions, RabbitStore,
-    lapin::{
-        BasicProperties, Channel, Connection, ConnectionProperties,
-        options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog, RabbitOptions, RabbitStore};
 use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support};
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
+};
 use test_servers::{RabbitNode, eventually};
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
 
-/// These kill the broker, and so get one of their own.
+/// These cases kill the broker, so each gets a broker of its own.
 const RESTARTING: [&str; 6] = [
     "l1_appended_records_survive_a_restart",
     "l7_a_failed_append_tells_the_truth",
@@ -48,7 +47,9 @@ fn main() -> ExitCode {
         options,
         store,
     };
-    let packed = LogOptions::new().packed(1_000, 64 * 1024).compressed();
+    let packed = LogOptions::new()
+        .packed(Packing::new().max_bytes(64 * 1024))
+        .compressed();
     suite
         .backend("rabbitmq", harness(LogOptions::new(), Support::Yes))
         .backend(
@@ -77,12 +78,13 @@ impl Harness for RabbitHarness {
         capabilities.truncate = Support::Yes;
         capabilities.truncate_all = Support::No("a stream keeps its last segment");
         capabilities.recreate = Support::Yes;
-        capabilities.delete = Support::No("a stream has no incarnation: one of the same name is the same log");
+        capabilities.delete = Support::No("a stream has no incarnation, so one of the same name is the same log");
         capabilities.delete_record = Support::No("a stream is removed from its front only");
         capabilities.refuse = Support::No("a broker that is short of disk or memory refuses connections, not messages");
         capabilities.wire = Support::Yes;
-        capabilities.native = Support::No("what is native is sending within a commit, which tests/store covers");
-        capabilities.commits_are_cheap = Support::No("each commit is a message that is confirmed and read back");
+        capabilities.native =
+            Support::No("the only native operation is sending within a commit, which tests/store covers");
+        capabilities.commits_are_cheap = Support::No("each commit is one message, confirmed and read back");
         capabilities.paced_rounds = 300;
         capabilities.log_name_bytes = 180;
         capabilities.read_state = Support::Yes;
@@ -114,7 +116,8 @@ impl Harness for RabbitHarness {
             shared: OnceCell::new(),
             proxy: OnceCell::new(),
             case: namespace.to_owned(),
-            // Short, so that names of 200 bytes fit into those of the store's streams, of which RabbitMQ takes some 230 bytes.
+            // Short, so that names of 200 bytes fit into those of the store's streams, of which
+            // RabbitMQ takes about 230 bytes.
             prefix: format!("{namespace:.6}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
         })
@@ -123,11 +126,12 @@ impl Harness for RabbitHarness {
 
 struct Streams {
     node: Arc<RabbitNode>,
-    /// What all handles share in the cases that open hundreds; in the others they meet in the broker only, as processes do.
+    /// Shared by all handles in the cases that open hundreds. In the others, handles meet only in
+    /// the broker, as processes do.
     shared: OnceCell<Rabbit>,
-    /// Started by the cases that cut connections; handles opened from then on go through it.
+    /// Started by the cases that cut connections. Handles opened later go through it.
     proxy: OnceCell<Proxy>,
-    /// The namespace that was asked for.
+    /// The requested namespace.
     case: String,
     prefix: String,
     options: LogOptions,
@@ -138,7 +142,8 @@ impl Streams {
         format!("{}{log}", self.prefix)
     }
 
-    /// Retention removes whole segments: the cases for it get one for every message or two, which come one by one.
+    /// Retention removes whole segments. The retention cases fill a segment with every message or
+    /// two, and append them one at a time.
     fn truncates(&self) -> bool {
         self.case.starts_with("l5_below") || self.case.starts_with("l5_retention_that")
     }
@@ -157,7 +162,7 @@ impl Streams {
     }
 
     async fn rabbit(&self) -> Result<Rabbit, Error> {
-        // So long a replica might be behind, before something is past the end.
+        // A replica might lag this long before an offset is past the end.
         let timeout = if self.case.starts_with("l5_") { 3 } else { 10 };
         let options = RabbitOptions::new()
             .record_limit(RECORD_LIMIT)
@@ -173,7 +178,7 @@ impl Streams {
         }
     }
 
-    /// With segments that a message or two fill: fewer bytes than this crate offers.
+    /// With segments that a message or two fill. They are smaller than this crate allows.
     async fn declare_tiny(&self, stream: &str) -> Result<(), Source> {
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
@@ -185,7 +190,7 @@ impl Streams {
         Ok(())
     }
 
-    /// What any client does that does not know this crate.
+    /// What a client does that does not know this crate.
     async fn publish(&self, log: &str, body: &[u8], properties: BasicProperties) -> Result<(), Source> {
         let (_connection, channel) = self.as_someone_else().await?;
         let (stream, options) = (self.stream(log), BasicPublishOptions::default());
@@ -242,7 +247,7 @@ impl Backend for Streams {
         let (stream, opened) = (self.stream(log), self.open(log).await?);
         let earliest = opened.bounds().await?.earliest;
         let segments = segments(&self.node, &stream)?;
-        // The segment that `before` is in begins at it or earlier.
+        // The segment with `before` begins at or before it.
         let begin = segments
             .iter()
             .map(|(first, _)| *first)
@@ -282,8 +287,8 @@ impl Backend for Streams {
         Ok(())
     }
 
-    /// What a message is published with: class, method and exchange, and the stream as its key. Of a changelog's entries, those
-    /// that are commits.
+    /// The bytes that publish a message: class, method and exchange, with the stream as routing
+    /// key. In a changelog, only those of commits.
     async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
         let pattern = match request {
             Request::Append => {
@@ -342,7 +347,8 @@ fn segments(node: &RabbitNode, stream: &str) -> Result<Vec<(u64, u64)>, Source> 
     Ok(found)
 }
 
-/// Appends a record at a time: each is confirmed before the next is sent, so that each is a chunk of its own.
+/// Appends one record at a time. Each is confirmed before the next is sent, so that each is a chunk
+/// of its own.
 struct OneByOne(RabbitLog);
 
 #[async_trait]

@@ -1,4 +1,4 @@
-//! TLS: certificates that are trusted, missing, or another's; and no password in any text.
+//! TLS with certificates that are trusted, missing, or another's, and no password in any text.
 
 mod common;
 
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// An authority, whose brokers are known by number and not by name.
+/// An authority whose certificates name brokers by address, not by name.
 struct Authority {
     keys: test_servers::Authority,
 }
@@ -33,7 +33,7 @@ impl Authority {
     }
 
     fn trusted(&self) -> RabbitOptions {
-        options().root_certificate(self.keys.root.as_str())
+        options().add_root_certificate(self.keys.root.as_str())
     }
 
     fn start(&self, settings: &str) -> Result<RabbitNode, Source> {
@@ -57,10 +57,10 @@ async fn works(options: RabbitOptions, url: &str) -> Outcome {
     judge(&rabbit, &name, &consumer, MESSAGES).await
 }
 
-/// What a refusal says; it must be one that lasts, and keep the password to itself.
+/// The text of a refusal, which must be lasting and must not contain the password.
 async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
     let url = url.replace("guest:guest@", &format!("guest:{PASSWORD}@"));
-    // Where the broker hangs up, its reason may be lost on the way.
+    // If the broker hangs up, its reason may be lost on the way.
     match timeout(LIMIT, insist(|| options.clone().connect(&url))).await {
         Ok(Err(error @ Error::Failed { .. })) => {
             let mut said = format!("{error} {error:?} {options:?}");
@@ -73,8 +73,16 @@ async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
             Ok(error.to_string())
         }
         Ok(other) => Err(format!("it should be refused: {other:?}").into()),
-        Err(_) => Err("it is tried for ever".into()),
+        Err(_) => Err("it is tried forever".into()),
     }
+}
+
+/// A bad certificate is refused before anything is sent.
+async fn refuses_setting(wrong: &str, options: RabbitOptions, url: &str) -> Outcome {
+    let refused = options.connect(url).await;
+    let is_refused = matches!(&refused, Err(Error::InvalidSetting { setting, .. }) if *setting == wrong);
+    ensure!(is_refused, "{refused:?}");
+    Ok(())
 }
 
 async fn the_broker_must_have_a_trusted_certificate() -> Outcome {
@@ -82,27 +90,29 @@ async fn the_broker_must_have_a_trusted_certificate() -> Outcome {
     let node = authority.start("ssl_options.fail_if_no_peer_cert = false")?;
     let url = tls_url(&node)?;
     works(authority.trusted(), &url).await?;
-    for options in [
-        options(),
-        Authority::new()?.trusted(),
-        options().root_certificate("garbage"),
-    ] {
+    ensure!(
+        rustls::crypto::CryptoProvider::get_default().is_none(),
+        "the library installed a provider for the whole process"
+    );
+    for options in [options(), Authority::new()?.trusted()] {
         let text = refusal(options, &url).await?;
         ensure!(
             text.contains("root_certificate") && text.contains("127.0.0.1"),
             "{text}"
         );
     }
-    // Trusted, and another's.
+    let garbage = options().add_root_certificate("garbage");
+    refuses_setting("add_root_certificate", garbage, &url).await?;
+    // The certificate is trusted but names another host.
     let text = refusal(authority.trusted(), &url.replace("127.0.0.1", "localhost")).await?;
     ensure!(text.contains("name the broker in the URL"), "{text}");
     let plain = node.url().replace("amqp:", "amqps:");
     let text = refusal(authority.trusted(), &plain).await?;
     ensure!(text.contains("does not speak TLS"), "{text}");
-    // TLS does not change what a wrong password means.
+    // TLS does not change the meaning of a wrong password.
     let text = refusal(authority.trusted(), &url).await?;
     ensure!(text.contains("check the URL's user, password"), "{text}");
-    // Certificates mean that TLS is wanted.
+    // Certificates require TLS.
     let plain = authority.trusted().connect(&node.url()).await;
     ensure!(matches!(plain, Err(Error::InvalidSetting { .. })), "{plain:?}");
     Ok(())
@@ -112,21 +122,27 @@ async fn a_certificate_can_be_demanded_of_clients() -> Outcome {
     let authority = Authority::new()?;
     let node = authority.start("ssl_options.fail_if_no_peer_cert = true")?;
     let url = tls_url(&node)?;
-    let shows = |certificate: &str, key: &str| authority.trusted().client_certificate(certificate, key);
+    let shows = |certificate: &str, key: &str| authority.trusted().client_certificate(certificate).client_key(key);
     let (client, stranger) = (&authority.keys.client, Authority::new()?.keys.client);
     works(shows(&client.certificate, &client.key), &url).await?;
-    for options in [
-        authority.trusted(),
-        shows(&stranger.certificate, &stranger.key),
-        shows(&client.certificate, &stranger.key),
-        shows(&client.certificate, "garbage"),
-        shows("garbage", &client.key),
-    ] {
+    for options in [authority.trusted(), shows(&stranger.certificate, &stranger.key)] {
         let text = refusal(options, &url).await?;
         ensure!(
             text.contains("client_certificate") && text.contains("127.0.0.1"),
             "{text}"
         );
+    }
+    for (setting, options) in [
+        ("client_certificate", shows(&client.certificate, &stranger.key)),
+        ("client_key", shows(&client.certificate, "garbage")),
+        ("client_certificate", shows("garbage", &client.key)),
+        (
+            "client_certificate",
+            authority.trusted().client_certificate(client.certificate.as_str()),
+        ),
+        ("client_key", authority.trusted().client_key(client.key.as_str())),
+    ] {
+        refuses_setting(setting, options, &url).await?;
     }
     Ok(())
 }

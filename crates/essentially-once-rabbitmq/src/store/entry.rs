@@ -4,23 +4,25 @@ use bytes::{BufMut as _, Bytes};
 use essentially_once::backend::{Owner, Passed, Revision};
 
 use super::{
-    fold::{Commit, Token},
+    rule::{Commit, Token},
     state::{Sent, StateChange},
     wire::{Decoded, Reader, put_bytes, put_log, put_numbering, put_offset, put_revision, put_window},
 };
-use crate::packed;
+use crate::log::packed;
 
-/// What every entry begins with, in this version and all that may come.
+/// The first bytes of every entry, in this version and all later ones.
 const MAGIC: &[u8] = b"eo-entry";
-/// Of commits. A version before 0.2 stops at the first one of version 2, and says which it is.
+/// The version of commits. A version before 0.2 stops at the first commit of version 2, and names
+/// the version.
 const VERSION: u8 = 2;
-/// Of marks, which every version reads; and of commits written before 0.2, which had neither epochs nor owners.
+/// The version of marks, which every version reads, and of commits written before 0.2, without
+/// epochs and owners.
 const FIRST_VERSION: u8 = 1;
 
 const COMMIT: u8 = 1;
 const MARK: u8 = 2;
 
-/// What a changelog holds.
+/// An entry of a changelog.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[expect(
     clippy::large_enum_variant,
@@ -28,7 +30,7 @@ const MARK: u8 = 2;
 )]
 pub(super) enum Entry {
     Commit(Commit<StateChange>),
-    /// Changes nothing: whoever wrote it and reads it back has read everything that was there before.
+    /// Changes nothing. A reader that gets its own mark back has read everything before it.
     Mark(Token),
 }
 
@@ -40,9 +42,11 @@ pub(super) enum Entry {
 )]
 pub(super) enum Parsed {
     Entry(Entry),
-    /// Does not begin as an entry does: someone else's. Every version of this crate says so of it, so every reader passes over it.
+    /// A message of another program, since it does not begin like an entry. Every version of this
+    /// crate decides alike, so every reader ignores it.
     Foreign,
-    /// Begins as an entry does and cannot be read, for this reason. Passing over it could mean to miss a commit.
+    /// Begins like an entry but cannot be decoded, for this reason. Ignoring it could lose a
+    /// commit.
     Unreadable(&'static str),
 }
 
@@ -87,12 +91,12 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
     out
 }
 
-/// 0 for none: nobody draws it.
+/// 0 means none: nobody draws it.
 pub(super) fn put_owner(out: &mut Vec<u8>, owner: Option<Owner>) {
     out.put_u128(owner.map_or(0, Owner::get));
 }
 
-/// No bytes for none.
+/// No bytes mean none.
 pub(super) fn put_passed(out: &mut Vec<u8>, passed: Option<Passed>) {
     let encoded = passed.map(|passed| passed.encode());
     put_bytes(out, encoded.as_ref().map_or(&[], |bytes| &bytes[..]));
@@ -127,7 +131,7 @@ fn decode(bytes: Bytes) -> Decoded<Entry> {
     let mut reader = Reader::new(bytes);
     let version = reader.u8()?;
     if !(FIRST_VERSION..=VERSION).contains(&version) {
-        return Err("it was written by another version of this crate; use that one or a later one");
+        return Err("it was written by another version of this crate; use that version or a later one");
     }
     let (kind, token) = (reader.u8()?, reader.u128()?);
     let entry = match kind {
@@ -177,7 +181,7 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
             sent: match reader.u8()? {
                 0 => None,
                 1 => Some(decode_sent(reader)?),
-                _ => return Err("what it sends is neither there nor absent"),
+                _ => return Err("the flag of its sent records is neither 0 nor 1"),
             },
         },
     })
@@ -190,7 +194,7 @@ fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
     };
     match packed::decode(0, &sent.packed) {
         Ok(_) => Ok(sent),
-        Err(_) => Err("the records that it sends are damaged"),
+        Err(_) => Err("its sent records are damaged"),
     }
 }
 

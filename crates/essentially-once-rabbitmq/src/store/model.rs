@@ -1,7 +1,7 @@
-//! The rule under a model checker: every order in which two writers, a network that delays and loses, crashes, snapshots and
-//! retention can play together, with the very [`Fold`] that the store uses.
+//! The rule under a model checker: every order of events of two writers, a network that delays and
+//! loses messages, crashes, snapshots and retention, with the same [`Fold`] that the store uses.
 //!
-//! The mutants show that the checker would notice: each breaks one thing, and each must be found.
+//! The mutants show that the checker finds mistakes: each breaks one thing, and each must be found.
 
 mod mutants;
 
@@ -13,9 +13,9 @@ use essentially_once::{
 };
 use stateright::{Checker, Model, Property};
 
-use super::fold::{Change, Commit, Fold, Hint, Missing, Token, Verdict};
+use super::rule::{Change, Commit, Fold, Hint, Missing, Token, Verdict};
 
-/// A state that remembers what was applied, in order.
+/// A state that lists the applied changes in order.
 type Applied = Vec<u8>;
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -35,13 +35,13 @@ type Apply = fn(&mut Fold<Applied>, u64, Entry) -> Result<Verdict, Missing>;
 /// The system, and how it may be broken.
 struct System {
     apply: Apply,
-    /// Added to the offset that a snapshot says it reaches up to.
+    /// Added to the offset that a snapshot claims.
     snapshot_shift: u64,
     /// Whether a confirm alone counts as success.
     trusts_confirms: bool,
-    /// Whether retention also removes what no complete snapshot covers.
+    /// Whether retention also removes entries that no complete snapshot covers.
     trims_at_will: bool,
-    /// Whether a reader that was overtaken by retention goes on where the stream now begins.
+    /// Whether a reader overtaken by retention continues at the stream's new beginning.
     jumps: bool,
     publishes: u8,
     snapshots: u8,
@@ -65,7 +65,7 @@ impl System {
     }
 }
 
-/// What a changelog holds.
+/// An entry of the changelog.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Item {
     Commit(Entry),
@@ -80,7 +80,7 @@ impl Item {
         }
     }
 
-    /// What a reader makes of it.
+    /// Lets a reader read it.
     fn read(self, apply: Apply, fold: &mut Fold<Applied>, offset: u64) -> Result<Option<Verdict>, Missing> {
         match self {
             Self::Commit(commit) => apply(fold, offset, commit).map(Some),
@@ -94,7 +94,7 @@ impl Item {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 struct World {
-    /// The changelog; what is before `first` was removed, and is kept here to compare with.
+    /// The changelog. Entries before `first` were removed, and are kept here for comparison.
     entries: Vec<Item>,
     first: usize,
     /// Published, and not yet in the changelog.
@@ -102,9 +102,9 @@ struct World {
     writers: [Writer; 2],
     /// Taken, and not yet complete.
     begun: Vec<Fold<Applied>>,
-    /// The newest complete snapshot; older ones are of no use any more.
+    /// The newest complete snapshot. Older ones are useless.
     newest: Fold<Applied>,
-    /// What a writer reported as committed.
+    /// The commits that writers reported.
     acknowledged: Vec<u8>,
     /// A recovery found something missing.
     lost: bool,
@@ -117,7 +117,7 @@ struct World {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 struct Writer {
     fold: Option<Fold<Applied>>,
-    /// Its entry that it waits for.
+    /// The entry that it waits for.
     own: Option<Token>,
     /// Whether a commit of its session was acknowledged.
     has_committed: bool,
@@ -127,16 +127,16 @@ struct Writer {
 enum Action {
     Recover(usize),
     Publish(usize),
-    /// It gives the position up, whoever has it.
+    /// It gives the position up, whether or not it owns it.
     Release(usize),
     Read(usize),
-    /// The time-out has passed: indeterminate.
+    /// The timeout has passed: indeterminate.
     GiveUp(usize),
     Crash(usize),
     BeginSnapshot(usize),
     /// An entry arrives, in any order.
     Land(usize),
-    /// It never does.
+    /// An entry never arrives.
     Vanish(usize),
     CompleteSnapshot(usize),
     AbandonSnapshot(usize),
@@ -145,7 +145,7 @@ enum Action {
 }
 
 impl World {
-    /// What a reader knows that begins with this fold, and reads to the end.
+    /// The fold of a reader that starts with this fold and reads to the end.
     fn read_on(&self, apply: Apply, mut fold: Fold<Applied>) -> Option<Fold<Applied>> {
         let unread = self.entries.get(fold.offset as usize..)?;
         for (offset, entry) in (fold.offset..).zip(unread) {
@@ -154,7 +154,7 @@ impl World {
         Some(fold)
     }
 
-    /// The revisions of the entries that apply, as their writers chose them.
+    /// The revisions of the applied entries, as their writers chose them.
     fn applied(&self, apply: Apply) -> Vec<Revision> {
         let mut fold = Fold::default();
         let mut applied = Vec::new();
@@ -169,7 +169,7 @@ impl World {
         applied
     }
 
-    /// What one knows who saw everything.
+    /// The fold of a reader that saw everything.
     fn truth(&self, apply: Apply) -> Option<Fold<Applied>> {
         self.read_on(apply, Fold::default())
     }
@@ -240,7 +240,7 @@ impl Model for System {
                 let token = Token::from(world.published);
                 let writer = &mut world.writers[index];
                 let fold = writer.fold.as_ref()?;
-                // As the core chooses them: whoever has begun anew opens an epoch.
+                // As the core chooses them: a new session opens an epoch.
                 let revision = match writer.has_committed {
                     false => fold.revision.next_epoch(),
                     true => fold.revision.next_count(),
@@ -366,7 +366,7 @@ impl System {
         let mut offset = fold.offset as usize;
         if offset < world.first {
             if !self.jumps {
-                // As the store does on a hole: it forgets what it has, and recovers.
+                // As the store does at a hole: forget the fold and recover.
                 *writer = Writer::default();
                 return;
             }
@@ -394,7 +394,7 @@ impl System {
     }
 }
 
-/// The owner by whose number a writer commits; that of no token.
+/// The owner by whose number a writer commits. No token equals it.
 fn owner(writer: usize) -> Owner {
     Owner::new(1_000 + writer as u128)
 }

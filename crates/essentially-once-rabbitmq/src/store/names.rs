@@ -1,13 +1,14 @@
-//! What the streams of the store are called: `<prefix>.<consumer>.<kind>`, with every dot of the prefix doubled.
+//! Names of the store's streams: `<prefix>.<consumer>.<kind>`, with every dot of the prefix
+//! doubled.
 //!
-//! So the first odd run of dots ends with the one behind the prefix: a consumer's name begins with a letter or digit.
-//! Without the doubling, prefix `shop` with consumer `eu.billing` would share streams with prefix `shop.eu` and consumer
-//! `billing`, and did up to version 0.1.
+//! A consumer's name begins with a letter or digit, so the first odd run of dots ends with the dot
+//! after the prefix. Without the doubling, prefix `shop` with consumer `eu.billing` would share
+//! streams with prefix `shop.eu` and consumer `billing`, as it did up to version 0.1.
 
 use essentially_once::{ConsumerId, Error, backend::LogId};
 
-/// What the name of a stream may take. A queue may take 255 bytes, but RabbitMQ puts the names of virtual host and stream and a
-/// number of 19 digits into one name of that length.
+/// The longest name of a stream, in bytes. A queue name may have 255 bytes, but RabbitMQ puts the
+/// names of virtual host and stream and a number of 19 digits into one name of that length.
 const NAME_MAX: usize = 255 - "_".len() * 2 - 19;
 
 /// What a name is for.
@@ -16,7 +17,7 @@ pub(crate) enum Kind {
     Changelog,
     SnapshotsA,
     SnapshotsB,
-    /// Not a stream: how positions in a log of records sent name it.
+    /// Not a stream: the name of the log of sent records in positions.
     Sent,
 }
 
@@ -54,13 +55,13 @@ pub(super) fn check_length(prefix: &str, vhost: &str, consumer: &ConsumerId) -> 
     Err(Error::InvalidSetting {
         setting: "prefix",
         reason: format!(
-            "together with the consumer's name {consumer} it makes stream names of {length} bytes (a dot in the prefix counts twice), \
-             and RabbitMQ takes {most} in the virtual host {vhost}"
+            "together with the consumer's name {consumer} it makes stream names of {length} bytes (a dot in the prefix counts \
+             twice), and RabbitMQ takes {most} in the virtual host {vhost}; choose a shorter prefix"
         ),
     })
 }
 
-/// How many bytes the name of a stream may have in that virtual host.
+/// The longest name of a stream in that virtual host, in bytes.
 pub(crate) fn most_bytes(vhost: &str) -> usize {
     NAME_MAX.saturating_sub(vhost.len())
 }
@@ -69,13 +70,13 @@ pub(super) fn name(prefix: &str, consumer: &ConsumerId, kind: Kind) -> String {
     format!("{}.{consumer}{}", prefix.replace('.', ".."), kind.suffix())
 }
 
-/// What version 0.1 called the changelog, if that was another name.
+/// The name of the changelog in version 0.1, if it differs.
 pub(super) fn old_changelog(prefix: &str, consumer: &ConsumerId) -> Option<String> {
     let old = || format!("{prefix}.{consumer}{}", Kind::Changelog.suffix());
     prefix.contains('.').then(old)
 }
 
-/// The prefix, the consumer and the kind of a name, if it is one of ours.
+/// The prefix, consumer and kind of a name, if it is one of ours.
 pub(crate) fn parse(name: &str) -> Option<(String, ConsumerId, Kind)> {
     let kind = Kind::ALL.into_iter().find(|kind| name.ends_with(kind.suffix()))?;
     let name = &name[..name.len() - kind.suffix().len()];
@@ -97,7 +98,7 @@ mod tests {
 
     use super::*;
 
-    /// Names of few letters, so that many pairs meet; some look like the suffixes.
+    /// Names with few letters, so that many pairs collide. Some look like the suffixes.
     fn text() -> impl Strategy<Value = String> {
         "[ab](\\.{1,3}|[ab]|\\.changelog|\\.snapshots|\\.sent){0,5}"
     }

@@ -1,39 +1,37 @@
-//! Where snapshots are kept: two streams, by turns.
+//! The two streams that hold snapshots, used in turns.
 //!
-//! A snapshot is never written to the stream that holds the newest one. So snapshots that are begun and not completed, say by a
-//! process that crashes over and over, can push out of their stream only what is not needed.
+//! A snapshot is never written to the stream that holds the newest one. Incomplete snapshots, say
+//! of a process that crashes over and over, can therefore push only older snapshots out of their
+//! stream.
 
 use std::sync::Arc;
 
 use essentially_once::{ConsumerId, Error};
-use lapin::{
-    BasicProperties,
-    types::{AMQPValue, FieldTable},
-};
 
 use super::{
-    fold::Fold,
+    image::{Added, Assembly, CHUNK, CHUNK_HEAD, Chunk, Image, Whole},
     names::{self, Kind},
-    snapshot::{Added, Assembly, CHUNK, CHUNK_HEAD, Chunk, Image, Whole},
+    rule::Fold,
     state::State,
     wire::Decoded,
 };
-use crate::{
-    connection::Connection,
+use crate::connection::{
+    Connection,
     publisher::{Message, Publisher},
     server::Server,
-    stream::{self, Range},
+    stream::{self, Range, retention},
     tail::Tail,
 };
 
-/// Room for a few snapshots of the largest state there may be, since several processes may write at the same time.
+/// Room for a few snapshots of the largest state, since several processes may write at the same
+/// time.
 const LENGTH: i64 = 1024 * 1024 * 1024;
 const SEGMENT: i64 = 64 * 1024 * 1024;
 
-/// With smaller ones a snapshot would be mostly heads.
+/// With smaller chunks, a snapshot would be mostly headers.
 const LEAST_CHUNK: usize = 1024;
 
-/// Chunks that are sent before the first is confirmed.
+/// Chunks that are published before the first is confirmed.
 const BATCH: usize = 8;
 
 /// The snapshots of one consumer.
@@ -42,22 +40,22 @@ pub(super) struct Snapshots {
     streams: [String; 2],
 }
 
-/// A complete snapshot, and which of the two streams it was found in.
+/// A complete snapshot, and the stream that holds it.
 pub(super) struct Found {
     pub(super) fold: Fold<State>,
     pub(super) stream: usize,
 }
 
-/// What some of a stream's messages hold.
+/// The content of a range of a snapshot stream.
 #[derive(Default)]
 struct Scan {
-    /// The newest snapshot that is complete.
+    /// The newest complete snapshot.
     newest: Option<Fold<State>>,
-    /// How many chunks the longest has of which any were seen.
+    /// The number of chunks of the longest snapshot of which any were seen.
     longest: u32,
-    /// The highest offset of the changelog that any is said to reach up to.
+    /// The highest changelog offset of any chunk.
     reach: u64,
-    /// A newer one that has to be read by itself: its number, what it reaches up to, and where it begins.
+    /// A newer snapshot that must be read alone: its id, its changelog offset, and where it begins.
     scattered: Option<(u128, u64, u64)>,
 }
 
@@ -76,7 +74,8 @@ impl Snapshots {
         }
     }
 
-    /// The newest complete snapshot. One that does not reach up to `wanted` is returned only if there is no newer one anywhere.
+    /// The newest complete snapshot. One below `wanted` is returned only if neither stream has a
+    /// newer one.
     pub(super) async fn newest(&self, connection: &Arc<Connection>, wanted: u64) -> Result<Option<Found>, Error> {
         let mut ends = Vec::new();
         for (stream, name) in self.streams.iter().enumerate() {
@@ -96,7 +95,7 @@ impl Snapshots {
         ends.sort_by_key(|(reach, ..)| std::cmp::Reverse(*reach));
         let mut newest: Option<Found> = None;
         for (reach, stream, range) in ends {
-            // A snapshot may be large, so the other stream's is read only if it is needed.
+            // A snapshot may be large, so the other stream's is read only if needed.
             let suffices = |found: &Found| found.fold.offset >= wanted.max(reach);
             if newest.as_ref().is_some_and(suffices) {
                 break;
@@ -110,14 +109,15 @@ impl Snapshots {
         Ok(newest)
     }
 
-    /// As [`newest`](Self::newest), whatever it reaches up to.
+    /// As [`newest`](Self::newest), with any offset.
     pub(super) async fn find(&self) -> Result<Option<Found>, Error> {
         let connection = Arc::new(self.server.open_connection().await?);
         self.newest(&connection, 0).await
     }
 
-    /// What the stream holds; `None` if it does not exist. Should it only seem so, nothing goes wrong in silence: the changelog then is
-    /// complete, or what is missing of it is missed.
+    /// The range of the stream; `None` if it does not exist. If the broker is wrong about that,
+    /// nothing is lost silently: the changelog is then complete, or its missing entries are
+    /// detected.
     async fn range(&self, connection: &Connection, name: &str) -> Result<Option<Range>, Error> {
         match stream::require(&self.server, connection, name).await {
             Ok(()) => stream::bounds(&self.server, connection, name).await.map(Some),
@@ -171,11 +171,11 @@ impl Snapshots {
         let mut tail = Tail::open(&self.server, connection, name, from).await?;
         let mut next = from;
         while next < end {
-            let limit = self.server.options.timeout;
+            let limit = self.server.timeout;
             let delivered = tokio::time::timeout(limit, tail.next(usize::MAX))
                 .await
                 .unwrap_or_else(|_| {
-                    let why = format!("no message came within {limit:?}");
+                    let why = format!("no message arrived within {limit:?}");
                     Err(Error::unavailable(self.server.on(format!("read stream {name}")), why))
                 })?;
             for delivered in delivered {
@@ -202,32 +202,32 @@ impl Snapshots {
                         scan.newest = Some(fold);
                     }
                     Ok(None) => {}
-                    // An older snapshot, or all of the changelog, will do.
-                    Err(why) => tracing::warn!(stream = name, offset = delivered.offset, why, "passed over a snapshot"),
+                    // An older snapshot or the whole changelog is enough.
+                    Err(why) => tracing::warn!(stream = name, offset = delivered.offset, why, "ignored a snapshot"),
                 }
             }
         }
         Ok(())
     }
 
-    /// Not on the runtime's threads: a large one takes a while.
+    /// A large snapshot takes a while to read, so this must not block the runtime.
     async fn read(&self, whole: Whole) -> Result<Decoded<Fold<State>>, Error> {
         let reading = tokio::task::spawn_blocking(move || whole.read()).await;
         reading.map_err(|error| Error::unavailable(self.server.on("read a snapshot"), error))
     }
 
-    /// Writes a snapshot to that stream; it counts from when the last chunk is confirmed. Most consumers never need the streams, so they
-    /// are declared here.
+    /// Writes a snapshot to that stream. It counts once the last chunk is confirmed. Most consumers
+    /// never need these streams, so they are declared here.
     pub(super) async fn write(&self, stream: usize, image: &Image) -> Result<(), Error> {
         let name = &self.streams[stream];
         let connection = self.server.open_connection().await?;
         stream::declare(&self.server, &connection, name, retention(LENGTH, SEGMENT)).await?;
-        // Not on a connection that others share: commits would wait behind megabytes.
+        // Not on a shared connection: commits would wait behind megabytes.
         let publisher = Publisher::new(Arc::clone(&self.server), name.clone());
         loop {
             let size = self.chunk_size();
             match publish_chunks(&publisher, image, size).await {
-                // The broker has refused the first one and named its limit.
+                // The broker has refused the first chunk and named its limit.
                 Err(_) if self.chunk_size() < size => {}
                 done => return done,
             }
@@ -241,7 +241,7 @@ impl Snapshots {
 }
 
 async fn publish_chunks(publisher: &Publisher, image: &Image, size: usize) -> Result<(), Error> {
-    let mut chunks = image.chunks(size).map(message);
+    let mut chunks = image.chunks(size).map(Message::new);
     loop {
         let batch: Vec<_> = chunks.by_ref().take(BATCH).collect();
         if batch.is_empty() {
@@ -249,24 +249,6 @@ async fn publish_chunks(publisher: &Publisher, image: &Image, size: usize) -> Re
         }
         publisher.publish(batch).await?;
     }
-}
-
-pub(super) fn message(body: Vec<u8>) -> Message {
-    Message {
-        body: body.into(),
-        properties: BasicProperties::default(),
-    }
-}
-
-/// Retention by length. What is removed are whole segments, so small ones make it exact.
-pub(super) fn retention(length: i64, segment: i64) -> FieldTable {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(length));
-    arguments.insert(
-        "x-stream-max-segment-size-bytes".into(),
-        AMQPValue::LongLongInt(segment),
-    );
-    arguments
 }
 
 const _: () = assert!(CHUNK * BATCH <= 8 * 1024 * 1024);

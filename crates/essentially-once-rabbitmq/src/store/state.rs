@@ -1,31 +1,35 @@
-//! What the commits of one consumer add up to.
+//! The state that the commits of one consumer make.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
 
 use bytes::Bytes;
 use essentially_once::{
     Offset,
     backend::{Numbering, Window},
 };
+use tokio::sync::{Notify, futures::Notified};
 
-use super::fold::Change;
-use crate::packed;
+use super::rule::{Change, Fold};
+use crate::log::packed;
 
 /// About what an item costs in memory besides its bytes.
 const OVERHEAD: usize = 96;
 
-/// What a transaction has staged; `None` deletes.
+/// The writes that a transaction has staged; `None` deletes.
 pub(super) type Writes = BTreeMap<Bytes, Option<Bytes>>;
 
 /// Windows and values.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct State {
     windows: HashMap<Numbering, Window>,
-    /// Keys and values of their own memory each, so that a copy of it all costs little.
+    /// Keys and values share memory with nothing else, so that a copy of the map costs little.
     values: HashMap<Bytes, Bytes>,
-    /// Where what commits have sent ends: one past the last record.
+    /// The end of the sent records: one past the last.
     pub(super) sent_end: Offset,
-    /// What they take up, about.
+    /// About how much memory they take.
     size: usize,
 }
 
@@ -46,7 +50,7 @@ impl State {
         self.size
     }
 
-    /// What it takes up after the change.
+    /// The size after the change.
     pub(super) fn size_after(&self, change: &StateChange) -> usize {
         let mut size = self.size;
         for (numbering, _) in &change.windows {
@@ -76,7 +80,7 @@ impl State {
         }
     }
 
-    /// Copies key and value: as parts of an entry they would keep all of it in memory.
+    /// Copies key and value. As parts of an entry they would keep all of it in memory.
     pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
         self.size += value_size(key, value);
         if let Some(old) = self
@@ -94,7 +98,7 @@ impl State {
     }
 }
 
-/// About what a key and its value take up.
+/// About how much memory a key and its value take.
 pub(super) fn value_size(key: &[u8], value: &[u8]) -> usize {
     key.len() + value.len() + OVERHEAD
 }
@@ -116,9 +120,9 @@ pub(super) struct StateChange {
 /// Records that a commit sends.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Sent {
-    /// The end of what was sent before: who has read up to there misses nothing.
+    /// The end of the records sent before. A reader that has read up to there misses nothing.
     pub(super) before: Offset,
-    /// As in a packed message, which was seen to be sound.
+    /// As in a packed message. It was checked when the entry was decoded.
     pub(super) packed: Bytes,
 }
 
@@ -141,6 +145,39 @@ impl Change for StateChange {
                 None => state.delete(&key),
             }
         }
+    }
+}
+
+/// The fold of one handle. It is always a true prefix of the changelog, and only the handle's
+/// reader changes it.
+#[derive(Clone, Default)]
+pub(super) struct SharedFold {
+    inner: Arc<Watched>,
+}
+
+#[derive(Default)]
+struct Watched {
+    fold: RwLock<Fold<State>>,
+    changed: Notify,
+}
+
+impl SharedFold {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Fold<State>> {
+        self.inner.fold.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Fold<State>> {
+        self.inner.fold.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes tasks that wait for a change.
+    pub(super) fn notify(&self) {
+        self.inner.changed.notify_waiters();
+    }
+
+    /// Completes at the next [`notify`](Self::notify).
+    pub(super) fn changed(&self) -> Notified<'_> {
+        self.inner.changed.notified()
     }
 }
 

@@ -1,15 +1,16 @@
-//! How numbers, byte strings and names stand in entries and snapshots: big-endian, byte strings after their length as a u32.
+//! The encoding of numbers, byte strings and names in entries and snapshots: big-endian, and byte
+//! strings after their length as a u32.
+
+use std::ops::{Deref, DerefMut};
 
 use bytes::{BufMut as _, Bytes};
 use essentially_once::{
     Offset,
-    backend::{LogId, Numbering, Revision, Window},
+    backend::{ByteReader, LogId, Numbering, Revision, Window},
 };
 
-/// What was read, or why it cannot be.
+/// A decoded value, or why it cannot be decoded.
 pub(super) type Decoded<T> = Result<T, &'static str>;
-
-const CUT_SHORT: &str = "it is cut short";
 
 pub(super) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     // The limits keep every length far below 4 GiB.
@@ -42,52 +43,33 @@ pub(super) fn put_window(out: &mut Vec<u8>, numbering: &Numbering, window: &Wind
     put_bytes(out, &window.encode());
 }
 
-/// Bytes of a window in version 1, where they had no length before them.
+/// Bytes of a window in version 1, where no length preceded it.
 const WINDOW_1: usize = 169;
 
-/// Reads from the front of what is left. Byte strings share the memory of the whole.
+/// Decodes from the front. Byte strings share the memory of the whole.
 pub(super) struct Reader {
-    rest: Bytes,
+    bytes: ByteReader,
+}
+
+impl Deref for Reader {
+    type Target = ByteReader;
+
+    fn deref(&self) -> &ByteReader {
+        &self.bytes
+    }
+}
+
+impl DerefMut for Reader {
+    fn deref_mut(&mut self) -> &mut ByteReader {
+        &mut self.bytes
+    }
 }
 
 impl Reader {
     pub(super) fn new(bytes: Bytes) -> Self {
-        Self { rest: bytes }
-    }
-
-    fn take(&mut self, length: usize) -> Decoded<Bytes> {
-        if length > self.rest.len() {
-            return Err(CUT_SHORT);
+        Self {
+            bytes: ByteReader::new(bytes),
         }
-        Ok(self.rest.split_to(length))
-    }
-
-    fn array<const N: usize>(&mut self) -> Decoded<[u8; N]> {
-        let (array, _) = self.rest.split_first_chunk::<N>().ok_or(CUT_SHORT)?;
-        let array = *array;
-        self.take(N)?;
-        Ok(array)
-    }
-
-    pub(super) fn u8(&mut self) -> Decoded<u8> {
-        self.array().map(u8::from_be_bytes)
-    }
-
-    pub(super) fn u32(&mut self) -> Decoded<u32> {
-        self.array().map(u32::from_be_bytes)
-    }
-
-    pub(super) fn u64(&mut self) -> Decoded<u64> {
-        self.array().map(u64::from_be_bytes)
-    }
-
-    pub(super) fn u128(&mut self) -> Decoded<u128> {
-        self.array().map(u128::from_be_bytes)
-    }
-
-    pub(super) fn bytes(&mut self) -> Decoded<Bytes> {
-        let length = self.u32()?;
-        self.take(length as usize)
     }
 
     pub(super) fn numbering(&mut self) -> Decoded<Numbering> {
@@ -106,11 +88,8 @@ impl Reader {
         const BROKEN: &str = "a log's name breaks the rule for names";
         let (name, incarnation) = (self.bytes()?, self.bytes()?);
         let text = |bytes| str::from_utf8(bytes).map_err(|_| BROKEN);
-        let log = LogId::new(text(&name)?).map_err(|_| BROKEN)?;
-        match text(&incarnation)? {
-            "" => Ok(log),
-            incarnation => log.with_incarnation(incarnation).map_err(|_| BROKEN),
-        }
+        let incarnation = Some(text(&incarnation)?).filter(|incarnation| !incarnation.is_empty());
+        LogId::from_parts(text(&name)?, incarnation).map_err(|_| BROKEN)
     }
 
     pub(super) fn offset(&mut self) -> Decoded<Offset> {
@@ -128,21 +107,17 @@ impl Reader {
         Ok((numbering, window))
     }
 
-    /// A count, then so many items. Nothing is reserved for them beforehand: the count may be wrong.
+    /// A count, then that many items. Nothing is reserved for them, since the count may be wrong.
     pub(super) fn list<T>(&mut self, mut item: impl FnMut(&mut Self) -> Decoded<T>) -> Decoded<Vec<T>> {
         let count = self.u32()?;
         (0..count).map(|_| item(self)).collect()
     }
 
-    pub(super) fn rest(self) -> Bytes {
-        self.rest
-    }
-
     pub(super) fn finish(self) -> Decoded<()> {
-        if self.rest.is_empty() {
+        if self.is_empty() {
             Ok(())
         } else {
-            Err("something stands behind its end")
+            Err("bytes follow its end")
         }
     }
 }

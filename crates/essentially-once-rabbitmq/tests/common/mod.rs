@@ -1,6 +1,7 @@
-//! What the tests with faults share: cases, records that are sent until they are there, a handler that can be watched, and the verdict.
+//! What the fault tests share: cases, records that are sent until they are stored, an observable
+//! handler, and the verdict.
 
-#![allow(dead_code, reason = "each target uses a part of it")]
+#![allow(dead_code, reason = "every test target uses only a part of it")]
 
 use std::{
     collections::BTreeSet,
@@ -25,13 +26,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// How long anything may take; only what is stuck takes so long.
+/// How long anything may take. Only a stuck task takes this long.
 pub(crate) const LIMIT: Duration = Duration::from_secs(200);
 
-/// How long a client waits for the broker; a fault may take that long to be noticed.
+/// How long a client waits for the broker. It may take that long to detect a fault.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Between two appends of a sender in the background, so that consumers keep up with it on a small machine.
+/// The pause between two appends of a background sender, so that consumers keep up with it on a
+/// small machine.
 const PAUSE: Duration = Duration::from_millis(20);
 
 pub(crate) type Outcome = Result<(), Source>;
@@ -44,7 +46,7 @@ macro_rules! cases {
 }
 pub(crate) use cases;
 
-/// Runs each case as a test; without a server, each is ignored with the reason.
+/// Runs each case as a test. Without a server, each is ignored with the reason.
 pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
     let missing = test_servers::rabbitmq_server().err();
     let mut suite = Suite::new();
@@ -67,14 +69,14 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
-/// The node of all cases that do no harm to it. Its janitor ends it with this process.
+/// The node of all cases that do not harm it. Its janitor ends it with this process.
 pub(crate) fn shared_node() -> Result<Arc<RabbitNode>, Source> {
     static NODE: OnceLock<Result<Arc<RabbitNode>, String>> = OnceLock::new();
     let start = || RabbitNode::start().map(Arc::new).map_err(|error| error.to_string());
     Ok(tokio::task::block_in_place(|| NODE.get_or_init(start)).clone()?)
 }
 
-/// A name that nobody else uses.
+/// A unique name.
 pub(crate) fn fresh(name: &str) -> String {
     format!("{name}-{:08x}", fastrand::u32(..))
 }
@@ -87,7 +89,7 @@ pub(crate) fn options() -> RabbitOptions {
     RabbitOptions::new().timeout(PATIENCE)
 }
 
-/// Under the name that the cases use.
+/// Opens the log under the name that the cases use.
 pub(crate) use test_servers::insist;
 
 /// The message of that number, with one of three keys.
@@ -98,7 +100,7 @@ pub(crate) fn message(number: u64) -> NewRecord {
         .origin(Origin::new(producer, Epoch::STABLE, number))
 }
 
-/// Appends the messages of these numbers one by one; what is in doubt is sent again.
+/// Appends the messages of these numbers one at a time, and sends those in doubt again.
 pub(crate) async fn send(log: &dyn Log, numbers: Range<u64>) -> Result<(), Error> {
     for number in numbers {
         let records = [message(number)];
@@ -107,7 +109,7 @@ pub(crate) async fn send(log: &dyn Log, numbers: Range<u64>) -> Result<(), Error
     Ok(())
 }
 
-/// A sender in the background.
+/// A background sender.
 pub(crate) struct Sending {
     task: JoinHandle<Result<usize, Error>>,
     stop: CancellationToken,
@@ -138,18 +140,18 @@ impl Sending {
         }
     }
 
-    /// How many messages were confirmed.
+    /// The number of confirmed messages.
     pub(crate) fn sent(&self) -> u64 {
         *self.sent.borrow()
     }
 
-    /// Waits until so many more are confirmed.
+    /// Waits until this many more are confirmed.
     pub(crate) async fn sends(&mut self, more: u64) -> Outcome {
         let enough = self.sent() + more;
         match timeout(LIMIT, self.sent.wait_for(|sent| *sent >= enough)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err("the sender ended early".into()),
-            Err(_) => Err(format!("the sender does not get on to {enough} messages").into()),
+            Err(_) => Err(format!("the sender is stuck before {enough} messages").into()),
         }
     }
 
@@ -165,13 +167,13 @@ impl Sending {
 /// What a handler has seen.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Seen {
-    /// So many messages; called again for one of them, it does not count up.
+    /// The number of messages. A repeated call for one of them does not count.
     pub(crate) handled: u64,
     /// How often its consumer went back to the stored position.
     pub(crate) resets: u64,
 }
 
-/// A [`Ledger`] that can be watched and held.
+/// A [`Ledger`] that can be observed and paused.
 struct Watched {
     seen: watch::Sender<Seen>,
     held: watch::Receiver<bool>,
@@ -183,7 +185,7 @@ where
     Ledger: Handler<Tx>,
 {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
-        // If it fails, nobody is left to hold it.
+        // If it fails, nobody is left to pause it.
         let _ = self.held.wait_for(|held| !held).await;
         Ledger.handle(record, tx).await?;
         let reached = sequence(record).map_or(0, |sequence| sequence + 1);
@@ -200,7 +202,7 @@ fn sequence(record: &Record) -> Option<u64> {
     record.origin.as_ref().map(|origin| origin.sequence)
 }
 
-/// A consumer in the background that keeps a ledger.
+/// A background consumer that keeps a ledger.
 pub(crate) struct Running {
     task: JoinHandle<Result<Report, Error>>,
     stop: CancellationToken,
@@ -240,7 +242,7 @@ impl Running {
         match waiting.map(|seen| seen.is_ok()) {
             Ok(true) => return Ok(()),
             Ok(false) => {}
-            Err(_) => return Err(format!("the consumer does not get on: {:?}", self.seen()).into()),
+            Err(_) => return Err(format!("the consumer is stuck: {:?}", self.seen()).into()),
         }
         match timeout(LIMIT, &mut self.task).await?? {
             Ok(report) => Err(format!("the consumer ended early: {report}").into()),
@@ -252,13 +254,13 @@ impl Running {
         self.until(|seen| seen.handled >= messages).await
     }
 
-    /// Waits until it has handled so many more than now.
+    /// Waits until it has handled this many more.
     pub(crate) async fn goes_on(&mut self, more: u64) -> Outcome {
         let enough = self.seen().handled + more;
         self.handles(enough).await
     }
 
-    /// Waits until it has gone back to the stored position so often in all.
+    /// Waits until it has gone back to the stored position this often in total.
     pub(crate) async fn resets(&mut self, times: u64) -> Outcome {
         self.until(|seen| seen.resets >= times).await
     }
@@ -268,17 +270,20 @@ impl Running {
         Ok(timeout(LIMIT, self.task).await???)
     }
 
-    /// The error that it ends with by itself.
+    /// The error that it ends with on its own.
     pub(crate) async fn fails(self) -> Result<Error, Source> {
-        match timeout(LIMIT, self.task).await.map_err(|_| "the consumer goes on")?? {
+        match timeout(LIMIT, self.task)
+            .await
+            .map_err(|_| "the consumer did not end")??
+        {
             Err(error) => Ok(error),
             Ok(report) => Err(format!("it ended without an error: {report}").into()),
         }
     }
 }
 
-/// Has the consumer handle what is left, and judges what it made of a log that must hold the first `messages` messages. All by
-/// connections of its own, as another process would.
+/// Has the consumer handle the remaining records, and judges the result for a log that must hold
+/// the first `messages` messages. Uses connections of its own, as another process would.
 pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, messages: u64) -> Outcome {
     let log = insist(|| rabbit.log(log)).await?;
     let store = rabbit.store();
@@ -290,12 +295,12 @@ pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, mes
     let last = sent.last();
     ensure!(
         missing.is_empty() && sent.len() as u64 == messages,
-        "of {messages} messages the log lacks {missing:?}, and its last is {last:?}"
+        "the log lacks {missing:?} of {messages} messages, and its last is {last:?}"
     );
     agree(&records, &store, consumer).await
 }
 
-/// Judges a consumer by the records that the log has.
+/// Judges a consumer by the records in the log.
 pub(crate) async fn agree(records: &[Record], store: &RabbitStore, consumer: &ConsumerId) -> Outcome {
     let applied = insist(|| read_ledger(store, consumer)).await?;
     let position = insist(|| store.position(consumer)).await?;

@@ -11,10 +11,10 @@ use crate::common::{Outcome, Running, Sending, ensure, insist, judge, message, o
 
 const KILLS: u64 = 3;
 
-/// Streams of which none answers at the moment when a restarted node does.
+/// Streams that are not up yet when a restarted node answers.
 const STREAMS: usize = 40;
 
-/// Tests after a restart need not ask again, if nothing but the restart is in their way.
+/// Tests after a restart need not retry if only the restart is in their way.
 pub(crate) async fn a_restarted_node_answers_for_all_its_streams_at_once() -> Outcome {
     let node = block_in_place(RabbitNode::start)?;
     let names: Vec<_> = (0..STREAMS).map(|number| format!("orders.{number}")).collect();
@@ -33,14 +33,14 @@ pub(crate) async fn a_restarted_node_answers_for_all_its_streams_at_once() -> Ou
     Ok(())
 }
 
-/// Others close their connections in the end, so a consumer waits for it.
+/// Other cases still close their connections, so a consumer waits for that.
 pub(crate) async fn limits_that_are_reached_pass() -> Outcome {
     let node = block_in_place(RabbitNode::start)?;
     let consumer = ConsumerId::new("shipping")?;
     let rabbit = options().connect(&url(node.port())).await?;
     let log = rabbit.log("orders").await?;
     log.append(&[message(0)]).await?;
-    // Those two are open, and no more may be.
+    // Two are open, and no more are allowed.
     let limit = |limits: &str| block_in_place(|| node.ctl(&["set_vhost_limits", "-p", "/", limits]));
     limit(r#"{"max-connections": 2}"#)?;
     let refused = options()
@@ -75,7 +75,7 @@ pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
     let mut running = Running::start(&consumer, log, rabbit.store());
     running.goes_on(20).await?;
     let watermark = |value| block_in_place(|| node.ctl(&["set_vm_memory_high_watermark", value]));
-    // With an alarm nothing new would come that it could commit.
+    // During an alarm, no new records would arrive to commit.
     running.hold(true);
     sending.sends(10).await?;
     let before = running.seen();
@@ -85,7 +85,7 @@ pub(crate) async fn an_alarm_holds_up_commits_and_nothing_is_lost() -> Outcome {
     let held = (sending.sent(), running.seen().handled);
     running.resets(before.resets + 2).await?;
     let still = (sending.sent(), running.seen().handled);
-    ensure!(still == held, "something passed: {held:?}, then {still:?}");
+    ensure!(still == held, "a commit passed: {held:?}, then {still:?}");
     watermark("0.4")?;
     sending.sends(20).await?;
     running.handles(sending.sent()).await?;
@@ -102,7 +102,7 @@ pub(crate) async fn a_broker_killed_and_restarted_under_a_consumer_loses_nothing
     let mut sending = Sending::start(rabbit.log("orders").await?);
     let mut running = Running::start(&consumer, rabbit.log("orders").await?, rabbit.store());
     for kill in 0..KILLS {
-        // At a record that nobody chose.
+        // At an arbitrary record.
         running.goes_on(20 + fastrand::u64(..40)).await?;
         block_in_place(|| node.restart())?;
         running.resets(kill + 1).await?;

@@ -8,12 +8,13 @@ use tokio::{task::block_in_place, time::timeout};
 
 use crate::common::{LIMIT, Outcome, Running, ensure, insist, judge, message, options, send};
 
-/// A channel with an unacknowledged delivery is closed after `consumer_timeout`, and one that publishes too much at once.
+/// The broker closes a channel with an unacknowledged delivery after `consumer_timeout`, and one
+/// that publishes a message over the limit.
 const SETTINGS: &str = "consumer_timeout = 8000\nmax_message_size = 100000";
 
 pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
     let node = block_in_place(|| RabbitNode::start_with(SETTINGS))?;
-    // How often a channel looks whether it is time.
+    // How often a channel checks that timeout.
     ctl(
         &node,
         &["eval", "application:set_env(rabbit, channel_tick_interval, 500)."],
@@ -31,12 +32,9 @@ pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
     running.handles(21).await?;
 
     a_reader_that_takes_nothing_is_told(&node).await?;
-    // A consumer that waits, as it did meanwhile, takes everything.
+    // A consumer that waited in the meantime handles everything.
     let closed = closed_channels(&node)?;
-    ensure!(
-        closed == 1,
-        "the broker closed {closed} channels, and not that one alone"
-    );
+    ensure!(closed == 1, "the broker closed {closed} channels instead of one");
     send(&log, 21..30).await?;
     running.handles(30).await?;
     ensure!(running.seen().resets == 0, "{:?}", running.seen());
@@ -62,15 +60,15 @@ async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
         })
     })
     .await?;
-    // First what came before.
-    let told = async {
+    // First the earlier records.
+    let outcome = async {
         loop {
             if let Err(error) = reader.next(100).await {
                 break error;
             }
         }
     };
-    let error = timeout(LIMIT, told).await.map_err(|_| "the reader waits for ever")?;
+    let error = timeout(LIMIT, outcome).await.map_err(|_| "the reader waits forever")?;
     ensure!(
         matches!(error, Error::Unavailable { .. }) && error.to_string().contains("acknowledgement"),
         "{error}"
@@ -80,7 +78,7 @@ async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
     Ok(())
 }
 
-/// How many channels the broker has closed because of a delivery that nobody acknowledged.
+/// How many channels the broker has closed because of an unacknowledged delivery.
 fn closed_channels(node: &RabbitNode) -> Result<usize, Source> {
     let log = fs::read_to_string(node.folder().join("server.log"))?;
     Ok(log.matches("delivery acknowledgement on channel").count())

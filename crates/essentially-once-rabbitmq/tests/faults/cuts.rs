@@ -22,13 +22,13 @@ pub(crate) async fn connections_cut_amid_appends_and_commits() -> Outcome {
             let soon = sending.sent() + 10;
             fire(&to_send, &format!("message {soon};"), cut)?;
             sending.sends(10).await?;
-            // A name that only commits hold: that of the ledger's key.
+            // A name that only commits contain: the ledger's key.
             let resets = running.seen().resets;
             fire(&to_consume, "ledger", cut)?;
             running.resets(resets + 1).await?;
             running.goes_on(10).await?;
         }
-        // Wherever they are.
+        // Cut wherever they are.
         let resets = running.seen().resets;
         to_send.cut();
         to_consume.cut();
@@ -39,12 +39,12 @@ pub(crate) async fn connections_cut_amid_appends_and_commits() -> Outcome {
     let (messages, failed) = sending.stop().await?;
     let report = running.stop().await?;
     ensure!(failed >= 2 * ROUNDS, "only {failed} appends failed");
-    ensure!(report.duplicates > 0, "nothing came twice: {report}");
-    // Around the proxies.
+    ensure!(report.duplicates > 0, "no record was sent twice: {report}");
+    // Not through the proxies.
     judge(&options().connect(&url(node.port())).await?, &name, &consumer, messages).await
 }
 
-/// Cuts the connection on which the text is sent next, and returns when it was.
+/// Cuts the connection on which the text is sent next, and returns after the cut.
 fn fire(proxy: &Proxy, text: &str, cut: Cut) -> Result<(), Source> {
     let fired = proxy.fired();
     proxy.cut_at(text.as_bytes(), cut);

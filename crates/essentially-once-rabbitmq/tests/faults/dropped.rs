@@ -1,4 +1,4 @@
-//! What dropped calls leave behind: nothing.
+//! Dropped calls leave nothing behind.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::common::{Outcome, ensure, message, options, url};
 
 /// Connections and channels, as the broker counts them.
 pub(crate) fn count(node: &RabbitNode) -> Result<(u32, u32), Source> {
-    // A list of small numbers would be shown as text.
+    // Erlang would show a list of small numbers as text.
     let counts = "{length(rabbit_networking:connections()), length(rabbit_channel:list())}.";
     let shown = block_in_place(|| node.ctl(&["eval", counts]))?;
     let mut numbers = shown.trim().trim_matches(['{', '}']).split(',').map(str::parse);
@@ -54,7 +54,7 @@ async fn commit(store: &RabbitStore, consumer: &ConsumerId, commits: u64, owner:
     Ok(tx.commit(advance(commits, owner)).await?)
 }
 
-/// Each call is dropped after 1 to 20 ms, which is in the middle of everything.
+/// Drops each call after 1 to 20 ms, in the middle of its work.
 pub(crate) async fn dropped_calls_leave_nothing_open() -> Outcome {
     let node = block_in_place(RabbitNode::start)?;
     let (rabbit, consumer, owner) = (
@@ -83,8 +83,9 @@ pub(crate) async fn dropped_calls_leave_nothing_open() -> Outcome {
         let another = rabbit.log("orders").await?;
         let _ = timeout(soon(), another.append(&[message(1)])).await;
     }
-    // For short questions, for publishing and reading of stores, and for the log's own publisher; channels for
-    // the last three. After a dropped call the others of the store go on with the old connections.
+    // Connections for short questions, for publishing and reading of stores, and for the log's own
+    // publisher; channels for the last three. After a dropped call, the store's other calls
+    // continue with the old connections.
     count_down(&node, 6, 3).await?;
     commit(&store, &consumer, 1, owner).await?;
     log.append(&[message(2)]).await?;
@@ -106,7 +107,7 @@ pub(crate) async fn dropped_beats_do_not_spoil_the_channel_of_commits() -> Outco
     let channels = || block_in_place(|| node.ctl(&["eval", channels]));
     let before = channels()?;
     for commits in 1..40 {
-        // Polled once, which is when it publishes.
+        // Polled once, which publishes it.
         tokio::select! {
             biased;
             _ = store.beat(&consumer, owner) => {}

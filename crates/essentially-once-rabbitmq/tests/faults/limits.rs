@@ -1,4 +1,5 @@
-//! A broker that takes smaller messages than we would send, and what its refusal says about other messages.
+//! A broker that takes smaller messages than we would send, and what its refusal says about other
+//! messages.
 
 use std::{fs, time::Duration};
 
@@ -7,11 +8,9 @@ use essentially_once::{
     async_trait,
     backend::{Advance, LogId, Revision, Source, Transaction as _},
 };
-use essentially_once_rabbitmq::{
-    Rabbit, RabbitStore, RabbitTx,
-    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
-};
+use essentially_once_rabbitmq::{Rabbit, RabbitStore, RabbitTx};
 use essentially_once_testkit::read_log;
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 use test_servers::RabbitNode;
 use tokio::{
     task::{JoinSet, block_in_place},
@@ -69,7 +68,7 @@ pub(crate) async fn a_record_too_large_for_the_broker_says_nothing_about_others(
         .iter()
         .filter(|small| stored.iter().any(|record| record.payload == small.as_bytes()))
         .collect();
-    ensure!(lies.is_empty(), "said not to be appended, and in the log: {lies:?}");
+    ensure!(lies.is_empty(), "reported as not appended, but in the log: {lies:?}");
     Ok(())
 }
 
@@ -88,13 +87,13 @@ pub(crate) async fn an_append_with_a_record_too_large_for_the_broker_is_in_doubt
     Ok(())
 }
 
-/// The advance of the next commit after so many of one session.
+/// The advance of the commit after `commits` commits of one session.
 fn advance(commits: u64) -> Advance {
     let (log, of) = (LogId::new("orders").expect("a name"), |count| Revision::new(0, count));
     Advance::new(log, 1.into(), of(commits), of(commits + 1))
 }
 
-/// Commits these values to a consumer that has no position.
+/// Commits these values to a consumer without a position.
 async fn commit(store: &RabbitStore, consumer: &ConsumerId, values: &[usize]) -> Result<(), Error> {
     let mut tx = store.begin(consumer).await?;
     for (key, size) in values.iter().enumerate() {
@@ -113,7 +112,7 @@ pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_settin
         refused && words.contains("max_batch") && words.contains("max_message_size"),
         "{words}"
     );
-    // From now on it is known before the commit.
+    // From now on, the limit is known before the commit.
     let result = commit(&store, &consumer, &[150_000, 150_000]).await;
     ensure!(
         matches!(
@@ -130,7 +129,7 @@ pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_settin
     tx.put(b"k", &[b'x'; 150_000]).await?;
     let sent = tx.send(NewRecord::new(vec![b'x'; 60_000]));
     ensure!(matches!(sent, Err(Error::TooLarge { limit: LIMIT, .. })), "{sent:?}");
-    // The refused ones are not a part of it, and another value of the same key takes the place of the first.
+    // The refused ones are not part of it, and another value of the same key replaces the first.
     tx.put(b"k", &[b'x'; 190_000]).await?;
     tx.delete(b"k").await?;
     tx.send(NewRecord::new(vec![b'x'; 190_000]))?;
@@ -177,7 +176,8 @@ pub(crate) async fn a_snapshot_is_cut_to_what_the_broker_takes() -> Outcome {
     Ok(())
 }
 
-/// The broker returns what it has no stream for, and confirms it, maybe together with messages that it stored meanwhile.
+/// The broker returns messages without a stream and confirms them, possibly together with messages
+/// that it stored in the meantime.
 pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_truth() -> Outcome {
     let node = crate::common::shared_node()?;
     let connection = Connection::connect(&url(node.port()), ConnectionProperties::default()).await?;
@@ -186,7 +186,7 @@ pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_trut
     for round in 0..20 {
         let name = fresh("late");
         let log = options().connect(&url(node.port())).await?.log(&name).await?;
-        // As on a broker that was just started, the stream is not there when the log is first appended to.
+        // As on a broker that has just started, the stream does not exist at the first append.
         channel
             .queue_delete(name.as_str().into(), QueueDeleteOptions::default())
             .await?;
@@ -217,7 +217,7 @@ pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_trut
     Ok(())
 }
 
-/// Puts what a batch of the log is too much for.
+/// Puts more than a commit can hold in one batch of the log.
 struct Large;
 
 #[async_trait]
@@ -233,7 +233,8 @@ pub(crate) async fn a_batch_too_large_for_one_commit_is_committed_in_parts() -> 
     let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
     let rabbit = rabbit(&node).await?;
     let (log, store) = (rabbit.log("orders").await?, rabbit.store());
-    // The first time only the broker knows that it is too much; then it is known before the commit.
+    // The first time, only the broker knows that it is too much. Later it is known before the
+    // commit.
     for round in 0..2 {
         let records: Vec<_> = (0..RECORDS)
             .map(|number| NewRecord::new(format!("{round} {number}")))

@@ -1,4 +1,5 @@
-//! What goes wrong around a log and a store: cut connections, closed channels, streams that change, brokers in need or dead.
+//! Faults around a log and a store: cut connections, closed channels, streams that change, brokers
+//! in trouble or dead.
 
 mod broker;
 mod closed;

@@ -1,4 +1,4 @@
-//! A broker that says nothing, and a client that seems to.
+//! A broker that says nothing, and a client that seems silent.
 
 use std::{
     fmt::Debug,
@@ -22,10 +22,10 @@ use crate::{
     dropped::{advance, count_down},
 };
 
-/// Heartbeats are due each second, and a client that misses two is cut off.
+/// Heartbeats are due every second, and a client that misses two is cut off.
 const BLOCKED: Duration = Duration::from_secs(6);
 
-/// What the calls below are given.
+/// The timeout of the calls below.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(crate) async fn heartbeats_go_on_while_a_handler_blocks_its_runtime() -> Outcome {
@@ -57,7 +57,7 @@ pub(crate) async fn heartbeats_go_on_while_a_handler_blocks_its_runtime() -> Out
 
 type Call = Pin<Box<dyn Future<Output = (&'static str, Duration, Result<(), Error>)> + Send>>;
 
-/// Times a call.
+/// Measures the time of a call.
 fn call<T: Debug>(name: &'static str, call: impl Future<Output = Result<T, Error>> + Send + 'static) -> Call {
     Box::pin(async move {
         let started = Instant::now();
@@ -68,7 +68,7 @@ fn call<T: Debug>(name: &'static str, call: impl Future<Output = Result<T, Error
 
 pub(crate) async fn every_call_on_a_frozen_broker_ends_within_twice_the_time_out() -> Outcome {
     let node = block_in_place(RabbitNode::start)?;
-    // Without heartbeats, which would notice too.
+    // Without heartbeats, which would detect it too.
     let url = format!("amqp://guest:guest@127.0.0.1:{}/%2f?heartbeat=0", node.port());
     let patient = || options().timeout(TIMEOUT);
     let rabbit = patient().connect(&url).await?;
@@ -129,8 +129,8 @@ pub(crate) async fn every_call_on_a_frozen_broker_ends_within_twice_the_time_out
     let mut late = Vec::new();
     for running in running {
         let ended = timeout(LIMIT, running).await;
-        let (name, took, result) = ended.map_err(|_| "a call waits for a frozen broker for ever")??;
-        // What needs no answer may end well.
+        let (name, took, result) = ended.map_err(|_| "a call waits for a frozen broker forever")??;
+        // Calls that need no answer may succeed.
         let answered = ["pulse", "watch", "beat"].contains(&name) || result.is_err();
         let transient = result.as_ref().err().is_none_or(Error::is_transient);
         // The machine may be slow as well.

@@ -15,10 +15,10 @@ use tokio::{
 
 use crate::common::{LIMIT, Outcome, ensure, fresh, options, shared_node, url};
 
-/// A standby calls an owner silent that shows no life for as long.
+/// A standby considers an owner silent after this long without a sign of life.
 const STANDBY_AFTER: Duration = Duration::from_secs(2);
 
-/// Counts what it handles; the record `long` takes much longer than that.
+/// Counts the records it handles. The record `long` takes much longer than that.
 struct Slow(watch::Sender<u32>);
 
 #[async_trait]
@@ -59,7 +59,7 @@ pub(crate) async fn a_standby_waits_while_the_owner_beats_and_goes_on_when_it_st
     log.append(&[NewRecord::new("first")]).await?;
     let (stop, mut begun, owner) = start(&id, log.clone(), rabbit.store());
     reaches(&mut begun, 1).await?;
-    // The standby comes when the owner has committed, and finds a long record waiting.
+    // The standby starts after the owner's commit, and finds a long record waiting.
     log.append(&[NewRecord::new("long")]).await?;
     reaches(&mut begun, 2).await?;
     let (_, mut others, standby) = start(&id, log.clone(), rabbit.store());

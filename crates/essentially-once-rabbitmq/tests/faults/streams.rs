@@ -1,21 +1,21 @@
-//! Streams that are not any more what a consumer has seen of them.
+//! Streams that differ from what a consumer has seen.
 
 use std::ops::Range;
 
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, StartAt,
-    backend::Source, seek,
+    backend::{Retention, Source},
+    seek,
 };
-use essentially_once_rabbitmq::{
-    LogOptions,
-    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
-};
+use essentially_once_rabbitmq::LogOptions;
 use essentially_once_testkit::{Ledger, read_ledger, read_log};
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 use test_servers::Proxy;
 
 use crate::common::{Outcome, Running, ensure, fresh, insist, options, send, shared_node, url};
 
-/// Messages are routed by the name alone, so an old handle appends to whatever has it now.
+/// The broker routes messages by the name alone, so an old handle appends to any stream that now
+/// has it.
 pub(crate) async fn an_append_to_a_deleted_stream_fails_until_there_is_another() -> Outcome {
     let (node, name) = (shared_node()?, fresh("again"));
     let rabbit = options().connect(&url(node.port())).await?;
@@ -35,7 +35,7 @@ pub(crate) async fn an_append_to_a_deleted_stream_fails_until_there_is_another()
     Ok(())
 }
 
-/// It is known by being shorter: RabbitMQ gives a stream no identity but its name.
+/// Detected because the stream is shorter. RabbitMQ gives a stream no identity but its name.
 pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     let (node, name) = (shared_node()?, fresh("anew"));
     let consumer = ConsumerId::new(&name)?;
@@ -48,7 +48,7 @@ pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     let mut running = Running::start(&consumer, reading, through.store());
     let stored = || async { rabbit.store().position(&consumer).await };
     while insist(stored).await?.is_none_or(|position| position.next != behind(19)) {}
-    // It must not look while there is no stream at all.
+    // It must not look while no stream exists.
     proxy.refuse(true);
     proxy.cut();
     running.resets(1).await?;
@@ -57,7 +57,7 @@ pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
     send(&log, 20..25).await?;
     proxy.refuse(false);
     is_past_the_end(running.fails().await?)?;
-    // Nor does a new run pass over it.
+    // A new run does not skip it either.
     let again = Running::start(&consumer, log.clone(), rabbit.store());
     is_past_the_end(again.fails().await?)?;
     let applied = read_ledger(&rabbit.store(), &consumer).await?;
@@ -99,7 +99,7 @@ pub(crate) async fn a_reader_of_a_deleted_stream_is_told() -> Outcome {
         }
     };
     ensure!(matches!(error, Error::Unavailable { .. }), "{error}");
-    // Nobody sends into the void, and who reads anew is told what is wrong.
+    // Appends fail instead of getting lost, and a new reader learns what is wrong.
     let error = log
         .append(&[NewRecord::new("lost")])
         .await
@@ -120,14 +120,16 @@ pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
     let (node, name) = (shared_node()?, fresh("overtaken"));
     let consumer = ConsumerId::new(&name)?;
     let rabbit = options().connect(&url(node.port())).await?;
-    let small = LogOptions::new().segment_bytes(65_536).max_bytes(200_000);
+    let small = LogOptions::new()
+        .segment_bytes(65_536)
+        .retention(Retention::new().max_bytes(200_000));
     let log = rabbit.log_with(&name, small).await?;
     append(&log, 0..5).await?;
     let mut running = Running::start(&consumer, log.clone(), rabbit.store());
     running.handles(5).await?;
     running.stop().await?;
     let mut sent = 5;
-    // The broker looks at what is too much only when a segment is full.
+    // The broker checks the length only when a segment is full.
     let earliest = loop {
         append(&log, sent..sent + 100).await?;
         sent += 100;
@@ -140,17 +142,17 @@ pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
     match again.fails().await? {
         Error::Truncated {
             requested,
-            earliest: told,
+            earliest: reported,
             ..
         } => ensure!(
-            requested == behind(4) && told == earliest,
-            "told {requested} and {told}, and it is {earliest}"
+            requested == behind(4) && reported == earliest,
+            "reported {requested} and {reported}, but the earliest is {earliest}"
         ),
         error => return Err(format!("another error: {error}").into()),
     }
     let position = rabbit.store().position(&consumer).await?;
     ensure!(position.is_some_and(|position| position.next == behind(4)), "it moved");
-    // Whoever says so goes on, with what is left.
+    // An explicit seek continues with the remaining records.
     seek(&consumer, &log, &rabbit.store(), StartAt::Earliest).await?;
     let rest = Consumer::essentially_once(consumer.clone(), log.clone(), rabbit.store(), Ledger);
     rest.run_until_caught_up().await?;

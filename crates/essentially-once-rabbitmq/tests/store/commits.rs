@@ -1,4 +1,4 @@
-//! Commits where nothing fails, and who wins.
+//! Commits without faults, and which of two wins.
 
 use essentially_once::{
     Error, KeyValue as _, OffsetStore as _,
@@ -68,7 +68,7 @@ async fn round_trip() -> Result<(), Violation> {
     Ok(())
 }
 
-/// Whoever committed it, and also if this handle knew an older state.
+/// From any handle, also if it knew an older state.
 async fn fresh() -> Result<(), Violation> {
     let place = Place::new();
     let (one, two) = (place.store().await?, place.store().await?);
@@ -138,7 +138,7 @@ async fn overtaken() -> Result<(), Violation> {
     assert_eq!(tx.get(b"k").await?.as_deref(), Some(&b"1"[..]));
     put(&other, "k", "2", 1).await?;
     assert_eq!(revision(&store).await?, 2);
-    // It read at revision 1, so it must not pass for one that builds on 2.
+    // It read at revision 1, so it must not pass for a commit that builds on 2.
     let result = tx.commit(advance(3, 2)).await;
     assert!(matches!(result, Err(Error::Fenced { .. })), "{result:?}");
     assert_eq!(revision(&other).await?, 2);
@@ -161,7 +161,7 @@ async fn state_limit() -> Result<(), Violation> {
     tx.delete(b"a").await?;
     tx.put(b"b", &[0; 9_000]).await?;
     tx.commit(advance(1, 0)).await?;
-    // Lowered later: what is there can be read and made smaller.
+    // The limit is lowered later. The state can still be read and shrunk.
     let store = place.rabbit().await?.store().state_limit(5_000);
     let mut tx = store.begin(&shipping()).await?;
     assert!(tx.put(b"c", b"").await.is_err());
@@ -183,7 +183,7 @@ async fn failed_put() -> Result<(), Violation> {
         "{error}"
     );
     assert_eq!((revision(&store).await?, get(&store, "b").await?), (0, None));
-    // What is too large is not staged, and harms nothing.
+    // An oversized value is not staged and does no harm.
     let mut tx = store.begin(&shipping()).await?;
     let large = tx.put(b"a", &vec![0; 16 * 1024 * 1024]).await;
     assert!(matches!(large, Err(Error::TooLarge { .. })), "{large:?}");
@@ -208,10 +208,10 @@ async fn entry_limit() -> Result<(), Violation> {
         ),
         "{second:?}"
     );
-    // What was refused is not in the way of the rest (S6).
+    // The refused write does not affect the rest (S6).
     assert_eq!(tx.get(b"second").await?, None);
     tx.put(b"third", b"small").await?;
-    // Windows are known only now.
+    // The size of windows is known only now.
     let mut advance = advance(1, 0);
     for producer in 0..40_000 {
         let numbering = format!("producer-{producer}").parse()?;

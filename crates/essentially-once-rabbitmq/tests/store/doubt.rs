@@ -61,7 +61,7 @@ async fn late() -> Result<(), Violation> {
     assert!(matches!(result, Err(Error::Indeterminate { .. })), "{result:?}");
     put(&successor, "k", "successor 2", 1).await?;
     proxy.hold(false);
-    // It is in the stream, whatever its writer thinks.
+    // The entry is in the stream, whatever its writer knows.
     let (_, _) = place
         .stranger()
         .await

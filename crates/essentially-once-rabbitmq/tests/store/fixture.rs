@@ -1,6 +1,6 @@
 //! Messages that earlier versions wrote. See `tests/fixtures`.
 
-use essentially_once_rabbitmq::lapin::{
+use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable},
 };
@@ -17,7 +17,7 @@ pub(crate) struct Message {
 pub(crate) fn messages(fixture: &'static str, stream: &str) -> Vec<Message> {
     let all = fixture.trim().split("\n\n").map(parse);
     let messages: Vec<_> = all.filter(|message| message.stream == stream).collect();
-    assert!(!messages.is_empty(), "the fixture holds no stream {stream}");
+    assert!(!messages.is_empty(), "the fixture has no stream {stream}");
     messages
 }
 
@@ -33,7 +33,7 @@ fn parse(block: &'static str) -> Message {
                 headers.insert(name.into(), AMQPValue::LongString(bytes(value).into()));
             }
             "body" => body = bytes(value),
-            _ => panic!("a line that is not known: {line}"),
+            _ => panic!("an unknown line: {line}"),
         }
     }
     let mut properties = BasicProperties::default().with_headers(headers);
@@ -52,7 +52,7 @@ fn bytes(digits: &str) -> Vec<u8> {
     (0..digits.len()).step_by(2).map(byte).collect()
 }
 
-/// Writes what one stream of a fixture holds to another stream.
+/// Copies one stream of a fixture to another stream.
 pub(crate) async fn copy(fixture: &'static str, stranger: &Stranger, from: &str, to: &str) {
     for message in messages(fixture, from) {
         stranger.publish_with(to, &message.body, message.properties).await;

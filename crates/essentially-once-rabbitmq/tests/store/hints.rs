@@ -40,7 +40,7 @@ async fn commit(store: &RabbitStore, commits: u64, owner: Owner) -> Result<(), E
     tx.commit(advance).await
 }
 
-/// Waits for another pulse, however often it has to look.
+/// Waits for another pulse, with as many calls as that takes.
 async fn changed(store: &RabbitStore, seen: &Pulse) -> Result<Pulse, Violation> {
     let watching = async {
         loop {
@@ -72,7 +72,7 @@ async fn shown() -> Result<(), Violation> {
         last.beats = beats;
         assert_eq!(pulse, last, "only the beats change");
     }
-    // The active one sees its own, too, once it has read them back.
+    // The active instance sees its own hints, too, once it has read them back.
     let sees = async {
         let mut pulse = active.pulse(&shipping()).await?;
         while pulse != last {
@@ -82,14 +82,14 @@ async fn shown() -> Result<(), Violation> {
     };
     timeout(Duration::from_secs(30), sees)
         .await
-        .map_err(|_| Violation::new("the active one does not see its own beats"))??;
-    // Of a stranger nothing counts.
+        .map_err(|_| Violation::new("the active instance does not see its own beats"))??;
+    // A stranger's hints have no effect.
     place.store().await?.beat(&shipping(), OTHER).await?;
     place.store().await?.release(&shipping(), OTHER).await?;
     active.release(&shipping(), OWNER).await?;
     let released = changed(&standby, &last).await?;
     assert_eq!((released.owner, released.revision), (None, first.revision));
-    // By what the changelog says from the first entry on, and by a snapshot.
+    // According to the whole changelog, and according to a snapshot.
     for _ in 0..2 {
         let position = place.store().await?.position(&shipping()).await?.expect("some");
         assert_eq!((position.owner, position.revision), (None, Revision::new(0, 1)));
@@ -114,7 +114,7 @@ async fn harmless() -> Result<(), Violation> {
     Ok(())
 }
 
-/// The changelog as anyone sees it who does not know that it is one.
+/// Writes to the changelog as a stranger who does not know what it is.
 async fn end_of_changelog(place: &Place) -> Result<Offset, Violation> {
     let other = Rabbit::connect(&place.url).await?;
     let changelog = other.log_with(&place.changelog(), LogOptions::new().existing()).await?;
@@ -128,7 +128,7 @@ async fn undisturbed() -> Result<(), Violation> {
     let seen = standby.pulse(&shipping()).await?;
     let consumer = shipping();
     let mut watching = std::pin::pin!(standby.watch(&consumer, &seen, Duration::from_secs(60)));
-    // Each question for the position is a mark that the standby reads.
+    // Each call of `position` writes a mark that the standby reads.
     for _ in 0..5 {
         tokio::select! {
             biased;
@@ -161,14 +161,14 @@ async fn covered() -> Result<(), Violation> {
                 match end.await {
                     Ok(end) if end > Offset::ZERO => return Ok::<_, Error>(()),
                     Ok(_) | Err(Error::Failed { .. }) => {}
-                    // RabbitMQ 3.10 may answer with INTERNAL_ERROR while the stream is being declared.
+                    // RabbitMQ 3.10 may answer with INTERNAL_ERROR while the stream is declared.
                     Err(error) if error.is_transient() => {}
                     Err(error) => return Err(error),
                 }
             }
         }
     };
-    // Nothing but beats is published meanwhile.
+    // Only beats are published in the meantime.
     timeout(Duration::from_secs(60), writes_a_snapshot)
         .await
         .map_err(|_| Violation::new("beats were published without a snapshot"))??;
@@ -192,10 +192,7 @@ async fn silent() -> Result<(), Violation> {
     standby.release(&nobody, OWNER).await?;
     assert_eq!(standby.pulse(&nobody).await?, Pulse::default());
     let stream = format!("{}.nobody.changelog", place.prefix);
-    assert!(
-        !place.stranger().await.sees(&stream).await,
-        "to look has created {stream}"
-    );
+    assert!(!place.stranger().await.sees(&stream).await, "looking created {stream}");
     Ok(())
 }
 
@@ -237,7 +234,8 @@ async fn polite() -> Result<(), Violation> {
     Ok(())
 }
 
-/// More beats than the broker sends ahead: unread, they would stay unacknowledged until it closes the channel.
+/// More beats than the broker sends ahead. Unread, they would stay unacknowledged until it closes
+/// the channel.
 async fn read_back() -> Result<(), Violation> {
     let place = Place::new();
     let store = place.store().await?;
@@ -248,7 +246,7 @@ async fn read_back() -> Result<(), Violation> {
     }
     let count = "lists:sum([proplists:get_value(messages_unacknowledged, I) || \
                  I <- rabbit_channel:info_all([messages_unacknowledged])]).";
-    // Of other tests on this node there may be some, but not of this one.
+    // Other tests on this node may have some, but this one must not.
     let unacknowledged = || -> Result<u32, Violation> {
         let node = crate::support::node();
         let shown = tokio::task::block_in_place(|| node.ctl(&["eval", count]))?;
@@ -299,7 +297,7 @@ async fn state() -> Result<(), Violation> {
         last = number + 1;
     }
     writing.await.expect("no panic")?;
-    // What is staged and not committed makes it neither wait nor see anything.
+    // Staged changes neither block it nor are visible to it.
     let mut open = writer.begin(&shipping()).await?;
     open.put(b"commits", b"staged").await?;
     let started = Instant::now();

@@ -15,7 +15,7 @@ mod support;
 mod version_1;
 mod version_2;
 
-/// How long a test may take; only what is stuck takes so long.
+/// How long a test may take. Only a stuck test takes this long.
 const LIMIT: Duration = Duration::from_secs(200);
 
 fn main() -> ExitCode {
@@ -34,14 +34,14 @@ fn main() -> ExitCode {
     suite.suite.run()
 }
 
-/// A suite whose tests show as ignored where there is no broker to run.
+/// A suite whose tests are ignored if there is no broker to run.
 struct Tests {
     suite: Suite,
     missing: Option<String>,
 }
 
 impl Tests {
-    /// Adds a test, to be run in a runtime of its own.
+    /// Adds a test that runs in its own runtime.
     fn add<F: Future<Output = Result<(), Violation>> + 'static>(&mut self, name: &str, test: fn() -> F) {
         let suite = std::mem::take(&mut self.suite);
         self.suite = match &self.missing {

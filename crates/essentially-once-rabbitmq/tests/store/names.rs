@@ -1,4 +1,4 @@
-//! Streams of one consumer are never those of another, and a stream under an old name is not ignored.
+//! No two consumers share a stream, and a stream under an old name is not ignored.
 
 use essentially_once::{ConsumerId, Error, OffsetStore as _, backend::Transaction as _};
 use essentially_once_rabbitmq::{Rabbit, RabbitOptions};
@@ -15,7 +15,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("names::a_log_cannot_take_the_name_of_a_stream_of_the_store", log);
 }
 
-/// A handle whose prefix is that of the place, with this behind it.
+/// A handle whose prefix is that of the place followed by `behind`.
 async fn rabbit(place: &Place, behind: &str) -> Result<Rabbit, Error> {
     let prefix = format!("{}{behind}", place.prefix);
     RabbitOptions::new()
@@ -39,7 +39,7 @@ async fn distinct() -> Result<(), Violation> {
 async fn old() -> Result<(), Violation> {
     let place = Place::new();
     let (billing, eu_billing) = (ConsumerId::new("billing")?, ConsumerId::new("eu.billing")?);
-    // What version 0.1 would have done with prefix `<prefix>.eu` and consumer `billing`.
+    // The stream of version 0.1 for prefix `<prefix>.eu` and consumer `billing`.
     let same = rabbit(&place, "").await?.store();
     same.begin(&eu_billing).await?.commit(advance(7, 0)).await?;
     let store = rabbit(&place, ".eu").await?.store();
@@ -55,7 +55,7 @@ async fn old() -> Result<(), Violation> {
     }
     let stranger = place.stranger().await;
     assert!(!stranger.sees(&format!("{}..eu.billing.changelog", place.prefix)).await);
-    // Another consumer of that prefix is not concerned.
+    // Another consumer of that prefix is not affected.
     assert_eq!(store.position(&ConsumerId::new("shipping")?).await?, None);
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! What a new handle makes of the streams, as they are or as someone has damaged them.
+//! How a new handle reads the streams, intact or damaged.
 
 use std::time::Duration;
 
 use essentially_once::{Error, KeyValue as _, OffsetStore as _, backend::Transaction as _};
-use essentially_once_rabbitmq::lapin::options::QueueDeleteOptions;
 use essentially_once_testkit::Violation;
+use lapin::options::QueueDeleteOptions;
 
 use crate::{
     Tests,
@@ -19,7 +19,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("recovery::retention_removes_only_what_a_snapshot_covers", retention);
 }
 
-/// The size of entries that are no commits.
+/// The size of entries that are not commits.
 const MARK: usize = 26;
 
 /// Commits until both streams have a snapshot, and returns the revision.
@@ -27,7 +27,7 @@ async fn until_snapshots(place: &Place) -> Result<u64, Violation> {
     let store = place.rabbit().await?.store().snapshot_after(1);
     let mut revision = 0;
     for letter in ['a', 'b'] {
-        // Any number of commits: one may find the snapshot before it still under way.
+        // The number of commits varies: one may find the previous snapshot still in progress.
         let (stranger, stream) = (place.stranger().await, place.snapshots(letter));
         let found = async {
             while !stranger.sees(&stream).await {}
@@ -54,14 +54,15 @@ async fn snapshots() -> Result<(), Violation> {
         (revision(&fresh).await?, get(&fresh, "k").await?),
         (last, Some(last.to_string()))
     );
-    // Without the entries, only a snapshot can tell; and as there is one that reaches further, it must not be passed over.
+    // Without the entries, only a snapshot has the state. The one with the highest offset must be
+    // used.
     let stranger = place.stranger().await;
     stranger
         .channel
         .queue_delete(place.changelog().into(), QueueDeleteOptions::default())
         .await
         .expect("deleted");
-    // So long it might be a replica that is behind.
+    // For this long, the replica might only lag.
     place.timeout = Duration::from_secs(3);
     let error = loop {
         match revision(&place.store().await?).await {
@@ -80,7 +81,8 @@ async fn damaged() -> Result<(), Violation> {
     let stranger = place.stranger().await;
     for letter in ['a', 'b'] {
         let (_, chunk) = stranger.find(&place.snapshots(letter), |_| true).await;
-        // Each would be the newest: one with a flipped bit, one that lacks its second half, one that lies about its offset, and junk.
+        // Each would be the newest: one with a flipped bit, one without its second half, one with a
+        // wrong offset, and junk.
         let newest = |chunk: &mut Vec<u8>| {
             let offset = chunk_offset(chunk) + 1_000;
             chunk[25..33].copy_from_slice(&offset.to_be_bytes());
@@ -128,9 +130,9 @@ async fn lost() -> Result<(), Violation> {
     assert_eq!(
         emptied.position(&shipping()).await?,
         None,
-        "nothing tells that there was something"
+        "no error although the state is gone"
     );
-    // It builds on two that are not there.
+    // It builds on two missing entries.
     stranger.publish(&place.changelog(), &third).await;
     for store in [&emptied, &place.store().await?] {
         let error = store.position(&shipping()).await.expect_err("commits are missing");
@@ -139,7 +141,7 @@ async fn lost() -> Result<(), Violation> {
             "{error}"
         );
     }
-    // A handle that had read more than there is.
+    // A handle that has read more than the stream holds.
     let error = store
         .position(&shipping())
         .await

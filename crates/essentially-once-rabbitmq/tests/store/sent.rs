@@ -23,7 +23,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("sent::consumers_can_be_chained", chained);
 }
 
-/// Commits with these records as the next revision.
+/// Commits these records as the next revision.
 async fn send(store: &RabbitStore, payloads: &[&str], expected_revision: u64) -> Result<(), Error> {
     let mut tx = store.begin(&shipping()).await?;
     for payload in payloads {
@@ -50,7 +50,7 @@ async fn all_or_nothing() -> Result<(), Violation> {
     let mut rolled_back = one.begin(&shipping()).await?;
     rolled_back.send(NewRecord::new("rolled back"))?;
     rolled_back.rollback().await?;
-    // Both build on the first: whoever is overtaken has sent nothing.
+    // Both build on the first. The one that loses has sent nothing.
     let mut late = two.begin(&shipping()).await?;
     late.send(NewRecord::new("late"))?;
     put(&one, "k", "v", 1).await?;
@@ -104,7 +104,7 @@ async fn contract() -> Result<(), Violation> {
     assert_eq!(sent.bounds().await?.end, end);
     let result = sent.read(end.successor()).await.map(drop);
     assert!(
-        matches!(&result, Err(Error::OutOfRange { end: told, .. }) if *told == end),
+        matches!(&result, Err(Error::OutOfRange { end: reported, .. }) if *reported == end),
         "{result:?}"
     );
     let mut at_end = sent.read(end).await?;
@@ -116,7 +116,7 @@ async fn contract() -> Result<(), Violation> {
     Ok(())
 }
 
-/// What the future returns if it is polled once.
+/// The result of the future if one poll completes it.
 async fn futures_now<T>(future: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(std::time::Duration::ZERO, future).await.ok()
 }
@@ -162,7 +162,8 @@ async fn missed() -> Result<(), Violation> {
     send(&store, &["first"], 0).await?;
     send(&store, &["second"], 1).await?;
     let first = read_log(&store.sent(&shipping())?).await?;
-    // Some segments, of which a policy then keeps the last: the store's own retention would need ten times as many.
+    // Several segments, of which a policy then keeps the last. The store's own retention would need
+    // ten times as many.
     let mut revision = 2;
     for round in 0..5u8 {
         let mut tx = store.begin(&shipping()).await?;
@@ -181,15 +182,15 @@ async fn missed() -> Result<(), Violation> {
         "queues",
     ];
     tokio::task::block_in_place(|| node().ctl(&policy)).map_err(|error| Violation::new(error.to_string()))?;
-    // Nothing tells when the broker is done.
-    // With another prefix it is a stream as any other.
+    // No event reports when the broker is done.
+    // With another prefix, it is an ordinary stream.
     let changelog = place.options().prefix("another").connect(&place.url).await?;
     let changelog = changelog
         .log_with(&place.changelog(), LogOptions::new().existing())
         .await?;
     while changelog.bounds().await?.earliest <= first[1].offset {}
     let sent = place.store().await?.sent(&shipping())?;
-    // Who has read all of it has missed nothing, though what he read is gone.
+    // A reader that has read everything has missed nothing, although the records are gone.
     let mut up_to_date = sent.read(first[1].offset.successor()).await?;
     send(&store, &["third"], revision).await?;
     assert_eq!(up_to_date.next(1).await?[0].payload, "third");
@@ -203,7 +204,7 @@ async fn missed() -> Result<(), Violation> {
     Ok(())
 }
 
-/// Sends two records for each that it handles.
+/// Sends two records for each record that it handles.
 struct Doubler;
 
 #[async_trait]
@@ -217,7 +218,7 @@ impl Handler<RabbitTx> for Doubler {
     }
 }
 
-/// Two consumers, each of which has two instances that take the work from each other.
+/// Two consumers, each with two instances that take over from each other.
 async fn chained() -> Result<(), Violation> {
     const RECORDS: usize = 200;
     let place = Place::new();

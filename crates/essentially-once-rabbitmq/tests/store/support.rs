@@ -1,4 +1,4 @@
-//! A broker for all tests, names that nobody else uses, and a look at the streams as a stranger has it.
+//! A broker for all tests, unique names, and a stranger's view of the streams.
 
 use std::{future::poll_fn, pin::Pin, sync::OnceLock, time::Duration};
 
@@ -6,20 +6,16 @@ use essentially_once::{
     ConsumerId, Error, KeyValue as _, OffsetStore as _,
     backend::{Advance, LogId, Revision, Transaction as _},
 };
-use essentially_once_rabbitmq::{
-    Rabbit, RabbitOptions, RabbitStore,
-    lapin::{
-        self, BasicProperties, Channel, Connection, ConnectionProperties, Consumer,
-        options::{
-            BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
-        },
-        types::{AMQPValue, FieldTable},
-    },
-};
+use essentially_once_rabbitmq::{Rabbit, RabbitOptions, RabbitStore};
 use futures_core::Stream as _;
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties, Consumer,
+    options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
 use test_servers::RabbitNode;
 
-/// It is never dropped; its janitor ends it with this process.
+/// It is never dropped. Its janitor ends it with this process.
 pub(crate) fn node() -> &'static RabbitNode {
     static NODE: OnceLock<RabbitNode> = OnceLock::new();
     NODE.get_or_init(|| RabbitNode::start().expect("a node"))
@@ -33,13 +29,13 @@ pub(crate) fn log(name: &str) -> LogId {
     LogId::new(name).expect("name")
 }
 
-/// The advance of the next commit after so many of one session.
+/// The advance of the commit after `commits` commits of one session.
 pub(crate) fn advance(next: u64, commits: u64) -> Advance {
     let of = |count| Revision::new(0, count);
     Advance::new(log("orders"), next.into(), of(commits), of(commits + 1))
 }
 
-/// A namespace of its own.
+/// A namespace for one test.
 #[derive(Clone)]
 pub(crate) struct Place {
     pub(crate) url: String,
@@ -60,7 +56,7 @@ impl Place {
         }
     }
 
-    /// The same place by another way.
+    /// The same place through another port.
     pub(crate) fn through(&self, port: u16) -> Self {
         Self::new_at(port, self.prefix.clone())
     }
@@ -111,7 +107,7 @@ impl Place {
     }
 }
 
-/// Someone who knows the streams and not this crate.
+/// A client that knows the streams but not this crate.
 pub(crate) struct Stranger {
     url: String,
     connection: Connection,
@@ -155,7 +151,7 @@ impl Stranger {
         declared.expect("declared");
     }
 
-    /// Whether there is such a stream.
+    /// Whether that stream exists.
     pub(crate) async fn sees(&self, stream: &str) -> bool {
         let channel = self.connection.create_channel().await.expect("a channel");
         let options = QueueDeclareOptions::default().passive();
@@ -177,10 +173,11 @@ impl Stranger {
             .await
     }
 
-    /// The first message that will do, there or to come, and its offset.
+    /// The first message, present or future, that satisfies the condition, and its offset.
     pub(crate) async fn find(&self, stream: &str, mut wanted: impl FnMut(&[u8]) -> bool) -> (u64, Vec<u8>) {
         let mut consumer = loop {
-            // A stream that was declared a moment ago may not be up, and to ask for it then ends the connection.
+            // A stream declared a moment ago may not be up, and asking for it then ends the
+            // connection.
             if let Ok(consumer) = self.consume(stream).await {
                 break consumer;
             }
@@ -204,7 +201,7 @@ impl Stranger {
     }
 }
 
-/// The changelog's offset that a chunk of a snapshot stands for.
+/// The changelog offset of a chunk of a snapshot.
 pub(crate) fn chunk_offset(chunk: &[u8]) -> u64 {
     u64::from_be_bytes(chunk[25..33].try_into().expect("8 bytes"))
 }

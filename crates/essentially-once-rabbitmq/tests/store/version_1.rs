@@ -1,4 +1,4 @@
-//! Streams that version 1 of the formats was written to are read as they were meant. See `tests/fixtures`.
+//! Streams written in version 1 of the formats are read as they were meant. See `tests/fixtures`.
 
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Handler, HandlerError, KeyValue as _, Log, NewRecord, OffsetStore as _, Origin,
@@ -23,7 +23,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("version_1::a_late_commit_is_still_late", late);
 }
 
-/// The order of that number, as the fixture has it.
+/// The order of that number, as in the fixture.
 fn order(number: u64) -> NewRecord {
     let producer = ["web", "app"][(number % 2) as usize];
     let record = NewRecord::new(format!("order {number}")).key(format!("key-{}", number % 3));
@@ -64,7 +64,7 @@ async fn logs() -> Result<(), Violation> {
     Ok(())
 }
 
-/// What the state of `shipping` comes to.
+/// The expected state of `shipping`.
 async fn assert_is_shipping(place: &Place) -> Result<(), Violation> {
     let store = place.store().await?;
     let position = store.position(&shipping()).await?.expect("some");
@@ -79,7 +79,8 @@ async fn assert_is_shipping(place: &Place) -> Result<(), Violation> {
     };
     assert_eq!((app.to_string().as_str(), web.to_string().as_str()), ("app", "web"));
     for sequence in 0..10 {
-        // Of `app` all was forgotten but 6 and 7, which came later. Order 4, which would be 2 of `web`, has no origin.
+        // All of `app` was forgotten except 6 and 7, which came later. Order 4, which would be 2 of
+        // `web`, has no origin.
         assert_eq!(app_window.is_seen(sequence), [6, 7].contains(&sequence), "{sequence}");
         let expected = sequence < 8 && sequence != 2;
         assert_eq!(web_window.is_seen(sequence), expected, "{sequence}");
@@ -96,7 +97,7 @@ async fn assert_is_shipping(place: &Place) -> Result<(), Violation> {
     Ok(())
 }
 
-/// What a newer version makes of the rest of the log.
+/// Lets a newer version handle the rest of the log.
 struct Put;
 
 #[async_trait]
@@ -121,7 +122,7 @@ async fn changelog() -> Result<(), Violation> {
     assert!(records.iter().all(|record| record.key.as_deref() == Some(b"key-0")));
     assert_eq!(payloads(records), expected);
 
-    // The position names the log, so its name must be that one: no other test uses it on this node.
+    // The position names the log, so its name must be that one. No other test uses it on this node.
     let orders = rabbit.log("orders").await?;
     copy(FIXTURE, &stranger, "orders", "orders").await;
     orders.append(&[order(15), order(16)]).await?;
@@ -143,7 +144,7 @@ async fn snapshot() -> Result<(), Violation> {
     stranger.declare_changelog(&place.changelog()).await;
     stranger.declare_snapshots(&place.snapshots('a')).await;
     copy(FIXTURE, &stranger, "shop.shipping.snapshots.a", &place.snapshots('a')).await;
-    // Without what the snapshot covers, nothing else knows of it.
+    // The entries that the snapshot covers are missing, so only the snapshot has their state.
     for (offset, message) in messages(FIXTURE, "shop.shipping.changelog").into_iter().enumerate() {
         let body = if offset < 7 { b"covered" } else { &message.body[..] };
         stranger.publish(&place.changelog(), body).await;

@@ -1,4 +1,4 @@
-//! Streams that version 2 of the formats was written to are read as they were meant. See `tests/fixtures`.
+//! Streams written in version 2 of the formats are read as they were meant. See `tests/fixtures`.
 
 use essentially_once::{
     Log, Offset, OffsetStore as _, ReadState as _, Record,
@@ -26,7 +26,7 @@ async fn assert_is_shipping(place: &Place) -> Result<(), Violation> {
     let Snapshot { position, values, .. } = place.store().await?.read_state(&shipping(), &keys).await?;
     let position = position.expect("some");
     assert_eq!((position.log, position.next), (log("orders"), Offset::new(3, 1)));
-    // Two sessions, of two commits each.
+    // Two sessions of two commits each.
     assert_eq!((position.revision, position.owner), (Revision::new(2, 2), None));
     let last = Record::new(Offset::new(3, 0), std::time::UNIX_EPOCH, "order 3");
     assert_eq!(position.passed, Some(Passed::new(&last)));
@@ -59,7 +59,7 @@ async fn snapshot() -> Result<(), Violation> {
     copy(FIXTURE, &stranger, "shop.shipping.snapshots.a", &place.snapshots('a')).await;
     let covered = crate::support::chunk_offset(&messages(FIXTURE, "shop.shipping.snapshots.a")[0].body);
     assert!(covered > 0);
-    // Without what the snapshot covers, nothing else knows of it.
+    // The entries that the snapshot covers are missing, so only the snapshot has their state.
     for (offset, message) in (0..).zip(messages(FIXTURE, CHANGELOG)) {
         let body = if offset < covered {
             b"covered"
@@ -76,7 +76,7 @@ async fn hints() -> Result<(), Violation> {
     let stranger = place.stranger().await;
     stranger.declare_changelog(&place.changelog()).await;
     let all = messages(FIXTURE, CHANGELOG);
-    // The last one is the release, and the one before it a beat.
+    // The last mark is the release, and the one before it a beat.
     let mut last = place.store().await?.pulse(&shipping()).await?;
     for (left, message) in (0..all.len()).rev().zip(&all) {
         stranger.publish(&place.changelog(), &message.body).await;

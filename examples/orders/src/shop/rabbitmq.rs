@@ -4,10 +4,8 @@ use std::collections::HashMap;
 
 use async_trait::async_trait;
 use essentially_once::{ConsumerId, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore};
-use essentially_once_rabbitmq::{
-    Rabbit, RabbitLog, RabbitTx,
-    lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions},
-};
+use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitTx};
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 
 use super::effect::{Books, Effect, Shop};
 use crate::{

@@ -1,14 +1,14 @@
-//! Each breaks one thing, and the checker must find it.
+//! Each mutant breaks one thing, and the checker must find it.
 
 use essentially_once::backend::Revision;
 use stateright::{Checker, Model};
 
 use super::{
-    super::fold::{Fold, Missing, Verdict},
+    super::rule::{Fold, Missing, Verdict},
     Applied, Apply, Entry, System,
 };
 
-/// The property that a broken system must be seen to break.
+/// Checks that the broken system breaks this property.
 fn found(system: System, property: &'static str) {
     let checker = system
         .checker()
@@ -18,7 +18,7 @@ fn found(system: System, property: &'static str) {
         .join();
     assert!(
         checker.discovery(property).is_some(),
-        "the checker did not notice: {property}"
+        "the checker did not find a violation of: {property}"
     );
 }
 
@@ -74,8 +74,9 @@ fn mutant_a_revision_applies_twice() {
     );
 }
 
-/// Any higher revision applies: by itself this is harmless, since a writer raises the revision by one. But then a snapshot that is
-/// one off goes unnoticed, and readers disagree in silence; with the true rule the first of them to read on says so.
+/// Any higher revision applies. This alone is harmless, since a writer raises the revision by one.
+/// But a snapshot that is off by one then goes unnoticed, and readers disagree silently. With the
+/// true rule, the first of them to read on reports it.
 #[test]
 fn mutant_any_higher_revision_applies_after_a_snapshot_that_is_one_off() {
     let apply: Apply = |fold, offset, entry| {

@@ -1,8 +1,18 @@
-//! Connections on a runtime of their own, which leave nothing behind.
+//! Connections on their own runtime.
 //!
-//! The client library reads and writes on a thread of its own, but sends heartbeats and learns that
-//! its socket is ready by the runtime that it was started on. On the caller's runtime, a handler that
-//! blocks it would stop both, and the broker would close the connection.
+//! lapin reads and writes on a thread of its own. For heartbeats and socket readiness it uses the
+//! runtime that it was started on. On the caller's runtime, a handler that blocks it would stop
+//! both, and the broker would close the connection.
+
+pub(crate) mod connections;
+pub(crate) mod deliveries;
+pub(crate) mod endpoint;
+pub(crate) mod publisher;
+pub(crate) mod server;
+pub(crate) mod stream;
+pub(crate) mod tail;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::{
     io,
@@ -16,11 +26,7 @@ use std::{
     time::Duration,
 };
 
-use lapin::{
-    ConnectionProperties, ConnectionState, ErrorKind,
-    tcp::{AsyncTcpStream, OwnedTLSConfig},
-    uri::{AMQPScheme, AMQPUri},
-};
+use lapin::{ConnectionProperties, ConnectionState, ErrorKind, tcp::AsyncTcpStream, uri::AMQPUri};
 use tokio::{
     runtime::{Builder, Handle},
     sync::oneshot,
@@ -28,10 +34,11 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a broker may take to confirm that a connection is closed, before its socket is.
+/// How long the broker may take to confirm that a connection is closed before its socket is shut
+/// down.
 const CLOSING: Duration = Duration::from_secs(5);
 
-/// An open connection. Dropping it closes it, also if the broker does not answer.
+/// An open connection. Dropping it closes it, even if the broker does not answer.
 #[derive(Debug)]
 pub(crate) struct Connection {
     inner: Arc<lapin::Connection>,
@@ -44,7 +51,13 @@ pub(crate) struct Channel {
     inner: lapin::Channel,
 }
 
-/// Why there is no connection.
+/// How to encrypt a connection.
+#[cfg(feature = "tls")]
+pub(crate) type Tls = Option<Arc<rustls::ClientConfig>>;
+#[cfg(not(feature = "tls"))]
+pub(crate) type Tls = Option<Arc<std::convert::Infallible>>;
+
+/// Why a connection could not be opened.
 pub(crate) enum Refusal {
     /// No answer within the limit.
     Silence,
@@ -54,19 +67,19 @@ pub(crate) enum Refusal {
 impl Connection {
     /// Connects within the limit.
     ///
-    /// A dropped call leaves nothing behind: the attempt goes on beside it, and what comes of it is
-    /// closed.
-    pub(crate) async fn open(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<Self, Refusal> {
+    /// Dropping the call leaves nothing behind: the attempt continues in the background, and its
+    /// connection is closed.
+    pub(crate) async fn open(uri: AMQPUri, tls: Tls, limit: Duration) -> Result<Self, Refusal> {
         let runtime = runtime().map_err(|error| Refusal::Error(io::Error::other(error).into()))?;
         let (sender, opened) = oneshot::channel();
         runtime.spawn(async move {
-            // Nobody may be left to take it; then it is dropped, and so closed.
+            // The caller may be gone. Then the connection is dropped, which closes it.
             let _ = sender.send(attempt(uri, tls, limit).await);
         });
         opened.await.unwrap_or(Err(Refusal::Silence))
     }
 
-    /// Opens a channel. A dropped call leaves none behind.
+    /// Opens a channel. Dropping the call leaves none behind.
     pub(crate) async fn create_channel(&self) -> lapin::Result<Channel> {
         let connection = Arc::clone(&self.inner);
         let (sender, opened) = oneshot::channel();
@@ -90,9 +103,9 @@ impl Deref for Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         let (connection, socket) = (Arc::clone(&self.inner), Arc::clone(&self.socket));
-        // There is a runtime, or there would be no connection.
+        // The runtime exists, since the connection does.
         let _ = spawn(async move {
-            // An error says that it is closed already.
+            // An error means that it is already closed.
             let _ = timeout(CLOSING, connection.close(200, "OK".into())).await;
             socket.shut();
         });
@@ -107,7 +120,7 @@ impl Deref for Channel {
     }
 }
 
-/// The library closes a dropped channel as well, but not while it waits for a reply on it.
+/// lapin also closes a dropped channel, but not while it waits for a reply on it.
 impl Drop for Channel {
     fn drop(&mut self) {
         if !self.inner.status().connected() {
@@ -120,7 +133,7 @@ impl Drop for Channel {
     }
 }
 
-async fn attempt(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<Connection, Refusal> {
+async fn attempt(uri: AMQPUri, tls: Tls, limit: Duration) -> Result<Connection, Refusal> {
     let socket = Arc::new(Socket::default());
     match timeout(limit, connect(uri, tls, Arc::clone(&socket))).await {
         Ok(Ok(connection)) => Ok(Connection {
@@ -129,16 +142,17 @@ async fn attempt(uri: AMQPUri, tls: OwnedTLSConfig, limit: Duration) -> Result<C
         }),
         Ok(Err(error)) => Err(Refusal::Error(error)),
         Err(_) => {
-            // The library's thread would wait for the broker for ever.
+            // lapin's thread would wait for the broker forever.
             socket.shut();
             Err(Refusal::Silence)
         }
     }
 }
 
-async fn connect(uri: AMQPUri, tls: OwnedTLSConfig, socket: Arc<Socket>) -> lapin::Result<lapin::Connection> {
+async fn connect(uri: AMQPUri, tls: Tls, socket: Arc<Socket>) -> lapin::Result<lapin::Connection> {
     let properties = ConnectionProperties::default().with_connection_name("essentially-once".into());
-    // It does not recover by itself: what was under way when it broke is for its user to judge.
+    // lapin's own recovery stays off: the caller must judge what was in progress when a connection
+    // broke.
     lapin::Connection::connector(
         uri,
         lapin::runtime::default_runtime()?,
@@ -149,17 +163,20 @@ async fn connect(uri: AMQPUri, tls: OwnedTLSConfig, socket: Arc<Socket>) -> lapi
             if let AsyncTcpStream::Plain(stream) = &stream {
                 socket.keep(duplicate(stream.get_ref())?)?;
             }
-            Ok(match uri.scheme {
-                AMQPScheme::AMQP => stream,
-                AMQPScheme::AMQPS => stream.into_tls(&uri.authority.host, tls.as_ref()).await?,
-            })
+            // `into_tls` would install a provider of cryptography for the whole process.
+            #[cfg(feature = "tls")]
+            if let Some(config) = tls.clone() {
+                return Ok(stream.into_rustls(&config.into(), &uri.authority.host).await?);
+            }
+            let _ = &tls;
+            Ok(stream)
         },
         properties,
     )
     .await
 }
 
-/// A second handle to a connection's socket, to end what waits for it.
+/// A second handle to a connection's socket, to end whatever waits for it.
 #[derive(Debug, Default)]
 struct Socket {
     handle: Mutex<Option<TcpStream>>,
@@ -176,12 +193,12 @@ impl Socket {
         Ok(())
     }
 
-    /// Ends the connection on it, and any that is still to be made.
+    /// Shuts the socket down, and any socket that is kept later.
     fn shut(&self) {
         let mut kept = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_shut.store(true, Ordering::Relaxed);
         if let Some(handle) = kept.take() {
-            // An error says that the other side was faster.
+            // An error means that the peer was faster.
             let _ = handle.shutdown(Shutdown::Both);
         }
     }
@@ -197,7 +214,7 @@ fn duplicate(stream: &impl std::os::windows::io::AsSocket) -> io::Result<TcpStre
     stream.as_socket().try_clone_to_owned().map(TcpStream::from)
 }
 
-/// Runs it to its end, also if the returned handle is dropped.
+/// Runs the future to its end, even if the returned handle is dropped.
 pub(crate) fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> io::Result<JoinHandle<T>> {
     runtime().map(|runtime| runtime.spawn(future)).map_err(io::Error::other)
 }

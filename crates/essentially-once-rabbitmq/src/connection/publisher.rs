@@ -1,4 +1,4 @@
-//! Publishing to a stream, with confirms.
+//! Publishes to a stream, with confirms.
 
 use std::{
     collections::VecDeque,
@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::Error;
+use essentially_once::{Error, backend::check_size};
 use lapin::{
     BasicProperties, Confirmation,
     options::{BasicPublishOptions, ConfirmSelectOptions},
@@ -23,15 +23,15 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-use crate::{
-    connection::{Channel, Connection},
-    error::in_doubt,
-    server::Server,
-};
+use super::{Channel, Connection, server::Server};
+use crate::error::in_doubt;
 
-/// How much may be published and not confirmed.
+/// How much may be published and not yet confirmed.
 const IN_FLIGHT_MESSAGES: usize = 4_096;
 const IN_FLIGHT_BYTES: usize = 8 * 1024 * 1024;
+
+/// How errors about the broker's limit name a message.
+const MESSAGE: &str = "message for RabbitMQ (`max_message_size`)";
 
 /// A message to publish.
 #[derive(Clone, Debug)]
@@ -40,12 +40,22 @@ pub(crate) struct Message {
     pub(crate) properties: BasicProperties,
 }
 
-/// Publishes to one stream, on a connection that nobody reads on: the broker stops reading from those that publish while it is
-/// short of memory or disk.
+impl Message {
+    /// A message without properties.
+    pub(crate) fn new(body: Vec<u8>) -> Self {
+        Self {
+            body: body.into(),
+            properties: BasicProperties::default(),
+        }
+    }
+}
+
+/// Publishes to one stream, on a connection that nothing reads from. The broker stops reading from
+/// connections that publish while it is short of memory or disk.
 pub(crate) struct Publisher {
     server: Arc<Server>,
     stream: String,
-    /// On a channel of [`Server::publishing`] instead of a connection of its own.
+    /// Whether it uses a channel of [`Server::publishing`] instead of its own connection.
     is_sharing: bool,
     link: Mutex<Option<Arc<Link>>>,
 }
@@ -53,12 +63,12 @@ pub(crate) struct Publisher {
 struct Link {
     connection: Arc<Connection>,
     channel: Channel,
-    /// A call failed or was dropped on it, so nobody knows what is under way: it is not used again. Where it was, the client library was seen to
-    /// confirm messages that the broker had lost.
+    /// Whether a call on this link failed or was dropped, so that its outcome is unknown. Such a
+    /// link is not used again: lapin was seen to confirm messages on it that the broker had lost.
     spoilt: AtomicBool,
 }
 
-/// Spoils the link unless the call comes to its good end.
+/// Spoils the link unless the call completes.
 struct Call {
     link: Arc<Link>,
     is_done: bool,
@@ -82,7 +92,7 @@ impl Publisher {
         }
     }
 
-    /// One of many that publish little each.
+    /// A publisher that publishes little and shares its connection with others.
     pub(crate) fn sharing(server: Arc<Server>, stream: String) -> Self {
         Self {
             is_sharing: true,
@@ -90,23 +100,23 @@ impl Publisher {
         }
     }
 
-    /// Publishes all of them in order, and returns when each is confirmed: more than half of the stream's replicas have it.
+    /// Publishes the messages in order, and returns when each is confirmed: more than half of the
+    /// stream's replicas have it.
     ///
-    /// Nothing is ever published again from here. Dropping the future leaves the outcome unknown.
+    /// Nothing is published twice. Dropping the future leaves the outcome unknown.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`] and [`Error::TooLarge`] when nothing was published, [`Error::Indeterminate`] when a
-    /// part of it may be.
+    /// [`Error::Unavailable`], [`Error::Failed`] and [`Error::TooLarge`] if nothing was published.
+    /// [`Error::Indeterminate`] if some messages may have been.
     pub(crate) async fn publish(&self, messages: Vec<Message>) -> Result<(), Error> {
         let sizes = || messages.iter().map(|message| message.body.len());
         let (Some(smallest), Some(largest)) = (sizes().min(), sizes().max()) else {
             return Ok(());
         };
-        // The messages before one that is too large would be stored, and the next try would store them again.
+        // Without this check, the messages before an oversized one would be stored, and stored
+        // again by the next try.
         let limit = self.server.message_limit();
-        if largest > limit {
-            return Err(too_large(largest, limit));
-        }
+        check_size(MESSAGE, largest, limit)?;
         self.publish_all(messages, smallest).await
     }
 
@@ -121,7 +131,7 @@ impl Publisher {
         for message in messages {
             batch.send(message).await?;
         }
-        // From here on others may send: their messages come behind these.
+        // Other calls may publish from here on. Their messages follow these.
         drop(slot);
         batch.finish().await?;
         call.is_done = true;
@@ -141,7 +151,7 @@ impl Publisher {
             publishing.forget(&broken.connection).await;
         }
         let (connection, channel) = match self.is_sharing {
-            true => publishing.channel(&self.server, action).await?,
+            true => publishing.channel(action).await?,
             false => {
                 let connection = self.server.open_connection().await?;
                 let channel = self.server.reply(action, connection.create_channel()).await?;
@@ -164,7 +174,7 @@ impl Publisher {
     }
 }
 
-/// A message on its way, until the broker answers.
+/// A message that was published and is not yet confirmed.
 type Publishing = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>;
 
 /// The messages of one call.
@@ -174,7 +184,7 @@ struct Batch<'a> {
     stream: ShortString,
     /// Bytes of the smallest message.
     smallest: usize,
-    /// Not known to be confirmed, with their sizes.
+    /// Messages not yet confirmed, with their sizes.
     in_flight: VecDeque<(Publishing, usize)>,
     in_flight_bytes: usize,
     stored: usize,
@@ -203,8 +213,8 @@ impl<'a> Batch<'a> {
             self.confirm_one().await?;
         }
         let mut publishing = publish(Arc::clone(&self.link), self.stream.clone(), message);
-        // The first poll puts the message behind those before it. To wait until it is on the wire, as `basic_publish` does, would take two
-        // switches of threads and a system call for each message.
+        // The first poll queues the message after those before it. Waiting until it is on the wire,
+        // as `basic_publish` does, would cost two thread switches and a system call per message.
         let published = publishing.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         match published {
             Poll::Pending => {
@@ -221,16 +231,16 @@ impl<'a> Batch<'a> {
             return Ok(());
         };
         self.in_flight_bytes -= size;
-        let confirmed = timeout(self.publisher.server.options.timeout, publishing).await;
+        let confirmed = timeout(self.publisher.server.timeout, publishing).await;
         self.confirmed(confirmed)
     }
 
     fn confirmed(&mut self, confirmed: Result<lapin::Result<Confirmation>, Elapsed>) -> Result<(), Error> {
         match self.known(confirmed)? {
             Confirmation::Ack(None) => self.stored += 1,
-            // Acknowledged because nobody wants it.
+            // The broker acknowledged it because no queue takes it.
             Confirmation::Ack(Some(_)) => self.returned += 1,
-            other => return Err(self.in_doubt(format!("the broker did not confirm it but answered {}", word(&other)))),
+            other => return Err(self.in_doubt(format!("the broker answered {} instead of a confirm", word(&other)))),
         }
         Ok(())
     }
@@ -241,33 +251,34 @@ impl<'a> Batch<'a> {
         }
         match (self.stored, self.returned) {
             (_, 0) => Ok(()),
-            // A broker that was just started takes messages before its streams are there.
+            // A broker that has just started takes messages before its streams are up.
             (0, _) => Err(Error::unavailable(
                 self.publisher.server.on(self.publisher.action()),
-                "the stream does not exist, yet or any more: if the broker is not just starting, open it again to declare it",
+                "the stream does not exist; if the broker is not just starting, open the log again to declare it",
             )),
-            _ => Err(self.in_doubt("the stream was deleted meanwhile".into())),
+            _ => Err(self.in_doubt("the stream was deleted during the call".into())),
         }
     }
 
-    /// The result, or that nobody knows what became of the messages.
+    /// The result, or an error if the fate of the messages is unknown.
     fn known<T>(&self, result: Result<lapin::Result<T>, Elapsed>) -> Result<T, Error> {
         match result {
             Ok(Ok(result)) => Ok(result),
             Ok(Err(error)) => {
-                // A channel that the broker closes because of one message says nothing certain about the others on
-                // it. Only this node's own limit counts: another call may have learned that of another node.
+                // If the broker closes a channel because of one message, the others on it are in
+                // doubt. Only the limit of this node counts, since another call may have learned
+                // the limit of another node.
                 let limit = self.publisher.server.learn_message_limit(&error, &self.link.connection);
-                if let Some(limit) = limit.filter(|limit| self.smallest > *limit) {
-                    return Err(too_large(self.smallest, limit));
+                if let Some(limit) = limit {
+                    check_size(MESSAGE, self.smallest, limit)?;
                 }
                 Err(in_doubt(self.publisher.server.on(self.publisher.action()), error))
             }
             Err(_) => {
-                let limit = self.publisher.server.options.timeout;
+                let limit = self.publisher.server.timeout;
                 let why = match self.link.connection.status().blocked() {
-                    true => "the broker says that it blocks publishers: it is short of memory or disk",
-                    false => "the broker may be blocking publishers: memory or disk alarm",
+                    true => "the broker blocks publishers because it is short of memory or disk",
+                    false => "the broker may be blocking publishers because of a memory or disk alarm",
                 };
                 Err(self.in_doubt(format!("no confirm within {limit:?}; {why}")))
             }
@@ -276,14 +287,6 @@ impl<'a> Batch<'a> {
 
     fn in_doubt(&self, why: String) -> Error {
         Error::indeterminate(self.publisher.server.on(self.publisher.action()), why)
-    }
-}
-
-fn too_large(size: usize, limit: usize) -> Error {
-    Error::TooLarge {
-        what: "message for RabbitMQ (`max_message_size`)",
-        size,
-        limit,
     }
 }
 

@@ -1,8 +1,8 @@
 //! A fold as messages, so that a changelog need not be read from its first entry.
 //!
-//! A snapshot is cut into chunks, one a message. Each names its snapshot, its place in it and the changelog's offset that the
-//! snapshot stands for, and carries a checksum. A snapshot is complete when all its chunks are there: no other mark is needed, and
-//! those of several writers may come mixed.
+//! A snapshot is cut into chunks, one per message. Each chunk names its snapshot, its index and the
+//! snapshot's changelog offset, and carries a checksum. A snapshot is complete when all of its
+//! chunks are there. It needs no other mark, and the chunks of several writers may be mixed.
 
 use std::collections::HashMap;
 
@@ -10,17 +10,17 @@ use bytes::{BufMut as _, Bytes};
 
 use super::{
     entry::{put_owner, put_passed, read_owner, read_passed},
-    fold::Fold,
+    rule::Fold,
     state::State,
     wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_revision, put_window},
 };
 
 const MAGIC: &[u8] = b"eo-chunk";
 const VERSION: u8 = 2;
-/// Written before 0.2, without epochs and owners.
+/// The version of snapshots written before 0.2, without epochs and owners.
 const FIRST_VERSION: u8 = 1;
 
-/// Bytes of state in a chunk, unless the broker takes only smaller messages.
+/// Bytes of state in a chunk, unless the broker only takes smaller messages.
 pub(super) const CHUNK: usize = 1024 * 1024;
 
 /// Bytes of a chunk before its state.
@@ -50,9 +50,9 @@ impl Image {
         self.body.len()
     }
 
-    /// Its messages, in order, each with so many bytes of state.
+    /// The messages of the snapshot, in order, each with `size` bytes of state.
     pub(super) fn chunks(&self, size: usize) -> impl Iterator<Item = Vec<u8>> {
-        // A fold is never without bytes, so there is a chunk.
+        // A fold always has some bytes, so there is a chunk.
         let chunks = self.body.chunks(size);
         let count = chunks.len() as u32;
         (0..).zip(chunks).map(move |(index, part): (u32, _)| {
@@ -82,10 +82,10 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    /// Reads a message, or tells why it is none of a snapshot.
+    /// Decodes a message, or says why it is not part of a snapshot.
     pub(super) fn decode(bytes: Bytes) -> Decoded<Self> {
         if !bytes.starts_with(MAGIC) {
-            return Err("it is no part of a snapshot");
+            return Err("it is not part of a snapshot");
         }
         let mut reader = Reader::new(bytes.slice(MAGIC.len()..));
         let version = reader.u8()?;
@@ -95,7 +95,7 @@ impl Chunk {
         let (id, offset) = (reader.u128()?, reader.u64()?);
         let (index, count) = (reader.u32()?, reader.u32()?);
         let checksum = reader.u32()?;
-        let part = reader.rest();
+        let part = reader.rest().clone();
         if index >= count || crc32fast::hash(&part) != checksum {
             return Err("it is damaged");
         }
@@ -110,13 +110,13 @@ impl Chunk {
     }
 }
 
-/// Puts chunks together. It keeps the parts of one snapshot at a time, the one that was begun last:
-/// most of those that are not complete never will be.
+/// Puts chunks together. It keeps the parts of one snapshot at a time: of the last one that was
+/// begun, since most incomplete snapshots stay incomplete.
 #[derive(Default)]
 pub(super) struct Assembly {
-    /// If set, all others are passed over.
+    /// If set, all other snapshots are ignored.
     only: Option<u128>,
-    /// How many chunks of each have come, and the stream's offset of the first.
+    /// The number of chunks seen of each snapshot, and the stream offset of its first.
     begun: HashMap<u128, (u32, u64)>,
     kept: Option<(u128, Vec<Bytes>)>,
 }
@@ -125,8 +125,8 @@ pub(super) struct Assembly {
 pub(super) enum Added {
     Nothing,
     Whole(Whole),
-    /// A snapshot between whose chunks another was begun: it has to be read again, by itself, from
-    /// that offset of the stream on.
+    /// All chunks of a snapshot were seen, but another snapshot was begun between them. It must be
+    /// read again, alone, from this stream offset.
     Scattered {
         id: u128,
         offset: u64,
@@ -142,7 +142,7 @@ pub(super) struct Whole {
 }
 
 impl Assembly {
-    /// One for that snapshot alone.
+    /// Assembles that snapshot alone.
     pub(super) fn only(id: u128) -> Self {
         Self {
             only: Some(id),
@@ -150,7 +150,7 @@ impl Assembly {
         }
     }
 
-    /// Takes the next chunk, which is at that offset of the stream.
+    /// Adds the next chunk, which is at that offset of the stream.
     pub(super) fn add(&mut self, at: u64, chunk: Chunk) -> Added {
         let (id, offset) = (chunk.id, chunk.offset);
         if self.only.is_some_and(|only| only != id) {
@@ -160,7 +160,7 @@ impl Assembly {
             self.begun.insert(id, (0, at));
             self.kept = Some((id, Vec::new()));
         }
-        // One writer's chunks keep their order.
+        // The chunks of one writer keep their order.
         let from = match self.begun.get_mut(&id) {
             Some((come, from)) if *come == chunk.index => {
                 *come += 1;
@@ -187,7 +187,7 @@ impl Assembly {
         }
     }
 
-    /// Returns its parts, if they were kept.
+    /// Returns the parts of the snapshot if they were kept.
     fn forget(&mut self, id: u128) -> Option<Vec<Bytes>> {
         self.begun.remove(&id);
         self.kept.take_if(|(kept, _)| *kept == id).map(|(_, parts)| parts)
@@ -195,7 +195,7 @@ impl Assembly {
 }
 
 impl Whole {
-    /// What it holds. It takes as long as the state is large.
+    /// Decodes the fold. This takes time in proportion to the state.
     pub(super) fn read(self) -> Decoded<Fold<State>> {
         let Self { version, offset, parts } = self;
         let body = parts.concat();
@@ -203,7 +203,7 @@ impl Whole {
         let fold = read_fold(version, body.into())?;
         match fold.offset == offset {
             true => Ok(fold),
-            false => Err("its chunks name another offset than its body"),
+            false => Err("its chunks and its body name different offsets"),
         }
     }
 }
@@ -237,7 +237,7 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
     let place = match reader.u8()? {
         0 => None,
         1 => Some((reader.log()?, reader.offset()?)),
-        _ => return Err("its position is neither there nor absent"),
+        _ => return Err("the flag of its position is neither 0 nor 1"),
     };
     let (owner, passed) = match version {
         FIRST_VERSION => (None, None),
@@ -274,7 +274,7 @@ mod tests {
     use super::{
         super::{
             entry::tests::{change, log, owner, passed, revision},
-            fold::Change as _,
+            rule::Change as _,
         },
         *,
     };
@@ -303,7 +303,7 @@ mod tests {
             .collect()
     }
 
-    /// What the chunks come to, with another look at those that are scattered.
+    /// The snapshots in the chunks. Scattered ones are read again.
     fn read_all(mut assembly: Assembly, chunks: Vec<Chunk>) -> Vec<Decoded<Fold<State>>> {
         let mut read = Vec::new();
         for (at, chunk) in (0..).zip(&chunks) {
@@ -334,7 +334,8 @@ mod tests {
             let mut message = image.chunks(CHUNK).next().expect("a chunk");
             let at = at.index(message.len());
             message[at] ^= flip;
-            // Of its header, a wrong id or offset is not damage that a chunk shows; the offset stands in the body again.
+            // A wrong id or offset in the header is not damage that a chunk detects. The body
+            // repeats the offset.
             if let Ok(chunk) = Chunk::decode(message.into())
                 && let Added::Whole(whole) = Assembly::default().add(0, chunk)
                 && let Ok(read) = whole.read()

@@ -1,4 +1,5 @@
-//! Records that are sent by a commit: they are a part of its entry, and so are there if and only if it applies.
+//! Records sent by commits. They are part of the commit's entry, so they exist if and only if it
+//! applies.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,63 +9,28 @@ use std::{
 
 use async_trait::async_trait;
 use essentially_once::{
-    ConsumerId, Error, Log, NewRecord, Offset, Record,
+    Error, Log, NewRecord, Offset, Record,
     backend::{Bounds, Durability, LogId, LogReader},
 };
 
 use super::{
-    RabbitStore, RabbitTx,
     changelog::Changelog,
     entry::{Entry, Parsed, parse},
-    fold::{Change, Fold, Token, Verdict},
-    names::{self, Kind},
+    rule::{Fold, Token, Verdict},
+    scope::Scope,
 };
 use crate::{
-    connection::Connection,
-    packed,
-    reader::RabbitReader,
-    stream,
-    tail::{Delivered, Tail},
+    connection::{Connection, deliveries::Delivered, stream, tail::Tail},
+    log::{packed, reader::RabbitReader},
 };
 
-impl RabbitTx {
-    /// Sends a record if this transaction commits: it then is in the log [`RabbitStore::sent`] of this consumer, in the order of commits and
-    /// calls. Nobody ever sees a record of a transaction that did not commit, or that lost to another.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit), and for one that no longer fits
-    /// the transaction, see [`RabbitStore`]. The transaction stays as it was.
-    pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
-        record.check_size(self.changelog.value_limit())?;
-        let staged = self.staged + packed::size_bound(&record);
-        self.changelog.check_entry_size(staged)?;
-        self.staged = staged;
-        self.sent.push(record);
-        Ok(())
-    }
-}
-
-impl RabbitStore {
-    /// What the commits of a consumer have [sent](RabbitTx::send), as a log for other consumers.
-    ///
-    /// # Errors
-    /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer make no name for it.
-    pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
-        let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
-        Ok(RabbitSent {
-            changelog: self.changelog(consumer)?,
-            id: LogId::new(name)?,
-        })
-    }
-}
-
-/// The records that a consumer's commits have sent; see [`RabbitStore::sent`].
+/// The records sent by a consumer's commits; see [`RabbitStore::sent`](super::RabbitStore::sent).
 ///
-/// - They are kept in the consumer's changelog, so long as that keeps its entries: the last 512 MiB of it. A reader that is further behind is told
-///   [`Error::Truncated`] if it has missed a record.
-/// - Offsets are those of the changelog's messages, with the record's place in the commit.
+/// - They are kept in the consumer's changelog as long as it keeps its entries: the last 512 MiB. A
+///   reader that is further behind gets [`Error::Truncated`] if it missed a record.
+/// - Offsets are those of the changelog's messages, with the index of the record in the commit.
 /// - Appending fails: only commits send.
-/// - To open a reader, this handle reads the consumer's state, as the store does.
+/// - To open a reader, the handle reads the consumer's state, as the store does.
 #[derive(Clone)]
 pub struct RabbitSent {
     changelog: Arc<Changelog>,
@@ -72,23 +38,23 @@ pub struct RabbitSent {
 }
 
 impl RabbitSent {
-    /// Which of the entries from `start` up to the base's offset apply.
+    pub(super) fn new(changelog: Arc<Changelog>, id: LogId) -> Self {
+        Self { changelog, id }
+    }
+
+    /// Which entries from `start` up to the base's offset apply.
     ///
-    /// A reader that has not seen all entries cannot judge one by the rule. But each names the entry that it builds on, and the base knows
-    /// the last that applies: so those that apply are found backwards.
-    async fn applied(
-        &self,
-        connection: &Arc<Connection>,
-        start: u64,
-        base: &Fold<Nothing>,
-    ) -> Result<HashSet<u64>, Error> {
-        let changelog = &self.changelog;
+    /// A reader that has not seen all entries cannot apply the rule. But each entry names the one
+    /// that it builds on, and the base knows the last one that applies. So those that apply are
+    /// found backwards.
+    async fn applied(&self, connection: &Arc<Connection>, start: u64, base: &Fold<()>) -> Result<HashSet<u64>, Error> {
+        let scope = &self.changelog.scope;
         let mut links = Links::default();
         let mut next = start;
         if next < base.offset {
             let mut tail = self.tail(connection, start).await?;
             while next < base.offset {
-                for delivered in changelog.within_limit(tail.next(usize::MAX)).await? {
+                for delivered in scope.within_limit(tail.next(usize::MAX)).await? {
                     next = delivered.offset + 1;
                     if let Parsed::Entry(Entry::Commit(commit)) = parse(delivered.body.into()) {
                         links.add(delivered.offset, commit.token, commit.parent);
@@ -100,14 +66,14 @@ impl RabbitSent {
     }
 
     async fn tail(&self, connection: &Arc<Connection>, start: u64) -> Result<Tail, Error> {
-        let changelog = &self.changelog;
-        Tail::open(&changelog.server, connection, &changelog.stream, start)
+        let scope = &self.changelog.scope;
+        Tail::open(&scope.server, connection, &scope.stream, start)
             .await
-            .map_err(|error| changelog.read_error(error))
+            .map_err(|error| scope.read_error(error))
     }
 }
 
-/// Entries, and which one each builds on.
+/// Entries, each with the one that it builds on.
 #[derive(Default)]
 struct Links {
     entries: HashMap<Token, (u64, Token)>,
@@ -115,15 +81,15 @@ struct Links {
 
 impl Links {
     fn add(&mut self, offset: u64, token: Token, parent: Token) {
-        // Of one that came twice, only the first can apply.
+        // Of an entry published twice, only the first can apply.
         self.entries.entry(token).or_insert((offset, parent));
     }
 
-    /// The offsets of those that the last one builds on, and its own.
+    /// The offset of the last entry, and of all entries that it builds on.
     fn back_from(&self, last: Token, end: u64) -> HashSet<u64> {
         let mut applied = HashSet::new();
         let (mut token, mut before) = (last, end);
-        // Downwards, so that it ends whatever the entries say.
+        // Only downwards, so that the loop ends whatever the entries contain.
         while let Some((offset, parent)) = self.entries.get(&token)
             && *offset < before
         {
@@ -134,24 +100,14 @@ impl Links {
     }
 }
 
-/// A reader needs to know which entries apply, and not what they add up to.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Nothing;
-
-impl Change for Nothing {
-    type State = Self;
-
-    fn apply(self, _: u64, _: &mut Self) {}
-}
-
-/// Judges the entries that a reader comes by.
+/// Judges entries as a reader reaches them.
 struct Judge {
-    changelog: Arc<Changelog>,
+    scope: Arc<Scope>,
     log: LogId,
-    /// Of those before the base, the ones that apply.
+    /// Those entries before the base that apply.
     applied: HashSet<u64>,
-    fold: Fold<Nothing>,
-    /// Up to where the records were read.
+    fold: Fold<()>,
+    /// The end of the records read so far.
     next: Offset,
 }
 
@@ -160,16 +116,16 @@ impl Judge {
         let offset = delivered.offset;
         let commit = match parse(delivered.body.into()) {
             Parsed::Entry(Entry::Commit(commit)) => commit,
-            Parsed::Unreadable(why) => return Err(self.changelog.unreadable(offset, why)),
-            // Offsets before the base's are not counted again.
+            Parsed::Unreadable(why) => return Err(self.scope.unreadable(offset, why)),
+            // The base counts everything before its offset already.
             Parsed::Entry(Entry::Mark(_)) | Parsed::Foreign => return Ok(vec![]),
         };
-        let (commit, change) = commit.replace(Nothing);
+        let (commit, change) = commit.replace(());
         let applies = if offset < self.fold.offset {
             self.applied.contains(&offset)
         } else {
             let verdict = self.fold.apply(offset, commit);
-            verdict.map_err(|missing| self.changelog.missing(offset, missing))? == Verdict::Applied
+            verdict.map_err(|missing| self.scope.missing(offset, missing))? == Verdict::Applied
         };
         let Some(sent) = change.sent.filter(|_| applies) else {
             return Ok(vec![]);
@@ -182,7 +138,7 @@ impl Judge {
             });
         }
         self.next = Offset::new(offset, packed::count(&sent.packed));
-        packed::decode(offset, &sent.packed).map_err(|why| Error::failed(self.changelog.on("read"), why))
+        packed::decode(offset, &sent.packed).map_err(|why| Error::failed(self.scope.on("read"), why))
     }
 }
 
@@ -198,30 +154,30 @@ impl Log for RabbitSent {
             return Ok(None);
         }
         Err(Error::failed(
-            self.changelog.on("append to what was sent by"),
-            "only its commits send: use `RabbitTx::send` in its handler",
+            self.changelog.scope.on("append to the records sent by"),
+            "only its commits send; use `RabbitTx::send` in its handler",
         ))
     }
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
-        let (changelog, log) = (&self.changelog, self.id.clone());
-        let (base, end) = changelog.base().await?;
-        if from > end {
-            let requested = from;
-            return Err(Error::OutOfRange { log, requested, end });
+        let (scope, log) = (&self.changelog.scope, self.id.clone());
+        let (base, end) = self.changelog.base().await?;
+        // A reader that starts too early learns it from the entries.
+        Bounds {
+            earliest: Offset::ZERO,
+            end,
         }
-        let connection = Arc::new(changelog.server.open_connection().await?);
+        .check(&log, from)?;
+        let connection = Arc::new(scope.server.open_connection().await?);
         let start = match from == end {
             true => base.offset,
             false => {
-                let first = stream::bounds(&changelog.server, &connection, &changelog.stream)
-                    .await?
-                    .first;
+                let first = stream::bounds(&scope.server, &connection, &scope.stream).await?.first;
                 from.hi().max(first)
             }
         };
         let mut judge = Judge {
-            changelog: Arc::clone(changelog),
+            scope: Arc::clone(scope),
             log: log.clone(),
             applied: self.applied(&connection, start, &base).await?,
             fold: base,
@@ -233,11 +189,11 @@ impl Log for RabbitSent {
     }
 
     async fn bounds(&self) -> Result<Bounds, Error> {
-        let changelog = &self.changelog;
-        let (_, end) = changelog.base().await?;
-        let asking = &changelog.server.asking;
-        let connection = asking.connection(&changelog.server).await?;
-        let range = stream::bounds(&changelog.server, &connection, &changelog.stream).await;
+        let scope = &self.changelog.scope;
+        let (_, end) = self.changelog.base().await?;
+        let asking = &scope.server.asking;
+        let connection = asking.connection().await?;
+        let range = stream::bounds(&scope.server, &connection, &scope.stream).await;
         let first = asking.used(&connection, range).await?.first;
         Ok(Bounds {
             earliest: Offset::new(first, 0).min(end),
@@ -262,12 +218,13 @@ impl fmt::Debug for RabbitSent {
 mod tests {
     use proptest::{collection::vec, prelude::*};
 
-    use super::{super::fold::Commit, *};
+    use super::{super::rule::Commit, *};
 
-    /// Entries as two writers make them that now and then read what the other wrote, and republish an older one, and which of them apply.
-    fn history(steps: &[(bool, u8)]) -> (Vec<Commit<Nothing>>, Vec<Fold<Nothing>>, HashSet<u64>) {
-        let mut entries: Vec<Commit<Nothing>> = Vec::new();
-        let (mut folds, mut applied) = (vec![Fold::<Nothing>::default()], HashSet::new());
+    /// Entries of two writers that sometimes read the other's entries and sometimes republish an
+    /// older one. Also returns the folds and the offsets that apply.
+    fn history(steps: &[(bool, u8)]) -> (Vec<Commit<()>>, Vec<Fold<()>>, HashSet<u64>) {
+        let mut entries: Vec<Commit<()>> = Vec::new();
+        let (mut folds, mut applied) = (vec![Fold::<()>::default()], HashSet::new());
         let mut known = [0, 0];
         for (writer, act) in steps {
             let writer = usize::from(*writer);
@@ -288,7 +245,7 @@ mod tests {
                         next: Offset::ZERO,
                         owner: None,
                         passed: None,
-                        change: Nothing,
+                        change: (),
                     }
                 }
             };
@@ -317,7 +274,8 @@ mod tests {
                     }
                     let expected: HashSet<u64> = (start as u64..end as u64).filter(|at| applied.contains(at)).collect();
                     let found = links.back_from(fold.token, end as u64);
-                    // A copy of one that applied before the start looks like it; nobody but a stranger makes such.
+                    // A copy of an entry that applied before the start looks like it. Only a
+                    // foreign program writes one.
                     let is_copy = |at: u64| {
                         let token = entries[at as usize].token;
                         entries.iter().position(|entry| entry.token == token) < Some(start)

@@ -1,25 +1,24 @@
 //! Many records in one message. The crate's documentation describes the format, byte by byte.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, BufMut, Bytes};
 use essentially_once::{
     NewRecord, Offset, Origin, Record,
-    backend::{Header, Numbering},
+    backend::{Header, NumberingCache},
 };
 
-use crate::codec::{millis, time};
-
-/// Marks a message with many records.
+/// The content type of a message with many records.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.essentially-once.packed";
 
 /// Bytes before the records.
 const HEAD: usize = 22;
 
-/// What a message may hold before compression, so that a forged one cannot take all memory: what RabbitMQ takes without.
+/// The bytes that a message may hold before compression: the largest message of RabbitMQ. The limit
+/// keeps a forged message from taking all memory.
 const UNPACKED: usize = 128 * 1024 * 1024;
 
-/// LZ4 expands no byte to more.
+/// LZ4 expands a byte to at most this many.
 const EXPANSION: usize = 255;
 
 const COMPRESSED: u8 = 1;
@@ -27,7 +26,20 @@ const KEY: u8 = 1;
 const ORIGIN: u8 = 2;
 const HEADERS: u8 = 4;
 
-/// Packs the records, which must fit a message.
+/// Milliseconds since 1970; 0 before.
+pub(super) fn millis(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+/// The inverse of [`millis`].
+pub(super) fn time(millis: u64) -> SystemTime {
+    UNIX_EPOCH
+        .checked_add(Duration::from_millis(millis))
+        .unwrap_or(UNIX_EPOCH)
+}
+
+/// Packs the records. They must fit a message.
 pub(crate) fn encode(records: &[NewRecord], now: SystemTime, compress: bool) -> Bytes {
     let size = records.iter().map(|record| record.size() + 16).sum::<usize>();
     let mut body = Vec::with_capacity(HEAD + size);
@@ -53,7 +65,7 @@ pub(crate) fn encode(records: &[NewRecord], now: SystemTime, compress: bool) -> 
     body.into()
 }
 
-/// What [`encode`] takes for a record among others, at most.
+/// The bytes that [`encode`] takes at most for a record among others.
 pub(crate) fn size_bound(record: &NewRecord) -> usize {
     const VARINT: usize = 10;
     let origin = record.origin.as_ref();
@@ -64,7 +76,7 @@ pub(crate) fn size_bound(record: &NewRecord) -> usize {
 }
 
 fn put_record(body: &mut Vec<u8>, record: &NewRecord) {
-    let flag = |there: bool, flag: u8| if there { flag } else { 0 };
+    let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
     body.put_u8(
         flag(record.key.is_some(), KEY)
             | flag(record.origin.is_some(), ORIGIN)
@@ -100,26 +112,27 @@ fn put_varint(body: &mut Vec<u8>, mut number: u64) {
     body.put_u8(number as u8);
 }
 
-/// How many records a message has that can be decoded.
+/// The number of records in a message that can be decoded.
 pub(crate) fn count(body: &[u8]) -> u64 {
     body.get(6..)
         .and_then(<[u8]>::first_chunk)
         .map_or(0, |count| u32::from_be_bytes(*count).into())
 }
 
-/// The records of the message at that stream offset, which share the body's memory; or why it cannot be decoded.
+/// The records of the message at that stream offset, or why it cannot be decoded. They share the
+/// memory of the body.
 pub(crate) fn decode(offset: u64, body: &Bytes) -> Result<Vec<Record>, String> {
     let mut head = body.clone();
     if head.len() < HEAD {
         return Err(format!("a packed message of {} bytes is cut short", head.len()));
     }
     if &head.split_to(4)[..] != b"EOPK" {
-        return Err("it is called packed, and does not begin with EOPK".into());
+        return Err("it claims to be packed but does not begin with EOPK".into());
     }
     let (version, flags) = (head.get_u8(), head.get_u8());
     if version != 1 || flags & !COMPRESSED != 0 {
         return Err(format!(
-            "packed version {version} with flags {flags} is unknown here: upgrade essentially-once-rabbitmq"
+            "packed version {version} with flags {flags} is unknown to this version; upgrade essentially-once-rabbitmq"
         ));
     }
     let (count, appended_at, length) = (head.get_u32() as usize, time(head.get_u64()), head.get_u32() as usize);
@@ -127,17 +140,17 @@ pub(crate) fn decode(offset: u64, body: &Bytes) -> Result<Vec<Record>, String> {
         COMPRESSED => Input(expand(&head, length)?),
         _ => Input(head),
     };
-    // The smallest record takes two bytes, so this bounds what is allocated below.
+    // The smallest record takes two bytes, so this bounds the allocation below.
     if input.0.len() != length || count == 0 || count > length / 2 {
         return Err(format!(
-            "{count} packed records in {length} bytes do not fit the {} there are",
+            "{count} packed records in {length} bytes do not match the {} bytes in the message",
             input.0.len()
         ));
     }
     let mut records = Vec::with_capacity(count);
-    let mut last = None;
+    let mut numberings = NumberingCache::new();
     for index in 0..count {
-        let read = input.record(Offset::new(offset, index as u64), appended_at, &mut last);
+        let read = input.record(Offset::new(offset, index as u64), appended_at, &mut numberings);
         records.push(read.ok_or_else(|| format!("packed record {index} of {count} cannot be decoded"))?);
     }
     match input.0.is_empty() {
@@ -156,11 +169,11 @@ fn expand(compressed: &[u8], length: usize) -> Result<Bytes, String> {
     }
 }
 
-/// What is left to decode.
+/// The rest of the bytes to decode.
 struct Input(Bytes);
 
 impl Input {
-    fn record(&mut self, offset: Offset, at: SystemTime, last: &mut Option<(Bytes, Numbering)>) -> Option<Record> {
+    fn record(&mut self, offset: Offset, at: SystemTime, numberings: &mut NumberingCache) -> Option<Record> {
         let flags = self.byte()?;
         if flags & !(KEY | ORIGIN | HEADERS) != 0 {
             return None;
@@ -170,7 +183,7 @@ impl Input {
             record.key = Some(self.bytes()?);
         }
         if flags & ORIGIN != 0 {
-            record.origin = Some(self.origin(last)?);
+            record.origin = Some(self.origin(numberings)?);
         }
         if flags & HEADERS != 0 {
             let count = self.varint()?;
@@ -182,14 +195,8 @@ impl Input {
         Some(record)
     }
 
-    /// Records of one message mostly have one producer, whose name is then shared.
-    fn origin(&mut self, last: &mut Option<(Bytes, Numbering)>) -> Option<Origin> {
-        let name = self.bytes()?;
-        if last.as_ref().is_none_or(|(last, _)| *last != name) {
-            let numbering = std::str::from_utf8(&name).ok()?.parse().ok()?;
-            *last = Some((name, numbering));
-        }
-        let (_, numbering) = last.as_ref()?;
+    fn origin(&mut self, numberings: &mut NumberingCache) -> Option<Origin> {
+        let numbering = numberings.parse(&self.bytes()?).ok()?;
         let (producer, epoch) = (numbering.producer().clone(), numbering.epoch());
         Some(Origin::new(producer, epoch, self.varint()?))
     }
@@ -227,12 +234,10 @@ impl Input {
 
 #[cfg(test)]
 mod tests {
-    use std::time::UNIX_EPOCH;
-
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
-    use crate::codec::tests::any_record;
+    use crate::log::codec::tests::any_record;
 
     fn same(new: &NewRecord, read: &Record) -> bool {
         (&new.key, &new.headers, &new.payload, &new.origin) == (&read.key, &read.headers, &read.payload, &read.origin)

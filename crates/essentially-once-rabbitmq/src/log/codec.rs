@@ -1,23 +1,28 @@
-//! Records as AMQP messages, so that any client can read ours, and we those of any client. The crate's documentation describes the format.
+//! Records as AMQP messages. Any client can read ours, and we read those of any client. The crate's
+//! documentation describes the format.
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use essentially_once::{
     NewRecord, Offset, Origin, Record,
-    backend::{Header, Numbering},
+    backend::{FetchBudget, Header, Numbering},
 };
 use lapin::{
     BasicProperties,
     types::{AMQPValue, DecimalValue, FieldTable, ShortString},
 };
 
-use crate::{packed, publisher::Message, tail::OFFSET};
+use super::packed::{self, millis, time};
+use crate::{
+    connection::{deliveries::OFFSET, publisher::Message},
+    options::LogOptions,
+};
 
-/// What the names of our own headers begin with.
+/// The prefix of our own headers.
 const OWN: &str = "essentially-once-";
 const KEY: &str = "essentially-once-key";
 const PRODUCER: &str = "essentially-once-producer";
@@ -25,19 +30,35 @@ const SEQUENCE: &str = "essentially-once-sequence";
 const TIME: &str = "essentially-once-time";
 const ORDER: &str = "essentially-once-order";
 
-pub(crate) fn millis(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
+/// The messages of one append.
+pub(crate) fn encode_all(
+    records: &[NewRecord],
+    now: SystemTime,
+    options: &LogOptions,
+    headers_limit: usize,
+) -> Vec<Message> {
+    let Some(packing) = options.packed else {
+        return records
+            .iter()
+            .map(|record| encode(record, now, headers_limit))
+            .collect();
+    };
+    let mut messages = Vec::new();
+    let mut rest = records;
+    while !rest.is_empty() {
+        let mut budget = FetchBudget::of(packing.bytes);
+        let fits = |record: &&NewRecord| budget.admits(record.size());
+        let count = rest.iter().take(packing.records).take_while(fits).count();
+        let (message, after) = rest.split_at(count);
+        messages.push(encode_packed(message, now, options.compressed));
+        rest = after;
+    }
+    messages
 }
 
-pub(crate) fn time(millis: u64) -> SystemTime {
-    UNIX_EPOCH
-        .checked_add(Duration::from_millis(millis))
-        .unwrap_or(UNIX_EPOCH)
-}
-
-/// One message for one record. It is packed if its key and headers take more than `headers_limit`.
-pub(crate) fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) -> Message {
+/// One message for one record. The record is packed if its key and headers take more than
+/// `headers_limit`.
+fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) -> Message {
     match headers(record, now).filter(|headers| table_size(headers) <= headers_limit) {
         Some(headers) => Message {
             body: record.payload.clone(),
@@ -47,15 +68,15 @@ pub(crate) fn encode(record: &NewRecord, now: SystemTime, headers_limit: usize) 
     }
 }
 
-/// One message for all the records.
-pub(crate) fn encode_packed(records: &[NewRecord], now: SystemTime, compress: bool) -> Message {
+/// One message for all records.
+fn encode_packed(records: &[NewRecord], now: SystemTime, compress: bool) -> Message {
     Message {
         body: packed::encode(records, now, compress),
         properties: BasicProperties::default().with_content_type(packed::CONTENT_TYPE.into()),
     }
 }
 
-/// The record's key, origin and headers as an AMQP table, if they can be written as one.
+/// The record's key, origin and headers as an AMQP table, if AMQP can express them.
 fn headers(record: &NewRecord, now: SystemTime) -> Option<FieldTable> {
     let text = |bytes: &[u8]| AMQPValue::LongString(bytes.into());
     let mut table = BTreeMap::new();
@@ -100,7 +121,7 @@ fn table_size(headers: &FieldTable) -> usize {
     4 + headers.inner().iter().map(size).sum::<usize>()
 }
 
-/// Names that mean something to us, to the broker, or to our readers.
+/// Names with a meaning to us, to the broker, or to our readers.
 fn is_reserved(name: &str) -> bool {
     name.is_empty()
         || matches!(name, "CC" | "BCC")
@@ -109,7 +130,8 @@ fn is_reserved(name: &str) -> bool {
             .any(|prefix| name.starts_with(prefix))
 }
 
-/// The records of a message. One that cannot be decoded is a record that says so, and holds the raw body.
+/// The records of a message. One that cannot be decoded yields a malformed record with the raw
+/// body.
 pub(crate) fn decode(offset: u64, properties: &BasicProperties, body: Bytes) -> Vec<Record> {
     if properties
         .content_type()
@@ -141,7 +163,7 @@ fn read_headers(record: &mut Record, properties: &BasicProperties) -> Result<(),
             continue;
         }
         let bytes = shown(value);
-        let number = || digits(&bytes).ok_or_else(|| format!("header {name} is no number: {bytes:?}"));
+        let number = || digits(&bytes).ok_or_else(|| format!("header {name} is not a number: {bytes:?}"));
         match name {
             KEY => record.key = Some(bytes),
             PRODUCER => producer = Some(name_of(&bytes)?),
@@ -150,7 +172,7 @@ fn read_headers(record: &mut Record, properties: &BasicProperties) -> Result<(),
             ORDER => order = Some(bytes),
             _ if name.starts_with(OWN) => {
                 return Err(format!(
-                    "header {name} is unknown here: upgrade essentially-once-rabbitmq"
+                    "header {name} is unknown to this version; upgrade essentially-once-rabbitmq"
                 ));
             }
             _ => record.headers.push((name.to_owned(), bytes)),
@@ -162,12 +184,12 @@ fn read_headers(record: &mut Record, properties: &BasicProperties) -> Result<(),
             Some(Origin::new(numbering.producer().clone(), numbering.epoch(), sequence))
         }
         (None, None) => None,
-        _ => return Err(format!("of the headers {PRODUCER} and {SEQUENCE} only one is there")),
+        _ => return Err(format!("one of the headers {PRODUCER} and {SEQUENCE} is missing")),
     };
     if let Some(order) = order {
         let headers = std::mem::take(&mut record.headers);
         record.headers =
-            ordered(headers, &order).ok_or_else(|| format!("header {ORDER} does not fit the headers: {order:?}"))?;
+            ordered(headers, &order).ok_or_else(|| format!("header {ORDER} does not match the headers: {order:?}"))?;
     }
     record.headers.extend(shown_properties(properties));
     Ok(())
@@ -182,7 +204,7 @@ fn digits(bytes: &[u8]) -> Option<u64> {
     std::str::from_utf8(bytes).ok()?.parse().ok()
 }
 
-/// The headers in the order that the places tell.
+/// Puts the headers into the order that the places give.
 fn ordered(headers: Vec<Header>, places: &[u8]) -> Option<Vec<Header>> {
     let mut left: Vec<_> = headers.into_iter().map(Some).collect();
     let places = places.split(|byte| *byte == b',');
@@ -210,8 +232,8 @@ fn shown(value: &AMQPValue) -> Bytes {
         AMQPValue::Timestamp(value) => value.to_string(),
         AMQPValue::DecimalValue(DecimalValue { scale, value }) => format!("{value}e-{scale}"),
         AMQPValue::Void => String::new(),
-        // Brokers drop these when they store a message in a stream. Should one pass them on, they are shown as the library
-        // prints them.
+        // Brokers drop these when they store a message in a stream. If one arrives anyway, it is
+        // shown as lapin prints it.
         AMQPValue::FieldArray(array) => format!("{array:?}"),
         AMQPValue::FieldTable(table) => format!("{table:?}"),
     };

@@ -1,31 +1,37 @@
-//! Declaring a stream, and asking what it holds.
+//! Declares a stream and asks what it holds.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use essentially_once::Error;
 use lapin::{
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-
 use tokio::time::timeout;
 
-use crate::{
-    connection::{Channel, Connection},
-    error::is_not_found,
+use super::{
+    Channel, Connection,
+    deliveries::{Delivered, Deliveries, attach},
     server::Server,
-    tail::{Delivered, Deliveries},
 };
+use crate::error::is_not_found;
 
-/// How many messages of the last chunk are asked for at a time. RabbitMQ 3 sends the whole chunk however few that are.
+/// How many messages of the last chunk are requested at a time. RabbitMQ 3 sends the whole chunk
+/// regardless.
 const STEP: u16 = 64;
+
+/// The argument that limits a stream's length in bytes.
+pub(crate) const MAX_LENGTH: &str = "x-max-length-bytes";
+
+/// The argument that limits the size of its segments.
+pub(crate) const MAX_SEGMENT: &str = "x-stream-max-segment-size-bytes";
 
 /// The offsets that a stream holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Range {
-    /// The first message's; equal to `end` where there is none.
+    /// The offset of the first message; `end` if there is none.
     pub(crate) first: u64,
-    /// One past the last message's.
+    /// One past the offset of the last message.
     pub(crate) end: u64,
 }
 
@@ -37,7 +43,7 @@ pub(crate) struct Ends {
 }
 
 impl Range {
-    /// The range of a stream with these first and last messages.
+    /// The range of a stream with these ends.
     pub(crate) fn of(ends: Option<&Ends>) -> Self {
         ends.map_or(Self { first: 0, end: 0 }, |ends| Self {
             first: ends.first.offset,
@@ -47,13 +53,14 @@ impl Range {
 }
 
 impl Ends {
-    /// The larger one's bytes.
+    /// The bytes of the larger one.
     pub(crate) fn size(&self) -> usize {
         self.first.size().max(self.last.size())
     }
 }
 
-/// Creates the stream unless it exists with the same arguments: those given, and the replicas of the options.
+/// Creates the stream unless it exists with the same arguments: those given, and the replicas of
+/// the options.
 pub(crate) async fn declare(
     server: &Server,
     connection: &Connection,
@@ -69,13 +76,22 @@ pub(crate) async fn declare(
     ask_for(server, connection, name, options, wanted.into()).await
 }
 
+/// The arguments for retention by length. The broker removes whole segments, so small ones make it
+/// exact.
+pub(crate) fn retention(length: i64, segment: i64) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert(MAX_LENGTH.into(), AMQPValue::LongLongInt(length));
+    arguments.insert(MAX_SEGMENT.into(), AMQPValue::LongLongInt(segment));
+    arguments
+}
+
 /// Fails unless a queue of that name exists.
 pub(crate) async fn require(server: &Server, connection: &Connection, name: &str) -> Result<(), Error> {
     let options = QueueDeclareOptions::default().passive();
     ask_for(server, connection, name, options, FieldTable::default()).await
 }
 
-/// Whether there is a queue of that name.
+/// Whether a queue of that name exists.
 pub(crate) async fn exists(server: &Server, connection: &Connection, name: &str) -> Result<bool, Error> {
     let asking = async {
         let channel = connection.create_channel().await?;
@@ -97,7 +113,7 @@ async fn ask_for(
 ) -> Result<(), Error> {
     let verb = if options.passive { "look for" } else { "declare" };
     let action = || format!("{verb} stream {name}");
-    // If the answer is no, the broker closes the channel.
+    // The broker closes the channel if the answer is no.
     let declared = server.reply(action, async {
         let channel = connection.create_channel().await?;
         channel.queue_declare(name.into(), options, arguments).await
@@ -105,15 +121,16 @@ async fn ask_for(
     declared.await.map(drop)
 }
 
-/// The offsets that the stream holds now, as far as the replica knows that is asked.
+/// The offsets that the stream holds now, as far as the asked replica knows.
 pub(crate) async fn bounds(server: &Server, connection: &Connection, name: &str) -> Result<Range, Error> {
     Ok(Range::of(ends(server, connection, name).await?.as_ref()))
 }
 
 /// The stream's first and last messages; `None` if it never held any.
 ///
-/// AMQP has no request for that. We attach at the first and at the last chunk, and take what the broker sends. Where retention has
-/// left nothing but the last segment, and that has no message yet, nobody can tell at which offset it begins: that is an error until there is one.
+/// AMQP has no request for them. We attach at the first and at the last chunk, and take what the
+/// broker sends. If retention has left only the last segment, and that segment is still empty, the
+/// broker reports no offset. That is an error until there is another message.
 pub(crate) async fn ends(server: &Server, connection: &Connection, name: &str) -> Result<Option<Ends>, Error> {
     let mut is_emptied = false;
     let asking = async {
@@ -130,26 +147,27 @@ pub(crate) async fn ends(server: &Server, connection: &Connection, name: &str) -
             match first.zip(last) {
                 Some((first, last)) => return Ok(Some(Ends { first, last })),
                 None if is_empty && count == 0 => return Ok(None),
-                // Attached in the moment when others publish, a consumer of RabbitMQ 3.10 may never be sent anything.
+                // A consumer of RabbitMQ 3.10 that attaches while others publish may never be sent
+                // anything.
                 None => is_emptied = is_empty,
             }
         }
     };
-    match timeout(server.options.timeout, asking).await {
+    match timeout(server.timeout, asking).await {
         Ok(ends) => ends,
         Err(_) => Err(Error::unavailable(
             server.on(action(name)),
             match is_emptied {
                 true => {
-                    "retention has removed all that it held, and the broker tells no offset before there is another message"
+                    "retention has removed every message, and the broker reports no offset until there is another one"
                 }
-                false => "the broker does not tell its first and last message in time",
+                false => "the broker did not send the first and last message in time",
             },
         )),
     }
 }
 
-/// Three consumers on one channel, at the first chunk, the last, and behind it.
+/// Three consumers on one channel: at the first chunk, at the last chunk, and after it.
 struct Probe<'a> {
     server: &'a Server,
     name: &'a str,
@@ -160,11 +178,12 @@ struct Probe<'a> {
 }
 
 impl<'a> Probe<'a> {
-    /// Returns when what the broker sends of itself has come.
+    /// Returns once the broker has sent all that it sends on its own.
     ///
-    /// To know that, we need something that is answered behind it: to attach the third consumer, the broker asks the
-    /// stream's process, which before it answers has told the channel that the other two have something to read. The first
-    /// request after that is answered when the third is attached; the second, when the channel has also read and sent.
+    /// To detect that, we need a request that is answered afterwards. To attach the third consumer,
+    /// the broker asks the stream's process. Before it answers, that process has told the channel
+    /// that the other two consumers have something to read. The first request after that is
+    /// answered when the third is attached, and the second when the channel has also read and sent.
     async fn attach(server: &'a Server, connection: &Connection, name: &'a str) -> Result<Self, Error> {
         let attaching = async {
             let channel = connection.create_channel().await?;
@@ -186,11 +205,11 @@ impl<'a> Probe<'a> {
         })
     }
 
-    /// The newest message, given the first that came of the last chunk.
-    async fn newest(&mut self, mut came: Vec<Delivered>) -> Result<Option<Delivered>, Error> {
+    /// The newest message, given the first ones of the last chunk.
+    async fn newest(&mut self, mut fetched: Vec<Delivered>) -> Result<Option<Delivered>, Error> {
         let (mut newest, mut published_since) = (None, None);
-        while let Some(delivered) = came.pop() {
-            let (tag, offset, full) = (delivered.tag, delivered.offset, came.len() + 1 >= STEP.into());
+        while let Some(delivered) = fetched.pop() {
+            let (tag, offset, full) = (delivered.tag, delivered.offset, fetched.len() + 1 >= STEP.into());
             newest = Some(delivered);
             if published_since.is_none() {
                 published_since = self
@@ -199,22 +218,23 @@ impl<'a> Probe<'a> {
                     .first()
                     .map(|next| next.offset);
             }
-            // What came since we attached need not be taken too: others may publish as fast as we can read.
+            // Messages published since we attached need not be taken: others may publish as fast as
+            // we read.
             if !full || published_since.is_some_and(|since| since <= offset + 1) {
                 break;
             }
-            // It may have stopped within the chunk.
+            // The broker may have stopped within the chunk.
             let asking = async {
                 self.channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
                 answered(&self.channel).await
             };
             self.server.reply(|| action(self.name), asking).await?;
-            came = self.last.take_ready(self.server, self.name)?;
+            fetched = self.last.take_ready(self.server, self.name)?;
         }
         Ok(newest)
     }
 
-    /// How many messages the broker's statistics know of.
+    /// The number of messages according to the broker's statistics.
     async fn count(&self) -> Result<u32, Error> {
         let options = QueueDeclareOptions::default().passive();
         let declaring = self
@@ -233,24 +253,7 @@ fn action(name: &str) -> String {
     format!("read bounds of stream {name}")
 }
 
-/// Returns when the channel has done all that was asked of it before.
+/// Returns when the channel has answered all earlier requests.
 async fn answered(channel: &Channel) -> lapin::Result<()> {
     channel.basic_qos(1, BasicQosOptions::default()).await
-}
-
-/// Begins to consume at that offset or place.
-pub(crate) async fn attach(
-    channel: &Channel,
-    name: &str,
-    offset: AMQPValue,
-    prefetch: u16,
-) -> lapin::Result<Deliveries> {
-    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-stream-offset".into(), offset);
-    let options = BasicConsumeOptions::default();
-    let consumer = channel
-        .basic_consume(name.into(), "".into(), options, arguments)
-        .await?;
-    Ok(Deliveries::new(consumer))
 }

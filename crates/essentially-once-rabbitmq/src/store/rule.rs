@@ -1,14 +1,15 @@
-//! The rule: which entries of a changelog apply. Everything that is safe about this store rests on it.
+//! The rule that decides which entries of a changelog apply. The safety of this store rests on it.
 //!
-//! Every reader sees the entries in the same order, and decides on each by what came before it and by nothing else. So all of them
-//! decide alike, whether they read from the first entry or from a snapshot on, and whoever came first in the stream has won.
+//! Every reader sees the entries in the same order, and decides on each by the entries before it
+//! and nothing else. So all readers decide alike, whether they start at the first entry or at a
+//! snapshot, and the first entry of a revision wins.
 
 use essentially_once::{
     Offset,
     backend::{LogId, Owner, Passed, Revision},
 };
 
-/// What a writer draws for each of its entries, to know it again.
+/// A number that a writer draws for each of its entries, to recognize it.
 pub(super) type Token = u128;
 
 /// An entry that moves a position.
@@ -29,7 +30,7 @@ pub(super) struct Commit<C> {
 }
 
 impl<C> Commit<C> {
-    /// The same with another change, and its own.
+    /// The same commit with another change. Also returns the old change.
     pub(super) fn replace<D>(self, change: D) -> (Commit<D>, C) {
         let commit = Commit {
             token: self.token,
@@ -46,12 +47,20 @@ impl<C> Commit<C> {
     }
 }
 
-/// What a commit does to the state; generic, so that the model checker can run the rule itself on a small state.
+/// What a commit does to the state. Generic, so that the model checker can run the rule on a small
+/// state.
 pub(super) trait Change {
     type State;
 
-    /// `offset` is the entry's in the changelog.
+    /// Applies the entry at `offset` of the changelog.
     fn apply(self, offset: u64, state: &mut Self::State);
+}
+
+/// For readers that need to know which entries apply, but not the state that they make.
+impl Change for () {
+    type State = ();
+
+    fn apply(self, _: u64, (): &mut ()) {}
 }
 
 /// What became of an entry.
@@ -65,11 +74,9 @@ pub(super) enum Verdict {
     OtherLog,
 }
 
-/// An entry builds on one that is not there: the changelog lost some.
+/// An entry builds on one that is missing: the changelog lost some.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error(
-    "an entry makes revision {found} and the one before it, which it builds on, is missing; here the position has revision {current}"
-)]
+#[error("the entry that makes revision {found} builds on one that is missing; the position has revision {current}")]
 pub(super) struct Missing {
     current: Revision,
     found: Revision,
@@ -78,35 +85,36 @@ pub(super) struct Missing {
 /// All entries up to one offset, folded.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub(super) struct Fold<S> {
-    /// The changelog's offset to go on at.
+    /// The offset in the changelog to continue at.
     pub(super) offset: u64,
-    /// The revision of the last commit that applied.
+    /// The revision of the last applied commit.
     pub(super) revision: Revision,
-    /// The token of the last that did.
+    /// The token of the last applied commit.
     pub(super) token: Token,
-    /// The position; none before the first commit.
+    /// The position; `None` before the first commit.
     pub(super) place: Option<(LogId, Offset)>,
     pub(super) owner: Option<Owner>,
-    /// One past the offset of the owner's last beat since; 0 if there is none. Not in snapshots.
+    /// One past the offset of the owner's last beat since that commit; 0 if there was none. Not in
+    /// snapshots.
     pub(super) beats: u64,
     pub(super) passed: Option<Passed>,
     pub(super) state: S,
 }
 
-/// A hint of the owner of a position, given by the token of a mark.
+/// A hint of a position's owner, encoded in the token of a mark.
 ///
-/// Every version reads marks and passes over them, so that processes of all versions run side by
-/// side; those before 0.2 just do not see the hints.
+/// Every version reads and skips marks, so that processes of all versions run side by side. Those
+/// before 0.2 do not see the hints.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Hint {
-    /// It lives.
+    /// The owner lives.
     Beat,
-    /// It gives the position up.
+    /// The owner gives the position up.
     Release,
 }
 
 impl Hint {
-    /// The token: the owner's number for a beat, and its complement for a release.
+    /// The owner's number for a beat, and its complement for a release.
     pub(super) fn token(self, owner: Owner) -> Token {
         match self {
             Self::Beat => owner.get(),
@@ -116,7 +124,7 @@ impl Hint {
 }
 
 impl<S> Fold<S> {
-    /// Judges the entry at that offset, and applies it if it has won.
+    /// Judges the entry at that offset, and applies it if it won.
     pub(super) fn apply<C: Change<State = S>>(&mut self, offset: u64, commit: Commit<C>) -> Result<Verdict, Missing> {
         let verdict = self.judge(&commit)?;
         self.offset = offset + 1;
@@ -130,12 +138,12 @@ impl<S> Fold<S> {
         Ok(verdict)
     }
 
-    /// Passes over an entry that has nothing to say on the position.
+    /// Skips a message that does not concern the position.
     pub(super) fn pass(&mut self, offset: u64) {
         self.offset = offset + 1;
     }
 
-    /// Passes over a mark, which may be a [`Hint`] of the owner; that of anyone else says nothing.
+    /// Skips a mark. It may be a [`Hint`] of the owner; those of others have no effect.
     pub(super) fn mark(&mut self, offset: u64, token: Token) {
         self.pass(offset);
         let Some(owner) = self.owner else { return };
@@ -150,7 +158,7 @@ impl<S> Fold<S> {
         if commit.expected < self.revision || commit.revision <= self.revision {
             return Ok(Verdict::Late);
         }
-        // Its writer had read the entry before it.
+        // The writer had read the entry before it.
         if commit.expected > self.revision || commit.parent != self.token {
             return Err(Missing {
                 current: self.revision,
@@ -164,11 +172,25 @@ impl<S> Fold<S> {
         })
     }
 
-    pub(super) fn is_same_log(&self, log: &LogId) -> bool {
+    /// The same fold without the state.
+    pub(super) fn without_state(&self) -> Fold<()> {
+        Fold {
+            offset: self.offset,
+            revision: self.revision,
+            token: self.token,
+            place: self.place.clone(),
+            owner: self.owner,
+            beats: self.beats,
+            passed: self.passed,
+            state: (),
+        }
+    }
+
+    fn is_same_log(&self, log: &LogId) -> bool {
         self.place.as_ref().is_none_or(|(stored, _)| stored.is_same_log(log))
     }
 
-    /// An incarnation that is known once is not forgotten.
+    /// A known incarnation stays.
     fn known_log(&mut self, log: LogId) -> LogId {
         match self.place.take() {
             Some((stored, _)) if log.incarnation().is_none() => stored,

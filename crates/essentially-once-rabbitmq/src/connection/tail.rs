@@ -1,155 +1,55 @@
-//! Following a stream from an offset on.
+//! Follows a stream from an offset on.
 
-use std::{
-    collections::VecDeque,
-    future::poll_fn,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, Waker},
-    time::Duration,
+use std::{collections::VecDeque, future::poll_fn, sync::Arc, task::Poll, time::Duration};
+
+use essentially_once::{
+    Error, Offset,
+    backend::{Bounds, LogId},
 };
-
-use essentially_once::{Error, Offset, backend::LogId};
-use futures_core::Stream as _;
-use lapin::{BasicProperties, Consumer, message::Delivery, options::BasicAckOptions, types::AMQPValue};
+use lapin::{options::BasicAckOptions, types::AMQPValue};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::{
-    connection::{Channel, Connection},
-    error::not_done,
+use super::{
+    Channel, Connection,
+    deliveries::{Delivered, Deliveries, attach, looking},
     server::Server,
-    stream::{Ends, attach, ends},
+    stream::{Ends, Range, ends},
 };
-
-/// The header in which the broker tells a message's offset.
-pub(crate) const OFFSET: &str = "x-stream-offset";
 
 /// About how many bytes one [`Tail::next`] returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// Messages that the broker may send ahead, if they are small; and bytes, as far as that can be said in
-/// messages. Sizes may change at once, so the first bounds the second: before a reader has seen that
-/// messages have grown to a megabyte, 128 MB of them may wait.
+/// How far the broker may send ahead: messages, if they are small, and bytes, as far as messages
+/// can express them. The first bounds the second when sizes change: before a reader has seen
+/// messages grow to a megabyte, 128 MB of them may wait.
 const AHEAD_MESSAGES: usize = 128;
 const AHEAD_BYTES: usize = 8 * 1024 * 1024;
 
-/// How long nothing may come before the broker is asked whether that is right; doubled from the first to the last.
+/// How long a stream may be quiet before the reader asks the broker whether that is right. Doubles
+/// from the first to the last.
 const QUIET: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(32));
 
-/// How long a call waits at least before it asks: nobody may have looked for long at what comes next.
+/// How long a call waits at least before it asks the broker. Nobody may have read for a long time.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// How long to wait before a replica that is behind is asked again.
+/// The pause before asking a lagging replica again.
 pub(crate) const BEHIND: Duration = Duration::from_millis(100);
 
-/// A message and its place.
-#[derive(Debug)]
-pub(crate) struct Delivered {
-    pub(crate) offset: u64,
-    pub(crate) properties: BasicProperties,
-    pub(crate) body: Vec<u8>,
-    pub(crate) tag: u64,
-}
-
-/// What a consumer is sent.
-#[derive(Debug)]
-pub(crate) struct Deliveries {
-    consumer: Consumer,
-    /// Why there will be no more. The consumer says so once, and then is silent.
-    ended: Option<lapin::Result<()>>,
-}
-
-impl Deliveries {
-    pub(crate) fn new(consumer: Consumer) -> Self {
-        Self { consumer, ended: None }
-    }
-
-    /// What is there, without waiting.
-    pub(crate) fn take_ready(&mut self, server: &Server, stream: &str) -> Result<Vec<Delivered>, Error> {
-        let mut taken = VecDeque::new();
-        let all = (usize::MAX, usize::MAX);
-        match self.poll_into(&mut taken, all, server, stream, &mut looking()) {
-            Poll::Ready(Err(error)) => Err(error),
-            _ => Ok(taken.into()),
-        }
-    }
-
-    /// Adds up to `max` messages, or about that many bytes; ready if there are any.
-    fn poll_into(
-        &mut self,
-        taken: &mut VecDeque<Delivered>,
-        (max, max_bytes): (usize, usize),
-        server: &Server,
-        stream: &str,
-        context: &mut Context<'_>,
-    ) -> Poll<Result<(), Error>> {
-        let mut bytes = 0;
-        let action = || server.on(action(stream));
-        while self.ended.is_none() && taken.len() < max && bytes < max_bytes {
-            let delivery = match Pin::new(&mut self.consumer).poll_next(context) {
-                Poll::Ready(Some(Ok(delivery))) => delivery,
-                Poll::Ready(Some(Err(error))) => {
-                    self.ended = Some(Err(error));
-                    break;
-                }
-                Poll::Ready(None) => {
-                    self.ended = Some(Ok(()));
-                    break;
-                }
-                Poll::Pending => break,
-            };
-            let Some(offset) = offset_of(&delivery) else {
-                let why = "a message without an offset came: it is a queue of another kind, name a stream";
-                return Poll::Ready(Err(Error::failed(action(), why)));
-            };
-            let delivered = Delivered {
-                offset,
-                properties: delivery.properties,
-                body: delivery.data,
-                tag: delivery.delivery_tag,
-            };
-            bytes += delivered.size();
-            taken.push_back(delivered);
-        }
-        match &self.ended {
-            _ if !taken.is_empty() => Poll::Ready(Ok(())),
-            None => Poll::Pending,
-            Some(Err(error)) => Poll::Ready(Err(not_done(action(), error.clone()))),
-            Some(Ok(())) => {
-                let why = "the broker ended it: the stream was deleted, or moved, or its node stops";
-                Poll::Ready(Err(Error::unavailable(action(), why)))
-            }
-        }
-    }
-}
-
-/// For who looks and does not wait.
-fn looking() -> Context<'static> {
-    Context::from_waker(Waker::noop())
-}
-
-fn offset_of(delivery: &Delivery) -> Option<u64> {
-    match delivery.properties.headers().as_ref()?.inner().get(OFFSET)? {
-        AMQPValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
-        _ => None,
-    }
-}
-
-/// A reader of a stream, on a channel of its own. It ends at the first error.
+/// A reader of a stream, on its own channel. It ends at the first error.
 pub(crate) struct Tail {
     server: Arc<Server>,
     stream: String,
-    /// The offset that is wanted next.
+    /// The next offset to yield.
     next: u64,
     pub(crate) connection: Arc<Connection>,
     channel: Channel,
     deliveries: Deliveries,
     prefetch: u16,
-    /// Taken from the consumer, and not yielded yet.
+    /// Taken from the consumer and not yielded yet.
     pending: VecDeque<Delivered>,
     /// Whether the broker was asked about the hole before the first of those.
     hole_is_known: bool,
-    /// Taken and not acknowledged: the broker sends `prefetch` less these.
+    /// Taken and not acknowledged. The broker sends `prefetch` minus these.
     unacked: u16,
     last_tag: u64,
     /// The size of messages, as a moving average.
@@ -159,7 +59,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// Reads from the offset on, which must not be below the first message nor past the end.
+    /// Reads from this offset, which must be between the first message and the end.
     pub(crate) async fn open(
         server: &Arc<Server>,
         connection: &Arc<Connection>,
@@ -170,7 +70,7 @@ impl Tail {
         Self::open_if(server, connection, stream, choose).await
     }
 
-    /// Reads from the offset on that `choose` names when it knows what the stream holds.
+    /// Reads from the offset that `choose` returns, given what the stream holds.
     pub(crate) async fn open_if(
         server: &Arc<Server>,
         connection: &Arc<Connection>,
@@ -183,7 +83,8 @@ impl Tail {
         Self::attach(server, (Arc::clone(connection), channel), stream, next, size).await
     }
 
-    /// Reads from the offset on, which the stream was just seen to hold or to end at, messages of about that size.
+    /// Reads messages of about `size` bytes from an offset that the stream was just seen to hold or
+    /// to end at.
     pub(crate) async fn attach(
         server: &Arc<Server>,
         (connection, channel): (Arc<Connection>, Channel),
@@ -211,16 +112,17 @@ impl Tail {
         })
     }
 
-    /// Waits until there is a message, and returns the next ones: `max` and about a megabyte at most, unless one is larger.
+    /// Waits for messages and returns the next ones: `max` and about a megabyte at most, unless a
+    /// single one is larger.
     ///
-    /// A dropped call loses none and repeats none: between taking messages and returning them nothing is awaited but what leaves
-    /// them in `pending`.
+    /// Dropping the call neither loses nor repeats messages. Between taking and returning them it
+    /// only awaits calls that leave them in `pending`.
     pub(crate) async fn next(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
         self.ask_at = self.ask_at.max(Instant::now() + GRACE);
         self.follow(max).await
     }
 
-    /// As [`next`](Self::next), for who has looked not long ago.
+    /// As [`next`](Self::next), for a caller that has read recently.
     pub(crate) async fn follow(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
         self.adapt().await?;
         self.acknowledge().await?;
@@ -230,7 +132,8 @@ impl Tail {
         self.take(max).await
     }
 
-    /// What has come, or nothing. It waits only to ask the broker why nothing came for long.
+    /// The messages that have arrived. It waits only to ask the broker why the stream has been
+    /// quiet for long.
     pub(crate) async fn ready(&mut self) -> Result<Vec<Delivered>, Error> {
         self.adapt().await?;
         self.acknowledge().await?;
@@ -243,7 +146,7 @@ impl Tail {
             match polled {
                 Poll::Ready(filled) => {
                     filled?;
-                    self.took();
+                    self.note_arrival();
                 }
                 Poll::Pending if Instant::now() >= self.ask_at => self.ask_why_quiet().await?,
                 Poll::Pending => {}
@@ -255,7 +158,7 @@ impl Tail {
         }
     }
 
-    /// Takes some of what is pending, up to a hole.
+    /// Takes some of the pending messages, up to a hole.
     async fn take(&mut self, max: usize) -> Result<Vec<Delivered>, Error> {
         self.check_hole().await?;
         let mut wanted = self.pending[0].offset;
@@ -275,7 +178,7 @@ impl Tail {
         Ok(taken)
     }
 
-    /// Takes what came, or waits for it.
+    /// Takes the messages that have arrived, or waits for some.
     async fn fill(&mut self, max: usize) -> Result<(), Error> {
         let (pending, deliveries) = (&mut self.pending, &mut self.deliveries);
         let (server, stream) = (&*self.server, &*self.stream);
@@ -285,25 +188,26 @@ impl Tail {
             return self.ask_why_quiet().await;
         };
         filled?;
-        self.took();
+        self.note_arrival();
         Ok(())
     }
 
-    /// Takes note of what has just come.
-    fn took(&mut self) {
+    /// Records the messages that have just arrived.
+    fn note_arrival(&mut self) {
         for delivered in &self.pending {
             self.unacked += 1;
             self.last_tag = delivered.tag;
             self.size = (self.size * 15 + delivered.size()).div_ceil(16);
         }
-        // The broker begins at a chunk's first message, which may be an earlier one.
+        // The broker begins at the first message of a chunk, which may be an earlier one.
         let next = self.next;
         self.pending.retain(|delivered| delivered.offset >= next);
         self.quiet = QUIET.0;
         self.ask_at = Instant::now() + self.quiet;
     }
 
-    /// Nothing came for a while. Is there nothing, or did retention remove what this reader wants, or does the consumer hang?
+    /// The stream is quiet. It may be at its end, retention may have removed the next message, or
+    /// the consumer may hang.
     async fn ask_why_quiet(&mut self) -> Result<(), Error> {
         self.settle().await?;
         let (stream, next) = (&self.stream, self.next);
@@ -317,7 +221,7 @@ impl Tail {
         Ok(())
     }
 
-    /// Offsets may have holes, so only the broker knows whether one is the work of retention.
+    /// Offsets may have holes, so only the broker knows whether retention made this one.
     async fn check_hole(&mut self) -> Result<(), Error> {
         if self.pending[0].offset > self.next && !self.hole_is_known {
             let ends = ends(&self.server, &self.connection, &self.stream).await?;
@@ -327,7 +231,7 @@ impl Tail {
         Ok(())
     }
 
-    /// Allows the broker to send more when half of what it may send ahead has come.
+    /// Lets the broker send more once half of the prefetch has arrived.
     async fn acknowledge(&mut self) -> Result<(), Error> {
         match self.unacked > self.prefetch / 2 {
             true => self.settle().await,
@@ -335,13 +239,13 @@ impl Tail {
         }
     }
 
-    /// Acknowledges all that came. Who is going to wait must do so: the broker closes a channel on which a delivery stays open for
-    /// half an hour (`consumer_timeout`).
+    /// Acknowledges all messages taken. A caller about to wait must do so: the broker closes a
+    /// channel on which a delivery stays open for half an hour (`consumer_timeout`).
     pub(crate) async fn settle(&mut self) -> Result<(), Error> {
         if self.unacked == 0 {
             return Ok(());
         }
-        // Before it is sent: the request is handed over when this is first polled, and must not be made twice.
+        // Reset first: the first poll hands the request over, and it must not be made twice.
         self.unacked = 0;
         let acked = self
             .channel
@@ -349,7 +253,8 @@ impl Tail {
         self.server.reply(|| action(&self.stream), acked).await
     }
 
-    /// The prefetch counts messages and stays as it is for a consumer: one that is far off for their size is replaced.
+    /// A consumer's prefetch counts messages and cannot change. A consumer whose prefetch is far
+    /// off for the size of the messages is replaced.
     async fn adapt(&mut self) -> Result<(), Error> {
         let (fits, is) = (prefetch_for(self.size), self.prefetch);
         match is > fits.saturating_mul(4) || fits > is.saturating_mul(4) {
@@ -370,35 +275,17 @@ impl Tail {
     }
 }
 
-impl Delivered {
-    /// Bytes that it takes.
-    pub(crate) fn size(&self) -> usize {
-        let value = |value: &AMQPValue| match value {
-            AMQPValue::LongString(text) => text.len(),
-            AMQPValue::ByteArray(bytes) => bytes.len(),
-            _ => 8,
-        };
-        let headers = self.properties.headers().as_ref().map_or(0, |headers| {
-            headers
-                .into_iter()
-                .map(|(name, held)| name.as_str().len() + value(held))
-                .sum()
-        });
-        self.body.len() + headers
-    }
-}
-
 /// What `judge` makes of the stream's ends.
 ///
-/// In a cluster a replica may be behind, and one that was just started shows nothing at first. So that something is past the end is
-/// believed only if it stays so for the time-out.
+/// In a cluster, a replica may lag, and one that was just started shows nothing at first. An offset
+/// past the end is therefore an error only if it stays so for the timeout.
 async fn unless_behind<T>(
     server: &Server,
     connection: &Connection,
     stream: &str,
     judge: impl Fn(Option<&Ends>) -> Result<T, Error>,
 ) -> Result<(Option<Ends>, T), Error> {
-    believed(server.options.timeout, || ends(server, connection, stream), judge).await
+    believed(server.timeout, || ends(server, connection, stream), judge).await
 }
 
 async fn believed<T, F>(
@@ -439,22 +326,18 @@ fn prefetch_for(size: usize) -> u16 {
     (AHEAD_BYTES / size.max(1)).clamp(1, AHEAD_MESSAGES) as u16
 }
 
-/// Whether a reader that wants `next` finds it, or has to wait at the end for it.
+/// Whether the stream holds `next`, or ends there.
 fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
-    let (first, end) = ends.map_or((0, 0), |ends| (ends.first.offset, ends.last.offset + 1));
-    let requested = Offset::new(next, 0);
+    let Range { first, end } = Range::of(ends);
+    if (first..=end).contains(&next) {
+        return Ok(());
+    }
+    let bounds = Bounds {
+        earliest: Offset::new(first, 0),
+        end: Offset::new(end, 0),
+    };
     match LogId::new(stream) {
-        _ if (first..=end).contains(&next) => Ok(()),
-        Ok(log) if next < first => Err(Error::Truncated {
-            log,
-            requested,
-            earliest: Offset::new(first, 0),
-        }),
-        Ok(log) => Err(Error::OutOfRange {
-            log,
-            requested,
-            end: Offset::new(end, 0),
-        }),
+        Ok(log) => bounds.check(&log, Offset::new(next, 0)),
         Err(_) => Err(Error::failed(
             format!("read stream {stream} at {next}"),
             format!("it holds offsets from {first} up to {end}"),
@@ -464,6 +347,8 @@ fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use lapin::BasicProperties;
+
     use super::*;
 
     fn ends_of(first: u64, last: u64) -> Ends {
@@ -479,8 +364,9 @@ mod tests {
         }
     }
 
-    /// What a reader at 5 is told if the broker answers so, again and again at the end, and how often it was asked.
-    async fn told(answers: &[Option<(u64, u64)>]) -> (Result<(), Error>, usize) {
+    /// The result of a reader at 5 if the broker answers like this and repeats the last answer.
+    /// Also returns how often the broker was asked.
+    async fn read_at_5(answers: &[Option<(u64, u64)>]) -> (Result<(), Error>, usize) {
         let mut asked = 0;
         let ask = || {
             let answer = answers[asked.min(answers.len() - 1)];
@@ -488,22 +374,22 @@ mod tests {
             async move { Ok(answer.map(|(first, last)| ends_of(first, last))) }
         };
         let judge = |ends: Option<&Ends>| standing("orders", ends, 5);
-        let told = believed(3 * BEHIND, ask, judge).await;
-        (told.map(|(_, ())| ()), asked)
+        let judged = believed(3 * BEHIND, ask, judge).await;
+        (judged.map(|(_, ())| ()), asked)
     }
 
     #[tokio::test]
     async fn that_a_reader_is_past_the_end_is_believed_if_it_lasts() {
-        let (told_late, asked) = told(&[None, Some((0, 3)), Some((0, 9))]).await;
-        assert!(told_late.is_ok() && asked == 3, "{told_late:?} after {asked}");
+        let (late, asked) = read_at_5(&[None, Some((0, 3)), Some((0, 9))]).await;
+        assert!(late.is_ok() && asked == 3, "{late:?} after {asked}");
         for lasting in [None, Some((0, 3))] {
-            let (lost, asked) = told(&[lasting]).await;
+            let (lost, asked) = read_at_5(&[lasting]).await;
             assert!(
                 matches!(lost, Err(Error::OutOfRange { .. })) && asked > 2,
                 "{lost:?} after {asked}"
             );
         }
-        let (truncated, asked) = told(&[Some((6, 9))]).await;
+        let (truncated, asked) = read_at_5(&[Some((6, 9))]).await;
         assert!(
             matches!(truncated, Err(Error::Truncated { .. })) && asked == 1,
             "{truncated:?} after {asked}"

@@ -1,29 +1,26 @@
-//! Reading a log: messages as they come, records as they are asked for.
+//! Reads a log: fetches messages, and yields their records.
 
 use std::collections::VecDeque;
 
 use async_trait::async_trait;
 use essentially_once::{
     Error, Offset, Record,
-    backend::{LogId, LogReader},
+    backend::{FetchBudget, LogId, LogReader},
 };
 
-use crate::tail::{Delivered, Tail};
+use crate::connection::{deliveries::Delivered, tail::Tail};
 
-/// How many bytes of records, with their headers, one `next` returns at most, unless a single one is larger.
-const FETCH_BYTES: usize = 1024 * 1024;
-
-/// Reads a stream whose messages hold records in the way that `D` knows.
+/// Reads a stream. `D` decodes the records of a message.
 pub(crate) struct RabbitReader<D> {
     decode: D,
     log: LogId,
     tail: Tail,
-    /// Where the next record stands, or before it.
+    /// The offset of the next record, or a lower one.
     next: Offset,
     messages: VecDeque<Delivered>,
-    /// What the last decoded message holds and was not yielded yet.
+    /// The records of the last decoded message that were not yielded yet.
     records: VecDeque<Record>,
-    /// What comes after those.
+    /// The error that follows those records.
     failed: Option<Error>,
 }
 
@@ -40,7 +37,8 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> RabbitReader<D> {
         }
     }
 
-    /// The next record of those that came. Messages are decoded one by one: packed ones may be much larger than they look.
+    /// The next record of the fetched messages. Messages are decoded one at a time, since packed
+    /// ones may be much larger than they look.
     fn take(&mut self) -> Option<Record> {
         while self.records.is_empty() && self.failed.is_none() {
             let message = self.messages.pop_front()?;
@@ -55,8 +53,8 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> RabbitReader<D> {
         self.records.pop_front()
     }
 
-    /// The tail knows messages only: what was wanted, and of which log, is known here.
-    fn told(&self, error: Error) -> Error {
+    /// The tail knows messages only. Names the log and the offset that the caller asked for.
+    fn for_log(&self, error: Error) -> Error {
         let (log, requested) = (self.log.clone(), self.next);
         match error {
             Error::Truncated { earliest, .. } => Error::Truncated {
@@ -81,17 +79,17 @@ impl<D: FnMut(Delivered) -> Result<Vec<Record>, Error> + Send> LogReader for Rab
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            let came = self.tail.next(max).await;
-            self.messages.extend(came.map_err(|error| self.told(error))?);
+            let fetched = self.tail.next(max).await;
+            self.messages.extend(fetched.map_err(|error| self.for_log(error))?);
         };
-        // From here on nothing is awaited, so a dropped call has taken nothing.
-        let mut bytes = first.size();
+        // Nothing is awaited from here on, so a dropped call has taken nothing.
+        let mut budget = FetchBudget::new();
+        budget.admits(first.size());
         let mut records = vec![first];
         while records.len() < max
             && let Some(record) = self.take()
         {
-            bytes += record.size();
-            if bytes > FETCH_BYTES {
+            if !budget.admits(record.size()) {
                 self.records.push_front(record);
                 break;
             }

@@ -1,0 +1,73 @@
+//! TLS with rustls, without a provider of cryptography for the whole process.
+
+use std::sync::Arc;
+
+use essentially_once::Error;
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
+
+use crate::options::RabbitOptions;
+
+/// The configuration of all connections: the system's roots and those of the options.
+pub(super) fn config(options: &RabbitOptions) -> Result<Arc<ClientConfig>, Error> {
+    // A program may have chosen a provider for itself. If not, this crate uses its own.
+    let provider = match CryptoProvider::get_default() {
+        Some(chosen) => Arc::clone(chosen),
+        None => Arc::new(rustls::crypto::ring::default_provider()),
+    };
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| Error::failed("configure TLS", error))?
+        .with_root_certificates(roots(options)?);
+    let config = match (&options.client_certificate, &options.client_key) {
+        (Some(certificate), Some(key)) => {
+            let chain = certificates("client_certificate", &certificate.0)?;
+            let key = PrivateKeyDer::from_pem_slice(&key.0)
+                .map_err(|error| invalid("client_key", format!("it is not a private key in PEM format: {error}")))?;
+            builder.with_client_auth_cert(chain, key).map_err(|error| {
+                invalid(
+                    "client_certificate",
+                    format!("it does not belong to `client_key`: {error}"),
+                )
+            })?
+        }
+        _ => builder.with_no_client_auth(),
+    };
+    Ok(Arc::new(config))
+}
+
+fn roots(options: &RabbitOptions) -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        tracing::debug!(%error, "could not load some of the system's root certificates");
+    }
+    roots.add_parsable_certificates(found.certs);
+    for pem in &options.root_certificates {
+        for certificate in certificates("add_root_certificate", &pem.0)? {
+            roots.add(certificate).map_err(|error| {
+                invalid(
+                    "add_root_certificate",
+                    format!("it is not a valid certificate: {error}"),
+                )
+            })?;
+        }
+    }
+    Ok(roots)
+}
+
+fn certificates(setting: &'static str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match read {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => Err(invalid(setting, "it contains no certificate in PEM format".into())),
+        Err(error) => Err(invalid(setting, format!("it is not in PEM format: {error}"))),
+    }
+}
+
+fn invalid(setting: &'static str, reason: String) -> Error {
+    Error::InvalidSetting { setting, reason }
+}

@@ -1,0 +1,164 @@
+//! A transaction: what a handler stages before its commit.
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{
+    ConsumerId, Error, KeyValue, NewRecord,
+    backend::{Advance, Revision, Transaction, check_entry_size},
+};
+
+use super::{
+    changelog::Changelog,
+    state::{Writes, value_size},
+};
+use crate::log::packed;
+
+/// What a handler stages. Nothing leaves this process before the commit, and nothing is locked.
+///
+/// After an error other than [`Error::TooLarge`], the transaction can only be rolled back. A commit
+/// then fails with that error and applies nothing, even if the handler ignored it.
+pub struct RabbitTx {
+    changelog: Arc<Changelog>,
+    /// The revision that it reads.
+    based_on: Revision,
+    writes: Writes,
+    /// By how much the writes make the state grow.
+    growth: isize,
+    /// About how many bytes of the commit's message the writes and the sent records take.
+    staged: usize,
+    sent: Vec<NewRecord>,
+    /// The first error of an operation.
+    failure: Option<String>,
+}
+
+impl RabbitTx {
+    pub(super) fn new(changelog: Arc<Changelog>, based_on: Revision) -> Self {
+        Self {
+            changelog,
+            based_on,
+            writes: Writes::new(),
+            growth: 0,
+            staged: 0,
+            sent: Vec::new(),
+            failure: None,
+        }
+    }
+
+    /// The consumer whose transaction this is.
+    pub fn consumer(&self) -> &ConsumerId {
+        &self.changelog.scope.consumer
+    }
+
+    /// Sends a record if this transaction commits. It is then in the log
+    /// [`RabbitStore::sent`](super::RabbitStore::sent) of this consumer, in the order of commits
+    /// and calls. Nobody sees a record of a transaction that did not commit, or that lost to
+    /// another.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit),
+    /// and for one that no longer fits the transaction; see
+    /// [`RabbitStore`](super::RabbitStore). The transaction stays as it was.
+    pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
+        record.check_size(self.changelog.scope.value_limit())?;
+        let staged = self.staged + packed::size_bound(&record);
+        self.changelog.scope.check_staged_size(staged)?;
+        self.staged = staged;
+        self.sent.push(record);
+        Ok(())
+    }
+
+    fn read(&self, key: &[u8]) -> Option<Bytes> {
+        match self.writes.get(key) {
+            Some(staged) => staged.clone(),
+            None => self.changelog.fold.read().state.get(key).cloned(),
+        }
+    }
+
+    fn stage_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        check_entry_size(key, value, self.changelog.scope.value_limit())?;
+        let before = match self.writes.get(key) {
+            Some(write) => write_size(key, write.as_deref()),
+            None => 0,
+        };
+        let staged = self.staged - before + write_size(key, Some(value));
+        self.changelog.scope.check_staged_size(staged)?;
+        let stored = self.changelog.fold.read().state.size();
+        let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
+        let (before, after) = (
+            stored.saturating_add_signed(self.growth),
+            stored.saturating_add_signed(growth),
+        );
+        self.changelog.scope.check_state_size(before, after)?;
+        (self.growth, self.staged) = (growth, staged);
+        self.writes
+            .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
+        Ok(())
+    }
+
+    /// Keeps the transaction from committing without the failed operation. The handler may have
+    /// ignored the error.
+    fn remember(&mut self, error: Error) -> Error {
+        if !matches!(error, Error::TooLarge { .. }) {
+            self.failure.get_or_insert_with(|| error.to_string());
+        }
+        error
+    }
+
+    fn size_of(&self, key: &[u8]) -> isize {
+        self.read(key).map_or(0, |value| value_size(key, &value)) as isize
+    }
+}
+
+impl fmt::Debug for RabbitTx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RabbitTx")
+            .field("consumer", self.consumer())
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Transaction for RabbitTx {
+    async fn commit(self, advance: Advance) -> Result<(), Error> {
+        let Self {
+            changelog, based_on, ..
+        } = self;
+        if let Some(failure) = self.failure {
+            return Err(Error::failed(
+                changelog.scope.on("commit of"),
+                format!("nothing was applied because an operation in the transaction failed: {failure}"),
+            ));
+        }
+        changelog.commit(based_on, self.writes, self.sent, advance).await
+    }
+
+    async fn rollback(self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl KeyValue for RabbitTx {
+    async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        Ok(self.read(key))
+    }
+
+    async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        self.stage_put(key, value).map_err(|error| self.remember(error))
+    }
+
+    async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
+        self.growth -= self.size_of(key);
+        let before = self.writes.insert(Bytes::copy_from_slice(key), None);
+        self.staged += write_size(key, None);
+        self.staged -= before.map_or(0, |write| write_size(key, write.as_deref()));
+        Ok(())
+    }
+}
+
+/// The bytes of a write in an entry.
+fn write_size(key: &[u8], value: Option<&[u8]>) -> usize {
+    4 + key.len() + 1 + value.map_or(0, |value| 4 + value.len())
+}
