@@ -34,7 +34,10 @@ const CHECKPOINT_PAGES: u64 = 1000;
 /// Checks the path without opening the file, and makes it independent of the current folder.
 pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
     let refuse = |reason: &str| Err(Error::failed(on("open SQLite file", given), reason));
-    if given.as_os_str().is_empty() || given == Path::new(":memory:") {
+    if given.as_os_str().is_empty() {
+        return refuse("the path is empty; give the path of a file");
+    }
+    if given == Path::new(":memory:") {
         return refuse(
             "this adapter keeps data in a file; for data that ends with the process, use the in-memory backend \
              `essentially_once::memory`",
