@@ -25,8 +25,9 @@ pub(super) fn config(options: &RabbitOptions) -> Result<Arc<ClientConfig>, Error
     let config = match (&options.client_certificate, &options.client_key) {
         (Some(certificate), Some(key)) => {
             let chain = certificates("client_certificate", &certificate.0)?;
+            // The parser's error may quote the key, so this one replaces it.
             let key = PrivateKeyDer::from_pem_slice(&key.0)
-                .map_err(|error| invalid("client_key", format!("it is not a private key in PEM format: {error}")))?;
+                .map_err(|_| invalid("client_key", "it contains no private key in PEM format".into()))?;
             builder.with_client_auth_cert(chain, key).map_err(|error| {
                 invalid(
                     "client_certificate",
@@ -60,14 +61,39 @@ fn roots(options: &RabbitOptions) -> Result<RootCertStore, Error> {
 }
 
 fn certificates(setting: &'static str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    match read {
+    match CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>() {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        Ok(_) => Err(invalid(setting, "it contains no certificate in PEM format".into())),
-        Err(error) => Err(invalid(setting, format!("it is not in PEM format: {error}"))),
+        _ => Err(invalid(setting, "it contains no certificate in PEM format".into())),
     }
 }
 
 fn invalid(setting: &'static str, reason: String) -> Error {
     Error::InvalidSetting { setting, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use test_servers::{Authority, Pair};
+
+    use super::*;
+
+    /// A key whose line breaks were lost on the way, as in an environment variable.
+    #[test]
+    fn a_broken_key_is_refused_and_not_quoted() {
+        let authority = Authority::new(&["localhost"]).expect("an authority");
+        let Pair { certificate, key } = &authority.client;
+        let on_one_line = key.replace('\n', " ");
+        let options = RabbitOptions::new()
+            .client_certificate(certificate.as_str())
+            .client_key(on_one_line.as_str());
+        match config(&options) {
+            // The whole reason, since a quotation may take any form, such as a list of numbers.
+            Err(Error::InvalidSetting { setting, reason }) => assert_eq!(
+                (setting, reason.as_str()),
+                ("client_key", "it contains no private key in PEM format")
+            ),
+            Err(error) => panic!("{error}"),
+            Ok(_) => panic!("it should be refused"),
+        }
+    }
 }
