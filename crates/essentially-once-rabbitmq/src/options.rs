@@ -42,6 +42,8 @@ pub struct RabbitOptions {
     #[cfg(feature = "tls")]
     pub(crate) root_certificates: Vec<Pem>,
     #[cfg(feature = "tls")]
+    pub(crate) without_system_roots: bool,
+    #[cfg(feature = "tls")]
     pub(crate) client_certificate: Option<Pem>,
     #[cfg(feature = "tls")]
     pub(crate) client_key: Option<Pem>,
@@ -71,6 +73,8 @@ impl RabbitOptions {
             replicas: None,
             #[cfg(feature = "tls")]
             root_certificates: Vec::new(),
+            #[cfg(feature = "tls")]
+            without_system_roots: false,
             #[cfg(feature = "tls")]
             client_certificate: None,
             #[cfg(feature = "tls")]
@@ -139,6 +143,15 @@ impl RabbitOptions {
         self
     }
 
+    /// Trusts only the authorities of [`add_root_certificate`](Self::add_root_certificate), and not
+    /// the system's. At least one must be added.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn without_system_roots(mut self) -> Self {
+        self.without_system_roots = true;
+        self
+    }
+
     /// Presents this certificate (PEM), or chain of certificates, to the broker, for `amqps://`.
     /// Needs [`client_key`](Self::client_key).
     #[cfg(feature = "tls")]
@@ -176,7 +189,7 @@ impl RabbitOptions {
 
     #[cfg(feature = "tls")]
     pub(crate) fn has_certificates(&self) -> bool {
-        !self.root_certificates.is_empty() || self.client_certificate.is_some()
+        !self.root_certificates.is_empty() || self.without_system_roots || self.client_certificate.is_some()
     }
 }
 
@@ -210,7 +223,10 @@ impl LogOptions {
     }
 
     /// Opens the stream however it was declared, and fails if it does not exist. Without this
-    /// option the stream is declared, which fails if it exists with other settings.
+    /// option the stream is declared, which fails if it exists with other settings. RabbitMQ cannot
+    /// change a stream's arguments, so [`Rabbit::log_with`](crate::Rabbit::log_with) refuses this
+    /// option together with [`retention`](Self::retention) or
+    /// [`segment_bytes`](Self::segment_bytes). An operator can change both with a policy.
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
@@ -267,12 +283,22 @@ impl LogOptions {
             .or(quarter.filter(|quarter| *quarter < USUAL_SEGMENT))
     }
 
-    /// Refuses options out of their bounds. Those of the stream count only if it is declared.
+    /// Refuses options out of their bounds, and options of the declaration if nothing is declared.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if let Some(packing) = &self.packed {
             packing.check()?;
         }
         if self.existing {
+            let why = "cannot be combined with `existing`, since RabbitMQ cannot change a declared stream; leave it out, \
+                       or change the stream with a policy (`rabbitmqctl set_policy`)";
+            for (setting, is_set) in [
+                ("retention", self.retention != Retention::default()),
+                ("segment_bytes", self.segment_bytes.is_some()),
+            ] {
+                if is_set {
+                    return invalid(setting, format!("it {why}"));
+                }
+            }
             return Ok(());
         }
         self.retention.refuse_records("RabbitMQ")?;
@@ -371,6 +397,8 @@ mod tests {
             (LogOptions::new().segment_bytes(LEAST_SEGMENT - 1), "segment_bytes"),
             (keeping(2 * LEAST_SEGMENT - 1), "retention"),
             (keeping(1_000_000).segment_bytes(500_001), "retention"),
+            (keeping(1_000_000).existing(), "retention"),
+            (LogOptions::new().segment_bytes(100_000).existing(), "segment_bytes"),
         ] {
             let error = options.check();
             assert!(

@@ -77,11 +77,15 @@ async fn refusal(options: RabbitOptions, url: &str) -> Result<String, Source> {
     }
 }
 
-/// A bad certificate is refused before anything is sent.
+/// A bad certificate is refused before anything is sent, and no secret is shown.
 async fn refuses_setting(wrong: &str, options: RabbitOptions, url: &str) -> Outcome {
-    let refused = options.connect(url).await;
+    let url = url.replace("guest:guest@", &format!("guest:{PASSWORD}@"));
+    let refused = options.clone().connect(&url).await;
     let is_refused = matches!(&refused, Err(Error::InvalidSetting { setting, .. }) if *setting == wrong);
-    ensure!(is_refused, "{refused:?}");
+    let said = format!("{refused:?} {options:?}");
+    ensure!(is_refused, "{said}");
+    let secrets = [PASSWORD, "PRIVATE KEY", "garbage"];
+    ensure!(!secrets.iter().any(|secret| said.contains(secret)), "{said}");
     Ok(())
 }
 

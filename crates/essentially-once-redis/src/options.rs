@@ -33,6 +33,8 @@ pub struct RedisOptions {
     #[cfg(feature = "tls")]
     pub(crate) root_certificates: Vec<Vec<u8>>,
     #[cfg(feature = "tls")]
+    pub(crate) without_system_roots: bool,
+    #[cfg(feature = "tls")]
     pub(crate) client_certificate: Option<Vec<u8>>,
     #[cfg(feature = "tls")]
     pub(crate) client_key: Option<Vec<u8>>,
@@ -74,6 +76,8 @@ impl RedisOptions {
             sentinel: None,
             #[cfg(feature = "tls")]
             root_certificates: Vec::new(),
+            #[cfg(feature = "tls")]
+            without_system_roots: false,
             #[cfg(feature = "tls")]
             client_certificate: None,
             #[cfg(feature = "tls")]
@@ -160,6 +164,15 @@ impl RedisOptions {
         self
     }
 
+    /// Trusts only the authorities of [`add_root_certificate`](Self::add_root_certificate), and not
+    /// the system's. At least one must be added.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn without_system_roots(mut self) -> Self {
+        self.without_system_roots = true;
+        self
+    }
+
     /// Presents this certificate (PEM, with its chain) to the server, for `rediss://` URLs. It
     /// needs a [`client_key`](Self::client_key).
     #[cfg(feature = "tls")]
@@ -189,7 +202,10 @@ impl RedisOptions {
     /// Whether TLS is configured, so that a URL without it must be a mistake.
     pub(crate) fn has_certificates(&self) -> bool {
         #[cfg(feature = "tls")]
-        return !self.root_certificates.is_empty() || self.client_certificate.is_some() || self.client_key.is_some();
+        return !self.root_certificates.is_empty()
+            || self.without_system_roots
+            || self.client_certificate.is_some()
+            || self.client_key.is_some();
         #[cfg(not(feature = "tls"))]
         return false;
     }

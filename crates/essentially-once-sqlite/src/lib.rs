@@ -53,8 +53,9 @@
 //! # Features
 //!
 //! - `bundled` (default): compiles SQLite into the program, which needs a C compiler. Without it,
-//!   the program links the SQLite library of the system, which must be version 3.45.3 or
-//!   later.
+//!   the program links the SQLite library of the system, which must be version 3.51.3 or later, or
+//!   3.50.7 or later in the 3.50 series. Opening a file with an older one fails, because its
+//!   [WAL-reset bug](https://sqlite.org/wal.html#the_wal_reset_bug) can lose committed records.
 //!
 //! # Several processes
 //!

@@ -131,7 +131,8 @@ impl LogOptions {
 
     /// Sets which records the log keeps. Opening the log stores this in the file, so it applies to
     /// appends of every process. Without this option, a log keeps the stored retention, and a new
-    /// log keeps every record. [`Retention::new`] lifts all limits.
+    /// log keeps every record. [`Retention::new`] lifts all limits. If processes open a log with
+    /// different retentions, the last one holds, and each change is logged as a warning.
     ///
     /// Each append removes about twice as many expired records as it adds.
     /// [`SqliteLog::trim`](crate::SqliteLog::trim) removes all of them at once.

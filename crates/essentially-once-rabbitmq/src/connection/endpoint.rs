@@ -52,7 +52,10 @@ impl Endpoint {
         let opened = Connection::open(self.uri.clone(), self.tls.clone(), limit).await;
         let connection = opened.map_err(|refusal| match refusal {
             Refusal::Error(error) => not_done(action(), error),
-            Refusal::Silence => Error::unavailable(action(), format!("no answer within {limit:?}")),
+            Refusal::Silence => Error::unavailable(
+                action(),
+                format!("no answer within {limit:?}; check that a broker listens at this port and speaks AMQP"),
+            ),
         })?;
         // 0 means no limit.
         let half_a_frame = match connection.configuration().frame_max() as usize / 2 {

@@ -42,11 +42,18 @@ pub(super) fn config(options: &RabbitOptions) -> Result<Arc<ClientConfig>, Error
 
 fn roots(options: &RabbitOptions) -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    for error in &found.errors {
-        tracing::debug!(%error, "could not load some of the system's root certificates");
+    if !options.without_system_roots {
+        let system = rustls_native_certs::load_native_certs();
+        for error in &system.errors {
+            tracing::warn!(%error, "cannot read some root certificates of the system");
+        }
+        roots.add_parsable_certificates(system.certs);
+    } else if options.root_certificates.is_empty() {
+        return Err(invalid(
+            "without_system_roots",
+            "it needs `add_root_certificate`".into(),
+        ));
     }
-    roots.add_parsable_certificates(found.certs);
     for pem in &options.root_certificates {
         for certificate in certificates("add_root_certificate", &pem.0)? {
             roots.add(certificate).map_err(|error| {
@@ -94,6 +101,39 @@ mod tests {
             ),
             Err(error) => panic!("{error}"),
             Ok(_) => panic!("it should be refused"),
+        }
+    }
+
+    #[test]
+    fn the_roots_of_the_system_can_be_left_out() {
+        let authority = Authority::new(&["localhost"]).expect("an authority");
+        let only_added = RabbitOptions::new()
+            .add_root_certificate(authority.root.as_str())
+            .without_system_roots();
+        assert_eq!(roots(&only_added).expect("certificates").len(), 1);
+        let none = roots(&RabbitOptions::new().without_system_roots());
+        assert!(
+            matches!(
+                &none,
+                Err(Error::InvalidSetting {
+                    setting: "without_system_roots",
+                    ..
+                })
+            ),
+            "{none:?}"
+        );
+    }
+
+    /// Some tools write the certificate and its key into one file.
+    #[test]
+    fn a_bundle_of_certificate_and_key_serves_as_both() {
+        let authority = Authority::new(&["localhost"]).expect("an authority");
+        let Pair { certificate, key } = &authority.client;
+        for bundle in [format!("{certificate}{key}"), format!("{key}{certificate}")] {
+            let options = RabbitOptions::new()
+                .client_certificate(bundle.as_str())
+                .client_key(bundle.as_str());
+            assert!(config(&options).is_ok());
         }
     }
 }

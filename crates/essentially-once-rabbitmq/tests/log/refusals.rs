@@ -37,14 +37,13 @@ pub(crate) async fn mismatch(node: Arc<RabbitNode>) -> Outcome {
         .await;
     let error = more.err().ok_or("it was taken")?.to_string();
     assert!(error.contains("x-initial-cluster-size"), "{error}");
-    rabbit
-        .log_with(
-            &name,
-            LogOptions::new()
-                .retention(Retention::new().max_bytes(1_000_000))
-                .existing(),
-        )
-        .await?;
+    rabbit.log_with(&name, LogOptions::new().existing()).await?;
+    let keep = Retention::new().max_bytes(1_000_000);
+    let both = rabbit
+        .log_with(&name, LogOptions::new().retention(keep).existing())
+        .await;
+    let error = both.err().ok_or("it was taken")?.to_string();
+    assert!(error.contains("retention") && error.contains("existing"), "{error}");
     let missing = rabbit.log_with(&fresh("missing"), LogOptions::new().existing()).await;
     let error = missing.err().ok_or("it was found")?.to_string();
     assert!(error.contains("does not exist"), "{error}");

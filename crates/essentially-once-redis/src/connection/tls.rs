@@ -97,11 +97,15 @@ async fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
 fn roots(options: &RedisOptions) -> Result<RootCertStore, Error> {
     const SETTING: &str = "add_root_certificate";
     let mut roots = RootCertStore::empty();
-    let system = rustls_native_certs::load_native_certs();
-    for error in &system.errors {
-        tracing::warn!(%error, "cannot read some root certificates of the system");
+    if !options.without_system_roots {
+        let system = rustls_native_certs::load_native_certs();
+        for error in &system.errors {
+            tracing::warn!(%error, "cannot read some root certificates of the system");
+        }
+        roots.add_parsable_certificates(system.certs);
+    } else if options.root_certificates.is_empty() {
+        return Err(invalid("without_system_roots", "it needs `add_root_certificate`"));
     }
-    roots.add_parsable_certificates(system.certs);
     for pem in &options.root_certificates {
         for certificate in certificates(SETTING, pem)? {
             let added = roots.add(certificate);
@@ -192,5 +196,9 @@ mod tests {
         let options = RedisOptions::new().add_root_certificate(authority.root.as_str());
         let options = options.add_root_certificate(Authority::new(&["localhost"]).expect("an authority").root);
         assert_eq!(roots(&options).expect("certificates").len(), system + 2);
+        let only_added = options.without_system_roots();
+        assert_eq!(roots(&only_added).expect("certificates").len(), 2);
+        let (setting, why) = refused(RedisOptions::new().without_system_roots());
+        assert_eq!(setting, "without_system_roots", "{why}");
     }
 }

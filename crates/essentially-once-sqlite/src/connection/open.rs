@@ -31,6 +31,24 @@ const PAGE: u64 = 4096;
 /// SQLite copies the WAL into the file by default once the WAL holds this many pages.
 const CHECKPOINT_PAGES: u64 = 1000;
 
+/// Refuses a SQLite library in which a checkpoint that races with a reset of the WAL can lose
+/// committed pages (<https://sqlite.org/wal.html#the_wal_reset_bug>).
+fn check_library(version: i32, path: &Path) -> Result<(), Error> {
+    if version >= 3_051_003 || (3_050_007..3_051_000).contains(&version) {
+        return Ok(());
+    }
+    Err(Error::failed(
+        on("open SQLite file", path),
+        format!(
+            "the program is linked with SQLite {}.{}.{}, whose WAL-reset bug can lose committed records; link 3.51.3 \
+             or later (or 3.50.7), or use the feature `bundled`",
+            version / 1_000_000,
+            version / 1000 % 1000,
+            version % 1000
+        ),
+    ))
+}
+
 /// Checks the path without opening the file, and makes it independent of the current folder.
 pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
     let refuse = |reason: &str| Err(Error::failed(on("open SQLite file", given), reason));
@@ -46,6 +64,7 @@ pub(crate) fn check_path(given: &Path) -> Result<PathBuf, Error> {
     if given.as_os_str().as_encoded_bytes().starts_with(b"file:") {
         return refuse("this looks like a URI; give the path of a file instead");
     }
+    check_library(rusqlite::version_number(), given)?;
     let path = path::absolute(given).map_err(|error| Error::failed(on("open SQLite file", given), error))?;
     // Metadata only: opening and closing the file here would release this process's locks on it
     // (POSIX).
@@ -236,6 +255,22 @@ mod tests {
         assert!(connection.execute_batch("CREATE TABLE t (x)").is_err());
         connection.execute_batch("PRAGMA synchronous = NORMAL").expect("pragma");
         assert!(matches!(durability(&connection), Ok(Durability::Volatile(why)) if why.contains("FULL")));
+    }
+
+    #[test]
+    fn a_library_with_the_wal_reset_bug_is_refused() {
+        let check = |version| check_library(version, Path::new("a.db"));
+        for sound in [3_050_007, 3_051_003, 3_052_000, rusqlite::version_number()] {
+            assert!(check(sound).is_ok(), "{sound}");
+        }
+        for broken in [3_045_003, 3_049_002, 3_050_006, 3_051_000] {
+            assert!(check(broken).is_err(), "{broken}");
+        }
+        let text = check(3_051_002).expect_err("refused").to_string();
+        assert!(
+            text.contains("SQLite 3.51.2,") && text.contains("link 3.51.3"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::retention::RetentionColumns;
+use super::retention::{RetentionColumns, from_columns};
 
 /// What the row of a log says.
 pub(super) struct Found {
@@ -36,7 +36,19 @@ pub(super) fn open(
     retention: Option<RetentionColumns>,
 ) -> rusqlite::Result<Option<Found>> {
     // Another handle may have created the log while this one waited for the lock.
-    let found = match find(connection, name)? {
+    let stored = find(connection, name)?;
+    if let (Some(stored), Some(wanted)) = (&stored, retention)
+        && stored.retention != wanted
+    {
+        let (before, after) = (from_columns(stored.retention), from_columns(wanted));
+        tracing::warn!(
+            log = name,
+            ?before,
+            ?after,
+            "changing which records the log keeps, for all processes"
+        );
+    }
+    let found = match stored {
         Some(found) => found,
         None if must_exist => return Ok(None),
         None => create(connection, name)?,

@@ -10,7 +10,7 @@ use essentially_once::{
 };
 use rusqlite::{OptionalExtension, Params, Row, Statement};
 
-use super::statements::{self, PositionRow, bytes_of_first, position_row};
+use super::statements::{self, bytes_of_first, position_row};
 use crate::{
     connection::{Connections, WriteTx},
     error::{classify, is_handlers_mistake},
@@ -235,15 +235,19 @@ impl SqliteTx {
     fn refusal(&self, advance: &Advance) -> Result<Error, Error> {
         let stored = position_row(self.tx.connection(), &self.consumer)
             .map_err(|error| classify(self.action("commit"), error))?;
-        let log = stored.as_ref().map(PositionRow::log).transpose()?;
-        let stored = stored.as_ref().zip(log.as_ref()).map(|(row, log)| (row.revision, log));
-        match advance.check(&self.consumer, stored) {
-            Err(refusal) => Ok(refusal),
-            Ok(_) => Ok(Error::Fenced {
-                consumer: self.consumer.clone(),
-                expected: advance.expected,
-            }),
-        }
+        let fenced = Error::Fenced {
+            consumer: self.consumer.clone(),
+            expected: advance.expected,
+        };
+        // A damaged name of a log must not hide that another instance has committed.
+        let Some(row) = stored.filter(|row| row.revision == advance.expected) else {
+            return Ok(fenced);
+        };
+        let log = row.log()?;
+        Ok(advance
+            .check(&self.consumer, Some((row.revision, &log)))
+            .err()
+            .unwrap_or(fenced))
     }
 }
 
@@ -343,6 +347,23 @@ mod tests {
         let mut tx = store.begin(&ConsumerId::new("c").expect("name")).await.expect("begin");
         assert_eq!(tx.get(b"k").await.expect("get").as_deref(), Some(&b"1"[..]));
         tx.commit(advance).await.expect("a new transaction commits");
+    }
+
+    #[tokio::test]
+    async fn a_damaged_log_name_does_not_hide_that_a_commit_is_fenced() {
+        let (folder, sqlite, _) = open().await;
+        let (tx, stale) = staged(&sqlite).await;
+        tx.rollback().await.expect("rollback");
+        let tool = rusqlite::Connection::open(folder.path().join("a.db")).expect("another connection");
+        tool.execute("UPDATE essentially_once_consumers SET log = '', count = count + 7", [])
+            .expect("damage");
+        let tx = sqlite
+            .store()
+            .begin(&ConsumerId::new("c").expect("name"))
+            .await
+            .expect("begin");
+        let error = tx.commit(stale).await.expect_err("refused");
+        assert!(matches!(error, Error::Fenced { .. }), "{error:?}");
     }
 
     #[tokio::test]
