@@ -26,7 +26,7 @@ const RECORD_LIMIT: usize = 256 * 1024;
 /// These cases kill the broker, so each gets a broker of its own.
 const RESTARTING: [&str; 6] = [
     "l1_appended_records_survive_a_restart",
-    "l7_a_failed_append_tells_the_truth",
+    "l7_a_failed_append_reports_its_outcome",
     "s1_a_restart_never_parts_state_from_position",
     "s3_commits_survive_a_restart",
     "s3_a_commit_that_stages_nothing_survives_a_restart",

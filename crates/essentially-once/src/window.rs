@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_numbering_anew_in_another_epoch_is_not_taken_for_the_old_one() {
+    fn a_new_numbering_in_another_epoch_is_not_mistaken_for_the_old_one() {
         let mut windows = Windows::default();
         windows.mark(&record("a#7", 1, 0, day(0)), day(0));
         assert!(is_seen(&windows, "a#7", 1));

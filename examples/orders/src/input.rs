@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_cannot_be_used_are_told_why() {
+    fn unusable_files_are_refused_with_a_reason() {
         for (bytes, reason) in [
             (&b""[..], "empty"),
             (b"\xef\xbb\xbf", "empty"),

@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_lines_are_told_why() {
+    fn malformed_lines_are_reported_with_a_reason() {
         for (line, reason) in [
             ("", "no order id"),
             ("   ", "no order id"),

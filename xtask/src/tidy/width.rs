@@ -5,34 +5,18 @@
 /// The widest line.
 const COLUMNS: usize = 100;
 
-/// How many wider lines are allowed.
-const ALLOWED: usize = 30;
-
-/// How many of them a message names.
+/// How many wide lines a complaint names.
 const NAMED: usize = 10;
 
-/// What to say about the wide lines of a repository.
-pub(super) enum Verdict {
-    TooMany(String),
-    Allowed(String),
-}
-
-/// Judges the places of all wide lines, such as `src/lib.rs:7`.
-pub(super) fn verdict(wide: &[String]) -> Option<Verdict> {
-    let count = wide.len();
-    let named = wide
-        .iter()
-        .take(NAMED)
-        .map(String::as_str)
-        .collect::<Vec<_>>()
-        .join(", ");
-    let found =
-        format!("{count} lines of comments or Markdown are wider than {COLUMNS} columns ({ALLOWED} are allowed)");
-    match count {
-        0 => None,
-        1..=ALLOWED => Some(Verdict::Allowed(format!("{found}: {named}"))),
-        _ => Some(Verdict::TooMany(format!("{found}: wrap them, beginning with {named}"))),
-    }
+/// What to say about the places of all wide lines, such as `src/lib.rs:7`.
+pub(super) fn fault(wide: &[String]) -> Option<String> {
+    let named = wide.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>();
+    let (count, named) = (wide.len(), named.join(", "));
+    (count > 0).then(|| {
+        format!(
+            "lines of comments or Markdown wider than {COLUMNS} columns: {count}; wrap them, beginning with {named}"
+        )
+    })
 }
 
 /// The numbers of the wide lines in a file with this extension.
@@ -149,18 +133,13 @@ mod tests {
     }
 
     #[test]
-    fn a_few_wide_lines_are_noted_and_more_are_refused() {
+    fn wide_lines_are_counted_and_the_first_ones_named() {
         let places = |count: usize| (1..=count).map(|line| format!("a.rs:{line}")).collect::<Vec<_>>();
-        assert!(verdict(&[]).is_none());
-        for (count, is_allowed) in [(1, true), (ALLOWED, true), (ALLOWED + 1, false)] {
-            let (text, found) = match verdict(&places(count)) {
-                Some(Verdict::Allowed(note)) => (note, true),
-                Some(Verdict::TooMany(complaint)) => (complaint, false),
-                None => panic!("{count} lines went unnoticed"),
-            };
-            assert_eq!(found, is_allowed, "{text}");
+        assert_eq!(fault(&[]), None);
+        for count in [1, 100] {
+            let text = fault(&places(count)).expect("a complaint");
             assert!(
-                text.starts_with(&count.to_string()) && text.contains("a.rs:1"),
+                text.contains(&format!(": {count};")) && text.contains("a.rs:1"),
                 "{text}"
             );
             assert!(!text.contains("a.rs:11"), "{text}");

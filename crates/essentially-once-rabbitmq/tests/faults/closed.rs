@@ -31,7 +31,7 @@ pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
     log.append(&[message(20)]).await?;
     running.handles(21).await?;
 
-    a_reader_that_takes_nothing_is_told(&node).await?;
+    a_reader_that_takes_nothing_gets_an_error(&node).await?;
     // A consumer that waited in the meantime handles everything.
     let closed = closed_channels(&node)?;
     ensure!(closed == 1, "the broker closed {closed} channels instead of one");
@@ -47,7 +47,7 @@ pub(crate) async fn channels_closed_by_the_broker_are_replaced() -> Outcome {
     judge(&rabbit, "orders", &consumer, 40).await
 }
 
-async fn a_reader_that_takes_nothing_is_told(node: &RabbitNode) -> Outcome {
+async fn a_reader_that_takes_nothing_gets_an_error(node: &RabbitNode) -> Outcome {
     let rabbit = options().connect(&node.url()).await?;
     let log = rabbit.log("orders").await?;
     let mut reader = log.read(Offset::ZERO).await?;

@@ -178,7 +178,7 @@ pub(crate) async fn a_snapshot_is_cut_to_what_the_broker_takes() -> Outcome {
 
 /// The broker returns messages without a stream and confirms them, possibly together with messages
 /// that it stored in the meantime.
-pub(crate) async fn an_append_beside_one_that_the_broker_returned_tells_the_truth() -> Outcome {
+pub(crate) async fn an_append_next_to_a_returned_one_reports_its_outcome() -> Outcome {
     let node = crate::common::shared_node()?;
     let connection = Connection::connect(&url(node.port()), ConnectionProperties::default()).await?;
     let channel = connection.create_channel().await?;

@@ -28,7 +28,7 @@ use self::{
         a_batch_too_large_for_one_commit_is_committed_in_parts,
         a_commit_too_large_for_the_broker_is_refused_with_the_setting, a_limit_that_was_raised_is_learned_again,
         a_record_too_large_for_the_broker_says_nothing_about_others, a_snapshot_is_cut_to_what_the_broker_takes,
-        an_append_beside_one_that_the_broker_returned_tells_the_truth,
+        an_append_next_to_a_returned_one_reports_its_outcome,
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
     },
     silence::{
@@ -37,8 +37,8 @@ use self::{
     },
     standby::a_standby_waits_while_the_owner_beats_and_goes_on_when_it_stops,
     streams::{
-        a_reader_of_a_deleted_stream_is_told, a_stream_deleted_and_created_anew_is_noticed,
-        an_append_to_a_deleted_stream_fails_until_there_is_another, retention_overtaking_a_slow_consumer_is_told,
+        a_reader_of_a_deleted_stream_gets_an_error, a_stream_deleted_and_recreated_is_noticed,
+        an_append_to_a_deleted_stream_fails_until_there_is_another, retention_overtaking_a_slow_consumer_is_reported,
     },
 };
 
@@ -56,12 +56,12 @@ fn main() -> ExitCode {
         heartbeats_go_on_while_a_handler_blocks_its_runtime,
         every_call_on_a_frozen_broker_ends_within_twice_the_time_out,
         a_snapshot_is_cut_to_what_the_broker_takes,
-        an_append_beside_one_that_the_broker_returned_tells_the_truth,
-        a_reader_of_a_deleted_stream_is_told,
+        an_append_next_to_a_returned_one_reports_its_outcome,
+        a_reader_of_a_deleted_stream_gets_an_error,
         an_append_to_a_deleted_stream_fails_until_there_is_another,
         a_standby_waits_while_the_owner_beats_and_goes_on_when_it_stops,
-        a_stream_deleted_and_created_anew_is_noticed,
-        retention_overtaking_a_slow_consumer_is_told,
+        a_stream_deleted_and_recreated_is_noticed,
+        retention_overtaking_a_slow_consumer_is_reported,
         an_alarm_holds_up_commits_and_nothing_is_lost,
         a_broker_killed_and_restarted_under_a_consumer_loses_nothing,
         a_restarted_node_answers_for_all_its_streams_at_once,

@@ -36,7 +36,7 @@ pub(crate) async fn an_append_to_a_deleted_stream_fails_until_there_is_another()
 }
 
 /// Detected because the stream is shorter. RabbitMQ gives a stream no identity but its name.
-pub(crate) async fn a_stream_deleted_and_created_anew_is_noticed() -> Outcome {
+pub(crate) async fn a_stream_deleted_and_recreated_is_noticed() -> Outcome {
     let (node, name) = (shared_node()?, fresh("anew"));
     let consumer = ConsumerId::new(&name)?;
     let proxy = Proxy::start(node.port())?;
@@ -85,7 +85,7 @@ async fn delete(url: &str, stream: &str) -> Result<(), Source> {
     Ok(())
 }
 
-pub(crate) async fn a_reader_of_a_deleted_stream_is_told() -> Outcome {
+pub(crate) async fn a_reader_of_a_deleted_stream_gets_an_error() -> Outcome {
     let (node, name) = (shared_node()?, fresh("deleted"));
     let rabbit = options().connect(&url(node.port())).await?;
     let log = rabbit.log(&name).await?;
@@ -116,7 +116,7 @@ pub(crate) async fn a_reader_of_a_deleted_stream_is_told() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn retention_overtaking_a_slow_consumer_is_told() -> Outcome {
+pub(crate) async fn retention_overtaking_a_slow_consumer_is_reported() -> Outcome {
     let (node, name) = (shared_node()?, fresh("overtaken"));
     let consumer = ConsumerId::new(&name)?;
     let rabbit = options().connect(&url(node.port())).await?;

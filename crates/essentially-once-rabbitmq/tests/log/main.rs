@@ -44,7 +44,7 @@ fn main() -> ExitCode {
             Box::pin(reading::bounded(node))
         }),
         ("plain_and_packed_records_mix", |node| Box::pin(records::mixed(node))),
-        ("a_slow_reader_is_told_that_retention_overtook_it", |node| {
+        ("a_slow_reader_learns_that_retention_overtook_it", |node| {
             Box::pin(reading::overtaken(node))
         }),
         ("a_stream_that_retention_emptied_says_so", |node| {

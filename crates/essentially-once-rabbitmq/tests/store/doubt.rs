@@ -13,7 +13,7 @@ use crate::{
 
 pub(crate) fn add(tests: &mut Tests) {
     tests.add(
-        "doubt::a_commit_that_is_cut_off_is_indeterminate_and_the_position_tells",
+        "doubt::a_commit_that_is_cut_off_is_indeterminate_and_the_position_decides",
         cuts,
     );
     tests.add("doubt::a_commit_that_comes_after_a_take_over_does_not_apply", late);

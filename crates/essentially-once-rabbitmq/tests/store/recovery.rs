@@ -14,7 +14,7 @@ use crate::{
 pub(crate) fn add(tests: &mut Tests) {
     tests.add("recovery::snapshots_are_written_and_used", snapshots);
     tests.add("recovery::a_damaged_snapshot_falls_back_to_an_older_one", damaged);
-    tests.add("recovery::a_lost_changelog_is_told", lost);
+    tests.add("recovery::a_lost_changelog_is_reported", lost);
     tests.add("recovery::an_entry_that_cannot_be_read_stops", unreadable);
     tests.add("recovery::retention_removes_only_what_a_snapshot_covers", retention);
 }

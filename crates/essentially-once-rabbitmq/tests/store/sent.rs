@@ -19,7 +19,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("sent::records_are_there_if_and_only_if_their_commit_is", all_or_nothing);
     tests.add("sent::the_log_keeps_its_contract", contract);
     tests.add("sent::a_reader_may_begin_anywhere", anywhere);
-    tests.add("sent::a_reader_that_missed_a_record_is_told", missed);
+    tests.add("sent::a_reader_that_missed_a_record_gets_an_error", missed);
     tests.add("sent::consumers_can_be_chained", chained);
 }
 

@@ -114,7 +114,7 @@ async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
 
 /// [L5](essentially_once::Log#contract): a reader that falls behind retention gets an error. It
 /// does not silently move on.
-pub(super) async fn l5_retention_that_overtakes_a_reader_is_told<H: Harness>(
+pub(super) async fn l5_retention_that_overtakes_a_reader_is_reported<H: Harness>(
     _: &H,
     backend: &H::Backend,
 ) -> CaseResult {
@@ -306,7 +306,7 @@ pub(super) async fn l5_past_the_end_is_out_of_range<H: Harness>(_: &H, backend: 
 
 /// [L5](essentially_once::Log#contract): in a log that was deleted and created again, an old offset
 /// is an error, or the log has another id.
-pub(super) async fn l5_a_log_created_anew_is_never_silent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn l5_a_recreated_log_is_never_silent<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let old = backend.log("orders").await?;
     old.append(&records(0..5)).await?;
     let end = old.bounds().await?.end;

@@ -10,7 +10,7 @@ use crate::{
 
 /// [L1](essentially_once::Log#contract): the log reports its durability, gives a reason unless it
 /// is durable, and reports the same on every handle.
-pub(super) async fn l1_a_log_tells_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn l1_a_log_reports_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (log, other) = (backend.log("orders").await?, backend.log("orders").await?);
     agree(&[
         log.durability().await?,
@@ -21,7 +21,7 @@ pub(super) async fn l1_a_log_tells_its_durability<H: Harness>(_: &H, backend: &H
 
 /// [S3](essentially_once::OffsetStore#contract): the store reports its durability, gives a reason
 /// unless it is durable, and reports the same on every handle.
-pub(super) async fn s3_a_store_tells_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn s3_a_store_reports_its_durability<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, other) = (backend.store().await?, backend.store().await?);
     agree(&[
         store.durability().await?,

@@ -11,7 +11,10 @@ use crate::{
 
 /// [L7](essentially_once::Log#contract): the backend refuses a record in the middle of a batch, as
 /// a full disk does.
-pub(super) async fn l7_a_refusal_amid_a_batch_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn l7_a_refusal_within_a_batch_reports_its_outcome<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
     const BATCH: usize = 5;
     let log = backend.log("orders").await?;
     let mut outcomes: Vec<Result<(), Error>> = Vec::new();

@@ -135,7 +135,7 @@ async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
 /// [L7](essentially_once::Log#contract): batches of three while the backend restarts. Acknowledged
 /// batches are there in full. Batches that certainly failed left nothing. Batches in doubt left a
 /// prefix.
-pub(super) async fn l7_a_failed_append_tells_the_truth<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn l7_a_failed_append_reports_its_outcome<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let mut outcomes = Vec::new();
     let results = &mut outcomes;
     while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {

@@ -31,7 +31,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         AppendAcknowledgedBeforeDurable => "the log is empty",
         RestartReplaysTheTail => "found [\"0\", \"1\", \"1\"",
     }
-    l1_a_log_tells_its_durability {
+    l1_a_log_reports_its_durability {
         LogDurabilityFails => "unexpected error",
         LogDurabilityWavers => "asked again",
         LogVolatileWithoutReason => "gives no reason",
@@ -137,7 +137,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         TruncatedTellsNoEarliest => "reading a removed record failed with",
         RetentionLosesAppendTimes => "its time of append is",
     }
-    l5_retention_that_overtakes_a_reader_is_told {
+    l5_retention_that_overtakes_a_reader_is_reported {
         NextIgnoresMax => "the first record is",
         OvertakenReaderMovesOn => "went on at",
         OvertakenReaderWaits => STUCK,
@@ -163,7 +163,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         PastEndReadsTheLast => "reading at 7-11 found",
         PastEndToldAsFailure => "failed with",
     }
-    l5_a_log_created_anew_is_never_silent {
+    l5_a_recreated_log_is_never_silent {
         OldOffsetWaitsInNewLog => STUCK,
         OldOffsetTruncatedInNewLog => "reading at the old end failed with",
         ReaderMissesRecreation => STUCK,
@@ -173,7 +173,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         CancelledNextLoses => STUCK,
         CancelledNextRepeats => "after cancelled calls",
     }
-    l7_a_failed_append_tells_the_truth {
+    l7_a_failed_append_reports_its_outcome {
         AppendAcknowledgedBeforeDurable => "which means all three records",
         LostAppendReplyToldAsFailure => "which means none",
         ReconnectTearsBatch => "which means a prefix",
@@ -183,7 +183,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         AppendRetriedAfterLostReply => "which means all three records",
         LostAppendRequestToldAsSuccess => "which means all three records",
     }
-    l7_a_refusal_amid_a_batch_tells_the_truth {
+    l7_a_refusal_within_a_batch_reports_its_outcome {
         RefusedMiddleLeavesAPrefix => "which means none",
         RefusedMiddleSkipped => "which means a prefix",
         RefusedTailComesLater => "which means none",
@@ -303,7 +303,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         EmptyCommitNotDurable => "commit 2 was acknowledged, but the position is 1",
         EmptyCommitKeptInTheHandle => "commit 2 was acknowledged, but the position is 1",
     }
-    s3_a_store_tells_its_durability {
+    s3_a_store_reports_its_durability {
         StoreDurabilityFails => "unexpected error",
         StoreDurabilityWavers => "asked again",
         StoreVolatileWithoutReason => "gives no reason",
@@ -486,7 +486,7 @@ pub(crate) const SOUND: &[Sound] = sound! {
     l5_offsets_are_not_reused_after_a_restart { OffsetsLeapAfterRetention }
     l5_the_readable_end_leaves_out_deleted_records { EmptiedReadableEndIsTheEarliest }
     l7_a_lost_reply_never_doubles_an_append { LostRepliesLookedUp }
-    l7_a_refusal_amid_a_batch_tells_the_truth { RefusedMiddleInDoubt }
+    l7_a_refusal_within_a_batch_reports_its_outcome { RefusedMiddleInDoubt }
     l7_concurrent_appends_have_their_own_outcomes { AppendsTakeTurns }
     l10_an_old_handle_never_appends_to_a_new_log { OldHandleAppendsVanish }
     s1_hundreds_of_commits_keep_everything { CompactsEvery100Commits }

@@ -118,7 +118,7 @@ async fn a_silent_producer_is_forgotten_once_the_log_went_on_without_it() {
 }
 
 #[tokio::test]
-async fn a_process_that_numbers_anew_in_a_fresh_epoch_loses_nothing() {
+async fn a_process_that_restarts_numbering_in_a_fresh_epoch_loses_nothing() {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
     let producer = ProducerId::new("web").unwrap();

@@ -108,7 +108,7 @@ async fn a_lost_log_ends_the_run_with_its_own_error() {
 }
 
 #[tokio::test]
-async fn retention_that_overtakes_a_consumer_is_told_and_seek_goes_on() {
+async fn retention_that_overtakes_a_consumer_is_reported_and_seek_goes_on() {
     let backend = Backend::new(RECORDS, Script::default()).await;
     let consumer = |backend: &Backend| {
         Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter()).run_until_caught_up()
@@ -217,7 +217,7 @@ async fn at_least_once_loses_nothing_and_doubles_only_behind_a_lost_commit() {
 }
 
 #[tokio::test]
-async fn at_most_once_doubles_nothing_and_tells_what_it_passed_over() {
+async fn at_most_once_doubles_nothing_and_reports_skipped_records() {
     for (step, nth, fault, failed) in [
         (Step::Handle, 3, Fault::Permanent, 1),
         (Step::Handle, 3, Fault::Panic, 1),

@@ -328,7 +328,7 @@ async fn a_new_consumer_whose_log_and_position_are_lost_before_its_first_record_
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_instance_does_not_commit_into_a_position_that_was_built_anew() {
+async fn an_idle_instance_does_not_commit_into_a_rebuilt_position() {
     let (store, log) = (Replaced::new(), Memory::new().log("orders").unwrap());
     append(&log, 0..5).await;
     let start = |fails_at: Option<u64>| {

@@ -47,7 +47,7 @@ async fn a_start_past_the_end_commits_no_position() {
 }
 
 #[tokio::test]
-async fn essentially_once_refuses_a_volatile_backend_unless_told() {
+async fn essentially_once_refuses_a_volatile_backend_unless_allowed() {
     let memory = Memory::new();
     let log = memory.log("orders").unwrap();
     let error = Consumer::essentially_once(shipping(), log.clone(), memory.store(), support::Counter::default())
@@ -238,7 +238,7 @@ async fn a_stop_commits_what_was_handled_and_reports_it() {
 }
 
 #[tokio::test]
-async fn a_waiting_consumer_handles_what_arrives_and_stops_when_told() {
+async fn a_waiting_consumer_handles_new_records_and_stops_on_request() {
     let backend = Backend::new(0, Script::default()).await;
     let (log, memory_log) = (backend.log(), backend.memory_log());
     let stop = CancellationToken::new();
