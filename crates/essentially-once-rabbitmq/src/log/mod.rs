@@ -50,7 +50,7 @@ const SHOWS: Duration = Duration::from_millis(250);
 ///   until a stream of that name exists again, and then goes to the new one: the broker routes
 ///   messages by the name alone.
 /// - A reader holds about 8 MiB of messages that the broker sends ahead. The broker counts
-///   messages, not bytes. If they suddenly grow, up to 128 messages of the new size may arrive
+///   messages, not bytes. If they suddenly grow, up to 32 messages of the new size may arrive
 ///   once.
 /// - A confirmed record is on more than half of the stream's replicas, and survives if their
 ///   brokers are killed and restarted. RabbitMQ does not sync it to disk first: it can be lost if

@@ -22,6 +22,10 @@ use crate::{
 /// Prepared statements kept per connection, enough for this crate and a handler with a rich schema.
 const STATEMENT_CACHE: usize = 256;
 
+/// The page cache of a connection that only reads, as SQLite counts it: negative numbers are KiB. A
+/// log is read once from front to back, so the default of 2 MiB would only take memory.
+const READER_CACHE: i64 = -256;
+
 /// The pause between attempts to get a lock while opening.
 const OPEN_PAUSE: Duration = Duration::from_millis(5);
 
@@ -123,9 +127,11 @@ pub(crate) async fn reader(path: &Path, options: &SqliteOptions) -> Result<Conne
 /// Like [`reader`], without waiting for locks.
 pub(crate) fn read_only(path: &Path, options: &SqliteOptions) -> Result<Connection, Error> {
     let connection = existing(path, options)?;
-    connection
-        .pragma_update(None, "query_only", true)
-        .map_err(|error| classify(on("open SQLite file", path), error))?;
+    for (pragma, value) in [("query_only", 1), ("cache_size", READER_CACHE)] {
+        connection
+            .pragma_update(None, pragma, value)
+            .map_err(|error| classify(on("open SQLite file", path), error))?;
+    }
     Ok(connection)
 }
 

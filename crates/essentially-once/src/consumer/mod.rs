@@ -186,7 +186,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// How many bytes of records a consumer holds, plus one fetch of the log. The default is 8 MiB,
+    /// How many bytes of records a consumer holds, plus one fetch of the log. The default is 4 MiB,
     /// and the value must be at least 1. Half of the bytes are for the current batch, which has
     /// fewer than [`max_batch`](Self::max_batch) records if they are large, and half are for
     /// records read ahead. Reading stops at this limit or at

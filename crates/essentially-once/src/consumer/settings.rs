@@ -28,7 +28,7 @@ impl Default for Settings {
             start_at: StartAt::default(),
             max_batch: 100,
             read_ahead_records: None,
-            read_ahead_bytes: 8 * 1024 * 1024,
+            read_ahead_bytes: 4 * 1024 * 1024,
             accept_volatile: false,
             retries: 10,
             restart_limit: None,
