@@ -171,6 +171,11 @@ impl HandlerError {
         Self::new(HandlerErrorKind::Fatal, source)
     }
 
+    /// The error that the handler returned or that the consumer found, to be downcast.
+    pub fn cause(&self) -> &(dyn std::error::Error + Send + Sync + 'static) {
+        &*self.source
+    }
+
     /// What the consumer does about it.
     pub const fn kind(&self) -> HandlerErrorKind {
         self.kind

@@ -18,8 +18,11 @@ use std::{
 };
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, HandlerError, Log, NewRecord, Record, handler_fn,
+    CancellationToken, Consumer, ConsumerId, HandlerError, Log, NewRecord, Record, StartAt,
+    consumer::{OnFailure, OnTruncated},
+    handler_fn,
     memory::{Memory, MemoryTx},
+    seek,
 };
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use metrics_util::registry::{AtomicStorage, Registry};
@@ -97,6 +100,7 @@ async fn counters_agree_with_the_report_and_the_states_of_a_consumer_can_be_told
     };
     metrics::set_global_recorder(kept.clone()).unwrap();
     counters_agree_with_the_report(&kept).await;
+    counters_agree_with_policies(&kept).await;
     states_can_be_told_apart(&kept).await;
     a_record_without_a_time_gives_no_lag(&kept).await;
 }
@@ -129,6 +133,28 @@ async fn counters_agree_with_the_report(kept: &Kept) {
         ("running", 0),
     ] {
         assert_eq!(values[name], expected as f64, "{name}: {report}");
+    }
+}
+
+async fn counters_agree_with_policies(kept: &Kept) {
+    let backend = Backend::new(12, Script::default()).await;
+    let policies = ConsumerId::new("policies").unwrap();
+    seek(&policies, &backend.log(), &backend.store(), StartAt::Earliest)
+        .await
+        .unwrap();
+    backend.memory_log().truncate(2.into());
+    let mut handler = backend.counter();
+    handler.poison = vec!["7"];
+    let report = Consumer::essentially_once(policies, backend.log(), backend.store(), handler)
+        .on_failure(OnFailure::Skip)
+        .on_truncated(OnTruncated::SkipToEarliest)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.failed, report.truncated), (1, 1), "{report}");
+    let values = kept.of("policies");
+    for name in ["failed_total", "truncated_total"] {
+        assert_eq!(values[name], 1.0, "{name}");
     }
 }
 

@@ -7,7 +7,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{delivery::Delivery, failure::Failure, read_ahead::ReadAhead, resume::compare, session::Session};
+use super::{
+    delivery::Delivery, failure::Failure, read_ahead::ReadAhead, resume::compare, run::Done, session::Session,
+};
 use crate::{
     ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record,
     rt::{self, Instant},
@@ -84,6 +86,9 @@ impl<S: OffsetStore> Session<'_, S> {
             // reported.
             self.run.started_at = None;
             self.split_off_unpassable(&mut batch, &mut left)?;
+            if self.skip_condemned(&batch).await? {
+                continue;
+            }
             let passed = D::deliver(self, handler, &batch).await?;
             if passed < batch.len() {
                 left.splice(..0, batch.drain(passed..));
@@ -96,6 +101,30 @@ impl<S: OffsetStore> Session<'_, S> {
         }
         self.telemetry.waits(None, self.now);
         Ok(())
+    }
+
+    /// Goes past a record whose last try failed, unless another instance has committed since.
+    async fn skip_condemned(&mut self, batch: &[Record]) -> Result<bool, Failure> {
+        // If this fails, the record is tried once more.
+        let (Some(verdict), [record]) = (self.run.verdict.take(), batch) else {
+            return Ok(false);
+        };
+        if (verdict.offset, verdict.revision) != (record.offset, self.place.revision) {
+            return Ok(false);
+        }
+        // A malformed record may be the broken copy of one that is sent again intact.
+        if record.malformed.is_none() {
+            self.windows.mark(record, self.now);
+        }
+        let done = Done {
+            failed: 1,
+            ..Done::default()
+        };
+        let tx = self.begin().await?;
+        self.commit(tx, record, done).await?;
+        tracing::warn!(error = %verdict.error, "skipped a record");
+        self.count(done, batch);
+        Ok(true)
     }
 
     /// The greatest offset has no successor, so no position can come after a record there. The

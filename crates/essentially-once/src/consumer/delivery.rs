@@ -4,12 +4,14 @@ use async_trait::async_trait;
 
 use super::{
     call::{Cut, Interrupted, flush, grace_is_over, handle},
-    failure::{FailedRecord, Failure},
+    failure::{Failure, RecordFailure},
     run::Done,
     session::Session,
     settings::Settings,
 };
-use crate::{Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction, rt::Instant};
+use crate::{
+    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Revision, Transaction, rt::Instant,
+};
 
 /// The order of handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and
 /// [`AtMostOnce`].
@@ -32,6 +34,12 @@ pub trait Delivery<S: OffsetStore>: sealed::Sealed + 'static {
         batch: &[Record],
     ) -> Result<usize, Failure>;
 }
+
+/// A delivery that may try a record again: [`EssentiallyOnce`] or [`AtLeastOnce`].
+pub trait Retrying: sealed::Sealed {}
+
+impl Retrying for EssentiallyOnce {}
+impl Retrying for AtLeastOnce {}
 
 mod sealed {
     pub trait Sealed {}
@@ -71,7 +79,7 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
         if failed.is_none() && done.handled > 0 {
             failed = match flush(session, handler, &mut tx, Cut::AfterGrace).await {
                 Ok(()) => None,
-                Err(Interrupted::Failed(error)) => Some(batch_failure(passed, error)),
+                Err(Interrupted::Failed(error)) => Some(batch_failure(passed, session.place.revision, error)),
                 Err(Interrupted::Stopped) => Some(Failure::Stopped),
             };
         }
@@ -115,7 +123,11 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                         refusal => refusal,
                     });
                 }
-                Err(batch_failure(passed, HandlerError::retry(error)))
+                Err(batch_failure(
+                    passed,
+                    session.place.revision,
+                    HandlerError::retry(error),
+                ))
             }
             Err(error) => Err(error.into()),
         }
@@ -138,7 +150,7 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         if done.handled > 0
             && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
         {
-            let failed = batch_failure(passed, error);
+            let failed = batch_failure(passed, session.place.revision, error);
             if !failed.is_fatal() {
                 session.check_current().await?;
             }
@@ -160,10 +172,11 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         match failed {
             // The records before the failed one are committed, so that they are not handled again
             // because of it.
-            Some(Failure::Record(failed)) => Err(Failure::Record(FailedRecord {
+            Some(Failure::Record(failed)) => Err(Failure::Record(Box::new(RecordFailure {
                 is_next: true,
-                ..failed
-            })),
+                revision: session.place.revision,
+                ..*failed
+            }))),
             Some(failed) => Err(failed),
             None => Ok(passed.len()),
         }
@@ -213,9 +226,10 @@ where
             }
             Err(Interrupted::Stopped) => return (done, &batch[..index], Some(Failure::Stopped)),
             Err(Interrupted::Failed(error)) => {
-                let failure = FailedRecord {
-                    offset: record.offset,
+                let failure = RecordFailure {
+                    record: record.clone(),
                     error,
+                    revision: session.place.revision,
                     is_first: index == 0,
                     is_next: index == 0,
                     fatal_outcome: NOTHING_MOVED,
@@ -244,13 +258,14 @@ fn is_duplicate<S>(session: &Session<'_, S>, record: &Record) -> bool {
 
 /// The failure of these records as a batch: of the only record, or of one that is still to be
 /// found.
-fn batch_failure(passed: &[Record], error: HandlerError) -> Failure {
+fn batch_failure(passed: &[Record], revision: Revision, error: HandlerError) -> Failure {
     let (Some(first), Some(last)) = (passed.first(), passed.last()) else {
         return Failure::Batch(Offset::ZERO, error);
     };
-    let failed = FailedRecord {
-        offset: first.offset,
+    let failed = RecordFailure {
+        record: first.clone(),
         error,
+        revision,
         is_first: true,
         is_next: true,
         fatal_outcome: NOTHING_MOVED,
@@ -300,7 +315,7 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
         session.commit(tx, last, in_doubt).await?;
         let (done, fatal) = handle_committed(session, handler, &fresh).await;
         session.count(Done { duplicates, ..done }, batch);
-        fatal.map_or(Ok(batch.len()), |fatal| Err(Failure::Record(fatal)))
+        fatal.map_or(Ok(batch.len()), |fatal| Err(Failure::Record(Box::new(fatal))))
     }
 }
 
@@ -310,11 +325,13 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
     session: &mut Session<'_, S>,
     handler: &mut H,
     records: &[&Record],
-) -> (Done, Option<FailedRecord>) {
+) -> (Done, Option<RecordFailure>) {
     let mut done = Done::default();
-    let fatal_failure = |record: &Record, error, fatal_outcome| FailedRecord {
-        offset: record.offset,
+    let revision = session.place.revision;
+    let fatal_failure = |record: &Record, error, fatal_outcome| RecordFailure {
+        record: record.clone(),
         error,
+        revision,
         is_first: true,
         is_next: false,
         fatal_outcome,

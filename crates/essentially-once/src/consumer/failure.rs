@@ -1,6 +1,6 @@
 //! Why a session ended early, and whose fault it was.
 
-use crate::{Error, HandlerError, HandlerErrorKind, Offset};
+use crate::{Error, HandlerError, HandlerErrorKind, Offset, Record, Revision};
 
 /// Why a session ended early.
 #[derive(Debug)]
@@ -8,16 +8,18 @@ pub enum Failure {
     /// The run was stopped.
     Stopped,
     Backend(Error),
-    Record(FailedRecord),
+    Record(Box<RecordFailure>),
     /// Some record of a batch failed, up to and including this offset. Which one is not known.
     Batch(Offset, HandlerError),
 }
 
-/// A record that could not be handled.
+/// A record whose handling failed.
 #[derive(Debug)]
-pub struct FailedRecord {
-    pub(super) offset: Offset,
+pub struct RecordFailure {
+    pub(super) record: Record,
     pub(super) error: HandlerError,
+    /// The revision of the position at that moment.
+    pub(super) revision: Revision,
     /// Whether it was the first of its batch, so that no record before it can have contributed to
     /// the failure.
     pub(super) is_first: bool,
@@ -39,17 +41,17 @@ impl Failure {
     }
 }
 
-impl FailedRecord {
+impl RecordFailure {
     /// A backend in trouble is not the record's fault, even if the handler noticed it first and
     /// wrapped its error.
     pub(super) fn classify(self) -> Failure {
         if self.error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*self.error.source) {
-            return Failure::Record(self);
+            return Failure::Record(Box::new(self));
         }
         Failure::Backend(match self.error.source.downcast::<Error>() {
             Ok(error) if error.is_transient() => *error,
-            Ok(error) => Error::unavailable(format!("handle the record at {}", self.offset), error),
-            Err(source) => Error::unavailable(format!("handle the record at {}", self.offset), source),
+            Ok(error) => Error::unavailable(format!("handle the record at {}", self.record.offset), error),
+            Err(source) => Error::unavailable(format!("handle the record at {}", self.record.offset), source),
         })
     }
 }

@@ -4,6 +4,7 @@ use std::mem;
 
 use super::{
     failure::Failure,
+    policy::OnTruncated,
     resume::resume,
     run::{Done, Seen, Unanswered},
     seek::{StartAt, resolve},
@@ -91,12 +92,45 @@ impl<S: OffsetStore> Session<'_, S> {
         }
         let reader = match self.or_stop(resume(self.log, self.id, passed, next)).await {
             Err(Failure::Backend(Error::Truncated { .. })) if self.is_at_start() => return self.start().await,
+            Err(Failure::Backend(Error::Truncated { earliest, .. }))
+                if self.settings.on_truncated == OnTruncated::SkipToEarliest =>
+            {
+                return self.skip_to(earliest).await;
+            }
             reader => reader?,
         };
         if has_stood_by {
             let tx = self.begin().await?;
             self.commit_at(tx, next, passed, Done::default()).await?;
         }
+        Ok(reader)
+    }
+
+    /// Opens a reader at the earliest record, which is past the position, and commits that place.
+    async fn skip_to(&mut self, mut earliest: Offset) -> Result<Box<dyn LogReader>, Failure> {
+        let from = self.place.next;
+        let mut tries = 1;
+        let reader = loop {
+            match self.or_stop(self.log.read(earliest)).await {
+                // Retention goes on meanwhile.
+                Err(Failure::Backend(Error::Truncated { earliest: later, .. }))
+                    if later > earliest && tries < MAX_STARTS =>
+                {
+                    earliest = later;
+                    tries += 1;
+                }
+                reader => break reader?,
+            }
+        };
+        let tx = self.begin().await?;
+        self.commit_at(tx, earliest, None, Done::default()).await?;
+        tracing::warn!(
+            log = %self.log.id(), %from, to = %earliest,
+            "retention removed records before they were handled; continuing at the earliest one"
+        );
+        self.run.report.truncated += 1;
+        self.run.report.skipped_to_earliest = Some((from, earliest));
+        self.telemetry.truncated.increment(1);
         Ok(reader)
     }
 

@@ -7,6 +7,7 @@ mod duplicates;
 mod failure;
 mod heart;
 mod load;
+mod policy;
 mod read_ahead;
 mod report;
 mod resume;
@@ -32,6 +33,7 @@ use tracing::Instrument;
 use self::{
     call::catch_panic,
     heart::Heart,
+    policy::Rule,
     report::Telemetry,
     run::Run,
     session::{LookForSilent, Place, Session},
@@ -39,7 +41,8 @@ use self::{
     supervisor::Supervisor,
 };
 pub use self::{
-    delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce},
+    delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce, Retrying},
+    policy::{FailedRecord, OnFailure, OnTruncated},
     report::Report,
     seek::{StartAt, seek},
     skip::skip,
@@ -70,8 +73,9 @@ const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 /// rolls the transaction back and commits the records before the failed one without it. Once the
 /// record's [`retries`](Self::retries) are used up, or at once after
 /// [`HandlerError::reject`](crate::HandlerError::reject), the run ends with [`Error::Unhandled`]
-/// and the position points to the record. Under at-most-once a record must not be handled twice, so
-/// the consumer passes over it and reports it as [`failed`](Report::failed).
+/// and the position points to the record, unless [`on_failure`](Self::on_failure) says otherwise.
+/// Under at-most-once a record must not be handled twice, so the consumer passes over it and
+/// reports it as [`failed`](Report::failed).
 ///
 /// If a batch fails as a whole, in [`Handler::flush`] or at its commit, the consumer handles and
 /// commits its records individually until it finds the culprit, which then counts as failed.
@@ -205,9 +209,10 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// How often to try a record again before the run ends. The default is 10.
-    /// [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff) set the pauses. A
-    /// record that failed behind others in its batch is tried alone at least once.
+    /// How often to try a record again before [`on_failure`](Self::on_failure) decides about it.
+    /// The default is 10. [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff)
+    /// set the pauses. A record that failed behind others in its batch is tried alone at least
+    /// once.
     #[must_use]
     pub fn retries(mut self, retries: u32) -> Self {
         self.settings.retries = retries;
@@ -299,6 +304,14 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     #[must_use]
     pub fn standby_after(mut self, silence: Duration) -> Self {
         self.settings.standby_after = silence;
+        self
+    }
+
+    /// What to do if retention removed records before the consumer handled them. The default is
+    /// [`OnTruncated::Stop`].
+    #[must_use]
+    pub fn on_truncated(mut self, action: OnTruncated) -> Self {
+        self.settings.on_truncated = action;
         self
     }
 
@@ -404,7 +417,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             if run.next() != next {
                 supervisor.made_progress();
             }
-            let Some(pause) = supervisor.judge(failure, &telemetry, &mut run.report)? else {
+            let Some(pause) = supervisor.judge(failure, &telemetry, run)? else {
                 return Ok(());
             };
             self.reset_handler(stop).await;
@@ -430,6 +443,56 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             }
             () = stop.cancelled() => {}
         }
+    }
+}
+
+impl<S, H, D: Retrying> Consumer<S, H, D> {
+    /// What to do with a record that cannot be handled: its [`retries`](Self::retries) are used up,
+    /// the handler [rejected](HandlerError::reject) it, or it could not be decoded. The default is
+    /// [`OnFailure::Stop`]. A [fatal](HandlerError::fatal) error always ends the run.
+    ///
+    /// At-most-once has no such choice, because it never tries a record twice.
+    #[must_use]
+    pub fn on_failure(self, action: OnFailure) -> Self {
+        self.on_failure_with(move |_| action)
+    }
+
+    /// Like [`on_failure`](Self::on_failure), with a function that chooses for each record. If it
+    /// panics, the run ends.
+    ///
+    /// ```
+    /// use essentially_once::consumer::{HandlerErrorKind, OnFailure};
+    /// # use essentially_once::{Consumer, ConsumerId, Log, NewRecord, Record, handler_fn};
+    /// # use essentially_once::{HandlerError, memory::{Memory, MemoryTx}};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), essentially_once::Error> {
+    /// # let memory = Memory::new();
+    /// # let log = memory.log("orders")?;
+    /// # log.append(&[NewRecord::new("10248"), NewRecord::new("garbage")]).await?;
+    /// # let ship = handler_fn(|record: &Record, _: &mut MemoryTx| {
+    /// #     Box::pin(async move {
+    /// #         let order = std::str::from_utf8(&record.payload)?;
+    /// #         order.parse::<u64>().map_err(HandlerError::reject)?;
+    /// #         Ok(())
+    /// #     })
+    /// # });
+    /// # let id = ConsumerId::new("shipping")?;
+    /// let report = Consumer::essentially_once(id, log, memory.store(), ship)
+    ///     .on_failure_with(|failed| match failed.error.kind() {
+    ///         HandlerErrorKind::Reject => OnFailure::Skip, // garbage
+    ///         _ => OnFailure::Stop, // perhaps an outage
+    ///     })
+    /// #   .accept_volatile()
+    ///     .run_until_caught_up()
+    ///     .await?;
+    /// assert_eq!((report.handled, report.failed), (1, 1));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn on_failure_with(mut self, rule: impl Fn(&FailedRecord<'_>) -> OnFailure + Send + Sync + 'static) -> Self {
+        self.settings.on_failure = Rule::new(rule);
+        self
     }
 }
 

@@ -17,7 +17,8 @@ pub struct Report {
     pub handled: u64,
     /// Records dropped because their origin was seen before.
     pub duplicates: u64,
-    /// Records passed over under at-most-once: their handler failed, or they could not be decoded.
+    /// Records passed over because their handler failed or they could not be decoded: under
+    /// at-most-once, or by [`OnFailure::Skip`](super::OnFailure::Skip).
     pub failed: u64,
     /// Failed calls of the handler, and records that could not be decoded, counted at each try.
     pub failed_tries: u64,
@@ -31,6 +32,11 @@ pub struct Report {
     /// replica that is behind. Whatever both lost had no lasting effect, so the consumer continues
     /// from the stored position.
     pub rewound: u64,
+    /// How often retention had removed unhandled records, and the consumer
+    /// [skipped to the earliest one](super::OnTruncated::SkipToEarliest).
+    pub truncated: u64,
+    /// The positions before and after the last of these skips.
+    pub skipped_to_earliest: Option<(Offset, Offset)>,
     /// The committed position: the offset at which a new run continues. `None` if it was never
     /// known.
     pub next: Option<Offset>,
@@ -48,6 +54,9 @@ impl fmt::Display for Report {
         }
         if self.rewound > 0 {
             write!(f, ", {} rewound", self.rewound)?;
+        }
+        if let Some((from, to)) = self.skipped_to_earliest {
+            write!(f, ", {} times truncated, last from {from} to {to}", self.truncated)?;
         }
         match self.next {
             Some(next) => write!(f, ", next offset {next}"),
@@ -67,6 +76,7 @@ pub(super) struct Telemetry {
     pub(super) fenced: Counter,
     pub(super) restarts: Counter,
     pub(super) rewound: Counter,
+    pub(super) truncated: Counter,
     commit_seconds: Histogram,
     lag_seconds: Histogram,
     running: Gauge,
@@ -103,7 +113,7 @@ impl Telemetry {
             ),
             failed: counter(
                 "essentially_once_failed_total",
-                "Records passed over under at-most-once",
+                "Records passed over because they could not be handled",
             ),
             failed_tries: counter(
                 "essentially_once_failed_tries_total",
@@ -121,6 +131,10 @@ impl Telemetry {
             rewound: counter(
                 "essentially_once_rewound_total",
                 "Times that log and store went back together",
+            ),
+            truncated: counter(
+                "essentially_once_truncated_total",
+                "Times that retention had removed unhandled records and the consumer skipped to the earliest one",
             ),
             commit_seconds: histogram("essentially_once_commit_seconds", "Duration of commits"),
             lag_seconds: histogram(

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::seek::StartAt;
+use super::{
+    policy::{OnTruncated, Rule},
+    seek::StartAt,
+};
 use crate::Error;
 
 pub(super) struct Settings {
@@ -13,6 +16,8 @@ pub(super) struct Settings {
     pub(super) accept_volatile: bool,
     pub(super) retries: u32,
     pub(super) restart_limit: Option<u32>,
+    pub(super) on_failure: Rule,
+    pub(super) on_truncated: OnTruncated,
     pub(super) min_backoff: Duration,
     pub(super) max_backoff: Duration,
     pub(super) forget_producers_after: Duration,
@@ -32,6 +37,8 @@ impl Default for Settings {
             accept_volatile: false,
             retries: 10,
             restart_limit: None,
+            on_failure: Rule::default(),
+            on_truncated: OnTruncated::default(),
             min_backoff: Duration::from_millis(10),
             max_backoff: Duration::from_secs(10),
             forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),

@@ -6,7 +6,9 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::{
     failure::Failure,
-    report::{Report, Telemetry},
+    policy::{FailedRecord, OnFailure, OnTruncated, Rule, Verdict},
+    report::Telemetry,
+    run::Run,
     settings::Settings,
 };
 use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset};
@@ -17,6 +19,8 @@ pub(super) struct Supervisor {
     log: Arc<dyn Log>,
     retries: u32,
     restart_limit: Option<u32>,
+    on_failure: Rule,
+    on_truncated: OnTruncated,
     backoff: ExponentialBuilder,
     pauses: ExponentialBackoff,
     restarts_without_commit: u32,
@@ -43,6 +47,8 @@ impl Supervisor {
             log: Arc::clone(log),
             retries: settings.retries,
             restart_limit: settings.restart_limit,
+            on_failure: settings.on_failure.clone(),
+            on_truncated: settings.on_truncated,
             backoff,
             pauses: backoff.build(),
             restarts_without_commit: 0,
@@ -67,29 +73,33 @@ impl Supervisor {
         &mut self,
         failure: Failure,
         telemetry: &Telemetry,
-        report: &mut Report,
+        run: &mut Run,
     ) -> Result<Option<Duration>, Error> {
         let (error, pauses) = match failure {
             Failure::Stopped => return Ok(None),
             Failure::Backend(error) if error.is_transient() => {
                 if matches!(error, Error::Fenced { .. }) {
-                    report.fenced += 1;
+                    run.report.fenced += 1;
                     telemetry.fenced.increment(1);
                 }
                 (error, true)
             }
+            // The next session skips the records that are gone.
+            Failure::Backend(error @ Error::Truncated { .. }) if self.on_truncated == OnTruncated::SkipToEarliest => {
+                (error, true)
+            }
             Failure::Backend(error) => return Err(error),
             Failure::Record(failed) => {
+                let (offset, error) = (failed.record.offset, failed.error);
                 let attempts = match &self.culprit {
-                    Some(culprit) if culprit.offset == failed.offset => culprit.attempts + 1,
+                    Some(culprit) if culprit.offset == offset => culprit.attempts + 1,
                     _ => 1,
                 };
-                self.culprit = Some(Culprit {
-                    offset: failed.offset,
-                    attempts,
-                });
-                let outcome = match failed.error.kind {
-                    HandlerErrorKind::Fatal => Some(failed.fatal_outcome),
+                self.culprit = Some(Culprit { offset, attempts });
+                let outcome = match error.kind {
+                    HandlerErrorKind::Fatal => {
+                        return Err(self.unhandled(offset, failed.fatal_outcome, attempts, error));
+                    }
                     HandlerErrorKind::Reject if failed.is_next => {
                         Some("rejected; the consumer stops before this record. Fix the handler, or `skip` the record")
                     }
@@ -101,10 +111,25 @@ impl Supervisor {
                     ),
                     _ => None,
                 };
-                let error = self.unhandled(failed.offset, outcome.unwrap_or("not handled"), attempts, failed.error);
-                if outcome.is_some() {
-                    return Err(error);
+                if let Some(outcome) = outcome {
+                    let choice = self.on_failure.choose(&FailedRecord {
+                        record: &failed.record,
+                        error: &error,
+                        tries: attempts,
+                    });
+                    match choice {
+                        OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
+                        OnFailure::Skip => {
+                            run.verdict = Some(Verdict {
+                                offset,
+                                revision: failed.revision,
+                                error: self.unhandled(offset, "skipped", attempts, error),
+                            });
+                            return Ok(Some(Duration::ZERO));
+                        }
+                    }
                 }
+                let error = self.unhandled(offset, "not handled", attempts, error);
                 // Uncommitted records before this one are committed first, without a pause, and
                 // then this one is tried alone.
                 (error, failed.is_next)
@@ -123,7 +148,7 @@ impl Supervisor {
         {
             return Err(error);
         }
-        report.restarts += 1;
+        run.report.restarts += 1;
         telemetry.restarts.increment(1);
         let pause = if pauses {
             self.pauses.next().unwrap_or_default()

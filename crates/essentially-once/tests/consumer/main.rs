@@ -13,6 +13,7 @@ mod blame;
 mod duplicates;
 mod faults;
 mod lost;
+mod policies;
 mod records;
 mod running;
 mod skip;
