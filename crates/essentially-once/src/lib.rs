@@ -48,6 +48,7 @@ pub mod backend;
 pub mod consumer;
 mod error;
 mod handler;
+mod letters;
 mod log;
 pub mod memory;
 mod name;

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fmt,
+    ops::Bound,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -15,11 +16,15 @@ use tokio::sync::{Notify, watch};
 use crate::{
     Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Numbering, Offset,
     OffsetStore, Owner, Position, Pulse, ReadState, Record, Snapshot, Transaction, Window,
-    backend::{FetchBudget, check_entry_size},
+    backend::{FetchBudget, check_entry_size, check_size},
+    letters::{DeadLetter, DeadLetters},
 };
 
 /// The largest record, key or value that the backend accepts, in bytes.
 pub const SIZE_LIMIT: usize = 16 * 1024 * 1024;
+
+/// A letter has two reasons in addition to its record.
+const LETTER_LIMIT: usize = SIZE_LIMIT + 2 * DeadLetter::REASON_LIMIT;
 
 /// Logs and a store in the memory of this process. Clones share them.
 #[derive(Clone, Default)]
@@ -40,6 +45,7 @@ struct Stored {
     position: Option<Position>,
     windows: HashMap<Numbering, Window>,
     state: BTreeMap<Bytes, Bytes>,
+    letters: BTreeMap<Offset, DeadLetter>,
     beats: u64,
 }
 
@@ -273,6 +279,7 @@ impl OffsetStore for MemoryStore {
             shared: Arc::clone(&self.shared),
             consumer: consumer.clone(),
             staged: BTreeMap::new(),
+            letters: BTreeMap::new(),
         })
     }
 
@@ -339,6 +346,33 @@ pub struct MemoryTx {
     consumer: ConsumerId,
     /// The values to write; `None` deletes the key.
     staged: BTreeMap<Bytes, Option<Bytes>>,
+    /// The letters to write; `None` removes the letter.
+    letters: BTreeMap<Offset, Option<DeadLetter>>,
+}
+
+impl MemoryTx {
+    /// What `read` makes of the letters as this transaction sees them.
+    fn with_letters<T>(&self, read: impl FnOnce(&BTreeMap<Offset, DeadLetter>) -> T) -> T {
+        let consumers = lock(&self.shared.consumers);
+        let stored = consumers.get(&self.consumer).map(|stored| &stored.letters);
+        match stored {
+            Some(letters) if self.letters.is_empty() => read(letters),
+            stored => {
+                let mut letters = stored.cloned().unwrap_or_default();
+                stage(&mut letters, self.letters.clone());
+                read(&letters)
+            }
+        }
+    }
+}
+
+fn stage(letters: &mut BTreeMap<Offset, DeadLetter>, staged: BTreeMap<Offset, Option<DeadLetter>>) {
+    for (offset, letter) in staged {
+        match letter {
+            Some(letter) => letters.insert(offset, letter),
+            None => letters.remove(&offset),
+        };
+    }
 }
 
 impl fmt::Debug for MemoryTx {
@@ -351,6 +385,8 @@ impl fmt::Debug for MemoryTx {
 
 #[async_trait]
 impl Transaction for MemoryTx {
+    const KEEPS_DEAD_LETTERS: bool = true;
+
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         let mut consumers = lock(&self.shared.consumers);
         let stored = consumers.entry(self.consumer.clone()).or_default();
@@ -365,6 +401,7 @@ impl Transaction for MemoryTx {
                 None => stored.state.remove(&key),
             };
         }
+        stage(&mut stored.letters, self.letters);
         stored.windows.extend(advance.windows);
         for numbering in &advance.forgotten {
             stored.windows.remove(numbering);
@@ -377,8 +414,77 @@ impl Transaction for MemoryTx {
         Ok(())
     }
 
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
+    }
+
     async fn rollback(self) -> Result<(), Error> {
         Ok(())
+    }
+}
+
+#[async_trait]
+impl DeadLetters for MemoryTx {
+    async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
+        check_size("dead letter", letter.size(), LETTER_LIMIT)?;
+        self.letters.insert(letter.record.offset, Some(letter.clone()));
+        Ok(())
+    }
+
+    async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
+        let existed = self.with_letters(|letters| letters.contains_key(&offset));
+        self.letters.insert(offset, None);
+        Ok(existed)
+    }
+
+    async fn remove_from(&mut self, offset: Offset) -> Result<u64, Error> {
+        let removed: Vec<Offset> = self.with_letters(|letters| letters.range(offset..).map(|(at, _)| *at).collect());
+        self.letters.extend(removed.iter().map(|at| (*at, None)));
+        Ok(removed.len() as u64)
+    }
+
+    async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+        Ok(self.with_letters(|letters| letters.get(&offset).cloned()))
+    }
+
+    async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
+        Ok(self.with_letters(|letters| {
+            let mut of_key = letters.values().filter(|letter| letter.key().is_some_and(|k| k == key));
+            of_key.next().cloned()
+        }))
+    }
+
+    async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
+        Ok(self.with_letters(|letters| {
+            let due = letters.values().filter(|letter| letter.due.is_some());
+            due.min_by_key(|letter| (letter.due, letter.record.offset)).cloned()
+        }))
+    }
+
+    async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        Ok(self.with_letters(|letters| {
+            let after = letters.range((from, Bound::Unbounded));
+            after.take(limit).map(|(_, letter)| letter.clone()).collect()
+        }))
+    }
+
+    async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
+        let counts = self.with_letters(|letters| {
+            let mut counts = BTreeMap::<Bytes, u64>::new();
+            for key in letters.values().filter_map(DeadLetter::key) {
+                *counts.entry(key.clone()).or_default() += 1;
+            }
+            counts
+        });
+        let after = counts
+            .into_iter()
+            .filter(|(key, _)| after.is_none_or(|after| **key > *after));
+        Ok(after.take(limit).collect())
+    }
+
+    async fn total(&mut self) -> Result<u64, Error> {
+        Ok(self.with_letters(|letters| letters.len() as u64))
     }
 }
 

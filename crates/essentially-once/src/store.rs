@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::{ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window, rt};
+use crate::{
+    ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window, letters::DeadLetters, rt,
+};
 
 /// A consumer's place in its log, and what is committed with it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -403,6 +405,10 @@ impl Snapshot {
 /// applied without the other.
 #[async_trait]
 pub trait Transaction: Send + Sized {
+    /// Whether [`dead_letters`](Self::dead_letters) returns something. A consumer then looks for
+    /// letters when a session begins.
+    const KEEPS_DEAD_LETTERS: bool = false;
+
     /// Applies the staged changes and the new position together, or neither.
     ///
     /// Dropping the future leaves the outcome unknown, as [`Error::Indeterminate`] does.
@@ -413,6 +419,11 @@ pub trait Transaction: Send + Sized {
     /// [`Error::PartiallyApplied`] if a backend that cannot roll back failed in the middle of the
     /// handler's native commands.
     async fn commit(self, advance: Advance) -> Result<(), Error>;
+
+    /// The consumer's dead letters; `None` if the store cannot keep any, which is the default.
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        None
+    }
 
     /// Discards the staged changes. Dropping the transaction does the same.
     ///

@@ -27,6 +27,7 @@ pub use self::{
 use crate::Error;
 pub use crate::{
     error::Source,
+    letters::{DeadLetter, DeadLetters},
     log::{Bounds, Durability, LogReader},
     name::{LogId, Numbering},
     passed::Passed,

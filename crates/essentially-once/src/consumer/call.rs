@@ -60,6 +60,15 @@ pub(super) async fn flush<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
     call(session, None, cut, async move { handler.flush(tx).await }).await
 }
 
+/// Calls the handler's `reset`. A panic in it amounts to a reset that did nothing. The handler's
+/// next error counts as usual.
+pub(super) async fn reset<Tx: Send, H: Handler<Tx>>(handler: &mut H) {
+    let call = pin!(async move { handler.reset().await });
+    if let Err(error) = catch_panic(call).await {
+        tracing::error!(%error, "resetting the handler failed");
+    }
+}
+
 async fn call<S: OffsetStore>(
     session: &mut Session<'_, S>,
     limit: Option<Duration>,

@@ -1,17 +1,18 @@
 //! The loop of a session: from loading the stored position to the first failure.
 
 use std::{
-    future::ready,
+    future::{pending, ready},
     mem,
     pin::pin,
     time::{Duration, SystemTime},
 };
 
 use super::{
-    delivery::Delivery, failure::Failure, read_ahead::ReadAhead, resume::compare, run::Done, session::Session,
+    delivery::Delivery, failure::Failure, policy::Sentence, read_ahead::ReadAhead, resume::compare, run::Done,
+    session::Session,
 };
 use crate::{
-    ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record,
+    ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction,
     rt::{self, Instant},
 };
 
@@ -41,7 +42,11 @@ impl<S: OffsetStore> Session<'_, S> {
         let Some(reader) = self.load(until).await? else {
             return Ok(());
         };
+        if D::PARKS {
+            self.load_parked().await?;
+        }
         if until.is_some_and(|until| self.place.next >= until) {
+            self.deliver_all_letters::<H, D>(handler).await?;
             // Without a read, nothing else would detect a replaced log.
             return self.or_stop(compare(self.log, self.id, self.place.passed)).await;
         }
@@ -79,6 +84,12 @@ impl<S: OffsetStore> Session<'_, S> {
                 return Err(Failure::Stopped);
             }
             self.now = SystemTime::now();
+            if self.parked.is_due(self.now) {
+                D::deliver_letters(self, handler).await?;
+            }
+            if batch.is_empty() {
+                continue;
+            }
             self.look_for_silent().await?;
             self.count_behind().await?;
             self.telemetry.waits(batch.first(), self.now);
@@ -86,7 +97,7 @@ impl<S: OffsetStore> Session<'_, S> {
             // reported.
             self.run.started_at = None;
             self.split_off_unpassable(&mut batch, &mut left)?;
-            if self.skip_condemned(&batch).await? {
+            if self.carry_out_verdict(&batch).await? {
                 continue;
             }
             let passed = D::deliver(self, handler, &batch).await?;
@@ -100,11 +111,20 @@ impl<S: OffsetStore> Session<'_, S> {
             }
         }
         self.telemetry.waits(None, self.now);
+        self.deliver_all_letters::<H, D>(handler).await
+    }
+
+    /// Tries the letters that are due until none is. Ends, because a letter that fails is due later
+    /// and later.
+    async fn deliver_all_letters<H: Handler<D::Tx>, D: Delivery<S>>(&mut self, handler: &mut H) -> Result<(), Failure> {
+        while self.parked.is_due(SystemTime::now()) {
+            D::deliver_letters(self, handler).await?;
+        }
         Ok(())
     }
 
     /// Goes past a record whose last try failed, unless another instance has committed since.
-    async fn skip_condemned(&mut self, batch: &[Record]) -> Result<bool, Failure> {
+    async fn carry_out_verdict(&mut self, batch: &[Record]) -> Result<bool, Failure> {
         // If this fails, the record is tried once more.
         let (Some(verdict), [record]) = (self.run.verdict.take(), batch) else {
             return Ok(false);
@@ -116,13 +136,18 @@ impl<S: OffsetStore> Session<'_, S> {
         if record.malformed.is_none() {
             self.windows.mark(record, self.now);
         }
-        let done = Done {
-            failed: 1,
-            ..Done::default()
-        };
-        let tx = self.begin().await?;
+        let mut tx = self.begin().await?;
+        let mut done = Done::default();
+        match &verdict.sentence {
+            Sentence::Skip => done.failed = 1,
+            Sentence::Park { tries, reason } => {
+                let letter = self.letter(record, *tries, reason);
+                self.park(tx.dead_letters(), letter).await?;
+                done.parked = 1;
+            }
+        }
         self.commit(tx, record, done).await?;
-        tracing::warn!(error = %verdict.error, "skipped a record");
+        tracing::warn!(error = %verdict.error, "went past a record");
         self.count(done, batch);
         Ok(true)
     }
@@ -145,7 +170,8 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
-    /// Waits for records. Returns `None` if none is left before `until`.
+    /// Waits for records, or for a letter to be due, and then returns no records. Returns `None` if
+    /// none is left before `until`.
     async fn next_batch(
         &mut self,
         ahead: &mut ReadAhead,
@@ -183,6 +209,7 @@ impl<S: OffsetStore> Session<'_, S> {
                         self.check_current().await?;
                     }
                 }
+                () = sleep_until(self.parked.due) => break Vec::new(),
                 () = rt::sleep(LOOK_FOR_END_EVERY), if until.is_some() => {
                     let end = self.or_stop(self.log.readable_end()).await?;
                     if self.place.next >= *until.insert(until.map_or(end, |until| until.min(end))) {
@@ -215,6 +242,14 @@ impl<S: OffsetStore> Session<'_, S> {
             }
         }
         Ok(())
+    }
+}
+
+/// Waits for a time of the wall clock, and looks at the clock now and then in case it is set.
+async fn sleep_until(time: Option<SystemTime>) {
+    let Some(time) = time else { return pending().await };
+    while let Ok(left) = time.duration_since(SystemTime::now()) {
+        rt::sleep(left.clamp(Duration::from_millis(1), WATCH_EVERY)).await;
     }
 }
 

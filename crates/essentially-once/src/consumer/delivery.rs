@@ -10,13 +10,14 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Revision, Transaction, rt::Instant,
+    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Revision, Transaction,
+    letters::DeadLetters, rt::Instant,
 };
 
 /// The order of handling and committing: one of [`EssentiallyOnce`], [`AtLeastOnce`] and
 /// [`AtMostOnce`].
 #[async_trait]
-pub trait Delivery<S: OffsetStore>: sealed::Sealed + 'static {
+pub trait Delivery<S: OffsetStore>: sealed::Sealed + Send + 'static {
     /// What a handler writes to.
     type Tx: Send;
 
@@ -25,6 +26,20 @@ pub trait Delivery<S: OffsetStore>: sealed::Sealed + 'static {
 
     #[doc(hidden)]
     const NEEDS_DURABILITY: bool;
+
+    /// Whether it keeps dead letters.
+    #[doc(hidden)]
+    const PARKS: bool = false;
+
+    /// Tries the letters of one key that are due.
+    #[doc(hidden)]
+    async fn deliver_letters<H: Handler<Self::Tx>>(
+        session: &mut Session<'_, S>,
+        handler: &mut H,
+    ) -> Result<(), Failure> {
+        let _ = (session, handler);
+        Ok(())
+    }
 
     /// Returns how many of the records were passed: fewer than all if the batch ran out of time.
     #[doc(hidden)]
@@ -68,6 +83,14 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
 
     const NAME: &'static str = "essentially-once";
     const NEEDS_DURABILITY: bool = true;
+    const PARKS: bool = true;
+
+    async fn deliver_letters<H: Handler<Self::Tx>>(
+        session: &mut Session<'_, S>,
+        handler: &mut H,
+    ) -> Result<(), Failure> {
+        session.try_letters(handler).await
+    }
 
     async fn deliver<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
@@ -75,7 +98,8 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
         batch: &[Record],
     ) -> Result<usize, Failure> {
         let mut tx = session.begin().await?;
-        let (done, passed, mut failed) = handle_each(session, handler, batch, &mut tx, Cut::AfterGrace).await;
+        let (done, passed, mut failed) =
+            handle_each(session, handler, batch, &mut tx, S::Tx::dead_letters, Cut::AfterGrace).await;
         if failed.is_none() && done.handled > 0 {
             failed = match flush(session, handler, &mut tx, Cut::AfterGrace).await {
                 Ok(()) => None,
@@ -109,25 +133,9 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 session.count(done, passed);
                 Ok(passed.len())
             }
-            // A deferred constraint or a queued statement: the handler caused the error, but only
-            // the commit reports it.
-            Err(error) if done.handled > 0 && matches!(error, Error::Failed { .. } | Error::TooLarge { .. }) => {
-                session.check_current().await?;
-                session.count_failed_try();
-                if matches!(error, Error::Failed { .. })
-                    && let Err(refusal) = session.can_commit().await
-                {
-                    // No record is to blame for a full disk or a revoked right.
-                    return Err(match refusal {
-                        Failure::Backend(Error::Failed { .. }) => Failure::Backend(error),
-                        refusal => refusal,
-                    });
-                }
-                Err(batch_failure(
-                    passed,
-                    session.place.revision,
-                    HandlerError::retry(error),
-                ))
+            Err(error @ (Error::Failed { .. } | Error::TooLarge { .. })) if done.handled > 0 => {
+                let error = session.blame_for_commit(error).await?;
+                Err(batch_failure(passed, session.place.revision, error))
             }
             Err(error) => Err(error.into()),
         }
@@ -146,7 +154,7 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         handler: &mut H,
         batch: &[Record],
     ) -> Result<usize, Failure> {
-        let (done, passed, failed) = handle_each(session, handler, batch, &mut (), Cut::Never).await;
+        let (done, passed, failed) = handle_each(session, handler, batch, &mut (), |()| None, Cut::Never).await;
         if done.handled > 0
             && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
         {
@@ -201,6 +209,7 @@ async fn handle_each<'b, S, Tx, H>(
     handler: &mut H,
     batch: &'b [Record],
     tx: &mut Tx,
+    letters: fn(&mut Tx) -> Option<&mut dyn DeadLetters>,
     cut: Cut,
 ) -> (Done, &'b [Record], Option<Failure>)
 where
@@ -217,6 +226,14 @@ where
         if is_duplicate(session, record) {
             session.drop_duplicate(record);
             done.duplicates += 1;
+            continue;
+        }
+        if session.parked.holds(record) {
+            if let Err(failure) = session.park_behind(letters(tx), record).await {
+                return (done, &batch[..index], Some(failure));
+            }
+            session.windows.mark(record, session.now);
+            done.parked += 1;
             continue;
         }
         match handle(session, handler, record, tx, cut).await {
@@ -308,9 +325,9 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
         let tx = session.begin().await?;
         let duplicates = (batch.len() - fresh.len()) as u64;
         let in_doubt = Done {
-            handled: 0,
             duplicates,
             failed: fresh.len() as u64,
+            ..Done::default()
         };
         session.commit(tx, last, in_doubt).await?;
         let (done, fatal) = handle_committed(session, handler, &fresh).await;

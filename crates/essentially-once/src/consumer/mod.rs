@@ -2,10 +2,12 @@
 
 mod call;
 mod consume;
+pub mod dead_letters;
 mod delivery;
 mod duplicates;
 mod failure;
 mod heart;
+mod letters;
 mod load;
 mod policy;
 mod read_ahead;
@@ -22,7 +24,6 @@ mod supervisor;
 
 use std::{
     marker::PhantomData,
-    pin::pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -31,8 +32,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use self::{
-    call::catch_panic,
+    call::reset,
     heart::Heart,
+    letters::Parked,
     policy::Rule,
     report::Telemetry,
     run::Run,
@@ -42,13 +44,14 @@ use self::{
 };
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce, Retrying},
+    letters::DeadLetterOptions,
     policy::{FailedRecord, OnFailure, OnTruncated},
     report::Report,
     seek::{StartAt, seek},
     skip::skip,
 };
 pub use crate::handler::{HandlerErrorKind, HandlerFn, HandlerFuture};
-use crate::{ConsumerId, Error, Handler, Log, OffsetStore, Owner, rt, window::Windows};
+use crate::{ConsumerId, Error, Handler, Log, OffsetStore, Owner, letters::DeadLetters, rt, window::Windows};
 
 /// How long the end of a run waits for the store to release the position.
 const RELEASE_LIMIT: Duration = Duration::from_millis(75);
@@ -404,6 +407,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 apart_until: supervisor.apart_until,
                 place: Place::default(),
                 windows: Windows::default(),
+                parked: Parked::default(),
                 now: SystemTime::UNIX_EPOCH,
                 silent: LookForSilent::default(),
                 counted: None,
@@ -420,29 +424,36 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             let Some(pause) = supervisor.judge(failure, &telemetry, run)? else {
                 return Ok(());
             };
-            self.reset_handler(stop).await;
+            let going_back = async {
+                reset(&mut self.handler).await;
+                rt::sleep(pause).await;
+            };
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                () = rt::sleep(pause) => {}
+                () = going_back => {}
             }
         }
     }
+}
 
-    /// A panic here amounts to a reset that did nothing. The handler's next error counts as usual.
-    async fn reset_handler(&mut self, stop: &CancellationToken) {
-        let handler = &mut self.handler;
-        let call = pin!(async move { handler.reset().await });
-        let reset = catch_panic(call);
-        tokio::select! {
-            biased;
-            reset = reset => {
-                if let Err(error) = reset {
-                    tracing::error!(%error, "resetting the handler failed");
-                }
-            }
-            () = stop.cancelled() => {}
-        }
+impl<S: OffsetStore, H> Consumer<S, H, EssentiallyOnce>
+where
+    S::Tx: DeadLetters,
+{
+    /// Sets records that cannot be handled aside as [dead letters](dead_letters), in the commit
+    /// that moves the position past them, and goes on. Later records of a key that has letters
+    /// are set aside too, so that every key keeps its order.
+    ///
+    /// It also sets [`on_failure`](Self::on_failure) to [`OnFailure::DeadLetter`]. Call that or
+    /// [`on_failure_with`](Self::on_failure_with) afterwards to set only some records aside.
+    ///
+    /// Letters that are in the store already are respected and tried when they are due, even
+    /// without this option.
+    #[must_use]
+    pub fn dead_letters(mut self, options: DeadLetterOptions) -> Self {
+        self.settings.letters = Some(options);
+        self.on_failure(OnFailure::DeadLetter)
     }
 }
 

@@ -20,6 +20,11 @@ pub enum OnFailure {
     /// counts the record as [`failed`](super::Report::failed). Its origin is marked as seen, so
     /// that the record is dropped if it is sent again. A malformed record marks nothing.
     Skip,
+    /// The consumer sets the record aside as a [dead letter](super::dead_letters), in the commit
+    /// that moves its position past the record. Later records of its key follow it, so that they
+    /// keep their order. Needs [`Consumer::dead_letters`](super::Consumer::dead_letters); without
+    /// it, the run ends.
+    DeadLetter,
 }
 
 /// What a consumer does if retention removed records that it had not handled. See
@@ -86,6 +91,14 @@ pub(super) struct Verdict {
     /// The revision of the position when the record failed. If another instance has committed
     /// since, the record may succeed now, so the verdict no longer counts.
     pub(super) revision: Revision,
+    pub(super) sentence: Sentence,
     /// What to report.
     pub(super) error: Error,
+}
+
+/// What a verdict does with the record.
+#[derive(Debug)]
+pub(super) enum Sentence {
+    Skip,
+    Park { tries: u32, reason: String },
 }

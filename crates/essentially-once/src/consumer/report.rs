@@ -20,6 +20,8 @@ pub struct Report {
     /// Records passed over because their handler failed or they could not be decoded: under
     /// at-most-once, or by [`OnFailure::Skip`](super::OnFailure::Skip).
     pub failed: u64,
+    /// Records set aside as [dead letters](super::dead_letters).
+    pub parked: u64,
     /// Failed calls of the handler, and records that could not be decoded, counted at each try.
     pub failed_tries: u64,
     /// Commits of the position.
@@ -52,6 +54,9 @@ impl fmt::Display for Report {
         if self.failed_tries > 0 {
             write!(f, ", {} failed tries", self.failed_tries)?;
         }
+        if self.parked > 0 {
+            write!(f, ", {} dead letters", self.parked)?;
+        }
         if self.rewound > 0 {
             write!(f, ", {} rewound", self.rewound)?;
         }
@@ -71,6 +76,7 @@ pub(super) struct Telemetry {
     pub(super) handled: Counter,
     pub(super) duplicates: Counter,
     pub(super) failed: Counter,
+    pub(super) parked: Counter,
     pub(super) failed_tries: Counter,
     pub(super) commits: Counter,
     pub(super) fenced: Counter,
@@ -84,6 +90,7 @@ pub(super) struct Telemetry {
     last_commit: Gauge,
     oldest_waiting: Gauge,
     records_behind: Gauge,
+    pub(super) dead_letters: Gauge,
 }
 
 impl Telemetry {
@@ -115,6 +122,7 @@ impl Telemetry {
                 "essentially_once_failed_total",
                 "Records passed over because they could not be handled",
             ),
+            parked: counter("essentially_once_parked_total", "Records set aside as dead letters"),
             failed_tries: counter(
                 "essentially_once_failed_tries_total",
                 "Failed calls of the handler, and records that could not be decoded",
@@ -166,6 +174,11 @@ impl Telemetry {
                 "essentially_once_records_behind",
                 Unit::Count,
                 "Records behind the position, if the log can count them; measured every ten seconds",
+            ),
+            dead_letters: gauge(
+                "essentially_once_dead_letters",
+                Unit::Count,
+                "Dead letters of the consumer",
             ),
         };
         telemetry.running.set(1.0);

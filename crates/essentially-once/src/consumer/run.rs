@@ -70,4 +70,5 @@ pub(super) struct Done {
     pub(super) handled: u64,
     pub(super) duplicates: u64,
     pub(super) failed: u64,
+    pub(super) parked: u64,
 }

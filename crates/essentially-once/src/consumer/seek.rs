@@ -23,6 +23,9 @@ pub enum StartAt {
 /// are handled again. If a record was sent twice, once before and once after the new place, the
 /// consumer then handles both copies.
 ///
+/// Going back also removes the consumer's [dead letters](super::dead_letters) at and after the new
+/// place, since their records are handled again.
+///
 /// A running instance of the consumer is fenced, and continues from the new position.
 ///
 /// # Errors
@@ -63,14 +66,20 @@ pub async fn seek<S: OffsetStore>(
     // A new epoch, so that a commit in progress cannot apply after this one. The owner stays, so
     // that a running instance continues.
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
+    let mut tx = store.begin(consumer).await?;
+    let mut letters_removed = 0;
     if let Some(position) = position {
         advance.owner = position.owner;
         if next < position.next {
             advance.forgotten = position.windows.into_iter().map(|(numbering, _)| numbering).collect();
+            // Their records are handled again, so trying the letters too would handle them twice.
+            if let Some(letters) = tx.dead_letters() {
+                letters_removed = letters.remove_from(next).await?;
+            }
         }
     }
-    store.begin(consumer).await?.commit(advance).await?;
-    tracing::info!(%consumer, log = %log.id(), %next, "moved the position by hand");
+    tx.commit(advance).await?;
+    tracing::info!(%consumer, log = %log.id(), %next, letters_removed, "moved the position by hand");
     Ok(next)
 }
 

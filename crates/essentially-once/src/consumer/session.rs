@@ -11,12 +11,14 @@ use tokio_util::sync::CancellationToken;
 use super::{
     failure::Failure,
     heart::Heart,
+    letters::Parked,
     report::Telemetry,
     run::{Done, Run, Seen, Unanswered},
     settings::Settings,
 };
 use crate::{
-    Advance, Bounds, ConsumerId, Error, Log, Offset, OffsetStore, Owner, Passed, Record, Revision, Transaction,
+    Advance, Bounds, ConsumerId, Error, HandlerError, Log, Offset, OffsetStore, Owner, Passed, Record, Revision,
+    Transaction,
     rt::Instant,
     window::{Silence, Windows},
 };
@@ -45,6 +47,7 @@ pub struct Session<'a, S> {
     pub(super) apart_until: Option<Offset>,
     pub(super) place: Place,
     pub(super) windows: Windows,
+    pub(super) parked: Parked,
     /// When the current batch was taken.
     pub(super) now: SystemTime,
     pub(super) silent: LookForSilent,
@@ -112,6 +115,23 @@ impl<S: OffsetStore> Session<'_, S> {
         let tx = self.begin().await?;
         let Place { next, passed, .. } = self.place;
         Ok(self.commit_at(tx, next, passed, Done::default()).await?)
+    }
+
+    /// Decides whether a commit was refused because of its records: a deferred constraint or a
+    /// queued statement. The handler caused the error, but only the commit reports it.
+    pub(super) async fn blame_for_commit(&mut self, error: Error) -> Result<HandlerError, Failure> {
+        self.check_current().await?;
+        self.count_failed_try();
+        if matches!(error, Error::Failed { .. })
+            && let Err(refusal) = self.can_commit().await
+        {
+            // No record is to blame for a full disk or a revoked right.
+            return Err(match refusal {
+                Failure::Backend(Error::Failed { .. }) => Failure::Backend(error),
+                refusal => refusal,
+            });
+        }
+        Ok(HandlerError::retry(error))
     }
 
     /// Commits the transaction with the position after `last`. If the reply is lost, `done` is
@@ -184,9 +204,12 @@ impl<S: OffsetStore> Session<'_, S> {
         report.handled += done.handled;
         report.duplicates += done.duplicates;
         report.failed += done.failed;
+        report.parked += done.parked;
         self.telemetry.handled.increment(done.handled);
         self.telemetry.duplicates.increment(done.duplicates);
         self.telemetry.failed.increment(done.failed);
+        self.telemetry.parked.increment(done.parked);
+        self.telemetry.dead_letters.set(self.parked.total() as f64);
         if let Some(oldest) = batch.first() {
             self.telemetry.lag(oldest);
         }

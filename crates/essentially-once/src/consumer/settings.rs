@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{
+    letters::DeadLetterOptions,
     policy::{OnTruncated, Rule},
     seek::StartAt,
 };
@@ -18,6 +19,7 @@ pub(super) struct Settings {
     pub(super) restart_limit: Option<u32>,
     pub(super) on_failure: Rule,
     pub(super) on_truncated: OnTruncated,
+    pub(super) letters: Option<DeadLetterOptions>,
     pub(super) min_backoff: Duration,
     pub(super) max_backoff: Duration,
     pub(super) forget_producers_after: Duration,
@@ -39,6 +41,7 @@ impl Default for Settings {
             restart_limit: None,
             on_failure: Rule::default(),
             on_truncated: OnTruncated::default(),
+            letters: None,
             min_backoff: Duration::from_millis(10),
             max_backoff: Duration::from_secs(10),
             forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
@@ -71,6 +74,9 @@ impl Settings {
                     self.min_backoff, self.max_backoff
                 ),
             });
+        }
+        if let Some(letters) = &self.letters {
+            letters.check()?;
         }
         if self.record_time_limit == Some(Duration::ZERO) {
             return Err(Error::InvalidSetting {

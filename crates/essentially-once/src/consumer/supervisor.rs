@@ -6,7 +6,7 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::{
     failure::Failure,
-    policy::{FailedRecord, OnFailure, OnTruncated, Rule, Verdict},
+    policy::{FailedRecord, OnFailure, OnTruncated, Rule, Sentence, Verdict},
     report::Telemetry,
     run::Run,
     settings::Settings,
@@ -21,6 +21,7 @@ pub(super) struct Supervisor {
     restart_limit: Option<u32>,
     on_failure: Rule,
     on_truncated: OnTruncated,
+    keeps_letters: bool,
     backoff: ExponentialBuilder,
     pauses: ExponentialBackoff,
     restarts_without_commit: u32,
@@ -49,6 +50,7 @@ impl Supervisor {
             restart_limit: settings.restart_limit,
             on_failure: settings.on_failure.clone(),
             on_truncated: settings.on_truncated,
+            keeps_letters: settings.letters.is_some(),
             backoff,
             pauses: backoff.build(),
             restarts_without_commit: 0,
@@ -117,17 +119,26 @@ impl Supervisor {
                         error: &error,
                         tries: attempts,
                     });
-                    match choice {
+                    let (sentence, outcome) = match choice {
                         OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
-                        OnFailure::Skip => {
-                            run.verdict = Some(Verdict {
-                                offset,
-                                revision: failed.revision,
-                                error: self.unhandled(offset, "skipped", attempts, error),
-                            });
-                            return Ok(Some(Duration::ZERO));
+                        OnFailure::Skip => (Sentence::Skip, "skipped"),
+                        OnFailure::DeadLetter if self.keeps_letters => {
+                            let (tries, reason) = (attempts, error.to_string());
+                            (Sentence::Park { tries, reason }, "set aside as a dead letter")
                         }
-                    }
+                        OnFailure::DeadLetter => {
+                            let outcome = "its policy asks for a dead letter, but this consumer keeps none; call \
+                                           `dead_letters` when you build it";
+                            return Err(self.unhandled(offset, outcome, attempts, error));
+                        }
+                    };
+                    run.verdict = Some(Verdict {
+                        offset,
+                        revision: failed.revision,
+                        sentence,
+                        error: self.unhandled(offset, outcome, attempts, error),
+                    });
+                    return Ok(Some(Duration::ZERO));
                 }
                 let error = self.unhandled(offset, "not handled", attempts, error);
                 // Uncommitted records before this one are committed first, without a pause, and

@@ -12,6 +12,7 @@
 mod blame;
 mod duplicates;
 mod faults;
+mod letters;
 mod lost;
 mod policies;
 mod records;

@@ -13,7 +13,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Record,
-    backend::{Advance, Bounds, Durability, LogId, LogReader, Owner, Position, Pulse, Revision, Transaction},
+    backend::{
+        Advance, Bounds, DeadLetter, DeadLetters, Durability, LogId, LogReader, Owner, Position, Pulse, Revision,
+        Transaction,
+    },
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
 };
 
@@ -331,6 +334,12 @@ pub struct ScriptedTx {
 
 #[async_trait]
 impl Transaction for ScriptedTx {
+    const KEEPS_DEAD_LETTERS: bool = true;
+
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
+    }
+
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         if self.refuse_commit {
             return Err(Error::failed("commit", "refused at the commit"));
@@ -359,6 +368,45 @@ impl Transaction for ScriptedTx {
 
     async fn rollback(self) -> Result<(), Error> {
         self.inner.rollback().await
+    }
+}
+
+#[async_trait]
+impl DeadLetters for ScriptedTx {
+    async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
+        self.inner.park(letter).await
+    }
+
+    async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
+        self.inner.remove(offset).await
+    }
+
+    async fn remove_from(&mut self, offset: Offset) -> Result<u64, Error> {
+        self.inner.remove_from(offset).await
+    }
+
+    async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+        self.inner.letter(offset).await
+    }
+
+    async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
+        self.inner.head(key).await
+    }
+
+    async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
+        self.inner.first_due().await
+    }
+
+    async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        self.inner.list(after, limit).await
+    }
+
+    async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
+        self.inner.counts(after, limit).await
+    }
+
+    async fn total(&mut self) -> Result<u64, Error> {
+        self.inner.total().await
     }
 }
 
@@ -422,11 +470,16 @@ impl Counter {
         if self.fatal.contains(&payload) {
             return Err(HandlerError::fatal("fatal"));
         }
-        match self.script.take(Step::Handle) {
-            Some(Fault::Permanent) => Err(HandlerError::retry("scripted")),
-            Some(fault) => Err(error(fault, Step::Handle).into()),
-            None => Ok(()),
-        }
+        handler_fault(&self.script)
+    }
+}
+
+/// The error that the script has for this call of a handler.
+pub fn handler_fault(script: &Script) -> Result<(), HandlerError> {
+    match script.take(Step::Handle) {
+        Some(Fault::Permanent) => Err(HandlerError::retry("scripted")),
+        Some(fault) => Err(error(fault, Step::Handle).into()),
+        None => Ok(()),
     }
 }
 

@@ -1,0 +1,248 @@
+//! Dead letters for operators: what a consumer has set aside, and what becomes of it.
+//!
+//! A consumer with [`Consumer::dead_letters`](super::Consumer::dead_letters) sets a record that it
+//! cannot handle aside, in the commit that moves its position past the record. No crash can lose
+//! the record or handle it twice. Later records of its key are set aside behind it, so that each
+//! key keeps its order. Records of other keys, and records without a key, do not wait.
+//!
+//! The running consumer tries letters again: when [`retry`] or [`retry_all`] asks for it, or on its
+//! own after [`retry_after`](super::DeadLetterOptions::retry_after). These functions need no
+//! handler, and no consumer needs to run.
+//!
+//! Every function commits in the name of the consumer. A running instance then goes back to its
+//! stored position and goes on from there.
+//!
+//! ```
+//! use essentially_once::consumer::{DeadLetterOptions, dead_letters};
+//! use essentially_once::memory::{Memory, MemoryTx};
+//! use essentially_once::{Consumer, ConsumerId, HandlerError, Log, NewRecord, Record, handler_fn};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), essentially_once::Error> {
+//! let memory = Memory::new();
+//! let (log, store) = (memory.log("orders")?, memory.store());
+//! log.append(&[
+//!     NewRecord::new("garbage").key("Chile"),
+//!     NewRecord::new("10248").key("Chile"), // waits behind the garbage
+//!     NewRecord::new("10249").key("Brazil"),
+//! ])
+//! .await?;
+//!
+//! let shipping = ConsumerId::new("shipping")?;
+//! let run = || {
+//!     let ship = handler_fn(|record: &Record, _: &mut MemoryTx| {
+//!         Box::pin(async move {
+//!             let order = std::str::from_utf8(&record.payload)?;
+//!             order.parse::<u64>().map_err(HandlerError::reject)?;
+//!             Ok(())
+//!         })
+//!     });
+//!     Consumer::essentially_once(shipping.clone(), log.clone(), store.clone(), ship)
+//!         .dead_letters(DeadLetterOptions::new())
+//!         .accept_volatile()
+//!         .run_until_caught_up()
+//! };
+//! let report = run().await?;
+//! assert_eq!((report.handled, report.parked), (1, 2));
+//!
+//! let letters = dead_letters::list(&shipping, &store, None, 100).await?;
+//! assert!(letters[0].last_reason.contains("invalid digit"));
+//! dead_letters::discard(&shipping, &store, &letters[0]).await?;
+//! let report = run().await?; // the next one of the key is tried at once
+//! assert_eq!(report.handled, 1);
+//! assert!(dead_letters::list(&shipping, &store, None, 100).await?.is_empty());
+//! # Ok(())
+//! # }
+//! ```
+
+use std::time::SystemTime;
+
+use crate::{
+    Advance, ConsumerId, Error, Offset, OffsetStore, Position, Transaction,
+    letters::{DeadLetter, DeadLetters},
+};
+
+/// How often a change is tried if a running instance commits first.
+const MAX_TRIES: usize = 100;
+
+/// How many letters one page of [`retry_all`] holds.
+const PAGE: usize = 1_000;
+
+/// The consumer's letters after an offset, or from the first one on, at most `limit`, in the order
+/// of their offsets.
+///
+/// # Errors
+/// [`Error::Unavailable`], [`Error::Failed`].
+pub async fn list<S>(
+    consumer: &ConsumerId,
+    store: &S,
+    after: Option<Offset>,
+    limit: usize,
+) -> Result<Vec<DeadLetter>, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let mut tx = store.begin(consumer).await?;
+    let letters = tx.list(after, limit).await?;
+    tx.rollback().await?;
+    Ok(letters)
+}
+
+/// Makes a letter due now, so that the running consumer, or the next one that runs, tries it again.
+///
+/// # Errors
+/// - [`Error::Failed`] if the consumer has no such letter, or if an earlier letter of its key must
+///   be handled or discarded first. The error names that letter. Nothing changes.
+/// - [`Error::Fenced`] if a running instance kept committing first.
+/// - The backend's own errors. [`Error::Indeterminate`] if the outcome is not known.
+pub async fn retry<S>(consumer: &ConsumerId, store: &S, offset: Offset) -> Result<(), Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let refused = |reason: String| Error::failed(on("retry", offset, consumer), reason);
+    change(consumer, store, async |tx: &mut S::Tx| {
+        let mut letter = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
+        if let Some(head) = head_of(tx, &letter).await?.filter(|head| head.record.offset != offset) {
+            return Err(refused(format!(
+                "the letter at {} of the same key comes first; retry or discard that one",
+                head.record.offset
+            )));
+        }
+        letter.set_due(Some(SystemTime::now()));
+        tx.park(&letter).await
+    })
+    .await
+}
+
+/// Makes the first letter of every key due now, and every letter without a key. The letters behind
+/// them follow as they succeed. Returns the number of letters made due.
+///
+/// It commits once per thousand letters. If it fails, some letters may be due.
+///
+/// # Errors
+/// As for [`retry`], except that it is no error if there are no letters.
+pub async fn retry_all<S>(consumer: &ConsumerId, store: &S) -> Result<u64, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let (mut after, mut total) = (None, 0);
+    loop {
+        let page = list(consumer, store, after, PAGE).await?;
+        let Some(last) = page.last() else { return Ok(total) };
+        after = Some(last.record.offset);
+        total += change(consumer, store, async |tx: &mut S::Tx| {
+            let (now, mut due) = (SystemTime::now(), 0);
+            for letter in &page {
+                // The consumer may have handled it since.
+                let Some(mut letter) = tx.letter(letter.record.offset).await? else {
+                    continue;
+                };
+                let head = head_of(tx, &letter).await?;
+                if head.is_none_or(|head| head.record.offset == letter.record.offset) {
+                    letter.set_due(Some(now));
+                    tx.park(&letter).await?;
+                    due += 1;
+                }
+            }
+            Ok(due)
+        })
+        .await?;
+    }
+}
+
+/// Removes a letter for good, without its effects. The next letter of its key is due at once.
+///
+/// `letter` is the letter as the operator saw it. If it has changed since, nothing is removed.
+///
+/// # Errors
+/// - [`Error::Failed`] if the consumer has no such letter, or if the letter has changed.
+/// - As for [`retry`] otherwise.
+pub async fn discard<S>(consumer: &ConsumerId, store: &S, letter: &DeadLetter) -> Result<(), Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let offset = letter.record.offset;
+    let refused = |reason: String| Error::failed(on("discard", offset, consumer), reason);
+    change(consumer, store, async |tx: &mut S::Tx| {
+        let stored = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
+        if stored.version != letter.version {
+            return Err(refused(format!(
+                "it has changed since: it is at version {} and was at {}; look at it again",
+                stored.version, letter.version
+            )));
+        }
+        let was_first = head_of(tx, &stored)
+            .await?
+            .is_some_and(|head| head.record.offset == offset);
+        tx.remove(offset).await?;
+        if was_first && let Some(mut next) = head_of(tx, &stored).await? {
+            next.set_due(Some(SystemTime::now()));
+            tx.park(&next).await?;
+        }
+        Ok(())
+    })
+    .await?;
+    tracing::warn!(%consumer, %offset, "discarded a dead letter by hand");
+    Ok(())
+}
+
+/// The first letter of the key of this one.
+async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Option<DeadLetter>, Error> {
+    match letter.key() {
+        Some(key) => tx.head(key).await,
+        None => Ok(None),
+    }
+}
+
+/// Commits what `stage` stages, with the position where it is. A new epoch fences every instance
+/// whose knowledge of the letters is thereby out of date.
+async fn change<S, T>(
+    consumer: &ConsumerId,
+    store: &S,
+    stage: impl AsyncFn(&mut S::Tx) -> Result<T, Error>,
+) -> Result<T, Error>
+where
+    S: OffsetStore,
+{
+    let mut tries = 1;
+    loop {
+        let Some(position) = store.position(consumer).await? else {
+            return Err(Error::failed(
+                format!("change dead letters of consumer {consumer}"),
+                "the consumer has no position, and therefore no letters; check its name",
+            ));
+        };
+        let mut tx = store.begin(consumer).await?;
+        let staged = match stage(&mut tx).await {
+            Ok(staged) => staged,
+            Err(error) => {
+                tx.rollback().await?;
+                return Err(error);
+            }
+        };
+        match tx.commit(unmoved(position)).await {
+            Err(Error::Fenced { .. }) if tries < MAX_TRIES => tries += 1,
+            committed => return committed.map(|()| staged),
+        }
+    }
+}
+
+fn unmoved(position: Position) -> Advance {
+    let expected = position.revision;
+    let mut advance = Advance::new(position.log, position.next, expected, expected.fresh_epoch());
+    advance.owner = position.owner;
+    advance.passed = position.passed;
+    advance
+}
+
+fn on(verb: &str, offset: Offset, consumer: &ConsumerId) -> String {
+    format!("{verb} the dead letter at {offset} of consumer {consumer}")
+}
+
+fn no_such_letter() -> String {
+    "there is no such letter; it may have been handled or discarded".into()
+}
