@@ -22,7 +22,8 @@ use crate::{
 /// How many keys one page of counts holds.
 const KEYS_PER_PAGE: usize = 10_000;
 
-/// How a consumer keeps dead letters; see [`Consumer::dead_letters`](super::Consumer::dead_letters).
+/// How a consumer keeps dead letters. See
+/// [`Consumer::dead_letters`](super::Consumer::dead_letters).
 ///
 /// ```
 /// # use essentially_once::consumer::DeadLetterOptions;
@@ -124,13 +125,15 @@ impl Parked {
         let mut keys = HashMap::new();
         let total = letters.total().await?;
         let mut after: Option<Bytes> = None;
-        while total > 0 {
-            let page = letters.counts(after.as_deref(), KEYS_PER_PAGE).await?;
-            let is_last = page.len() < KEYS_PER_PAGE;
-            after = page.last().map(|(key, _)| key.clone());
-            keys.extend(page);
-            if is_last {
-                break;
+        if total > 0 {
+            loop {
+                let page = letters.counts(after.as_deref(), KEYS_PER_PAGE).await?;
+                let is_last = page.len() < KEYS_PER_PAGE;
+                after = page.last().map(|(key, _)| key.clone());
+                keys.extend(page);
+                if is_last {
+                    break;
+                }
             }
         }
         let due = letters.first_due().await?.and_then(|letter| letter.due);
