@@ -6,6 +6,7 @@ mod compare;
 mod durability;
 mod fencing;
 mod history;
+mod letters;
 mod limits;
 mod log;
 mod names;
@@ -29,6 +30,23 @@ macro_rules! case {
             name: stringify!($name),
             needs: |capabilities| first_missing(&[$(needs::$capability(capabilities)),+]),
             run: |harness, backend| Box::pin($module::$name(harness, backend)),
+        }
+    };
+}
+
+/// A case that also needs a store that keeps dead letters.
+macro_rules! letters_case {
+    ($harness:ident, $name:ident $(, $capability:ident)*) => {
+        Case {
+            name: stringify!($name),
+            needs: |capabilities| {
+                first_missing(&[
+                    needs::store(capabilities),
+                    letters::support::<$harness>(),
+                    $(needs::$capability(capabilities)),*
+                ])
+            },
+            run: |harness, backend| Box::pin(letters::$name(harness, backend)),
         }
     };
 }
@@ -121,6 +139,14 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(one_commit::s11_a_snapshot_is_of_one_commit, needs store, read_state),
         case!(one_commit::s11_a_snapshot_keeps_the_order_of_keys, needs store, read_state),
         case!(one_commit::s11_a_snapshot_waits_for_no_transaction, needs store, read_state),
+        letters_case!(H, d1_letters_are_applied_with_the_commit),
+        letters_case!(H, d1_what_is_not_committed_leaves_no_trace),
+        letters_case!(H, d1_every_read_agrees_with_the_reference),
+        letters_case!(H, d2_a_letter_comes_back_as_it_was_parked),
+        letters_case!(H, d2_the_largest_record_can_be_parked, record_limit),
+        letters_case!(H, d2_letters_survive_a_restart, restart),
+        letters_case!(H, d3_keys_are_compared_to_the_byte),
+        letters_case!(H, d4_consumers_do_not_see_each_others_letters),
     ]
 }
 

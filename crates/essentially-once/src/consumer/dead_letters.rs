@@ -101,19 +101,7 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let refused = |reason: String| Error::failed(on("retry", offset, consumer), reason);
-    change(consumer, store, async |tx: &mut S::Tx| {
-        let mut letter = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
-        if let Some(head) = head_of(tx, &letter).await?.filter(|head| head.record.offset != offset) {
-            return Err(refused(format!(
-                "the letter at {} of the same key comes first; retry or discard that one",
-                head.record.offset
-            )));
-        }
-        letter.set_due(Some(SystemTime::now()));
-        tx.park(&letter).await
-    })
-    .await
+    change(consumer, store, Verb::Retry(offset)).await.map(|_| ())
 }
 
 /// Makes the first letter of every key due now, and every letter without a key. The letters behind
@@ -133,23 +121,7 @@ where
         let page = list(consumer, store, after, PAGE).await?;
         let Some(last) = page.last() else { return Ok(total) };
         after = Some(last.record.offset);
-        total += change(consumer, store, async |tx: &mut S::Tx| {
-            let (now, mut due) = (SystemTime::now(), 0);
-            for letter in &page {
-                // The consumer may have handled it since.
-                let Some(mut letter) = tx.letter(letter.record.offset).await? else {
-                    continue;
-                };
-                let head = head_of(tx, &letter).await?;
-                if head.is_none_or(|head| head.record.offset == letter.record.offset) {
-                    letter.set_due(Some(now));
-                    tx.park(&letter).await?;
-                    due += 1;
-                }
-            }
-            Ok(due)
-        })
-        .await?;
+        total += change(consumer, store, Verb::RetryHeads(&page)).await?;
     }
 }
 
@@ -165,29 +137,78 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let offset = letter.record.offset;
-    let refused = |reason: String| Error::failed(on("discard", offset, consumer), reason);
-    change(consumer, store, async |tx: &mut S::Tx| {
-        let stored = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
-        if stored.version != letter.version {
-            return Err(refused(format!(
-                "it has changed since: it is at version {} and was at {}; look at it again",
-                stored.version, letter.version
-            )));
-        }
-        let was_first = head_of(tx, &stored)
-            .await?
-            .is_some_and(|head| head.record.offset == offset);
-        tx.remove(offset).await?;
-        if was_first && let Some(mut next) = head_of(tx, &stored).await? {
-            next.set_due(Some(SystemTime::now()));
-            tx.park(&next).await?;
-        }
-        Ok(())
-    })
-    .await?;
-    tracing::warn!(%consumer, %offset, "discarded a dead letter by hand");
+    change(consumer, store, Verb::Discard(letter)).await?;
+    tracing::warn!(%consumer, offset = %letter.record.offset, "discarded a dead letter by hand");
     Ok(())
+}
+
+/// A change to letters.
+#[derive(Clone, Copy)]
+enum Verb<'a> {
+    Retry(Offset),
+    /// Retries those of these letters that come first for their key.
+    RetryHeads(&'a [DeadLetter]),
+    Discard(&'a DeadLetter),
+}
+
+impl Verb<'_> {
+    /// Stages the change, and returns how many letters it is about.
+    async fn stage<Tx: DeadLetters>(self, tx: &mut Tx, consumer: &ConsumerId) -> Result<u64, Error> {
+        match self {
+            Self::Retry(offset) => {
+                let refused = |reason| Error::failed(on("retry", offset, consumer), reason);
+                let letter = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
+                if let Some(head) = head_of(tx, &letter).await?
+                    && head.record.offset != offset
+                {
+                    let first = head.record.offset;
+                    return Err(refused(format!(
+                        "the letter at {first} of the same key comes first; retry or discard that one"
+                    )));
+                }
+                make_due(tx, letter).await?;
+                Ok(1)
+            }
+            Self::RetryHeads(letters) => {
+                let mut due = 0;
+                for letter in letters {
+                    // The consumer may have handled it since.
+                    let Some(letter) = tx.letter(letter.record.offset).await? else {
+                        continue;
+                    };
+                    let head = head_of(tx, &letter).await?;
+                    if head.is_none_or(|head| head.record.offset == letter.record.offset) {
+                        make_due(tx, letter).await?;
+                        due += 1;
+                    }
+                }
+                Ok(due)
+            }
+            Self::Discard(seen) => {
+                let offset = seen.record.offset;
+                let refused = |reason| Error::failed(on("discard", offset, consumer), reason);
+                let stored = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
+                if stored.version != seen.version {
+                    return Err(refused(format!(
+                        "it has changed since: it is at version {} and was at {}; look at it again",
+                        stored.version, seen.version
+                    )));
+                }
+                let head = head_of(tx, &stored).await?;
+                let was_first = head.is_some_and(|head| head.record.offset == offset);
+                tx.remove(offset).await?;
+                if was_first && let Some(next) = head_of(tx, &stored).await? {
+                    make_due(tx, next).await?;
+                }
+                Ok(1)
+            }
+        }
+    }
+}
+
+async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {
+    letter.set_due(Some(SystemTime::now()));
+    tx.park(&letter).await
 }
 
 /// The first letter of the key of this one.
@@ -198,15 +219,12 @@ async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Op
     }
 }
 
-/// Commits what `stage` stages, with the position where it is. A new epoch fences every instance
-/// whose knowledge of the letters is thereby out of date.
-async fn change<S, T>(
-    consumer: &ConsumerId,
-    store: &S,
-    stage: impl AsyncFn(&mut S::Tx) -> Result<T, Error>,
-) -> Result<T, Error>
+/// Commits a change, with the position where it is. A new epoch fences every instance whose
+/// knowledge of the letters is thereby out of date.
+async fn change<S>(consumer: &ConsumerId, store: &S, verb: Verb<'_>) -> Result<u64, Error>
 where
     S: OffsetStore,
+    S::Tx: DeadLetters,
 {
     let mut tries = 1;
     loop {
@@ -217,7 +235,7 @@ where
             ));
         };
         let mut tx = store.begin(consumer).await?;
-        let staged = match stage(&mut tx).await {
+        let staged = match verb.stage(&mut tx, consumer).await {
             Ok(staged) => staged,
             Err(error) => {
                 tx.rollback().await?;

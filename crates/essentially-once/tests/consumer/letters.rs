@@ -255,6 +255,16 @@ async fn a_discarded_letter_makes_the_next_one_due_and_has_no_effect() {
     assert_eq!(effects(&backend).await["a"], "0 4 8 ");
 }
 
+/// An operator's program may run them on any thread.
+#[test]
+fn verbs_can_be_spawned() {
+    fn is_send(_: impl Future + Send) {}
+    let store = Memory::new().store();
+    is_send(dead_letters::list(&shipping(), &store, None, 1));
+    is_send(dead_letters::retry(&shipping(), &store, 0.into()));
+    is_send(dead_letters::retry_all(&shipping(), &store));
+}
+
 #[tokio::test]
 async fn verbs_that_would_change_nothing_are_refused_and_name_why() {
     let backend = keyed(Script::default()).await;
