@@ -7,6 +7,7 @@ use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Origin,
     Record, async_trait,
     backend::{LogId, Numbering, Revision},
+    consumer::{DeadLetterOptions, dead_letters},
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx};
 use rusqlite::Connection;
@@ -272,4 +273,30 @@ async fn a_process_of_schema_2_continues_next_to_newer_ones() {
     }
     let pulse = store.pulse(&consumer("new")).await.expect("pulse");
     assert_eq!((pulse.next, pulse.beats), (5.into(), 0));
+}
+
+#[tokio::test]
+async fn a_file_of_schema_3_gets_room_for_dead_letters() {
+    let (_folder, path) = copy_of("schema-3.db");
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let store = sqlite.store();
+    let position = store
+        .position(&consumer("shipping"))
+        .await
+        .expect("position")
+        .expect("a position");
+    assert_eq!(
+        (position.next, position.revision),
+        (3.into(), Revision::new(7_144_538_342, 2))
+    );
+    let letters = dead_letters::list(&consumer("shipping"), &store, None, 10).await;
+    assert!(letters.expect("list").is_empty());
+    let orders = sqlite.log("orders").await.expect("log");
+    orders.append(&[NewRecord::new("Peru")]).await.expect("append");
+    let report = Consumer::essentially_once(consumer("shipping"), orders, store, Count)
+        .dead_letters(DeadLetterOptions::new())
+        .run_until_caught_up()
+        .await
+        .expect("run");
+    assert_eq!(report.handled, 1, "{report}");
 }

@@ -166,7 +166,7 @@ const HEADERS_VERSION: u8 = 1;
 
 /// Encodes headers as a version byte and then, for each header, the name and the value, each after
 /// its length as a big-endian u32. Returns `None` for no headers.
-pub(super) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
+pub(crate) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
     if headers.is_empty() {
         return None;
     }
@@ -184,7 +184,7 @@ pub(super) fn encode_headers(headers: &[Header]) -> Option<Vec<u8>> {
 }
 
 /// Decodes the output of [`encode_headers`] without copying the values, or says why it cannot.
-pub(super) fn decode_headers(bytes: &Bytes) -> Result<Vec<Header>, &'static str> {
+pub(crate) fn decode_headers(bytes: &Bytes) -> Result<Vec<Header>, &'static str> {
     if bytes.first() != Some(&HEADERS_VERSION) {
         return Err("headers of an unknown version");
     }

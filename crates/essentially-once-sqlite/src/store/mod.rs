@@ -1,6 +1,7 @@
 //! The store. It keeps positions, windows and state, and a transaction changes all three together.
 
 pub(crate) mod authorizer;
+mod letters;
 pub(crate) mod pulse;
 pub(crate) mod schema;
 mod statements;

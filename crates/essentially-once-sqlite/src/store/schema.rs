@@ -69,6 +69,34 @@ const MIGRATIONS: &[&str] = &[
     // A process of the previous version names its columns, so it keeps working next to newer ones.
     // It writes no beats.
     "ALTER TABLE main.essentially_once_consumers ADD COLUMN beats INTEGER NOT NULL DEFAULT 0;",
+    // A process of the previous version ignores dead letters: it handles later records of a key
+    // whose earlier ones were parked. Times are in milliseconds since 1970. `place` is the offset as
+    // 16 big-endian bytes, since the two integers, which are for people, do not sort as u64.
+    "CREATE TABLE main.essentially_once_letters (
+         consumer TEXT NOT NULL,
+         place BLOB NOT NULL,
+         offset_hi INTEGER NOT NULL,
+         offset_lo INTEGER NOT NULL,
+         appended_at INTEGER NOT NULL,
+         key BLOB,
+         headers BLOB,
+         payload BLOB NOT NULL,
+         producer TEXT,
+         sequence INTEGER,
+         malformed TEXT,
+         tries INTEGER NOT NULL,
+         first_reason TEXT NOT NULL,
+         last_reason TEXT NOT NULL,
+         parked_at INTEGER NOT NULL,
+         last_failed_at INTEGER NOT NULL,
+         due_at INTEGER,
+         version INTEGER NOT NULL,
+         PRIMARY KEY (consumer, place)
+     );
+     CREATE INDEX main.essentially_once_letters_by_key ON essentially_once_letters (consumer, key, place)
+         WHERE key IS NOT NULL AND malformed IS NULL;
+     CREATE INDEX main.essentially_once_letters_by_due ON essentially_once_letters (consumer, due_at, place)
+         WHERE due_at IS NOT NULL;",
 ];
 
 /// Refuses a file that a newer version of this crate made. Only reads.
@@ -181,7 +209,7 @@ mod tests {
         ] {
             let error = result.expect_err("newer").to_string();
             assert!(
-                error.contains("999") && error.contains("up to 3") && error.contains("x.db"),
+                error.contains("999") && error.contains("up to 4") && error.contains("x.db"),
                 "{error}"
             );
         }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, KeyValue,
-    backend::{Advance, Revision, Transaction, check_entry_size},
+    backend::{Advance, DeadLetters, Revision, Transaction, check_entry_size},
 };
 use rusqlite::{OptionalExtension, Params, Row, Statement};
 
@@ -135,7 +135,7 @@ impl SqliteTx {
     }
 
     /// Runs a statement of this crate with the consumer's name.
-    fn internal<T>(
+    pub(super) fn internal<T>(
         &mut self,
         sql: &str,
         verb: &str,
@@ -158,7 +158,7 @@ impl SqliteTx {
 
     /// Refuses to continue after a failure, or without an open transaction. A statement that ran
     /// without one would be committed immediately.
-    fn check_usable(&self, verb: &str) -> Result<(), Error> {
+    pub(super) fn check_usable(&self, verb: &str) -> Result<(), Error> {
         if let Some(failure) = &self.failed {
             let cause = format!(
                 "the transaction can only be rolled back, because an earlier operation in it failed: {}",
@@ -179,7 +179,12 @@ impl SqliteTx {
         ))
     }
 
-    fn action(&self, verb: &str) -> String {
+    /// The largest record, key or value, in bytes.
+    pub(super) fn record_limit(&self) -> usize {
+        self.connections.options.record_limit
+    }
+
+    pub(super) fn action(&self, verb: &str) -> String {
         self.connections
             .on(format!("{verb} in a transaction of consumer {}", self.consumer))
     }
@@ -253,6 +258,12 @@ impl SqliteTx {
 
 #[async_trait]
 impl Transaction for SqliteTx {
+    const KEEPS_DEAD_LETTERS: bool = true;
+
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
+    }
+
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.check_usable("commit")?;
         self.advance(&advance)?;

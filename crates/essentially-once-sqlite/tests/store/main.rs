@@ -1,5 +1,6 @@
 //! The contract of the store, in short form, and SQL in its transaction.
 
+mod letters;
 mod position;
 mod sql;
 mod write_lock;

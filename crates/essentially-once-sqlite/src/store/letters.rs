@@ -1,0 +1,232 @@
+//! Dead letters: one row per letter in `essentially_once_letters`.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use essentially_once::{
+    Error, Offset, Origin, Record,
+    backend::{DeadLetter, DeadLetters, Numbering, check_size},
+};
+use rusqlite::{Row, ToSql, params_from_iter};
+
+use super::{
+    statements::{bytes_of_first, unsigned},
+    tx::SqliteTx,
+};
+use crate::log::codec::{decode_headers, encode_headers};
+
+const COLUMNS: &str = "place, offset_hi, offset_lo, appended_at, key, headers, payload, producer, sequence, malformed, \
+     tries, first_reason, last_reason, parked_at, last_failed_at, due_at, version";
+
+const HAS_KEY: &str = "key IS NOT NULL AND malformed IS NULL";
+
+impl SqliteTx {
+    fn letters_where(&mut self, condition: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<DeadLetter>, Error> {
+        self.check_usable("read dead letters")?;
+        let sql = format!("SELECT {COLUMNS} FROM main.essentially_once_letters WHERE consumer = ?1 AND {condition}");
+        let rows: Vec<LetterRow> = self.internal(&sql, "read dead letters", |statement, consumer| {
+            let consumer: &dyn ToSql = &consumer;
+            let all = [consumer]
+                .into_iter()
+                .chain(params.iter().map(|param| *param as &dyn ToSql));
+            statement.query_map(params_from_iter(all), LetterRow::of)?.collect()
+        })?;
+        let action = || self.action("read dead letters");
+        rows.into_iter()
+            .map(|row| {
+                let offset = row.offset;
+                row.letter()
+                    .map_err(|why| Error::failed(action(), format!("the row of offset {offset} is damaged: {why}")))
+            })
+            .collect()
+    }
+}
+
+#[async_trait]
+impl DeadLetters for SqliteTx {
+    async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
+        self.check_usable("park a record")?;
+        let limit = self.record_limit().saturating_add(2 * DeadLetter::REASON_LIMIT);
+        check_size("dead letter", letter.size(), limit)?;
+        let record = &letter.record;
+        let (numbering, sequence) = match &record.origin {
+            Some(origin) => (Some(origin.numbering.to_string()), Some(origin.sequence as i64)),
+            None => (None, None),
+        };
+        let sql = format!(
+            "INSERT OR REPLACE INTO main.essentially_once_letters (consumer, {COLUMNS}) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)"
+        );
+        self.internal(&sql, "park a record", |statement, consumer| {
+            let values: [&dyn ToSql; 18] = [
+                &consumer,
+                &place(record.offset),
+                &(record.offset.hi() as i64),
+                &(record.offset.lo() as i64),
+                &millis(record.appended_at),
+                &record.key.as_deref(),
+                &encode_headers(&record.headers),
+                &&record.payload[..],
+                &numbering,
+                &sequence,
+                &record.malformed.as_deref(),
+                &letter.tries,
+                &letter.first_reason,
+                &letter.last_reason,
+                &millis(letter.parked_at),
+                &millis(letter.last_failed_at),
+                &letter.due.map(millis),
+                &(letter.version as i64),
+            ];
+            statement.execute(&values[..])
+        })?;
+        Ok(())
+    }
+
+    async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
+        self.check_usable("remove a dead letter")?;
+        let sql = "DELETE FROM main.essentially_once_letters WHERE consumer = ?1 AND place = ?2";
+        let removed = self.internal(sql, "remove a dead letter", |statement, consumer| {
+            statement.execute((consumer, place(offset)))
+        })?;
+        Ok(removed > 0)
+    }
+
+    async fn remove_from(&mut self, offset: Offset) -> Result<u64, Error> {
+        self.check_usable("remove dead letters")?;
+        let sql = "DELETE FROM main.essentially_once_letters WHERE consumer = ?1 AND place >= ?2";
+        let removed = self.internal(sql, "remove dead letters", |statement, consumer| {
+            statement.execute((consumer, place(offset)))
+        })?;
+        Ok(removed as u64)
+    }
+
+    async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+        let found = self.letters_where("place = ?2", &[&place(offset)])?;
+        Ok(found.into_iter().next())
+    }
+
+    async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
+        let condition = format!("{HAS_KEY} AND key = ?2 ORDER BY place LIMIT 1");
+        Ok(self.letters_where(&condition, &[&key])?.into_iter().next())
+    }
+
+    async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
+        let found = self.letters_where("due_at IS NOT NULL ORDER BY due_at, place LIMIT 1", &[])?;
+        Ok(found.into_iter().next())
+    }
+
+    async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        match after {
+            None => self.letters_where("1 ORDER BY place LIMIT ?2", &[&limit]),
+            Some(after) => self.letters_where("place > ?2 ORDER BY place LIMIT ?3", &[&place(after), &limit]),
+        }
+    }
+
+    async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
+        self.check_usable("count dead letters")?;
+        let sql = format!(
+            "SELECT key, count(*) FROM main.essentially_once_letters \
+             WHERE consumer = ?1 AND {HAS_KEY} AND (?2 IS NULL OR key > ?2) GROUP BY key ORDER BY key LIMIT ?3"
+        );
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        self.internal(&sql, "count dead letters", |statement, consumer| {
+            let counts = statement.query_map((consumer, after, limit), |row| {
+                Ok((bytes_of_first(row)?, unsigned(row, 1)?))
+            })?;
+            counts.collect()
+        })
+    }
+
+    async fn total(&mut self) -> Result<u64, Error> {
+        self.check_usable("count dead letters")?;
+        let sql = "SELECT count(*) FROM main.essentially_once_letters WHERE consumer = ?1";
+        self.internal(sql, "count dead letters", |statement, consumer| {
+            statement.query_row([consumer], |row| unsigned(row, 0))
+        })
+    }
+}
+
+/// A row, not decoded yet.
+struct LetterRow {
+    offset: Offset,
+    appended_at: i64,
+    key: Option<Vec<u8>>,
+    headers: Option<Vec<u8>>,
+    payload: Vec<u8>,
+    producer: Option<String>,
+    sequence: Option<i64>,
+    malformed: Option<String>,
+    tries: u32,
+    first_reason: String,
+    last_reason: String,
+    parked_at: i64,
+    last_failed_at: i64,
+    due_at: Option<i64>,
+    version: i64,
+}
+
+impl LetterRow {
+    /// Reads the current row of a query for [`COLUMNS`].
+    fn of(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            offset: Offset::new(unsigned(row, 1)?, unsigned(row, 2)?),
+            appended_at: row.get(3)?,
+            key: row.get(4)?,
+            headers: row.get(5)?,
+            payload: row.get(6)?,
+            producer: row.get(7)?,
+            sequence: row.get(8)?,
+            malformed: row.get(9)?,
+            tries: row.get(10)?,
+            first_reason: row.get(11)?,
+            last_reason: row.get(12)?,
+            parked_at: row.get(13)?,
+            last_failed_at: row.get(14)?,
+            due_at: row.get(15)?,
+            version: row.get(16)?,
+        })
+    }
+
+    fn letter(self) -> Result<DeadLetter, String> {
+        let mut record = Record::new(self.offset, time(self.appended_at), self.payload);
+        record.key = self.key.map(Bytes::from);
+        record.headers = match self.headers {
+            Some(headers) => decode_headers(&headers.into())?,
+            None => Vec::new(),
+        };
+        record.origin = match (self.producer, self.sequence) {
+            (Some(producer), Some(sequence)) => {
+                let numbering: Numbering = producer.parse().map_err(|error: Error| error.to_string())?;
+                Some(Origin::of(numbering, sequence as u64))
+            }
+            _ => None,
+        };
+        record.malformed = self.malformed.map(Into::into);
+        let mut letter = DeadLetter::new(record, self.tries, "", time(self.parked_at));
+        letter.first_reason = self.first_reason;
+        letter.last_reason = self.last_reason;
+        letter.last_failed_at = time(self.last_failed_at);
+        letter.due = self.due_at.map(time);
+        letter.version = self.version as u64;
+        Ok(letter)
+    }
+}
+
+/// The offset as bytes that sort like it.
+fn place(offset: Offset) -> [u8; 16] {
+    (u128::from(offset.hi()) << 64 | u128::from(offset.lo())).to_be_bytes()
+}
+
+/// Milliseconds since 1970.
+fn millis(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn time(millis: i64) -> SystemTime {
+    let since = Duration::from_millis(u64::try_from(millis).unwrap_or_default());
+    UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
+}
