@@ -11,6 +11,8 @@ use essentially_once_testkit::{Case, Harness, Suite, Support, Violation, conform
 
 #[path = "mutants/defect.rs"]
 mod defect;
+#[path = "mutants/letters.rs"]
+mod letters;
 #[path = "mutants/log.rs"]
 mod log;
 #[path = "mutants/model.rs"]

@@ -68,9 +68,12 @@ async fn commit<S: OffsetStore>(
 }
 
 /// All letters as a new transaction sees them.
-async fn all<S: OffsetStore>(store: &S, consumer: &ConsumerId) -> Result<Vec<DeadLetter>, Violation> {
+async fn all<S: OffsetStore>(store: &S, consumer: &ConsumerId) -> Result<Vec<DeadLetter>, Error> {
     let mut tx = store.begin(consumer).await?;
-    let all = letters(&mut tx)?.list(None, 1_000).await?;
+    let all = match tx.dead_letters() {
+        Some(letters) => letters.list(None, 1_000).await?,
+        None => Vec::new(),
+    };
     tx.rollback().await?;
     Ok(all)
 }

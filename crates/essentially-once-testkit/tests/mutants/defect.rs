@@ -529,6 +529,48 @@ wrong {
     SnapshotSeesWhatIsStaged,
     /// A commit fails if a snapshot was taken after its transaction began.
     SnapshotHoldsUpCommits,
+    /// Letters are not committed.
+    LettersNotCommitted,
+    /// Removals of letters are not committed.
+    LetterRemovalsNotCommitted,
+    /// Changes of letters take effect immediately.
+    LettersAppliedAtOnce,
+    /// The letters of a fenced commit are kept.
+    LettersNotFenced,
+    /// A transaction does not see its own changes of letters.
+    LettersReadWithoutTheStaged,
+    /// A page of letters begins with the last one of the page before.
+    ListRepeatsTheLast,
+    /// The first due letter is the one with the lowest offset.
+    FirstDueIsTheLowestOffset,
+    /// Removing letters from an offset on leaves the letter at the offset.
+    RemoveFromIsExclusive,
+    /// The headers of a letter come back sorted.
+    LetterHeadersSorted,
+    /// The times of a letter are cut to seconds.
+    LetterTimesInSeconds,
+    /// A malformed letter comes back as well-formed.
+    LetterMarkLost,
+    /// Offsets of letters sort as signed numbers.
+    LettersSortedAsSigned,
+    /// A letter may not be larger than a record, reasons included.
+    LetterLimitIsTheRecordLimit,
+    /// Reasons are cut.
+    LetterReasonsCut,
+    /// A restart loses the letters.
+    LettersLostAtRestart,
+    /// A restart brings removed letters back.
+    RemovedLettersComeBackAtRestart,
+    /// A letter with the empty key counts as one without a key.
+    EmptyLetterKeyIsNone,
+    /// The keys of malformed letters count.
+    MalformedLettersHaveKeys,
+    /// Keys of letters differ only in more than case.
+    LetterKeysIgnoreCase,
+    /// All consumers see all letters.
+    LettersSharedBetweenConsumers,
+    /// Removing letters from an offset on removes those of all consumers.
+    RemoveFromReachesOtherConsumers,
 }
 sound {
     /// Each call of `next` returns one record.
@@ -569,5 +611,7 @@ sound {
     WatchReturnsEarly,
     /// A snapshot is copied at one moment and returned later.
     SnapshotFromACopy,
+    /// Keys of letters are compared by their digests.
+    LetterKeysKeptAsDigests,
 }
 }

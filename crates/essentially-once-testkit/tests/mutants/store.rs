@@ -22,6 +22,7 @@ use tokio::{
 
 use crate::{
     defect::Defect,
+    letters,
     model::{Shared, Stage, State},
     names,
     transaction::{ModelTx, Staged},
@@ -97,6 +98,8 @@ pub(crate) struct Contents {
 #[derive(Default)]
 pub(crate) struct StoreState {
     pub(crate) live: Contents,
+    /// All letters ever parked. The state names their places here.
+    pub(crate) letters: Vec<letters::Parked>,
     /// The data after a restart, where a defect makes it differ from the live data.
     flushed: Option<Contents>,
     /// The number of commits by all consumers.

@@ -465,6 +465,43 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         SnapshotSeesWhatIsStaged => "during an open transaction has",
         SnapshotHoldsUpCommits => "unexpected error",
     }
+    d1_letters_are_applied_with_the_commit {
+        LettersNotCommitted => "after commit 1",
+        LetterRemovalsNotCommitted => "after commit 2",
+    }
+    d1_what_is_not_committed_leaves_no_trace {
+        LettersAppliedAtOnce => "changed the letters",
+        LettersNotFenced => "that was stale changed",
+    }
+    d1_every_read_agrees_with_the_reference {
+        LettersReadWithoutTheStaged => "step",
+        ListRepeatsTheLast => "a page",
+        FirstDueIsTheLowestOffset => "the first due",
+        RemoveFromIsExclusive => "remove_from",
+    }
+    d2_a_letter_comes_back_as_it_was_parked {
+        LetterHeadersSorted => "its header 0",
+        LetterTimesInSeconds => "parked",
+        LetterMarkLost => "mark as malformed",
+        LettersSortedAsSigned => "found",
+    }
+    d2_the_largest_record_can_be_parked {
+        LetterLimitIsTheRecordLimit => "over the limit",
+        LetterReasonsCut => "came back, or changed",
+    }
+    d2_letters_survive_a_restart {
+        LettersLostAtRestart => "after a restart",
+        RemovedLettersComeBackAtRestart => "after a restart",
+    }
+    d3_keys_are_compared_to_the_byte {
+        EmptyLetterKeyIsNone => "the head of []",
+        MalformedLettersHaveKeys => "the head of",
+        LetterKeysIgnoreCase => "the head of",
+    }
+    d4_consumers_do_not_see_each_others_letters {
+        LettersSharedBetweenConsumers => "",
+        RemoveFromReachesOtherConsumers => "has []",
+    }
 };
 
 macro_rules! sound {
@@ -513,4 +550,12 @@ pub(crate) const SOUND: &[Sound] = sound! {
     s11_a_snapshot_is_of_one_commit { SnapshotFromACopy }
     s11_a_snapshot_keeps_the_order_of_keys { SnapshotFromACopy }
     s11_a_snapshot_waits_for_no_transaction { SnapshotFromACopy }
+    d1_letters_are_applied_with_the_commit { LetterKeysKeptAsDigests }
+    d1_what_is_not_committed_leaves_no_trace { LetterKeysKeptAsDigests }
+    d1_every_read_agrees_with_the_reference { LetterKeysKeptAsDigests }
+    d2_a_letter_comes_back_as_it_was_parked { LetterKeysKeptAsDigests }
+    d2_the_largest_record_can_be_parked { LetterKeysKeptAsDigests }
+    d2_letters_survive_a_restart { LetterKeysKeptAsDigests }
+    d3_keys_are_compared_to_the_byte { LetterKeysKeptAsDigests }
+    d4_consumers_do_not_see_each_others_letters { LetterKeysKeptAsDigests }
 };

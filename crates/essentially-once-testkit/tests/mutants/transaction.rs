@@ -11,13 +11,14 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, KeyValue, async_trait,
-    backend::{Advance, Position, Transaction},
+    backend::{Advance, DeadLetters, Position, Transaction},
 };
 use essentially_once_testkit::{Cut, Request};
 use tokio::{task::yield_now, time::sleep};
 
 use crate::{
     defect::Defect,
+    letters,
     model::{KEY_LIMIT, Shared, Stage, State, VALUE_LIMIT, in_doubt},
     store::{Contents, Handle, state_key},
 };
@@ -33,11 +34,11 @@ const LATE: Duration = Duration::from_millis(30);
 pub(crate) type Staged = BTreeMap<Bytes, Option<Bytes>>;
 
 pub(crate) struct ModelTx {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     generation: u64,
     handle: Arc<Handle>,
-    consumer: ConsumerId,
-    staged: Staged,
+    pub(crate) consumer: ConsumerId,
+    pub(crate) staged: Staged,
     /// The names under which this transaction wrote natively.
     native: Vec<String>,
     finished: bool,
@@ -128,7 +129,7 @@ impl ModelTx {
         })
     }
 
-    fn connected(&self) -> Result<MutexGuard<'_, State>, Error> {
+    pub(crate) fn connected(&self) -> Result<MutexGuard<'_, State>, Error> {
         self.shared.connected(self.generation)
     }
 
@@ -243,6 +244,12 @@ impl ModelTx {
 
 #[async_trait]
 impl Transaction for ModelTx {
+    const KEEPS_DEAD_LETTERS: bool = true;
+
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
+    }
+
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.finished = true;
         {
@@ -258,7 +265,8 @@ impl Transaction for ModelTx {
                 _ => {}
             }
         }
-        let staged = mem::take(&mut self.staged);
+        let mut staged = mem::take(&mut self.staged);
+        letters::committed(self.shared.defect, &mut staged);
         if self.handle.dead.load(Ordering::SeqCst) {
             return Err(Error::failed("commit", "the connection is in an aborted transaction"));
         }
@@ -291,6 +299,10 @@ impl Transaction for ModelTx {
             state.store.locked = false;
             if matches!(applied, Err(Error::Fenced { .. })) && self.shared.is(Defect::NativeNotFenced) {
                 state.store.write_natively(&self.native);
+            }
+            if matches!(applied, Err(Error::Fenced { .. })) && self.shared.is(Defect::LettersNotFenced) {
+                let letters = letters::only_letters(&staged);
+                state.store.write_state(&self.shared, &self.consumer, &letters);
             }
         }
         self.shared.commits.send_replace(());
