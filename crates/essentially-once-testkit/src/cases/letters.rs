@@ -15,6 +15,7 @@ use essentially_once::{
 use super::{
     common::{advance, consumer},
     compare,
+    restart::{once_ready, up},
     store::{numbering, value},
 };
 use crate::{
@@ -352,7 +353,8 @@ pub(super) async fn d2_letters_survive_a_restart<H: Harness>(_: &H, backend: &H:
         commit(&store, &shipping, &*log, &[letter(n, Some(b"a"))], &[removed]).await?;
     }
     backend.restart().await?;
-    let found = offsets(&all(&backend.store().await?, &shipping).await?);
+    let store = up(|| backend.store()).await?;
+    let found = offsets(&once_ready(|| all(&store, &shipping)).await?);
     ensure!(found == [3, 4, 5].map(Offset::from), "after a restart: {found:?}");
     Ok(())
 }
