@@ -12,6 +12,7 @@ pages! {
     Readme: "README.md",
     Backends: "docs/backends.md",
     Benchmarks: "docs/benchmarks.md",
+    Failures: "docs/failures.md",
     Guarantees: "docs/guarantees.md",
     Operations: "docs/operations.md",
     Examples: "examples/README.md",

@@ -70,8 +70,8 @@ const MIGRATIONS: &[&str] = &[
     // It writes no beats.
     "ALTER TABLE main.essentially_once_consumers ADD COLUMN beats INTEGER NOT NULL DEFAULT 0;",
     // A process of the previous version ignores dead letters: it handles later records of a key
-    // whose earlier ones were parked. Times are in milliseconds since 1970. `place` is the offset as
-    // 16 big-endian bytes, since the two integers, which are for people, do not sort as u64.
+    // whose earlier ones were parked. Times are in milliseconds since 1970. `place` is the offset
+    // as 16 big-endian bytes, since the two integers, which are for people, do not sort as u64.
     "CREATE TABLE main.essentially_once_letters (
          consumer TEXT NOT NULL,
          place BLOB NOT NULL,
