@@ -1,0 +1,283 @@
+//! Dead letters with real processes: two instances, some of whose records fail, are killed again and
+//! again while an operator retries and discards letters. In the end every record was handled once,
+//! in order within its key, or discarded.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    env, fs, io,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode, Stdio},
+    time::Duration,
+};
+
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore,
+    Record, async_trait,
+    backend::{DeadLetters, Source, Transaction},
+    consumer::{DeadLetterOptions, dead_letters},
+};
+use essentially_once_sqlite::Sqlite;
+use essentially_once_testkit::Suite;
+use integration_tests::{Address, Backend};
+use serde::{Deserialize, Serialize};
+use test_servers::insist;
+
+const RECORDS: u64 = 6_000;
+const KEYS: u64 = 60;
+const KILLS: usize = 20;
+
+/// How long a test may take.
+const LIMIT: Duration = Duration::from_secs(240);
+
+const LOG: &str = "orders";
+const VARIABLE: &str = "ESSENTIALLY_ONCE_TEST_LETTERS";
+
+fn main() -> ExitCode {
+    if let Ok(work) = env::var(VARIABLE) {
+        return match consume(&work) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("worker {}: {error}", std::process::id());
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let mut suite = Suite::new();
+    for store in Backend::STORES {
+        let name = format!("{}::letters_lose_double_and_reorder_nothing", store.name());
+        suite = match store.missing().or_else(|| keeps_none(store)) {
+            Some(why) => suite.ignored(&name, &why),
+            None => suite.async_test(&name, LIMIT, move || run(store)),
+        };
+    }
+    suite.run()
+}
+
+fn keeps_none(store: Backend) -> Option<String> {
+    (!matches!(store, Backend::Sqlite)).then(|| "the store keeps no dead letters yet".into())
+}
+
+/// What a worker does.
+#[derive(Serialize, Deserialize)]
+struct Work {
+    address: Address,
+    /// A file that exists once poison records can be handled.
+    mended: PathBuf,
+}
+
+/// One in a hundred records is poison until the handler is mended, and one in a hundred fails until
+/// its third try.
+fn payload(n: u64) -> String {
+    match n % 100 {
+        13 => format!("{n} poison"),
+        57 => format!("{n} third"),
+        _ => n.to_string(),
+    }
+}
+
+fn number(payload: &[u8]) -> Result<u64, HandlerError> {
+    let text = str::from_utf8(payload)?;
+    Ok(text.split(' ').next().unwrap_or(text).parse()?)
+}
+
+/// Appends each record's number to a list under its key, in the state.
+struct Lists {
+    mended: PathBuf,
+    tries: HashMap<u64, u32>,
+}
+
+#[async_trait]
+impl<Tx: KeyValue> Handler<Tx> for Lists {
+    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        let n = number(&record.payload)?;
+        let tries = self.tries.entry(n).or_default();
+        *tries += 1;
+        if record.payload.ends_with(b"poison") && !self.mended.exists() {
+            return Err(HandlerError::reject("poison"));
+        }
+        if record.payload.ends_with(b"third") && *tries < 3 {
+            return Err(HandlerError::retry("not yet"));
+        }
+        let key = record.key.clone().unwrap_or_default();
+        let before = tx.get(&key).await?.unwrap_or_default();
+        tx.put(&key, &[&before[..], format!("{n} ").as_bytes()].concat())
+            .await?;
+        Ok(())
+    }
+}
+
+fn consume(work: &str) -> Result<(), Source> {
+    // The parent holds the other end of stdin. When the parent ends, this process ends too.
+    std::thread::spawn(|| {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        std::process::exit(1);
+    });
+    let work: Work = serde_json::from_str(work)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let log = insist(|| work.address.log(LOG)).await?;
+        match &work.address {
+            Address::Sqlite(path) => consume_into(insist(|| Sqlite::open(path)).await?.store(), log, work.mended).await,
+            _ => Err("the store keeps no dead letters yet".into()),
+        }
+    })
+}
+
+async fn consume_into<S>(store: S, log: impl Log + 'static, mended: PathBuf) -> Result<(), Source>
+where
+    S: OffsetStore<Tx: KeyValue + DeadLetters>,
+{
+    let tries = HashMap::new();
+    let consumer = Consumer::essentially_once(shipping()?, log, store, Lists { mended, tries })
+        .max_batch(20)
+        .retries(1)
+        .min_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(20))
+        .standby_after(Duration::from_millis(300))
+        .dead_letters(DeadLetterOptions::new().retry_after(Duration::from_millis(30)));
+    consumer.run_until(CancellationToken::new()).await?;
+    Ok(())
+}
+
+fn shipping() -> Result<ConsumerId, Error> {
+    ConsumerId::new("shipping")
+}
+
+/// A process that consumes. Dropping it kills it.
+struct Worker(Child);
+
+impl Worker {
+    fn start(address: &Address, mended: &Path) -> Result<Self, Source> {
+        let (address, mended) = (address.clone(), mended.to_owned());
+        let worker = Command::new(env::current_exe()?)
+            .env(VARIABLE, serde_json::to_string(&Work { address, mended })?)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self(worker))
+    }
+
+    fn check(&mut self) -> Result<(), Source> {
+        match self.0.try_wait()? {
+            Some(status) => Err(format!("a worker ended on its own: {status}").into()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn run(backend: Backend) -> Result<(), Source> {
+    let place = tokio::task::spawn_blocking(move || backend.start().map_err(|error| error.to_string())).await??;
+    let address = place.address();
+    match &address {
+        Address::Sqlite(path) => judge(&address, Sqlite::open(path).await?.store()).await,
+        _ => Err("the store keeps no dead letters yet".into()),
+    }
+}
+
+async fn judge<S>(address: &Address, store: S) -> Result<(), Source>
+where
+    S: OffsetStore<Tx: KeyValue + DeadLetters>,
+{
+    let folder = tempfile::tempdir()?;
+    let mended = folder.path().join("mended");
+    let log = insist(|| address.log(LOG)).await?;
+    let records: Vec<_> = (0..RECORDS)
+        .map(|n| NewRecord::new(payload(n)).key((n % KEYS).to_string()))
+        .collect();
+    for chunk in records.chunks(500) {
+        log.append(chunk).await?;
+    }
+    let discarded = disturb(address, &store, &mended).await?;
+    fs::write(&mended, "")?;
+    drain(address, &store, &*log, &mended).await?;
+
+    let mut tx = store.begin(&shipping()?).await?;
+    let mut wrong = BTreeMap::new();
+    for key in 0..KEYS {
+        let list = tx.get(key.to_string().as_bytes()).await?.unwrap_or_default();
+        let found: Vec<u64> = str::from_utf8(&list)?
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        let of_key = (0..RECORDS).filter(|n| n % KEYS == key);
+        let expected: Vec<u64> = of_key.filter(|n| !discarded.contains(n)).collect();
+        if found != expected {
+            wrong.insert(key, (found, expected));
+        }
+    }
+    tx.rollback().await?;
+    eprintln!(
+        "{} of {RECORDS} records were discarded, {KILLS} workers killed",
+        discarded.len()
+    );
+    match wrong.is_empty() {
+        true => Ok(()),
+        false => Err(format!("lists found and expected, by key: {wrong:?}").into()),
+    }
+}
+
+/// Kills workers while an operator retries and discards. Returns the discarded records.
+async fn disturb<S>(address: &Address, store: &S, mended: &Path) -> Result<BTreeSet<u64>, Source>
+where
+    S: OffsetStore<Tx: KeyValue + DeadLetters>,
+{
+    let shipping = shipping()?;
+    let mut discarded = BTreeSet::new();
+    let mut workers = [Worker::start(address, mended)?, Worker::start(address, mended)?];
+    for kill in 0..KILLS {
+        // Until some letters exist, there is nothing to disturb.
+        while store.position(&shipping).await?.is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(50..250))).await;
+        match kill % 2 {
+            0 => {
+                dead_letters::retry_all(&shipping, store).await?;
+            }
+            _ => {
+                let letters = dead_letters::list(&shipping, store, None, 50).await?;
+                let poison = letters.iter().find(|letter| letter.record.payload.ends_with(b"poison"));
+                if let Some(letter) = poison {
+                    match dead_letters::discard(&shipping, store, letter).await {
+                        Ok(()) => {
+                            discarded.insert(number(&letter.record.payload).map_err(|error| error.to_string())?);
+                        }
+                        // The worker tried it in the meantime.
+                        Err(error) if error.to_string().contains("changed since") => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+            }
+        }
+        let killed = &mut workers[fastrand::usize(..2)];
+        killed.check()?;
+        *killed = Worker::start(address, mended)?;
+    }
+    Ok(discarded)
+}
+
+/// Retries with a mended handler until no letter is left and the log is read.
+async fn drain<S>(address: &Address, store: &S, log: &dyn Log, mended: &Path) -> Result<(), Source>
+where
+    S: OffsetStore<Tx: KeyValue + DeadLetters>,
+{
+    let shipping = shipping()?;
+    let mut worker = Worker::start(address, mended)?;
+    loop {
+        worker.check()?;
+        dead_letters::retry_all(&shipping, store).await?;
+        let letters = dead_letters::list(&shipping, store, None, 1).await?;
+        let next = store.position(&shipping).await?.map(|position| position.next);
+        if letters.is_empty() && next >= Some(log.bounds().await?.end) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
