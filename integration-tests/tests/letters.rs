@@ -1,6 +1,6 @@
-//! Dead letters with real processes: two instances, some of whose records fail, are killed again and
-//! again while an operator retries and discards letters. In the end every record was handled once,
-//! in order within its key, or discarded.
+//! Dead letters with real processes: two instances, some of whose records fail, are killed again
+//! and again while an operator retries and discards letters. In the end every record was handled
+//! once, in order within its key, or discarded.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

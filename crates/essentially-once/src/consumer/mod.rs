@@ -76,9 +76,11 @@ const RELEASE_LIMIT: Duration = Duration::from_millis(75);
 /// rolls the transaction back and commits the records before the failed one without it. Once the
 /// record's [`retries`](Self::retries) are used up, or at once after
 /// [`HandlerError::reject`](crate::HandlerError::reject), the run ends with [`Error::Unhandled`]
-/// and the position points to the record, unless [`on_failure`](Self::on_failure) says otherwise.
-/// Under at-most-once a record must not be handled twice, so the consumer passes over it and
-/// reports it as [`failed`](Report::failed).
+/// and the position points to the record. Under at-most-once a record must not be handled twice, so
+/// the consumer passes over it and reports it as [`failed`](Report::failed).
+///
+/// [`on_failure`](Self::on_failure) can also skip the record, or set it aside as a
+/// [dead letter](Self::dead_letters), and go on.
 ///
 /// If a batch fails as a whole, in [`Handler::flush`] or at its commit, the consumer handles and
 /// commits its records individually until it finds the culprit, which then counts as failed.
@@ -459,8 +461,8 @@ where
 
 impl<S, H, D: Retrying> Consumer<S, H, D> {
     /// What to do with a record that cannot be handled: its [`retries`](Self::retries) are used up,
-    /// the handler [rejected](HandlerError::reject) it, or it could not be decoded. The default is
-    /// [`OnFailure::Stop`]. A [fatal](HandlerError::fatal) error always ends the run.
+    /// the handler [rejected](crate::HandlerError::reject) it, or it could not be decoded. The default is
+    /// [`OnFailure::Stop`]. A [fatal](crate::HandlerError::fatal) error always ends the run.
     ///
     /// At-most-once has no such choice, because it never tries a record twice.
     #[must_use]
