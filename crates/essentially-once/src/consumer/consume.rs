@@ -59,6 +59,7 @@ impl<S: OffsetStore> Session<'_, S> {
         );
         let result = self.consume::<H, D>(handler, &mut ahead, &mut until).await;
         ahead.end().await;
+        self.run.parked = mem::take(&mut self.parked);
         result
     }
 

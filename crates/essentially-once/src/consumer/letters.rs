@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    mem,
     time::{Duration, SystemTime},
 };
 
@@ -14,7 +15,7 @@ use super::{
     session::Session,
 };
 use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, OffsetStore, Record, Transaction,
+    Error, Handler, HandlerError, HandlerErrorKind, OffsetStore, Record, Revision, Transaction,
     letters::{DeadLetter, DeadLetters, trusted_key},
     rt::Instant,
 };
@@ -109,15 +110,19 @@ impl Default for DeadLetterOptions {
     }
 }
 
-/// What a session knows about the consumer's letters. Whoever adds or removes letters commits, so
-/// an instance whose knowledge is out of date is fenced.
+/// What a session knows about the consumer's letters at its position's revision. Whoever adds or
+/// removes letters commits, so an instance whose knowledge is out of date is fenced.
 #[derive(Default)]
 pub(super) struct Parked {
+    /// The revision of the position at which this was true; `None` if it never was.
+    revision: Option<Revision>,
     /// The number of letters of each key.
     keys: HashMap<Bytes, u64>,
     total: u64,
     /// When the first letter is due.
     pub(super) due: Option<SystemTime>,
+    /// The key and the due time of each letter parked in the open transaction.
+    staged: Vec<(Option<Bytes>, Option<SystemTime>)>,
 }
 
 impl Parked {
@@ -137,7 +142,12 @@ impl Parked {
             }
         }
         let due = letters.first_due().await?.and_then(|letter| letter.due);
-        Ok(Self { keys, total, due })
+        Ok(Self {
+            keys,
+            total,
+            due,
+            ..Self::default()
+        })
     }
 
     /// Whether earlier records of this record's key are letters.
@@ -153,14 +163,23 @@ impl Parked {
         self.total
     }
 
-    fn add(&mut self, letter: &DeadLetter) {
-        self.total += 1;
-        if let Some(key) = letter.key() {
-            *self.keys.entry(key.clone()).or_default() += 1;
+    /// Forgets what was parked in a transaction that was not committed.
+    pub(super) fn discard(&mut self) {
+        self.staged.clear();
+    }
+
+    /// Applies what was parked in a transaction, now that it is committed.
+    pub(super) fn commit(&mut self, revision: Revision) {
+        for (key, due) in mem::take(&mut self.staged) {
+            self.total += 1;
+            if let Some(key) = key {
+                *self.keys.entry(key).or_default() += 1;
+            }
+            if let Some(due) = due {
+                self.due = Some(self.due.map_or(due, |first| first.min(due)));
+            }
         }
-        if let Some(due) = letter.due {
-            self.due = Some(self.due.map_or(due, |first| first.min(due)));
-        }
+        self.revision = Some(revision);
     }
 
     fn remove(&mut self, letter: &DeadLetter) {
@@ -191,8 +210,15 @@ impl<S: OffsetStore> Session<'_, S> {
         if !S::Tx::KEEPS_DEAD_LETTERS {
             return Ok(());
         }
+        self.parked = mem::take(&mut self.run.parked);
+        self.parked.discard();
+        // The session before may have known, and nothing has changed since.
+        if self.parked.revision == Some(self.place.revision) {
+            return Ok(());
+        }
         let mut tx = self.begin().await?;
         self.parked = self.or_stop(Parked::load(letters_of(&mut tx)?)).await?;
+        self.parked.revision = Some(self.place.revision);
         self.telemetry.dead_letters.set(self.parked.total() as f64);
         self.end(tx).await
     }
@@ -233,12 +259,12 @@ impl<S: OffsetStore> Session<'_, S> {
             Failure::Backend(Error::failed(action, reason))
         };
         let limit = self.settings.letters.clone().unwrap_or_default().limit;
-        if self.parked.total() >= limit {
+        let total = self.parked.total + self.parked.staged.len() as u64;
+        if total >= limit {
             return Err(refused(format!(
-                "consumer {} has {} dead letters, and {limit} is its limit; retry or discard some, or raise \
+                "consumer {} has {total} dead letters, and {limit} is its limit; retry or discard some, or raise \
                  `DeadLetterOptions::limit`",
-                self.id,
-                self.parked.total()
+                self.id
             )));
         }
         let letters = letters.ok_or_else(|| Failure::Backend(keeps_none()))?;
@@ -250,7 +276,7 @@ impl<S: OffsetStore> Session<'_, S> {
             )));
         }
         self.or_stop(letters.park(&letter)).await?;
-        self.parked.add(&letter);
+        self.parked.staged.push((letter.key().cloned(), letter.due));
         Ok(())
     }
 

@@ -461,8 +461,9 @@ where
 
 impl<S, H, D: Retrying> Consumer<S, H, D> {
     /// What to do with a record that cannot be handled: its [`retries`](Self::retries) are used up,
-    /// the handler [rejected](crate::HandlerError::reject) it, or it could not be decoded. The default is
-    /// [`OnFailure::Stop`]. A [fatal](crate::HandlerError::fatal) error always ends the run.
+    /// the handler [rejected](crate::HandlerError::reject) it, or it could not be decoded. The
+    /// default is [`OnFailure::Stop`]. A [fatal](crate::HandlerError::fatal) error always ends the
+    /// run.
     ///
     /// At-most-once has no such choice, because it never tries a record twice.
     #[must_use]

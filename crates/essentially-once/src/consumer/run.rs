@@ -1,6 +1,6 @@
 //! The state of a run, which outlives its sessions.
 
-use super::{duplicates::Duplicates, policy::Verdict, report::Report, silences::Silences};
+use super::{duplicates::Duplicates, letters::Parked, policy::Verdict, report::Report, silences::Silences};
 use crate::{Offset, Pulse, Revision, rt::Instant};
 
 /// The state of a run that outlives its sessions. It never decides which records are handled. Only
@@ -15,6 +15,8 @@ pub(super) struct Run {
     /// Commits whose replies were lost, all based on the same revision. At most one of them
     /// applies.
     pub(super) unanswered: Vec<Unanswered>,
+    /// What the session before knew about dead letters.
+    pub(super) parked: Parked,
     /// The record to go past, after its last try failed.
     pub(super) verdict: Option<Verdict>,
     /// The first position of a new consumer, until it receives a record.

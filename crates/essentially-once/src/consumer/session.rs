@@ -161,6 +161,7 @@ impl<S: OffsetStore> Session<'_, S> {
         (advance.windows, advance.forgotten) = self.windows.take_changes();
         let started = Instant::now();
         if let Err(error) = tx.commit(advance).await {
+            self.parked.discard();
             if matches!(error, Error::Indeterminate { .. }) {
                 self.run.unanswered.push(Unanswered {
                     expected,
@@ -177,6 +178,7 @@ impl<S: OffsetStore> Session<'_, S> {
             revision,
             is_epoch_open: true,
         };
+        self.parked.commit(revision);
         self.run.seen = Some(Seen { revision, next });
         self.run.unanswered.clear();
         self.run.is_owner = true;

@@ -109,6 +109,20 @@ async fn parked(backend: &Backend) -> Vec<u64> {
         .collect()
 }
 
+/// Waits for something that a running consumer does.
+async fn wait_until<T>(run: &tokio::task::JoinHandle<T>, condition: impl AsyncFn() -> bool) {
+    while !condition().await {
+        assert!(!run.is_finished(), "the run ended");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// The consumer's position, or 0.
+async fn next(backend: &Backend) -> Offset {
+    let position = backend.position(&shipping()).await;
+    position.map_or(Offset::ZERO, |position| position.next)
+}
+
 async fn retry_all(backend: &Backend) -> u64 {
     dead_letters::retry_all(&shipping(), &backend.memory.store())
         .await
@@ -200,15 +214,11 @@ async fn letters_are_tried_again_after_a_pause_that_doubles_while_other_keys_go_
     let calls = || handler.calls.lock().unwrap().iter().filter(|call| *call == "2").count();
     let started = SystemTime::now();
     // Two tries in the loop, and three of the letter: after 40, 80 and 160 ms.
-    while calls() < 6 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    wait_until(&run, async || calls() >= 6).await;
     assert!(started.elapsed().unwrap() >= 6 * pause, "{:?}", started.elapsed());
     assert_eq!(effects(&backend).await["b"], "1 3 6 9 ", "other keys went on");
     handler.retried.lock().unwrap().clear();
-    while !letters(&backend).await.is_empty() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    wait_until(&run, async || letters(&backend).await.is_empty()).await;
     stop.cancel();
     let report = run.await.unwrap().unwrap();
     assert_eq!((report.handled, report.parked), (12, 3), "{report}");
@@ -221,16 +231,15 @@ async fn a_running_idle_consumer_tries_a_letter_that_an_operator_retries() {
     let handler = poisoned(&backend, &["2"]);
     let stop = CancellationToken::new();
     let run = tokio::spawn(consumer(&backend, handler.clone()).run_until(stop.clone()));
-    while parked(&backend).await != [2, 4, 8] || backend.position(&shipping()).await.unwrap().next < RECORDS.into() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    wait_until(&run, async || {
+        parked(&backend).await == [2, 4, 8] && next(&backend).await == RECORDS.into()
+    })
+    .await;
     handler.poison.lock().unwrap().clear();
     dead_letters::retry(&shipping(), &backend.memory.store(), 2.into())
         .await
         .unwrap();
-    while !letters(&backend).await.is_empty() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    wait_until(&run, async || letters(&backend).await.is_empty()).await;
     stop.cancel();
     run.await.unwrap().unwrap();
     assert_eq!(effects(&backend).await, all_in_order());
@@ -400,6 +409,49 @@ async fn parking_is_part_of_the_transaction() {
             .unwrap()
             .is_empty()
     );
+}
+
+/// A commit is refused because of one record, while others of its batch were parked.
+#[tokio::test]
+async fn a_refused_commit_leaves_no_trace_in_the_counts() {
+    let backend = keyed(Script::default()).await;
+    let (poison, refused) = (Arc::new(Mutex::new(true)), Arc::new(Mutex::new(true)));
+    let (is_poison, is_refused) = (Arc::clone(&poison), Arc::clone(&refused));
+    let handler = handler_fn(move |record: &Record, tx: &mut ScriptedTx| {
+        let (poison, refused) = (*is_poison.lock().unwrap(), *is_refused.lock().unwrap());
+        Box::pin(async move {
+            match &record.payload[..] {
+                b"0" if poison => return Err(HandlerError::reject("poison")),
+                b"3" => tx.refuse_commit |= refused,
+                _ => {}
+            }
+            support::count_one(tx, &record.payload).await?;
+            Ok(())
+        })
+    });
+    let stop = CancellationToken::new();
+    let run = tokio::spawn(
+        Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+            .retries(1)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
+            .dead_letters(DeadLetterOptions::new().limit(7))
+            .run_until(stop.clone()),
+    );
+    // 0 is poison, 2, 4 and 8 follow it, and 3 makes its commits fail, so 6 and 9 follow it.
+    wait_until(&run, async || next(&backend).await == RECORDS.into()).await;
+    assert_eq!(parked(&backend).await, [0, 2, 3, 4, 6, 8, 9]);
+    (*poison.lock().unwrap(), *refused.lock().unwrap()) = (false, false);
+    retry_all(&backend).await;
+    wait_until(&run, async || letters(&backend).await.is_empty()).await;
+    // The keys have no letters, and their records are handled again.
+    let more = ["a", "b"].map(|key| NewRecord::new("more").key(key));
+    backend.memory_log().append(&more).await.unwrap();
+    wait_until(&run, async || next(&backend).await == (RECORDS + 2).into()).await;
+    stop.cancel();
+    run.await.unwrap().unwrap();
+    assert!(letters(&backend).await.is_empty());
+    assert_eq!(backend.counts(&shipping(), RECORDS).await, [1; RECORDS as usize]);
 }
 
 /// Runs with poison records, mends the handler, retries and runs again, with a fault from the
