@@ -55,6 +55,8 @@ pub enum Operation {
     Beat,
     /// `OffsetStore::release`.
     Release,
+    /// A method of `DeadLetters`.
+    Letters,
     /// `Handler::handle`.
     Handle,
 }

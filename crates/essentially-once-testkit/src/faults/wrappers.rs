@@ -6,7 +6,10 @@ use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, ReadState, Record,
     async_trait,
-    backend::{Advance, Bounds, Durability, LogId, LogReader, Owner, Position, Pulse, Snapshot, Transaction},
+    backend::{
+        Advance, Bounds, DeadLetter, DeadLetters, Durability, LogId, LogReader, Owner, Position, Pulse, Snapshot,
+        Transaction,
+    },
 };
 
 use super::control::{Failure, Operation, Process};
@@ -146,6 +149,12 @@ impl<T> FaultyTx<T> {
 
 #[async_trait]
 impl<T: Transaction> Transaction for FaultyTx<T> {
+    const KEEPS_DEAD_LETTERS: bool = T::KEEPS_DEAD_LETTERS;
+
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        T::KEEPS_DEAD_LETTERS.then_some(self)
+    }
+
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         self.process
             .operate(Operation::Commit, self.inner.commit(advance), |failure| match failure {
@@ -158,6 +167,59 @@ impl<T: Transaction> Transaction for FaultyTx<T> {
     async fn rollback(self) -> Result<(), Error> {
         ask(&self.process, Operation::Rollback, self.inner.rollback()).await
     }
+}
+
+#[async_trait]
+impl<T: Transaction> DeadLetters for FaultyTx<T> {
+    async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.park(letter)).await
+    }
+
+    async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.remove(offset)).await
+    }
+
+    async fn remove_from(&mut self, offset: Offset) -> Result<u64, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.remove_from(offset)).await
+    }
+
+    async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.letter(offset)).await
+    }
+
+    async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.head(key)).await
+    }
+
+    async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.first_due()).await
+    }
+
+    async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.list(after, limit)).await
+    }
+
+    async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.counts(after, limit)).await
+    }
+
+    async fn total(&mut self) -> Result<u64, Error> {
+        let letters = letters(&mut self.inner)?;
+        ask(&self.process, Operation::Letters, letters.total()).await
+    }
+}
+
+fn letters<T: Transaction>(tx: &mut T) -> Result<&mut dyn DeadLetters, Error> {
+    tx.dead_letters()
+        .ok_or_else(|| Error::failed("use dead letters", "the wrapped transaction keeps none"))
 }
 
 #[async_trait]
