@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
+mod letters;
 mod rabbitmq;
 mod recovery;
 mod redis;
@@ -51,6 +52,9 @@ enum Backend {
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
+    /// The price of dead letters on SQLite: of records that are parked, and of many letters in the
+    /// file. Ignores batch sizes.
+    Letters,
 }
 
 /// One measured row of the table.
@@ -98,6 +102,7 @@ fn main() -> Result<ExitCode> {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
+        Backend::Letters => return letters::measure(arguments.rounds, &folder).map(|()| ExitCode::SUCCESS),
         Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),
     };
     println!(

@@ -1,0 +1,119 @@
+//! The price of dead letters on SQLite: of records that are parked, and of many letters in the
+//! file.
+
+use std::{path::Path, time::Instant};
+
+use essentially_once::{
+    Consumer, ConsumerId, Handler, HandlerError, Log as _, NewRecord, Record, async_trait,
+    consumer::{DeadLetterOptions, Report},
+};
+use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
+use tempfile::TempDir;
+
+use crate::{Result, median};
+
+/// The number of records, and of every how many one is rejected.
+const REJECTED: [(u64, Option<u64>); 3] = [(20_000, None), (20_000, Some(1_000)), (20_000, Some(100))];
+
+/// Letters in the file when a consumer starts.
+const WAITING: [u64; 3] = [0, 10_000, 1_000_000];
+
+/// Records that such a consumer then handles.
+const RECORDS: u64 = 20_000;
+
+/// Counts records, and rejects some.
+struct Count {
+    rejects_every: Option<u64>,
+}
+
+#[async_trait]
+impl Handler<SqliteTx> for Count {
+    async fn handle(&mut self, record: &Record, tx: &mut SqliteTx) -> Result<(), HandlerError> {
+        if self
+            .rejects_every
+            .is_some_and(|every| record.offset.lo() % every == every / 2)
+        {
+            return Err(HandlerError::reject("every so often"));
+        }
+        tx.execute("UPDATE counter SET n = n + 1", [])?;
+        Ok(())
+    }
+}
+
+pub(crate) fn measure(rounds: u32, folder: &TempDir) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    println!("{rounds} rounds; SQLite, the default batch of 100, every record has a key of its own");
+    println!("| rejected and parked | records/s, median | relative to none |");
+    println!("|---|---:|---:|");
+    let mut none = None;
+    for (records, every) in REJECTED {
+        let mut rates = Vec::new();
+        for round in 0..rounds {
+            let path = folder
+                .path()
+                .join(format!("rejected-{}-{round}.db", every.unwrap_or(0)));
+            let (report, seconds) = runtime.block_on(consume(&path, records, every, 0))?;
+            let parked = every.map_or(0, |every| records / every);
+            if (report.handled, report.parked) != (records - parked, parked) {
+                return Err(format!("{report}").into());
+            }
+            rates.push(records as f64 / seconds);
+        }
+        let rate = median(&mut rates);
+        let none = *none.get_or_insert(rate);
+        let label = every.map_or("none".into(), |every| format!("1 in {every}"));
+        println!("| {label} | {rate:.0} | {:.2} |", rate / none);
+    }
+    println!();
+    println!("| letters in the file | start and the first commit, s | {RECORDS} records of other keys, records/s |");
+    println!("|---:|---:|---:|");
+    for letters in WAITING {
+        let path = folder.path().join(format!("waiting-{letters}.db"));
+        let (report, start) = runtime.block_on(consume(&path, 1, None, letters))?;
+        if report.handled != 1 {
+            return Err(format!("{report}").into());
+        }
+        let (report, seconds) = runtime.block_on(consume(&path, RECORDS, None, 0))?;
+        if report.handled != RECORDS {
+            return Err(format!("{report}").into());
+        }
+        let rate = RECORDS as f64 / (seconds - start).max(0.001);
+        println!("| {letters} | {start:.2} | {rate:.0} |");
+    }
+    Ok(())
+}
+
+/// Appends records, adds letters, and consumes. Returns the report, and how long consuming took.
+async fn consume(path: &Path, records: u64, rejects_every: Option<u64>, letters: u64) -> Result<(Report, f64)> {
+    let user = Connection::open(path)?;
+    user.execute_batch(
+        "CREATE TABLE IF NOT EXISTS counter (n INTEGER);
+         INSERT INTO counter SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM counter)",
+    )?;
+    let sqlite = Sqlite::open(path).await?;
+    let log = sqlite.log("orders").await?;
+    for chunk in 0..records.div_ceil(1_000) {
+        let numbers = chunk * 1_000..records.min((chunk + 1) * 1_000);
+        let records: Vec<_> = numbers.map(|n| NewRecord::new("an order").key(n.to_string())).collect();
+        log.append(&records).await?;
+    }
+    if letters > 0 {
+        // Offsets that the log never reaches, and keys that no record has.
+        user.execute(
+            "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?1)
+             INSERT INTO essentially_once_letters
+                 SELECT 'shipping', unhex(printf('%016X%016X', 1, n)), 1, n, 0, CAST('letter ' || n AS BLOB), NULL, x'00',
+                     NULL, NULL, NULL, 1, 'why', 'why', 0, 0, NULL, 1 FROM n",
+            [letters as i64],
+        )?;
+    }
+    let handler = Count { rejects_every };
+    let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, log, sqlite.store(), handler)
+        .dead_letters(DeadLetterOptions::new().limit(2_000_000));
+    let started = Instant::now();
+    let report = consumer.run_until_caught_up().await?;
+    Ok((report, started.elapsed().as_secs_f64()))
+}
