@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Error, NewRecord, Offset,
+    Error, Offset,
     backend::{Advance, Owner, Position, Pulse, Revision, Snapshot},
 };
 use tokio::{
@@ -27,8 +27,9 @@ use super::{
     rule::{Commit, Fold, Hint, Token, Verdict},
     scope::{Scope, nothing_done},
     snapshots::Snapshots,
-    state::{Sent, SharedFold, State, StateChange, Writes},
+    state::{Sent, SharedFold, State, StateChange},
     turns::Turns,
+    tx::Staged,
 };
 use crate::{
     connection::{
@@ -190,13 +191,7 @@ impl Changelog {
     }
 
     /// Publishes an entry and reads on until it comes back, which shows whether it came first.
-    pub(super) async fn commit(
-        &self,
-        based_on: Revision,
-        writes: Writes,
-        sent: Vec<NewRecord>,
-        advance: Advance,
-    ) -> Result<(), Error> {
+    pub(super) async fn commit(&self, based_on: Revision, staged: Staged, advance: Advance) -> Result<(), Error> {
         let mut slot = self.replica().await?;
         let replica = self.loaded(&mut slot).await?;
         replica.fresh = false;
@@ -205,7 +200,7 @@ impl Changelog {
             return Err(self.scope.fenced(expected));
         }
         let given = advance.log.clone();
-        let (token, entry) = self.prepare(writes, sent, advance)?;
+        let (token, entry) = self.prepare(staged, advance)?;
         replica.policy.make_room(entry.len()).await?;
         let size = entry.len();
         match self.publisher.publish(vec![Message::new(entry)]).await {
@@ -235,17 +230,18 @@ impl Changelog {
     }
 
     /// Makes the entry, unless it would certainly not apply.
-    fn prepare(&self, writes: Writes, sent: Vec<NewRecord>, advance: Advance) -> Result<(Token, Vec<u8>), Error> {
+    fn prepare(&self, staged: Staged, advance: Advance) -> Result<(Token, Vec<u8>), Error> {
         let fold = self.fold.read();
         let stored = fold.place.as_ref().map(|(log, _)| (fold.revision, log));
         advance.check(&self.scope.consumer, stored)?;
         let change = StateChange {
             windows: advance.windows,
             forgotten: advance.forgotten,
-            writes: writes.into_iter().collect(),
-            sent: (!sent.is_empty()).then(|| Sent {
+            writes: staged.writes.into_iter().collect(),
+            letters: staged.letters.into_change(),
+            sent: (!staged.sent.is_empty()).then(|| Sent {
                 before: fold.state.sent_end,
-                packed: packed::encode(&sent, SystemTime::now(), false),
+                packed: packed::encode(&staged.sent, SystemTime::now(), false),
             }),
         };
         self.scope

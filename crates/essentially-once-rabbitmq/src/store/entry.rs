@@ -4,6 +4,7 @@ use bytes::{BufMut as _, Bytes};
 use essentially_once::backend::{Owner, Passed, Revision};
 
 use super::{
+    letter_index::LettersChange,
     rule::{Commit, Token},
     state::{Sent, StateChange},
     wire::{Decoded, Reader, put_bytes, put_log, put_numbering, put_offset, put_revision, put_window},
@@ -18,6 +19,9 @@ const VERSION: u8 = 2;
 /// The version of marks, which every version reads, and of commits written before 0.2, without
 /// epochs and owners.
 const FIRST_VERSION: u8 = 1;
+/// The version of commits that change dead letters. A process that cannot keep letters stops at the
+/// first of them. Without such a commit it goes on, because all others keep their version.
+const LETTERS_VERSION: u8 = 3;
 
 const COMMIT: u8 = 1;
 const MARK: u8 = 2;
@@ -58,7 +62,11 @@ pub(super) fn encode_mark(token: Token) -> Vec<u8> {
 }
 
 pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
-    let mut out = header(VERSION, COMMIT, commit.token);
+    let version = match commit.change.letters.is_empty() {
+        true => VERSION,
+        false => LETTERS_VERSION,
+    };
+    let mut out = header(version, COMMIT, commit.token);
     out.put_u128(commit.parent);
     put_revision(&mut out, commit.expected);
     put_revision(&mut out, commit.revision);
@@ -87,6 +95,9 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
     if let Some(sent) = &change.sent {
         put_offset(&mut out, sent.before);
         put_bytes(&mut out, &sent.packed);
+    }
+    if version == LETTERS_VERSION {
+        change.letters.encode(&mut out);
     }
     out
 }
@@ -130,7 +141,7 @@ pub(super) fn parse(bytes: Bytes) -> Parsed {
 fn decode(bytes: Bytes) -> Decoded<Entry> {
     let mut reader = Reader::new(bytes);
     let version = reader.u8()?;
-    if !(FIRST_VERSION..=VERSION).contains(&version) {
+    if !(FIRST_VERSION..=LETTERS_VERSION).contains(&version) {
         return Err("it was written by another version of this crate; use that version or a later one");
     }
     let (kind, token) = (reader.u8()?, reader.u128()?);
@@ -183,6 +194,10 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
                 1 => Some(decode_sent(reader)?),
                 _ => return Err("the flag of its sent records is neither 0 nor 1"),
             },
+            letters: match version {
+                LETTERS_VERSION => LettersChange::decode(reader)?,
+                _ => LettersChange::default(),
+            },
         },
     })
 }
@@ -200,7 +215,7 @@ fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::time::SystemTime;
+    use std::{sync::Arc, time::SystemTime};
 
     use essentially_once::{
         Epoch, NewRecord, Offset, ProducerId, Record,
@@ -208,7 +223,10 @@ pub(super) mod tests {
     };
     use proptest::{collection::vec, option, prelude::*};
 
-    use super::*;
+    use super::{
+        super::letter::{Letter, tests::dead_letter},
+        *,
+    };
 
     fn numbering() -> impl Strategy<Value = Numbering> {
         ("[a-z][a-z0-9]{0,8}", any::<u64>())
@@ -245,11 +263,40 @@ pub(super) mod tests {
                 packed: packed::encode(&records, SystemTime::UNIX_EPOCH, false),
             })
         });
-        (windows, vec(numbering(), 0..3), writes, sent).prop_map(|(windows, forgotten, writes, sent)| StateChange {
-            windows,
-            forgotten,
-            writes,
-            sent,
+        (windows, vec(numbering(), 0..3), writes, sent, letters()).prop_map(
+            |(windows, forgotten, writes, sent, letters)| StateChange {
+                windows,
+                forgotten,
+                writes,
+                sent,
+                letters,
+            },
+        )
+    }
+
+    /// Often nothing, as in most commits.
+    fn letters() -> impl Strategy<Value = LettersChange> {
+        let letter = || dead_letter().prop_map(|letter| Arc::new(Letter::new(&letter)));
+        let changes = (
+            option::of((0u64..2, 0u64..6)),
+            vec((0u64..2, 0u64..6), 0..2),
+            vec(letter(), 0..2),
+            vec(letter(), 0..3),
+        );
+        let offset = |(hi, lo)| Offset::new(hi, lo);
+        option::of(changes).prop_map(move |changes| {
+            let Some((removed_from, removed, updated, parked)) = changes else {
+                return LettersChange::default();
+            };
+            LettersChange {
+                removed_from: removed_from.map(offset),
+                removed: removed.into_iter().map(offset).collect(),
+                updated: updated
+                    .into_iter()
+                    .map(|letter| (letter.offset, letter.status.clone()))
+                    .collect(),
+                parked,
+            }
         })
     }
 
@@ -296,7 +343,7 @@ pub(super) mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = parse(bytes.clone().into());
-            for version in [FIRST_VERSION, VERSION] {
+            for version in [FIRST_VERSION, VERSION, LETTERS_VERSION] {
                 for kind in [COMMIT, MARK] {
                     let _ = parse([header(version, kind, 1), bytes.clone()].concat().into());
                 }
@@ -312,13 +359,29 @@ pub(super) mod tests {
         }
     }
 
+    /// So a process that cannot keep letters goes on while there are none.
+    #[test]
+    fn commits_without_letters_are_encoded_as_they_were_before_letters() {
+        let fixture = include_str!("../../tests/fixtures/version-2.txt");
+        let mut commits = 0;
+        for digits in fixture.lines().filter_map(|line| line.strip_prefix("body ")) {
+            let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("hexadecimal digits");
+            let body: Vec<u8> = (0..digits.len()).step_by(2).map(byte).collect();
+            if let Parsed::Entry(Entry::Commit(commit)) = parse(body.clone().into()) {
+                assert_eq!(encode_commit(&commit), body);
+                commits += 1;
+            }
+        }
+        assert_eq!(commits, 4);
+    }
+
     #[test]
     fn what_is_not_ours_is_foreign_and_another_version_is_not() {
         for foreign in ["", "eo-entr", "hello"] {
             assert_eq!(parse(foreign.into()), Parsed::Foreign, "{foreign:?}");
         }
         let mut newer = encode_mark(1);
-        newer[MAGIC.len()] = VERSION + 1;
+        newer[MAGIC.len()] = LETTERS_VERSION + 1;
         assert!(matches!(parse(newer.into()), Parsed::Unreadable(why) if why.contains("version")));
     }
 }

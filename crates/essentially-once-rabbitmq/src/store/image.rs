@@ -10,6 +10,7 @@ use bytes::{BufMut as _, Bytes};
 
 use super::{
     entry::{put_owner, put_passed, read_owner, read_passed},
+    letter_index::Letters,
     rule::Fold,
     state::State,
     wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_revision, put_window},
@@ -19,6 +20,9 @@ const MAGIC: &[u8] = b"eo-chunk";
 const VERSION: u8 = 2;
 /// The version of snapshots written before 0.2, without epochs and owners.
 const FIRST_VERSION: u8 = 1;
+/// The version of snapshots with dead letters. A process that cannot keep letters ignores them, and
+/// then stops at the commits that parked the letters.
+const LETTERS_VERSION: u8 = 3;
 
 /// Bytes of state in a chunk, unless the broker only takes smaller messages.
 pub(super) const CHUNK: usize = 1024 * 1024;
@@ -28,6 +32,7 @@ pub(super) const CHUNK_HEAD: usize = MAGIC.len() + 1 + 16 + 8 + 3 * 4;
 
 /// A snapshot that is ready to be written.
 pub(super) struct Image {
+    version: u8,
     id: u128,
     /// Entries before this offset of the changelog are in it.
     pub(super) offset: u64,
@@ -39,7 +44,15 @@ impl Image {
         let id = u128::from(fastrand::u64(..)) << 64 | u128::from(fastrand::u64(..));
         let mut body = Vec::with_capacity(fold.state.size());
         put_fold(&mut body, fold);
+        let version = match fold.state.letters.is_empty() {
+            true => VERSION,
+            false => LETTERS_VERSION,
+        };
+        if version == LETTERS_VERSION {
+            fold.state.letters.encode(&mut body);
+        }
         Self {
+            version,
             id,
             offset: fold.offset,
             body: body.into(),
@@ -58,7 +71,7 @@ impl Image {
         (0..).zip(chunks).map(move |(index, part): (u32, _)| {
             let mut message = Vec::with_capacity(CHUNK_HEAD + part.len());
             message.put_slice(MAGIC);
-            message.put_u8(VERSION);
+            message.put_u8(self.version);
             message.put_u128(self.id);
             message.put_u64(self.offset);
             message.put_u32(index);
@@ -89,7 +102,7 @@ impl Chunk {
         }
         let mut reader = Reader::new(bytes.slice(MAGIC.len()..));
         let version = reader.u8()?;
-        if !(FIRST_VERSION..=VERSION).contains(&version) {
+        if !(FIRST_VERSION..=LETTERS_VERSION).contains(&version) {
             return Err("it was written by another version of this crate");
         }
         let (id, offset) = (reader.u128()?, reader.u64()?);
@@ -253,6 +266,9 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         let (key, value) = (reader.bytes()?, reader.bytes()?);
         state.put(&key, &value);
     }
+    if version == LETTERS_VERSION {
+        state.letters = Letters::decode(&mut reader)?;
+    }
     reader.finish()?;
     Ok(Fold {
         offset,
@@ -349,7 +365,8 @@ mod tests {
             let _ = Chunk::decode(bytes.clone().into());
             let _ = Chunk::decode([MAGIC, &[VERSION], &bytes].concat().into());
             let _ = read_fold(FIRST_VERSION, bytes.clone().into());
-            let _ = read_fold(VERSION, bytes.into());
+            let _ = read_fold(VERSION, bytes.clone().into());
+            let _ = read_fold(LETTERS_VERSION, bytes.into());
         }
     }
 

@@ -10,6 +10,9 @@ mod changelog;
 mod entry;
 mod hints;
 mod image;
+mod letter;
+mod letter_index;
+mod letters;
 #[cfg(test)]
 mod model;
 pub(crate) mod names;
@@ -63,17 +66,25 @@ use crate::connection::server::Server;
 /// about a hundred megabytes or a million keys. The most is [`state_limit`](Self::state_limit),
 /// beyond which a `put` is refused. Larger state belongs in a database.
 ///
+/// Dead letters are part of the state: every such handle keeps all letters of the consumer in
+/// memory, with their records. Each takes the bytes of its record and reasons, and about 400 more.
+/// At [`state_limit`](Self::state_limit) the run ends with an error. Choose
+/// [`DeadLetterOptions::limit`](essentially_once::consumer::DeadLetterOptions::limit) accordingly:
+/// a thousand letters of 100 kB already take a hundred megabytes.
+///
 /// # What a commit means
 /// It returns `Ok` when more than half of the replicas have its message and it came first. RabbitMQ
 /// does not wait for disks. An acknowledged commit survives a crash of this process and of a
 /// broker's process. But a single node, or more than half of them at once, can lose the last
 /// moments when the *machine* loses power.
 ///
-/// A commit takes one message. All changes and all records that it [sends](RabbitTx::send) are
-/// together limited to the larger of 8 MiB and [`record_limit`](crate::RabbitOptions::record_limit)
-/// plus 64 KiB, and never exceed 32 MiB. A `put` or `send` that no longer fits fails with
-/// [`Error::TooLarge`] for a `transaction`. If the handler passes that error on, the consumer
-/// commits the records before this one and handles it again in a transaction of its own.
+/// A commit takes one message. All changes, all letters that it parks, and all records that it
+/// [sends](RabbitTx::send) are together limited to the larger of 8 MiB and
+/// [`record_limit`](crate::RabbitOptions::record_limit) plus 64 KiB, and never exceed 32 MiB. A
+/// `put`, `send` or letter that no longer fits fails with [`Error::TooLarge`] for a `transaction`.
+/// If the handler passes that error on, the consumer commits the records before this one and
+/// handles it again in a transaction of its own. A letter that is parked again with the same record
+/// takes only its status, at most a few kilobytes.
 ///
 /// # Standbys
 /// Beats and releases are small marks in the changelog. [`watch`](OffsetStore::watch) and
@@ -110,8 +121,8 @@ impl RabbitStore {
     }
 
     /// The most state that a consumer may have, in bytes of memory: keys, values, windows, and
-    /// about 96 bytes for each. At most 256 MiB, which is the default. A `put` or commit that would
-    /// exceed it fails with [`Error::Failed`]. State that is already larger can still be read and
+    /// about 96 bytes for each, and dead letters. At most 256 MiB, which is the default. A `put`,
+    /// letter or commit that would exceed it fails with [`Error::Failed`]. State that is already larger can still be read and
     /// deleted.
     ///
     /// With a limit over 256 MiB, every call fails with [`Error::InvalidSetting`].

@@ -4,7 +4,7 @@ use std::{future::Future, sync::Arc};
 
 use essentially_once::{
     ConsumerId, Error,
-    backend::{LogId, Revision, check_size},
+    backend::{DeadLetter, LogId, Revision, check_size},
 };
 
 use super::{
@@ -106,6 +106,11 @@ impl Scope {
         self.limits.value.min(self.server.message_limit())
     }
 
+    /// The largest record of a letter, with its reasons.
+    pub(super) fn letter_limit(&self) -> usize {
+        self.value_limit().saturating_add(2 * DeadLetter::REASON_LIMIT)
+    }
+
     /// The largest entry that this broker takes, as far as known.
     pub(super) fn entry_limit(&self) -> usize {
         self.limits.entry.min(self.server.message_limit())
@@ -139,7 +144,7 @@ impl Scope {
         Error::failed(
             self.on("commit of"),
             format!(
-                "its changes and sent records take {size} bytes, and a commit can hold {limit}; handle fewer records \
+                "its changes, dead letters and sent records take {size} bytes, and a commit can hold {limit}; handle fewer records \
                  at a time (the consumer's `max_batch`), or {raise}; nothing was published"
             ),
         )

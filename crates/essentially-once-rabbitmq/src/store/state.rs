@@ -12,7 +12,10 @@ use essentially_once::{
 };
 use tokio::sync::{Notify, futures::Notified};
 
-use super::rule::{Change, Fold};
+use super::{
+    letter_index::{Letters, LettersChange},
+    rule::{Change, Fold},
+};
 use crate::log::packed;
 
 /// About what an item costs in memory besides its bytes.
@@ -21,15 +24,16 @@ const OVERHEAD: usize = 96;
 /// The writes that a transaction has staged; `None` deletes.
 pub(super) type Writes = BTreeMap<Bytes, Option<Bytes>>;
 
-/// Windows and values.
+/// Windows, values and dead letters.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct State {
     windows: HashMap<Numbering, Window>,
     /// Keys and values share memory with nothing else, so that a copy of the map costs little.
     values: HashMap<Bytes, Bytes>,
+    pub(super) letters: Letters,
     /// The end of the sent records: one past the last.
     pub(super) sent_end: Offset,
-    /// About how much memory they take.
+    /// About how much memory windows and values take.
     size: usize,
 }
 
@@ -46,13 +50,14 @@ impl State {
         self.values.get(key)
     }
 
+    /// About how much memory it takes.
     pub(super) fn size(&self) -> usize {
-        self.size
+        self.size + self.letters.size()
     }
 
     /// The size after the change.
     pub(super) fn size_after(&self, change: &StateChange) -> usize {
-        let mut size = self.size;
+        let mut size = self.size + self.letters.size_after(&change.letters);
         for (numbering, _) in &change.windows {
             size += if self.windows.contains_key(numbering) {
                 0
@@ -115,6 +120,7 @@ pub(super) struct StateChange {
     /// Keys are unique.
     pub(super) writes: Vec<(Bytes, Option<Bytes>)>,
     pub(super) sent: Option<Sent>,
+    pub(super) letters: LettersChange,
 }
 
 /// Records that a commit sends.
@@ -145,6 +151,7 @@ impl Change for StateChange {
                 None => state.delete(&key),
             }
         }
+        state.letters.apply(self.letters);
     }
 }
 
@@ -211,7 +218,7 @@ mod tests {
                 windows,
                 forgotten: forgotten.clone(),
                 writes,
-                sent: None,
+                ..StateChange::default()
             };
             let expected = state.size_after(&change);
             change.apply(0, &mut state);

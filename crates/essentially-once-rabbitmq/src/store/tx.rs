@@ -6,11 +6,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, KeyValue, NewRecord,
-    backend::{Advance, Revision, Transaction, check_entry_size},
+    backend::{Advance, DeadLetters, Revision, Transaction, check_entry_size},
 };
 
 use super::{
     changelog::Changelog,
+    letters::StagedLetters,
     state::{Writes, value_size},
 };
 use crate::log::packed;
@@ -20,17 +21,24 @@ use crate::log::packed;
 /// After an error other than [`Error::TooLarge`], the transaction can only be rolled back. A commit
 /// then fails with that error and applies nothing, even if the handler ignored it.
 pub struct RabbitTx {
-    changelog: Arc<Changelog>,
+    pub(super) changelog: Arc<Changelog>,
     /// The revision that it reads.
     based_on: Revision,
-    writes: Writes,
+    pub(super) staged: Staged,
     /// By how much the writes make the state grow.
     growth: isize,
     /// About how many bytes of the commit's message the writes and the sent records take.
-    staged: usize,
-    sent: Vec<NewRecord>,
+    bytes: usize,
     /// The first error of an operation.
     failure: Option<String>,
+}
+
+/// What a commit applies.
+#[derive(Default)]
+pub(super) struct Staged {
+    pub(super) writes: Writes,
+    pub(super) letters: StagedLetters,
+    pub(super) sent: Vec<NewRecord>,
 }
 
 impl RabbitTx {
@@ -38,10 +46,9 @@ impl RabbitTx {
         Self {
             changelog,
             based_on,
-            writes: Writes::new(),
+            staged: Staged::default(),
             growth: 0,
-            staged: 0,
-            sent: Vec::new(),
+            bytes: 0,
             failure: None,
         }
     }
@@ -62,15 +69,15 @@ impl RabbitTx {
     /// [`RabbitStore`](super::RabbitStore). The transaction stays as it was.
     pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
         record.check_size(self.changelog.scope.value_limit())?;
-        let staged = self.staged + packed::size_bound(&record);
-        self.changelog.scope.check_staged_size(staged)?;
-        self.staged = staged;
-        self.sent.push(record);
+        let size = packed::size_bound(&record);
+        self.changelog.scope.check_staged_size(self.staged_bytes() + size)?;
+        self.bytes += size;
+        self.staged.sent.push(record);
         Ok(())
     }
 
     fn read(&self, key: &[u8]) -> Option<Bytes> {
-        match self.writes.get(key) {
+        match self.staged.writes.get(key) {
             Some(staged) => staged.clone(),
             None => self.changelog.fold.read().state.get(key).cloned(),
         }
@@ -78,32 +85,44 @@ impl RabbitTx {
 
     fn stage_put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
         check_entry_size(key, value, self.changelog.scope.value_limit())?;
-        let before = match self.writes.get(key) {
+        let before = match self.staged.writes.get(key) {
             Some(write) => write_size(key, write.as_deref()),
             None => 0,
         };
-        let staged = self.staged - before + write_size(key, Some(value));
-        self.changelog.scope.check_staged_size(staged)?;
+        let bytes = self.bytes - before + write_size(key, Some(value));
+        let letters = &self.staged.letters;
+        self.changelog.scope.check_staged_size(bytes + letters.bytes())?;
         let stored = self.changelog.fold.read().state.size();
         let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
         let (before, after) = (
-            stored.saturating_add_signed(self.growth),
-            stored.saturating_add_signed(growth),
+            stored.saturating_add_signed(self.growth + letters.growth()),
+            stored.saturating_add_signed(growth + letters.growth()),
         );
         self.changelog.scope.check_state_size(before, after)?;
-        (self.growth, self.staged) = (growth, staged);
-        self.writes
+        (self.growth, self.bytes) = (growth, bytes);
+        self.staged
+            .writes
             .insert(Bytes::copy_from_slice(key), Some(Bytes::copy_from_slice(value)));
         Ok(())
     }
 
     /// Keeps the transaction from committing without the failed operation. The handler may have
     /// ignored the error.
-    fn remember(&mut self, error: Error) -> Error {
+    pub(super) fn remember(&mut self, error: Error) -> Error {
         if !matches!(error, Error::TooLarge { .. }) {
             self.failure.get_or_insert_with(|| error.to_string());
         }
         error
+    }
+
+    /// About how many bytes of the commit's message everything staged takes.
+    pub(super) fn staged_bytes(&self) -> usize {
+        self.bytes + self.staged.letters.bytes()
+    }
+
+    /// By how much everything staged makes the state grow.
+    pub(super) fn state_growth(&self) -> isize {
+        self.growth + self.staged.letters.growth()
     }
 
     fn size_of(&self, key: &[u8]) -> isize {
@@ -121,6 +140,8 @@ impl fmt::Debug for RabbitTx {
 
 #[async_trait]
 impl Transaction for RabbitTx {
+    const KEEPS_DEAD_LETTERS: bool = true;
+
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         let Self {
             changelog, based_on, ..
@@ -131,7 +152,11 @@ impl Transaction for RabbitTx {
                 format!("nothing was applied because an operation in the transaction failed: {failure}"),
             ));
         }
-        changelog.commit(based_on, self.writes, self.sent, advance).await
+        changelog.commit(based_on, self.staged, advance).await
+    }
+
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
     }
 
     async fn rollback(self) -> Result<(), Error> {
@@ -151,9 +176,9 @@ impl KeyValue for RabbitTx {
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
         self.growth -= self.size_of(key);
-        let before = self.writes.insert(Bytes::copy_from_slice(key), None);
-        self.staged += write_size(key, None);
-        self.staged -= before.map_or(0, |write| write_size(key, write.as_deref()));
+        let before = self.staged.writes.insert(Bytes::copy_from_slice(key), None);
+        self.bytes += write_size(key, None);
+        self.bytes -= before.map_or(0, |write| write_size(key, write.as_deref()));
         Ok(())
     }
 }
