@@ -1,12 +1,15 @@
 //! A broker that takes smaller messages than we would send, and what its refusal says about other
 //! messages.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use essentially_once::{
     Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, OffsetStore as _, Record,
     async_trait,
-    backend::{Advance, LogId, Revision, Source, Transaction as _},
+    backend::{Advance, DeadLetter, DeadLetters as _, LogId, Revision, Source, Transaction as _},
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitStore, RabbitTx};
 use essentially_once_testkit::read_log;
@@ -153,6 +156,28 @@ pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_settin
     let position = rabbit(&node).await?.store().position(&consumer).await?;
     ensure!(position.is_none(), "{position:?}");
     commit(&store, &consumer, &[150_000]).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_letter_too_large_for_the_broker_is_refused_before_it_is_sent() -> Outcome {
+    let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
+    let rabbit = rabbit(&node).await?;
+    // The broker names its limit when it is exceeded.
+    let learned = rabbit.log("orders").await?.append(&[large()]).await;
+    ensure!(is_too_large(&learned), "{learned:?}");
+    let letter = |size| DeadLetter::new(Record::new(1.into(), UNIX_EPOCH, vec![b'x'; size]), 1, "", UNIX_EPOCH);
+    let store = rabbit.store();
+    let mut tx = store.begin(&consumer).await?;
+    for (size, refused_as) in [(300_000, "dead letter"), (LIMIT - 100, "transaction")] {
+        let parked = tx.park(&letter(size)).await;
+        let is_refused = matches!(&parked, Err(Error::TooLarge { what, .. }) if *what == refused_as);
+        ensure!(is_refused, "{size} bytes: {parked:?}");
+    }
+    tx.park(&letter(LIMIT - 2_000)).await?;
+    tx.commit(advance(0)).await?;
+    let mut tx = rabbit.store().begin(&consumer).await?;
+    let found = tx.letter(1.into()).await?;
+    ensure!(found == Some(letter(LIMIT - 2_000)), "it came back as another");
     Ok(())
 }
 

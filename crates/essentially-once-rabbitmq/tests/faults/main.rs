@@ -26,7 +26,8 @@ use self::{
     dropped::{dropped_beats_do_not_spoil_the_channel_of_commits, dropped_calls_leave_nothing_open},
     limits::{
         a_batch_too_large_for_one_commit_is_committed_in_parts,
-        a_commit_too_large_for_the_broker_is_refused_with_the_setting, a_limit_that_was_raised_is_learned_again,
+        a_commit_too_large_for_the_broker_is_refused_with_the_setting,
+        a_letter_too_large_for_the_broker_is_refused_before_it_is_sent, a_limit_that_was_raised_is_learned_again,
         a_record_too_large_for_the_broker_says_nothing_about_others, a_snapshot_is_cut_to_what_the_broker_takes,
         an_append_next_to_a_returned_one_reports_its_outcome,
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
         a_commit_too_large_for_the_broker_is_refused_with_the_setting,
         a_batch_too_large_for_one_commit_is_committed_in_parts,
+        a_letter_too_large_for_the_broker_is_refused_before_it_is_sent,
         a_limit_that_was_raised_is_learned_again,
         dropped_calls_leave_nothing_open,
         dropped_beats_do_not_spoil_the_channel_of_commits,

@@ -8,12 +8,14 @@ mod commits;
 mod doubt;
 mod fixture;
 mod hints;
+mod letters;
 mod names;
 mod recovery;
 mod sent;
 mod support;
 mod version_1;
 mod version_2;
+mod version_3;
 
 /// How long a test may take. Only a stuck test takes this long.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -26,11 +28,13 @@ fn main() -> ExitCode {
     commits::add(&mut suite);
     doubt::add(&mut suite);
     hints::add(&mut suite);
+    letters::add(&mut suite);
     names::add(&mut suite);
     recovery::add(&mut suite);
     sent::add(&mut suite);
     version_1::add(&mut suite);
     version_2::add(&mut suite);
+    version_3::add(&mut suite);
     suite.suite.run()
 }
 

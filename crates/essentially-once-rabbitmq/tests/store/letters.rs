@@ -1,0 +1,215 @@
+//! Dead letters as messages: what commits, snapshots and other versions make of them.
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use essentially_once::{
+    Error, KeyValue as _, Offset, OffsetStore as _, Record,
+    backend::{DeadLetter, DeadLetters as _, Transaction as _},
+    consumer::dead_letters,
+};
+use essentially_once_rabbitmq::RabbitStore;
+use essentially_once_testkit::Violation;
+
+use crate::{
+    Tests,
+    support::{Place, Stranger, advance, get, put, shipping},
+};
+
+pub(crate) fn add(tests: &mut Tests) {
+    tests.add(
+        "letters::only_commits_that_change_letters_are_of_a_new_version",
+        versions,
+    );
+    tests.add("letters::snapshots_hold_letters", snapshots);
+    tests.add("letters::another_try_does_not_repeat_the_record", another_try);
+    tests.add("letters::more_than_a_commit_holds_are_retried_at_once", retry_all);
+    tests.add(
+        "letters::one_that_does_not_fit_leaves_the_transaction_as_it_was",
+        too_large,
+    );
+    tests.add("letters::letters_count_as_state", state_limit);
+}
+
+const MIB: usize = 1024 * 1024;
+
+/// Where an entry has its version and kind.
+const VERSION: usize = 8;
+const COMMIT: u8 = 1;
+
+fn letter(offset: u64, key: &str, payload: usize) -> DeadLetter {
+    let mut record = Record::new(offset.into(), UNIX_EPOCH, vec![b'x'; payload]);
+    record.key = Some(key.to_owned().into());
+    DeadLetter::new(record, 1, "a reason", UNIX_EPOCH)
+}
+
+async fn park(store: &RabbitStore, letter: &DeadLetter, expected_revision: u64) -> Result<(), Error> {
+    let mut tx = store.begin(&shipping()).await?;
+    tx.park(letter).await?;
+    tx.commit(advance(expected_revision + 1, expected_revision)).await
+}
+
+async fn offsets(store: &RabbitStore) -> Result<Vec<u64>, Error> {
+    let letters = dead_letters::list(&shipping(), store, None, 100).await?;
+    Ok(letters.iter().map(|letter| letter.record.offset.lo()).collect())
+}
+
+/// The first commits of the changelog.
+async fn commits(stranger: &Stranger, place: &Place, count: usize) -> Vec<Vec<u8>> {
+    let mut commits = Vec::new();
+    stranger
+        .find(&place.changelog(), |message| {
+            if message[VERSION + 1] == COMMIT {
+                commits.push(message.to_vec());
+            }
+            commits.len() == count
+        })
+        .await;
+    commits
+}
+
+async fn versions() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?;
+    put(&store, "k", "1", 0).await?;
+    park(&store, &letter(7, "a", 1), 1).await?;
+    put(&store, "k", "2", 2).await?;
+    let mut tx = store.begin(&shipping()).await?;
+    assert_eq!(
+        (tx.remove_from(8.into()).await?, tx.remove(9.into()).await?),
+        (0, false)
+    );
+    tx.commit(advance(4, 3)).await?;
+    let mut tx = store.begin(&shipping()).await?;
+    assert_eq!(tx.remove_from(Offset::ZERO).await?, 1);
+    tx.commit(advance(5, 4)).await?;
+    let stranger = place.stranger().await;
+    let commits = commits(&stranger, &place, 5).await;
+    let versions: Vec<_> = commits.iter().map(|commit| commit[VERSION]).collect();
+    assert_eq!(versions, [2, 3, 2, 2, 3]);
+    Ok(())
+}
+
+async fn snapshots() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?;
+    let stranger = place.stranger().await;
+    put(&store, "k", "1", 0).await?;
+    store.snapshot(&shipping()).await?;
+    park(&store, &letter(7, "a", 1), 1).await?;
+    park(&store, &letter(8, "a", 3 * MIB), 2).await?;
+    store.snapshot(&shipping()).await?;
+    let mut tx = store.begin(&shipping()).await?;
+    assert!(tx.remove(7.into()).await?);
+    tx.commit(advance(4, 3)).await?;
+    let fresh = place.store().await?;
+    assert_eq!(
+        (offsets(&fresh).await?, get(&fresh, "k").await?),
+        (vec![8], Some("1".into()))
+    );
+    let found = fresh.begin(&shipping()).await?.head(b"a").await?;
+    assert_eq!(found, Some(letter(8, "a", 3 * MIB)));
+    // A version without letters reads the first snapshot and ignores the second.
+    let mut versions = Vec::new();
+    for stream in ['a', 'b'] {
+        let (_, chunk) = stranger.find(&place.snapshots(stream), |_| true).await;
+        versions.push(chunk[VERSION]);
+    }
+    assert_eq!(versions, [2, 3]);
+    Ok(())
+}
+
+async fn another_try() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?;
+    let mut parked = letter(7, "a", MIB);
+    park(&store, &parked, 0).await?;
+    for tries in 2..5u32 {
+        parked.tries = tries;
+        parked.last_reason = format!("try {tries}");
+        parked.due = Some(UNIX_EPOCH + Duration::from_secs(tries.into()));
+        park(&store, &parked, u64::from(tries) - 1).await?;
+    }
+    let stranger = place.stranger().await;
+    let sizes: Vec<_> = commits(&stranger, &place, 4).await.iter().map(Vec::len).collect();
+    assert!(
+        sizes[0] > MIB && sizes[1..].iter().all(|size| *size < 1_000),
+        "{sizes:?}"
+    );
+    for store in [store, place.store().await?] {
+        let found = store.begin(&shipping()).await?.first_due().await?;
+        assert_eq!(found.as_ref(), Some(&parked));
+    }
+    Ok(())
+}
+
+async fn retry_all() -> Result<(), Violation> {
+    const LETTERS: u64 = 10;
+    let place = Place::new();
+    let store = place.store().await?;
+    for offset in 0..LETTERS {
+        park(&store, &letter(offset, &format!("{offset}"), MIB), offset).await?;
+    }
+    assert_eq!(dead_letters::retry_all(&shipping(), &store).await?, LETTERS);
+    let letters = dead_letters::list(&shipping(), &place.store().await?, None, 100).await?;
+    assert_eq!(
+        letters.iter().filter(|letter| letter.due.is_some()).count() as u64,
+        LETTERS
+    );
+    assert!(letters.iter().all(|letter| letter.record.payload.len() == MIB));
+    Ok(())
+}
+
+async fn too_large() -> Result<(), Violation> {
+    let store = Place::new().store().await?;
+    let mut tx = store.begin(&shipping()).await?;
+    tx.park(&letter(1, "a", 15 * MIB - 1)).await?;
+    let second = tx.park(&letter(2, "a", MIB)).await;
+    let Err(Error::TooLarge {
+        what: "transaction", ..
+    }) = second
+    else {
+        panic!("{second:?}");
+    };
+    let value = tx.put(b"k", &vec![0; MIB]).await;
+    assert!(matches!(value, Err(Error::TooLarge { .. })), "{value:?}");
+    // Another version of the first takes its place.
+    tx.park(&letter(1, "a", 14 * MIB)).await?;
+    let larger = tx.park(&letter(2, "a", 16 * MIB)).await;
+    let Err(Error::TooLarge {
+        what: "dead letter", ..
+    }) = larger
+    else {
+        panic!("{larger:?}");
+    };
+    tx.commit(advance(1, 0)).await?;
+    assert_eq!(offsets(&store).await?, [1]);
+    Ok(())
+}
+
+async fn state_limit() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.rabbit().await?.store().state_limit(10_000);
+    let mut tx = store.begin(&shipping()).await?;
+    tx.park(&letter(1, "a", 6_000)).await?;
+    // The letter that it replaces does not count.
+    tx.park(&letter(1, "a", 7_000)).await?;
+    tx.commit(advance(1, 0)).await?;
+    let mut tx = store.begin(&shipping()).await?;
+    tx.remove(1.into()).await?;
+    tx.park(&letter(2, "a", 7_000)).await?;
+    let error = tx.park(&letter(3, "a", 3_000)).await.expect_err("too much");
+    assert!(
+        matches!(error, Error::Failed { .. }) && error.to_string().contains("limit of 10000"),
+        "{error}"
+    );
+    let error = tx.commit(advance(2, 1)).await.expect_err("a letter is missing");
+    assert!(error.to_string().contains("limit of 10000"), "{error}");
+    let mut tx = store.begin(&shipping()).await?;
+    assert!(tx.put(b"k", &[0; 3_000]).await.is_err());
+    let mut tx = store.begin(&shipping()).await?;
+    tx.remove_from(Offset::ZERO).await?;
+    tx.put(b"k", &[0; 9_000]).await?;
+    tx.commit(advance(2, 1)).await?;
+    assert_eq!(offsets(&store).await?, [0; 0]);
+    Ok(())
+}
