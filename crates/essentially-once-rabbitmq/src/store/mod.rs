@@ -122,8 +122,8 @@ impl RabbitStore {
 
     /// The most state that a consumer may have, in bytes of memory: keys, values, windows, and
     /// about 96 bytes for each, and dead letters. At most 256 MiB, which is the default. A `put`,
-    /// letter or commit that would exceed it fails with [`Error::Failed`]. State that is already larger can still be read and
-    /// deleted.
+    /// letter or commit that would exceed it fails with [`Error::Failed`]. State that is already
+    /// larger can still be read and deleted.
     ///
     /// With a limit over 256 MiB, every call fails with [`Error::InvalidSetting`].
     #[must_use]
