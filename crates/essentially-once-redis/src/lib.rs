@@ -6,9 +6,9 @@
 //! - [`RedisLog`] is a log on a stream. Offsets are stream ids. It reads the entries that any
 //!   program adds with `XADD`, and documents the format of its own entries, so that any program can
 //!   write them.
-//! - [`RedisStore`] keeps positions and state. A handler's [`RedisTx`] offers portable
-//!   [`KeyValue`](essentially_once::KeyValue) state. It also takes Redis commands on your own keys
-//!   and runs them in the same step.
+//! - [`RedisStore`] keeps positions, state and dead letters, and documents their formats. A
+//!   handler's [`RedisTx`] offers portable [`KeyValue`](essentially_once::KeyValue) state. It also
+//!   takes Redis commands on your own keys and runs them in the same step.
 //!
 //! Acknowledged writes survive a crash if the server syncs before it answers: `appendonly yes` and
 //! `appendfsync always`. A consumer refuses any other server and names the settings to change,
@@ -49,6 +49,7 @@
 mod connection;
 mod error;
 mod log;
+mod msgpack;
 mod options;
 mod store;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use essentially_once::{NewRecord, Offset, Origin, Record, backend::NumberingCache};
 
-use crate::log::msgpack::Packed;
+use crate::msgpack::{Chunk, Packed};
 
 const MARK: &[u8] = b"essentially-once";
 const VERSION: &[u8] = b"1";
@@ -192,19 +192,6 @@ pub(crate) fn parse_id(id: &[u8]) -> Option<Offset> {
     Some(Offset::new(hi.parse().ok()?, lo.parse().ok()?))
 }
 
-/// The bytes of many entries.
-struct Chunk(Bytes);
-
-impl Chunk {
-    /// Copies a part, unless it is most of the chunk. A slice keeps the whole chunk in memory.
-    fn take(&self, bytes: &[u8]) -> Bytes {
-        match bytes.len() > self.0.len() / 2 {
-            true => self.0.slice_ref(bytes),
-            false => Bytes::copy_from_slice(bytes),
-        }
-    }
-}
-
 /// All fields and values, as a RESP array of bulk strings.
 fn raw(fields: &[&[u8]]) -> Vec<u8> {
     let mut raw = format!("*{}\r\n", fields.len()).into_bytes();
@@ -217,7 +204,7 @@ fn raw(fields: &[&[u8]]) -> Vec<u8> {
 }
 
 /// The start of arbitrary bytes, for an error message.
-fn shown(bytes: &[u8]) -> String {
+pub(crate) fn shown(bytes: &[u8]) -> String {
     match bytes.split_at_checked(40) {
         Some((head, rest)) if !rest.is_empty() => format!("{:?}...", String::from_utf8_lossy(head)),
         _ => format!("{:?}", String::from_utf8_lossy(bytes)),
@@ -230,7 +217,7 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
-    use crate::log::msgpack::pack;
+    use crate::msgpack::pack;
 
     fn decode(fields: &[&[u8]]) -> Record {
         decode_at("1700000000000-3", fields)

@@ -3,7 +3,6 @@
 mod append;
 mod codec;
 mod extent;
-mod msgpack;
 mod reader;
 mod stream;
 mod trim;
@@ -16,6 +15,7 @@ use essentially_once::{
     backend::{Bounds, Durability, LogId, LogReader},
 };
 
+pub(crate) use self::codec::shown;
 use crate::{
     connection::{Server, durability},
     log::{reader::RedisReader, stream::Stream},

@@ -1,8 +1,10 @@
-//! Reads the entries of a stream as the server's `cmsgpack.pack` writes them: as arrays and strings
-//! of MessagePack.
+//! Arrays and strings of MessagePack, as the server's `cmsgpack` writes and reads them.
 //!
-//! A plain reply has 13 protocol values per entry, and takes the client library several times as
-//! long.
+//! Readers get the entries of a stream in this form. A plain reply has 13 protocol values per
+//! entry, and takes the client library several times as long. Dead letters are stored in this form,
+//! so that a script can unpack them.
+
+use bytes::Bytes;
 
 /// The bytes that have not been read.
 pub(crate) struct Packed<'a>(&'a [u8]);
@@ -53,9 +55,22 @@ impl<'a> Packed<'a> {
     }
 }
 
+/// Packed bytes, of which parts are to be kept.
+pub(crate) struct Chunk(pub(crate) Bytes);
+
+impl Chunk {
+    /// Copies a part, unless it is most of the chunk. A slice keeps the whole chunk in memory.
+    pub(crate) fn take(&self, bytes: &[u8]) -> Bytes {
+        match bytes.len() > self.0.len() / 2 {
+            true => self.0.slice_ref(bytes),
+            false => Bytes::copy_from_slice(bytes),
+        }
+    }
+}
+
 /// Writes the head of an array, or a string, as the server does.
-#[cfg(test)]
 pub(crate) mod pack {
+    #[cfg(test)]
     pub(crate) fn array(packed: &mut Vec<u8>, length: usize) {
         match length {
             0..16 => packed.push(0x90 | length as u8),
