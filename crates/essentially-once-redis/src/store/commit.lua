@@ -1,7 +1,8 @@
 -- Commits one transaction of a consumer. Redis never rolls back, so all checks come before the
 -- first write.
 --
--- KEYS: position, windows, state, and each key that a native command names.
+-- KEYS: position, windows, state, each key that a native command names, and the keys of letters if
+--   the commit changes any.
 -- ARGV: `layout.rs` writes it, and generates the code above, which names its fields and
 --   the bounds of its lists. A missing log incarnation, owner or passed record is ''. The
 --   `partial_revision` is that of a position whose commit was partially applied.

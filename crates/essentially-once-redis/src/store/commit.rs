@@ -17,8 +17,9 @@ use crate::{
     error::{partially_applied, printable, refused, write_failed},
     options::MinReplicas,
     store::{
-        keys::Keys,
-        layout::{self, Fields, Layout, List},
+        keys::{Keys, LetterKeys},
+        layout::{self, Fields, Items, Layout, List},
+        letters::Letters,
         native::{Staged, Use},
     },
 };
@@ -39,6 +40,7 @@ pub(crate) struct Commit {
     pub(crate) keys: Arc<Keys>,
     pub(crate) state: State,
     pub(crate) staged: Staged,
+    pub(crate) letters: Letters,
     /// The size of the largest key, value or argument.
     pub(crate) largest: usize,
     pub(crate) advance: Advance,
@@ -94,10 +96,14 @@ impl Commit {
             keys, staged, advance, ..
         } = self;
         let mut command = self.with_capacity(script);
-        command.arg(verb).arg(script).arg(3 + staged.keys.len());
+        let letters = if self.letters.is_empty() { 0 } else { LetterKeys::COUNT };
+        command.arg(verb).arg(script).arg(3 + staged.keys.len() + letters);
         command.arg(&keys.position).arg(&keys.windows).arg(&keys.state);
         for key in staged.keys.keys() {
             command.arg(&key[..]);
+        }
+        for key in &keys.letters.all()[..letters] {
+            command.arg(key);
         }
         let passed = advance.passed.map(|passed| passed.encode());
         let owner = advance.owner.map(|owner| owner.to_string());
@@ -126,14 +132,18 @@ impl Commit {
     /// A command with room for about as much as it will hold.
     fn with_capacity(&self, script: &str) -> Cmd {
         let Self {
-            state, staged, advance, ..
+            state,
+            staged,
+            letters,
+            advance,
+            ..
         } = self;
         let size = |(key, value): (&Vec<u8>, &Option<Bytes>)| key.len() + value.as_ref().map_or(0, Bytes::len);
         let bytes = state.iter().map(size).sum::<usize>();
         let (windows, keys) = (advance.windows.len() + advance.forgotten.len(), staged.keys.len());
         Cmd::with_capacity(
-            40 + 2 * (state.len() + windows) + 4 * keys + staged.arguments,
-            script.len() + bytes + staged.bytes + 256 * (4 + windows + keys) + 8 * staged.arguments,
+            40 + 2 * (state.len() + windows) + 4 * keys + staged.arguments + 12 * letters.len(),
+            script.len() + bytes + staged.bytes + letters.bytes() + 256 * (4 + windows + keys) + 8 * staged.arguments,
         )
     }
 
@@ -182,30 +192,60 @@ impl Commit {
     }
 
     fn lay_out_commands(&self, layout: &mut Layout) {
+        let mut permissions = Vec::new();
         layout.list(List::Commands, |items| {
-            let mut commands = self.staged.commands.iter();
-            for (length, count) in &self.staged.runs {
-                items.push(*length).push(*count);
-                for (native, sum) in commands.by_ref().take(*count) {
-                    for argument in native.args_iter().take(length - usize::from(sum.is_some())) {
-                        match argument {
-                            Arg::Simple(bytes) => items.push(bytes),
-                            _ => items.push("0"),
-                        };
-                    }
-                    if let Some(sum) = sum {
-                        items.push(*sum);
-                    }
-                }
+            if self.staged.commands.len() > 1 {
+                let start = items.next();
+                let natives = self.staged.permissions.iter();
+                permissions.extend(natives.map(|(first, last)| (start + first, start + last)));
+            }
+            self.lay_out_natives(items);
+            if !self.letters.is_empty() {
+                self.lay_out_letters(items, &mut permissions);
             }
         });
-        if self.staged.commands.len() > 1 {
-            let start = layout.first(List::Commands);
+        if !permissions.is_empty() {
             layout.list(List::Permissions, |items| {
-                for (first, last) in &self.staged.permissions {
-                    items.push(start + first).push(start + last);
+                for (first, last) in permissions {
+                    items.push(first).push(last);
                 }
             });
+        }
+    }
+
+    fn lay_out_natives(&self, items: &mut Items<'_>) {
+        let mut commands = self.staged.commands.iter();
+        for (length, count) in &self.staged.runs {
+            items.push(*length).push(*count);
+            for (native, sum) in commands.by_ref().take(*count) {
+                for argument in native.args_iter().take(length - usize::from(sum.is_some())) {
+                    match argument {
+                        Arg::Simple(bytes) => items.push(bytes),
+                        _ => items.push("0"),
+                    };
+                }
+                if let Some(sum) = sum {
+                    items.push(*sum);
+                }
+            }
+        }
+    }
+
+    /// Letters are written by commands in the same list, so that a commit without letters is the
+    /// same as if they did not exist.
+    fn lay_out_letters(&self, items: &mut Items<'_>, permissions: &mut Vec<(usize, usize)>) {
+        for write in self.letters.writes(&self.keys.letters) {
+            for (number, arguments) in write.commands().enumerate() {
+                let length = 2 + arguments.len();
+                items.push(length).push(1);
+                if number == 0 {
+                    permissions.push((items.next(), items.next() + length - 1));
+                }
+                items.push(write.verb).push(write.key);
+                for argument in arguments {
+                    items.push(&argument[..]);
+                }
+            }
         }
     }
 
@@ -217,7 +257,11 @@ impl Commit {
         let state = (!self.state.is_empty()).then_some(("HLEN", self.keys.state.as_bytes()));
         let windows = !(self.advance.windows.is_empty() && self.advance.forgotten.is_empty());
         let windows = windows.then_some(("HLEN", self.keys.windows.as_bytes()));
-        natives.chain(state).chain(windows).collect()
+        let mut types: Vec<_> = natives.chain(state).chain(windows).collect();
+        if !self.letters.is_empty() {
+            types.extend(self.keys.letters.probes());
+        }
+        types
     }
 
     /// A single command needs no checks. It is the first write, so nothing was applied if it fails.

@@ -5,6 +5,7 @@
 //! | key | purpose |
 //! |---|---|
 //! | `<prefix>:{<consumer>}:position`, `:windows`, `:state` | a consumer's hashes |
+//! | `<prefix>:{<consumer>}:letters`, `:letters-by-offset`, `:letters-by-key`, `:letters-due` | its dead letters, and their indices |
 //! | `<prefix>:retention:{<stream>}` | retention of a stream whose key has no braces |
 //! | `<prefix>:retention:<stream>` | retention of a stream whose key has braces |
 //! | `<prefix>:retention:}{<tag>}` | retention of the stream `{<tag>}`, whose key is all hash tag |
@@ -49,6 +50,34 @@ pub(crate) struct Keys {
     pub(crate) position: String,
     pub(crate) windows: String,
     pub(crate) state: String,
+    pub(crate) letters: LetterKeys,
+}
+
+/// The names of a consumer's keys for dead letters.
+#[derive(Debug)]
+pub(crate) struct LetterKeys {
+    /// The letters: a hash.
+    pub(crate) values: String,
+    /// The indices: sorted sets.
+    pub(crate) by_offset: String,
+    pub(crate) by_key: String,
+    pub(crate) due: String,
+}
+
+impl LetterKeys {
+    /// The number of these keys.
+    pub(crate) const COUNT: usize = 4;
+
+    pub(crate) fn all(&self) -> [&str; Self::COUNT] {
+        [&self.values, &self.by_offset, &self.by_key, &self.due]
+    }
+
+    /// For each key, a cheap reading command that fails if the key has another type.
+    pub(crate) fn probes(&self) -> [(&'static str, &[u8]); Self::COUNT] {
+        let [values, indices @ ..] = self.all().map(str::as_bytes);
+        let [by_offset, by_key, due] = indices.map(|index| ("ZCARD", index));
+        [("HLEN", values), by_offset, by_key, due]
+    }
 }
 
 impl Keys {
@@ -58,6 +87,12 @@ impl Keys {
             position: key(Kind::Position),
             windows: key(Kind::Windows),
             state: key(Kind::State),
+            letters: LetterKeys {
+                values: key(Kind::Letters),
+                by_offset: key(Kind::LettersByOffset),
+                by_key: key(Kind::LettersByKey),
+                due: key(Kind::LettersDue),
+            },
         }
     }
 }
@@ -121,16 +156,32 @@ pub(crate) enum Kind {
     Position,
     Windows,
     State,
+    Letters,
+    LettersByOffset,
+    LettersByKey,
+    LettersDue,
 }
 
 impl Kind {
-    const ALL: [Self; 3] = [Self::Position, Self::Windows, Self::State];
+    const ALL: [Self; 7] = [
+        Self::Position,
+        Self::Windows,
+        Self::State,
+        Self::Letters,
+        Self::LettersByOffset,
+        Self::LettersByKey,
+        Self::LettersDue,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Position => "position",
             Self::Windows => "windows",
             Self::State => "state",
+            Self::Letters => "letters",
+            Self::LettersByOffset => "letters-by-offset",
+            Self::LettersByKey => "letters-by-key",
+            Self::LettersDue => "letters-due",
         }
     }
 }
@@ -188,6 +239,11 @@ mod tests {
         assert_eq!(keys.position, "essentially-once:{billing}:position");
         assert_eq!(keys.windows, "essentially-once:{billing}:windows");
         assert_eq!(keys.state, "essentially-once:{billing}:state");
+        assert_eq!(
+            keys.letters.all(),
+            ["letters", "letters-by-offset", "letters-by-key", "letters-due"]
+                .map(|kind| format!("essentially-once:{{billing}}:{kind}"))
+        );
         for (stream, now, before) in [
             ("orders", "p:retention:{orders}", None),
             ("{shop}:orders", "p:retention:{shop}:orders", None),
@@ -270,6 +326,10 @@ mod tests {
                 (keys.position.into_bytes(), of(Kind::Position)),
                 (keys.windows.into_bytes(), of(Kind::Windows)),
                 (keys.state.into_bytes(), of(Kind::State)),
+                (keys.letters.values.into_bytes(), of(Kind::Letters)),
+                (keys.letters.by_offset.into_bytes(), of(Kind::LettersByOffset)),
+                (keys.letters.by_key.into_bytes(), of(Kind::LettersByKey)),
+                (keys.letters.due.into_bytes(), of(Kind::LettersDue)),
             ]
         });
         let retention = streams.iter().map(|stream| {
@@ -322,6 +382,7 @@ mod tests {
             "p:{c}:mine",
             "p:{}:state",
             "p:{c}:state:x",
+            "p:{c}:letters-",
             "q:{c}:state",
             "p:x:{c}:state",
             "p:retention",

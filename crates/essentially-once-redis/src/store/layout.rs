@@ -61,9 +61,10 @@ pub(crate) enum List {
     Types,
     /// Numbers to check: length, a command that reads them with its arguments.
     Numbers,
-    /// Native commands, in runs of equal length: length, number of commands, the commands.
+    /// Native commands, and those that write letters, in runs of equal length: length, number of
+    /// commands, the commands.
     Commands,
-    /// Permissions to check: the indices of the first and last argument of a native command.
+    /// Permissions to check: the indices of the first and last argument of one of these commands.
     Permissions,
 }
 
@@ -142,11 +143,6 @@ impl Layout {
         self.bounds[list as usize] = (first, self.written);
     }
 
-    /// The index of a list's first argument.
-    pub(crate) fn first(&self, list: List) -> usize {
-        self.bounds[list as usize].0
-    }
-
     /// Writes the bounds.
     pub(crate) fn finish(mut self) -> Cmd {
         for (first, last) in self.bounds {
@@ -162,6 +158,11 @@ pub(crate) struct Items<'a> {
 }
 
 impl Items<'_> {
+    /// The index of the next argument, as Lua counts.
+    pub(crate) fn next(&self) -> usize {
+        self.layout.written + 1
+    }
+
     pub(crate) fn push(&mut self, argument: impl ToSingleRedisArg) -> &mut Self {
         self.layout.command.arg(argument);
         self.layout.written += 1;

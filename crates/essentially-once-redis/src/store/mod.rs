@@ -1,8 +1,10 @@
-//! The store: positions, windows and state, in three hashes per consumer.
+//! The store: positions, windows and state, in three hashes per consumer, and dead letters in a
+//! fourth one with three indices.
 
 mod commit;
 pub(crate) mod keys;
 mod layout;
+mod letters;
 mod native;
 mod tx;
 
@@ -38,9 +40,58 @@ const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.l
 /// (by producer) and `:state` (the [`KeyValue`](essentially_once::KeyValue) state). Clones share
 /// one connection per consumer.
 ///
+/// # Dead letters
+/// A consumer that has [dead letters](essentially_once::consumer::dead_letters) has four more keys
+/// in the same slot. A field or member names an offset by two numbers of 20 digits each, so that
+/// the order of the texts is that of the offsets: `00000001700000000000-00000000000000000003`.
+///
+/// | key | type | contents |
+/// |---|---|---|
+/// | `:letters` | hash | the letters by offset |
+/// | `:letters-by-offset` | sorted set | `<offset>`, or `<offset> <key>`, with score 0 |
+/// | `:letters-by-key` | sorted set | `<key>`, a zero byte, `<offset>`, with score 0; a zero byte in the key is followed by a byte 255 |
+/// | `:letters-due` | sorted set | `<offset>` of letters that are tried again, with the time as score |
+///
+/// The indices leave the key of a malformed record out, because it cannot be trusted.
+///
+/// A letter is a [MessagePack](https://msgpack.org) array of strings, which the server can unpack:
+///
+/// ```text
+/// redis-cli ZRANGE essentially-once:{billing}:letters-by-offset 0 -1
+/// redis-cli EVAL "return cmsgpack.unpack(redis.call('HGET', KEYS[1], ARGV[1]))" 1 \
+///     essentially-once:{billing}:letters 00000001700000000000-00000000000000000003
+/// ```
+///
+/// The array alternates names and values, like an entry of a [log](crate::RedisLog#wire-format).
+/// Times are in milliseconds since 1970. Numbers are decimal.
+///
+/// | name | value |
+/// |---|---|
+/// | `essentially-once` | `1`, the version of this format; always the first name |
+/// | `tries` | how often the record was tried |
+/// | `first_reason`, `last_reason` | why the first and the last try failed |
+/// | `parked_at`, `last_failed_at` | when the record was set aside, and when it failed last |
+/// | `due` | when it is tried again; missing if it waits for an operator or another letter |
+/// | `version` | rises with every change of the letter |
+/// | `appended_at` | when the record was appended |
+/// | `malformed` | why the record cannot be decoded; missing if it can |
+/// | `key` | the record's key; missing if it has none |
+/// | `producer`, `sequence` | the record's origin; missing if it has none |
+/// | `h:<name>` | a header; any number of them, in order |
+/// | `payload` | the message |
+///
+/// A letter may be larger than the [record limit](crate::RedisOptions::record_limit) by two reasons
+/// of [`REASON_LIMIT`](essentially_once::backend::DeadLetter::REASON_LIMIT) bytes. Do not remove a
+/// field of `:letters` by hand, because the indices would still name it. A consumer that comes upon
+/// such an entry stops with [`Error::Failed`]. Discard letters with
+/// [`dead_letters::discard`](essentially_once::consumer::dead_letters::discard).
+///
+/// # Permissions
 /// A user with restricted permissions needs:
 ///
 /// - these keys, and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`;
+/// - `+hlen`, with which each session of a consumer looks for dead letters; if it has any, also
+///   `+zadd +zrem +zrange +zlexcount +zcard`;
 /// - `+config|get` to find out whether the server is durable, and how large a value may be;
 /// - with [`min_replicas`](crate::RedisOptions::min_replicas), `+wait` and `+info`;
 /// - for [native commands](RedisTx::command), these commands and their keys, `+command|info

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, KeyValue,
-    backend::{Advance, Transaction, check_entry_size, check_size},
+    backend::{Advance, DeadLetters, Transaction, check_entry_size, check_size},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
@@ -20,6 +20,7 @@ use crate::{
     store::{
         commit::{Commit, State},
         keys::{Keys, Ours},
+        letters::Letters,
         native::{Catalog, Command, Staged, arguments, increment, refused},
     },
 };
@@ -44,25 +45,27 @@ const MAX_BYTES: usize = 768 * 1024 * 1024;
 /// success depends on the data first, or check the data with [`query`](Self::query).
 ///
 /// # When a read fails
-/// After an error of [`get`](KeyValue::get) or [`query`](Self::query), or an [`Error::Unavailable`]
-/// of [`command`](Self::command), the transaction can only be rolled back. It keeps the first of
+/// After an error of [`get`](KeyValue::get) or [`query`](Self::query), an [`Error::Unavailable`] of
+/// [`command`](Self::command), or any error but [`Error::TooLarge`] of a method of [`DeadLetters`],
+/// the transaction can only be rolled back. It keeps the first of
 /// these errors. The commit then fails with that error and applies nothing, even if the handler
 /// ignored it.
 pub struct RedisTx {
     consumer: ConsumerId,
-    link: Arc<Link>,
-    keys: Arc<Keys>,
+    pub(super) link: Arc<Link>,
+    pub(super) keys: Arc<Keys>,
     catalog: Arc<Catalog>,
     state: State,
     /// The values read so far, so that a transaction sees one value per key.
     read: BTreeMap<Vec<u8>, Option<Bytes>>,
     staged: Staged,
+    pub(super) letters: Letters,
     /// Most transactions repeat one command.
     last: Option<Arc<Command>>,
-    /// The size of `state`. `staged` has the size of the commands.
+    /// The size of `state`. `staged` and `letters` have theirs.
     bytes: usize,
     /// The size of the largest key, value or argument.
-    largest: usize,
+    pub(super) largest: usize,
     /// `query` sets it through `&self`.
     failure: OnceLock<Failure>,
 }
@@ -83,6 +86,7 @@ impl RedisTx {
             state: State::new(),
             read: BTreeMap::new(),
             staged: Staged::default(),
+            letters: Letters::default(),
             last: None,
             bytes: 0,
             largest: 0,
@@ -212,7 +216,7 @@ impl RedisTx {
     }
 
     /// Prevents a commit, which reports the first remembered error.
-    fn remember(&self, error: Error) -> Error {
+    pub(super) fn remember(&self, error: Error) -> Error {
         self.failure.get_or_init(|| Failure {
             transient: error.is_transient(),
             error: error.to_string(),
@@ -221,7 +225,7 @@ impl RedisTx {
     }
 
     /// Runs a reading command.
-    async fn ask(&self, command: &Cmd, action: impl Fn() -> String) -> Result<Value, Error> {
+    pub(super) async fn ask(&self, command: &Cmd, action: impl Fn() -> String) -> Result<Value, Error> {
         let mut connection = self.link.connection().await?;
         let answer: RedisResult<Value> = command.query_async(&mut connection).await;
         match answer {
@@ -245,8 +249,9 @@ impl RedisTx {
         Err(refused(&self.link, command, why))
     }
 
-    fn check_room(&self, more: usize) -> Result<(), Error> {
-        check_size("transaction", self.bytes + self.staged.bytes + more, MAX_BYTES)
+    pub(super) fn check_room(&self, more: usize) -> Result<(), Error> {
+        let bytes = self.bytes + self.staged.bytes + self.letters.bytes();
+        check_size("transaction", bytes + more, MAX_BYTES)
     }
 
     fn stage(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), Error> {
@@ -275,7 +280,7 @@ impl RedisTx {
             .on(format!("commit a transaction of consumer {consumer}"))
     }
 
-    fn action(&self, verb: &str) -> String {
+    pub(super) fn action(&self, verb: &str) -> String {
         let consumer = &self.consumer;
         self.link
             .server
@@ -290,12 +295,15 @@ impl fmt::Debug for RedisTx {
             .field("server", &self.link.server.to_string())
             .field("keys", &self.state.len())
             .field("commands", &self.staged.commands.len())
+            .field("letters", &self.letters.len())
             .finish_non_exhaustive()
     }
 }
 
 #[async_trait]
 impl Transaction for RedisTx {
+    const KEEPS_DEAD_LETTERS: bool = true;
+
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         if let Some(Failure { transient, error }) = self.failure.get() {
             let why = format!("nothing was applied, because an earlier read failed: {error}");
@@ -310,6 +318,7 @@ impl Transaction for RedisTx {
             keys,
             state,
             staged,
+            letters,
             largest,
             ..
         } = self;
@@ -319,11 +328,16 @@ impl Transaction for RedisTx {
             keys,
             state,
             staged,
+            letters,
             largest,
             advance,
         }
         .run()
         .await
+    }
+
+    fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
     }
 
     async fn rollback(self) -> Result<(), Error> {
