@@ -2,12 +2,16 @@
 
 mod common;
 
-use std::{collections::HashMap, process::ExitCode, time::Duration};
+use std::{
+    collections::HashMap,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, OffsetStore as _,
     ReadState as _, Record, async_trait,
-    backend::{Advance, Owner, Revision, Source, Transaction as _},
+    backend::{Advance, DeadLetter, DeadLetters as _, Owner, Revision, Source, Transaction as _},
     consumer::{EssentiallyOnce, Report},
 };
 use essentially_once_redis::{
@@ -247,10 +251,15 @@ async fn life_and_state_are_where_the_position_is() -> Outcome {
         ensure!(log.readable_end().await? == log.bounds().await?.end, "not at the end");
         let mut tx = store.begin(consumer).await?;
         tx.put(b"key", b"value").await?;
+        let record = Record::new(log.bounds().await?.earliest, SystemTime::UNIX_EPOCH, "x");
+        let letter = DeadLetter::new(record, 1, "a reason", SystemTime::UNIX_EPOCH);
+        tx.park(&letter).await?;
         let (first, end) = (Revision::NONE.next_epoch(), log.bounds().await?.end);
         let mut advance = Advance::new(log.id().clone(), end, Revision::NONE, first);
         advance.owner = Some(owner);
         tx.commit(advance).await?;
+        let letters = store.begin(consumer).await?.list(None, 2).await?;
+        ensure!(letters == [letter], "{letters:?}");
         let before = store.pulse(consumer).await?;
         store.beat(consumer, owner).await?;
         ensure!(store.pulse(consumer).await? != before, "a beat is not seen");

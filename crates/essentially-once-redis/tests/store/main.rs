@@ -1,6 +1,7 @@
 //! The store on private servers: commits, refusals, and errors of a failing server.
 
 mod committing;
+mod letters;
 mod lost;
 mod native;
 mod partial;
@@ -67,6 +68,21 @@ fn main() -> ExitCode {
         pulse::a_blocked_consumer_has_no_pulse,
         pulse::state_is_read_in_the_order_of_the_keys,
         pulse::state_and_position_are_of_one_commit,
+        letters::letters_are_readable_with_the_servers_own_tools,
+        letters::letters_of_another_writer_are_read,
+        letters::a_consumer_parks_and_retries_in_order,
+        letters::an_unreadable_letter_is_named_and_prevents_the_commit,
+        letters::indices_follow_every_change,
+        letters::many_letters_are_read_in_pages,
+        letters::a_letter_reads_the_same_before_and_after_the_commit,
+        letters::after_a_failed_read_of_letters_nothing_is_committed,
+        letters::a_key_of_another_type_is_refused_before_the_first_write,
+        letters::a_missing_permission_is_refused_before_the_first_write,
+        letters::the_documented_permissions_are_enough,
+        letters::letters_over_the_limit_are_refused_and_harm_nothing,
+        letters::a_full_server_still_takes_removals,
+        letters::a_commit_without_letters_names_none_of_their_keys,
+        letters::commands_on_letters_are_refused,
         reads::a_careless_handler_counts_every_record,
         reads::after_a_read_without_an_answer_nothing_is_committed,
         reads::after_a_refused_read_nothing_is_committed,

@@ -70,7 +70,7 @@ pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
 }
 
 /// A store that authenticates as a user with these permissions.
-async fn signed_in(stage: &Stage, rights: &str) -> Result<RedisStore, Source> {
+pub(crate) async fn signed_in(stage: &Stage, rights: &str) -> Result<RedisStore, Source> {
     stage.ask(&format!("ACL SETUSER app reset on >hunter2 ~* &* {rights}"))?;
     let url = format!("redis://app:hunter2@127.0.0.1:{}", stage.server.port());
     Ok(Redis::connect(&url).await?.store())

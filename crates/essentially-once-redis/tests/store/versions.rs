@@ -3,6 +3,7 @@
 use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Record, async_trait,
     backend::{Owner, Pulse, Revision, Source, Transaction as _},
+    consumer::dead_letters,
 };
 use essentially_once_redis::{LogOptions, Redis, RedisTx, redis};
 
@@ -93,6 +94,7 @@ pub(crate) async fn data_of_version_1_still_works() -> Outcome {
             "{consumer}"
         );
         assert_eq!(store.position(&consumer).await?, Some(position), "{consumer}");
+        assert_eq!(dead_letters::list(&consumer, &store, None, 10).await?, [], "{consumer}");
         let log = redis.log_with(log, LogOptions::new().stream(stream)).await?;
         let report = Consumer::essentially_once(consumer.clone(), log, store.clone(), Count)
             .run_until_caught_up()
