@@ -10,6 +10,7 @@ use essentially_once::{
     Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, OffsetStore as _, Record,
     async_trait,
     backend::{Advance, DeadLetter, DeadLetters as _, LogId, Revision, Source, Transaction as _},
+    consumer::{DeadLetterOptions, dead_letters},
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitStore, RabbitTx};
 use essentially_once_testkit::read_log;
@@ -277,6 +278,46 @@ pub(crate) async fn a_batch_too_large_for_one_commit_is_committed_in_parts() -> 
     for key in (0..2).flat_map(|round| (0..RECORDS).map(move |number| format!("{round} {number}"))) {
         let value = tx.get(key.as_bytes()).await?;
         ensure!(value.is_some_and(|value| value.len() == 80_000), "{key} is not there");
+    }
+    Ok(())
+}
+
+/// Cannot handle the first record.
+struct RejectFirst;
+
+#[async_trait]
+impl Handler<RabbitTx> for RejectFirst {
+    async fn handle(&mut self, record: &Record, _: &mut RabbitTx) -> Result<(), HandlerError> {
+        match record.payload.len() {
+            1 => Err(HandlerError::reject("the first record")),
+            _ => Ok(()),
+        }
+    }
+}
+
+pub(crate) async fn letters_too_large_for_one_commit_are_parked_in_parts() -> Outcome {
+    const RECORDS: usize = 10;
+    let (node, consumer) = (node()?, ConsumerId::new("shipping")?);
+    let rabbit = rabbit(&node).await?;
+    let (log, store) = (rabbit.log("orders").await?, rabbit.store());
+    log.append(&[NewRecord::new("x").key("a")]).await?;
+    // The first time, only the broker knows that it is too much. Later it is known before the
+    // commit.
+    for round in 1..3 {
+        let records = vec![NewRecord::new(vec![b'x'; 80_000]).key("a"); RECORDS];
+        for record in &records {
+            log.append(std::slice::from_ref(record)).await?;
+        }
+        let running = Consumer::essentially_once(consumer.clone(), log.clone(), store.clone(), RejectFirst)
+            .dead_letters(DeadLetterOptions::new())
+            .max_batch(RECORDS)
+            .min_backoff(Duration::from_millis(5))
+            .max_backoff(Duration::from_millis(20))
+            .run_until_caught_up();
+        let report = timeout(crate::common::LIMIT, running).await??;
+        ensure!(report.handled == 0, "{report}");
+        let letters = dead_letters::list(&consumer, &rabbit.store(), None, 100).await?;
+        ensure!(letters.len() == 1 + round * RECORDS, "{} letters", letters.len());
     }
     Ok(())
 }

@@ -31,6 +31,7 @@ use self::{
         a_record_too_large_for_the_broker_says_nothing_about_others, a_snapshot_is_cut_to_what_the_broker_takes,
         an_append_next_to_a_returned_one_reports_its_outcome,
         an_append_with_a_record_too_large_for_the_broker_is_in_doubt_once,
+        letters_too_large_for_one_commit_are_parked_in_parts,
     },
     silence::{
         every_call_on_a_frozen_broker_ends_within_twice_the_time_out,
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         a_batch_too_large_for_one_commit_is_committed_in_parts,
         a_letter_too_large_for_the_broker_is_refused_before_it_is_sent,
         a_limit_that_was_raised_is_learned_again,
+        letters_too_large_for_one_commit_are_parked_in_parts,
         dropped_calls_leave_nothing_open,
         dropped_beats_do_not_spoil_the_channel_of_commits,
         heartbeats_go_on_while_a_handler_blocks_its_runtime,

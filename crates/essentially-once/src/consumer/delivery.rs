@@ -133,7 +133,10 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 session.count(done, passed);
                 Ok(passed.len())
             }
-            Err(error @ (Error::Failed { .. } | Error::TooLarge { .. })) if done.handled > 0 => {
+            Err(error @ (Error::Failed { .. } | Error::TooLarge { .. }))
+                // Letters that do not fit one commit may fit several.
+                if done.handled > 0 || (done.parked > 0 && passed.len() > 1) =>
+            {
                 let error = session.blame_for_commit(error).await?;
                 Err(batch_failure(passed, session.place.revision, error))
             }
@@ -229,8 +232,11 @@ where
             continue;
         }
         if session.parked.holds(record) {
-            if let Err(failure) = session.park_behind(letters(tx), record).await {
-                return (done, &batch[..index], Some(failure));
+            match session.park_behind(letters(tx), record).await {
+                Ok(()) => {}
+                // It fits a commit of its own.
+                Err(Failure::Backend(Error::TooLarge { .. })) if index > 0 => return (done, &batch[..index], None),
+                Err(failure) => return (done, &batch[..index], Some(failure)),
             }
             session.windows.mark(record, session.now);
             done.parked += 1;
