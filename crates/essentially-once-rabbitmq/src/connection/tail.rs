@@ -263,9 +263,8 @@ impl Tail {
     /// A consumer's prefetch counts messages and cannot change. A consumer whose prefetch is far
     /// off for the size of the messages is replaced.
     async fn adapt(&mut self) -> Result<(), Error> {
-        let (fits, is) = (prefetch_for(self.size), self.prefetch);
-        match is > fits.saturating_mul(2) || fits > is.saturating_mul(4) {
-            true if self.pending.is_empty() => self.attach_again(fits).await,
+        match better_prefetch(self.prefetch, self.size) {
+            Some(fits) if self.pending.is_empty() => self.attach_again(fits).await,
             _ => Ok(()),
         }
     }
@@ -333,6 +332,13 @@ fn prefetch_for(size: usize) -> u16 {
     (AHEAD_BYTES / size.max(1)).clamp(1, AHEAD_MESSAGES) as u16
 }
 
+/// The prefetch for messages of this size, if it is at least twice or at most half of the current
+/// one.
+fn better_prefetch(is: u16, size: usize) -> Option<u16> {
+    let fits = prefetch_for(size);
+    (is >= fits.saturating_mul(2) || fits >= is.saturating_mul(2)).then_some(fits)
+}
+
 /// Whether the stream holds `next`, or ends there.
 fn standing(stream: &str, ends: Option<&Ends>, next: u64) -> Result<(), Error> {
     let Range { first, end } = Range::of(ends);
@@ -369,6 +375,17 @@ mod tests {
             first: message(first),
             last: message(last),
         }
+    }
+
+    #[test]
+    fn a_prefetch_shrinks_with_large_messages_and_grows_back() {
+        let most = AHEAD_MESSAGES as u16;
+        for size in [512 * 1024, 1024 * 1024, 100 * 1024 * 1024] {
+            let shrunk = better_prefetch(most, size).expect("far too many");
+            assert_eq!(better_prefetch(shrunk, size), None);
+            assert_eq!(better_prefetch(shrunk, 100), Some(most), "{shrunk}");
+        }
+        assert_eq!(better_prefetch(most, 300 * 1024), None, "close enough");
     }
 
     /// The result of a reader at 5 if the broker answers like this and repeats the last answer.
