@@ -63,6 +63,10 @@ impl DeadLetter {
         self.record.size() + self.first_reason.len() + self.last_reason.len()
     }
 
+    pub(crate) fn set_last_reason(&mut self, reason: &str) {
+        self.last_reason = cut(reason);
+    }
+
     /// Notes that another try failed.
     pub(crate) fn failed_again(&mut self, reason: &str, now: SystemTime, due: Option<SystemTime>) {
         if self.tries == 0 {
@@ -96,6 +100,10 @@ fn cut(reason: &str) -> String {
 
 /// The dead letters of a transaction's consumer. What this trait changes is staged like the rest of
 /// the transaction, and read within it.
+///
+/// It is for backends, the consumer loop and the functions in
+/// [`consumer::dead_letters`](crate::consumer::dead_letters). A handler must not change letters: the
+/// loop knows which keys have some, and a letter that the handler parks or removes makes that wrong.
 ///
 /// A letter is identified by its record's offset. Letters are ordered by offset.
 ///

@@ -166,7 +166,8 @@ impl Advance {
 ///   instead, because the position may have changed its log since. An unknown incarnation never
 ///   overwrites a known one.
 /// - **S9** `position` returns the revision, owner, passed record and windows of one commit, never
-///   parts of two. That commit is never older than one acknowledged before the call.
+///   parts of two. That commit is never older than one acknowledged before the call. It waits for
+///   no open transaction.
 /// - **S10** `pulse`, `watch`, `beat` and `release` are hints. They may be late, but they report
 ///   every change eventually. They change no revision and fence no transaction, and one owner's
 ///   beat or release has no effect on a position of another owner.

@@ -42,8 +42,9 @@ impl<S: OffsetStore> Session<'_, S> {
         let Some(reader) = self.load(until).await? else {
             return Ok(());
         };
-        if D::PARKS {
-            self.load_parked().await?;
+        match D::PARKS {
+            true => self.load_parked().await?,
+            false => self.refuse_letters().await?,
         }
         if until.is_some_and(|until| self.place.next >= until) {
             self.deliver_all_letters::<H, D>(handler).await?;
@@ -85,7 +86,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 return Err(Failure::Stopped);
             }
             self.now = SystemTime::now();
-            if self.parked.is_due(self.now) {
+            if self.letters_due().is_some_and(|due| due <= self.now) {
                 D::deliver_letters(self, handler).await?;
             }
             if batch.is_empty() {
@@ -115,10 +116,14 @@ impl<S: OffsetStore> Session<'_, S> {
         self.deliver_all_letters::<H, D>(handler).await
     }
 
-    /// Tries the letters that are due until none is. Ends, because a letter that fails is due later
-    /// and later.
+    /// Tries the letters that are due by now until none is. A letter that fails is due later.
     async fn deliver_all_letters<H: Handler<D::Tx>, D: Delivery<S>>(&mut self, handler: &mut H) -> Result<(), Failure> {
-        while self.parked.is_due(SystemTime::now()) {
+        let now = SystemTime::now();
+        self.cut_off = Some(now);
+        while self.letters_due().is_some_and(|due| due <= now) {
+            if self.stop.is_cancelled() {
+                return Err(Failure::Stopped);
+            }
             D::deliver_letters(self, handler).await?;
         }
         Ok(())
@@ -141,14 +146,15 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut done = Done::default();
         match &verdict.sentence {
             Sentence::Skip => done.failed = 1,
-            Sentence::Park { tries, reason } => {
-                let letter = self.letter(record, *tries, reason);
+            Sentence::Park(tries) => {
+                let letter = self.letter(record, tries);
                 self.park(tx.dead_letters(), letter).await?;
                 done.parked = 1;
             }
         }
+        // Before the commit, whose reply may be lost.
+        tracing::warn!(error = %verdict.error, "going past a record");
         self.commit(tx, record, done).await?;
-        tracing::warn!(error = %verdict.error, "went past a record");
         self.count(done, batch);
         Ok(true)
     }
@@ -210,7 +216,7 @@ impl<S: OffsetStore> Session<'_, S> {
                         self.check_current().await?;
                     }
                 }
-                () = sleep_until(self.parked.due) => break Vec::new(),
+                () = sleep_until(self.letters_due()) => break Vec::new(),
                 () = rt::sleep(LOOK_FOR_END_EVERY), if until.is_some() => {
                     let end = self.or_stop(self.log.readable_end()).await?;
                     if self.place.next >= *until.insert(until.map_or(end, |until| until.min(end))) {

@@ -190,11 +190,8 @@ impl Verb<'_> {
                 let offset = seen.record.offset;
                 let refused = |reason| Error::failed(on("discard", offset, consumer), reason);
                 let stored = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
-                if stored.version != seen.version {
-                    return Err(refused(format!(
-                        "it has changed since: it is at version {} and was at {}; look at it again",
-                        stored.version, seen.version
-                    )));
+                if stored != *seen {
+                    return Err(refused("it has changed since; look at it again".into()));
                 }
                 let head = head_of(tx, &stored).await?;
                 let was_first = head.is_some_and(|head| head.record.offset == offset);
@@ -209,7 +206,8 @@ impl Verb<'_> {
 }
 
 async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {
-    letter.set_due(Some(SystemTime::now()));
+    // The consumer's clock may be behind this one.
+    letter.set_due(Some(SystemTime::UNIX_EPOCH));
     tx.park(&letter).await
 }
 
@@ -223,6 +221,9 @@ async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Op
 
 /// Commits a change, with the position where it is. A new epoch fences every instance whose
 /// knowledge of the letters is thereby out of date.
+///
+/// The position is read after the transaction began, since a store that locks then keeps a busy
+/// instance from committing in between, and before the letters, since they must not be older.
 async fn change<S>(consumer: &ConsumerId, store: &S, verb: Verb<'_>) -> Result<u64, Error>
 where
     S: OffsetStore,
@@ -230,13 +231,14 @@ where
 {
     let mut tries = 1;
     loop {
+        let mut tx = store.begin(consumer).await?;
         let Some(position) = store.position(consumer).await? else {
+            tx.rollback().await?;
             return Err(Error::failed(
                 format!("change dead letters of consumer {consumer}"),
                 "the consumer has no position, and therefore no letters; check its name",
             ));
         };
-        let mut tx = store.begin(consumer).await?;
         let staged = match verb.stage(&mut tx, consumer).await {
             Ok(staged) => staged,
             Err(error) => {

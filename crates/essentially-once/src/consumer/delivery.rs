@@ -122,7 +122,15 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                     let _ = rolled_back?;
                     session.check_current().await?;
                 }
-                return Err(failed);
+                return Err(match failed {
+                    // The handler may have swallowed an error of the transaction, which then keeps
+                    // no letter either.
+                    Failure::Backend(error @ (Error::Failed { .. } | Error::TooLarge { .. })) if done.handled > 0 => {
+                        let error = session.blame_for_commit(error).await?;
+                        batch_failure(passed, session.place.revision, error)
+                    }
+                    failed => failed,
+                });
             }
         }
         let Some(last) = passed.last() else {

@@ -110,6 +110,16 @@ impl Default for DeadLetterOptions {
     }
 }
 
+/// The tries of a record, before it becomes a letter.
+#[derive(Debug)]
+pub(super) struct Tries {
+    pub(super) count: u32,
+    pub(super) first_reason: String,
+    pub(super) last_reason: String,
+    /// The kind of the last error.
+    pub(super) kind: HandlerErrorKind,
+}
+
 /// What a session knows about the consumer's letters at its position's revision. Whoever adds or
 /// removes letters commits, so an instance whose knowledge is out of date is fenced.
 #[derive(Default)]
@@ -203,6 +213,17 @@ enum Tried {
     Failed(Box<DeadLetter>, HandlerError),
 }
 
+/// Why a transaction with letters was not committed.
+enum Obstacle {
+    /// The handler failed at this letter.
+    Letter(Box<DeadLetter>, HandlerError),
+    /// The handler's `flush` failed.
+    Flush(HandlerError),
+    /// The transaction failed after the handler had used it, which may be the handler's fault.
+    Transaction(Error),
+    Stopped,
+}
+
 impl<S: OffsetStore> Session<'_, S> {
     /// Loads what the store knows about the letters. Must follow the position: if another instance
     /// commits in between, this one is fenced.
@@ -223,10 +244,43 @@ impl<S: OffsetStore> Session<'_, S> {
         self.end(tx).await
     }
 
+    /// When the first letter is due.
+    pub(super) async fn first_due(&self) -> Result<Option<SystemTime>, Failure> {
+        // A transaction may see what its handle read last, and the position is never older than the
+        // call.
+        self.or_stop(self.store.position(self.id)).await?;
+        let mut tx = self.begin().await?;
+        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
+        self.end(tx).await?;
+        Ok(first.and_then(|letter| letter.due))
+    }
+
+    /// Fails if the consumer has letters, for a delivery that neither tries them nor keeps their
+    /// keys in order.
+    pub(super) async fn refuse_letters(&mut self) -> Result<(), Failure> {
+        if !S::Tx::KEEPS_DEAD_LETTERS || mem::replace(&mut self.run.has_no_letters, true) {
+            return Ok(());
+        }
+        let mut tx = self.begin().await?;
+        let total = self.or_stop(letters_of(&mut tx)?.total()).await?;
+        self.end(tx).await?;
+        match total {
+            0 => Ok(()),
+            _ => Err(Failure::Backend(Error::failed(
+                format!("run consumer {} of log {}", self.id, self.log.id()),
+                format!(
+                    "it has {total} dead letters, and only essentially-once handles them and keeps their keys in order; \
+                     handle or discard them with that delivery first"
+                ),
+            ))),
+        }
+    }
+
     /// The letter of a record whose last try failed.
-    pub(super) fn letter(&self, record: &Record, tries: u32, reason: &str) -> DeadLetter {
-        let mut letter = DeadLetter::new(record.clone(), tries, reason, self.now);
-        letter.due = self.due(&letter, HandlerErrorKind::Retry);
+    pub(super) fn letter(&self, record: &Record, tries: &Tries) -> DeadLetter {
+        let mut letter = DeadLetter::new(record.clone(), tries.count, &tries.first_reason, self.now);
+        letter.set_last_reason(&tries.last_reason);
+        letter.due = self.due(&letter, tries.kind);
         letter
     }
 
@@ -234,6 +288,12 @@ impl<S: OffsetStore> Session<'_, S> {
         let options = self.settings.letters.as_ref();
         let options = options.filter(|_| kind == HandlerErrorKind::Retry && letter.record.malformed.is_none());
         options.and_then(|options| options.due(letter, self.now))
+    }
+
+    /// When the first letter is due, as far as this session may handle it: a verdict on a record is
+    /// carried out first.
+    pub(super) fn letters_due(&self) -> Option<SystemTime> {
+        self.parked.due.filter(|_| self.run.verdict.is_none())
     }
 
     /// Parks a record behind the letters of its key.
@@ -247,37 +307,46 @@ impl<S: OffsetStore> Session<'_, S> {
         self.park(letters, letter).await
     }
 
-    /// Parks a record.
+    /// Parks a record. Nothing is refused because of what another instance has parked since.
     pub(super) async fn park(
         &mut self,
         letters: Option<&mut dyn DeadLetters>,
         letter: DeadLetter,
     ) -> Result<(), Failure> {
-        let offset = letter.record.offset;
-        let refused = |reason: String| {
-            let action = format!("set the record at {offset} of log {} aside", self.log.id());
-            Failure::Backend(Error::failed(action, reason))
-        };
+        let letters = letters.ok_or_else(|| Failure::Backend(keeps_none()))?;
+        if let Some(reason) = self.refusal(letters, &letter).await? {
+            self.check_current().await?;
+            let action = format!(
+                "set the record at {} of log {} aside",
+                letter.record.offset,
+                self.log.id()
+            );
+            return Err(Failure::Backend(Error::failed(action, reason)));
+        }
+        self.within_grace(letters.park(&letter)).await?;
+        self.parked.staged.push((letter.key().cloned(), letter.due));
+        Ok(())
+    }
+
+    /// Why a record cannot become a letter, if it cannot.
+    async fn refusal(&self, letters: &mut dyn DeadLetters, letter: &DeadLetter) -> Result<Option<String>, Failure> {
         let limit = self.settings.letters.clone().unwrap_or_default().limit;
         let total = self.parked.total + self.parked.staged.len() as u64;
         if total >= limit {
-            return Err(refused(format!(
+            return Ok(Some(format!(
                 "consumer {} has {total} dead letters, and {limit} is its limit; retry or discard some, or raise \
                  `DeadLetterOptions::limit`",
                 self.id
             )));
         }
-        let letters = letters.ok_or_else(|| Failure::Backend(keeps_none()))?;
-        if self.or_stop(letters.letter(offset)).await?.is_some() {
-            return Err(refused(format!(
+        let stored = self.within_grace(letters.letter(letter.record.offset)).await?;
+        Ok(stored.map(|_| {
+            format!(
                 "consumer {} has a dead letter at that offset, of an earlier log of the same name; retry or discard it \
                  first",
                 self.id
-            )));
-        }
-        self.or_stop(letters.park(&letter)).await?;
-        self.parked.staged.push((letter.key().cloned(), letter.due));
-        Ok(())
+            )
+        }))
     }
 
     /// Tries the letters of the key whose letter is due first, each before the next, until one
@@ -301,52 +370,34 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     async fn try_letters_up_to<H: Handler<S::Tx>>(&mut self, handler: &mut H, limit: usize) -> Result<Tried, Failure> {
-        let started = Instant::now();
         let mut tx = self.begin().await?;
         let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
         self.parked.due = first.as_ref().and_then(|letter| letter.due);
-        let Some(mut letter) = first.filter(|_| self.parked.is_due(self.now)) else {
+        let Some(first) = first.filter(|_| self.parked.is_due(self.now)) else {
             self.end(tx).await?;
             return Ok(Tried::Committed);
         };
         let mut handled = Vec::new();
-        loop {
-            match handle(self, handler, &letter.record, &mut tx, Cut::AfterGrace).await {
-                Ok(()) => {}
-                Err(Interrupted::Stopped) => return Err(Failure::Stopped),
-                Err(Interrupted::Failed(error)) => {
-                    self.end(tx).await?;
-                    return Ok(match handled.len() {
-                        0 => Tried::Failed(Box::new(letter), error),
-                        before => Tried::Apart(before),
-                    });
-                }
+        let due = match self.handle_letters(handler, &mut tx, first, limit, &mut handled).await {
+            Ok(due) => due,
+            // Dropping the transaction rolls it back.
+            Err(Obstacle::Stopped) => return Err(Failure::Stopped),
+            Err(Obstacle::Letter(letter, error)) => {
+                self.end(tx).await?;
+                return Ok(match handled.len() {
+                    before if before > 0 && error.kind != HandlerErrorKind::Fatal => Tried::Apart(before),
+                    _ => Tried::Failed(letter, error),
+                });
             }
-            self.or_stop(letters_of(&mut tx)?.remove(letter.record.offset)).await?;
-            let next = match letter.key() {
-                Some(key) => self.or_stop(letters_of(&mut tx)?.head(key)).await?,
-                None => None,
-            };
-            handled.push(letter);
-            let Some(mut next) = next else { break };
-            let is_full = handled.len() >= limit || started.elapsed() > self.settings.batch_time_limit;
-            if is_full || self.stop.is_cancelled() {
-                // The letters of this key go on where they stop.
-                next.set_due(Some(self.now));
-                self.or_stop(letters_of(&mut tx)?.park(&next)).await?;
-                break;
-            }
-            letter = next;
-        }
-        match flush(self, handler, &mut tx, Cut::AfterGrace).await {
-            Ok(()) => {}
-            Err(Interrupted::Stopped) => return Err(Failure::Stopped),
-            Err(Interrupted::Failed(error)) => {
+            Err(Obstacle::Flush(error)) => {
                 self.end(tx).await?;
                 return Ok(blame(handled, error));
             }
-        }
-        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
+            Err(Obstacle::Transaction(error)) => {
+                self.end(tx).await?;
+                return self.blame_for_transaction(handled, error).await;
+            }
+        };
         let done = Done {
             handled: handled.len() as u64,
             ..Done::default()
@@ -357,14 +408,71 @@ impl<S: OffsetStore> Session<'_, S> {
                     tracing::info!(offset = %letter.record.offset, tries = letter.tries, "handled a dead letter");
                     self.parked.remove(letter);
                 }
-                self.parked.due = first.and_then(|letter| letter.due);
+                self.parked.due = due;
                 self.count(done, &[]);
                 Ok(Tried::Committed)
             }
-            Err(error @ (Error::Failed { .. } | Error::TooLarge { .. })) => {
+            Err(error) => self.blame_for_transaction(handled, error).await,
+        }
+    }
+
+    /// Handles letters of one key and removes them, and flushes the handler. Returns when the first
+    /// of the remaining letters is due.
+    async fn handle_letters<H: Handler<S::Tx>>(
+        &mut self,
+        handler: &mut H,
+        tx: &mut S::Tx,
+        first: DeadLetter,
+        limit: usize,
+        handled: &mut Vec<DeadLetter>,
+    ) -> Result<Option<SystemTime>, Obstacle> {
+        let started = Instant::now();
+        let mut following = Some(first);
+        while let Some(mut letter) = following.take() {
+            let is_full = handled.len() >= limit || started.elapsed() > self.settings.batch_time_limit;
+            if !handled.is_empty() && (is_full || self.stop.is_cancelled()) {
+                // The letters of this key go on where they stop, in turn with those of other keys.
+                letter.set_due(Some(self.cut_off.unwrap_or(self.now)));
+                self.used(letters_of_used(tx)?.park(&letter)).await?;
+                break;
+            }
+            match handle(self, handler, &letter.record, tx, Cut::AfterGrace).await {
+                Ok(()) => {}
+                Err(Interrupted::Stopped) => return Err(Obstacle::Stopped),
+                Err(Interrupted::Failed(error)) => return Err(Obstacle::Letter(Box::new(letter), error)),
+            }
+            let (offset, key) = (letter.record.offset, letter.key().cloned());
+            handled.push(letter);
+            self.used(letters_of_used(tx)?.remove(offset)).await?;
+            if let Some(key) = key {
+                following = self.used(letters_of_used(tx)?.head(&key)).await?;
+            }
+        }
+        match flush(self, handler, tx, Cut::AfterGrace).await {
+            Ok(()) => {}
+            Err(Interrupted::Stopped) => return Err(Obstacle::Stopped),
+            Err(Interrupted::Failed(error)) => return Err(Obstacle::Flush(error)),
+        }
+        let first = self.used(letters_of_used(tx)?.first_due()).await?;
+        Ok(first.and_then(|letter| letter.due))
+    }
+
+    /// The result of an action in a transaction that the handler has used.
+    async fn used<T>(&self, action: impl Future<Output = Result<T, Error>>) -> Result<T, Obstacle> {
+        match self.within_grace(action).await {
+            Ok(done) => Ok(done),
+            Err(Failure::Backend(error)) => Err(Obstacle::Transaction(error)),
+            Err(_) => Err(Obstacle::Stopped),
+        }
+    }
+
+    /// Decides whether these letters are to blame for an error of their transaction.
+    async fn blame_for_transaction(&mut self, handled: Vec<DeadLetter>, error: Error) -> Result<Tried, Failure> {
+        match error {
+            error @ (Error::Failed { .. } | Error::TooLarge { .. }) => {
                 Ok(blame(handled, self.blame_for_commit(error).await?))
             }
-            Err(error) => Err(error.into()),
+            error => Err(error.into()),
         }
     }
 
@@ -382,6 +490,8 @@ impl<S: OffsetStore> Session<'_, S> {
             Failure::Record(failed) if failed.error.kind != HandlerErrorKind::Fatal => failed,
             failure => return Err(failure),
         };
+        // The try may have taken long.
+        self.now = SystemTime::now();
         let due = self.due(&letter, failed.error.kind);
         letter.failed_again(&failed.error.to_string(), self.now, due);
         let mut tx = self.begin().await?;
@@ -407,16 +517,23 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 }
 
-/// Blames the only letter of a transaction, or takes the letters apart to find the culprit.
+/// Blames the only letter of a transaction, or takes the letters apart to find the culprit. A fatal
+/// error ends the run at once.
 fn blame(mut handled: Vec<DeadLetter>, error: HandlerError) -> Tried {
     match (handled.pop(), handled.is_empty()) {
-        (Some(letter), true) => Tried::Failed(Box::new(letter), error),
+        (Some(letter), is_only) if is_only || error.kind == HandlerErrorKind::Fatal => {
+            Tried::Failed(Box::new(letter), error)
+        }
         _ => Tried::Apart(1),
     }
 }
 
 fn letters_of<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn DeadLetters, Failure> {
     tx.dead_letters().ok_or_else(|| Failure::Backend(keeps_none()))
+}
+
+fn letters_of_used<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn DeadLetters, Obstacle> {
+    tx.dead_letters().ok_or_else(|| Obstacle::Transaction(keeps_none()))
 }
 
 fn keeps_none() -> Error {

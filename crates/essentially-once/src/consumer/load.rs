@@ -4,6 +4,7 @@ use std::mem;
 
 use super::{
     failure::Failure,
+    letters::Parked,
     policy::OnTruncated,
     resume::resume,
     run::{Done, Seen, Unanswered},
@@ -123,14 +124,17 @@ impl<S: OffsetStore> Session<'_, S> {
             }
         };
         let tx = self.begin().await?;
-        self.commit_at(tx, earliest, None, Done::default()).await?;
+        // Before the commit, whose reply may be lost.
         tracing::warn!(
             log = %self.log.id(), %from, to = %earliest,
             "retention removed records before they were handled; continuing at the earliest one"
         );
-        self.run.report.truncated += 1;
-        self.run.report.skipped_to_earliest = Some((from, earliest));
-        self.telemetry.truncated.increment(1);
+        let done = Done {
+            jump: Some((from, earliest)),
+            ..Done::default()
+        };
+        self.commit_at(tx, earliest, None, done).await?;
+        self.count(done, &[]);
         Ok(reader)
     }
 
@@ -161,6 +165,7 @@ impl<S: OffsetStore> Session<'_, S> {
             found = ?found,
             "position and log went back together, as in a failover; continuing from the stored position"
         );
+        self.run.parked = Parked::default();
         self.run.report.rewound += 1;
         self.telemetry.rewound.increment(1);
         Ok(())
@@ -189,6 +194,12 @@ impl<S: OffsetStore> Session<'_, S> {
                         )));
                     }
                     starts += 1;
+                }
+                Err(Failure::Backend(Error::Truncated { earliest, .. }))
+                    if self.settings.on_truncated == OnTruncated::SkipToEarliest =>
+                {
+                    self.place.next = next;
+                    return self.skip_to(earliest).await;
                 }
                 reader => break (next, reader?),
             }

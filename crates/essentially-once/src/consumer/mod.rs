@@ -410,6 +410,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 place: Place::default(),
                 windows: Windows::default(),
                 parked: Parked::default(),
+                cut_off: None,
                 now: SystemTime::UNIX_EPOCH,
                 silent: LookForSilent::default(),
                 counted: None,
@@ -447,22 +448,23 @@ where
     /// that moves the position past them, and goes on. Later records of a key that has letters
     /// are set aside too, so that every key keeps its order.
     ///
-    /// It also sets [`on_failure`](Self::on_failure) to [`OnFailure::DeadLetter`]. Call that or
-    /// [`on_failure_with`](Self::on_failure_with) afterwards to set only some records aside.
+    /// To set only some records aside, also call [`on_failure_with`](Self::on_failure_with).
+    /// Without it, the consumer sets every record aside that it cannot handle.
     ///
     /// Letters that are in the store already are respected and tried when they are due, even
-    /// without this option.
+    /// without this option, but a standby takes over because of a due letter only with it.
     #[must_use]
     pub fn dead_letters(mut self, options: DeadLetterOptions) -> Self {
         self.settings.letters = Some(options);
-        self.on_failure(OnFailure::DeadLetter)
+        self
     }
 }
 
 impl<S, H, D: Retrying> Consumer<S, H, D> {
     /// What to do with a record that cannot be handled: its [`retries`](Self::retries) are used up,
     /// the handler [rejected](crate::HandlerError::reject) it, or it could not be decoded. The
-    /// default is [`OnFailure::Stop`]. A [fatal](crate::HandlerError::fatal) error always ends the
+    /// default is [`OnFailure::Stop`], and [`OnFailure::DeadLetter`] with
+    /// [`dead_letters`](Consumer::dead_letters). A [fatal](crate::HandlerError::fatal) error always ends the
     /// run.
     ///
     /// At-most-once has no such choice, because it never tries a record twice.
@@ -505,7 +507,7 @@ impl<S, H, D: Retrying> Consumer<S, H, D> {
     /// ```
     #[must_use]
     pub fn on_failure_with(mut self, rule: impl Fn(&FailedRecord<'_>) -> OnFailure + Send + Sync + 'static) -> Self {
-        self.settings.on_failure = Rule::new(rule);
+        self.settings.on_failure = Some(Rule::new(rule));
         self
     }
 }

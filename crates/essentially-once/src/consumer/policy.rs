@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use super::letters::Tries;
 use crate::{Error, HandlerError, Offset, Record, Revision};
 
 /// What a consumer does with a record that it cannot handle. See
@@ -72,12 +73,6 @@ impl Rule {
     }
 }
 
-impl Default for Rule {
-    fn default() -> Self {
-        Self::new(|_| OnFailure::default())
-    }
-}
-
 impl fmt::Debug for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Rule(..)")
@@ -100,5 +95,5 @@ pub(super) struct Verdict {
 #[derive(Debug)]
 pub(super) enum Sentence {
     Skip,
-    Park { tries: u32, reason: String },
+    Park(Tries),
 }

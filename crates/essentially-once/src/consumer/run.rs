@@ -17,6 +17,8 @@ pub(super) struct Run {
     pub(super) unanswered: Vec<Unanswered>,
     /// What the session before knew about dead letters.
     pub(super) parked: Parked,
+    /// Whether it was found to have no dead letters, for a delivery that refuses them.
+    pub(super) has_no_letters: bool,
     /// The record to go past, after its last try failed.
     pub(super) verdict: Option<Verdict>,
     /// The first position of a new consumer, until it receives a record.
@@ -73,4 +75,6 @@ pub(super) struct Done {
     pub(super) duplicates: u64,
     pub(super) failed: u64,
     pub(super) parked: u64,
+    /// From where to where retention made it jump.
+    pub(super) jump: Option<(Offset, Offset)>,
 }

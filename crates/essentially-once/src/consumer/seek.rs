@@ -1,6 +1,9 @@
 //! Moves a position by hand.
 
-use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Transaction};
+use crate::{
+    Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Transaction,
+    letters::{DeadLetter, DeadLetters},
+};
 
 /// Where a consumer without a position begins. The consumer commits this place before it handles
 /// the first record, so that the decision is made only once.
@@ -24,13 +27,15 @@ pub enum StartAt {
 /// consumer then handles both copies.
 ///
 /// Going back also removes the consumer's [dead letters](super::dead_letters) at and after the new
-/// place, since their records are handled again.
+/// place, since their records are handled again. It is refused if the log no longer holds some of
+/// those records.
 ///
 /// A running instance of the consumer is fenced, and continues from the new position.
 ///
 /// # Errors
 /// - [`Error::Truncated`] or [`Error::OutOfRange`] if the log does not hold the new place.
 /// - [`Error::WrongLog`] if the position belongs to another log.
+/// - [`Error::Failed`] if it would remove dead letters whose records are gone. Nothing changes.
 /// - [`Error::Fenced`] if a running instance committed in the meantime. Try again.
 /// - The backend's own errors.
 ///
@@ -59,14 +64,16 @@ pub async fn seek<S: OffsetStore>(
     store: &S,
     to: StartAt,
 ) -> Result<Offset, Error> {
-    let position = store.position(consumer).await?;
     let next = resolve(log, to).await?;
     log.read(next).await?;
+    let end = log.bounds().await?.end;
+    let mut tx = store.begin(consumer).await?;
+    // A store that locks keeps a busy instance from committing from here on.
+    let position = store.position(consumer).await?;
     let expected = position.as_ref().map_or(Revision::NONE, |position| position.revision);
     // A new epoch, so that a commit in progress cannot apply after this one. The owner stays, so
     // that a running instance continues.
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
-    let mut tx = store.begin(consumer).await?;
     let mut letters_removed = 0;
     if let Some(position) = position {
         advance.owner = position.owner;
@@ -74,6 +81,17 @@ pub async fn seek<S: OffsetStore>(
             advance.forgotten = position.windows.into_iter().map(|(numbering, _)| numbering).collect();
             // Their records are handled again, so trying the letters too would handle them twice.
             if let Some(letters) = tx.dead_letters() {
+                if let Some(lost) = first_from(letters, end).await? {
+                    tx.rollback().await?;
+                    return Err(Error::failed(
+                        format!("move consumer {consumer} back to {next} of log {}", log.id()),
+                        format!(
+                            "this removes the dead letters from there on, and the log no longer holds the record of \
+                             the one at {}; discard the letters at and after {end} first",
+                            lost.record.offset
+                        ),
+                    ));
+                }
                 letters_removed = letters.remove_from(next).await?;
             }
         }
@@ -81,6 +99,14 @@ pub async fn seek<S: OffsetStore>(
     tx.commit(advance).await?;
     tracing::info!(%consumer, log = %log.id(), %next, letters_removed, "moved the position by hand");
     Ok(next)
+}
+
+/// The first letter at or after an offset.
+async fn first_from(letters: &mut dyn DeadLetters, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+    match letters.letter(offset).await? {
+        Some(letter) => Ok(Some(letter)),
+        None => Ok(letters.list(Some(offset), 1).await?.pop()),
+    }
 }
 
 /// The offset that `at` stands for.

@@ -9,6 +9,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    call::grace_is_over,
     failure::Failure,
     heart::Heart,
     letters::Parked,
@@ -48,6 +49,8 @@ pub struct Session<'a, S> {
     pub(super) place: Place,
     pub(super) windows: Windows,
     pub(super) parked: Parked,
+    /// While a run that has caught up tries its letters: those due up to then.
+    pub(super) cut_off: Option<SystemTime>,
     /// When the current batch was taken.
     pub(super) now: SystemTime,
     pub(super) silent: LookForSilent,
@@ -88,6 +91,16 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(self.unless_stopped(action).await??)
     }
 
+    /// The result of an action in a transaction that a handler has used. If the run is stopped, it
+    /// has as long as the handler has.
+    pub(super) async fn within_grace<T>(&self, action: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
+        tokio::select! {
+            biased;
+            result = action => Ok(result?),
+            () = grace_is_over(self.stop, self.settings.stop_grace) => Err(Failure::Stopped),
+        }
+    }
+
     pub(super) async fn begin(&self) -> Result<S::Tx, Failure> {
         self.or_stop(self.store.begin(self.id)).await
     }
@@ -120,6 +133,7 @@ impl<S: OffsetStore> Session<'_, S> {
     /// Decides whether a commit was refused because of its records: a deferred constraint or a
     /// queued statement. The handler caused the error, but only the commit reports it.
     pub(super) async fn blame_for_commit(&mut self, error: Error) -> Result<HandlerError, Failure> {
+        self.parked.discard();
         self.check_current().await?;
         self.count_failed_try();
         if matches!(error, Error::Failed { .. })
@@ -207,6 +221,11 @@ impl<S: OffsetStore> Session<'_, S> {
         report.duplicates += done.duplicates;
         report.failed += done.failed;
         report.parked += done.parked;
+        if let Some(jump) = done.jump {
+            report.truncated += 1;
+            report.skipped_to_earliest = Some(jump);
+            self.telemetry.truncated.increment(1);
+        }
         self.telemetry.handled.increment(done.handled);
         self.telemetry.duplicates.increment(done.duplicates);
         self.telemetry.failed.increment(done.failed);

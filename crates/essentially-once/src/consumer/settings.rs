@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     letters::DeadLetterOptions,
-    policy::{OnTruncated, Rule},
+    policy::{OnFailure, OnTruncated, Rule},
     seek::StartAt,
 };
 use crate::Error;
@@ -17,7 +17,7 @@ pub(super) struct Settings {
     pub(super) accept_volatile: bool,
     pub(super) retries: u32,
     pub(super) restart_limit: Option<u32>,
-    pub(super) on_failure: Rule,
+    pub(super) on_failure: Option<Rule>,
     pub(super) on_truncated: OnTruncated,
     pub(super) letters: Option<DeadLetterOptions>,
     pub(super) min_backoff: Duration,
@@ -39,7 +39,7 @@ impl Default for Settings {
             accept_volatile: false,
             retries: 10,
             restart_limit: None,
-            on_failure: Rule::default(),
+            on_failure: None,
             on_truncated: OnTruncated::default(),
             letters: None,
             min_backoff: Duration::from_millis(10),
@@ -54,6 +54,15 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// The rule for records that cannot be handled.
+    pub(super) fn on_failure(&self) -> Rule {
+        let default = match self.letters {
+            Some(_) => OnFailure::DeadLetter,
+            None => OnFailure::Stop,
+        };
+        self.on_failure.clone().unwrap_or_else(|| Rule::new(move |_| default))
+    }
+
     /// Refuses settings that are out of their bounds.
     pub(super) fn check(&self) -> Result<(), Error> {
         let zero = |setting, value: usize| match value {

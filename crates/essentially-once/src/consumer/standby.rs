@@ -1,4 +1,8 @@
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{
+    future::pending,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use super::{failure::Failure, session::Session};
 use crate::{
@@ -16,15 +20,15 @@ pub(super) enum Watched {
     CaughtUp,
     /// The position must be loaded again: its owner released it, or it vanished or went back.
     Changed,
-    /// Records wait, and the owner has shown no sign of life since this revision.
+    /// Records or dead letters wait, and the owner has shown no sign of life since this revision.
     Silent(Revision),
 }
 
 impl<S: OffsetStore> Session<'_, S> {
     /// Watches the owner of `position` until this instance has a reason to continue on its own.
     ///
-    /// Silence counts only while records wait, and only from one check to the next: an instance
-    /// that was suspended has not observed the time of its suspension.
+    /// Silence counts only while records wait or a dead letter is due, and only from one check to
+    /// the next: an instance that was suspended has not observed the time of its suspension.
     pub(super) async fn stand_by(
         &mut self,
         position: &Position,
@@ -37,6 +41,7 @@ impl<S: OffsetStore> Session<'_, S> {
         let step = (standby_after / LOOKS).max(Duration::from_millis(1));
         let mut pulse = self.or_stop(store.pulse(id)).await?;
         let mut records = Waiting::new(pulse.next);
+        let mut letters = Letters::default();
         let mut silence = Duration::ZERO;
         let mut last_look = Instant::now();
         loop {
@@ -46,7 +51,7 @@ impl<S: OffsetStore> Session<'_, S> {
             let seen = pulse;
             let mut watching = store.watch(id, &seen, step);
             pulse = loop {
-                if until.is_some_and(|until| seen.next >= until) {
+                if until.is_some_and(|until| seen.next >= until) && !self.is_letter_due(&mut letters, true).await? {
                     return Ok(Watched::CaughtUp);
                 }
                 tokio::select! {
@@ -69,7 +74,11 @@ impl<S: OffsetStore> Session<'_, S> {
                     if let Some(until) = &mut until {
                         *until = self.or_stop(self.log.readable_end()).await?.min(*until);
                     }
-                    continue;
+                    letters.quiet = letters.quiet.saturating_add(since_last_look);
+                    let is_quiet = letters.quiet >= standby_after.saturating_mul(LOOKS);
+                    if !self.is_letter_due(&mut letters, is_quiet).await? {
+                        continue;
+                    }
                 }
                 silence = silence.saturating_add(since_last_look.min(step.saturating_mul(2)));
                 if silence >= self.run.silences.limit(standby_after) {
@@ -80,7 +89,7 @@ impl<S: OffsetStore> Session<'_, S> {
                     tracing::warn!(
                         ?silence,
                         revision = %seen.revision,
-                        "records wait and the active instance shows no sign of life; taking over"
+                        "records or dead letters wait and the active instance shows no sign of life; taking over"
                     );
                     return Ok(Watched::Silent(seen.revision));
                 }
@@ -89,11 +98,34 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.run.silences.remember(silence, standby_after);
                 silence = Duration::ZERO;
             }
+            letters = Letters::default();
             if pulse.next != seen.next {
                 records = Waiting::new(pulse.next);
             }
         }
     }
+
+    /// Whether a dead letter is due, as far as is known. Looks in the store if nothing is known yet
+    /// and `may_look`. That opens a transaction, which may wait for the active instance's.
+    async fn is_letter_due(&self, letters: &mut Letters, may_look: bool) -> Result<bool, Failure> {
+        if self.settings.letters.is_none() {
+            return Ok(false);
+        }
+        if letters.first_due.is_none() && may_look {
+            letters.first_due = Some(self.first_due().await?);
+        }
+        let due = letters.first_due.flatten();
+        Ok(due.is_some_and(|due| due <= SystemTime::now()))
+    }
+}
+
+/// What a standby knows about the dead letters at the position that it sees.
+#[derive(Default)]
+struct Letters {
+    /// How long that position has not moved and no records have waited.
+    quiet: Duration,
+    /// When the first letter is due; `None` if nobody has looked.
+    first_due: Option<Option<SystemTime>>,
 }
 
 /// Whether records wait behind a position.

@@ -6,6 +6,7 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::{
     failure::Failure,
+    letters::Tries,
     policy::{FailedRecord, OnFailure, OnTruncated, Rule, Sentence, Verdict},
     report::Telemetry,
     run::Run,
@@ -34,6 +35,7 @@ pub(super) struct Supervisor {
 struct Culprit {
     offset: Offset,
     attempts: u32,
+    first_reason: String,
 }
 
 impl Supervisor {
@@ -48,7 +50,7 @@ impl Supervisor {
             log: Arc::clone(log),
             retries: settings.retries,
             restart_limit: settings.restart_limit,
-            on_failure: settings.on_failure.clone(),
+            on_failure: settings.on_failure(),
             on_truncated: settings.on_truncated,
             keeps_letters: settings.letters.is_some(),
             backoff,
@@ -93,11 +95,15 @@ impl Supervisor {
             Failure::Backend(error) => return Err(error),
             Failure::Record(failed) => {
                 let (offset, error) = (failed.record.offset, failed.error);
-                let attempts = match &self.culprit {
-                    Some(culprit) if culprit.offset == offset => culprit.attempts + 1,
-                    _ => 1,
+                let (attempts, first_reason) = match self.culprit.take() {
+                    Some(culprit) if culprit.offset == offset => (culprit.attempts + 1, culprit.first_reason),
+                    _ => (1, error.to_string()),
                 };
-                self.culprit = Some(Culprit { offset, attempts });
+                self.culprit = Some(Culprit {
+                    offset,
+                    attempts,
+                    first_reason: first_reason.clone(),
+                });
                 let outcome = match error.kind {
                     HandlerErrorKind::Fatal => {
                         return Err(self.unhandled(offset, failed.fatal_outcome, attempts, error));
@@ -123,12 +129,17 @@ impl Supervisor {
                         OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
                         OnFailure::Skip => (Sentence::Skip, "skipped"),
                         OnFailure::DeadLetter if self.keeps_letters => {
-                            let (tries, reason) = (attempts, error.to_string());
-                            (Sentence::Park { tries, reason }, "set aside as a dead letter")
+                            let tries = Tries {
+                                count: attempts,
+                                first_reason,
+                                last_reason: error.to_string(),
+                                kind: error.kind,
+                            };
+                            (Sentence::Park(tries), "set aside as a dead letter")
                         }
                         OnFailure::DeadLetter => {
                             let outcome = "its policy asks for a dead letter, but this consumer keeps none; call \
-                                           `dead_letters` when you build it";
+                                           `dead_letters` when you build it, which needs essentially-once";
                             return Err(self.unhandled(offset, outcome, attempts, error));
                         }
                     };
