@@ -102,6 +102,7 @@ impl Drop for WriteTx {
         if let Err(error) = self.try_rollback() {
             tracing::warn!(%error, "a rollback failed");
         }
+        self.connection.left = Some(Instant::now());
         self.file.ended(self.holder);
     }
 }
@@ -119,6 +120,10 @@ pub(super) struct WriteConnection {
     pub(super) wal: Wal,
     /// When this connection last got the lock in turn.
     pub(super) passed: Option<Instant>,
+    /// Whether other writers were ahead of it then.
+    pub(super) has_waited: bool,
+    /// When its last transaction ended.
+    pub(super) left: Option<Instant>,
     /// A rollback failed, so the connection's state is unknown.
     pub(super) broken: bool,
 }
@@ -130,6 +135,8 @@ impl WriteConnection {
             authorizer,
             wal,
             passed: None,
+            has_waited: false,
+            left: None,
             broken: false,
         }
     }

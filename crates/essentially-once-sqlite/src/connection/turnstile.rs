@@ -156,16 +156,21 @@ impl Turn {
     pub(crate) async fn comes_within(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         loop {
-            if !self.turnstile.state().queued {
+            if !self.is_to_come() {
                 return true;
             }
             if time::timeout_at(until, self.turnstile.granted.notified())
                 .await
                 .is_err()
             {
-                return !self.turnstile.state().queued;
+                return !self.is_to_come();
             }
         }
+    }
+
+    /// Whether a thread waits for it in the kernel's queue.
+    pub(crate) fn is_to_come(&self) -> bool {
+        self.turnstile.state().queued
     }
 }
 

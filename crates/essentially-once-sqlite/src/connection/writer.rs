@@ -29,12 +29,18 @@ use crate::{
 
 /// The writer whose turn it is polls often. It is the only one that polls, and nobody writes while
 /// it sleeps.
-const LONGEST_PAUSE_IN_TURN: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE_IN_TURN: Duration = Duration::from_millis(1);
 
 /// A writer that has passed the turnstile may write again for this long without passing it again.
 /// That saves system calls if commits take microseconds. Each waiting writer waits at most this
 /// much longer for each writer ahead of it.
 const TENURE: Duration = Duration::from_millis(2);
+
+/// How long a writer that had to wait for its last turn stays away from the turnstile after its
+/// commit. The kernel lets a writer that comes at the moment of a handover slip in, and the next
+/// writer gets the write lock, and thereby hands the turnstile over, within this time after a
+/// commit.
+const STAND_BACK: Duration = Duration::from_millis(3);
 
 /// How long to wait for a turn before checking whether the writer inside the turnstile still makes
 /// progress.
@@ -132,9 +138,13 @@ impl Writer {
                 result => return result,
             }
         }
+        if let (true, Some(left)) = (connection.has_waited, connection.left) {
+            time::sleep_until(left + STAND_BACK).await;
+        }
         let Ok(turn) = time::timeout_at(deadline, self.file.turnstile.line_up()).await else {
             return connection.begin();
         };
+        connection.has_waited = turn.is_to_come();
         let mut patience = PATIENCE;
         while !turn.comes_within(patience.min(deadline - Instant::now())).await {
             // The writer inside takes the lock as soon as it is free. If it leaves a free lock

@@ -7,7 +7,6 @@ use super::{
     failure::{Failure, RecordFailure},
     run::Done,
     session::Session,
-    settings::Settings,
 };
 use crate::{
     Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Revision, Transaction,
@@ -231,7 +230,7 @@ where
     let mut done = Done::default();
     let started = Instant::now();
     for (index, record) in batch.iter().enumerate() {
-        if index > 0 && (session.stop.is_cancelled() || is_time_up(session.settings, started, index)) {
+        if index > 0 && (session.stop.is_cancelled() || is_time_up(session, started, index)) {
             return (done, &batch[..index], None);
         }
         if is_duplicate(session, record) {
@@ -273,11 +272,14 @@ where
 }
 
 /// Whether one more record would exceed the time limit of the batch, if it takes the average time
-/// of the records before it.
-fn is_time_up(settings: &Settings, started: Instant, passed: usize) -> bool {
+/// of the records before it and the commit takes as long as the last one. A twentieth of the limit
+/// remains for handing a lock over to the next one that waits. A slow commit takes at most half of
+/// the limit, so that its batch is worth it.
+fn is_time_up<S>(session: &Session<'_, S>, started: Instant, passed: usize) -> bool {
+    let limit = session.settings.batch_time_limit;
     let elapsed = started.elapsed();
     let average = elapsed / u32::try_from(passed).unwrap_or(u32::MAX);
-    elapsed.saturating_add(average) > settings.batch_time_limit
+    elapsed.saturating_add(average) > limit - limit / 20 - session.commit_time.min(limit / 2)
 }
 
 /// Whether the record was handled before. A malformed record never counts as handled, whatever its

@@ -263,8 +263,9 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
 
     /// How long handling a batch may take after its transaction began. The default is 100 ms.
     ///
-    /// If one more record would exceed the limit, by the average of the records before it, the
-    /// consumer commits those and moves the rest to the next batch. A batch holds at least one
+    /// If one more record and the commit would exceed the limit, by the average of the records
+    /// before it and by the last commit, the consumer commits those and moves the rest to the next
+    /// batch. A slow commit counts for at most half of the limit. A batch holds at least one
     /// record, however long that takes. An open transaction may keep others from writing, and a
     /// commit shows standbys that this instance is alive. At-most-once commits first and ignores
     /// this limit. [`Duration::MAX`] means no limit.
@@ -412,6 +413,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 parked: Parked::default(),
                 cut_off: None,
                 now: SystemTime::UNIX_EPOCH,
+                commit_time: Duration::ZERO,
                 silent: LookForSilent::default(),
                 counted: None,
             };

@@ -53,6 +53,8 @@ pub struct Session<'a, S> {
     pub(super) cut_off: Option<SystemTime>,
     /// When the current batch was taken.
     pub(super) now: SystemTime,
+    /// How long the last commit took.
+    pub(super) commit_time: Duration,
     pub(super) silent: LookForSilent,
     pub(super) counted: Option<Instant>,
 }
@@ -200,7 +202,8 @@ impl<S: OffsetStore> Session<'_, S> {
         self.run.report.next = Some(next);
         self.run.report.commits += 1;
         self.heart.committed();
-        self.telemetry.committed(now - started);
+        self.commit_time = now - started;
+        self.telemetry.committed(self.commit_time);
         tracing::trace!(%next, %revision, "committed");
         Ok(())
     }

@@ -149,6 +149,27 @@ async fn a_batch_is_committed_when_its_time_is_up_and_the_rest_goes_into_the_nex
     assert_eq!((report.handled, report.commits), (RECORDS, 2), "{report}");
 }
 
+/// A batch that ends at its limit and then commits would exceed it.
+#[tokio::test(start_paused = true)]
+async fn the_time_limit_of_a_batch_includes_its_commit() {
+    let backend = Backend::new(24, Script::default()).await;
+    let handler = handler_fn(|_: &Record, tx: &mut ScriptedTx| {
+        tx.commit_time = Duration::from_millis(40);
+        Box::pin(async {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            Ok(())
+        })
+    });
+    let started = tokio::time::Instant::now();
+    let report = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    // Nine records before a commit was timed, and then five at a time.
+    assert_eq!((report.handled, report.commits), (24, 1 + 4), "{report}");
+    assert_eq!(started.elapsed(), Duration::from_millis(24 * 10 + 4 * 40));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_handler_that_exceeds_its_time_limit_has_failed() {
     let backend = Backend::new(RECORDS, Script::default()).await;

@@ -298,6 +298,7 @@ impl OffsetStore for ScriptedStore {
                 store: self.inner.clone(),
                 script: self.script.clone(),
                 refuse_commit: false,
+                commit_time: Duration::ZERO,
             }),
         }
     }
@@ -330,6 +331,8 @@ pub struct ScriptedTx {
     script: Script,
     /// Set to fail the commit, as after a statement that only the commit checks.
     pub refuse_commit: bool,
+    /// How long the commit takes.
+    pub commit_time: Duration,
 }
 
 #[async_trait]
@@ -344,6 +347,7 @@ impl Transaction for ScriptedTx {
         if self.refuse_commit {
             return Err(Error::failed("commit", "refused at the commit"));
         }
+        tokio::time::sleep(self.commit_time).await;
         match self.script.take(Step::Commit) {
             None => self.inner.commit(advance).await,
             Some(Fault::After) => {
