@@ -19,7 +19,7 @@ fn key(offset: u64) -> Option<&'static str> {
 }
 
 /// A log of payloads `0`, `1`, ... with these keys.
-async fn keyed(script: Script) -> Backend {
+pub(super) async fn keyed(script: Script) -> Backend {
     let memory = Memory::new();
     let records: Vec<_> = (0..KEYS.len() as u64)
         .map(|n| match key(n) {
@@ -33,12 +33,12 @@ async fn keyed(script: Script) -> Backend {
 
 /// Appends each payload to a list under its key, in the state. Some payloads fail.
 #[derive(Clone, Default)]
-struct Lists {
+pub(super) struct Lists {
     script: Script,
     /// Payloads to reject, or to refuse with an error that another try may resolve.
-    poison: Arc<Mutex<Vec<&'static str>>>,
-    retried: Arc<Mutex<Vec<&'static str>>>,
-    calls: Arc<Mutex<Vec<String>>>,
+    pub(super) poison: Arc<Mutex<Vec<&'static str>>>,
+    pub(super) retried: Arc<Mutex<Vec<&'static str>>>,
+    pub(super) calls: Arc<Mutex<Vec<String>>>,
 }
 
 #[essentially_once::async_trait]
@@ -61,7 +61,7 @@ impl Handler<ScriptedTx> for Lists {
     }
 }
 
-fn poisoned(backend: &Backend, poison: &[&'static str]) -> Lists {
+pub(super) fn poisoned(backend: &Backend, poison: &[&'static str]) -> Lists {
     Lists {
         script: backend.script.clone(),
         poison: Arc::new(Mutex::new(poison.to_vec())),
@@ -69,7 +69,7 @@ fn poisoned(backend: &Backend, poison: &[&'static str]) -> Lists {
     }
 }
 
-fn consumer(backend: &Backend, handler: Lists) -> Consumer<ScriptedStore, Lists, EssentiallyOnce> {
+pub(super) fn consumer(backend: &Backend, handler: Lists) -> Consumer<ScriptedStore, Lists, EssentiallyOnce> {
     Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
         .max_batch(5)
         .retries(1)
@@ -79,7 +79,7 @@ fn consumer(backend: &Backend, handler: Lists) -> Consumer<ScriptedStore, Lists,
 }
 
 /// The payloads that took effect, in order, by key.
-async fn effects(backend: &Backend) -> BTreeMap<&'static str, String> {
+pub(super) async fn effects(backend: &Backend) -> BTreeMap<&'static str, String> {
     let mut tx = backend.memory.store().begin(&shipping()).await.unwrap();
     let mut effects = BTreeMap::new();
     for key in ["-", "a", "b", "c"] {
@@ -89,19 +89,19 @@ async fn effects(backend: &Backend) -> BTreeMap<&'static str, String> {
     effects
 }
 
-fn all_in_order() -> BTreeMap<&'static str, String> {
+pub(super) fn all_in_order() -> BTreeMap<&'static str, String> {
     [("-", "5 10 "), ("a", "0 2 4 8 "), ("b", "1 3 6 9 "), ("c", "7 11 ")]
         .map(|(key, list)| (key, list.to_owned()))
         .into()
 }
 
-async fn letters(backend: &Backend) -> Vec<DeadLetter> {
+pub(super) async fn letters(backend: &Backend) -> Vec<DeadLetter> {
     dead_letters::list(&shipping(), &backend.memory.store(), None, 100)
         .await
         .unwrap()
 }
 
-async fn parked(backend: &Backend) -> Vec<u64> {
+pub(super) async fn parked(backend: &Backend) -> Vec<u64> {
     letters(backend)
         .await
         .iter()
@@ -110,7 +110,7 @@ async fn parked(backend: &Backend) -> Vec<u64> {
 }
 
 /// Waits for something that a running consumer does.
-async fn wait_until<T>(run: &tokio::task::JoinHandle<T>, condition: impl AsyncFn() -> bool) {
+pub(super) async fn wait_until<T>(run: &tokio::task::JoinHandle<T>, condition: impl AsyncFn() -> bool) {
     while !condition().await {
         assert!(!run.is_finished(), "the run ended");
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -118,12 +118,12 @@ async fn wait_until<T>(run: &tokio::task::JoinHandle<T>, condition: impl AsyncFn
 }
 
 /// The consumer's position, or 0.
-async fn next(backend: &Backend) -> Offset {
+pub(super) async fn next(backend: &Backend) -> Offset {
     let position = backend.position(&shipping()).await;
     position.map_or(Offset::ZERO, |position| position.next)
 }
 
-async fn retry_all(backend: &Backend) -> u64 {
+pub(super) async fn retry_all(backend: &Backend) -> u64 {
     dead_letters::retry_all(&shipping(), &backend.memory.store())
         .await
         .unwrap()

@@ -13,6 +13,7 @@ mod blame;
 mod duplicates;
 mod faults;
 mod letters;
+mod letters_in_trouble;
 mod lost;
 mod policies;
 mod records;

@@ -298,6 +298,7 @@ impl OffsetStore for ScriptedStore {
                 store: self.inner.clone(),
                 script: self.script.clone(),
                 refuse_commit: false,
+                is_broken: false,
                 commit_time: Duration::ZERO,
             }),
         }
@@ -331,8 +332,19 @@ pub struct ScriptedTx {
     script: Script,
     /// Set to fail the commit, as after a statement that only the commit checks.
     pub refuse_commit: bool,
+    /// Set once a read or write failed and the handler ignored it. What follows fails (S6).
+    pub is_broken: bool,
     /// How long the commit takes.
     pub commit_time: Duration,
+}
+
+impl ScriptedTx {
+    fn check(&self) -> Result<(), Error> {
+        match self.is_broken {
+            true => Err(Error::failed("use the transaction", "a read in it failed before")),
+            false => Ok(()),
+        }
+    }
 }
 
 #[async_trait]
@@ -347,6 +359,7 @@ impl Transaction for ScriptedTx {
         if self.refuse_commit {
             return Err(Error::failed("commit", "refused at the commit"));
         }
+        self.check()?;
         tokio::time::sleep(self.commit_time).await;
         match self.script.take(Step::Commit) {
             None => self.inner.commit(advance).await,
@@ -378,38 +391,47 @@ impl Transaction for ScriptedTx {
 #[async_trait]
 impl DeadLetters for ScriptedTx {
     async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
+        self.check()?;
         self.inner.park(letter).await
     }
 
     async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
+        self.check()?;
         self.inner.remove(offset).await
     }
 
     async fn remove_from(&mut self, offset: Offset) -> Result<u64, Error> {
+        self.check()?;
         self.inner.remove_from(offset).await
     }
 
     async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+        self.check()?;
         self.inner.letter(offset).await
     }
 
     async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
+        self.check()?;
         self.inner.head(key).await
     }
 
     async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
+        self.check()?;
         self.inner.first_due().await
     }
 
     async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        self.check()?;
         self.inner.list(after, limit).await
     }
 
     async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
+        self.check()?;
         self.inner.counts(after, limit).await
     }
 
     async fn total(&mut self) -> Result<u64, Error> {
+        self.check()?;
         self.inner.total().await
     }
 }

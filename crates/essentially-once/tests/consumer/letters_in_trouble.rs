@@ -1,0 +1,336 @@
+//! Dead letters next to failures: handlers that break their transaction, owners that die, stops,
+//! and logs that lost records.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, atomic::AtomicU64},
+};
+
+use essentially_once::{
+    consumer::{DeadLetterOptions, OnTruncated, dead_letters},
+    memory::MemoryLog,
+};
+
+use super::{
+    letters::{all_in_order, consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until},
+    *,
+};
+
+/// Lists of payloads by key in the state, with something that happens at some payloads.
+fn listing(
+    at: impl Fn(&str, &mut ScriptedTx) -> Result<(), HandlerError> + Clone + Send + 'static,
+) -> impl Handler<ScriptedTx> {
+    handler_fn(move |record: &Record, tx: &mut ScriptedTx| {
+        let at = at.clone();
+        Box::pin(async move {
+            let payload = std::str::from_utf8(&record.payload)?;
+            at(payload, tx)?;
+            let key = record.key.clone().unwrap_or_else(|| "-".into());
+            let before = essentially_once::KeyValue::get(tx, &key).await?.unwrap_or_default();
+            let list = [&before[..], payload.as_bytes(), b" "].concat();
+            Ok(essentially_once::KeyValue::put(tx, &key, &list).await?)
+        })
+    })
+}
+
+fn quick<H: Handler<ScriptedTx>>(
+    backend: &Backend,
+    handler: H,
+) -> Consumer<support::ScriptedStore, H, essentially_once::consumer::EssentiallyOnce> {
+    Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .retries(1)
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO)
+        .dead_letters(DeadLetterOptions::new())
+}
+
+/// Counts calls by payload.
+#[derive(Clone, Default)]
+struct Calls(Arc<Mutex<BTreeMap<String, u64>>>);
+
+impl Calls {
+    /// Counts one more call, and returns how many there were before.
+    fn note(&self, payload: &str) -> u64 {
+        let mut calls = self.0.lock().unwrap();
+        let count = calls.entry(payload.to_owned()).or_default();
+        *count += 1;
+        *count - 1
+    }
+
+    fn of(&self, payload: &str) -> u64 {
+        self.0.lock().unwrap().get(payload).copied().unwrap_or(0)
+    }
+}
+
+#[tokio::test]
+async fn a_handler_that_ignores_a_broken_transaction_is_blamed_although_a_letter_is_parked_after_it() {
+    let backend = keyed(Script::default()).await;
+    let calls = Calls::default();
+    let counted = calls.clone();
+    // 4 is parked behind 2, in the transaction that 3 breaks.
+    let handler = listing(move |payload, tx| {
+        let before = counted.note(payload);
+        match payload {
+            "2" => return Err(HandlerError::reject("poison")),
+            "3" => tx.is_broken |= before == 0,
+            _ => {}
+        }
+        Ok(())
+    });
+    let report = quick(&backend, handler).run_until_caught_up().await.unwrap();
+    assert_eq!((report.handled, report.parked), (9, 3), "{report}");
+    assert_eq!(calls.of("3"), 2, "with others, and then alone");
+    assert_eq!(effects(&backend).await["b"], "1 3 6 9 ");
+}
+
+#[tokio::test]
+async fn a_handler_that_ignores_a_broken_transaction_is_blamed_at_a_letter_too() {
+    let backend = keyed(Script::default()).await;
+    consumer(&backend, poisoned(&backend, &["2"]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    for (culprit, left) in [("4", vec![4, 8]), ("4", vec![4, 8]), ("none", vec![])] {
+        retry_all(&backend).await;
+        let handler = listing(move |payload, tx| {
+            tx.is_broken |= payload == culprit;
+            Ok(())
+        });
+        quick(&backend, handler).run_until_caught_up().await.unwrap();
+        assert_eq!(parked(&backend).await, left);
+    }
+    assert_eq!(effects(&backend).await, all_in_order());
+}
+
+#[tokio::test]
+async fn a_fatal_error_behind_other_letters_ends_the_run_at_its_first_call() {
+    let backend = keyed(Script::default()).await;
+    consumer(&backend, poisoned(&backend, &["2"]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    retry_all(&backend).await;
+    let calls = Calls::default();
+    let counted = calls.clone();
+    let handler = listing(move |payload, _| match (counted.note(payload), payload) {
+        (_, "4") => Err(HandlerError::fatal("full")),
+        _ => Ok(()),
+    });
+    let error = quick(&backend, handler).run_until_caught_up().await.unwrap_err();
+    assert!(error.to_string().contains("fatal error in a dead letter"), "{error}");
+    assert_eq!((calls.of("2"), calls.of("4")), (1, 1));
+    assert_eq!(parked(&backend).await, [2, 4, 8], "nothing of its batch was committed");
+}
+
+#[tokio::test]
+async fn a_stop_lets_the_letter_commit_that_was_just_handled() {
+    let backend = keyed(Script::default()).await;
+    consumer(&backend, poisoned(&backend, &["2"]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    retry_all(&backend).await;
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    let handler = listing(move |_, _| {
+        stopping.cancel();
+        Ok(())
+    });
+    let report = quick(&backend, handler).run_until(stop).await.unwrap();
+    assert_eq!(report.handled, 1, "{report}");
+    assert_eq!(parked(&backend).await, [4, 8]);
+    assert!(letters(&backend).await[0].due.is_some(), "the next one follows");
+    assert_eq!(effects(&backend).await["a"], "0 2 ");
+}
+
+#[tokio::test]
+async fn a_run_that_has_caught_up_tries_each_due_letter_and_ends() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &["2"]);
+    consumer(&backend, handler.clone()).run_until_caught_up().await.unwrap();
+    handler.poison.lock().unwrap().clear();
+    handler.retried.lock().unwrap().extend(["4", "10"]);
+    retry_all(&backend).await;
+    // Each failure makes the letter due at once.
+    let options = DeadLetterOptions::new().retry_after(Duration::from_nanos(1));
+    let run = consumer(&backend, handler.clone()).dead_letters(options);
+    let run = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
+    run.await.expect("it ends").unwrap();
+    assert_eq!(parked(&backend).await, [4, 8]);
+    handler.retried.lock().unwrap().clear();
+    retry_all(&backend).await;
+    let run = consumer(&backend, handler).max_batch(1).run_until_caught_up();
+    run.await.unwrap();
+    assert!(parked(&backend).await.is_empty(), "more letters than a batch holds");
+    assert_eq!(effects(&backend).await, all_in_order());
+}
+
+#[tokio::test]
+async fn letters_that_are_due_do_not_delay_the_verdict_on_a_record() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &["11"]);
+    handler.retried.lock().unwrap().push("2");
+    let options = DeadLetterOptions::new().retry_after(Duration::from_nanos(1));
+    let run = consumer(&backend, handler.clone()).max_batch(1).dead_letters(options);
+    run.run_until_caught_up().await.unwrap();
+    let calls = handler.calls.lock().unwrap();
+    assert_eq!(calls.iter().filter(|payload| *payload == "11").count(), 1);
+}
+
+#[tokio::test]
+async fn a_rejected_record_waits_for_an_operator_whatever_the_pause() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &["2"]);
+    handler.retried.lock().unwrap().push("11");
+    let options = DeadLetterOptions::new().retry_after(Duration::from_secs(60));
+    let run = consumer(&backend, handler).dead_letters(options);
+    run.run_until_caught_up().await.unwrap();
+    let due: Vec<_> = letters(&backend)
+        .await
+        .iter()
+        .map(|letter| letter.due.is_some())
+        .collect();
+    assert_eq!(due, [false, false, false, true]);
+}
+
+#[tokio::test]
+async fn a_letter_keeps_the_first_reason_and_the_last() {
+    let backend = keyed(Script::default()).await;
+    let calls = Calls::default();
+    let handler = listing(move |payload, _| match (payload, calls.note(payload)) {
+        ("2", before) => Err(HandlerError::retry(format!("reason {before}"))),
+        _ => Ok(()),
+    });
+    quick(&backend, handler)
+        .max_batch(1)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    let letter = &letters(&backend).await[0];
+    assert_eq!((&*letter.first_reason, &*letter.last_reason), ("reason 0", "reason 1"));
+}
+
+/// A crash leaves the position with its owner.
+#[tokio::test]
+async fn a_standby_takes_over_when_a_letter_is_due_and_its_owner_is_dead() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &["2"]);
+    let owner = tokio::spawn(consumer(&backend, handler.clone()).run());
+    wait_until(&owner, async || next(&backend).await == RECORDS.into()).await;
+    owner.abort();
+    let _ = owner.await;
+    handler.poison.lock().unwrap().clear();
+    retry_all(&backend).await;
+    // A job finds it at once, and a service after a while.
+    let standby = || consumer(&backend, handler.clone()).standby_after(Duration::from_millis(20));
+    let report = standby().max_batch(1).run_until_caught_up().await.unwrap();
+    assert_eq!(report.handled, 3, "{report}");
+
+    let memory = backend.memory_log();
+    memory.append(&[NewRecord::new("2").key("a")]).await.unwrap();
+    handler.poison.lock().unwrap().push("2");
+    let owner = tokio::spawn(consumer(&backend, handler.clone()).run());
+    wait_until(&owner, async || next(&backend).await == (RECORDS + 1).into()).await;
+    owner.abort();
+    let _ = owner.await;
+    handler.poison.lock().unwrap().clear();
+    retry_all(&backend).await;
+    let stop = CancellationToken::new();
+    let service = tokio::spawn(standby().run_until(stop.clone()));
+    wait_until(&service, async || letters(&backend).await.is_empty()).await;
+    stop.cancel();
+    service.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_standby_leaves_letters_that_are_not_due_to_their_owner() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &["2"]);
+    let owner = tokio::spawn(consumer(&backend, handler.clone()).run());
+    wait_until(&owner, async || next(&backend).await == RECORDS.into()).await;
+    let before = backend.position(&shipping()).await.unwrap();
+    let standby = consumer(&backend, handler).standby_after(Duration::from_millis(1));
+    let report = standby.run_until_caught_up().await.unwrap();
+    assert_eq!((report.handled, report.commits), (0, 0), "{report}");
+    assert_eq!(backend.position(&shipping()).await.unwrap(), before);
+    owner.abort();
+}
+
+#[tokio::test]
+async fn seek_back_refuses_to_remove_letters_whose_records_are_gone() {
+    let backend = keyed(Script::default()).await;
+    consumer(&backend, poisoned(&backend, &["2"]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    let shorter = Memory::new();
+    let log: MemoryLog = shorter.log("orders").unwrap();
+    log.append(&[NewRecord::new("0"), NewRecord::new("1"), NewRecord::new("2")])
+        .await
+        .unwrap();
+    let before = letters(&backend).await;
+    let store = backend.memory.store();
+    let error = seek(&shipping(), &log, &store, StartAt::Earliest).await.unwrap_err();
+    assert!(error.to_string().contains("the one at 4"), "{error}");
+    assert_eq!(letters(&backend).await, before);
+    for letter in &before[1..] {
+        dead_letters::discard(&shipping(), &store, letter).await.unwrap();
+    }
+    seek(&shipping(), &log, &store, StartAt::Earliest).await.unwrap();
+    assert!(letters(&backend).await.is_empty());
+}
+
+#[tokio::test]
+async fn other_deliveries_refuse_a_consumer_with_letters() {
+    let backend = keyed(Script::default()).await;
+    consumer(&backend, poisoned(&backend, &["2"]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    backend
+        .memory_log()
+        .append(&[NewRecord::new("x").key("a")])
+        .await
+        .unwrap();
+    let handler = || handler_fn(|_: &Record, (): &mut ()| Box::pin(async { Ok(()) }));
+    let (log, store) = (backend.log(), backend.store());
+    let error = Consumer::at_least_once(shipping(), log, store, handler())
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("3 dead letters"), "{error}");
+    let (log, store) = (backend.log(), backend.store());
+    let error = Consumer::at_most_once(shipping(), log, store, handler())
+        .run_until_caught_up()
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("3 dead letters"), "{error}");
+}
+
+#[tokio::test]
+async fn the_order_of_options_does_not_matter() {
+    let backend = keyed(Script::default()).await;
+    let seen = Arc::new(AtomicU64::new(0));
+    let asked = Arc::clone(&seen);
+    let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), poisoned(&backend, &["2"]))
+        .on_failure_with(move |_| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            essentially_once::consumer::OnFailure::DeadLetter
+        })
+        .dead_letters(DeadLetterOptions::new());
+    run.run_until_caught_up().await.unwrap();
+    assert_eq!(seen.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_consumer_that_begins_below_the_earliest_record_can_skip_to_it() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    backend.memory_log().truncate(5.into());
+    let handler = listing(|_, _| Ok(()));
+    let run = quick(&backend, handler)
+        .start_at(StartAt::Offset(2.into()))
+        .on_truncated(OnTruncated::SkipToEarliest);
+    let report = run.run_until_caught_up().await.unwrap();
+    assert_eq!((report.handled, report.truncated), (RECORDS - 5, 1), "{report}");
+    assert_eq!(report.skipped_to_earliest, Some((2.into(), 5.into())));
+}
