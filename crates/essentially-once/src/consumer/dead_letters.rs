@@ -55,7 +55,7 @@
 //! # }
 //! ```
 
-use std::time::SystemTime;
+use std::{collections::HashSet, time::SystemTime};
 
 use crate::{
     Advance, ConsumerId, Error, Offset, OffsetStore, Position, Transaction,
@@ -64,6 +64,9 @@ use crate::{
 
 /// How often a change is tried if a running instance commits first.
 const MAX_TRIES: usize = 100;
+
+/// When a letter is due that an operator retries: at once, even by a clock that is behind.
+const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 /// How many letters one page of [`retry_all`] holds.
 const PAGE: usize = 1_000;
@@ -107,9 +110,11 @@ where
 }
 
 /// Makes the first letter of every key due now, and every letter without a key. The letters behind
-/// them follow as they succeed. Returns the number of letters made due.
+/// them follow as they succeed. Returns the number of letters made due; those that this function or
+/// [`retry`] made due before, and that were not tried since, do not count.
 ///
-/// It commits once per thousand letters. If it fails, some letters may be due.
+/// It reads every letter, and commits once per thousand letters if some of them change. If it
+/// fails, some letters may be due.
 ///
 /// # Errors
 /// As for [`retry`], except that it is no error if there are no letters.
@@ -119,11 +124,19 @@ where
     S::Tx: DeadLetters,
 {
     let (mut after, mut total) = (None, 0);
+    let mut seen = HashSet::new();
     loop {
         let page = list(consumer, store, after, PAGE).await?;
         let Some(last) = page.last() else { return Ok(total) };
         after = Some(last.record.offset);
-        total += change(consumer, store, Verb::RetryHeads(&page)).await?;
+        let heads = page
+            .iter()
+            .filter(|letter| letter.key().is_none_or(|key| seen.insert(key.clone())));
+        let waiting = heads.filter(|letter| letter.due != Some(NOW));
+        let offsets: Vec<_> = waiting.map(|letter| letter.record.offset).collect();
+        if !offsets.is_empty() {
+            total += change(consumer, store, Verb::RetryHeads(&offsets)).await?;
+        }
     }
 }
 
@@ -149,7 +162,7 @@ where
 enum Verb<'a> {
     Retry(Offset),
     /// Retries those of these letters that come first for their key.
-    RetryHeads(&'a [DeadLetter]),
+    RetryHeads(&'a [Offset]),
     Discard(&'a DeadLetter),
 }
 
@@ -171,15 +184,15 @@ impl Verb<'_> {
                 make_due(tx, letter).await?;
                 Ok(1)
             }
-            Self::RetryHeads(letters) => {
+            Self::RetryHeads(offsets) => {
                 let mut due = 0;
-                for letter in letters {
+                for &offset in offsets {
                     // The consumer may have handled it since.
-                    let Some(letter) = tx.letter(letter.record.offset).await? else {
+                    let Some(letter) = tx.letter(offset).await? else {
                         continue;
                     };
                     let head = head_of(tx, &letter).await?;
-                    if head.is_none_or(|head| head.record.offset == letter.record.offset) {
+                    if head.is_none_or(|head| head.record.offset == offset) {
                         make_due(tx, letter).await?;
                         due += 1;
                     }
@@ -206,8 +219,7 @@ impl Verb<'_> {
 }
 
 async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {
-    // The consumer's clock may be behind this one.
-    letter.set_due(Some(SystemTime::UNIX_EPOCH));
+    letter.set_due(Some(NOW));
     tx.park(&letter).await
 }
 
