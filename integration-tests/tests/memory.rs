@@ -88,13 +88,13 @@ async fn check(backend: Backend) -> Result<(), Source> {
 }
 
 /// The allowed memory, in KiB: what the consumer may hold (4 MiB), a fetch and a record, each
-/// doubled for the client library's buffers, and 2 MiB for the allocator. RabbitMQ pushes up to 32
+/// doubled for the client library's buffers, and 2 MiB for the allocator. RabbitMQ pushes up to 8
 /// messages before the reader notices that they have grown.
 fn bar(backend: Backend) -> u64 {
     let consumer = 2 * (4 + 1 + 1) + 2;
     let pushed = match backend {
         Backend::Sqlite | Backend::Redis => 0,
-        Backend::Rabbitmq | Backend::RabbitmqPacked => 2 * 32,
+        Backend::Rabbitmq | Backend::RabbitmqPacked => 2 * 8,
     };
     (consumer + pushed) * 1024
 }

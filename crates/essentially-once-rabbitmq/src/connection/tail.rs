@@ -19,11 +19,8 @@ use super::{
 /// About how many bytes one [`Tail::next`] returns at most.
 const FETCH_BYTES: usize = 1024 * 1024;
 
-/// How far the broker may send ahead: messages, if they are small, and bytes, as far as messages
-/// can express them. The first bounds the second when sizes change: before a reader has seen
-/// messages grow to a megabyte, 32 MB of them may wait. Reading small messages from a broker on
-/// the same machine is no faster with 128.
-const AHEAD_MESSAGES: usize = 32;
+/// How many bytes the broker may send ahead, as far as a number of messages can express them. If
+/// messages suddenly grow, the prefetch of the smaller ones applies for a moment.
 const AHEAD_BYTES: usize = 8 * 1024 * 1024;
 
 /// How long a stream may be quiet before the reader asks the broker whether that is right. Doubles
@@ -93,7 +90,7 @@ impl Tail {
         next: u64,
         size: usize,
     ) -> Result<Self, Error> {
-        let prefetch = prefetch_for(size);
+        let prefetch = prefetch_for(size, server.options.prefetch);
         let deliveries = consume(server, &channel, stream, next, prefetch).await?;
         Ok(Self {
             server: Arc::clone(server),
@@ -263,7 +260,8 @@ impl Tail {
     /// A consumer's prefetch counts messages and cannot change. A consumer whose prefetch is far
     /// off for the size of the messages is replaced.
     async fn adapt(&mut self) -> Result<(), Error> {
-        match better_prefetch(self.prefetch, self.size) {
+        let fits = prefetch_for(self.size, self.server.options.prefetch);
+        match better_prefetch(self.prefetch, fits) {
             Some(fits) if self.pending.is_empty() => self.attach_again(fits).await,
             _ => Ok(()),
         }
@@ -328,14 +326,14 @@ fn action(stream: &str) -> String {
     format!("read stream {stream}")
 }
 
-fn prefetch_for(size: usize) -> u16 {
-    (AHEAD_BYTES / size.max(1)).clamp(1, AHEAD_MESSAGES) as u16
+/// The prefetch for messages of this size.
+fn prefetch_for(size: usize, most: u16) -> u16 {
+    let fits = AHEAD_BYTES / size.max(1);
+    u16::try_from(fits).unwrap_or(u16::MAX).clamp(1, most)
 }
 
-/// The prefetch for messages of this size, if it is at least twice or at most half of the current
-/// one.
-fn better_prefetch(is: u16, size: usize) -> Option<u16> {
-    let fits = prefetch_for(size);
+/// The prefetch that fits, if it is at least twice or at most half of the current one.
+fn better_prefetch(is: u16, fits: u16) -> Option<u16> {
     (is >= fits.saturating_mul(2) || fits >= is.saturating_mul(2)).then_some(fits)
 }
 
@@ -379,13 +377,15 @@ mod tests {
 
     #[test]
     fn a_prefetch_shrinks_with_large_messages_and_grows_back() {
-        let most = AHEAD_MESSAGES as u16;
-        for size in [512 * 1024, 1024 * 1024, 100 * 1024 * 1024] {
-            let shrunk = better_prefetch(most, size).expect("far too many");
-            assert_eq!(better_prefetch(shrunk, size), None);
-            assert_eq!(better_prefetch(shrunk, 100), Some(most), "{shrunk}");
+        const MIB: usize = 1024 * 1024;
+        for most in [8, 100] {
+            for (size, fits) in [(2 * MIB, 4), (8 * MIB, 1), (100 * MIB, 1)] {
+                assert_eq!(better_prefetch(most, prefetch_for(size, most)), Some(fits));
+                assert_eq!(better_prefetch(fits, prefetch_for(size, most)), None);
+                assert_eq!(better_prefetch(fits, prefetch_for(100, most)), Some(most));
+            }
         }
-        assert_eq!(better_prefetch(most, 300 * 1024), None, "close enough");
+        assert_eq!(better_prefetch(8, prefetch_for(3 * MIB / 2, 8)), None, "close enough");
     }
 
     /// The result of a reader at 5 if the broker answers like this and repeats the last answer.
