@@ -130,6 +130,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(store::s8_a_stale_commit_for_another_log_is_fenced, needs store),
         case!(store::s8_a_commit_for_another_log_is_refused, needs store),
         case!(one_commit::s9_a_position_is_of_one_commit, needs store),
+        case!(one_commit::s9_a_position_waits_for_no_transaction, needs store),
         case!(pulse::s10_a_commit_changes_the_pulse, needs store),
         case!(pulse::s10_watch_returns_after_a_commit_elsewhere, needs store),
         case!(pulse::s10_a_beat_of_the_owner_changes_the_pulse, needs store, beats),

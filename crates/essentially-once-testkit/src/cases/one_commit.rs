@@ -254,6 +254,30 @@ pub(super) async fn s11_a_snapshot_keeps_the_order_of_keys<H: Harness>(_: &H, ba
     Ok(())
 }
 
+/// S9: an open transaction neither delays a position nor shows in it, and reading a position does
+/// not delay the transaction.
+pub(super) async fn s9_a_position_waits_for_no_transaction<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let (store, other) = (backend.store().await?, backend.store().await?);
+    let (log, shipping) = (backend.log("orders").await?, consumer("shipping"));
+    for n in 1..=3 {
+        let mut tx = store.begin(&shipping).await?;
+        tx.put(b"k", b"staged").await?;
+        let mut stored = None;
+        for reading in [&store, &other] {
+            stored = soon("a position during an open transaction", reading.position(&shipping)).await??;
+            let next = stored.as_ref().map(|position| position.next);
+            let expected = (n > 1).then(|| Offset::from(n - 1));
+            ensure!(
+                next == expected,
+                "a position during an open transaction has next {next:?}, not {expected:?}"
+            );
+        }
+        let advance = advance(stored.as_ref(), &*log, n);
+        soon("a commit after positions were read", tx.commit(advance)).await??;
+    }
+    Ok(())
+}
+
 /// [`ReadState`](essentially_once::ReadState): an open transaction neither delays a snapshot nor
 /// shows in it, and a snapshot does not delay the transaction.
 pub(super) async fn s11_a_snapshot_waits_for_no_transaction<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {

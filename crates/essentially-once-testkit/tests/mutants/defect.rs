@@ -511,6 +511,10 @@ wrong {
     WatchHearsOnlyItsHandle,
     /// A watch compares with the pulse at its own start.
     WatchForgetsWhatItSaw,
+    /// `position` waits for open transactions.
+    PositionWaitsForTransactions,
+    /// A commit fails if the position was read after its transaction began.
+    PositionHoldsUpCommits,
     /// A snapshot reads its values one at a time.
     SnapshotReadInSteps,
     /// A snapshot is read from a stale copy.

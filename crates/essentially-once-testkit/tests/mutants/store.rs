@@ -108,10 +108,12 @@ pub(crate) struct StoreState {
     pub(crate) locked: bool,
     /// The data to which a defect reverts after a cancelled commit.
     pub(crate) leftover: Option<Contents>,
-    /// The number of open transactions, of all beats and of all snapshots. Only defects use them.
+    /// The number of open transactions, and of all beats, snapshots and
+    /// positions read. Only defects use them.
     pub(crate) open: usize,
     pub(crate) beats: u64,
     pub(crate) snapshots: u64,
+    pub(crate) positions: u64,
     /// The writes staged by open transactions, where a defect shows them to others.
     pub(crate) staging: BTreeMap<(String, Bytes), Option<Bytes>>,
     /// The data before the last commit, where a defect shows it.
@@ -714,6 +716,10 @@ impl OffsetStore for ModelStore {
 
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         self.shared.travel(self.generation, Stage::Idle).await?;
+        while self.shared.is(Defect::PositionWaitsForTransactions) && self.connected()?.store.open > 0 {
+            sleep(BETWEEN_PARTS).await;
+        }
+        self.connected()?.store.positions += 1;
         match self.read_position(consumer).await? {
             None if self.shared.is(Defect::FreshStoreHasAPosition) => Ok(Some(Position::new(
                 LogId::new("unknown")?,

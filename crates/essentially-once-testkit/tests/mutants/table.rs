@@ -425,6 +425,10 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         WindowsWrittenApart => "its window of a is",
         PositionServedStale => "was acknowledged, and then",
     }
+    s9_a_position_waits_for_no_transaction {
+        PositionWaitsForTransactions => STUCK,
+        PositionHoldsUpCommits => "unexpected error",
+    }
     s10_a_commit_changes_the_pulse {
         PulseOnlyOfBeats => "after commit 2: the pulse is",
         PulseKeptInTheHandle => "after commit 1: the pulse is",
@@ -541,6 +545,7 @@ pub(crate) const SOUND: &[Sound] = sound! {
     s7_consumers_do_not_see_each_others_windows { WindowsInAnyOrder }
     s8_a_log_without_incarnation_is_the_same_log { WindowsInAnyOrder }
     s9_a_position_is_of_one_commit { PositionReadFromACopy }
+    s9_a_position_waits_for_no_transaction { PositionReadFromACopy }
     s10_a_commit_changes_the_pulse { PulseLags }
     s10_a_beat_of_the_owner_changes_the_pulse { BeatsStartOverAtCommits, PulseLags }
     s10_a_beat_of_another_changes_nothing { BeatsStartOverAtCommits }

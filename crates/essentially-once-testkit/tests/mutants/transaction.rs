@@ -42,8 +42,8 @@ pub(crate) struct ModelTx {
     /// The names under which this transaction wrote natively.
     native: Vec<String>,
     finished: bool,
-    /// The numbers of beats and snapshots when it began.
-    begun: (u64, u64),
+    /// The numbers of beats, snapshots and positions read when it began.
+    begun: (u64, u64, u64),
 }
 
 impl ModelTx {
@@ -66,7 +66,7 @@ impl ModelTx {
         let begun = {
             let mut state = shared.state();
             state.store.open += 1;
-            (state.store.beats, state.store.snapshots)
+            (state.store.beats, state.store.snapshots, state.store.positions)
         };
         Ok(Self {
             shared,
@@ -255,9 +255,13 @@ impl Transaction for ModelTx {
         {
             let state = self.shared.state();
             let (beats, snapshots) = (state.store.beats != self.begun.0, state.store.snapshots != self.begun.1);
+            let positions = state.store.positions != self.begun.2;
             match self.shared.defect {
                 Defect::BeatEndsTransactions if beats => {
                     return Err(Error::failed("commit", "no transaction is open"));
+                }
+                Defect::PositionHoldsUpCommits if positions => {
+                    return Err(Error::unavailable("commit", "a reader holds a lock"));
                 }
                 Defect::SnapshotHoldsUpCommits if snapshots => {
                     return Err(Error::unavailable("commit", "a reader holds a lock"));
