@@ -113,13 +113,13 @@ impl RabbitOptions {
         self
     }
 
-    /// How many messages the broker may send ahead to each reader, and fewer if they are large: about
-    /// 8 MiB in total. At least 1, and 8 by default.
+    /// How many messages the broker may send ahead to each reader, and fewer if they are large:
+    /// about 8 MiB in total. At least 1, and 8 by default.
     ///
     /// A reader gets at most this many messages per round trip. On the same machine or network, 8
     /// messages keep it busy. Raise it for a distant broker: with a round trip of 10 ms, 8 messages
-    /// are 800 per second. But AMQP counts messages and not bytes, so if small messages are suddenly
-    /// followed by large ones, this many large ones fill the memory.
+    /// are 800 per second. But AMQP counts messages and not bytes, so if small messages are
+    /// suddenly followed by large ones, this many large ones fill the memory.
     #[must_use]
     pub fn prefetch(mut self, messages: u16) -> Self {
         self.prefetch = messages;
