@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf, time::Duration};
 use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Origin,
     Record, async_trait,
-    backend::{LogId, Numbering, Revision},
+    backend::{LogId, Note, Numbering, Revision},
     consumer::{DeadLetterOptions, dead_letters},
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx};
@@ -66,7 +66,7 @@ async fn positions_of_schema_1_are_kept() {
             (next, Revision::new(0, revision)),
             "{name}"
         );
-        assert_eq!((position.owner, position.passed), (None, None), "{name}");
+        assert_eq!((position.owner, position.note), (None, Note::default()), "{name}");
         assert_eq!(position.windows.len(), windows, "{name}");
     }
     let audit = store
@@ -195,7 +195,7 @@ async fn positions_of_schema_2_are_kept_and_can_beat() {
         .expect("position")
         .expect("a position");
     assert_eq!((shipping.next, shipping.revision), (250.into(), Revision::new(1, 6)));
-    assert_eq!(shipping.passed.map(|passed| passed.offset()), Some(249.into()));
+    assert_eq!(shipping.note.passed_offset(), Some(249.into()));
     assert_eq!(shipping.windows.len(), 3);
     let owner = shipping.owner.expect("committed by a run");
     let before = store.pulse(&consumer("shipping")).await.expect("pulse");
@@ -208,7 +208,7 @@ async fn positions_of_schema_2_are_kept_and_can_beat() {
         .expect("position")
         .expect("a position");
     assert_eq!((billing.next, billing.revision), (90.into(), Revision::new(1, 1)));
-    assert_eq!((billing.owner, billing.passed), (None, None));
+    assert_eq!((billing.owner, billing.note), (None, Note::default()));
 }
 
 #[tokio::test]

@@ -89,7 +89,7 @@ pub(crate) fn trusted_key(record: &Record) -> Option<&Bytes> {
     record.key.as_ref().filter(|_| record.malformed.is_none())
 }
 
-fn cut(reason: &str) -> String {
+pub(crate) fn cut(reason: &str) -> String {
     if reason.len() <= DeadLetter::REASON_LIMIT {
         return reason.to_owned();
     }

@@ -52,6 +52,7 @@ mod letters;
 mod log;
 pub mod memory;
 mod name;
+mod note;
 mod passed;
 mod record;
 mod revision;
@@ -66,8 +67,8 @@ pub use tokio_util::sync::CancellationToken;
 
 use crate::{
     backend::{
-        Advance, Bounds, Durability, LogId, LogReader, Numbering, Owner, Passed, Position, Pulse, Revision, Snapshot,
-        Transaction, Window,
+        Advance, Bounds, Durability, LogId, LogReader, Note, Numbering, Owner, Position, Pulse, Revision, Snapshot,
+        Transaction, Tried, Window,
     },
     consumer::HandlerErrorKind,
 };

@@ -408,7 +408,7 @@ impl Transaction for MemoryTx {
         }
         let mut position = Position::new(log, advance.next, advance.revision);
         position.owner = advance.owner;
-        position.passed = advance.passed;
+        position.note = advance.note;
         stored.position = Some(position);
         self.shared.changed.notify_waiters();
         Ok(())

@@ -16,21 +16,21 @@ use crate::{Offset, Record};
 /// the offset, the append time in milliseconds, the origin, the key, the headers and the payload,
 /// each prefixed with its length. It detects accidents, not forgery.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Passed {
+pub(crate) struct Passed {
     offset: Offset,
     digest: u128,
 }
 
 impl Passed {
     /// The length of [`encode`](Self::encode) in bytes.
-    pub const ENCODED_LEN: usize = 1 + 8 + 8 + 16;
+    pub(crate) const ENCODED_LEN: usize = 1 + 8 + 8 + 16;
 
     /// Covers the encoding and the digest, so that digests computed in different ways are never
     /// compared.
     const VERSION: u8 = 1;
 
     /// The mark of this record.
-    pub fn new(record: &Record) -> Self {
+    pub(crate) fn new(record: &Record) -> Self {
         Self {
             offset: record.offset,
             digest: digest(record),
@@ -38,17 +38,17 @@ impl Passed {
     }
 
     /// The offset of the record.
-    pub const fn offset(&self) -> Offset {
+    pub(crate) const fn offset(&self) -> Offset {
         self.offset
     }
 
     /// Whether `record` is the one that was passed; `false` for a record at another offset.
-    pub fn is(&self, record: &Record) -> bool {
+    pub(crate) fn is(&self, record: &Record) -> bool {
         self.offset == record.offset && self.digest == digest(record)
     }
 
     /// The value as bytes for a store to keep: a version, then big-endian numbers.
-    pub fn encode(&self) -> [u8; Self::ENCODED_LEN] {
+    pub(crate) fn encode(&self) -> [u8; Self::ENCODED_LEN] {
         let mut bytes = [0; Self::ENCODED_LEN];
         bytes[0] = Self::VERSION;
         bytes[1..9].copy_from_slice(&self.offset.hi().to_be_bytes());
@@ -57,16 +57,10 @@ impl Passed {
         bytes
     }
 
-    /// Decodes the bytes of [`encode`](Self::encode). Returns `None` and logs a warning if they
-    /// have another version or length. The log is then not compared.
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
+    /// Decodes the bytes of [`encode`](Self::encode). Returns `None` if they have another version or
+    /// length.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (Some((&Self::VERSION, rest)), Self::ENCODED_LEN) = (bytes.split_first(), bytes.len()) else {
-            tracing::warn!(
-                length = bytes.len(),
-                version = ?bytes.first(),
-                "the position's mark of the last record has an unknown version, so the consumer cannot compare the log \
-                 with it"
-            );
             return None;
         };
         let number = |range: std::ops::Range<usize>| {

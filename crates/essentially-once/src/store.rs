@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    ConsumerId, Durability, Error, LogId, Numbering, Offset, Owner, Passed, Revision, Window, letters::DeadLetters, rt,
+    ConsumerId, Durability, Error, LogId, Note, Numbering, Offset, Owner, Revision, Window, letters::DeadLetters, rt,
 };
 
 /// A consumer's place in its log, and what is committed with it.
@@ -21,22 +21,21 @@ pub struct Position {
     pub revision: Revision,
     /// The run of a consumer that committed last; `None` if that was a version before 0.2.
     pub owner: Option<Owner>,
-    /// The last record that the consumer passed; `None` if it has not passed one, or not since the
-    /// position was moved by hand.
-    pub passed: Option<Passed>,
+    /// What the consumer loop notes about the records next to the position.
+    pub note: Note,
     /// The sequences seen of each producer, in any order.
     pub windows: Vec<(Numbering, Window)>,
 }
 
 impl Position {
-    /// A position with no owner, no passed record and no windows. Set these fields on the result.
-    pub const fn new(log: LogId, next: Offset, revision: Revision) -> Self {
+    /// A position with no owner, an empty note and no windows. Set these fields on the result.
+    pub fn new(log: LogId, next: Offset, revision: Revision) -> Self {
         Self {
             log,
             next,
             revision,
             owner: None,
-            passed: None,
+            note: Note::default(),
             windows: Vec::new(),
         }
     }
@@ -86,8 +85,8 @@ pub struct Advance {
     pub revision: Revision,
     /// Replaces the stored owner, even if it is `None`.
     pub owner: Option<Owner>,
-    /// Replaces the stored mark of the last passed record, even if it is `None`.
-    pub passed: Option<Passed>,
+    /// Replaces the stored note, even if it is empty.
+    pub note: Note,
     /// Windows to insert or replace. All other windows stay.
     pub windows: Vec<(Numbering, Window)>,
     /// Numberings whose windows to delete. None of them is also in `windows`.
@@ -95,16 +94,16 @@ pub struct Advance {
 }
 
 impl Advance {
-    /// An advance with no owner, no passed record and no changes to windows. Set these fields on
-    /// the result.
-    pub const fn new(log: LogId, next: Offset, expected: Revision, revision: Revision) -> Self {
+    /// An advance with no owner, an empty note and no changes to windows. Set these fields on the
+    /// result.
+    pub fn new(log: LogId, next: Offset, expected: Revision, revision: Revision) -> Self {
         Self {
             log,
             next,
             expected,
             revision,
             owner: None,
-            passed: None,
+            note: Note::default(),
             windows: Vec::new(),
             forgotten: Vec::new(),
         }
@@ -165,7 +164,7 @@ impl Advance {
 ///   and applies nothing. If the revision differs too, the commit fails with [`Error::Fenced`]
 ///   instead, because the position may have changed its log since. An unknown incarnation never
 ///   overwrites a known one.
-/// - **S9** `position` returns the revision, owner, passed record and windows of one commit, never
+/// - **S9** `position` returns the revision, owner, note and windows of one commit, never
 ///   parts of two. That commit is never older than one acknowledged before the call. It waits for
 ///   no open transaction.
 /// - **S10** `pulse`, `watch`, `beat` and `release` are hints. They may be late, but they report
@@ -231,7 +230,7 @@ impl Advance {
 ///         });
 ///         windows.extend(advance.windows);
 ///         let mut position = Position::new(log, advance.next, advance.revision);
-///         (position.owner, position.passed) = (advance.owner, advance.passed);
+///         (position.owner, position.note) = (advance.owner, advance.note);
 ///         position.windows = windows;
 ///         positions.insert(self.consumer, position);
 ///         Ok(())

@@ -254,7 +254,7 @@ impl Changelog {
             log: advance.log,
             next: advance.next,
             owner: advance.owner,
-            passed: advance.passed,
+            note: advance.note,
             change,
         };
         drop(fold);
@@ -376,7 +376,7 @@ impl Changelog {
 fn position_of(fold: &Fold<State>) -> Option<Position> {
     let (log, next) = fold.place.clone()?;
     let mut position = Position::new(log, next, fold.revision);
-    (position.owner, position.passed) = (fold.owner, fold.passed);
+    (position.owner, position.note) = (fold.owner, fold.note.clone());
     let windows = fold.state.windows();
     position.windows = windows
         .map(|(numbering, window)| (numbering.clone(), window.clone()))

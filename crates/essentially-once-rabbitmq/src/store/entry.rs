@@ -1,7 +1,7 @@
 //! Entries of a changelog as bytes.
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::backend::{Owner, Passed, Revision};
+use essentially_once::backend::{Note, Owner, Revision};
 
 use super::{
     letter_index::LettersChange,
@@ -73,7 +73,7 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
     put_log(&mut out, &commit.log);
     put_offset(&mut out, commit.next);
     put_owner(&mut out, commit.owner);
-    put_passed(&mut out, commit.passed);
+    put_bytes(&mut out, &commit.note.encode());
     let change = &commit.change;
     out.put_u32(change.windows.len() as u32);
     for (producer, window) in &change.windows {
@@ -107,20 +107,13 @@ pub(super) fn put_owner(out: &mut Vec<u8>, owner: Option<Owner>) {
     out.put_u128(owner.map_or(0, Owner::get));
 }
 
-/// No bytes mean none.
-pub(super) fn put_passed(out: &mut Vec<u8>, passed: Option<Passed>) {
-    let encoded = passed.map(|passed| passed.encode());
-    put_bytes(out, encoded.as_ref().map_or(&[], |bytes| &bytes[..]));
-}
-
 pub(super) fn read_owner(reader: &mut Reader) -> Decoded<Option<Owner>> {
     let number = reader.u128()?;
     Ok((number != 0).then(|| Owner::new(number)))
 }
 
-pub(super) fn read_passed(reader: &mut Reader) -> Decoded<Option<Passed>> {
-    let bytes = reader.bytes()?;
-    Ok(if bytes.is_empty() { None } else { Passed::decode(&bytes) })
+pub(super) fn read_note(reader: &mut Reader) -> Decoded<Note> {
+    Ok(Note::decode(&reader.bytes()?))
 }
 
 fn header(version: u8, kind: u8, token: Token) -> Vec<u8> {
@@ -165,9 +158,9 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
         _ => (reader.revision(version)?, reader.revision(version)?),
     };
     let (log, next) = (reader.log()?, reader.offset()?);
-    let (owner, passed) = match version {
-        FIRST_VERSION => (None, None),
-        _ => (read_owner(reader)?, read_passed(reader)?),
+    let (owner, note) = match version {
+        FIRST_VERSION => (None, Note::default()),
+        _ => (read_owner(reader)?, read_note(reader)?),
     };
     Ok(Commit {
         token,
@@ -177,7 +170,7 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
         log,
         next,
         owner,
-        passed,
+        note,
         change: StateChange {
             windows: reader.list(|reader| reader.window(version))?,
             forgotten: reader.list(Reader::numbering)?,
@@ -219,7 +212,7 @@ pub(super) mod tests {
 
     use essentially_once::{
         Epoch, NewRecord, Offset, ProducerId, Record,
-        backend::{LogId, Numbering, Window},
+        backend::{LogId, Numbering, Tried, Window},
     };
     use proptest::{collection::vec, option, prelude::*};
 
@@ -241,11 +234,13 @@ pub(super) mod tests {
         option::of((1..=u128::MAX).prop_map(Owner::new))
     }
 
-    pub(in super::super) fn passed() -> impl Strategy<Value = Option<Passed>> {
-        option::of(
-            any::<(u64, u64)>()
-                .prop_map(|(hi, lo)| Passed::new(&Record::new(Offset::new(hi, lo), SystemTime::UNIX_EPOCH, "payload"))),
-        )
+    pub(in super::super) fn note() -> impl Strategy<Value = Note> {
+        let passed = option::of(any::<(u64, u64)>());
+        (passed, option::of((any::<(u64, u64)>(), ".{0,9}"))).prop_map(|(passed, tried)| {
+            let record = |(hi, lo)| Record::new(Offset::new(hi, lo), SystemTime::UNIX_EPOCH, "payload");
+            let note = passed.map_or_else(Note::default, |passed| Note::after(&record(passed)));
+            note.with_tried(tried.map(|((hi, lo), reason)| Tried::new(Offset::new(hi, lo), &reason)))
+        })
     }
 
     fn bytes() -> impl Strategy<Value = Bytes> {
@@ -317,11 +312,11 @@ pub(super) mod tests {
             (expected, revision) in (revision(), revision()),
             log in log(),
             next in any::<(u64, u64)>(),
-            (owner, passed) in (owner(), passed()),
+            (owner, note) in (owner(), note()),
             change in change(),
         ) -> Commit<StateChange> {
             let next = Offset::new(next.0, next.1);
-            Commit { token, parent, expected, revision, log, next, owner, passed, change }
+            Commit { token, parent, expected, revision, log, next, owner, note, change }
         }
     }
 

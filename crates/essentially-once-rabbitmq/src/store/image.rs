@@ -7,9 +7,10 @@
 use std::collections::HashMap;
 
 use bytes::{BufMut as _, Bytes};
+use essentially_once::backend::Note;
 
 use super::{
-    entry::{put_owner, put_passed, read_owner, read_passed},
+    entry::{put_owner, read_note, read_owner},
     letter_index::Letters,
     rule::Fold,
     state::State,
@@ -231,7 +232,7 @@ fn put_fold(out: &mut Vec<u8>, fold: &Fold<State>) {
         put_offset(out, *next);
     }
     put_owner(out, fold.owner);
-    put_passed(out, fold.passed);
+    put_bytes(out, &fold.note.encode());
     put_offset(out, fold.state.sent_end);
     out.put_u32(fold.state.windows().len() as u32);
     for (numbering, window) in fold.state.windows() {
@@ -252,9 +253,9 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         1 => Some((reader.log()?, reader.offset()?)),
         _ => return Err("the flag of its position is neither 0 nor 1"),
     };
-    let (owner, passed) = match version {
-        FIRST_VERSION => (None, None),
-        _ => (read_owner(&mut reader)?, read_passed(&mut reader)?),
+    let (owner, note) = match version {
+        FIRST_VERSION => (None, Note::default()),
+        _ => (read_owner(&mut reader)?, read_note(&mut reader)?),
     };
     let mut state = State::default();
     state.sent_end = reader.offset()?;
@@ -277,7 +278,7 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         place,
         owner,
         beats: 0,
-        passed,
+        note,
         state,
     })
 }
@@ -289,7 +290,7 @@ mod tests {
 
     use super::{
         super::{
-            entry::tests::{change, log, owner, passed, revision},
+            entry::tests::{change, log, note, owner, revision},
             rule::Change as _,
         },
         *,
@@ -300,7 +301,7 @@ mod tests {
             numbers in any::<(u64, u128)>(),
             place in option::of((log(), any::<(u64, u64)>())),
             revision in revision(),
-            (owner, passed) in (owner(), passed()),
+            (owner, note) in (owner(), note()),
             changes in vec(change(), 0..4),
         ) -> Fold<State> {
             let mut state = State::default();
@@ -308,7 +309,7 @@ mod tests {
                 change.apply(numbers.0, &mut state);
             }
             let place = place.map(|(log, (hi, lo))| (log, Offset::new(hi, lo)));
-            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, beats: 0, passed, state }
+            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, beats: 0, note, state }
         }
     }
 

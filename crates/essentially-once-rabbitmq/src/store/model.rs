@@ -253,7 +253,7 @@ impl Model for System {
                     log: LogId::new("orders").ok()?,
                     next: Offset::ZERO,
                     owner: Some(owner(index)),
-                    passed: None,
+                    note: essentially_once::backend::Note::default(),
                     change: Push(world.published),
                 }));
                 writer.own = Some(token);

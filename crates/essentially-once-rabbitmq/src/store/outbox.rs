@@ -244,7 +244,7 @@ mod tests {
                         log: LogId::new("orders").expect("name"),
                         next: Offset::ZERO,
                         owner: None,
-                        passed: None,
+                        note: essentially_once::backend::Note::default(),
                         change: (),
                     }
                 }

@@ -6,7 +6,7 @@
 
 use essentially_once::{
     Offset,
-    backend::{LogId, Owner, Passed, Revision},
+    backend::{LogId, Note, Owner, Revision},
 };
 
 /// A number that a writer draws for each of its entries, to recognize it.
@@ -25,7 +25,7 @@ pub(super) struct Commit<C> {
     pub(super) log: LogId,
     pub(super) next: Offset,
     pub(super) owner: Option<Owner>,
-    pub(super) passed: Option<Passed>,
+    pub(super) note: Note,
     pub(super) change: C,
 }
 
@@ -40,7 +40,7 @@ impl<C> Commit<C> {
             log: self.log,
             next: self.next,
             owner: self.owner,
-            passed: self.passed,
+            note: self.note,
             change,
         };
         (commit, self.change)
@@ -97,7 +97,7 @@ pub(super) struct Fold<S> {
     /// One past the offset of the owner's last beat since that commit; 0 if there was none. Not in
     /// snapshots.
     pub(super) beats: u64,
-    pub(super) passed: Option<Passed>,
+    pub(super) note: Note,
     pub(super) state: S,
 }
 
@@ -132,7 +132,7 @@ impl<S> Fold<S> {
             self.revision = commit.revision;
             self.token = commit.token;
             self.place = Some((self.known_log(commit.log), commit.next));
-            (self.owner, self.passed, self.beats) = (commit.owner, commit.passed, 0);
+            (self.owner, self.note, self.beats) = (commit.owner, commit.note, 0);
             commit.change.apply(offset, &mut self.state);
         }
         Ok(verdict)
@@ -181,7 +181,7 @@ impl<S> Fold<S> {
             place: self.place.clone(),
             owner: self.owner,
             beats: self.beats,
-            passed: self.passed,
+            note: self.note.clone(),
             state: (),
         }
     }
@@ -231,7 +231,7 @@ mod tests {
             log,
             next: Offset::ZERO,
             owner: Some(Owner::new(token)),
-            passed: None,
+            note: Note::default(),
             change,
         }
     }

@@ -2,7 +2,7 @@
 
 use essentially_once::{
     Log, Offset, OffsetStore as _, ReadState as _, Record,
-    backend::{Numbering, Owner, Passed, Revision, Snapshot, Window},
+    backend::{Note, Numbering, Owner, Revision, Snapshot, Window},
 };
 use essentially_once_testkit::{Violation, read_log};
 
@@ -29,7 +29,7 @@ async fn assert_is_shipping(place: &Place) -> Result<(), Violation> {
     // Two sessions of two commits each.
     assert_eq!((position.revision, position.owner), (Revision::new(2, 2), None));
     let last = Record::new(Offset::new(3, 0), std::time::UNIX_EPOCH, "order 3");
-    assert_eq!(position.passed, Some(Passed::new(&last)));
+    assert_eq!(position.note, Note::after(&last));
     let app: Numbering = "app#17".parse()?;
     assert_eq!(position.windows, [(app, Window::new(5))]);
     let value = |text: &'static str| Some(bytes::Bytes::from(text));

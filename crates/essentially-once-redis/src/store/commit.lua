@@ -4,7 +4,7 @@
 -- KEYS: position, windows, state, each key that a native command names, and the keys of letters if
 --   the commit changes any.
 -- ARGV: `layout.rs` writes it, and generates the code above, which names its fields and
---   the bounds of its lists. A missing log incarnation, owner or passed record is ''. The
+--   the bounds of its lists. A missing log incarnation, owner or note is ''. The
 --   `partial_revision` is that of a position whose commit was partially applied.
 
 local call, type, unpack, tonumber = redis.pcall, type, unpack, tonumber
@@ -131,12 +131,12 @@ end
 
 local reply
 if log and (incarnation or log_incarnation == '') then
-  reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', passed)
+  reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', note)
 elseif log_incarnation == '' then
-  reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', passed,
+  reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', note,
     'log', log_name)
 else
-  reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', passed,
+  reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', note,
     'log', log_name, 'incarnation', log_incarnation)
 end
 if type(reply) == 'table' then

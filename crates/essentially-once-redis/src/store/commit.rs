@@ -105,7 +105,6 @@ impl Commit {
         for key in &keys.letters.all()[..letters] {
             command.arg(key);
         }
-        let passed = advance.passed.map(|passed| passed.encode());
         let owner = advance.owner.map(|owner| owner.to_string());
         // A new epoch, so that no commit in flight can follow a partially applied one.
         let partial_revision = advance.revision.next_epoch();
@@ -118,7 +117,7 @@ impl Commit {
                 log_incarnation: advance.log.incarnation().unwrap_or_default().as_bytes(),
                 offset: advance.next.to_string().as_bytes(),
                 owner: owner.as_deref().unwrap_or_default().as_bytes(),
-                passed: passed.as_ref().map_or(&[][..], |bytes| &bytes[..]),
+                note: &advance.note.encode(),
                 partial_revision: partial_revision.to_string().as_bytes(),
             },
         );

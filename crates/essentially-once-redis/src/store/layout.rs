@@ -23,8 +23,8 @@ pub(crate) struct Fields<'a> {
     pub(crate) offset: &'a [u8],
     /// The owner; empty for none.
     pub(crate) owner: &'a [u8],
-    /// The digest of the last record passed; empty for none.
-    pub(crate) passed: &'a [u8],
+    /// The note of the position; empty for none.
+    pub(crate) note: &'a [u8],
     /// The revision after a partially applied commit.
     pub(crate) partial_revision: &'a [u8],
 }
@@ -39,7 +39,7 @@ impl<'a> Fields<'a> {
             ("log_incarnation", self.log_incarnation),
             ("offset", self.offset),
             ("owner", self.owner),
-            ("passed", self.passed),
+            ("note", self.note),
             ("partial_revision", self.partial_revision),
         ]
     }
@@ -187,7 +187,7 @@ mod tests {
             log_incarnation: b"a1",
             offset: b"7",
             owner: b"web",
-            passed: b"digest",
+            note: b"digest",
             partial_revision: b"3",
         }
     }

@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, OffsetStore, ReadState,
-    backend::{Durability, LogId, Owner, Passed, Position, Pulse, Snapshot, Source, Window},
+    backend::{Durability, LogId, Note, Owner, Position, Pulse, Snapshot, Source, Window},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
@@ -337,8 +337,7 @@ fn decode(position: &Hash, windows: &Hash) -> Result<Position, Source> {
     let mut decoded = Position::new(log, needed("next")?.parse()?, needed("revision")?.parse()?);
     let owner = field("owner")?.filter(|owner| !owner.is_empty());
     decoded.owner = owner.map(str::parse).transpose()?;
-    let passed = position.get(&b"passed"[..]).filter(|passed| !passed.is_empty());
-    decoded.passed = passed.and_then(|passed| Passed::decode(passed));
+    decoded.note = Note::decode(position.get(&b"passed"[..]).map_or(&[], |note| &note[..]));
     for (numbering, window) in windows {
         let numbering = std::str::from_utf8(numbering)?.parse()?;
         decoded.windows.push((numbering, Window::decode(window)?));

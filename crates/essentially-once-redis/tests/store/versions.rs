@@ -2,7 +2,7 @@
 
 use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, OffsetStore as _, Record, async_trait,
-    backend::{Owner, Pulse, Revision, Source, Transaction as _},
+    backend::{Note, Owner, Pulse, Revision, Source, Transaction as _},
     consumer::dead_letters,
 };
 use essentially_once_redis::{LogOptions, Redis, RedisTx, redis};
@@ -84,7 +84,11 @@ pub(crate) async fn data_of_version_1_still_works() -> Outcome {
         let store = redis.store();
         let position = store.position(&consumer).await?.ok_or("the position is ignored")?;
         assert_eq!(position.revision, Revision::new(0, revision), "{consumer}");
-        assert_eq!((position.owner, position.passed), (None, None), "{consumer}");
+        assert_eq!(
+            (position.owner, position.note.clone()),
+            (None, Note::default()),
+            "{consumer}"
+        );
         // The position has neither an owner nor beats, and nobody can beat for it.
         store.beat(&consumer, Owner::draw()).await?;
         store.release(&consumer, Owner::draw()).await?;

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, Offset,
-    backend::{LogId, Passed, Position, Revision},
+    backend::{LogId, Note, Position, Revision},
 };
 use rusqlite::{Connection, OptionalExtension, Row};
 
@@ -49,7 +49,7 @@ pub(super) struct PositionRow {
     next: Offset,
     pub(super) revision: Revision,
     pub(super) owner: Option<String>,
-    passed: Option<Vec<u8>>,
+    note: Option<Vec<u8>>,
 }
 
 impl PositionRow {
@@ -57,7 +57,7 @@ impl PositionRow {
     pub(super) fn position(&self) -> Result<Position, Error> {
         let mut position = Position::new(self.log()?, self.next, self.revision);
         position.owner = self.owner.as_deref().map(str::parse).transpose()?;
-        position.passed = self.passed.as_deref().and_then(Passed::decode);
+        position.note = Note::decode(self.note.as_deref().unwrap_or_default());
         Ok(position)
     }
 
@@ -81,7 +81,7 @@ pub(super) fn position_row(connection: &Connection, consumer: &ConsumerId) -> ru
                 next: Offset::new(unsigned(row, 2)?, unsigned(row, 3)?),
                 revision: Revision::new(unsigned(row, 4)?, unsigned(row, 5)?),
                 owner: row.get(6)?,
-                passed: row.get(7)?,
+                note: row.get(7)?,
             })
         })
         .optional()

@@ -195,12 +195,12 @@ impl SqliteTx {
         let (hi, lo) = (advance.next.hi() as i64, advance.next.lo() as i64);
         let (epoch, count) = (advance.revision.epoch() as i64, advance.revision.count() as i64);
         let owner = advance.owner.map(|owner| owner.to_string());
-        let passed = advance.passed.map(|passed| passed.encode());
-        let passed = passed.as_ref().map(<[u8; _]>::as_slice);
+        let note = advance.note.encode();
+        let note = (!note.is_empty()).then_some(&note[..]);
         let expected = advance.expected;
         let moved = if expected == Revision::NONE {
             self.internal(statements::INSERT_POSITION, "commit", |statement, consumer| {
-                statement.execute((consumer, log, incarnation, hi, lo, epoch, count, owner, passed))
+                statement.execute((consumer, log, incarnation, hi, lo, epoch, count, owner, note))
             })?
         } else {
             let based_on = (expected.epoch() as i64, expected.count() as i64);
@@ -214,7 +214,7 @@ impl SqliteTx {
                     epoch,
                     count,
                     owner,
-                    passed,
+                    note,
                     based_on.0,
                     based_on.1,
                 ))

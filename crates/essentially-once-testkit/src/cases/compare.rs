@@ -50,7 +50,7 @@ pub(super) fn position(found: &Position, expected: &Position) -> Option<String> 
         field("next offset", &found.next, &expected.next),
         field("revision", &found.revision, &expected.revision),
         field("owner", &found.owner, &expected.owner),
-        field("passed record", &found.passed, &expected.passed),
+        field("note", &found.note, &expected.note),
         windows(&found.windows, &expected.windows),
     ])
 }

@@ -4,7 +4,7 @@ use std::time::UNIX_EPOCH;
 
 use essentially_once::{
     KeyValue, Offset, OffsetStore, Record,
-    backend::{Advance, Owner, Passed, Revision, Transaction, Window},
+    backend::{Advance, Note, Owner, Revision, Transaction, Window},
 };
 
 use super::{
@@ -43,7 +43,7 @@ async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
         };
         let mut advance = Advance::new(log.id().clone(), n.into(), expected, Revision::new(1, n));
         advance.owner = Some(Owner::new(u128::from(n)));
-        advance.passed = Some(Passed::new(&Record::new(Offset::from(n), UNIX_EPOCH, n.to_string())));
+        advance.note = Note::after(&Record::new(Offset::from(n), UNIX_EPOCH, n.to_string()));
         advance.windows = vec![(numbering("each"), Window::new(n))];
         let mut tx = store.begin(&shipping).await?;
         if n == 1 {
@@ -53,7 +53,7 @@ async fn commits<B: Backend>(backend: &B, count: u64, look: u64) -> CaseResult {
         tx.put(b"n", &n.to_be_bytes()).await?;
         let mut expected =
             essentially_once::backend::Position::new(advance.log.clone(), advance.next, advance.revision);
-        (expected.owner, expected.passed) = (advance.owner, advance.passed);
+        (expected.owner, expected.note) = (advance.owner, advance.note.clone());
         expected.windows = vec![(numbering("each"), Window::new(n)), first.clone()];
         if let Err(error) = tx.commit(advance).await {
             return Err(Violation::new(format!("commit {n} of one consumer failed: {error}")));

@@ -13,7 +13,7 @@ use std::{
 
 use essentially_once::{
     Error, KeyValue, Offset, OffsetStore, Record,
-    backend::{Advance, LogId, Owner, Passed, Position, Revision, Snapshot, Transaction, Window},
+    backend::{Advance, LogId, Note, Owner, Position, Revision, Snapshot, Transaction, Window},
 };
 use tokio::task::JoinSet;
 
@@ -139,7 +139,7 @@ async fn commit_number<S: OffsetStore<Tx: KeyValue>>(store: &S, id: &LogId, n: u
         n => Revision::new(1, n - 1),
     };
     let mut advance = Advance::new(id.clone(), position.next, before, position.revision);
-    (advance.owner, advance.passed, advance.windows) = (position.owner, position.passed, position.windows);
+    (advance.owner, advance.note, advance.windows) = (position.owner, position.note, position.windows);
     let mut tx = store.begin(&consumer("shipping")).await?;
     for key in KEYS {
         tx.put(key, &n.to_be_bytes()).await?;
@@ -155,11 +155,7 @@ fn read_to_its_end(ended: Result<CaseResult, tokio::task::JoinError>) -> CaseRes
 fn position_number(log: &LogId, n: u64) -> Position {
     let mut position = Position::new(log.clone(), Offset::new(n, n), Revision::new(1, n));
     position.owner = Some(Owner::new(u128::from(n)));
-    position.passed = Some(Passed::new(&Record::new(
-        Offset::new(n, n - 1),
-        UNIX_EPOCH,
-        n.to_string(),
-    )));
+    position.note = Note::after(&Record::new(Offset::new(n, n - 1), UNIX_EPOCH, n.to_string()));
     let producers = ["a", "b", "c#7", "d", "e", "f"];
     position.windows = producers.map(|name| (numbering(name), Window::new(n))).into();
     position

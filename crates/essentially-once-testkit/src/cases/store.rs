@@ -4,7 +4,7 @@ use std::{task::Poll, time::UNIX_EPOCH};
 
 use essentially_once::{
     ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, Record,
-    backend::{Advance, LogId, Numbering, Owner, Passed, Position, Revision, Transaction, Window},
+    backend::{Advance, LogId, Note, Numbering, Owner, Position, Revision, Transaction, Tried, Window},
 };
 
 use super::{
@@ -164,30 +164,27 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     Ok(())
 }
 
-/// [S1](essentially_once::OffsetStore#contract): revision, owner and passed record are kept to the
-/// bit. Those that the next advance omits are removed.
+/// [S1](essentially_once::OffsetStore#contract): revision, owner and note are kept to the bit. Those that the next advance omits are removed.
 pub(super) async fn s1_the_whole_position_is_kept<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");
     let record = |n: u64| {
         let mut record = Record::new(Offset::new(n, u64::MAX - n), UNIX_EPOCH, n.to_string());
         record.key = Some("key".into());
-        Passed::new(&record)
+        Note::after(&record)
     };
+    let tried = Tried::new(Offset::new(3, u64::MAX), &"x".repeat(2_000)).again();
     let mut expected = Revision::NONE;
-    for (revision, owner, passed) in [
-        (Revision::new(1, 1), None, None),
-        (Revision::new(1, 2), Some(Owner::new(1)), Some(record(1))),
-        (
-            Revision::new(1, 70_000),
-            Some(Owner::new(u128::MAX)),
-            Some(record(u64::MAX)),
-        ),
-        (Revision::new(2, 1), Some(Owner::new(1 << 64)), None),
-        (Revision::new(1 << 62, 1 << 62), None, Some(record(0))),
+    for (revision, owner, note) in [
+        (Revision::new(1, 1), None, Note::default()),
+        (Revision::new(1, 2), Some(Owner::new(1)), record(1)),
+        (Revision::new(1, 70_000), Some(Owner::new(u128::MAX)), record(u64::MAX)),
+        (Revision::new(2, 1), Some(Owner::new(1 << 64)), Note::default()),
+        (Revision::new(2, 2), None, record(2).with_tried(Some(tried))),
+        (Revision::new(1 << 62, 1 << 62), None, record(0)),
     ] {
         let mut advance = Advance::new(log.id().clone(), 1.into(), expected, revision);
-        (advance.owner, advance.passed) = (owner, passed);
+        (advance.owner, advance.note) = (owner, note.clone());
         store.begin(&shipping).await?.commit(advance).await?;
         for store in [&store, &backend.store().await?] {
             let found = position(store, &shipping).await?;
@@ -202,9 +199,9 @@ pub(super) async fn s1_the_whole_position_is_kept<H: Harness>(_: &H, backend: &H
                 found.owner
             );
             ensure!(
-                found.passed == passed,
-                "committed the passed record {passed:?}, found {:?}",
-                found.passed
+                found.note == note,
+                "committed the note {note:?}, found {:?}",
+                found.note
             );
         }
         expected = revision;

@@ -199,10 +199,12 @@ wrong {
     OwnerNotKept,
     /// The first owner is kept forever.
     OwnerKeptForever,
-    /// The passed record is not kept.
-    PassedNotKept,
-    /// An advance without a passed record keeps the old one.
-    PassedStays,
+    /// The note is not kept.
+    NoteNotKept,
+    /// An advance with an empty note keeps the old one.
+    NoteStays,
+    /// The note has a column of the length of a note without tries.
+    NoteOfFixedLength,
     /// State is kept in the handle, and other handles do not see it.
     StateKeptInTheHandle,
     /// Deletes are not committed.

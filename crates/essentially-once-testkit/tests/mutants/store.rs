@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Epoch, Error, Offset, OffsetStore, ProducerId, ReadState, async_trait,
-    backend::{Advance, Durability, LogId, Numbering, Owner, Position, Pulse, Revision, Snapshot, Window},
+    backend::{Advance, Durability, LogId, Note, Numbering, Owner, Position, Pulse, Revision, Snapshot, Window},
 };
 use tokio::{
     sync::watch,
@@ -329,10 +329,11 @@ impl StoreState {
             (Defect::OwnerKeptForever, Some(before)) => before.owner.or(advance.owner),
             _ => advance.owner,
         };
-        position.passed = match (defect, &before) {
-            (Defect::PassedNotKept, _) => None,
-            (Defect::PassedStays, Some(before)) => advance.passed.or(before.passed),
-            _ => advance.passed,
+        position.note = match (defect, &before) {
+            (Defect::NoteNotKept, _) => Note::default(),
+            (Defect::NoteStays, Some(before)) if advance.note == Note::default() => before.note.clone(),
+            (Defect::NoteOfFixedLength, _) if advance.note.tried().is_some() => Note::default(),
+            _ => advance.note,
         };
         stored.first.get_or_insert_with(|| position.clone());
         stored.position = Some(position);
@@ -530,7 +531,7 @@ impl ModelStore {
                 if let (Some(found), Some(later)) = (&mut found, later) {
                     found.windows = later.windows;
                     if self.shared.is(Defect::PositionReadInSteps) {
-                        (found.owner, found.passed) = (later.owner, later.passed);
+                        (found.owner, found.note) = (later.owner, later.note);
                     }
                 }
             }

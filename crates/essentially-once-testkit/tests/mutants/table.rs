@@ -245,8 +245,9 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         EpochOfRevisionNotKept => "committed revision 2.1",
         OwnerNotKept => "committed owner Some",
         OwnerKeptForever => "committed owner Some",
-        PassedNotKept => "committed the passed record Some",
-        PassedStays => "committed the passed record None",
+        NoteNotKept => "committed the note",
+        NoteStays => "committed the note",
+        NoteOfFixedLength => "committed the note",
     }
     s1_windows_of_similar_producers_are_independent {
         ProducerNamesIgnoreCase => "its window of",

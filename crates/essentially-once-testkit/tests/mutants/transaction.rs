@@ -178,7 +178,7 @@ impl ModelTx {
             store.before_change(&self.shared, staged.is_empty() && advance.windows.is_empty());
             if self.shared.is(Defect::EmptyCommitKeptInTheHandle) && staged.is_empty() {
                 let mut kept = Position::new(advance.log.clone(), advance.next, advance.revision);
-                (kept.owner, kept.passed) = (advance.owner, advance.passed);
+                (kept.owner, kept.note) = (advance.owner, advance.note.clone());
                 let mut positions = self.handle.positions.lock().unwrap_or_else(PoisonError::into_inner);
                 positions.insert(self.consumer.to_string(), kept);
                 return Ok(());

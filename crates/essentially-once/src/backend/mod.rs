@@ -30,7 +30,7 @@ pub use crate::{
     letters::{DeadLetter, DeadLetters},
     log::{Bounds, Durability, LogReader},
     name::{LogId, Numbering},
-    passed::Passed,
+    note::{Note, Tried},
     record::Header,
     revision::{Owner, Revision},
     store::{Advance, Position, Pulse, Snapshot, Transaction},

@@ -12,7 +12,7 @@ use super::{
     session::Session,
 };
 use crate::{
-    ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction,
+    ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
     rt::{self, Instant},
 };
 
@@ -49,7 +49,7 @@ impl<S: OffsetStore> Session<'_, S> {
         if until.is_some_and(|until| self.place.next >= until) {
             self.deliver_all_letters::<H, D>(handler).await?;
             // Without a read, nothing else would detect a replaced log.
-            return self.or_stop(compare(self.log, self.id, self.place.passed)).await;
+            return self.or_stop(compare(self.log, self.id, self.place.note.passed())).await;
         }
         let mut ahead = ReadAhead::spawn(
             reader,
@@ -146,8 +146,12 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut done = Done::default();
         match &verdict.sentence {
             Sentence::Skip => done.failed = 1,
-            Sentence::Park(tries) => {
-                let letter = self.letter(record, tries);
+            Sentence::Park {
+                tried,
+                last_reason,
+                kind,
+            } => {
+                let letter = self.letter(record, tried, last_reason, *kind);
                 self.park(tx.dead_letters(), letter).await?;
                 done.parked = 1;
             }
@@ -186,7 +190,7 @@ impl<S: OffsetStore> Session<'_, S> {
     ) -> Result<Option<Vec<Record>>, Failure> {
         let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
         let max = if is_apart { 1 } else { self.settings.max_batch };
-        let mut taking = pin!(ahead.take(max, self.alone));
+        let mut taking = pin!(ahead.take(max, self.tried.as_ref().map(Tried::offset)));
         // Records that have already arrived need neither a timer nor a look at the position.
         tokio::select! {
             biased;

@@ -265,11 +265,11 @@ where
     }
 }
 
-fn unmoved(position: Position) -> Advance {
+pub(super) fn unmoved(position: Position) -> Advance {
     let expected = position.revision;
     let mut advance = Advance::new(position.log, position.next, expected, expected.fresh_epoch());
     advance.owner = position.owner;
-    advance.passed = position.passed;
+    advance.note = position.note;
     advance
 }
 

@@ -4,12 +4,12 @@ use async_trait::async_trait;
 
 use super::{
     call::{Cut, Interrupted, flush, grace_is_over, handle},
-    failure::{Failure, RecordFailure},
+    failure::{Failure, RecordFailure, not_the_backends},
     run::Done,
     session::Session,
 };
 use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Revision, Transaction,
+    Error, Handler, HandlerError, HandlerErrorKind, Offset, OffsetStore, Record, Transaction, Tried,
     letters::DeadLetters, rt::Instant,
 };
 
@@ -102,7 +102,7 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
         if failed.is_none() && done.handled > 0 {
             failed = match flush(session, handler, &mut tx, Cut::AfterGrace).await {
                 Ok(()) => None,
-                Err(Interrupted::Failed(error)) => Some(batch_failure(passed, session.place.revision, error)),
+                Err(Interrupted::Failed(error)) => Some(batch_failure(session, passed, error)),
                 Err(Interrupted::Stopped) => Some(Failure::Stopped),
             };
         }
@@ -121,15 +121,16 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                     let _ = rolled_back?;
                     session.check_current().await?;
                 }
-                return Err(match failed {
+                let failed = match failed {
                     // The handler may have swallowed an error of the transaction, which then keeps
                     // no letter either.
                     Failure::Backend(error @ (Error::Failed { .. } | Error::TooLarge { .. })) if done.handled > 0 => {
                         let error = session.blame_for_commit(error).await?;
-                        batch_failure(passed, session.place.revision, error)
+                        batch_failure(session, passed, error)
                     }
                     failed => failed,
-                });
+                };
+                return Err(session.commit_try(failed).await?);
             }
         }
         let Some(last) = passed.last() else {
@@ -145,7 +146,8 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 if done.handled > 0 || (done.parked > 0 && passed.len() > 1) =>
             {
                 let error = session.blame_for_commit(error).await?;
-                Err(batch_failure(passed, session.place.revision, error))
+                let failed = batch_failure(session, passed, error);
+                Err(session.commit_try(failed).await?)
             }
             Err(error) => Err(error.into()),
         }
@@ -168,11 +170,11 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
         if done.handled > 0
             && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
         {
-            let failed = batch_failure(passed, session.place.revision, error);
+            let failed = batch_failure(session, passed, error);
             if !failed.is_fatal() {
                 session.check_current().await?;
             }
-            return Err(failed);
+            return Err(session.commit_try(failed).await?);
         }
         session.count(done, passed);
         let is_fatal = failed.as_ref().is_some_and(Failure::is_fatal);
@@ -188,15 +190,15 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
             session.check_current().await?;
         }
         match failed {
+            None => Ok(passed.len()),
             // The records before the failed one are committed, so that they are not handled again
-            // because of it.
-            Some(Failure::Record(failed)) => Err(Failure::Record(Box::new(RecordFailure {
+            // because of it. That has stored its tries too.
+            Some(Failure::Record(failed)) if !passed.is_empty() => Err(Failure::Record(Box::new(RecordFailure {
                 is_next: true,
                 revision: session.place.revision,
                 ..*failed
             }))),
-            Some(failed) => Err(failed),
-            None => Ok(passed.len()),
+            Some(failed) => Err(session.commit_try(failed).await?),
         }
     }
 }
@@ -256,15 +258,8 @@ where
             }
             Err(Interrupted::Stopped) => return (done, &batch[..index], Some(Failure::Stopped)),
             Err(Interrupted::Failed(error)) => {
-                let failure = RecordFailure {
-                    record: record.clone(),
-                    error,
-                    revision: session.place.revision,
-                    is_first: index == 0,
-                    is_next: index == 0,
-                    fatal_outcome: NOTHING_MOVED,
-                };
-                return (done, &batch[..index], Some(failure.classify()));
+                let failure = record_failure(session, record, error, index == 0);
+                return (done, &batch[..index], Some(failure));
             }
         }
     }
@@ -291,24 +286,35 @@ fn is_duplicate<S>(session: &Session<'_, S>, record: &Record) -> bool {
 
 /// The failure of these records as a batch: of the only record, or of one that is still to be
 /// found.
-fn batch_failure(passed: &[Record], revision: Revision, error: HandlerError) -> Failure {
-    let (Some(first), Some(last)) = (passed.first(), passed.last()) else {
-        return Failure::Batch(Offset::ZERO, error);
-    };
-    let failed = RecordFailure {
-        record: first.clone(),
-        error,
-        revision,
-        is_first: true,
-        is_next: true,
-        fatal_outcome: NOTHING_MOVED,
-    };
-    match failed.classify() {
-        Failure::Record(failed) if passed.len() > 1 && failed.error.kind != HandlerErrorKind::Fatal => {
-            Failure::Batch(last.offset, failed.error)
-        }
-        failure => failure,
+fn batch_failure<S: OffsetStore>(session: &mut Session<'_, S>, passed: &[Record], error: HandlerError) -> Failure {
+    match passed {
+        [] => Failure::Batch(Offset::ZERO, error),
+        [first, .., last] if error.kind != HandlerErrorKind::Fatal => not_the_backends(error, first.offset)
+            .map_or_else(Failure::Backend, |error| Failure::Batch(last.offset, error)),
+        [first, ..] => record_failure(session, first, error, true),
     }
+}
+
+/// The failure of a record, or of the backend if that is to blame.
+fn record_failure<S: OffsetStore>(
+    session: &mut Session<'_, S>,
+    record: &Record,
+    error: HandlerError,
+    is_first: bool,
+) -> Failure {
+    let error = match not_the_backends(error, record.offset) {
+        Ok(error) => error,
+        Err(error) => return Failure::Backend(error),
+    };
+    Failure::Record(Box::new(RecordFailure {
+        record: record.clone(),
+        tried: session.tried_again(record.offset, &error),
+        error,
+        revision: session.place.revision,
+        is_first,
+        is_next: is_first,
+        fatal_outcome: NOTHING_MOVED,
+    }))
 }
 
 #[async_trait]
@@ -361,8 +367,9 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
 ) -> (Done, Option<RecordFailure>) {
     let mut done = Done::default();
     let revision = session.place.revision;
-    let fatal_failure = |record: &Record, error, fatal_outcome| RecordFailure {
+    let fatal_failure = |record: &Record, error: HandlerError, fatal_outcome| RecordFailure {
         record: record.clone(),
+        tried: Tried::new(record.offset, &error.to_string()),
         error,
         revision,
         is_first: true,

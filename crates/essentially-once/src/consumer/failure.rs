@@ -1,6 +1,6 @@
 //! Why a session ended early, and whose fault it was.
 
-use crate::{Error, HandlerError, HandlerErrorKind, Offset, Record, Revision};
+use crate::{Error, HandlerError, HandlerErrorKind, Offset, Record, Revision, Tried};
 
 /// Why a session ended early.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub enum Failure {
 pub struct RecordFailure {
     pub(super) record: Record,
     pub(super) error: HandlerError,
+    /// How often the record was tried, this time included.
+    pub(super) tried: Tried,
     /// The revision of the position at that moment.
     pub(super) revision: Revision,
     /// Whether it was the first of its batch, so that no record before it can have contributed to
@@ -41,19 +43,17 @@ impl Failure {
     }
 }
 
-impl RecordFailure {
-    /// A backend in trouble is not the record's fault, even if the handler noticed it first and
-    /// wrapped its error.
-    pub(super) fn classify(self) -> Failure {
-        if self.error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*self.error.source) {
-            return Failure::Record(Box::new(self));
-        }
-        Failure::Backend(match self.error.source.downcast::<Error>() {
-            Ok(error) if error.is_transient() => *error,
-            Ok(error) => Error::unavailable(format!("handle the record at {}", self.record.offset), error),
-            Err(source) => Error::unavailable(format!("handle the record at {}", self.record.offset), source),
-        })
+/// The error as the failure of the record at `offset`, or else the backend's error: a backend in
+/// trouble is not the record's fault, even if the handler noticed it first and wrapped its error.
+pub(super) fn not_the_backends(error: HandlerError, offset: Offset) -> Result<HandlerError, Error> {
+    if error.kind != HandlerErrorKind::Retry || !is_caused_by_backend(&*error.source) {
+        return Ok(error);
     }
+    Err(match error.source.downcast::<Error>() {
+        Ok(error) if error.is_transient() => *error,
+        Ok(error) => Error::unavailable(format!("handle the record at {offset}"), error),
+        Err(source) => Error::unavailable(format!("handle the record at {offset}"), source),
+    })
 }
 
 fn is_caused_by_backend(error: &(dyn std::error::Error + 'static)) -> bool {

@@ -10,12 +10,12 @@ use bytes::Bytes;
 
 use super::{
     call::{Cut, Interrupted, flush, handle, reset},
-    failure::{Failure, RecordFailure},
+    failure::{Failure, RecordFailure, not_the_backends},
     run::Done,
     session::Session,
 };
 use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, OffsetStore, Record, Revision, Transaction,
+    Error, Handler, HandlerError, HandlerErrorKind, OffsetStore, Record, Revision, Transaction, Tried,
     letters::{DeadLetter, DeadLetters, trusted_key},
     rt::Instant,
 };
@@ -110,16 +110,6 @@ impl Default for DeadLetterOptions {
     }
 }
 
-/// The tries of a record, before it becomes a letter.
-#[derive(Debug)]
-pub(super) struct Tries {
-    pub(super) count: u32,
-    pub(super) first_reason: String,
-    pub(super) last_reason: String,
-    /// The kind of the last error.
-    pub(super) kind: HandlerErrorKind,
-}
-
 /// What a session knows about the consumer's letters at its position's revision. Whoever adds or
 /// removes letters commits, so an instance whose knowledge is out of date is fenced.
 #[derive(Default)]
@@ -206,7 +196,7 @@ impl Parked {
 }
 
 /// How a transaction with letters went.
-enum Tried {
+enum Attempt {
     Committed,
     /// Something failed behind this many letters, which may succeed without it.
     Apart(usize),
@@ -277,10 +267,16 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     /// The letter of a record whose last try failed.
-    pub(super) fn letter(&self, record: &Record, tries: &Tries) -> DeadLetter {
-        let mut letter = DeadLetter::new(record.clone(), tries.count, &tries.first_reason, self.now);
-        letter.set_last_reason(&tries.last_reason);
-        letter.due = self.due(&letter, tries.kind);
+    pub(super) fn letter(
+        &self,
+        record: &Record,
+        tried: &Tried,
+        last_reason: &str,
+        kind: HandlerErrorKind,
+    ) -> DeadLetter {
+        let mut letter = DeadLetter::new(record.clone(), tried.tries(), tried.first_reason(), self.now);
+        letter.set_last_reason(last_reason);
+        letter.due = self.due(&letter, kind);
         letter
     }
 
@@ -356,12 +352,12 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut limit = self.settings.max_batch;
         loop {
             match self.try_letters_up_to(handler, limit).await? {
-                Tried::Committed => return Ok(()),
-                Tried::Apart(fewer) => {
+                Attempt::Committed => return Ok(()),
+                Attempt::Apart(fewer) => {
                     reset(handler).await;
                     limit = fewer;
                 }
-                Tried::Failed(letter, error) => {
+                Attempt::Failed(letter, error) => {
                     reset(handler).await;
                     return self.note_failure(*letter, error).await;
                 }
@@ -369,13 +365,17 @@ impl<S: OffsetStore> Session<'_, S> {
         }
     }
 
-    async fn try_letters_up_to<H: Handler<S::Tx>>(&mut self, handler: &mut H, limit: usize) -> Result<Tried, Failure> {
+    async fn try_letters_up_to<H: Handler<S::Tx>>(
+        &mut self,
+        handler: &mut H,
+        limit: usize,
+    ) -> Result<Attempt, Failure> {
         let mut tx = self.begin().await?;
         let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
         self.parked.due = first.as_ref().and_then(|letter| letter.due);
         let Some(first) = first.filter(|_| self.parked.is_due(self.now)) else {
             self.end(tx).await?;
-            return Ok(Tried::Committed);
+            return Ok(Attempt::Committed);
         };
         let mut handled = Vec::new();
         let due = match self.handle_letters(handler, &mut tx, first, limit, &mut handled).await {
@@ -385,8 +385,8 @@ impl<S: OffsetStore> Session<'_, S> {
             Err(Obstacle::Letter(letter, error)) => {
                 self.end(tx).await?;
                 return Ok(match handled.len() {
-                    before if before > 0 && error.kind != HandlerErrorKind::Fatal => Tried::Apart(before),
-                    _ => Tried::Failed(letter, error),
+                    before if before > 0 && error.kind != HandlerErrorKind::Fatal => Attempt::Apart(before),
+                    _ => Attempt::Failed(letter, error),
                 });
             }
             Err(Obstacle::Flush(error)) => {
@@ -402,7 +402,7 @@ impl<S: OffsetStore> Session<'_, S> {
             handled: handled.len() as u64,
             ..Done::default()
         };
-        match self.commit_at(tx, self.place.next, self.place.passed, done).await {
+        match self.commit_unmoved(tx, done).await {
             Ok(()) => {
                 for letter in &handled {
                     tracing::info!(offset = %letter.record.offset, tries = letter.tries, "handled a dead letter");
@@ -410,7 +410,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 }
                 self.parked.due = due;
                 self.count(done, &[]);
-                Ok(Tried::Committed)
+                Ok(Attempt::Committed)
             }
             Err(error) => self.blame_for_transaction(handled, error).await,
         }
@@ -467,7 +467,7 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     /// Decides whether these letters are to blame for an error of their transaction.
-    async fn blame_for_transaction(&mut self, handled: Vec<DeadLetter>, error: Error) -> Result<Tried, Failure> {
+    async fn blame_for_transaction(&mut self, handled: Vec<DeadLetter>, error: Error) -> Result<Attempt, Failure> {
         match error {
             error @ (Error::Failed { .. } | Error::TooLarge { .. }) => {
                 Ok(blame(handled, self.blame_for_commit(error).await?))
@@ -478,30 +478,29 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Commits that a letter failed once more.
     async fn note_failure(&mut self, mut letter: DeadLetter, error: HandlerError) -> Result<(), Failure> {
-        let failed = RecordFailure {
-            record: letter.record.clone(),
-            error,
-            revision: self.place.revision,
-            is_first: true,
-            is_next: false,
-            fatal_outcome: "fatal error in a dead letter, which stays as it was",
-        };
-        let failed = match failed.classify() {
-            Failure::Record(failed) if failed.error.kind != HandlerErrorKind::Fatal => failed,
-            failure => return Err(failure),
-        };
+        let error = not_the_backends(error, letter.record.offset)?;
+        if error.kind == HandlerErrorKind::Fatal {
+            return Err(Failure::Record(Box::new(RecordFailure {
+                tried: Tried::new(letter.record.offset, &error.to_string()),
+                record: letter.record,
+                error,
+                revision: self.place.revision,
+                is_first: true,
+                is_next: false,
+                fatal_outcome: "fatal error in a dead letter, which stays as it was",
+            })));
+        }
         // The try may have taken long.
         self.now = SystemTime::now();
-        let due = self.due(&letter, failed.error.kind);
-        letter.failed_again(&failed.error.to_string(), self.now, due);
+        let due = self.due(&letter, error.kind);
+        letter.failed_again(&error.to_string(), self.now, due);
         let mut tx = self.begin().await?;
         self.or_stop(letters_of(&mut tx)?.park(&letter)).await?;
         let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
-        self.commit_at(tx, self.place.next, self.place.passed, Done::default())
-            .await?;
+        self.commit_unmoved(tx, Done::default()).await?;
         self.parked.due = first.and_then(|letter| letter.due);
         tracing::warn!(
-            offset = %letter.record.offset, tries = letter.tries, error = %failed.error, ?due,
+            offset = %letter.record.offset, tries = letter.tries, %error, ?due,
             "a dead letter failed again"
         );
         Ok(())
@@ -519,12 +518,12 @@ impl<S: OffsetStore> Session<'_, S> {
 
 /// Blames the only letter of a transaction, or takes the letters apart to find the culprit. A fatal
 /// error ends the run at once.
-fn blame(mut handled: Vec<DeadLetter>, error: HandlerError) -> Tried {
+fn blame(mut handled: Vec<DeadLetter>, error: HandlerError) -> Attempt {
     match (handled.pop(), handled.is_empty()) {
         (Some(letter), is_only) if is_only || error.kind == HandlerErrorKind::Fatal => {
-            Tried::Failed(Box::new(letter), error)
+            Attempt::Failed(Box::new(letter), error)
         }
-        _ => Tried::Apart(1),
+        _ => Attempt::Apart(1),
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     session::{Place, Session},
     standby::Watched,
 };
-use crate::{Error, LogReader, Offset, OffsetStore, Position, window::Windows};
+use crate::{Error, LogReader, Note, Offset, OffsetStore, Position, window::Windows};
 
 /// How many times a new consumer tries to begin at the earliest record before it gives up the race
 /// with retention.
@@ -75,23 +75,31 @@ impl<S: OffsetStore> Session<'_, S> {
         let Position {
             next,
             revision,
-            passed,
+            note,
             windows,
             ..
         } = position;
         tracing::debug!(%next, %revision, "loaded the position");
         self.place = Place {
             next,
-            passed,
+            note,
             revision,
             is_epoch_open: false,
         };
         self.run.report.next = Some(next);
+        // Tries that are stored outlive a restart. Those of a record behind others are stored with
+        // the commit of the others.
+        if let Some(stored) = self.place.note.tried() {
+            self.tried = Some(stored.clone());
+        }
         self.windows = Windows::new(windows);
         if mem::take(&mut self.run.is_overtaken) && self.is_at_start() {
             return self.start().await;
         }
-        let reader = match self.or_stop(resume(self.log, self.id, passed, next)).await {
+        let reader = match self
+            .or_stop(resume(self.log, self.id, self.place.note.passed(), next))
+            .await
+        {
             Err(Failure::Backend(Error::Truncated { .. })) if self.is_at_start() => return self.start().await,
             Err(Failure::Backend(Error::Truncated { earliest, .. }))
                 if self.settings.on_truncated == OnTruncated::SkipToEarliest =>
@@ -102,7 +110,7 @@ impl<S: OffsetStore> Session<'_, S> {
         };
         if has_stood_by {
             let tx = self.begin().await?;
-            self.commit_at(tx, next, passed, Done::default()).await?;
+            self.commit_unmoved(tx, Done::default()).await?;
         }
         Ok(reader)
     }
@@ -133,7 +141,7 @@ impl<S: OffsetStore> Session<'_, S> {
             jump: Some((from, earliest)),
             ..Done::default()
         };
-        self.commit_at(tx, earliest, None, done).await?;
+        self.commit_at(tx, earliest, Note::default(), done).await?;
         self.count(done, &[]);
         Ok(reader)
     }
@@ -214,7 +222,7 @@ impl<S: OffsetStore> Session<'_, S> {
             tracing::warn!(%overtaken, %next, "retention overtook this new consumer before its first record; starting over");
         }
         let tx = self.begin().await?;
-        self.commit_at(tx, next, None, Done::default()).await?;
+        self.commit_at(tx, next, Note::default(), Done::default()).await?;
         if self.settings.start_at == StartAt::Earliest {
             self.run.started_at = Some((self.place.revision, next));
         }

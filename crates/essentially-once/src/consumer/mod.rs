@@ -33,6 +33,7 @@ use tracing::Instrument;
 
 use self::{
     call::reset,
+    dead_letters::unmoved,
     heart::Heart,
     letters::Parked,
     policy::Rule,
@@ -51,7 +52,10 @@ pub use self::{
     skip::skip,
 };
 pub use crate::handler::{HandlerErrorKind, HandlerFn, HandlerFuture};
-use crate::{ConsumerId, Error, Handler, Log, OffsetStore, Owner, letters::DeadLetters, rt, window::Windows};
+use crate::{
+    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, letters::DeadLetters, rt,
+    window::Windows,
+};
 
 /// How long the end of a run waits for the store to release the position.
 const RELEASE_LIMIT: Duration = Duration::from_millis(75);
@@ -215,7 +219,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     /// How often to try a record again before [`on_failure`](Self::on_failure) decides about it.
-    /// The default is 10. [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff)
+    /// The default is 10. Failed tries are stored with the position, so they count across crashes,
+    /// restarts and instances, until the record is passed or the run ends because of it. [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff)
     /// set the pauses. A record that failed behind others in its batch is tried alone at least
     /// once.
     #[must_use]
@@ -376,6 +381,9 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         let mut run = Run::default();
         let result = self.run_sessions(&mut run, owner, &heart, stop, until_caught_up).await;
         heart.end().await;
+        if let (Err(Error::Unhandled { .. }), Some(revision)) = (&result, run.revision()) {
+            forget_tries(&*self.store, &self.id, revision).await;
+        }
         if run.is_owner() {
             release(&*self.store, &self.id, owner).await;
         }
@@ -406,7 +414,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 heart,
                 run,
                 owner,
-                alone: supervisor.culprit(),
+                tried: supervisor.culprit.clone(),
                 apart_until: supervisor.apart_until,
                 place: Place::default(),
                 windows: Windows::default(),
@@ -511,6 +519,27 @@ impl<S, H, D: Retrying> Consumer<S, H, D> {
     pub fn on_failure_with(mut self, rule: impl Fn(&FailedRecord<'_>) -> OnFailure + Send + Sync + 'static) -> Self {
         self.settings.on_failure = Some(Rule::new(rule));
         self
+    }
+}
+
+/// Gives the next run all tries of the record that ended this one. Otherwise it only has the last.
+async fn forget_tries<S: OffsetStore>(store: &S, id: &ConsumerId, seen: Revision) {
+    let forget = async {
+        let tx = store.begin(id).await?;
+        match store.position(id).await? {
+            Some(position) if position.revision == seen && position.note.tried().is_some() => {
+                let note = position.note.with_tried(None);
+                let mut advance = unmoved(position);
+                advance.note = note;
+                tx.commit(advance).await
+            }
+            _ => tx.rollback().await,
+        }
+    };
+    match rt::within(Some(RELEASE_LIMIT), forget).await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => tracing::debug!(%error, "could not forget the tries of the record that ended the run"),
+        None => tracing::debug!("could not forget the tries of the record that ended the run in time"),
     }
 }
 

@@ -6,8 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::letters::Tries;
-use crate::{Error, HandlerError, Offset, Record, Revision};
+use crate::{Error, HandlerError, HandlerErrorKind, Offset, Record, Revision, Tried};
 
 /// What a consumer does with a record that it cannot handle. See
 /// [`Consumer::on_failure`](super::Consumer::on_failure).
@@ -51,7 +50,8 @@ pub struct FailedRecord<'a> {
     pub record: &'a Record,
     /// The handler's last error, or why the record could not be decoded.
     pub error: &'a HandlerError,
-    /// How often this run tried the record.
+    /// How often the record was tried. Under essentially-once and at-least-once, runs before this one
+    /// count too, unless they ended because of the record.
     pub tries: u32,
 }
 
@@ -95,5 +95,10 @@ pub(super) struct Verdict {
 #[derive(Debug)]
 pub(super) enum Sentence {
     Skip,
-    Park(Tries),
+    Park {
+        tried: Tried,
+        /// What the last error was.
+        last_reason: String,
+        kind: HandlerErrorKind,
+    },
 }

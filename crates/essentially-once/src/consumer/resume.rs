@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
-use crate::{ConsumerId, Error, Log, LogReader, Offset, Passed, Record, rt};
+use crate::{ConsumerId, Error, Log, LogReader, Offset, Record, passed::Passed, rt};
 
 /// How long to wait for a record that existed a moment ago.
 const COMPARE_LIMIT: Duration = Duration::from_secs(10);

@@ -37,6 +37,11 @@ impl Run {
         self.seen.map(|seen| seen.next)
     }
 
+    /// The newest revision that this run has seen.
+    pub(super) fn revision(&self) -> Option<Revision> {
+        self.seen.map(|seen| seen.revision)
+    }
+
     /// Records a pulse. Returns `false` if the position went back behind the newest one that this
     /// run has seen.
     pub(super) fn note(&mut self, pulse: &Pulse) -> bool {

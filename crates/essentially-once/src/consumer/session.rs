@@ -18,8 +18,8 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    Advance, Bounds, ConsumerId, Error, HandlerError, Log, Offset, OffsetStore, Owner, Passed, Record, Revision,
-    Transaction,
+    Advance, Bounds, ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Note, Offset, OffsetStore, Owner, Record,
+    Revision, Transaction, Tried,
     rt::Instant,
     window::{Silence, Windows},
 };
@@ -42,8 +42,8 @@ pub struct Session<'a, S> {
     pub(super) heart: &'a Heart,
     pub(super) run: &'a mut Run,
     pub(super) owner: Owner,
-    /// The record that failed last, to be handled in a batch of its own.
-    pub(super) alone: Option<Offset>,
+    /// The tries of the record that failed last, which is handled in a batch of its own.
+    pub(super) tried: Option<Tried>,
     /// Records up to this one are handled individually, because one of them made its batch fail.
     pub(super) apart_until: Option<Offset>,
     pub(super) place: Place,
@@ -63,7 +63,7 @@ pub struct Session<'a, S> {
 #[derive(Default)]
 pub(super) struct Place {
     pub(super) next: Offset,
-    pub(super) passed: Option<Passed>,
+    pub(super) note: Note,
     pub(super) revision: Revision,
     /// Whether this session has committed, which opens an epoch.
     pub(super) is_epoch_open: bool,
@@ -128,8 +128,7 @@ impl<S: OffsetStore> Session<'_, S> {
     /// is to blame for the failed commit, and not its records.
     pub(super) async fn can_commit(&mut self) -> Result<(), Failure> {
         let tx = self.begin().await?;
-        let Place { next, passed, .. } = self.place;
-        Ok(self.commit_at(tx, next, passed, Done::default()).await?)
+        Ok(self.commit_unmoved(tx, Done::default()).await?)
     }
 
     /// Decides whether a commit was refused because of its records: a deferred constraint or a
@@ -154,18 +153,44 @@ impl<S: OffsetStore> Session<'_, S> {
     /// counted once the position shows that the commit was applied.
     pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record, done: Done) -> Result<(), Error> {
         self.forget_silent(last);
-        // A later version may decode a malformed record, and its digest then differs.
-        let passed = last.malformed.is_none().then(|| Passed::new(last));
-        self.commit_at(tx, last.offset.successor(), passed, done).await
+        let tried = self.tried.clone().filter(|tried| tried.offset() > last.offset);
+        let note = Note::after(last).with_tried(tried.clone());
+        self.commit_at(tx, last.offset.successor(), note, done).await?;
+        self.tried = tried;
+        Ok(())
     }
 
-    pub(super) async fn commit_at(
-        &mut self,
-        tx: S::Tx,
-        next: Offset,
-        passed: Option<Passed>,
-        done: Done,
-    ) -> Result<(), Error> {
+    /// Commits the transaction with the position where it is.
+    pub(super) async fn commit_unmoved(&mut self, tx: S::Tx, done: Done) -> Result<(), Error> {
+        self.commit_at(tx, self.place.next, self.place.note.clone(), done).await
+    }
+
+    /// Counts a failed try of a record.
+    pub(super) fn tried_again(&mut self, offset: Offset, error: &HandlerError) -> Tried {
+        let tried = match self.tried.take() {
+            Some(tried) if tried.offset() == offset => tried.again(),
+            _ => Tried::new(offset, &error.to_string()),
+        };
+        self.tried.insert(tried).clone()
+    }
+
+    /// Commits that the next record was tried in vain, if it is tried again, so that its tries
+    /// survive a restart. To standbys this is a sign of life.
+    pub(super) async fn commit_try(&mut self, failed: Failure) -> Result<Failure, Failure> {
+        let Failure::Record(mut failed) = failed else {
+            return Ok(failed);
+        };
+        let is_last = failed.error.kind != HandlerErrorKind::Retry || failed.tried.tries() > self.settings.retries;
+        if failed.is_next && !is_last {
+            let note = self.place.note.with_tried(Some(failed.tried.clone()));
+            let tx = self.begin().await?;
+            self.commit_at(tx, self.place.next, note, Done::default()).await?;
+            failed.revision = self.place.revision;
+        }
+        Ok(Failure::Record(failed))
+    }
+
+    pub(super) async fn commit_at(&mut self, tx: S::Tx, next: Offset, note: Note, done: Done) -> Result<(), Error> {
         let expected = self.place.revision;
         let revision = match self.place.is_epoch_open {
             true => expected.next_count(),
@@ -173,7 +198,7 @@ impl<S: OffsetStore> Session<'_, S> {
         };
         let mut advance = Advance::new(self.log.id().clone(), next, expected, revision);
         advance.owner = Some(self.owner);
-        advance.passed = passed;
+        advance.note = note.clone();
         (advance.windows, advance.forgotten) = self.windows.take_changes();
         let started = Instant::now();
         if let Err(error) = tx.commit(advance).await {
@@ -190,7 +215,7 @@ impl<S: OffsetStore> Session<'_, S> {
         let now = Instant::now();
         self.place = Place {
             next,
-            passed,
+            note,
             revision,
             is_epoch_open: true,
         };

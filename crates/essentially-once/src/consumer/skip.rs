@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::{Advance, ConsumerId, Error, Log, Offset, OffsetStore, Passed, Transaction, rt, window::Windows};
+use crate::{Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Transaction, rt, window::Windows};
 
 /// How long to wait for the record.
 const READ_LIMIT: Duration = Duration::from_secs(10);
@@ -122,7 +122,7 @@ pub async fn skip<S: OffsetStore>(
     let expected = position.revision;
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     advance.owner = position.owner;
-    advance.passed = record.malformed.is_none().then(|| Passed::new(record));
+    advance.note = Note::after(record);
     (advance.windows, advance.forgotten) = windows.take_changes();
     store.begin(consumer).await?.commit(advance).await?;
     tracing::warn!(%consumer, log = %log.id(), %offset, "skipped a record by hand");

@@ -6,13 +6,12 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::{
     failure::Failure,
-    letters::Tries,
     policy::{FailedRecord, OnFailure, OnTruncated, Rule, Sentence, Verdict},
     report::Telemetry,
     run::Run,
     settings::Settings,
 };
-use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset};
+use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset, Tried};
 
 /// Decides after each failure between another try and the end of the run.
 pub(super) struct Supervisor {
@@ -26,16 +25,10 @@ pub(super) struct Supervisor {
     backoff: ExponentialBuilder,
     pauses: ExponentialBackoff,
     restarts_without_commit: u32,
-    culprit: Option<Culprit>,
+    /// The tries of the record that failed last.
+    pub(super) culprit: Option<Tried>,
     /// Records up to this one are handled individually.
     pub(super) apart_until: Option<Offset>,
-}
-
-/// The record that failed last.
-struct Culprit {
-    offset: Offset,
-    attempts: u32,
-    first_reason: String,
 }
 
 impl Supervisor {
@@ -59,11 +52,6 @@ impl Supervisor {
             culprit: None,
             apart_until: None,
         }
-    }
-
-    /// The record that failed last, to be handled alone.
-    pub(super) fn culprit(&self) -> Option<Offset> {
-        self.culprit.as_ref().map(|culprit| culprit.offset)
     }
 
     pub(super) fn made_progress(&mut self) {
@@ -95,15 +83,8 @@ impl Supervisor {
             Failure::Backend(error) => return Err(error),
             Failure::Record(failed) => {
                 let (offset, error) = (failed.record.offset, failed.error);
-                let (attempts, first_reason) = match self.culprit.take() {
-                    Some(culprit) if culprit.offset == offset => (culprit.attempts + 1, culprit.first_reason),
-                    _ => (1, error.to_string()),
-                };
-                self.culprit = Some(Culprit {
-                    offset,
-                    attempts,
-                    first_reason: first_reason.clone(),
-                });
+                let attempts = failed.tried.tries();
+                self.culprit = Some(failed.tried.clone());
                 let outcome = match error.kind {
                     HandlerErrorKind::Fatal => {
                         return Err(self.unhandled(offset, failed.fatal_outcome, attempts, error));
@@ -129,13 +110,12 @@ impl Supervisor {
                         OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
                         OnFailure::Skip => (Sentence::Skip, "skipped"),
                         OnFailure::DeadLetter if self.keeps_letters => {
-                            let tries = Tries {
-                                count: attempts,
-                                first_reason,
+                            let sentence = Sentence::Park {
+                                tried: failed.tried,
                                 last_reason: error.to_string(),
                                 kind: error.kind,
                             };
-                            (Sentence::Park(tries), "set aside as a dead letter")
+                            (sentence, "set aside as a dead letter")
                         }
                         OnFailure::DeadLetter => {
                             let outcome = "its policy asks for a dead letter, but this consumer keeps none; call \

@@ -7,7 +7,7 @@ use std::{
 };
 
 use essentially_once::{
-    consumer::{DeadLetterOptions, OnTruncated, dead_letters},
+    consumer::{DeadLetterOptions, OnFailure, OnTruncated, Report, dead_letters},
     memory::MemoryLog,
 };
 
@@ -19,7 +19,7 @@ use super::{
 /// Lists of payloads by key in the state, with something that happens at some payloads.
 fn listing(
     at: impl Fn(&str, &mut ScriptedTx) -> Result<(), HandlerError> + Clone + Send + 'static,
-) -> impl Handler<ScriptedTx> {
+) -> impl Handler<ScriptedTx> + Clone {
     handler_fn(move |record: &Record, tx: &mut ScriptedTx| {
         let at = at.clone();
         Box::pin(async move {
@@ -315,7 +315,7 @@ async fn the_order_of_options_does_not_matter() {
     let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), poisoned(&backend, &["2"]))
         .on_failure_with(move |_| {
             asked.fetch_add(1, Ordering::Relaxed);
-            essentially_once::consumer::OnFailure::DeadLetter
+            OnFailure::DeadLetter
         })
         .dead_letters(DeadLetterOptions::new());
     run.run_until_caught_up().await.unwrap();
@@ -333,4 +333,119 @@ async fn a_consumer_that_begins_below_the_earliest_record_can_skip_to_it() {
     let report = run.run_until_caught_up().await.unwrap();
     assert_eq!((report.handled, report.truncated), (RECORDS - 5, 1), "{report}");
     assert_eq!(report.skipped_to_earliest, Some((2.into(), 5.into())));
+}
+
+/// Runs until record 2 was tried this often, and then ends the run without a trace, as a crash does.
+async fn crash_after(tries: u64, backend: &Backend, run: tokio::task::JoinHandle<Result<Report, Error>>) {
+    wait_until(&run, async || tries_of_2(backend).await >= tries).await;
+    run.abort();
+    let _ = run.await;
+}
+
+/// The stored number of tries of record 2.
+async fn tries_of_2(backend: &Backend) -> u64 {
+    let position = backend.position(&shipping()).await;
+    let tried = position.as_ref().and_then(|position| position.note.tried());
+    tried
+        .filter(|tried| tried.offset() == 2.into())
+        .map_or(0, |tried| tried.tries().into())
+}
+
+#[tokio::test]
+async fn tries_count_across_crashes() {
+    let backend = keyed(Script::default()).await;
+    let calls = Calls::default();
+    let counted = calls.clone();
+    let handler = listing(move |payload, _| match (payload, counted.note(payload)) {
+        ("2", before) => Err(HandlerError::retry(format!("reason {before}"))),
+        _ => Ok(()),
+    });
+    let run = || {
+        quick(&backend, handler.clone())
+            .standby_after(Duration::ZERO)
+            .retries(9)
+            .min_backoff(Duration::from_millis(20))
+            .max_backoff(Duration::from_millis(20))
+    };
+    for crash in 1..=3 {
+        crash_after(3 * crash, &backend, tokio::spawn(run().run())).await;
+    }
+    assert_eq!((tries_of_2(&backend).await, calls.of("2")), (9, 9));
+    run().run_until_caught_up().await.unwrap();
+    assert_eq!(calls.of("2"), 10);
+    let letter = &letters(&backend).await[0];
+    assert_eq!(
+        (letter.tries, &*letter.first_reason, &*letter.last_reason),
+        (10, "reason 0", "reason 9")
+    );
+    assert_eq!(tries_of_2(&backend).await, 0);
+}
+
+#[tokio::test]
+async fn tries_of_a_record_behind_others_count_too() {
+    let backend = keyed(Script::default()).await;
+    let calls = Calls::default();
+    let counted = calls.clone();
+    let handler = listing(move |payload, _| match (payload, counted.note(payload)) {
+        ("2", _) => Err(HandlerError::retry("no")),
+        _ => Ok(()),
+    });
+    let run = quick(&backend, handler)
+        .retries(9)
+        .min_backoff(Duration::from_secs(60))
+        .max_backoff(Duration::from_secs(60));
+    // It fails behind 0 and 1, whose commit stores that.
+    crash_after(1, &backend, tokio::spawn(run.run())).await;
+    assert_eq!(
+        (next(&backend).await, tries_of_2(&backend).await),
+        (2.into(), calls.of("2"))
+    );
+}
+
+#[tokio::test]
+async fn at_least_once_counts_tries_across_crashes_too() {
+    let backend = keyed(Script::default()).await;
+    let calls = Calls::default();
+    let counted = calls.clone();
+    let handler = handler_fn(move |record: &Record, (): &mut ()| {
+        let payload = String::from_utf8_lossy(&record.payload).into_owned();
+        let (calls, is_poison) = (counted.clone(), payload == "2");
+        Box::pin(async move {
+            calls.note(&payload);
+            match is_poison {
+                true => Err(HandlerError::retry("no")),
+                false => Ok(()),
+            }
+        })
+    });
+    let run = || {
+        Consumer::at_least_once(shipping(), backend.log(), backend.store(), handler.clone())
+            .on_failure(OnFailure::Skip)
+            .standby_after(Duration::ZERO)
+            .retries(7)
+            .min_backoff(Duration::from_millis(20))
+            .max_backoff(Duration::from_millis(20))
+    };
+    for crash in 1..=2 {
+        crash_after(3 * crash, &backend, tokio::spawn(run().run())).await;
+    }
+    let report = run().run_until_caught_up().await.unwrap();
+    assert_eq!((calls.of("2"), report.failed), (8, 1), "{report}");
+}
+
+#[tokio::test]
+async fn a_run_that_ends_because_of_a_record_gives_the_next_run_all_tries_again() {
+    let backend = keyed(Script::default()).await;
+    let calls = Calls::default();
+    for run in 1..=2 {
+        let counted = calls.clone();
+        let handler = listing(move |payload, _| match (payload, counted.note(payload)) {
+            ("2", _) => Err(HandlerError::retry("no")),
+            _ => Ok(()),
+        });
+        let stopping = quick(&backend, handler).retries(4).on_failure(OnFailure::Stop);
+        let error = stopping.run_until_caught_up().await.unwrap_err();
+        assert!(matches!(error, Error::Unhandled { attempts: 5, .. }), "{error}");
+        assert_eq!(calls.of("2"), 5 * run);
+    }
 }

@@ -59,7 +59,7 @@ async fn a_malformed_record_that_is_skipped_marks_nothing() {
         .await
         .unwrap();
     // A later version may decode the record, which then counts as another record.
-    assert_eq!(backend.position(&shipping()).await.unwrap().passed, None);
+    assert_eq!(backend.position(&shipping()).await.unwrap().note.passed_offset(), None);
     log.append(&[produced("0", 0)]).await.unwrap();
     let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter());
     assert_eq!(run.run_until_caught_up().await.unwrap().handled, 1);

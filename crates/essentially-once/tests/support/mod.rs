@@ -14,7 +14,7 @@ use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Record,
     backend::{
-        Advance, Bounds, DeadLetter, DeadLetters, Durability, LogId, LogReader, Owner, Position, Pulse, Revision,
+        Advance, Bounds, DeadLetter, DeadLetters, Durability, LogId, LogReader, Note, Owner, Position, Pulse, Revision,
         Transaction,
     },
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
@@ -374,7 +374,7 @@ impl Transaction for ScriptedTx {
                 let next = advance_by_one(&self.store, &self.consumer, &mut other).await;
                 let mut overtaking = advance.clone();
                 overtaking.next = next;
-                overtaking.passed = None;
+                overtaking.note = Note::default();
                 overtaking.revision = advance.expected.next_epoch();
                 other.commit(overtaking).await?;
                 self.inner.commit(advance).await

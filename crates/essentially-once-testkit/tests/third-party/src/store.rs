@@ -99,7 +99,7 @@ impl Transaction for MineTx {
             .retain(|numbering, _| !advance.forgotten.contains(numbering));
         let mut position = Position::new(log, advance.next, advance.revision);
         position.owner = advance.owner;
-        position.passed = advance.passed;
+        position.note = advance.note;
         stored.position = Some(position);
         Ok(())
     }
