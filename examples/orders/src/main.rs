@@ -103,8 +103,8 @@ struct RunArgs {
     /// How many orders the worker takes at a time.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_batch: u32,
-    /// Then retry the dead letters of essentially-once, with a parser that accepts an unquoted comma
-    /// before a space, as in `Alder, Finch & Sons`.
+    /// Then retry the dead letters of essentially-once, with a parser that accepts an unquoted
+    /// comma before a space, as in `Alder, Finch & Sons`.
     #[arg(long)]
     mend: bool,
     /// Repeat the generated orders and the kills of an earlier run.
