@@ -11,9 +11,9 @@ use crate::Failure;
 
 /// Ties the worker to its parent.
 ///
-/// The worker reports each handled line on stdout. After every `length` lines it waits for a byte
-/// on stdin. So a kill meant for a line falls near it, however slow the parent is. When stdin ends,
-/// the parent is gone, and the worker ends too.
+/// The worker reports each line that it shipped or rejected on stdout. After every `length` lines
+/// it waits for a byte on stdin. So a kill meant for a line falls near it, however slow the parent
+/// is. When stdin ends, the parent is gone, and the worker ends too.
 pub(crate) struct Leash {
     length: u64,
     handled: u64,
@@ -36,7 +36,7 @@ impl Leash {
         }
     }
 
-    /// Reports a handled line to the parent.
+    /// Reports a line that was shipped or rejected to the parent.
     pub(crate) fn reached(&mut self, line: u32) -> Result<(), Failure> {
         writeln!(io::stdout(), "{line}")?;
         self.handled += 1;

@@ -18,15 +18,22 @@
 //! - **essentially-once** ships in the transaction that commits the position. A kill cannot
 //!   separate the two.
 //!
-//! The same handler, in the same transaction, sets aside an invalid line in the table `rejected`,
-//! with the reason. The line counts as rejected once, however often it was written there, and as
-//! never shipped if it was lost.
+//! The handler rejects a line that is not a valid order. Essentially-once sets the line aside as a
+//! dead letter, with the reason, in the transaction that commits the position. A later line with
+//! the same order id waits behind it. The other deliveries keep no letters and pass over the line.
+//!
+//! With `--mend` the program retries the letters afterwards, with a parser that accepts more:
+//!
+//! ```text
+//! cargo run --release -p orders -- --mend --input examples/orders/tests/data/unquoted.csv
+//! ```
 //!
 //! Log and store are kept in SQLite files. With `--log` or `--store` they are kept on a Redis
 //! server (`--features redis`) or a RabbitMQ broker (`--features rabbitmq`).
 //!
 //! Where to read on: `backend` opens log and store. `shipping` is the handler. `shop` is what it
-//! writes to. `worker` runs the consumer. `race` kills it, and `tally` counts.
+//! writes to. `worker` runs the consumer. `race` kills it. `letters` lists and retries the dead
+//! letters, and `tally` counts.
 
 use std::{
     io::{self, Write as _},
@@ -40,6 +47,7 @@ mod backend;
 mod delivery;
 mod input;
 mod leash;
+mod letters;
 mod order;
 mod plan;
 mod race;
@@ -52,7 +60,7 @@ use backend::{Backend, Place};
 use delivery::Delivery;
 use essentially_once::ConsumerId;
 use input::Input;
-use tally::Tally;
+use tally::{Mended, Tally};
 
 /// Any error that stops the program, as text for its user.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -95,6 +103,10 @@ struct RunArgs {
     /// How many orders the worker takes at a time.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_batch: u32,
+    /// Then retry the dead letters of essentially-once, with a parser that accepts an unquoted
+    /// comma before a space, as in `Alder, Finch & Sons`.
+    #[arg(long)]
+    mend: bool,
     /// Repeat the generated orders and the kills of an earlier run.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -182,6 +194,7 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     // server.
     let run = fastrand::Rng::new().u32(..);
     let mut tallies = Vec::new();
+    let mut mended = None;
     for delivery in Delivery::ALL {
         let race = race::Race {
             delivery,
@@ -195,18 +208,20 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
             kills: &kills,
             max_batch: args.max_batch,
         };
-        let tally = race.run();
+        let outcome = run_and_mend(&race, args.mend);
         if let Folder::Temporary(_) = &folder
             && let Err(error) = runtime()?.block_on(race.backend.remove())
         {
             // Only reported, because an error of the run itself is more important.
             let _ = writeln!(io::stderr(), "cannot remove the data of this run: {error}");
         }
-        tallies.push(tally?);
+        let (tally, retried) = outcome?;
+        tallies.push(tally);
+        mended = mended.or(retried);
     }
     let shown = match args.json {
-        true => tally::json(&tallies)?,
-        false => tally::table(&tallies),
+        true => tally::json(&tallies, mended.as_ref())?,
+        false => tally::table(&tallies, mended.as_ref()),
     };
     io::stdout().lock().write_all(shown.as_bytes())?;
     if let Folder::Kept(path) = &folder {
@@ -215,7 +230,17 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     Ok(tallies
         .iter()
         .filter(|tally| tally.delivery == Delivery::EssentiallyOnce)
+        .chain(mended.as_ref().map(|Mended { tally, .. }| tally))
         .all(Tally::each_took_effect_once))
+}
+
+fn run_and_mend(race: &race::Race<'_>, mend: bool) -> Result<(Tally, Option<Mended>), Failure> {
+    let tally = race.run()?;
+    let mended = match mend && !tally.dead_letters.is_empty() {
+        true => Some(race.mend()?),
+        false => None,
+    };
+    Ok((tally, mended))
 }
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {

@@ -7,6 +7,8 @@ pub(crate) struct Format {
     pub(crate) fields: usize,
     /// The index of the freight field.
     pub(crate) freight: usize,
+    /// Whether a comma that should have been quoted is accepted. See [`rejoin`].
+    pub(crate) mended: bool,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -32,6 +34,7 @@ impl Format {
         Ok(Self {
             fields: columns.len(),
             freight,
+            mended: false,
         })
     }
 
@@ -40,7 +43,10 @@ impl Format {
     /// # Errors
     /// Why the line is not a valid order.
     pub(crate) fn parse(&self, line: &str) -> Result<Order, String> {
-        let fields = fields(line)?;
+        let mut fields = fields(line)?;
+        if self.mended && fields.len() > self.fields {
+            fields = rejoin(&fields);
+        }
         let id = fields.iter().next().unwrap_or_default().trim();
         if id.is_empty() {
             return Err("no order id".into());
@@ -65,6 +71,22 @@ impl Format {
 pub(crate) fn key(line: &str) -> Option<String> {
     let id = fields(line).ok()?.get(0)?.trim().to_owned();
     (!id.is_empty()).then_some(id)
+}
+
+/// Joins each field that begins with a space to the one before, as in `Alder, Finch & Sons`. Never
+/// joins anything to the id, because a wrong id would be worse than a rejected line.
+fn rejoin(fields: &csv::StringRecord) -> csv::StringRecord {
+    let mut joined: Vec<String> = Vec::new();
+    for field in fields {
+        match joined.len() {
+            2.. if field.starts_with(' ') => {
+                let text = joined.pop().unwrap_or_default();
+                joined.push(format!("{text},{field}"));
+            }
+            _ => joined.push(field.to_owned()),
+        }
+    }
+    joined.into()
 }
 
 fn fields(line: &str) -> Result<csv::StringRecord, String> {
@@ -92,7 +114,11 @@ fn fields(line: &str) -> Result<csv::StringRecord, String> {
 mod tests {
     use super::*;
 
-    const FORMAT: Format = Format { fields: 3, freight: 1 };
+    const FORMAT: Format = Format {
+        fields: 3,
+        freight: 1,
+        mended: false,
+    };
 
     #[test]
     fn the_freight_column_is_found_by_its_name() {
@@ -136,6 +162,24 @@ mod tests {
         ] {
             let error = FORMAT.parse(line).expect_err(line);
             assert!(error.contains(reason), "{line:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_mended_parser_accepts_an_unquoted_comma_in_a_text() {
+        let mended = Format { mended: true, ..FORMAT };
+        for line in ["1,2,Ann", "1, 2,Ann", "1,2,Smith, Ann", "1,2,Smith, Ann, Ltd."] {
+            let id = "1".to_owned();
+            assert_eq!(mended.parse(line), Ok(Order { id, freight: 2.0 }), "{line}");
+        }
+        let late = Format { freight: 2, ..mended };
+        let order = Order {
+            id: "1".into(),
+            freight: 2.0,
+        };
+        assert_eq!(late.parse("1,Smith, Ann,2"), Ok(order));
+        for line in ["1, 5,2,Ann", "1,2, 5,Ann", "1,2,5,Ann", "1,x,Smith, Ann", "1,2"] {
+            assert!(mended.parse(line).is_err(), "{line}");
         }
     }
 

@@ -1,5 +1,5 @@
 //! Runs one delivery: writes the log, starts workers and kills them until the log is drained, then
-//! counts.
+//! counts. Retries dead letters with a mended parser.
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
@@ -17,9 +17,9 @@ use crate::{
     backend::Backend,
     delivery::Delivery,
     input::Input,
-    order,
+    order::{self, Format},
     plan::Kill,
-    tally::{self, Tally},
+    tally::{self, Mended, Tally},
     worker,
 };
 
@@ -43,11 +43,30 @@ impl Race<'_> {
         let kills = self.kill_until_drained(&bar)?;
         let seconds = started.elapsed().as_secs_f64();
         bar.finish();
-        let tally = runtime.block_on(tally::count(&self.backend, self.delivery, kills, seconds))?;
+        let tally = runtime.block_on(self.count(kills, seconds))?;
         match self.input.lines.len() {
             lines if lines as u64 == tally.orders => Ok(tally),
             lines => Err(format!("{}: the log holds {} of {lines} orders", self.delivery, tally.orders).into()),
         }
+    }
+
+    /// Retries every dead letter, with a worker that has a mended parser.
+    pub(crate) fn mend(&self) -> Result<Mended, Failure> {
+        let runtime = crate::runtime()?;
+        let started = Instant::now();
+        let retried = runtime.block_on(self.backend.retry_letters())?;
+        let mended = Format {
+            mended: true,
+            ..self.input.format
+        };
+        self.one_life(mended, None, &ProgressBar::hidden())?;
+        let seconds = started.elapsed().as_secs_f64();
+        let tally = runtime.block_on(self.count(0, seconds))?;
+        Ok(Mended { retried, tally })
+    }
+
+    async fn count(&self, kills: u64, seconds: f64) -> Result<Tally, Failure> {
+        tally::count(&self.backend, self.delivery, self.input.format, kills, seconds).await
     }
 
     async fn write_log(&self) -> Result<(), Failure> {
@@ -74,23 +93,24 @@ impl Race<'_> {
             after_line: 0,
             delay: Duration::ZERO,
         };
+        let format = self.input.format;
         let mut killed = 0;
         for kill in self.kills {
             // If a worker finishes before its kill, its successor is killed at its start instead.
             for kill in [*kill].into_iter().chain([AT_ONCE; TRIES]) {
-                if let End::Killed = self.one_life(Some(kill), bar)? {
+                if let End::Killed = self.one_life(format, Some(kill), bar)? {
                     killed += 1;
                     bar.set_message(format!("{killed} kills"));
                     break;
                 }
             }
         }
-        self.one_life(None, bar)?;
+        self.one_life(format, None, bar)?;
         Ok(killed)
     }
 
-    fn one_life(&self, kill: Option<Kill>, bar: &ProgressBar) -> Result<End, Failure> {
-        let mut worker = self.start_worker()?;
+    fn one_life(&self, format: Format, kill: Option<Kill>, bar: &ProgressBar) -> Result<End, Failure> {
+        let mut worker = self.start_worker(format)?;
         let alive = match kill {
             Some(kill) => self.follow(&mut worker, kill.after_line, bar)?,
             None => self.follow(&mut worker, usize::MAX, bar)?,
@@ -145,14 +165,14 @@ impl Race<'_> {
         Ok(true)
     }
 
-    fn start_worker(&self) -> Result<Worker, Failure> {
-        let format = self.input.format;
+    fn start_worker(&self, format: Format) -> Result<Worker, Failure> {
         let mut process = Command::new(std::env::current_exe()?)
             .arg("worker")
             .arg(&self.backend.database)
             .arg(self.backend.consumer.as_str())
             .arg(self.delivery.to_string())
             .args([format.fields, format.freight].map(|number| number.to_string()))
+            .arg(format.mended.to_string())
             .arg(self.max_batch.to_string())
             .arg(self.leash().to_string())
             .env(worker::LOG_VARIABLE, self.backend.log.secret())

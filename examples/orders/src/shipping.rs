@@ -1,15 +1,17 @@
 //! Handles an order, with the same code for every delivery and every store.
 
+use std::borrow::Cow;
+
 use async_trait::async_trait;
 use essentially_once::{Handler, HandlerError, Record};
 
 use crate::{
     leash::Leash,
     order::Format,
-    shop::{Effect, Shop},
+    shop::{Shipment, Shop},
 };
 
-/// Ships each order, or sets it aside if it is malformed. `D` determines where it writes.
+/// Ships each order, and rejects a line that is not one. `D` determines where it writes.
 pub(crate) struct Shipping<D> {
     pub(crate) desk: D,
     pub(crate) format: Format,
@@ -19,35 +21,29 @@ pub(crate) struct Shipping<D> {
 #[async_trait]
 impl<Tx: Send, D: Desk<Tx>> Handler<Tx> for Shipping<D> {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
-        let line = line_number(record)?;
-        ship(self.desk.shop(tx), self.format, record, line).await?;
-        self.leash.reached(line).map_err(HandlerError::fatal)
-    }
-}
-
-async fn ship(shop: &mut impl Shop, format: Format, record: &Record, line: u32) -> Result<(), HandlerError> {
-    let offset = record.offset.to_string();
-    let payload = String::from_utf8_lossy(&record.payload);
-    match format.parse(&payload) {
-        Ok(order) => shop.write(&Effect::Shipped { offset, order: &order }).await,
-        Err(reason) => {
-            let rejected = Effect::Rejected {
-                offset,
-                line,
-                payload: &payload,
-                reason: &reason,
-            };
-            shop.write(&rejected).await
-        }
+        let line = line_number(record)
+            .ok_or_else(|| HandlerError::fatal("the record has no header `line`: another program wrote it"))?;
+        let outcome = match self.format.parse(&text(record)) {
+            Ok(order) => {
+                let offset = record.offset.to_string();
+                self.desk.shop(tx).ship(&Shipment { offset, order: &order }).await
+            }
+            // No retry would help. The consumer sets the record aside or passes over it.
+            Err(reason) => Err(HandlerError::reject(reason)),
+        };
+        self.leash.reached(line).map_err(HandlerError::fatal)?;
+        outcome
     }
 }
 
 /// The line of the file that the record came from, as the writer noted it.
-fn line_number(record: &Record) -> Result<u32, HandlerError> {
-    record
-        .header("line")
-        .and_then(|value| std::str::from_utf8(value).ok()?.parse().ok())
-        .ok_or_else(|| HandlerError::fatal("the record has no header `line`: another program wrote it"))
+pub(crate) fn line_number(record: &Record) -> Option<u32> {
+    std::str::from_utf8(record.header("line")?).ok()?.parse().ok()
+}
+
+/// The text of that line.
+pub(crate) fn text(record: &Record) -> Cow<'_, str> {
+    String::from_utf8_lossy(&record.payload)
 }
 
 /// Finds the shop to write to, given the argument that the delivery passes to its handler.

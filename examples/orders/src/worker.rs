@@ -2,7 +2,11 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use essentially_once::{Consumer, ConsumerId, OffsetStore};
+use essentially_once::{
+    Consumer, ConsumerId, OffsetStore,
+    backend::DeadLetters,
+    consumer::{DeadLetterOptions, OnFailure},
+};
 
 use crate::{
     Failure,
@@ -24,6 +28,9 @@ pub(crate) struct WorkerArgs {
     pub(crate) fields: usize,
     /// The index of the freight field.
     pub(crate) freight: usize,
+    /// Whether to accept a comma that should have been quoted.
+    #[arg(action = clap::ArgAction::Set)]
+    pub(crate) mended: bool,
     /// How many orders to take at a time.
     pub(crate) max_batch: usize,
     /// How many orders to handle before waiting for the parent.
@@ -38,7 +45,7 @@ pub(crate) struct WorkerArgs {
 pub(crate) const LOG_VARIABLE: &str = "ORDERS_LOG";
 pub(crate) const STORE_VARIABLE: &str = "ORDERS_STORE";
 
-/// Ships all orders that the log holds.
+/// Ships all orders that the log holds, and those among the dead letters that are to be retried.
 pub(crate) fn run(args: WorkerArgs) -> Result<(), Failure> {
     let leash = Leash::attach(args.leash);
     let backend = Backend {
@@ -72,7 +79,7 @@ async fn open_store(args: &WorkerArgs, backend: &Backend, leash: Leash) -> Resul
     }
 }
 
-async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
+async fn ship<S: OffsetStore<Tx: Shop + DeadLetters>, O: Shop>(
     args: &WorkerArgs,
     backend: &Backend,
     leash: Leash,
@@ -88,11 +95,13 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
     let format = Format {
         fields: args.fields,
         freight: args.freight,
+        mended: args.mended,
     };
     match args.delivery {
         Delivery::EssentiallyOnce => {
             let desk = InTransaction;
             Consumer::essentially_once(id, log, store, Shipping { desk, format, leash })
+                .dead_letters(DeadLetterOptions::new())
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)
                 .standby_after(NO_STANDBY)
@@ -102,6 +111,7 @@ async fn ship<S: OffsetStore<Tx: Shop>, O: Shop>(
         Delivery::AtLeastOnce => {
             let desk = OnItsOwn(own_shop().await?);
             Consumer::at_least_once(id, log, store, Shipping { desk, format, leash })
+                .on_failure(OnFailure::Skip)
                 .max_batch(args.max_batch)
                 .restart_limit(RESTARTS)
                 .standby_after(NO_STANDBY)

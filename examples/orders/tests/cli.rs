@@ -17,12 +17,17 @@ fn orders(arguments: &[&str]) -> Output {
 }
 
 /// The JSON of a run that must succeed.
-fn deliveries(arguments: &[&str]) -> Vec<Value> {
+fn report(arguments: &[&str]) -> Value {
     let output = orders(&[arguments, &["--json"]].concat());
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{stderr}");
-    let json: Value = serde_json::from_slice(&output.stdout).expect("nothing but JSON on stdout");
-    let deliveries = json["deliveries"].as_array().expect("a list").clone();
+    serde_json::from_slice(&output.stdout).expect("nothing but JSON on stdout")
+}
+
+/// The deliveries of a run that must succeed.
+fn deliveries(arguments: &[&str]) -> Vec<Value> {
+    let report = report(arguments);
+    let deliveries = report["deliveries"].as_array().expect("a list").clone();
     let names: Vec<_> = deliveries.iter().map(|one| one["delivery"].as_str()).collect();
     assert_eq!(
         names,
@@ -72,8 +77,17 @@ fn kills_lose_and_double_nothing_under_essentially_once() {
     assert!(number(at_least_once, "shipped_more") > 0, "{at_least_once}");
 }
 
+/// The line, reason and text of each dead letter.
+fn letters(run: &Value) -> Vec<(u64, String, String)> {
+    let text = |letter: &Value, name: &str| letter[name].as_str().expect("a text").to_owned();
+    let letters = run["dead_letters"].as_array().expect("a list").iter();
+    letters
+        .map(|letter| (number(letter, "line"), text(letter, "reason"), text(letter, "text")))
+        .collect()
+}
+
 #[test]
-fn malformed_lines_are_set_aside_with_their_reason() {
+fn malformed_lines_are_dead_letters_with_their_reason() {
     let folder = tempfile::tempdir().expect("a folder");
     let (input, kept) = (folder.path().join("orders.csv"), folder.path().join("kept"));
     let lines = "\u{feff}id,freight,name\r\n\
@@ -87,38 +101,149 @@ fn malformed_lines_are_set_aside_with_their_reason() {
         1,32.38,Ann";
     fs::write(&input, lines).expect("written");
     let (input, kept) = (input.to_string_lossy(), kept.to_string_lossy());
-    for delivery in deliveries(&["--input", &input, "--kills", "0", "--dir", &kept]) {
-        assert_eq!(number(&delivery, "orders"), 8);
-        assert_eq!(number(&delivery, "shipped_once"), 3);
-        assert_eq!(number(&delivery, "rejected"), 5);
-        assert_eq!(number(&delivery, "kills"), 0);
+    let deliveries = deliveries(&["--input", &input, "--kills", "0", "--dir", &kept]);
+    for delivery in &deliveries {
+        assert_eq!(number(delivery, "orders"), 8);
+        assert_eq!(number(delivery, "shipped_once"), 3);
+        assert_eq!(number(delivery, "rejected"), 5);
+        assert_eq!(number(delivery, "kills"), 0);
     }
-
-    let shop = Connection::open(Path::new(&*kept).join("essentially-once.db")).expect("kept");
-    let mut rejected = shop
-        .prepare("SELECT line, reason, payload FROM rejected ORDER BY line")
-        .expect("a table of rejected lines");
-    let rejected: Vec<(u32, String, String)> = rejected
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
-        .expect("rows")
-        .collect::<Result<_, _>>()
-        .expect("values");
+    let [at_most_once, at_least_once, essentially_once] = &deliveries[..] else {
+        panic!("{deliveries:?}");
+    };
+    assert!(letters(at_most_once).is_empty() && letters(at_least_once).is_empty());
     let expected = [
-        (4, "4 fields", "3,5.00,Smith, Bob"),
+        (4, "4 fields, but the header has 3", "3,5.00,Smith, Bob"),
         (5, "no order id", ",7.00,Ann"),
-        (6, "negative", "5,-1,Ann"),
-        (7, "not a finite number", "6,NaN,Ann"),
+        (6, "freight \"-1\" is negative", "5,-1,Ann"),
+        (7, "freight \"NaN\" is not a finite number", "6,NaN,Ann"),
         (8, "no order id", ""),
     ];
-    assert_eq!(rejected.len(), expected.len());
-    for ((line, reason, payload), (at, part, whole)) in rejected.iter().zip(expected) {
-        assert_eq!((*line, payload.as_str()), (at, whole));
-        assert!(reason.contains(part), "{reason}");
-    }
+    let expected = expected.map(|(line, reason, text)| (line, reason.to_owned(), text.to_owned()));
+    assert_eq!(letters(essentially_once), expected);
+    assert_eq!(letters_in(&kept), 5);
 
     let again = orders(&["--input", &input, "--dir", &kept]);
     assert_eq!(again.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&again.stderr).contains("already exists"));
+}
+
+/// A generated file: a script with a fixed seed drew each field from short lists of invented names,
+/// streets and towns, and drew 40 of the 200 lines to have an unquoted comma in the company's name.
+/// In other lines the name has no comma, or is quoted.
+const UNQUOTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/unquoted.csv");
+
+/// The lines of the file after its header, each with its number of fields, counted without the
+/// program's parser.
+fn unquoted_lines() -> Vec<(String, usize)> {
+    let text = fs::read_to_string(UNQUOTED).expect("the file is in the repository");
+    let fields = |line: &str| -> usize {
+        let outside_quotes = line.split('"').step_by(2);
+        1 + outside_quotes.map(|part| part.matches(',').count()).sum::<usize>()
+    };
+    text.lines()
+        .skip(1)
+        .map(|line| (line.to_owned(), fields(line)))
+        .collect()
+}
+
+#[test]
+fn one_line_in_five_of_the_generated_file_has_an_unquoted_comma() {
+    let lines = unquoted_lines();
+    assert_eq!(lines.len(), 200);
+    assert_eq!(lines.iter().filter(|(_, fields)| *fields == 8).count(), 160);
+    assert_eq!(lines.iter().filter(|(_, fields)| *fields > 8).count(), 40);
+    assert!(lines.iter().any(|(line, _)| line.contains('"')), "no name is quoted");
+}
+
+#[test]
+fn a_mended_parser_ships_every_dead_letter_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let kept = folder.path().join("kept").to_string_lossy().into_owned();
+    let report = report(&[
+        "--input", UNQUOTED, "--kills", "20", "--seed", "1", "--mend", "--dir", &kept,
+    ]);
+    let (raced, mended) = (&report["deliveries"][2], &report["mended"]);
+    assert_eq!(number(raced, "kills"), 20);
+    assert_eq!(number(raced, "shipped_once"), 160);
+    let lines = unquoted_lines();
+    let reason = |fields| format!("{fields} fields, but the header has 8");
+    let expected: Vec<_> = (2..)
+        .zip(&lines)
+        .filter(|(_, (_, fields))| *fields > 8)
+        .map(|(number, (line, fields))| (number, reason(fields), line.clone()))
+        .collect();
+    assert_eq!(letters(raced), expected);
+
+    assert_eq!(number(mended, "retried"), 40);
+    assert_eq!(number(mended, "shipped_once"), 200);
+    assert_eq!(number(mended, "rejected"), 0);
+    assert!(letters(mended).is_empty());
+    // The same in the database, without the program's own count.
+    assert_eq!(letters_in(&kept), 0);
+    let mut ids: Vec<_> = lines.iter().map(|(line, _)| line[..5].to_owned()).collect();
+    let mut shipped = shipped_in(&kept);
+    ids.sort();
+    shipped.sort();
+    assert_eq!(shipped, ids);
+}
+
+#[test]
+fn a_mended_parser_leaves_lines_that_are_still_invalid() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let input = folder.path().join("orders.csv");
+    // The fourth line is valid, but waits behind the third, which has the same id.
+    let lines = "id,freight,name\n1,1.00,Ann\n3,5.00,Smith, Bob\n3,6.00,Ann\n5,NaN,Smith, Eve\n";
+    fs::write(&input, lines).expect("written");
+    let report = report(&["--input", &input.to_string_lossy(), "--kills", "3", "--mend"]);
+    let (raced, mended) = (&report["deliveries"][2], &report["mended"]);
+    let numbers: Vec<u64> = letters(raced).iter().map(|(line, ..)| *line).collect();
+    assert_eq!(numbers, [3, 4, 5]);
+    // At-least-once keeps no letters, so the fourth line does not wait.
+    assert_eq!(number(&report["deliveries"][1], "rejected"), 2);
+    assert_eq!(number(mended, "shipped_once"), 3);
+    let reason = "freight \"NaN\" is not a finite number".to_owned();
+    assert_eq!(letters(mended), [(5, reason, "5,NaN,Smith, Eve".to_owned())]);
+}
+
+#[test]
+fn a_few_dead_letters_are_shown_and_how_to_retry_them() {
+    let shown = |more: &[&str]| {
+        let output = orders(&[&["--input", UNQUOTED, "--kills", "0"], more].concat());
+        assert_eq!(output.status.code(), Some(0));
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let plain = shown(&[]);
+    for part in [
+        "Dead letters of essentially-once: 40\n",
+        "line 10: 9 fields, but the header has 8\n    20009,",
+        "and 37 more",
+        "`--mend` retries them",
+    ] {
+        assert!(plain.contains(part), "{part} is not in {plain}");
+    }
+    let mended = shown(&["--mend"]);
+    assert!(mended.contains("40 shipped, 0 left\n"), "{mended}");
+}
+
+/// The database of essentially-once in a folder that a run has kept.
+fn database(kept: &str) -> Connection {
+    Connection::open(Path::new(kept).join("essentially-once.db")).expect("kept")
+}
+
+/// How many dead letters it holds.
+fn letters_in(kept: &str) -> u64 {
+    let count = "SELECT count(*) FROM essentially_once_letters";
+    let count: i64 = database(kept).query_row(count, [], |row| row.get(0)).expect("a table");
+    count.unsigned_abs()
+}
+
+/// The ids of the orders that it holds as shipped.
+fn shipped_in(kept: &str) -> Vec<String> {
+    let database = database(kept);
+    let mut ids = database.prepare("SELECT order_id FROM shipments").expect("a table");
+    let ids = ids.query_map([], |row| row.get(0)).expect("rows");
+    ids.collect::<Result<_, _>>().expect("ids")
 }
 
 #[test]

@@ -25,6 +25,18 @@ fn main() -> ExitCode {
             }),
         };
     }
+    suite = match test_servers::redis_server() {
+        Err(why) => suite.ignored("mend_on_redis", &why),
+        Ok(_) => suite.test("mend_on_redis", || {
+            a_mended_parser_ships_every_dead_letter_once(RedisServer::durable().start(), 20)
+        }),
+    };
+    suite = match test_servers::rabbitmq_server() {
+        Err(why) => suite.ignored("mend_on_rabbitmq", &why),
+        Ok(_) => suite.test("mend_on_rabbitmq", || {
+            a_mended_parser_ships_every_dead_letter_once(RabbitNode::start(), 8)
+        }),
+    };
     suite.run()
 }
 
@@ -66,6 +78,16 @@ fn orders(arguments: &[&str]) -> Result<Output, Violation> {
         .map_err(|error| Violation::new(format!("the program cannot start: {error}")))
 }
 
+/// The JSON of a run that must succeed.
+fn report(arguments: &[&str]) -> Result<serde_json::Value, Violation> {
+    let output = orders(arguments)?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        return Err(Violation::new(format!("{}: {stderr}", output.status)));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| Violation::new(error.to_string()))
+}
+
 fn kills_lose_and_double_nothing(
     server: Result<impl Server, Error>,
     log: bool,
@@ -80,13 +102,7 @@ fn kills_lose_and_double_nothing(
     let (count_text, kills_text) = (count.to_string(), kills.to_string());
     let arguments = ["--orders", &count_text, "--kills", &kills_text, "--seed", "1", "--json"];
     let places = ["--log", place(log), "--store", place(store)];
-    let output = orders(&[&arguments[..], &places].concat())?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        return Err(violation(format!("{}: {stderr}", output.status)));
-    }
-    let report: serde_json::Value =
-        serde_json::from_slice(&output.stdout).map_err(|error| violation(error.to_string()))?;
+    let report = report(&[&arguments[..], &places].concat())?;
     let [at_most_once, at_least_once, essentially_once] =
         &report["deliveries"].as_array().cloned().unwrap_or_default()[..]
     else {
@@ -111,11 +127,58 @@ fn kills_lose_and_double_nothing(
             return Err(violation(format!("not {count} orders and {kills} kills: {delivery}")));
         }
     }
-    let left = server.left().map_err(|error| violation(error.to_string()))?;
+    check_that_nothing_is_left(&server)
+}
+
+/// The file of `cli.rs`, which says what is in it.
+const UNQUOTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/unquoted.csv");
+
+fn a_mended_parser_ships_every_dead_letter_once(
+    server: Result<impl Server, Error>,
+    kills: u64,
+) -> Result<(), Violation> {
+    let server = server.map_err(|error| Violation::new(error.to_string()))?;
+    let (url, kills_text) = (server.url(), kills.to_string());
+    let arguments = [
+        "--input",
+        UNQUOTED,
+        "--kills",
+        &kills_text,
+        "--seed",
+        "1",
+        "--json",
+        "--mend",
+    ];
+    let report = report(&[&arguments[..], &["--log", &url, "--store", &url]].concat())?;
+    let (raced, mended) = (&report["deliveries"][2], &report["mended"]);
+    let letters = |run: &serde_json::Value| run["dead_letters"].as_array().map(Vec::len);
+    let of_a_comma = raced["dead_letters"].as_array().into_iter().flatten().filter(|letter| {
+        letter["reason"]
+            .as_str()
+            .is_some_and(|reason| reason.ends_with("but the header has 8"))
+    });
+    for (is_met, expected) in [
+        (raced["kills"] == kills, "every kill"),
+        (raced["shipped_once"] == 160, "160 lines shipped before"),
+        (letters(raced) == Some(40), "40 dead letters"),
+        (of_a_comma.count() == 40, "that each has its reason"),
+        (mended["retried"] == 40, "40 retried"),
+        (mended["shipped_once"] == 200, "200 lines shipped after"),
+        (letters(mended) == Some(0), "no dead letter left"),
+    ] {
+        if !is_met {
+            return Err(Violation::new(format!("expected {expected}: {report}")));
+        }
+    }
+    check_that_nothing_is_left(&server)
+}
+
+fn check_that_nothing_is_left(server: &impl Server) -> Result<(), Violation> {
+    let left = server.left().map_err(|error| Violation::new(error.to_string()))?;
     if left.is_empty() {
         Ok(())
     } else {
-        Err(violation(format!("left on the server: {left}")))
+        Err(Violation::new(format!("left on the server: {left}")))
     }
 }
 

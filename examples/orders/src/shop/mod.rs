@@ -1,6 +1,6 @@
 //! Writes shipments, in the store's transaction or outside it.
 
-mod effect;
+mod shipment;
 mod sqlite;
 
 #[cfg(feature = "rabbitmq")]
@@ -15,28 +15,27 @@ use crate::{
     backend::{Backend, Place},
 };
 
-use self::effect::Books;
 #[cfg(feature = "rabbitmq")]
 pub(crate) use self::rabbitmq::RabbitShop;
 #[cfg(feature = "redis")]
 pub(crate) use self::redis::RedisShop;
 pub(crate) use self::{
-    effect::{Effect, Shop},
+    shipment::{Shipment, Shipments, Shop},
     sqlite::own_connection,
 };
 
 impl Backend {
-    /// Creates everything that the shop needs before the first effect.
+    /// Creates everything that the shop needs before the first shipment.
     pub(crate) fn create_shop(&self) -> Result<(), Failure> {
         match self.store {
-            Place::Sqlite => Ok(sqlite::create_tables(&self.database)?),
+            Place::Sqlite => Ok(sqlite::create_table(&self.database)?),
             #[cfg(any(feature = "redis", feature = "rabbitmq"))]
             _ => Ok(()),
         }
     }
 
-    /// Counts the effects written for the records at these offsets, as stored on disk.
-    pub(crate) async fn books(&self, offsets: &[Offset]) -> Result<Books, Failure> {
+    /// Counts the shipments of the records at these offsets, as stored on disk.
+    pub(crate) async fn shipments(&self, offsets: &[Offset]) -> Result<Shipments, Failure> {
         let _ = offsets;
         match &self.store {
             Place::Sqlite => Ok(sqlite::count(&own_connection(&self.database)?)?),

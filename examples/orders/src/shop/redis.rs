@@ -1,6 +1,4 @@
-//! The shop's lists on a Redis server: one for shipments, one for rejected lines.
-
-use std::collections::HashMap;
+//! The shop's list of shipments on a Redis server.
 
 use async_trait::async_trait;
 use essentially_once::{ConsumerId, HandlerError};
@@ -9,14 +7,14 @@ use essentially_once_redis::{
     redis::{AsyncConnectionConfig, Client, Cmd, RedisResult, aio::MultiplexedConnection, cmd},
 };
 
-use super::effect::{Books, Effect, Shop};
+use super::{Shipment, Shipments, Shop};
 use crate::Failure;
 
 /// In the transaction that commits the position. The push happens in the same step or not at all.
 #[async_trait]
 impl Shop for RedisTx {
-    async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
-        let push = push(&keys(self.consumer()), effect);
+    async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
+        let push = push(self.consumer(), shipment);
         self.command(push).await.map_err(HandlerError::fatal)
     }
 }
@@ -29,8 +27,8 @@ pub(crate) struct RedisShop {
 
 #[async_trait]
 impl Shop for RedisShop {
-    async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
-        let push = push(&keys(&self.consumer), effect);
+    async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
+        let push = push(&self.consumer, shipment);
         let pushed: RedisResult<u64> = push.query_async(&mut self.connection).await;
         pushed.map(|_| ()).map_err(HandlerError::fatal)
     }
@@ -48,25 +46,13 @@ impl RedisShop {
         })
     }
 
-    pub(super) async fn count(&mut self) -> Result<Books, Failure> {
-        let keys = keys(&self.consumer);
-        let shipped = self.times_by_offset(&keys.shipments).await?;
-        let rejected = self.times_by_offset(&keys.rejected).await?;
-        let once = shipped.values().filter(|times| **times == 1).count() as u64;
-        Ok(Books {
-            shipped_once: once,
-            shipped_more: shipped.len() as u64 - once,
-            rejected: rejected.len() as u64,
-            effects: shipped.values().chain(rejected.values()).sum(),
-        })
-    }
-
-    /// How often each offset was written. An entry begins with its offset.
-    async fn times_by_offset(&mut self, key: &str) -> Result<HashMap<String, u64>, Failure> {
+    /// Counts the shipments of each offset. An entry begins with its offset.
+    pub(super) async fn count(&mut self) -> Result<Shipments, Failure> {
         const AT_A_TIME: usize = 10_000;
-        let mut times = HashMap::new();
+        let key = list(&self.consumer);
+        let mut times = Shipments::new();
         for first in (0..).step_by(AT_A_TIME) {
-            let range = cmd("LRANGE").arg(key).arg(first).arg(first + AT_A_TIME - 1).to_owned();
+            let range = cmd("LRANGE").arg(&key).arg(first).arg(first + AT_A_TIME - 1).to_owned();
             let entries: Vec<String> = range.query_async(&mut self.connection).await?;
             for entry in &entries {
                 let offset = entry.split(',').next().unwrap_or_default();
@@ -103,30 +89,14 @@ impl RedisShop {
     }
 }
 
-struct Keys {
-    shipments: String,
-    rejected: String,
+/// The key has the consumer's hash tag, so that one step can write it together with the position,
+/// even in a cluster.
+fn list(consumer: &ConsumerId) -> String {
+    format!("{{{consumer}}}:shipments")
 }
 
-/// The keys share the consumer's hash tag, so that one step can write them together with its
-/// position, even in a cluster.
-fn keys(consumer: &ConsumerId) -> Keys {
-    Keys {
-        shipments: format!("{{{consumer}}}:shipments"),
-        rejected: format!("{{{consumer}}}:rejected"),
-    }
-}
-
-/// A push that runs twice leaves two entries, so a doubled effect is visible.
-fn push(keys: &Keys, effect: &Effect<'_>) -> Cmd {
-    let (key, entry) = match effect {
-        Effect::Shipped { offset, order } => (&keys.shipments, format!("{offset},{},{}", order.id, order.freight)),
-        Effect::Rejected {
-            offset,
-            line,
-            payload,
-            reason,
-        } => (&keys.rejected, format!("{offset},{line},{payload},{reason}")),
-    };
-    cmd("RPUSH").arg(key).arg(entry).to_owned()
+/// A push that runs twice leaves two entries, so a doubled shipment is visible.
+fn push(consumer: &ConsumerId, Shipment { offset, order }: &Shipment<'_>) -> Cmd {
+    let entry = format!("{offset},{},{}", order.id, order.freight);
+    cmd("RPUSH").arg(list(consumer)).arg(entry).to_owned()
 }

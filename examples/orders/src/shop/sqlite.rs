@@ -1,4 +1,4 @@
-//! The shop's tables in the SQLite file.
+//! The shop's table in the SQLite file.
 
 use std::{path::Path, time::Duration};
 
@@ -6,55 +6,38 @@ use async_trait::async_trait;
 use essentially_once::HandlerError;
 use essentially_once_sqlite::{
     SqliteTx,
-    rusqlite::{self, Connection, ToSql, params},
+    rusqlite::{self, Connection, params},
 };
 
-use super::effect::{Books, Effect, Shop};
+use super::{Shipment, Shipments, Shop};
 
 /// In the transaction that commits the position.
 #[async_trait]
 impl Shop for SqliteTx {
-    async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
-        with_statement(effect, |sql, values| {
-            self.execute(sql, values).map(|_| ()).map_err(HandlerError::fatal)
-        })
+    async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
+        let Shipment { offset, order } = shipment;
+        let done = self.execute(INSERT, params![offset, order.id, order.freight]);
+        done.map(|_| ()).map_err(HandlerError::fatal)
     }
 }
 
 /// Immediately, independently of the position.
 #[async_trait]
 impl Shop for Connection {
-    async fn write(&mut self, effect: &Effect<'_>) -> Result<(), HandlerError> {
-        with_statement(effect, |sql, values| {
-            let done = self.prepare_cached(sql).and_then(|mut insert| insert.execute(values));
-            done.map(|_| ()).map_err(HandlerError::fatal)
-        })
+    async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
+        let Shipment { offset, order } = shipment;
+        let insert = self.prepare_cached(INSERT);
+        let done = insert.and_then(|mut insert| insert.execute(params![offset, order.id, order.freight]));
+        done.map(|_| ()).map_err(HandlerError::fatal)
     }
 }
 
-fn with_statement<T>(effect: &Effect<'_>, run: impl FnOnce(&str, &[&dyn ToSql]) -> T) -> T {
-    match effect {
-        Effect::Shipped { offset, order } => run(
-            "INSERT INTO shipments (log_offset, order_id, freight) VALUES (?1, ?2, ?3)",
-            params![offset, order.id, order.freight],
-        ),
-        Effect::Rejected {
-            offset,
-            line,
-            payload,
-            reason,
-        } => run(
-            "INSERT INTO rejected (log_offset, line, payload, reason) VALUES (?1, ?2, ?3, ?4)",
-            params![offset, line, payload, reason],
-        ),
-    }
-}
+const INSERT: &str = "INSERT INTO shipments (log_offset, order_id, freight) VALUES (?1, ?2, ?3)";
 
-/// The tables have no unique constraint, which would hide doubled effects.
-pub(super) fn create_tables(path: &Path) -> rusqlite::Result<()> {
+/// The table has no unique constraint, which would hide doubled shipments.
+pub(super) fn create_table(path: &Path) -> rusqlite::Result<()> {
     Connection::open(path)?.execute_batch(
-        "CREATE TABLE shipments (log_offset TEXT NOT NULL, order_id TEXT NOT NULL, freight REAL NOT NULL);
-         CREATE TABLE rejected (log_offset TEXT NOT NULL, line INTEGER NOT NULL, payload TEXT NOT NULL, reason TEXT NOT NULL);",
+        "CREATE TABLE shipments (log_offset TEXT NOT NULL, order_id TEXT NOT NULL, freight REAL NOT NULL)",
     )
 }
 
@@ -68,12 +51,8 @@ pub(crate) fn own_connection(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-pub(super) fn count(shop: &Connection) -> rusqlite::Result<Books> {
-    let number = |sql: &str| shop.query_row(sql, [], |row| Ok(row.get::<_, i64>(0)? as u64));
-    Ok(Books {
-        shipped_once: number("SELECT count(*) FROM (SELECT 1 FROM shipments GROUP BY log_offset HAVING count(*) = 1)")?,
-        shipped_more: number("SELECT count(*) FROM (SELECT 1 FROM shipments GROUP BY log_offset HAVING count(*) > 1)")?,
-        rejected: number("SELECT count(DISTINCT log_offset) FROM rejected")?,
-        effects: number("SELECT (SELECT count(*) FROM shipments) + (SELECT count(*) FROM rejected)")?,
-    })
+pub(super) fn count(shop: &Connection) -> rusqlite::Result<Shipments> {
+    let mut counts = shop.prepare("SELECT log_offset, count(*) FROM shipments GROUP BY log_offset")?;
+    let counts = counts.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)? as u64)))?;
+    counts.collect()
 }
