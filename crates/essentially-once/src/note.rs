@@ -7,7 +7,8 @@ use crate::{Offset, Record, letters::cut, passed::Passed};
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Note {
     passed: Option<Passed>,
-    tried: Option<Tried>,
+    /// Rare, and therefore not in line.
+    tried: Option<Box<Tried>>,
 }
 
 /// The tries of a record that has not been passed.
@@ -38,7 +39,7 @@ impl Note {
     pub fn with_tried(&self, tried: Option<Tried>) -> Self {
         Self {
             passed: self.passed,
-            tried,
+            tried: tried.map(Box::new),
         }
     }
 
@@ -52,8 +53,8 @@ impl Note {
     }
 
     /// The tries of the next record, if one failed.
-    pub const fn tried(&self) -> Option<&Tried> {
-        self.tried.as_ref()
+    pub fn tried(&self) -> Option<&Tried> {
+        self.tried.as_deref()
     }
 
     /// The note as bytes for a store to keep; empty if it notes nothing.
@@ -115,7 +116,7 @@ fn decode_with_tries(mut bytes: &[u8]) -> Option<Note> {
     };
     Some(Note {
         passed,
-        tried: Some(tried),
+        tried: Some(Box::new(tried)),
     })
 }
 
