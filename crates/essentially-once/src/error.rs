@@ -224,7 +224,7 @@ pub enum Error {
         offset: Offset,
         /// What happened to the record, and where the position is.
         outcome: &'static str,
-        /// How often this run tried the record.
+        /// How often the record was tried, by earlier runs too unless one ended because of it.
         attempts: u32,
         /// The handler's error, or why the record could not be decoded.
         cause: Source,

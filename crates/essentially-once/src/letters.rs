@@ -102,8 +102,9 @@ pub(crate) fn cut(reason: &str) -> String {
 /// the transaction, and read within it.
 ///
 /// It is for backends, the consumer loop and the functions in
-/// [`consumer::dead_letters`](crate::consumer::dead_letters). A handler must not change letters: the
-/// loop knows which keys have some, and a letter that the handler parks or removes makes that wrong.
+/// [`consumer::dead_letters`](crate::consumer::dead_letters). A handler must not change letters:
+/// the loop knows which keys have some, and a letter that the handler parks or removes makes that
+/// wrong.
 ///
 /// A letter is identified by its record's offset. Letters are ordered by offset.
 ///

@@ -25,8 +25,8 @@ const PASSED_ONLY: u8 = 1;
 const WITH_TRIES: u8 = 2;
 
 impl Note {
-    /// The note of a position that follows this record. A malformed record leaves no note, because a
-    /// later version may decode it differently.
+    /// The note of a position that follows this record. A malformed record leaves an empty note,
+    /// because a later version may decode it differently.
     pub fn after(record: &Record) -> Self {
         Self {
             passed: record.malformed.is_none().then(|| Passed::new(record)),

@@ -57,8 +57,8 @@ impl Passed {
         bytes
     }
 
-    /// Decodes the bytes of [`encode`](Self::encode). Returns `None` if they have another version or
-    /// length.
+    /// Decodes the bytes of [`encode`](Self::encode). Returns `None` if they have another version
+    /// or length.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (Some((&Self::VERSION, rest)), Self::ENCODED_LEN) = (bytes.split_first(), bytes.len()) else {
             return None;

@@ -164,7 +164,8 @@ pub(super) async fn s1_windows_are_kept_whole_with_the_position<H: Harness>(_: &
     Ok(())
 }
 
-/// [S1](essentially_once::OffsetStore#contract): revision, owner and note are kept to the bit. Those that the next advance omits are removed.
+/// [S1](essentially_once::OffsetStore#contract): revision, owner and note are kept to the bit.
+/// Those that the next advance omits are removed.
 pub(super) async fn s1_the_whole_position_is_kept<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
     let (store, log) = (backend.store().await?, backend.log("orders").await?);
     let shipping = consumer("shipping");

@@ -86,7 +86,8 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    // A transaction may see what its handle read last, and the position is never older than the call.
+    // A transaction may see what its handle read last, and the position is never older than the
+    // call.
     store.position(consumer).await?;
     let mut tx = store.begin(consumer).await?;
     let letters = tx.list(after, limit).await?;

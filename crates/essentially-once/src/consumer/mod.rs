@@ -219,10 +219,12 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 
     /// How often to try a record again before [`on_failure`](Self::on_failure) decides about it.
-    /// The default is 10. Failed tries are stored with the position, so they count across crashes,
-    /// restarts and instances, until the record is passed or the run ends because of it. [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff)
+    /// The default is 10. [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff)
     /// set the pauses. A record that failed behind others in its batch is tried alone at least
     /// once.
+    ///
+    /// Each failed try is committed with the position. Tries therefore count across crashes,
+    /// restarts and instances, until the record is passed or the run ends because of it.
     #[must_use]
     pub fn retries(mut self, retries: u32) -> Self {
         self.settings.retries = retries;
@@ -474,8 +476,8 @@ impl<S, H, D: Retrying> Consumer<S, H, D> {
     /// What to do with a record that cannot be handled: its [`retries`](Self::retries) are used up,
     /// the handler [rejected](crate::HandlerError::reject) it, or it could not be decoded. The
     /// default is [`OnFailure::Stop`], and [`OnFailure::DeadLetter`] with
-    /// [`dead_letters`](Consumer::dead_letters). A [fatal](crate::HandlerError::fatal) error always ends the
-    /// run.
+    /// [`dead_letters`](Consumer::dead_letters). A [fatal](crate::HandlerError::fatal) error always
+    /// ends the run.
     ///
     /// At-most-once has no such choice, because it never tries a record twice.
     #[must_use]

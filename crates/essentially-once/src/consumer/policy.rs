@@ -50,8 +50,7 @@ pub struct FailedRecord<'a> {
     pub record: &'a Record,
     /// The handler's last error, or why the record could not be decoded.
     pub error: &'a HandlerError,
-    /// How often the record was tried. Under essentially-once and at-least-once, runs before this one
-    /// count too, unless they ended because of the record.
+    /// How often the record was tried, by earlier runs too unless one ended because of it.
     pub tries: u32,
 }
 

@@ -336,7 +336,7 @@ async fn a_consumer_that_begins_below_the_earliest_record_can_skip_to_it() {
     assert_eq!(report.skipped_to_earliest, Some((2.into(), 5.into())));
 }
 
-/// Runs until record 2 was tried this often, and then ends the run without a trace, as a crash does.
+/// Runs until record 2 was tried this often, and then ends the run as a crash does.
 async fn crash_after(tries: u64, backend: &Backend, run: tokio::task::JoinHandle<Result<Report, Error>>) {
     wait_until(&run, async || tries_of_2(backend).await >= tries).await;
     run.abort();
