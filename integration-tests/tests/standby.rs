@@ -223,14 +223,29 @@ fn is_full() -> bool {
     env::var_os("ESSENTIALLY_ONCE_STANDBY").is_some_and(|value| value == "full")
 }
 
+/// A machine that is overloaded for a second makes a live process look dead, so a failed attempt is
+/// repeated.
+const ATTEMPTS: u32 = 3;
+
 async fn three_are_as_fast_as_one(stage: Stage) -> Result<(), Source> {
+    for attempt in 1..ATTEMPTS {
+        match compare_three_with_one(&stage, attempt).await {
+            Err(error) => eprintln!("attempt {attempt}: {error}"),
+            done => return done,
+        }
+    }
+    compare_three_with_one(&stage, ATTEMPTS).await
+}
+
+async fn compare_three_with_one(stage: &Stage, attempt: u32) -> Result<(), Source> {
     // A short run is mostly start-up, and a busy machine needs leeway.
     let (records, bar) = if is_full() { (500, 1.3) } else { (150, 3.0) };
     let pause = Duration::from_millis(5);
-    let alone = stage.fill("1", records, pause).await?.time(1).await?;
+    let alone = stage.fill(&format!("alone-{attempt}"), records, pause).await?;
+    let alone = alone.time(1).await?;
     let counts: &[usize] = if is_full() { &[2, 3] } else { &[3] };
     for processes in counts {
-        let run = stage.fill(&processes.to_string(), records, pause).await?;
+        let run = stage.fill(&format!("{processes}-{attempt}"), records, pause).await?;
         let took = run.time(*processes).await?;
         run.check_calls()?;
         if took > alone.mul_f64(bar) {
@@ -241,12 +256,22 @@ async fn three_are_as_fast_as_one(stage: Stage) -> Result<(), Source> {
 }
 
 async fn a_long_handler_keeps_its_process_active(stage: Stage) -> Result<(), Source> {
+    for attempt in 1..ATTEMPTS {
+        match count_calls_of_a_long_handler(&stage, attempt).await {
+            Err(error) => eprintln!("attempt {attempt}: {error}"),
+            done => return done,
+        }
+    }
+    count_calls_of_a_long_handler(&stage, ATTEMPTS).await
+}
+
+async fn count_calls_of_a_long_handler(stage: &Stage, attempt: u32) -> Result<(), Source> {
     // Longer than a standby waits.
     let (records, pause) = match is_full() {
         true => (10, Duration::from_secs(5)),
         false => (3, 2 * STANDBY_AFTER),
     };
-    let run = stage.fill("long", records, pause).await?;
+    let run = stage.fill(&format!("long-{attempt}"), records, pause).await?;
     run.time(3).await?;
     run.check_calls()
 }

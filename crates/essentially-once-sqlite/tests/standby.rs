@@ -152,6 +152,9 @@ async fn a_lock_that_stays_held_is_a_sign_of_life() {
         let started = Instant::now();
         store.beat(&shipping(), owner).await.expect("waits for nobody");
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+        // It counts once it has lasted for a few looks.
+        pulse(&other).await;
+        pulse(&other).await;
         let mut seen = pulse(&other).await;
         for _ in 0..3 {
             let next = pulse(&other).await;
@@ -299,4 +302,24 @@ async fn the_backlog_is_counted() {
         .await
         .expect_err("mistyped");
     assert!(gone.to_string().contains("orders"), "{gone}");
+}
+
+/// Every look falls into a batch of another consumer, which begins and commits between two looks.
+#[tokio::test]
+async fn batches_of_another_consumer_are_no_sign_of_life() {
+    let (_folder, sqlite, store) = open().await;
+    let other = Sqlite::open(sqlite.path()).await.expect("open").store();
+    commit(&store, 0, Some(Owner::draw())).await;
+    let first = pulse(&other).await;
+    let audit = ConsumerId::new("audit").expect("name");
+    for _ in 0..10 {
+        let tx = store.begin(&audit).await.expect("begin");
+        assert_eq!(pulse(&other).await, first, "it saw the lock");
+        let position = store.position(&audit).await.expect("position");
+        let expected = position.map_or(Revision::NONE, |position| position.revision);
+        let log = LogId::new("orders").expect("name");
+        let advance = Advance::new(log, 1.into(), expected, expected.next_count());
+        tx.commit(advance).await.expect("commit");
+        assert_eq!(pulse(&other).await, first, "it saw the commit");
+    }
 }

@@ -297,7 +297,8 @@ pub trait OffsetStore: Send + Sync + 'static {
     /// the same pulse.
     ///
     /// A store that is notified of changes returns at once. Other stores check every `interval`.
-    /// The default checks once, after `interval`. Cancel-safe.
+    /// The default checks once, after `interval`. Cancel-safe. Poll the future or drop it: while it
+    /// is neither, it may hold up other calls of the store.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].

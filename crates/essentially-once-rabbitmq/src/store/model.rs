@@ -67,7 +67,10 @@ impl System {
 
 /// An entry of the changelog.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a model has few entries, and nearly all are commits")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a model has few entries, and nearly all are commits"
+)]
 enum Item {
     Commit(Entry),
     Mark(Token),

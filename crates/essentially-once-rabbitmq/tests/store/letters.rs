@@ -3,11 +3,13 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use essentially_once::{
-    Error, KeyValue as _, Offset, OffsetStore as _, Record,
+    Consumer, Error, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Record,
     backend::{DeadLetter, DeadLetters as _, Transaction as _},
-    consumer::dead_letters,
+    consumer::{DeadLetterOptions, dead_letters},
+    handler_fn,
+    memory::Memory,
 };
-use essentially_once_rabbitmq::RabbitStore;
+use essentially_once_rabbitmq::{RabbitStore, RabbitTx};
 use essentially_once_testkit::Violation;
 
 use crate::{
@@ -28,6 +30,8 @@ pub(crate) fn add(tests: &mut Tests) {
         too_large,
     );
     tests.add("letters::letters_count_as_state", state_limit);
+    tests.add("letters::a_failed_try_is_noted_in_a_full_state", full_state);
+    tests.add("letters::a_standby_takes_over_for_a_due_letter", standby);
 }
 
 const MIB: usize = 1024 * 1024;
@@ -211,5 +215,84 @@ async fn state_limit() -> Result<(), Violation> {
     tx.put(b"k", &[0; 9_000]).await?;
     tx.commit(advance(2, 1)).await?;
     assert_eq!(offsets(&store).await?, [0; 0]);
+    Ok(())
+}
+
+/// The reasons of a letter grow with its tries.
+async fn full_state() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.rabbit().await?.store().state_limit(10_000);
+    let parked = letter(1, "a", 100);
+    let mut size = 9_900;
+    let tx = loop {
+        let mut tx = store.begin(&shipping()).await?;
+        tx.park(&parked).await?;
+        match tx.put(b"k", &vec![0; size]).await {
+            Ok(()) => break tx,
+            Err(_) => size -= 10,
+        }
+    };
+    tx.commit(advance(2, 0)).await?;
+    dead_letters::retry_all(&shipping(), &store).await?;
+    let log = Memory::new().log("orders")?;
+    let records: Vec<_> = (0..4).map(|n| NewRecord::new(n.to_string()).key("b")).collect();
+    log.append(&records).await?;
+    let handler = handler_fn(|record: &Record, _: &mut RabbitTx| {
+        let fails = record.key.as_deref() == Some(b"a");
+        Box::pin(async move {
+            match fails {
+                true => Err(HandlerError::retry("r".repeat(500))),
+                false => Ok(()),
+            }
+        })
+    });
+    let run = Consumer::essentially_once(shipping(), log, store, handler)
+        .accept_volatile()
+        .dead_letters(DeadLetterOptions::new());
+    let report = run.run_until_caught_up().await?;
+    assert_eq!(report.handled, 2, "{report}");
+    let store = place.store().await?;
+    let letters = dead_letters::list(&shipping(), &store, None, 10).await?;
+    assert_eq!(letters[0].tries, parked.tries + 1);
+    Ok(())
+}
+
+/// A standby that waits for the position to move must not hold up its own look at the letters.
+async fn standby() -> Result<(), Violation> {
+    let place = Place::new();
+    let log = Memory::new().log("orders")?;
+    log.append(&[NewRecord::new("1").key("a")]).await?;
+    let consumer = |is_mended: bool, store| {
+        let handler = handler_fn(move |_: &Record, _: &mut RabbitTx| {
+            Box::pin(async move {
+                match is_mended {
+                    true => Ok(()),
+                    false => Err(HandlerError::reject("poison")),
+                }
+            })
+        });
+        Consumer::essentially_once(shipping(), log.clone(), store, handler)
+            .accept_volatile()
+            .standby_after(Duration::from_millis(100))
+            .dead_letters(DeadLetterOptions::new())
+    };
+    let owner = tokio::spawn(consumer(false, place.store().await?).run());
+    let store = place.store().await?;
+    let are_gone = async |are_gone: bool| {
+        while offsets(&store).await?.is_empty() != are_gone {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok::<_, Violation>(())
+    };
+    are_gone(false).await?;
+    // As in a crash, the position keeps its owner.
+    owner.abort();
+    let _ = owner.await;
+    dead_letters::retry_all(&shipping(), &store).await?;
+    let run = tokio::spawn(consumer(true, place.store().await?).restart_limit(0).run());
+    tokio::select! {
+        gone = are_gone(true) => gone?,
+        ended = run => panic!("the standby ended: {ended:?}"),
+    }
     Ok(())
 }

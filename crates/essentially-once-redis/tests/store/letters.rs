@@ -206,7 +206,8 @@ pub(crate) async fn a_consumer_parks_and_retries_in_order() -> Outcome {
     stage.server.restart()?;
     poison(&[]);
     dead_letters::discard(&stage.consumer, &stage.store, &letters[1]).await?;
-    assert_eq!(dead_letters::retry_all(&stage.consumer, &stage.store).await?, 3);
+    // The discard has made b2 due.
+    assert_eq!(dead_letters::retry_all(&stage.consumer, &stage.store).await?, 2);
     let report = run().await?;
     assert_eq!(report.handled, 5, "{report}");
     for (key, expected) in [("a", "123"), ("b", "2"), ("c", "1")] {
@@ -586,5 +587,51 @@ pub(crate) async fn commands_on_letters_are_refused() -> Outcome {
             "belongs to a store"
         );
     }
+    Ok(())
+}
+
+/// A busy consumer commits between the round trips of a change.
+pub(crate) async fn an_operator_changes_letters_of_a_busy_consumer() -> Outcome {
+    const POISON: u64 = 200;
+    let stage = Stage::start().await?;
+    let log = Redis::connect(&stage.server.url()).await?.log("orders").await?;
+    let poison: Vec<_> = (0..POISON)
+        .map(|n| NewRecord::new("1").key(format!("poison {n}")))
+        .collect();
+    log.append(&poison).await?;
+    for _ in 0..200 {
+        let others: Vec<_> = (0..1_000)
+            .map(|n| NewRecord::new("2").key((n % 50).to_string()))
+            .collect();
+        log.append(&others).await?;
+    }
+    let handler = essentially_once::handler_fn(|record: &Record, tx: &mut RedisTx| {
+        let is_poison = record.payload == "1";
+        Box::pin(async move {
+            tx.put(b"k", b"v").await?;
+            match is_poison {
+                true => Err(HandlerError::reject("poison")),
+                false => Ok(()),
+            }
+        })
+    });
+    let stop = essentially_once::CancellationToken::new();
+    let consumer = Consumer::essentially_once(stage.consumer.clone(), log.clone(), stage.store.clone(), handler)
+        .dead_letters(DeadLetterOptions::new());
+    let run = tokio::spawn(consumer.run_until(stop.clone()));
+    let operator = RedisOptions::new().connect(&stage.server.url()).await?.store();
+    while dead_letters::list(&stage.consumer, &operator, None, 1_000).await?.len() < POISON as usize {
+        assert!(!run.is_finished(), "the run ended");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let first = dead_letters::list(&stage.consumer, &operator, None, 1).await?[0]
+        .record
+        .offset;
+    for _ in 0..3 {
+        dead_letters::retry(&stage.consumer, &operator, first).await?;
+    }
+    assert!(dead_letters::retry_all(&stage.consumer, &operator).await? >= POISON - 1);
+    stop.cancel();
+    run.await??;
     Ok(())
 }

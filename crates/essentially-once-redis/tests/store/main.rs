@@ -71,6 +71,7 @@ fn main() -> ExitCode {
         letters::letters_are_readable_with_the_servers_own_tools,
         letters::letters_of_another_writer_are_read,
         letters::a_consumer_parks_and_retries_in_order,
+        letters::an_operator_changes_letters_of_a_busy_consumer,
         letters::an_unreadable_letter_is_named_and_prevents_the_commit,
         letters::indices_follow_every_change,
         letters::many_letters_are_read_in_pages,

@@ -17,6 +17,10 @@ use crate::error::is_busy;
 /// A held lock counts as a beat at most this often, however often a standby looks.
 const BEAT: Duration = Duration::from_millis(20);
 
+/// A held lock counts as a beat from this look without a commit on. Before, it may be held by
+/// ordinary batches of another consumer, whose commits just miss the looks.
+const LOOKS_WITHOUT_COMMIT: u32 = 3;
+
 /// A connection that asks for the write lock to see whether it is free, and never writes.
 pub(crate) struct Observer {
     connection: Connection,
@@ -27,7 +31,9 @@ pub(crate) struct Observer {
 struct Look {
     at: Instant,
     version: i64,
-    /// How often the lock was held with no commit since the look before.
+    /// How many looks in a row found no commit and the lock held.
+    still: u32,
+    /// How often a held lock has counted as a beat.
     held: u64,
 }
 
@@ -78,18 +84,26 @@ impl Observer {
         };
         let now = Instant::now();
         let Some(last) = self.looks.get_mut(consumer) else {
-            let (at, held) = (now, 0);
-            self.looks.insert(consumer.clone(), Look { at, version, held });
+            let look = Look {
+                at: now,
+                version,
+                still: 0,
+                held: 0,
+            };
+            self.looks.insert(consumer.clone(), look);
             return Ok(Some(seen));
         };
         if last.version != version {
-            last.version = version;
-            last.at = now;
+            (last.version, last.at, last.still) = (version, now, 0);
         } else if now - last.at >= BEAT {
             last.at = now;
             // One transaction holds the lock. Whoever owns it, no other instance could commit
             // meanwhile.
-            if is_held || is_locked(&self.connection)? {
+            last.still = match is_held || is_locked(&self.connection)? {
+                true => last.still.saturating_add(1),
+                false => 0,
+            };
+            if last.still >= LOOKS_WITHOUT_COMMIT {
                 last.held = last.held.wrapping_add(1);
             }
         }

@@ -42,6 +42,7 @@ impl<S: OffsetStore> Session<'_, S> {
         let Some(reader) = self.load(until).await? else {
             return Ok(());
         };
+        self.drop_stale_verdict();
         match D::PARKS {
             true => self.load_parked().await?,
             false => self.refuse_letters().await?,
@@ -103,6 +104,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 continue;
             }
             let passed = D::deliver(self, handler, &batch).await?;
+            self.run.records_first = false;
             if passed < batch.len() {
                 left.splice(..0, batch.drain(passed..));
             }
@@ -124,9 +126,20 @@ impl<S: OffsetStore> Session<'_, S> {
             if self.stop.is_cancelled() {
                 return Err(Failure::Stopped);
             }
-            D::deliver_letters(self, handler).await?;
+            // The clock may have been set back meanwhile.
+            if !D::deliver_letters(self, handler).await? {
+                break;
+            }
         }
         Ok(())
+    }
+
+    /// Drops a verdict on a record that was passed or may have been tried again since.
+    fn drop_stale_verdict(&mut self) {
+        let (revision, next) = (self.place.revision, self.place.next);
+        self.run
+            .verdict
+            .take_if(|verdict| verdict.revision != revision || verdict.offset < next);
     }
 
     /// Goes past a record whose last try failed, unless another instance has committed since.

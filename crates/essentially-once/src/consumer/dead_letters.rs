@@ -55,15 +55,21 @@
 //! # }
 //! ```
 
-use std::{collections::HashSet, time::SystemTime};
+use std::{
+    collections::HashSet,
+    time::{Duration, SystemTime},
+};
 
 use crate::{
     Advance, ConsumerId, Error, Offset, OffsetStore, Position, Transaction,
     letters::{DeadLetter, DeadLetters},
+    rt::{self, Instant},
 };
 
-/// How often a change is tried if a running instance commits first.
-const MAX_TRIES: usize = 100;
+/// For how long a change is tried if a running instance keeps committing first.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for many letters at once, before fewer are tried.
+const PATIENCE_FOR_MANY: Duration = Duration::from_millis(300);
 
 /// When a letter is due that an operator retries: at once, even by a clock that is behind.
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
@@ -100,22 +106,22 @@ where
 /// # Errors
 /// - [`Error::Failed`] if the consumer has no such letter, or if an earlier letter of its key must
 ///   be handled or discarded first. The error names that letter. Nothing changes.
-/// - [`Error::Fenced`] if a running instance kept committing first.
+/// - [`Error::Fenced`] if a running instance kept committing first for 30 seconds.
 /// - The backend's own errors. [`Error::Indeterminate`] if the outcome is not known.
 pub async fn retry<S>(consumer: &ConsumerId, store: &S, offset: Offset) -> Result<(), Error>
 where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    change(consumer, store, Verb::Retry(offset)).await.map(|_| ())
+    change(consumer, store, Verb::Retry(offset), PATIENCE).await.map(|_| ())
 }
 
 /// Makes the first letter of every key due now, and every letter without a key. The letters behind
 /// them follow as they succeed. Returns the number of letters made due; those that this function or
 /// [`retry`] made due before, and that were not tried since, do not count.
 ///
-/// It reads every letter, and commits once per thousand letters if some of them change. If it
-/// fails, some letters may be due.
+/// It reads every letter, and commits once per thousand letters if some of them change, or more
+/// often next to a busy instance. If it fails, some letters may be due.
 ///
 /// # Errors
 /// As for [`retry`], except that it is no error if there are no letters.
@@ -135,8 +141,15 @@ where
             .filter(|letter| letter.key().is_none_or(|key| seen.insert(key.clone())));
         let waiting = heads.filter(|letter| letter.due != Some(NOW));
         let offsets: Vec<_> = waiting.map(|letter| letter.record.offset).collect();
-        if !offsets.is_empty() {
-            total += change(consumer, store, Verb::RetryHeads(&offsets)).await?;
+        let (mut left, mut at_once) = (&offsets[..], offsets.len());
+        while !left.is_empty() {
+            let (some, others) = left.split_at(at_once.clamp(1, left.len()));
+            let patience = if some.len() > 1 { PATIENCE_FOR_MANY } else { PATIENCE };
+            match change(consumer, store, Verb::RetryHeads(some), patience).await {
+                // A busy instance commits while this one still looks at the letters.
+                Err(Error::Fenced { .. }) if some.len() > 1 => at_once = some.len() / 2,
+                due => (total, left) = (total + due?, others),
+            }
         }
     }
 }
@@ -153,7 +166,7 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    change(consumer, store, Verb::Discard(letter)).await?;
+    change(consumer, store, Verb::Discard(letter), PATIENCE).await?;
     tracing::warn!(%consumer, offset = %letter.record.offset, "discarded a dead letter by hand");
     Ok(())
 }
@@ -237,12 +250,12 @@ async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Op
 ///
 /// The position is read after the transaction began, since a store that locks then keeps a busy
 /// instance from committing in between, and before the letters, since they must not be older.
-async fn change<S>(consumer: &ConsumerId, store: &S, verb: Verb<'_>) -> Result<u64, Error>
+async fn change<S>(consumer: &ConsumerId, store: &S, verb: Verb<'_>, patience: Duration) -> Result<u64, Error>
 where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let mut tries = 1;
+    let started = Instant::now();
     loop {
         let mut tx = store.begin(consumer).await?;
         let Some(position) = store.position(consumer).await? else {
@@ -260,7 +273,7 @@ where
             }
         };
         match tx.commit(unmoved(position)).await {
-            Err(Error::Fenced { .. }) if tries < MAX_TRIES => tries += 1,
+            Err(Error::Fenced { .. }) if started.elapsed() < patience => rt::yield_now().await,
             committed => return committed.map(|()| staged),
         }
     }

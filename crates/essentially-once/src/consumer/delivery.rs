@@ -30,14 +30,14 @@ pub trait Delivery<S: OffsetStore>: sealed::Sealed + Send + 'static {
     #[doc(hidden)]
     const PARKS: bool = false;
 
-    /// Tries the letters of one key that are due.
+    /// Tries the letters of one key that are due. Returns `false` if none is.
     #[doc(hidden)]
     async fn deliver_letters<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
         handler: &mut H,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let _ = (session, handler);
-        Ok(())
+        Ok(false)
     }
 
     /// Returns how many of the records were passed: fewer than all if the batch ran out of time.
@@ -87,8 +87,8 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
     async fn deliver_letters<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
         handler: &mut H,
-    ) -> Result<(), Failure> {
-        session.try_letters(handler).await
+    ) -> Result<bool, Failure> {
+        session.try_due_letters(handler).await
     }
 
     async fn deliver<H: Handler<Self::Tx>>(
@@ -123,10 +123,12 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 }
                 let failed = match failed {
                     // The handler may have swallowed an error of the transaction, which then keeps
-                    // no letter either.
+                    // no letter either. Or the letter is to blame. Then the records before it
+                    // commit without it.
                     Failure::Backend(error @ (Error::Failed { .. } | Error::TooLarge { .. })) if done.handled > 0 => {
                         let error = session.blame_for_commit(error).await?;
-                        batch_failure(session, passed, error)
+                        let last = passed.last().map_or(Offset::ZERO, |last| last.offset);
+                        Failure::Batch(last, error)
                     }
                     failed => failed,
                 };

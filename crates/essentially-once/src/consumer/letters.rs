@@ -20,6 +20,9 @@ use crate::{
     rt::Instant,
 };
 
+/// How long records have to arrive in a session after one that a letter has ended.
+const RECORDS_FIRST: Duration = Duration::from_millis(100);
+
 /// How many keys one page of counts holds.
 const KEYS_PER_PAGE: usize = 10_000;
 
@@ -97,10 +100,14 @@ impl DeadLetterOptions {
 
     /// When to try a letter again that failed at `now`.
     fn due(&self, letter: &DeadLetter, now: SystemTime) -> Option<SystemTime> {
-        // As long as the letter has been failing: its age then doubles from try to try.
-        let age = now.duration_since(letter.parked_at).unwrap_or_default();
-        let pause = age.max(self.retry_after?).min(self.longest_retry_after);
-        now.checked_add(pause)
+        let before = match letter.due {
+            // The pause that the last failure chose. An operator's retry begins anew.
+            Some(due) if letter.tries > 0 => due.duration_since(letter.last_failed_at).unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        let pause = before.saturating_mul(2).max(self.retry_after.unwrap_or_default());
+        // Without `retry_after`, only a schedule that another instance began goes on.
+        (!pause.is_zero()).then(|| now.checked_add(pause.min(self.longest_retry_after)))?
     }
 }
 
@@ -155,10 +162,6 @@ impl Parked {
         !self.keys.is_empty() && trusted_key(record).is_some_and(|key| self.keys.contains_key(key))
     }
 
-    pub(super) fn is_due(&self, now: SystemTime) -> bool {
-        self.due.is_some_and(|due| due <= now)
-    }
-
     pub(super) fn total(&self) -> u64 {
         self.total
     }
@@ -197,6 +200,7 @@ impl Parked {
 
 /// How a transaction with letters went.
 enum Attempt {
+    NothingDue,
     Committed,
     /// Something failed behind this many letters, which may succeed without it.
     Apart(usize),
@@ -248,14 +252,17 @@ impl<S: OffsetStore> Session<'_, S> {
     /// Fails if the consumer has letters, for a delivery that neither tries them nor keeps their
     /// keys in order.
     pub(super) async fn refuse_letters(&mut self) -> Result<(), Failure> {
-        if !S::Tx::KEEPS_DEAD_LETTERS || mem::replace(&mut self.run.has_no_letters, true) {
+        if !S::Tx::KEEPS_DEAD_LETTERS || self.run.no_letters_at == Some(self.place.revision) {
             return Ok(());
         }
         let mut tx = self.begin().await?;
         let total = self.or_stop(letters_of(&mut tx)?.total()).await?;
         self.end(tx).await?;
         match total {
-            0 => Ok(()),
+            0 => {
+                self.run.no_letters_at = Some(self.place.revision);
+                Ok(())
+            }
             _ => Err(Failure::Backend(Error::failed(
                 format!("run consumer {} of log {}", self.id, self.log.id()),
                 format!(
@@ -281,15 +288,35 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     fn due(&self, letter: &DeadLetter, kind: HandlerErrorKind) -> Option<SystemTime> {
-        let options = self.settings.letters.as_ref();
-        let options = options.filter(|_| kind == HandlerErrorKind::Retry && letter.record.malformed.is_none());
-        options.and_then(|options| options.due(letter, self.now))
+        if kind != HandlerErrorKind::Retry || letter.record.malformed.is_some() {
+            return None;
+        }
+        let options = self.settings.letters.clone().unwrap_or_default();
+        options.due(letter, self.now)
     }
 
-    /// When the first letter is due, as far as this session may handle it: a verdict on a record is
-    /// carried out first.
+    /// When to try letters next. A verdict on a record is carried out first, and after a letter
+    /// that ended a session, records have a moment to arrive.
     pub(super) fn letters_due(&self) -> Option<SystemTime> {
-        self.parked.due.filter(|_| self.run.verdict.is_none())
+        let due = self.parked.due.filter(|_| self.run.verdict.is_none())?;
+        let longest = self.settings.letters.clone().unwrap_or_default().longest_retry_after;
+        // A clock that was ahead must not delay a letter for as long.
+        let due = match SystemTime::now().checked_add(longest) {
+            Some(latest) if due > latest => SystemTime::UNIX_EPOCH,
+            _ => due,
+        };
+        let records_first = self.run.records_first && self.cut_off.is_none();
+        let turn = records_first.then(|| self.began.checked_add(RECORDS_FIRST)).flatten();
+        Some(turn.map_or(due, |turn| due.max(turn)))
+    }
+
+    /// Tries the letters of one key. Returns `false` if none was due.
+    pub(super) async fn try_due_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
+        // Until the letters are tried without ending the session.
+        self.run.records_first = true;
+        let tried = self.try_letters(handler).await?;
+        self.run.records_first = false;
+        Ok(tried)
     }
 
     /// Parks a record behind the letters of its key.
@@ -347,19 +374,21 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Tries the letters of the key whose letter is due first, each before the next, until one
     /// fails or the batch is full.
-    pub(super) async fn try_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<(), Failure> {
+    /// Returns `false` if no letter was due.
+    async fn try_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
         self.now = SystemTime::now();
         let mut limit = self.settings.max_batch;
         loop {
             match self.try_letters_up_to(handler, limit).await? {
-                Attempt::Committed => return Ok(()),
+                Attempt::NothingDue => return Ok(false),
+                Attempt::Committed => return Ok(true),
                 Attempt::Apart(fewer) => {
                     reset(handler).await;
                     limit = fewer;
                 }
                 Attempt::Failed(letter, error) => {
                     reset(handler).await;
-                    return self.note_failure(*letter, error).await;
+                    return self.note_failure(*letter, error).await.map(|()| true);
                 }
             }
         }
@@ -373,9 +402,9 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut tx = self.begin().await?;
         let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
         self.parked.due = first.as_ref().and_then(|letter| letter.due);
-        let Some(first) = first.filter(|_| self.parked.is_due(self.now)) else {
+        let Some(first) = first.filter(|_| self.letters_due().is_some_and(|due| due <= self.now)) else {
             self.end(tx).await?;
-            return Ok(Attempt::Committed);
+            return Ok(Attempt::NothingDue);
         };
         let mut handled = Vec::new();
         let due = match self.handle_letters(handler, &mut tx, first, limit, &mut handled).await {
@@ -409,6 +438,7 @@ impl<S: OffsetStore> Session<'_, S> {
                     self.parked.remove(letter);
                 }
                 self.parked.due = due;
+                self.run.letter_commits += 1;
                 self.count(done, &[]);
                 Ok(Attempt::Committed)
             }
@@ -493,17 +523,32 @@ impl<S: OffsetStore> Session<'_, S> {
         // The try may have taken long.
         self.now = SystemTime::now();
         let due = self.due(&letter, error.kind);
+        let last_reason = letter.last_reason.clone();
         letter.failed_again(&error.to_string(), self.now, due);
-        let mut tx = self.begin().await?;
-        self.or_stop(letters_of(&mut tx)?.park(&letter)).await?;
-        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
-        self.commit_unmoved(tx, Done::default()).await?;
+        let first = match self.commit_letter(&letter).await {
+            // A store that is nearly full may have no room for a longer reason.
+            Err(Failure::Backend(Error::Failed { .. } | Error::TooLarge { .. })) => {
+                letter.set_last_reason(&last_reason);
+                self.commit_letter(&letter).await?
+            }
+            first => first?,
+        };
+        self.run.letter_commits += 1;
         self.parked.due = first.and_then(|letter| letter.due);
         tracing::warn!(
             offset = %letter.record.offset, tries = letter.tries, %error, ?due,
             "a dead letter failed again"
         );
         Ok(())
+    }
+
+    /// Commits a letter as it is now. Returns the letter that is due first.
+    async fn commit_letter(&mut self, letter: &DeadLetter) -> Result<Option<DeadLetter>, Failure> {
+        let mut tx = self.begin().await?;
+        self.or_stop(letters_of(&mut tx)?.park(letter)).await?;
+        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
+        self.commit_unmoved(tx, Done::default()).await?;
+        Ok(first)
     }
 
     /// Rolls a transaction back. An error concerns only the rollback, since the backend discards
@@ -519,11 +564,12 @@ impl<S: OffsetStore> Session<'_, S> {
 /// Blames the only letter of a transaction, or takes the letters apart to find the culprit. A fatal
 /// error ends the run at once.
 fn blame(mut handled: Vec<DeadLetter>, error: HandlerError) -> Attempt {
+    let before = handled.len().saturating_sub(1);
     match (handled.pop(), handled.is_empty()) {
         (Some(letter), is_only) if is_only || error.kind == HandlerErrorKind::Fatal => {
             Attempt::Failed(Box::new(letter), error)
         }
-        _ => Attempt::Apart(1),
+        (_, _) => Attempt::Apart(before.div_ceil(2)),
     }
 }
 

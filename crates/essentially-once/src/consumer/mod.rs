@@ -405,7 +405,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         let mut supervisor = Supervisor::new(&self.id, &self.log, &self.settings);
         let mut caught_up_at = None;
         loop {
-            let next = run.next();
+            let (next, letter_commits) = (run.next(), run.letter_commits);
+            supervisor.forget_culprit_before(next);
             let session = Session {
                 id: &self.id,
                 log: &self.log,
@@ -421,6 +422,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 place: Place::default(),
                 windows: Windows::default(),
                 parked: Parked::default(),
+                began: SystemTime::now(),
                 cut_off: None,
                 now: SystemTime::UNIX_EPOCH,
                 commit_time: Duration::ZERO,
@@ -433,7 +435,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             };
             // The reloaded position counts too, because the commit whose reply was lost may have
             // been applied.
-            if run.next() != next {
+            if run.next() != next || run.letter_commits != letter_commits {
                 supervisor.made_progress();
             }
             let Some(pause) = supervisor.judge(failure, &telemetry, run)? else {

@@ -17,8 +17,12 @@ pub(super) struct Run {
     pub(super) unanswered: Vec<Unanswered>,
     /// What the session before knew about dead letters.
     pub(super) parked: Parked,
-    /// Whether it was found to have no dead letters, for a delivery that refuses them.
-    pub(super) has_no_letters: bool,
+    /// The revision at which it has no dead letters, for a delivery that refuses them.
+    pub(super) no_letters_at: Option<Revision>,
+    /// How often letters were tried with a commit.
+    pub(super) letter_commits: u64,
+    /// Whether a letter has ended the last session, so that records come first in the next.
+    pub(super) records_first: bool,
     /// The record to go past, after its last try failed.
     pub(super) verdict: Option<Verdict>,
     /// The first position of a new consumer, until it receives a record.

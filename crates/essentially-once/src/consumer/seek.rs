@@ -1,9 +1,17 @@
 //! Moves a position by hand.
 
+use std::{collections::VecDeque, time::Duration};
+
 use crate::{
-    Advance, ConsumerId, Error, Log, Offset, OffsetStore, Revision, Transaction,
-    letters::{DeadLetter, DeadLetters},
+    Advance, ConsumerId, Error, Log, LogReader, Offset, OffsetStore, Record, Revision, Transaction,
+    letters::DeadLetters, passed::Passed, rt,
 };
+
+/// How long to wait for records that existed a moment ago.
+const READ_LIMIT: Duration = Duration::from_secs(10);
+
+/// How many letters or records to read at once.
+const PAGE: usize = 100;
 
 /// Where a consumer without a position begins. The consumer commits this place before it handles
 /// the first record, so that the decision is made only once.
@@ -28,7 +36,7 @@ pub enum StartAt {
 ///
 /// Going back also removes the consumer's [dead letters](super::dead_letters) at and after the new
 /// place, since their records are handled again. It is refused if the log no longer holds some of
-/// those records.
+/// those records. To find that out, it reads the log from the new place to the last letter.
 ///
 /// A running instance of the consumer is fenced, and continues from the new position.
 ///
@@ -66,7 +74,7 @@ pub async fn seek<S: OffsetStore>(
 ) -> Result<Offset, Error> {
     let next = resolve(log, to).await?;
     log.read(next).await?;
-    let end = log.bounds().await?.end;
+    let end = log.readable_end().await?;
     let mut tx = store.begin(consumer).await?;
     // A store that locks keeps a busy instance from committing from here on.
     let position = store.position(consumer).await?;
@@ -81,14 +89,13 @@ pub async fn seek<S: OffsetStore>(
             advance.forgotten = position.windows.into_iter().map(|(numbering, _)| numbering).collect();
             // Their records are handled again, so trying the letters too would handle them twice.
             if let Some(letters) = tx.dead_letters() {
-                if let Some(lost) = first_from(letters, end).await? {
+                if let Some(lost) = first_lost(letters, log, next, end).await? {
                     tx.rollback().await?;
                     return Err(Error::failed(
                         format!("move consumer {consumer} back to {next} of log {}", log.id()),
                         format!(
                             "this removes the dead letters from there on, and the log no longer holds the record of \
-                             the one at {}; discard the letters at and after {end} first",
-                            lost.record.offset
+                             the one at {lost}; handle or discard that letter first"
                         ),
                     ));
                 }
@@ -101,11 +108,65 @@ pub async fn seek<S: OffsetStore>(
     Ok(next)
 }
 
-/// The first letter at or after an offset.
-async fn first_from(letters: &mut dyn DeadLetters, offset: Offset) -> Result<Option<DeadLetter>, Error> {
-    match letters.letter(offset).await? {
-        Some(letter) => Ok(Some(letter)),
-        None => Ok(letters.list(Some(offset), 1).await?.pop()),
+/// The first letter from `next` on whose record the log does not hold any more.
+async fn first_lost(
+    letters: &mut dyn DeadLetters,
+    log: &dyn Log,
+    next: Offset,
+    end: Offset,
+) -> Result<Option<Offset>, Error> {
+    let mut records = Records {
+        reader: log.read(next).await?,
+        read: VecDeque::new(),
+        end,
+    };
+    let mut page: Vec<_> = letters.letter(next).await?.into_iter().collect();
+    let mut after = next;
+    loop {
+        for letter in &page {
+            after = letter.record.offset;
+            let is_same = |record: &Record| {
+                // A later version may decode a malformed record.
+                letter.record.malformed.is_some() || Passed::new(&letter.record).is(record)
+            };
+            if !records.at(after).await?.is_some_and(|record| is_same(&record)) {
+                return Ok(Some(after));
+            }
+        }
+        page = letters.list(Some(after), PAGE).await?;
+        if page.is_empty() {
+            return Ok(None);
+        }
+    }
+}
+
+/// The records of a log, in order.
+struct Records {
+    reader: Box<dyn LogReader>,
+    read: VecDeque<Record>,
+    /// No record is at or after this offset.
+    end: Offset,
+}
+
+impl Records {
+    /// The record at an offset, after those at lower offsets were asked for.
+    async fn at(&mut self, offset: Offset) -> Result<Option<Record>, Error> {
+        while offset < self.end {
+            match self.read.pop_front() {
+                Some(record) if record.offset < offset => {}
+                Some(record) if record.offset == offset => return Ok(Some(record)),
+                Some(later) => {
+                    self.read.push_front(later);
+                    return Ok(None);
+                }
+                // If the last records are deleted at this moment, none may ever arrive.
+                None => match rt::within(Some(READ_LIMIT), self.reader.next(PAGE)).await {
+                    Some(records) => self.read = records?.into(),
+                    None => return Ok(None),
+                },
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -49,6 +49,8 @@ pub struct Session<'a, S> {
     pub(super) place: Place,
     pub(super) windows: Windows,
     pub(super) parked: Parked,
+    /// When the session began.
+    pub(super) began: SystemTime,
     /// While a run that has caught up tries its letters: those due up to then.
     pub(super) cut_off: Option<SystemTime>,
     /// When the current batch was taken.
@@ -220,6 +222,9 @@ impl<S: OffsetStore> Session<'_, S> {
             is_epoch_open: true,
         };
         self.parked.commit(revision);
+        if self.run.no_letters_at == Some(expected) {
+            self.run.no_letters_at = Some(revision);
+        }
         self.run.seen = Some(Seen { revision, next });
         self.run.unanswered.clear();
         self.run.is_owner = true;

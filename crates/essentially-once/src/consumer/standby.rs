@@ -4,7 +4,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{failure::Failure, session::Session};
+use super::{failure::Failure, session::Session, settings::Settings};
 use crate::{
     Error, Log, LogReader, Offset, OffsetStore, Position, Revision,
     rt::{self, Instant},
@@ -37,6 +37,8 @@ impl<S: OffsetStore> Session<'_, S> {
         tracing::info!(revision = %position.revision, "another instance is active; standing by");
         self.heart.rest();
         let _standby = self.telemetry.stand_by();
+        // Only the active instance reports them.
+        self.telemetry.dead_letters.set(0.0);
         let (store, id, standby_after) = (self.store, self.id, self.settings.standby_after);
         let step = (standby_after / LOOKS).max(Duration::from_millis(1));
         let mut pulse = self.or_stop(store.pulse(id)).await?;
@@ -51,7 +53,14 @@ impl<S: OffsetStore> Session<'_, S> {
             let seen = pulse;
             let mut watching = store.watch(id, &seen, step);
             pulse = loop {
-                if until.is_some_and(|until| seen.next >= until) && !self.is_letter_due(&mut letters, true).await? {
+                let has_caught_up = until.is_some_and(|until| seen.next >= until);
+                if letters.must_look(self.settings, has_caught_up) {
+                    // A watch that is not polled may hold up other calls.
+                    drop(watching);
+                    letters.first_due = Some(self.first_due().await?);
+                    watching = store.watch(id, &seen, step);
+                }
+                if has_caught_up && !letters.is_due() {
                     return Ok(Watched::CaughtUp);
                 }
                 tokio::select! {
@@ -75,13 +84,13 @@ impl<S: OffsetStore> Session<'_, S> {
                         *until = self.or_stop(self.log.readable_end()).await?.min(*until);
                     }
                     letters.quiet = letters.quiet.saturating_add(since_last_look);
-                    let is_quiet = letters.quiet >= standby_after.saturating_mul(LOOKS);
-                    if !self.is_letter_due(&mut letters, is_quiet).await? {
+                    if !letters.is_due() {
                         continue;
                     }
                 }
                 silence = silence.saturating_add(since_last_look.min(step.saturating_mul(2)));
                 if silence >= self.run.silences.limit(standby_after) {
+                    drop(watching);
                     let now = self.or_stop(store.pulse(id)).await?;
                     if now != seen {
                         break now;
@@ -104,19 +113,6 @@ impl<S: OffsetStore> Session<'_, S> {
             }
         }
     }
-
-    /// Whether a dead letter is due, as far as is known. Looks in the store if nothing is known yet
-    /// and `may_look`. That opens a transaction, which may wait for the active instance's.
-    async fn is_letter_due(&self, letters: &mut Letters, may_look: bool) -> Result<bool, Failure> {
-        if self.settings.letters.is_none() {
-            return Ok(false);
-        }
-        if letters.first_due.is_none() && may_look {
-            letters.first_due = Some(self.first_due().await?);
-        }
-        let due = letters.first_due.flatten();
-        Ok(due.is_some_and(|due| due <= SystemTime::now()))
-    }
 }
 
 /// What a standby knows about the dead letters at the position that it sees.
@@ -126,6 +122,23 @@ struct Letters {
     quiet: Duration,
     /// When the first letter is due; `None` if nobody has looked.
     first_due: Option<Option<SystemTime>>,
+}
+
+impl Letters {
+    /// Whether to look for letters, which opens a transaction and may wait for the active instance:
+    /// when nothing else is left to do, or after a long quiet.
+    fn must_look(&self, settings: &Settings, has_caught_up: bool) -> bool {
+        let is_quiet = self.quiet >= settings.standby_after.saturating_mul(LOOKS);
+        settings.letters.is_some()
+            && settings.standby_after != Duration::MAX
+            && self.first_due.is_none()
+            && (has_caught_up || is_quiet)
+    }
+
+    fn is_due(&self) -> bool {
+        let due = self.first_due.flatten();
+        due.is_some_and(|due| due <= SystemTime::now())
+    }
 }
 
 /// Whether records wait behind a position.

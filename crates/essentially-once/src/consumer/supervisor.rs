@@ -54,6 +54,12 @@ impl Supervisor {
         }
     }
 
+    /// Forgets the tries of a record that was passed.
+    pub(super) fn forget_culprit_before(&mut self, next: Option<Offset>) {
+        self.culprit
+            .take_if(|culprit| next.is_some_and(|next| culprit.offset() < next));
+    }
+
     pub(super) fn made_progress(&mut self) {
         self.pauses = self.backoff.build();
         self.restarts_without_commit = 0;

@@ -272,9 +272,10 @@ async fn seek_back_refuses_to_remove_letters_whose_records_are_gone() {
     let before = letters(&backend).await;
     let store = backend.memory.store();
     let error = seek(&shipping(), &log, &store, StartAt::Earliest).await.unwrap_err();
-    assert!(error.to_string().contains("the one at 4"), "{error}");
+    assert!(error.to_string().contains("the one at 2"), "{error}");
     assert_eq!(letters(&backend).await, before);
-    for letter in &before[1..] {
+    // From the last one on, because the next of its key becomes due.
+    for letter in before.iter().rev() {
         dead_letters::discard(&shipping(), &store, letter).await.unwrap();
     }
     seek(&shipping(), &log, &store, StartAt::Earliest).await.unwrap();

@@ -14,6 +14,7 @@ mod duplicates;
 mod faults;
 mod letters;
 mod letters_in_trouble;
+mod letters_promises;
 mod lost;
 mod policies;
 mod records;
