@@ -8,8 +8,14 @@ use std::{
 };
 
 use super::{
-    delivery::Delivery, failure::Failure, policy::Sentence, read_ahead::ReadAhead, resume::compare, run::Done,
-    session::Session,
+    delivery::Delivery,
+    failure::Failure,
+    load::Records,
+    policy::Sentence,
+    read_ahead::ReadAhead,
+    resume::compare,
+    run::{Carried, Done},
+    session::{Place, Session},
 };
 use crate::{
     ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
@@ -39,7 +45,7 @@ impl<S: OffsetStore> Session<'_, S> {
             Some(unset) => Some(*unset.insert(self.or_stop(self.log.readable_end()).await?)),
             None => None,
         };
-        let Some(reader) = self.load(until).await? else {
+        let Some(records) = self.load(until).await? else {
             return Ok(());
         };
         self.drop_stale_verdict();
@@ -52,15 +58,25 @@ impl<S: OffsetStore> Session<'_, S> {
             // Without a read, nothing else would detect a replaced log.
             return self.or_stop(compare(self.log, self.id, self.place.note.passed())).await;
         }
-        let mut ahead = ReadAhead::spawn(
-            reader,
-            self.settings
-                .read_ahead_records
-                .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
-            self.settings.read_ahead_bytes,
-        );
+        let mut ahead = match records {
+            Records::Read(ahead) => ahead,
+            Records::Unread(reader) => ReadAhead::spawn(
+                reader,
+                self.settings
+                    .read_ahead_records
+                    .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
+                self.settings.read_ahead_bytes,
+            ),
+        };
         let result = self.consume::<H, D>(handler, &mut ahead, &mut until).await;
-        ahead.end().await;
+        match &result {
+            // The next session begins where this one failed.
+            Err(Failure::Record(_) | Failure::Batch(..)) => {
+                let Place { revision, next, .. } = self.place;
+                self.run.carried = Some(Carried { revision, next, ahead });
+            }
+            _ => ahead.end().await,
+        }
         self.run.parked = mem::take(&mut self.parked);
         result
     }
@@ -103,7 +119,15 @@ impl<S: OffsetStore> Session<'_, S> {
             if self.carry_out_verdict(&batch).await? {
                 continue;
             }
-            let passed = D::deliver(self, handler, &batch).await?;
+            let passed = match D::deliver(self, handler, &batch).await {
+                Ok(passed) => passed,
+                Err(failure) => {
+                    left.splice(..0, batch);
+                    left.retain(|record| record.offset >= self.place.next);
+                    ahead.put_back(left);
+                    return Err(failure);
+                }
+            };
             self.run.records_first = false;
             if passed < batch.len() {
                 left.splice(..0, batch.drain(passed..));

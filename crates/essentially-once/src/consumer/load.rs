@@ -6,6 +6,7 @@ use super::{
     failure::Failure,
     letters::Parked,
     policy::OnTruncated,
+    read_ahead::ReadAhead,
     resume::resume,
     run::{Done, Seen, Unanswered},
     seek::{StartAt, resolve},
@@ -18,10 +19,18 @@ use crate::{Error, LogReader, Note, Offset, OffsetStore, Position, window::Windo
 /// with retention.
 const MAX_STARTS: usize = 10;
 
+/// The records from a position on.
+pub(super) enum Records {
+    Unread(Box<dyn LogReader>),
+    Read(ReadAhead),
+}
+
 impl<S: OffsetStore> Session<'_, S> {
-    /// Loads the stored position and opens a reader there. Returns `None` if another instance has
+    /// Loads the stored position, and opens a reader there unless the last session has read ahead
+    /// from there. Returns `None` if another instance has
     /// brought the position to `until`.
-    pub(super) async fn load(&mut self, until: Option<Offset>) -> Result<Option<Box<dyn LogReader>>, Failure> {
+    pub(super) async fn load(&mut self, until: Option<Offset>) -> Result<Option<Records>, Failure> {
+        let mut carried = self.run.carried.take();
         let mut has_stood_by = false;
         let mut silent_since = None;
         loop {
@@ -29,7 +38,7 @@ impl<S: OffsetStore> Session<'_, S> {
             self.check_not_lost(stored.as_ref()).await?;
             let Some(position) = stored else {
                 (self.run.started_at, self.run.is_overtaken) = (None, false);
-                return Ok(Some(self.start().await?));
+                return Ok(Some(Records::Unread(self.start().await?)));
             };
             if !position.log.is_same_log(self.log.id()) {
                 return Err(Failure::Backend(Error::WrongLog {
@@ -55,7 +64,7 @@ impl<S: OffsetStore> Session<'_, S> {
                     let silence = last_sign.elapsed();
                     self.run.silences.remember(silence, self.settings.standby_after);
                 }
-                has_stood_by = true;
+                (has_stood_by, carried) = (true, None);
                 match self.stand_by(&position, until).await? {
                     Watched::CaughtUp => return Ok(None),
                     Watched::Silent(revision) => silent_since = Some(revision),
@@ -64,14 +73,19 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.heart.work();
                 continue;
             }
-            return self.go_on(position, has_stood_by).await.map(Some);
+            let ahead = carried
+                .filter(|carried| (carried.revision, carried.next) == (position.revision, position.next))
+                .map(|carried| carried.ahead);
+            self.go_to(position);
+            return Ok(Some(match ahead {
+                Some(ahead) => Records::Read(ahead),
+                None => Records::Unread(self.read_on(has_stood_by).await?),
+            }));
         }
     }
 
-    /// Opens a reader at the position. An instance that stood by first takes ownership of the
-    /// position, so that neither the former owner nor another standby handles the same records in
-    /// vain.
-    async fn go_on(&mut self, position: Position, has_stood_by: bool) -> Result<Box<dyn LogReader>, Failure> {
+    /// Makes the stored position the one to go on from.
+    fn go_to(&mut self, position: Position) {
         let Position {
             next,
             revision,
@@ -93,6 +107,13 @@ impl<S: OffsetStore> Session<'_, S> {
             self.tried = Some(stored.clone());
         }
         self.windows = Windows::new(windows);
+    }
+
+    /// Opens a reader at the position. An instance that stood by first takes ownership of the
+    /// position, so that neither the former owner nor another standby handles the same records in
+    /// vain.
+    async fn read_on(&mut self, has_stood_by: bool) -> Result<Box<dyn LogReader>, Failure> {
+        let next = self.place.next;
         if mem::take(&mut self.run.is_overtaken) && self.is_at_start() {
             return self.start().await;
         }

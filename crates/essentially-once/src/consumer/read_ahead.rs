@@ -73,6 +73,16 @@ impl ReadAhead {
 }
 
 impl ReadAhead {
+    /// Puts records back that were taken last, before the waiting ones.
+    pub(super) fn put_back(&self, records: Vec<Record>) {
+        let mut state = self.buffer.lock();
+        for record in records.into_iter().rev() {
+            state.bytes += record.size();
+            state.records.push_front(record);
+        }
+        self.buffer.filled.notify_one();
+    }
+
     /// Ends the reading and waits until the reader is dropped.
     pub(super) async fn end(mut self) {
         self.task.abort();

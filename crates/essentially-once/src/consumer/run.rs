@@ -1,6 +1,8 @@
 //! The state of a run, which outlives its sessions.
 
-use super::{duplicates::Duplicates, letters::Parked, policy::Verdict, report::Report, silences::Silences};
+use super::{
+    duplicates::Duplicates, letters::Parked, policy::Verdict, read_ahead::ReadAhead, report::Report, silences::Silences,
+};
 use crate::{Offset, Pulse, Revision, rt::Instant};
 
 /// The state of a run that outlives its sessions. It never decides which records are handled. Only
@@ -23,6 +25,8 @@ pub(super) struct Run {
     pub(super) letter_commits: u64,
     /// Whether a letter has ended the last session, so that records come first in the next.
     pub(super) records_first: bool,
+    /// What was read ahead when a record failed.
+    pub(super) carried: Option<Carried>,
     /// The record to go past, after its last try failed.
     pub(super) verdict: Option<Verdict>,
     /// The first position of a new consumer, until it receives a record.
@@ -61,6 +65,13 @@ impl Run {
     pub(super) fn is_owner(&self) -> bool {
         self.is_owner
     }
+}
+
+/// Records from a position on, to be handled by the next session if the position is still the same.
+pub(super) struct Carried {
+    pub(super) revision: Revision,
+    pub(super) next: Offset,
+    pub(super) ahead: ReadAhead,
 }
 
 /// A position that a run has seen.

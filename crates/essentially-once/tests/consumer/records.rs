@@ -1,5 +1,7 @@
 //! Records that cannot be handled: retried, rejected, fatal, malformed.
 
+use essentially_once::consumer::OnFailure;
+
 use super::*;
 
 #[tokio::test]
@@ -260,4 +262,28 @@ async fn a_wrapped_error_of_the_backend_is_not_the_records_fault() {
         .await
         .unwrap();
     assert_eq!((report.handled, report.restarts), (1, 3));
+}
+
+/// Every failure goes back to the stored position. What was read ahead from there is still good.
+#[tokio::test]
+async fn a_record_that_fails_does_not_make_the_log_be_read_again() {
+    let backend = Backend::new(2_000, Script::default()).await;
+    let handler = handler_fn(|record: &Record, tx: &mut ScriptedTx| {
+        let is_poison = record.offset.lo() % 10 == 7;
+        Box::pin(async move {
+            support::count_one(tx, &record.payload).await?;
+            match is_poison {
+                true => Err(HandlerError::reject("poison")),
+                false => Ok(()),
+            }
+        })
+    });
+    let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .on_failure(OnFailure::Skip)
+        .max_batch(50);
+    let report = run.run_until_caught_up().await.unwrap();
+    assert_eq!((report.handled, report.failed), (1_800, 200), "{report}");
+    assert_eq!(backend.script.taken(Step::Read), 1);
+    let expected: Vec<_> = (0..2_000).map(|n| u64::from(n % 10 != 7)).collect();
+    assert_eq!(backend.counts(&shipping(), 2_000).await, expected);
 }
