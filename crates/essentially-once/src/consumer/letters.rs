@@ -1,4 +1,4 @@
-//! Dead letters in the loop: parking records, and trying letters again.
+//! Dead letters in the loop: what a session knows about them, and parking records.
 
 use std::{
     collections::HashMap,
@@ -8,20 +8,11 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{
-    call::{Cut, Interrupted, flush, handle, reset},
-    failure::{Failure, RecordFailure, not_the_backends},
-    run::Done,
-    session::Session,
-};
+use super::{failure::Failure, session::Session};
 use crate::{
-    Error, Handler, HandlerError, HandlerErrorKind, OffsetStore, Record, Revision, Transaction, Tried,
+    Error, HandlerErrorKind, OffsetStore, Record, Revision, Transaction, Tried,
     letters::{DeadLetter, DeadLetters, trusted_key},
-    rt::Instant,
 };
-
-/// How long records have to arrive in a session after one that a letter has ended.
-const RECORDS_FIRST: Duration = Duration::from_millis(100);
 
 /// How many keys one page of counts holds.
 const KEYS_PER_PAGE: usize = 10_000;
@@ -37,7 +28,7 @@ const KEYS_PER_PAGE: usize = 10_000;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DeadLetterOptions {
     retry_after: Option<Duration>,
-    longest_retry_after: Duration,
+    pub(super) longest_retry_after: Duration,
     limit: u64,
 }
 
@@ -185,7 +176,7 @@ impl Parked {
         self.revision = Some(revision);
     }
 
-    fn remove(&mut self, letter: &DeadLetter) {
+    pub(super) fn remove(&mut self, letter: &DeadLetter) {
         self.total = self.total.saturating_sub(1);
         if let Some(key) = letter.key()
             && let Some(count) = self.keys.get_mut(key)
@@ -196,26 +187,6 @@ impl Parked {
             }
         }
     }
-}
-
-/// How a transaction with letters went.
-enum Attempt {
-    NothingDue,
-    Committed,
-    /// Something failed behind this many letters, which may succeed without it.
-    Apart(usize),
-    Failed(Box<DeadLetter>, HandlerError),
-}
-
-/// Why a transaction with letters was not committed.
-enum Obstacle {
-    /// The handler failed at this letter.
-    Letter(Box<DeadLetter>, HandlerError),
-    /// The handler's `flush` failed.
-    Flush(HandlerError),
-    /// The transaction failed after the handler had used it, which may be the handler's fault.
-    Transaction(Error),
-    Stopped,
 }
 
 impl<S: OffsetStore> Session<'_, S> {
@@ -287,36 +258,12 @@ impl<S: OffsetStore> Session<'_, S> {
         letter
     }
 
-    fn due(&self, letter: &DeadLetter, kind: HandlerErrorKind) -> Option<SystemTime> {
+    pub(super) fn due(&self, letter: &DeadLetter, kind: HandlerErrorKind) -> Option<SystemTime> {
         if kind != HandlerErrorKind::Retry || letter.record.malformed.is_some() {
             return None;
         }
         let options = self.settings.letters.clone().unwrap_or_default();
         options.due(letter, self.now)
-    }
-
-    /// When to try letters next. A verdict on a record is carried out first, and after a letter
-    /// that ended a session, records have a moment to arrive.
-    pub(super) fn letters_due(&self) -> Option<SystemTime> {
-        let due = self.parked.due.filter(|_| self.run.verdict.is_none())?;
-        let longest = self.settings.letters.clone().unwrap_or_default().longest_retry_after;
-        // A clock that was ahead must not delay a letter for as long.
-        let due = match SystemTime::now().checked_add(longest) {
-            Some(latest) if due > latest => SystemTime::UNIX_EPOCH,
-            _ => due,
-        };
-        let records_first = self.run.records_first && self.cut_off.is_none();
-        let turn = records_first.then(|| self.began.checked_add(RECORDS_FIRST)).flatten();
-        Some(turn.map_or(due, |turn| due.max(turn)))
-    }
-
-    /// Tries the letters of one key. Returns `false` if none was due.
-    pub(super) async fn try_due_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
-        // Until the letters are tried without ending the session.
-        self.run.records_first = true;
-        let tried = self.try_letters(handler).await?;
-        self.run.records_first = false;
-        Ok(tried)
     }
 
     /// Parks a record behind the letters of its key.
@@ -372,188 +319,9 @@ impl<S: OffsetStore> Session<'_, S> {
         }))
     }
 
-    /// Tries the letters of the key whose letter is due first, each before the next, until one
-    /// fails or the batch is full.
-    /// Returns `false` if no letter was due.
-    async fn try_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
-        self.now = SystemTime::now();
-        let mut limit = self.settings.max_batch;
-        loop {
-            match self.try_letters_up_to(handler, limit).await? {
-                Attempt::NothingDue => return Ok(false),
-                Attempt::Committed => return Ok(true),
-                Attempt::Apart(fewer) => {
-                    reset(handler).await;
-                    limit = fewer;
-                }
-                Attempt::Failed(letter, error) => {
-                    reset(handler).await;
-                    return self.note_failure(*letter, error).await.map(|()| true);
-                }
-            }
-        }
-    }
-
-    async fn try_letters_up_to<H: Handler<S::Tx>>(
-        &mut self,
-        handler: &mut H,
-        limit: usize,
-    ) -> Result<Attempt, Failure> {
-        let mut tx = self.begin().await?;
-        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
-        self.parked.due = first.as_ref().and_then(|letter| letter.due);
-        let Some(first) = first.filter(|_| self.letters_due().is_some_and(|due| due <= self.now)) else {
-            self.end(tx).await?;
-            return Ok(Attempt::NothingDue);
-        };
-        let mut handled = Vec::new();
-        let due = match self.handle_letters(handler, &mut tx, first, limit, &mut handled).await {
-            Ok(due) => due,
-            // Dropping the transaction rolls it back.
-            Err(Obstacle::Stopped) => return Err(Failure::Stopped),
-            Err(Obstacle::Letter(letter, error)) => {
-                self.end(tx).await?;
-                return Ok(match handled.len() {
-                    before if before > 0 && error.kind != HandlerErrorKind::Fatal => Attempt::Apart(before),
-                    _ => Attempt::Failed(letter, error),
-                });
-            }
-            Err(Obstacle::Flush(error)) => {
-                self.end(tx).await?;
-                return Ok(blame(handled, error));
-            }
-            Err(Obstacle::Transaction(error)) => {
-                self.end(tx).await?;
-                return self.blame_for_transaction(handled, error).await;
-            }
-        };
-        let done = Done {
-            handled: handled.len() as u64,
-            ..Done::default()
-        };
-        match self.commit_unmoved(tx, done).await {
-            Ok(()) => {
-                for letter in &handled {
-                    tracing::info!(offset = %letter.record.offset, tries = letter.tries, "handled a dead letter");
-                    self.parked.remove(letter);
-                }
-                self.parked.due = due;
-                self.run.letter_commits += 1;
-                self.count(done, &[]);
-                Ok(Attempt::Committed)
-            }
-            Err(error) => self.blame_for_transaction(handled, error).await,
-        }
-    }
-
-    /// Handles letters of one key and removes them, and flushes the handler. Returns when the first
-    /// of the remaining letters is due.
-    async fn handle_letters<H: Handler<S::Tx>>(
-        &mut self,
-        handler: &mut H,
-        tx: &mut S::Tx,
-        first: DeadLetter,
-        limit: usize,
-        handled: &mut Vec<DeadLetter>,
-    ) -> Result<Option<SystemTime>, Obstacle> {
-        let started = Instant::now();
-        let mut following = Some(first);
-        while let Some(mut letter) = following.take() {
-            let is_full = handled.len() >= limit || started.elapsed() > self.settings.batch_time_limit;
-            if !handled.is_empty() && (is_full || self.stop.is_cancelled()) {
-                // The letters of this key go on where they stop, in turn with those of other keys.
-                letter.set_due(Some(self.cut_off.unwrap_or(self.now)));
-                self.used(letters_of_used(tx)?.park(&letter)).await?;
-                break;
-            }
-            match handle(self, handler, &letter.record, tx, Cut::AfterGrace).await {
-                Ok(()) => {}
-                Err(Interrupted::Stopped) => return Err(Obstacle::Stopped),
-                Err(Interrupted::Failed(error)) => return Err(Obstacle::Letter(Box::new(letter), error)),
-            }
-            let (offset, key) = (letter.record.offset, letter.key().cloned());
-            handled.push(letter);
-            self.used(letters_of_used(tx)?.remove(offset)).await?;
-            if let Some(key) = key {
-                following = self.used(letters_of_used(tx)?.head(&key)).await?;
-            }
-        }
-        match flush(self, handler, tx, Cut::AfterGrace).await {
-            Ok(()) => {}
-            Err(Interrupted::Stopped) => return Err(Obstacle::Stopped),
-            Err(Interrupted::Failed(error)) => return Err(Obstacle::Flush(error)),
-        }
-        let first = self.used(letters_of_used(tx)?.first_due()).await?;
-        Ok(first.and_then(|letter| letter.due))
-    }
-
-    /// The result of an action in a transaction that the handler has used.
-    async fn used<T>(&self, action: impl Future<Output = Result<T, Error>>) -> Result<T, Obstacle> {
-        match self.within_grace(action).await {
-            Ok(done) => Ok(done),
-            Err(Failure::Backend(error)) => Err(Obstacle::Transaction(error)),
-            Err(_) => Err(Obstacle::Stopped),
-        }
-    }
-
-    /// Decides whether these letters are to blame for an error of their transaction.
-    async fn blame_for_transaction(&mut self, handled: Vec<DeadLetter>, error: Error) -> Result<Attempt, Failure> {
-        match error {
-            error @ (Error::Failed { .. } | Error::TooLarge { .. }) => {
-                Ok(blame(handled, self.blame_for_commit(error).await?))
-            }
-            error => Err(error.into()),
-        }
-    }
-
-    /// Commits that a letter failed once more.
-    async fn note_failure(&mut self, mut letter: DeadLetter, error: HandlerError) -> Result<(), Failure> {
-        let error = not_the_backends(error, letter.record.offset)?;
-        if error.kind == HandlerErrorKind::Fatal {
-            return Err(Failure::Record(Box::new(RecordFailure {
-                tried: Tried::new(letter.record.offset, &error.to_string()),
-                record: letter.record,
-                error,
-                revision: self.place.revision,
-                is_first: true,
-                is_next: false,
-                fatal_outcome: "fatal error in a dead letter, which stays as it was",
-            })));
-        }
-        // The try may have taken long.
-        self.now = SystemTime::now();
-        let due = self.due(&letter, error.kind);
-        let last_reason = letter.last_reason.clone();
-        letter.failed_again(&error.to_string(), self.now, due);
-        let first = match self.commit_letter(&letter).await {
-            // A store that is nearly full may have no room for a longer reason.
-            Err(Failure::Backend(Error::Failed { .. } | Error::TooLarge { .. })) => {
-                letter.set_last_reason(&last_reason);
-                self.commit_letter(&letter).await?
-            }
-            first => first?,
-        };
-        self.run.letter_commits += 1;
-        self.parked.due = first.and_then(|letter| letter.due);
-        tracing::warn!(
-            offset = %letter.record.offset, tries = letter.tries, %error, ?due,
-            "a dead letter failed again"
-        );
-        Ok(())
-    }
-
-    /// Commits a letter as it is now. Returns the letter that is due first.
-    async fn commit_letter(&mut self, letter: &DeadLetter) -> Result<Option<DeadLetter>, Failure> {
-        let mut tx = self.begin().await?;
-        self.or_stop(letters_of(&mut tx)?.park(letter)).await?;
-        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
-        self.commit_unmoved(tx, Done::default()).await?;
-        Ok(first)
-    }
-
     /// Rolls a transaction back. An error concerns only the rollback, since the backend discards
     /// the transaction in any case.
-    async fn end(&self, tx: S::Tx) -> Result<(), Failure> {
+    pub(super) async fn end(&self, tx: S::Tx) -> Result<(), Failure> {
         if let Err(error) = self.unless_stopped(tx.rollback()).await? {
             tracing::debug!(%error, "rollback failed; the backend discards the transaction on its own");
         }
@@ -561,26 +329,10 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 }
 
-/// Blames the only letter of a transaction, or takes the letters apart to find the culprit. A fatal
-/// error ends the run at once.
-fn blame(mut handled: Vec<DeadLetter>, error: HandlerError) -> Attempt {
-    let before = handled.len().saturating_sub(1);
-    match (handled.pop(), handled.is_empty()) {
-        (Some(letter), is_only) if is_only || error.kind == HandlerErrorKind::Fatal => {
-            Attempt::Failed(Box::new(letter), error)
-        }
-        (_, _) => Attempt::Apart(before.div_ceil(2)),
-    }
-}
-
-fn letters_of<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn DeadLetters, Failure> {
+pub(super) fn letters_of<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn DeadLetters, Failure> {
     tx.dead_letters().ok_or_else(|| Failure::Backend(keeps_none()))
 }
 
-fn letters_of_used<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn DeadLetters, Obstacle> {
-    tx.dead_letters().ok_or_else(|| Obstacle::Transaction(keeps_none()))
-}
-
-fn keeps_none() -> Error {
+pub(super) fn keeps_none() -> Error {
     Error::failed("use dead letters", "the store's transaction keeps none")
 }

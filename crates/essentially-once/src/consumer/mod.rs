@@ -7,6 +7,7 @@ mod delivery;
 mod duplicates;
 mod failure;
 mod heart;
+mod letter_tries;
 mod letters;
 mod load;
 mod policy;
