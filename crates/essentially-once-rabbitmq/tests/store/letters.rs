@@ -11,6 +11,7 @@ use essentially_once::{
 };
 use essentially_once_rabbitmq::{RabbitStore, RabbitTx};
 use essentially_once_testkit::Violation;
+use test_servers::insist;
 
 use crate::{
     Tests,
@@ -278,8 +279,14 @@ async fn standby() -> Result<(), Violation> {
     };
     let owner = tokio::spawn(consumer(false, place.store().await?).run());
     let store = place.store().await?;
+    let consumer_id = shipping();
     let are_gone = async |are_gone: bool| {
-        while offsets(&store).await?.is_empty() != are_gone {
+        // The streams may not be up yet.
+        while insist(|| dead_letters::list(&consumer_id, &store, None, 1))
+            .await?
+            .is_empty()
+            != are_gone
+        {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         Ok::<_, Violation>(())
@@ -288,8 +295,8 @@ async fn standby() -> Result<(), Violation> {
     // As in a crash, the position keeps its owner.
     owner.abort();
     let _ = owner.await;
-    dead_letters::retry_all(&shipping(), &store).await?;
-    let run = tokio::spawn(consumer(true, place.store().await?).restart_limit(0).run());
+    insist(|| dead_letters::retry_all(&consumer_id, &store)).await?;
+    let run = tokio::spawn(consumer(true, place.store().await?).run());
     tokio::select! {
         gone = are_gone(true) => gone?,
         ended = run => panic!("the standby ended: {ended:?}"),
