@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
+mod healthy;
 mod letters;
 mod rabbitmq;
 mod recovery;
@@ -55,6 +56,9 @@ enum Backend {
     /// The price of dead letters on SQLite: of records that are parked, and of many letters in the
     /// file. Ignores batch sizes.
     Letters,
+    /// What the option to keep dead letters costs a record that is handled. Needs Valgrind, and
+    /// ignores all other options.
+    Healthy(healthy::HealthyArguments),
 }
 
 /// One measured row of the table.
@@ -102,6 +106,7 @@ fn main() -> Result<ExitCode> {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
+        Backend::Healthy(healthy) => return healthy::measure(healthy, folder.path()).map(|()| ExitCode::SUCCESS),
         Backend::Letters => return letters::measure(arguments.rounds, &folder).map(|()| ExitCode::SUCCESS),
         Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),
     };
