@@ -447,7 +447,10 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
             };
             let going_back = async {
                 reset(&mut self.handler).await;
-                rt::sleep(pause).await;
+                // Even the shortest sleep takes a tick of the runtime's timer, a millisecond.
+                if !pause.is_zero() {
+                    rt::sleep(pause).await;
+                }
             };
             tokio::select! {
                 biased;
