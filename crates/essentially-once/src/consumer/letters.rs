@@ -47,8 +47,8 @@ impl DeadLetterOptions {
     /// When the letter succeeds, the next one of its key follows at once. Letters of other keys,
     /// and the log, do not wait for it.
     ///
-    /// A letter that the handler [rejects](HandlerError::reject), or that cannot be decoded, waits
-    /// for an operator.
+    /// A letter that the handler [rejects](crate::HandlerError::reject), or that cannot be decoded,
+    /// waits for an operator.
     #[must_use]
     pub fn retry_after(mut self, pause: Duration) -> Self {
         self.retry_after = Some(pause);
