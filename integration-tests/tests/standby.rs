@@ -6,7 +6,9 @@
 
 use std::{
     env, fs,
+    future::Future,
     path::PathBuf,
+    pin::Pin,
     process::ExitCode,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
@@ -228,13 +230,22 @@ fn is_full() -> bool {
 const ATTEMPTS: u32 = 3;
 
 async fn three_are_as_fast_as_one(stage: Stage) -> Result<(), Source> {
+    repeat(&stage, |stage, attempt| {
+        Box::pin(compare_three_with_one(stage, attempt))
+    })
+    .await
+}
+
+type Measurement<'a> = Pin<Box<dyn Future<Output = Result<(), Source>> + Send + 'a>>;
+
+async fn repeat(stage: &Stage, measure: for<'a> fn(&'a Stage, u32) -> Measurement<'a>) -> Result<(), Source> {
     for attempt in 1..ATTEMPTS {
-        match compare_three_with_one(&stage, attempt).await {
+        match measure(stage, attempt).await {
             Err(error) => eprintln!("attempt {attempt}: {error}"),
             done => return done,
         }
     }
-    compare_three_with_one(&stage, ATTEMPTS).await
+    measure(stage, ATTEMPTS).await
 }
 
 async fn compare_three_with_one(stage: &Stage, attempt: u32) -> Result<(), Source> {
@@ -256,13 +267,10 @@ async fn compare_three_with_one(stage: &Stage, attempt: u32) -> Result<(), Sourc
 }
 
 async fn a_long_handler_keeps_its_process_active(stage: Stage) -> Result<(), Source> {
-    for attempt in 1..ATTEMPTS {
-        match count_calls_of_a_long_handler(&stage, attempt).await {
-            Err(error) => eprintln!("attempt {attempt}: {error}"),
-            done => return done,
-        }
-    }
-    count_calls_of_a_long_handler(&stage, ATTEMPTS).await
+    repeat(&stage, |stage, attempt| {
+        Box::pin(count_calls_of_a_long_handler(stage, attempt))
+    })
+    .await
 }
 
 async fn count_calls_of_a_long_handler(stage: &Stage, attempt: u32) -> Result<(), Source> {

@@ -282,12 +282,13 @@ async fn standby() -> Result<(), Violation> {
     let consumer_id = shipping();
     let are_gone = async |are_gone: bool| {
         // The streams may not be up yet.
+        let mut pulse = insist(|| store.pulse(&consumer_id)).await?;
         while insist(|| dead_letters::list(&consumer_id, &store, None, 1))
             .await?
             .is_empty()
             != are_gone
         {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            pulse = insist(|| store.watch(&consumer_id, &pulse, Duration::from_secs(1))).await?;
         }
         Ok::<_, Violation>(())
     };

@@ -8,14 +8,8 @@ use std::{
 };
 
 use super::{
-    delivery::Delivery,
-    failure::Failure,
-    load::Records,
-    policy::Sentence,
-    read_ahead::ReadAhead,
-    resume::compare,
-    run::{Carried, Done},
-    session::{Place, Session},
+    delivery::Delivery, failure::Failure, load::Source, policy::Sentence, read_ahead::ReadAhead, resume::compare,
+    run::Done, session::Session,
 };
 use crate::{
     ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
@@ -40,14 +34,43 @@ impl<S: OffsetStore> Session<'_, S> {
         if D::NEEDS_DURABILITY && !self.settings.accept_volatile {
             self.check_durability().await?;
         }
-        let mut until = match until {
+        let until = match until {
             Some(Some(until)) => Some(*until),
             Some(unset) => Some(*unset.insert(self.or_stop(self.log.readable_end()).await?)),
             None => None,
         };
-        let Some(records) = self.load(until).await? else {
+        let Some(source) = self.load(until).await? else {
             return Ok(());
         };
+        let mut ahead = match source {
+            Source::ReadAhead(ahead) => ahead,
+            Source::Reader(reader) => ReadAhead::spawn(
+                reader,
+                self.place.next,
+                self.settings
+                    .read_ahead_records
+                    .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
+                self.settings.read_ahead_bytes,
+            ),
+        };
+        let result = self.run_on::<H, D>(handler, &mut ahead, until).await;
+        match &result {
+            // The next session begins where this one failed.
+            Err(Failure::Record(_) | Failure::Batch(..)) if ahead.is_at(self.place.next) => {
+                self.run.ahead = Some((self.place.revision, ahead));
+            }
+            _ => ahead.end().await,
+        }
+        self.run.parked = mem::take(&mut self.parked);
+        result
+    }
+
+    async fn run_on<H: Handler<D::Tx>, D: Delivery<S>>(
+        &mut self,
+        handler: &mut H,
+        ahead: &mut ReadAhead,
+        mut until: Option<Offset>,
+    ) -> Result<(), Failure> {
         self.drop_stale_verdict();
         match D::PARKS {
             true => self.load_parked().await?,
@@ -58,27 +81,7 @@ impl<S: OffsetStore> Session<'_, S> {
             // Without a read, nothing else would detect a replaced log.
             return self.or_stop(compare(self.log, self.id, self.place.note.passed())).await;
         }
-        let mut ahead = match records {
-            Records::Read(ahead) => ahead,
-            Records::Unread(reader) => ReadAhead::spawn(
-                reader,
-                self.settings
-                    .read_ahead_records
-                    .unwrap_or_else(|| self.settings.max_batch.saturating_mul(16).max(8_192)),
-                self.settings.read_ahead_bytes,
-            ),
-        };
-        let result = self.consume::<H, D>(handler, &mut ahead, &mut until).await;
-        match &result {
-            // The next session begins where this one failed.
-            Err(Failure::Record(_) | Failure::Batch(..)) => {
-                let Place { revision, next, .. } = self.place;
-                self.run.carried = Some(Carried { revision, next, ahead });
-            }
-            _ => ahead.end().await,
-        }
-        self.run.parked = mem::take(&mut self.parked);
-        result
+        self.consume::<H, D>(handler, ahead, &mut until).await
     }
 
     async fn consume<H: Handler<D::Tx>, D: Delivery<S>>(
@@ -124,7 +127,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 Err(failure) => {
                     left.splice(..0, batch);
                     left.retain(|record| record.offset >= self.place.next);
-                    ahead.put_back(left);
+                    ahead.put_back(self.place.next, left);
                     return Err(failure);
                 }
             };

@@ -92,7 +92,7 @@ impl DeadLetterOptions {
     /// When to try a letter again that failed at `now`.
     fn due(&self, letter: &DeadLetter, now: SystemTime) -> Option<SystemTime> {
         let before = match letter.due {
-            // The pause that the last failure chose. An operator's retry begins anew.
+            // The pause that the last failure chose. After an operator's retry there is none.
             Some(due) if letter.tries > 0 => due.duration_since(letter.last_failed_at).unwrap_or_default(),
             _ => Duration::ZERO,
         };

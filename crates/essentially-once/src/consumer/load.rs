@@ -19,18 +19,17 @@ use crate::{Error, LogReader, Note, Offset, OffsetStore, Position, window::Windo
 /// with retention.
 const MAX_STARTS: usize = 10;
 
-/// The records from a position on.
-pub(super) enum Records {
-    Unread(Box<dyn LogReader>),
-    Read(ReadAhead),
+/// Where the records of a session come from.
+pub(super) enum Source {
+    Reader(Box<dyn LogReader>),
+    /// What the last session has read ahead.
+    ReadAhead(ReadAhead),
 }
 
 impl<S: OffsetStore> Session<'_, S> {
     /// Loads the stored position, and opens a reader there unless the last session has read ahead
-    /// from there. Returns `None` if another instance has
-    /// brought the position to `until`.
-    pub(super) async fn load(&mut self, until: Option<Offset>) -> Result<Option<Records>, Failure> {
-        let mut carried = self.run.carried.take();
+    /// from there. Returns `None` if another instance has brought the position to `until`.
+    pub(super) async fn load(&mut self, until: Option<Offset>) -> Result<Option<Source>, Failure> {
         let mut has_stood_by = false;
         let mut silent_since = None;
         loop {
@@ -38,7 +37,7 @@ impl<S: OffsetStore> Session<'_, S> {
             self.check_not_lost(stored.as_ref()).await?;
             let Some(position) = stored else {
                 (self.run.started_at, self.run.is_overtaken) = (None, false);
-                return Ok(Some(Records::Unread(self.start().await?)));
+                return Ok(Some(Source::Reader(self.start().await?)));
             };
             if !position.log.is_same_log(self.log.id()) {
                 return Err(Failure::Backend(Error::WrongLog {
@@ -64,7 +63,8 @@ impl<S: OffsetStore> Session<'_, S> {
                     let silence = last_sign.elapsed();
                     self.run.silences.remember(silence, self.settings.standby_after);
                 }
-                (has_stood_by, carried) = (true, None);
+                has_stood_by = true;
+                self.run.end_reading().await;
                 match self.stand_by(&position, until).await? {
                     Watched::CaughtUp => return Ok(None),
                     Watched::Silent(revision) => silent_since = Some(revision),
@@ -73,13 +73,16 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.heart.work();
                 continue;
             }
-            let ahead = carried
-                .filter(|carried| (carried.revision, carried.next) == (position.revision, position.next))
-                .map(|carried| carried.ahead);
             self.go_to(position);
-            return Ok(Some(match ahead {
-                Some(ahead) => Records::Read(ahead),
-                None => Records::Unread(self.read_on(has_stood_by).await?),
+            let Place { revision, next, .. } = self.place;
+            let left = self
+                .run
+                .ahead
+                .take_if(|(at, ahead)| *at == revision && ahead.is_at(next));
+            self.run.end_reading().await;
+            return Ok(Some(match left {
+                Some((_, ahead)) => Source::ReadAhead(ahead),
+                None => Source::Reader(self.read_on(has_stood_by).await?),
             }));
         }
     }

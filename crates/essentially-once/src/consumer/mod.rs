@@ -383,9 +383,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         let heart = Heart::spawn(&self.store, &self.id, owner, self.settings.standby_after);
         let mut run = Run::default();
         let result = self.run_sessions(&mut run, owner, &heart, stop, until_caught_up).await;
-        if let Some(carried) = run.carried.take() {
-            carried.ahead.end().await;
-        }
+        run.end_reading().await;
         heart.end().await;
         if let (Err(Error::Unhandled { .. }), Some(revision)) = (&result, run.revision()) {
             forget_tries(&*self.store, &self.id, revision).await;

@@ -18,6 +18,8 @@ const LEAST_QUARTER: usize = 1_024;
 pub(super) struct ReadAhead {
     buffer: Arc<Buffer>,
     task: rt::JoinHandle<()>,
+    /// Every record from here on is still to be taken.
+    from: Offset,
     /// Whether the reading task was woken and has not run yet.
     woken: bool,
 }
@@ -39,7 +41,8 @@ struct State {
 }
 
 impl ReadAhead {
-    pub(super) fn spawn(reader: Box<dyn LogReader>, max_records: usize, max_bytes: usize) -> Self {
+    /// Reads from `from` on, where the reader is.
+    pub(super) fn spawn(reader: Box<dyn LogReader>, from: Offset, max_records: usize, max_bytes: usize) -> Self {
         let buffer = Arc::new(Buffer {
             state: Mutex::default(),
             max_records,
@@ -51,6 +54,7 @@ impl ReadAhead {
         Self {
             buffer,
             task,
+            from,
             woken: false,
         }
     }
@@ -65,6 +69,9 @@ impl ReadAhead {
         }
         loop {
             if let Some(taken) = self.buffer.take(max, alone, &mut self.woken) {
+                if let Ok([.., last]) = taken.as_deref() {
+                    self.from = last.offset.successor();
+                }
                 return taken;
             }
             self.buffer.filled.notified().await;
@@ -73,14 +80,20 @@ impl ReadAhead {
 }
 
 impl ReadAhead {
-    /// Puts records back that were taken last, before the waiting ones.
-    pub(super) fn put_back(&self, records: Vec<Record>) {
+    /// Puts all records back that were taken since `from`.
+    pub(super) fn put_back(&mut self, from: Offset, records: Vec<Record>) {
+        self.from = from;
         let mut state = self.buffer.lock();
         for record in records.into_iter().rev() {
             state.bytes += record.size();
             state.records.push_front(record);
         }
         self.buffer.filled.notify_one();
+    }
+
+    /// Whether every record from this offset on is still to be taken.
+    pub(super) fn is_at(&self, offset: Offset) -> bool {
+        self.from == offset
     }
 
     /// Ends the reading and waits until the reader is dropped.

@@ -25,8 +25,9 @@ pub(super) struct Run {
     pub(super) letter_commits: u64,
     /// Whether a letter has ended the last session, so that records come first in the next.
     pub(super) records_first: bool,
-    /// What was read ahead when a record failed.
-    pub(super) carried: Option<Carried>,
+    /// What was read ahead when a record failed, and the revision of the position at which it
+    /// begins.
+    pub(super) ahead: Option<(Revision, ReadAhead)>,
     /// The record to go past, after its last try failed.
     pub(super) verdict: Option<Verdict>,
     /// The first position of a new consumer, until it receives a record.
@@ -62,16 +63,16 @@ impl Run {
         true
     }
 
+    /// Ends the reading that a session has left. Does nothing if there is none.
+    pub(super) async fn end_reading(&mut self) {
+        if let Some((_, ahead)) = self.ahead.take() {
+            ahead.end().await;
+        }
+    }
+
     pub(super) fn is_owner(&self) -> bool {
         self.is_owner
     }
-}
-
-/// Records from a position on, to be handled by the next session if the position is still the same.
-pub(super) struct Carried {
-    pub(super) revision: Revision,
-    pub(super) next: Offset,
-    pub(super) ahead: ReadAhead,
 }
 
 /// A position that a run has seen.

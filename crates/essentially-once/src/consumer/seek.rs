@@ -115,13 +115,19 @@ async fn first_lost(
     next: Offset,
     end: Offset,
 ) -> Result<Option<Offset>, Error> {
+    let mut after = next;
+    let mut page = match letters.letter(next).await? {
+        Some(letter) => vec![letter],
+        None => letters.list(Some(after), PAGE).await?,
+    };
+    if page.is_empty() {
+        return Ok(None);
+    }
     let mut records = Records {
         reader: log.read(next).await?,
         read: VecDeque::new(),
         end,
     };
-    let mut page: Vec<_> = letters.letter(next).await?.into_iter().collect();
-    let mut after = next;
     loop {
         for letter in &page {
             after = letter.record.offset;

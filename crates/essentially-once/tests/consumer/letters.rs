@@ -78,6 +78,14 @@ pub(super) fn consumer(backend: &Backend, handler: Lists) -> Consumer<ScriptedSt
         .dead_letters(DeadLetterOptions::new())
 }
 
+/// A backend whose consumer has passed all records and has parked 2, 4 and 8 of key `a`.
+pub(super) async fn with_letters() -> Backend {
+    let backend = keyed(Script::default()).await;
+    let run = consumer(&backend, poisoned(&backend, &["2"]));
+    run.run_until_caught_up().await.unwrap();
+    backend
+}
+
 /// The payloads that took effect, in order, by key.
 pub(super) async fn effects(backend: &Backend) -> BTreeMap<&'static str, String> {
     let mut tx = backend.memory.store().begin(&shipping()).await.unwrap();
@@ -379,11 +387,7 @@ async fn a_malformed_record_is_parked_without_holding_up_its_key() {
 
 #[tokio::test]
 async fn a_fatal_error_in_a_letter_ends_the_run_and_leaves_the_letter() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     retry_all(&backend).await;
     let before = letters(&backend).await;
     let handler = handler_fn(|_: &Record, _: &mut ScriptedTx| Box::pin(async { Err(HandlerError::fatal("full")) }));

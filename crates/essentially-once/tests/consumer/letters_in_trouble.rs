@@ -13,7 +13,9 @@ use essentially_once::{
 };
 
 use super::{
-    letters::{all_in_order, consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until},
+    letters::{
+        all_in_order, consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until, with_letters,
+    },
     *,
 };
 
@@ -86,11 +88,7 @@ async fn a_handler_that_ignores_a_broken_transaction_is_blamed_although_a_letter
 
 #[tokio::test]
 async fn a_handler_that_ignores_a_broken_transaction_is_blamed_at_a_letter_too() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     for (culprit, left) in [("4", vec![4, 8]), ("4", vec![4, 8]), ("none", vec![])] {
         retry_all(&backend).await;
         let handler = listing(move |payload, tx| {
@@ -105,11 +103,7 @@ async fn a_handler_that_ignores_a_broken_transaction_is_blamed_at_a_letter_too()
 
 #[tokio::test]
 async fn a_fatal_error_behind_other_letters_ends_the_run_at_its_first_call() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     retry_all(&backend).await;
     let calls = Calls::default();
     let counted = calls.clone();
@@ -125,11 +119,7 @@ async fn a_fatal_error_behind_other_letters_ends_the_run_at_its_first_call() {
 
 #[tokio::test]
 async fn a_stop_lets_the_letter_commit_that_was_just_handled() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     retry_all(&backend).await;
     let stop = CancellationToken::new();
     let stopping = stop.clone();
@@ -259,11 +249,7 @@ async fn a_standby_leaves_letters_that_are_not_due_to_their_owner() {
 
 #[tokio::test]
 async fn seek_back_refuses_to_remove_letters_whose_records_are_gone() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     let shorter = Memory::new();
     let log: MemoryLog = shorter.log("orders").unwrap();
     log.append(&[NewRecord::new("0"), NewRecord::new("1"), NewRecord::new("2")])
@@ -284,11 +270,7 @@ async fn seek_back_refuses_to_remove_letters_whose_records_are_gone() {
 
 #[tokio::test]
 async fn other_deliveries_refuse_a_consumer_with_letters() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     backend
         .memory_log()
         .append(&[NewRecord::new("x").key("a")])

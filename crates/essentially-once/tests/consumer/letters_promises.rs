@@ -5,14 +5,35 @@ use std::{
     time::SystemTime,
 };
 
-use super::{
-    letters::{consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until},
-    *,
-};
 use essentially_once::{
-    backend::{DeadLetter, DeadLetters, Transaction},
+    backend::{Advance, DeadLetter, DeadLetters, Transaction},
     consumer::{DeadLetterOptions, OnFailure, dead_letters},
 };
+use tokio::sync::Notify;
+
+use super::{
+    letters::{consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until, with_letters},
+    *,
+};
+
+/// Fails if something that should happen soon does not.
+async fn soon<F: Future>(event: F) -> F::Output {
+    let limited = tokio::time::timeout(Duration::from_secs(60), event).await;
+    limited.expect("it happens within a minute")
+}
+
+/// Parks letters by hand.
+async fn park(backend: &Backend, parked: &[DeadLetter]) {
+    let mut tx = backend.memory.store().begin(&shipping()).await.unwrap();
+    for letter in parked {
+        tx.park(letter).await.unwrap();
+    }
+    let position = backend.position(&shipping()).await.unwrap();
+    let revision = position.revision;
+    let mut advance = Advance::new(position.log, position.next, revision, revision.next_epoch());
+    advance.owner = position.owner;
+    tx.commit(advance).await.unwrap();
+}
 
 /// The result of a future that never waits, as those of the memory backend.
 fn now<T>(future: impl Future<Output = T>) -> T {
@@ -26,36 +47,21 @@ fn now<T>(future: impl Future<Output = T>) -> T {
 /// "At-least-once and at-most-once consumers [...] refuse to run while the consumer has letters."
 #[tokio::test]
 async fn other_deliveries_refuse_letters_after_a_passing_fault_too() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
-    backend
-        .memory_log()
-        .append(&[NewRecord::new("x").key("a")])
-        .await
-        .unwrap();
-    let faulty = Backend::of(
-        backend.memory.clone(),
-        Script::default().fail(Step::Begin, 0, Fault::Before),
-    );
-    let handled = Arc::new(Mutex::new(Vec::new()));
-    let seen = Arc::clone(&handled);
-    let handler = handler_fn(move |record: &Record, (): &mut ()| {
-        seen.lock().unwrap().push(record.offset.lo());
-        Box::pin(async { Ok(()) })
-    });
-    let result = Consumer::at_least_once(shipping(), faulty.log(), faulty.store(), handler)
+    let backend = with_letters().await;
+    let more = [NewRecord::new("x").key("a")];
+    backend.memory_log().append(&more).await.unwrap();
+    let script = Script::default().fail(Step::Begin, 0, Fault::Before);
+    let faulty = Backend::of(backend.memory.clone(), script);
+    let counter = faulty.counter();
+    let run = Consumer::at_least_once(shipping(), faulty.log(), faulty.store(), InMemory(counter.clone()))
         .min_backoff(Duration::ZERO)
-        .max_backoff(Duration::ZERO)
-        .run_until_caught_up()
-        .await;
+        .max_backoff(Duration::ZERO);
+    let error = run.run_until_caught_up().await.unwrap_err();
     faulty.script.assert_all_struck();
-    let handled = handled.lock().unwrap().clone();
+    assert!(error.to_string().contains("3 dead letters"), "{error}");
     assert!(
-        result.is_err() && handled.is_empty(),
-        "handled {handled:?} of key `a` although letters of it wait: {result:?}"
+        counter.in_memory.lock().unwrap().is_empty(),
+        "a record of a key with letters was handled"
     );
 }
 
@@ -64,13 +70,14 @@ async fn other_deliveries_refuse_letters_after_a_passing_fault_too() {
 async fn other_deliveries_refuse_letters_that_appeared_since_they_began() {
     let backend = keyed(Script::default()).await;
     let handled = Arc::new(Mutex::new(Vec::new()));
-    let seen = Arc::clone(&handled);
+    let go_on = Arc::new(Notify::new());
+    let (seen, released) = (Arc::clone(&handled), Arc::clone(&go_on));
     let handler = handler_fn(move |record: &Record, (): &mut ()| {
         seen.lock().unwrap().push(record.offset.lo());
-        let is_slow = record.payload == "slow";
+        let (is_slow, released) = (record.payload == "slow", Arc::clone(&released));
         Box::pin(async move {
             if is_slow {
-                tokio::time::sleep(Duration::from_millis(500)).await;
+                released.notified().await;
             }
             Ok(())
         })
@@ -81,23 +88,20 @@ async fn other_deliveries_refuse_letters_that_appeared_since_they_began() {
     wait_until(&run, async || next(&backend).await == RECORDS.into()).await;
     let more = [NewRecord::new("slow"), NewRecord::new("poison").key("a")];
     backend.memory_log().append(&more).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    wait_until(&run, async || handled.lock().unwrap().contains(&RECORDS)).await;
     // The new version, essentially-once, takes over for a while and parks a record.
     let rolled_out = consumer(&backend, poisoned(&backend, &["poison"])).standby_after(Duration::ZERO);
     rolled_out.run_until_caught_up().await.unwrap();
     assert_eq!(parked(&backend).await, [RECORDS + 1]);
-    backend
-        .memory_log()
-        .append(&[NewRecord::new("y").key("a")])
-        .await
-        .unwrap();
-    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    let more = [NewRecord::new("y").key("a")];
+    backend.memory_log().append(&more).await.unwrap();
+    go_on.notify_one();
+    let error = soon(run).await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("1 dead letters"), "{error}");
     let handled = handled.lock().unwrap().clone();
     assert!(
         !handled.contains(&(RECORDS + 2)),
-        "handled {} of key `a` ahead of the letter {:?}",
-        RECORDS + 2,
-        parked(&backend).await
+        "ahead of a letter of its key: {handled:?}"
     );
 }
 
@@ -119,18 +123,9 @@ async fn a_verdict_that_no_longer_counts_does_not_hold_letters_back() {
     wait_until(&run, async || next(&backend).await == RECORDS.into()).await;
     handler.poison.lock().unwrap().clear();
     retry_all(&backend).await;
-    let worked_off = tokio::time::timeout(
-        Duration::from_secs(5),
-        wait_until(&run, async || letters(&backend).await.is_empty()),
-    );
-    let worked_off = worked_off.await;
+    soon(wait_until(&run, async || letters(&backend).await.is_empty())).await;
     stop.cancel();
     run.await.unwrap().unwrap();
-    assert!(
-        worked_off.is_ok(),
-        "letters {:?} are due and never tried",
-        parked(&backend).await
-    );
 }
 
 /// The same in a job: it ends well, with the due letters untried.
@@ -256,11 +251,7 @@ async fn seek_back_keeps_letters_whose_records_were_deleted_one_by_one() {
 /// The same with a log that was replaced and has grown past the letters.
 #[tokio::test]
 async fn seek_back_keeps_letters_of_a_log_that_was_replaced() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     let before = letters(&backend).await;
     let other = Memory::new();
     let log = other.log("orders").unwrap();
@@ -307,19 +298,26 @@ async fn a_record_is_not_skipped_because_the_next_one_cannot_be_parked() {
 async fn a_letter_that_waited_behind_another_is_tried_again_after_retry_after() {
     let backend = keyed(Script::default()).await;
     let handler = poisoned(&backend, &[]);
-    handler.retried.lock().unwrap().push("2");
-    let options = DeadLetterOptions::new().retry_after(Duration::from_millis(50));
-    let run = || consumer(&backend, handler.clone()).dead_letters(options.clone());
-    run().run_until_caught_up().await.unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    *handler.retried.lock().unwrap() = vec!["4"];
+    consumer(&backend, handler.clone()).run_until_caught_up().await.unwrap();
+    let parked_at = SystemTime::now() - Duration::from_secs(3_600);
+    let letter = |offset: u64, tries| {
+        let mut record = Record::new(offset.into(), parked_at, offset.to_string());
+        record.key = Some("a".into());
+        DeadLetter::new(record, tries, "why", parked_at)
+    };
+    let mut first = letter(2, 1);
+    first.due = Some(parked_at);
+    park(&backend, &[first, letter(4, 0)]).await;
+    handler.retried.lock().unwrap().push("4");
+    let options = DeadLetterOptions::new().retry_after(Duration::from_secs(60));
     let now = SystemTime::now();
-    run().run_until_caught_up().await.unwrap();
+    let run = consumer(&backend, handler).dead_letters(options);
+    run.run_until_caught_up().await.unwrap();
     let letter = letters(&backend).await.remove(0);
     assert_eq!((letter.record.offset, letter.tries), (4.into(), 1));
     let pause = letter.due.unwrap().duration_since(now).unwrap();
     assert!(
-        pause < Duration::from_millis(300),
+        pause < Duration::from_secs(120),
         "its first failure makes it wait {pause:?}"
     );
 }
@@ -401,32 +399,13 @@ async fn no_letter_waits_for_longer_than_longest_retry_after() {
     let backend = keyed(Script::default()).await;
     let handler = poisoned(&backend, &[]);
     consumer(&backend, handler.clone()).run_until_caught_up().await.unwrap();
-    let store = backend.memory.store();
     let wrong = SystemTime::now() + Duration::from_secs(365 * 24 * 3_600);
     let mut record = Record::new(2.into(), SystemTime::now(), "again");
     record.key = Some("a".into());
     let mut letter = DeadLetter::new(record, 1, "why", wrong);
     letter.due = Some(wrong);
-    let mut tx = store.begin(&shipping()).await.unwrap();
-    tx.park(&letter).await.unwrap();
-    let position = backend.position(&shipping()).await.unwrap();
-    let mut advance = essentially_once::backend::Advance::new(
-        position.log,
-        position.next,
-        position.revision,
-        position.revision.next_epoch(),
-    );
-    advance.owner = position.owner;
-    tx.commit(advance).await.unwrap();
-    let options = DeadLetterOptions::new()
-        .retry_after(Duration::from_millis(1))
-        .longest_retry_after(Duration::from_millis(1));
-    tokio::time::sleep(Duration::from_millis(10)).await;
-    consumer(&backend, handler)
-        .dead_letters(options)
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    park(&backend, &[letter]).await;
+    consumer(&backend, handler).run_until_caught_up().await.unwrap();
     assert!(parked(&backend).await.is_empty());
 }
 
@@ -471,11 +450,7 @@ async fn a_letter_whose_commit_is_refused_costs_a_few_calls_of_those_before_it()
 /// backend that is away, for example another log to which it appends.
 #[tokio::test]
 async fn the_log_does_not_wait_for_a_letter_whose_handler_meets_a_backend_that_is_away() {
-    let backend = keyed(Script::default()).await;
-    consumer(&backend, poisoned(&backend, &["2"]))
-        .run_until_caught_up()
-        .await
-        .unwrap();
+    let backend = with_letters().await;
     retry_all(&backend).await;
     let more = ["x", "y"].map(|payload| NewRecord::new(payload).key("b"));
     backend.memory_log().append(&more).await.unwrap();
@@ -488,16 +463,14 @@ async fn the_log_does_not_wait_for_a_letter_whose_handler_meets_a_backend_that_i
             }
         })
     });
-    let stop = CancellationToken::new();
     let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
         .max_backoff(Duration::from_millis(10))
         .standby_after(Duration::ZERO)
         .dead_letters(DeadLetterOptions::new());
-    let run = tokio::spawn(run.run_until(stop.clone()));
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    stop.cancel();
-    let report = run.await.unwrap().unwrap();
-    assert_eq!(next(&backend).await, (RECORDS + 2).into(), "{report}");
+    let run = tokio::spawn(run.run());
+    soon(wait_until(&run, async || next(&backend).await == (RECORDS + 2).into())).await;
+    run.abort();
+    assert_eq!(parked(&backend).await, [2, 4, 8]);
 }
 
 /// "Letters that are in the store already are respected and tried when they are due, even without
@@ -508,15 +481,16 @@ async fn a_run_without_the_option_does_not_end_the_retries_of_a_letter() {
     let handler = poisoned(&backend, &[]);
     handler.retried.lock().unwrap().push("2");
     let options = DeadLetterOptions::new().retry_after(Duration::from_millis(10));
-    let run = || consumer(&backend, handler.clone()).dead_letters(options.clone());
-    run().run_until_caught_up().await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let plain = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler.clone());
+    let run = consumer(&backend, handler.clone()).dead_letters(options);
+    run.run_until_caught_up().await.unwrap();
+    let before = letters(&backend).await.remove(0);
+    let left = before.due.unwrap().duration_since(SystemTime::now());
+    tokio::time::sleep(left.unwrap_or_default()).await;
+    let plain = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler);
     plain.run_until_caught_up().await.unwrap();
-    handler.retried.lock().unwrap().clear();
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    run().run_until_caught_up().await.unwrap();
-    assert!(parked(&backend).await.is_empty(), "{:?}", letters(&backend).await);
+    let after = letters(&backend).await.remove(0);
+    assert_eq!(after.tries, before.tries + 1);
+    assert!(after.due > before.due, "{after:?}");
 }
 
 /// "If the active instance dies, a standby takes over when a letter is due". The standby was active
@@ -528,7 +502,8 @@ async fn a_standby_with_an_old_verdict_tries_due_letters_after_it_took_over() {
     // A: after its verdict on 11, it cannot load its position for a while.
     let script = Script::default();
     let a_backend = Backend::of(backend.memory.clone(), script.clone());
-    let cut = script.clone();
+    let (cut, last_load) = (script.clone(), Arc::new(AtomicU64::new(u64::MAX)));
+    let noted = Arc::clone(&last_load);
     let stop = CancellationToken::new();
     let a = consumer(&a_backend, handler.clone())
         .standby_after(Duration::from_millis(20))
@@ -537,6 +512,7 @@ async fn a_standby_with_an_old_verdict_tries_due_letters_after_it_took_over() {
         .on_failure_with(move |failed| {
             if failed.record.offset == 11.into() {
                 let nth = cut.taken(Step::Position);
+                noted.store(nth, Ordering::SeqCst);
                 let _ = cut.clone().fail(Step::Position, nth, Fault::Before);
             }
             OnFailure::DeadLetter
@@ -549,28 +525,19 @@ async fn a_standby_with_an_old_verdict_tries_due_letters_after_it_took_over() {
     // B takes over meanwhile, parks 11, and dies.
     let b = tokio::spawn(consumer(&backend, handler.clone()).standby_after(Duration::ZERO).run());
     wait_until(&b, async || next(&backend).await == RECORDS.into()).await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    wait_until(&a, async || {
+        script.taken(Step::Position) > last_load.load(Ordering::SeqCst)
+    })
+    .await;
     b.abort();
     let _ = b.await;
     script.assert_all_struck();
     assert_eq!(parked(&backend).await, [2, 4, 8, 11]);
     handler.poison.lock().unwrap().clear();
     retry_all(&backend).await;
-    let owner_before = backend.position(&shipping()).await.unwrap().owner;
-    let worked_off = tokio::time::timeout(
-        Duration::from_secs(5),
-        wait_until(&a, async || letters(&backend).await.is_empty()),
-    );
-    let worked_off = worked_off.await;
-    let owner = backend.position(&shipping()).await.unwrap().owner;
+    soon(wait_until(&a, async || letters(&backend).await.is_empty())).await;
     stop.cancel();
     a.await.unwrap().unwrap();
-    assert!(
-        worked_off.is_ok(),
-        "A took over: {}, and does not try the letters {:?}",
-        owner != owner_before,
-        parked(&backend).await
-    );
 }
 
 /// A job that must never take over ends once all records are handled, as it did before letters.
@@ -583,6 +550,5 @@ async fn a_job_that_never_takes_over_ends_although_a_letter_is_due() {
     let _ = owner.await;
     retry_all(&backend).await;
     let job = consumer(&backend, poisoned(&backend, &[])).standby_after(Duration::MAX);
-    let ended = tokio::time::timeout(Duration::from_secs(5), job.run_until_caught_up()).await;
-    assert!(ended.is_ok(), "it waits for ever");
+    soon(job.run_until_caught_up()).await.unwrap();
 }
