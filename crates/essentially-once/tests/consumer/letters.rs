@@ -119,8 +119,13 @@ pub(super) async fn parked(backend: &Backend) -> Vec<u64> {
 
 /// Waits for something that a running consumer does.
 pub(super) async fn wait_until<T>(run: &tokio::task::JoinHandle<T>, condition: impl AsyncFn() -> bool) {
+    let started = std::time::Instant::now();
     while !condition().await {
         assert!(!run.is_finished(), "the run ended");
+        assert!(
+            started.elapsed() < Duration::from_secs(60),
+            "it did not happen within a minute"
+        );
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

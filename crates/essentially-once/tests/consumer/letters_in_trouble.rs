@@ -161,7 +161,8 @@ async fn letters_that_are_due_do_not_delay_the_verdict_on_a_record() {
     let backend = keyed(Script::default()).await;
     let handler = poisoned(&backend, &["11"]);
     handler.retried.lock().unwrap().push("2");
-    let options = DeadLetterOptions::new().retry_after(Duration::from_nanos(1));
+    let always = Duration::from_nanos(1);
+    let options = DeadLetterOptions::new().retry_after(always).longest_retry_after(always);
     let run = consumer(&backend, handler.clone()).max_batch(1).dead_letters(options);
     run.run_until_caught_up().await.unwrap();
     let calls = handler.calls.lock().unwrap();

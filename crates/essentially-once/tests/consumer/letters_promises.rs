@@ -35,15 +35,6 @@ async fn park(backend: &Backend, parked: &[DeadLetter]) {
     tx.commit(advance).await.unwrap();
 }
 
-/// The result of a future that never waits, as those of the memory backend.
-fn now<T>(future: impl Future<Output = T>) -> T {
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    match std::pin::pin!(future).poll(&mut context) {
-        std::task::Poll::Ready(done) => done,
-        std::task::Poll::Pending => panic!("it waits"),
-    }
-}
-
 /// "At-least-once and at-most-once consumers [...] refuse to run while the consumer has letters."
 #[tokio::test]
 async fn other_deliveries_refuse_letters_after_a_passing_fault_too() {

@@ -44,3 +44,12 @@ fn shipping() -> ConsumerId {
 }
 
 const RECORDS: u64 = 12;
+
+/// The result of a future that never waits, as those of the memory backend.
+fn now<T>(future: impl Future<Output = T>) -> T {
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::pin!(future).poll(&mut context) {
+        std::task::Poll::Ready(done) => done,
+        std::task::Poll::Pending => panic!("it waits"),
+    }
+}

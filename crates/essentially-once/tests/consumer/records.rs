@@ -1,5 +1,7 @@
 //! Records that cannot be handled: retried, rejected, fatal, malformed.
 
+use std::sync::Mutex;
+
 use essentially_once::consumer::OnFailure;
 
 use super::*;
@@ -286,4 +288,37 @@ async fn a_record_that_fails_does_not_make_the_log_be_read_again() {
     assert_eq!(backend.script.taken(Step::Read), 1);
     let expected: Vec<_> = (0..2_000).map(|n| u64::from(n % 10 != 7)).collect();
     assert_eq!(backend.counts(&shipping(), 2_000).await, expected);
+}
+
+/// What was read ahead belongs to the position at which the record failed.
+#[tokio::test]
+async fn a_position_that_moves_while_a_record_fails_is_read_from_there() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let (handled, memory, log) = (
+        Arc::new(Mutex::new(Vec::new())),
+        backend.memory.clone(),
+        backend.memory_log(),
+    );
+    let seen = Arc::clone(&handled);
+    let handler = handler_fn(move |record: &Record, _: &mut ScriptedTx| {
+        seen.lock().unwrap().push(record.offset.lo());
+        let is_poison = record.offset == 2.into();
+        Box::pin(async move {
+            match is_poison {
+                true => Err(HandlerError::reject("poison")),
+                false => Ok(()),
+            }
+        })
+    });
+    let run = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler)
+        .max_batch(1)
+        .on_failure_with(move |_| {
+            // An operator is faster than the consumer.
+            let (id, store) = (shipping(), memory.store());
+            now(seek(&id, &log, &store, StartAt::Offset(9.into()))).unwrap();
+            OnFailure::Skip
+        });
+    let report = run.run_until_caught_up().await.unwrap();
+    assert_eq!((report.next, report.failed), (Some(RECORDS.into()), 0), "{report}");
+    assert_eq!(*handled.lock().unwrap(), [0, 1, 2, 9, 10, 11]);
 }
