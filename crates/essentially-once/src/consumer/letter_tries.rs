@@ -39,10 +39,10 @@ enum Obstacle {
 }
 
 impl<S: OffsetStore> Session<'_, S> {
-    /// When to try letters next. A verdict on a record is carried out first, and after a letter
-    /// that ended a session, records have a moment to arrive.
+    /// When to try letters next. After a letter that ended a session, records have a moment to
+    /// arrive.
     pub(super) fn letters_due(&self) -> Option<SystemTime> {
-        let due = self.parked.due.filter(|_| self.run.verdict.is_none())?;
+        let due = self.parked.due?;
         let longest = self.settings.letters.clone().unwrap_or_default().longest_retry_after;
         // A clock that was ahead must not delay a letter for as long.
         let due = match SystemTime::now().checked_add(longest) {
