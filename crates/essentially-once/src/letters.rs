@@ -3,16 +3,21 @@
 use std::time::SystemTime;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes};
 
-use crate::{Error, Offset, Record};
+use crate::{
+    Error, NewRecord, Offset, Operator, Origin, Record,
+    backend::ByteReader,
+    journal::{self, from_millis, millis, put_bytes, read_text},
+};
 
 /// A record that a consumer could not handle and set aside, in the commit that moved its position
 /// past the record.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct DeadLetter {
-    /// The record as the log yielded it. Its offset identifies the letter.
+    /// The record as the log yielded it, or as an operator changed it. Its offset identifies the
+    /// letter.
     pub record: Record,
     /// How often the record was tried; 0 if it was set aside because earlier records of its key
     /// were.
@@ -30,6 +35,109 @@ pub struct DeadLetter {
     pub due: Option<SystemTime>,
     /// Rises with every change of the letter.
     pub version: u64,
+    /// How an operator changed the record; `None` if nobody did.
+    pub edit: Option<Box<Edit>>,
+}
+
+/// A change to the record of a letter. A store keeps it as bytes, and need not look inside.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Edit {
+    /// The record as the log yielded it.
+    pub original: Record,
+    /// Who changed it last.
+    pub by: String,
+    /// Why; empty if the operator gave no reason.
+    pub reason: String,
+    /// When, by the operator's clock, to the millisecond.
+    pub at: SystemTime,
+}
+
+impl Edit {
+    /// The version of the encoding.
+    const VERSION: u8 = 1;
+
+    /// The bytes of the original record and the texts together.
+    pub fn size(&self) -> usize {
+        self.original.size() + self.by.len() + self.reason.len()
+    }
+
+    /// The edit as bytes for a store to keep, without the offset and the append time of the record,
+    /// which the letter's own record has too.
+    pub fn encode(&self) -> Vec<u8> {
+        let Record {
+            key,
+            headers,
+            payload,
+            origin,
+            malformed,
+            ..
+        } = &self.original;
+        let mut bytes = Vec::with_capacity(self.size() + 100);
+        bytes.put_u8(Self::VERSION);
+        bytes.put_u64(millis(self.at));
+        put_bytes(&mut bytes, self.by.as_bytes());
+        put_bytes(&mut bytes, self.reason.as_bytes());
+        put_bytes(&mut bytes, payload);
+        put_option(&mut bytes, key.as_deref());
+        put_option(&mut bytes, malformed.as_deref().map(str::as_bytes));
+        let numbering = origin.as_ref().map(|origin| origin.numbering.to_string());
+        put_option(&mut bytes, numbering.as_deref().map(str::as_bytes));
+        bytes.put_u64(origin.as_ref().map_or(0, |origin| origin.sequence));
+        for (name, value) in headers {
+            put_bytes(&mut bytes, name.as_bytes());
+            put_bytes(&mut bytes, value);
+        }
+        bytes
+    }
+
+    /// Decodes the bytes of [`encode`](Self::encode), for the letter of this record.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes.
+    pub fn decode(bytes: impl Into<Bytes>, record: &Record) -> Result<Self, &'static str> {
+        let mut reader = ByteReader::new(bytes.into());
+        if reader.u8()? != Self::VERSION {
+            return Err("its edit has a version that this program does not support; use a newer one");
+        }
+        let at = from_millis(reader.u64()?);
+        let (by, reason) = (read_text(&mut reader)?, read_text(&mut reader)?);
+        let mut original = Record::new(record.offset, record.appended_at, reader.bytes()?);
+        original.key = read_option(&mut reader)?;
+        let text = |bytes: Option<Bytes>| bytes.map(|bytes| String::from_utf8(bytes.into())).transpose();
+        let not_text = |_| "a text in its edit is not UTF-8";
+        original.malformed = text(read_option(&mut reader)?).map_err(not_text)?.map(Into::into);
+        let numbering = text(read_option(&mut reader)?).map_err(not_text)?;
+        let sequence = reader.u64()?;
+        if let Some(numbering) = numbering {
+            let numbering = numbering.parse().map_err(|_| "the origin in its edit is invalid")?;
+            original.origin = Some(Origin::of(numbering, sequence));
+        }
+        while !reader.is_empty() {
+            original.headers.push((read_text(&mut reader)?, reader.bytes()?));
+        }
+        Ok(Self {
+            original,
+            by,
+            reason,
+            at,
+        })
+    }
+}
+
+fn put_option(out: &mut Vec<u8>, bytes: Option<&[u8]>) {
+    out.put_u8(bytes.is_some().into());
+    if let Some(bytes) = bytes {
+        put_bytes(out, bytes);
+    }
+}
+
+fn read_option(reader: &mut ByteReader) -> Result<Option<Bytes>, &'static str> {
+    match reader.u8()? {
+        0 => Ok(None),
+        1 => Ok(Some(reader.bytes()?)),
+        _ => Err("a flag in its edit is neither 0 nor 1"),
+    }
 }
 
 impl DeadLetter {
@@ -49,6 +157,7 @@ impl DeadLetter {
             last_failed_at: now,
             due: None,
             version: 1,
+            edit: None,
         }
     }
 
@@ -58,9 +167,30 @@ impl DeadLetter {
         trusted_key(&self.record)
     }
 
-    /// The bytes of the record and the reasons together.
+    /// The bytes of the record, the reasons and the edit together.
     pub fn size(&self) -> usize {
-        self.record.size() + self.first_reason.len() + self.last_reason.len()
+        let edit = self.edit.as_ref().map_or(0, |edit| edit.size());
+        self.record.size() + self.first_reason.len() + self.last_reason.len() + edit
+    }
+
+    /// The record as the log yielded it.
+    pub(crate) fn original(&self) -> &Record {
+        self.edit.as_ref().map_or(&self.record, |edit| &edit.original)
+    }
+
+    /// Replaces the content of the record: key, headers, payload and origin. A record that was
+    /// malformed no longer is.
+    pub fn edit(&mut self, new: NewRecord, by: &Operator) {
+        let mut record = Record::new(self.record.offset, self.record.appended_at, new.payload);
+        (record.key, record.headers, record.origin) = (new.key, new.headers, new.origin);
+        let edit = Edit {
+            original: self.original().clone(),
+            by: by.name().to_owned(),
+            reason: by.reason().to_owned(),
+            at: from_millis(millis(SystemTime::now())),
+        };
+        (self.record, self.edit) = (record, Some(Box::new(edit)));
+        self.version += 1;
     }
 
     pub(crate) fn set_last_reason(&mut self, reason: &str) {
@@ -89,13 +219,8 @@ pub(crate) fn trusted_key(record: &Record) -> Option<&Bytes> {
     record.key.as_ref().filter(|_| record.malformed.is_none())
 }
 
-pub(crate) fn cut(reason: &str) -> String {
-    if reason.len() <= DeadLetter::REASON_LIMIT {
-        return reason.to_owned();
-    }
-    let mark = '…';
-    let end = reason.floor_char_boundary(DeadLetter::REASON_LIMIT - mark.len_utf8());
-    format!("{}{mark}", &reason[..end])
+fn cut(reason: &str) -> String {
+    journal::cut(reason, DeadLetter::REASON_LIMIT)
 }
 
 /// The dead letters of a transaction's consumer. What this trait changes is staged like the rest of
@@ -112,7 +237,7 @@ pub(crate) fn cut(reason: &str) -> String {
 /// - **D1** Letters are part of the transaction: its commit applies their changes together with the
 ///   position and the state, or none of them, and it sees its own changes (S1, S2, S4, S6).
 /// - **D2** A letter comes back as it was parked: every field of the record, both reasons to the
-///   byte, and times to the millisecond.
+///   byte, times to the millisecond, and the edit.
 /// - **D3** [`head`](Self::head) and [`counts`](Self::counts) compare keys to the byte. They leave
 ///   out letters without a [key](DeadLetter::key).
 /// - **D4** Consumers never see each other's letters (S7).
@@ -126,7 +251,7 @@ pub trait DeadLetters: Send {
     ///
     /// # Errors
     /// [`Error::TooLarge`] if the store cannot hold the letter. Every store holds the letters of
-    /// the records that it holds as values.
+    /// the records that it holds as values, unless they were edited.
     async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error>;
 
     /// Removes a letter. Returns whether it existed.
@@ -160,12 +285,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_reasons_are_cut_between_characters() {
+    fn long_reasons_are_cut() {
         let record = || Record::new(0.into(), SystemTime::UNIX_EPOCH, "x");
         let letter = DeadLetter::new(record(), 1, &"ü".repeat(600), SystemTime::UNIX_EPOCH);
         assert!(letter.first_reason.len() <= DeadLetter::REASON_LIMIT);
-        assert!(letter.first_reason.ends_with("ü…"), "{}", letter.first_reason);
         let short = DeadLetter::new(record(), 1, "short", SystemTime::UNIX_EPOCH);
         assert_eq!(short.first_reason, "short");
+    }
+
+    #[test]
+    fn edits_round_trip_as_bytes_and_keep_the_first_original() {
+        let mut record = Record::new(Offset::new(1, 2), SystemTime::UNIX_EPOCH, "garbage");
+        record.malformed = Some("größer".into());
+        record.headers = vec![("a".into(), "1".into()), ("a".into(), "".into())];
+        let mut letter = DeadLetter::new(record.clone(), 1, "why", SystemTime::UNIX_EPOCH);
+        let origin: Origin = Origin::of("web#7".parse().expect("a numbering"), 9);
+        let edited = NewRecord::new("10248").key("Chile").origin(origin);
+        letter.edit(edited.clone(), &Operator::new("ann").because("a typing error"));
+        letter.edit(NewRecord { key: None, ..edited }, &Operator::new("bob"));
+        let edit = letter.edit.clone().expect("an edit");
+        assert_eq!((&edit.original, &*edit.by, letter.version), (&record, "bob", 3));
+        let bytes = edit.encode();
+        assert_eq!(Edit::decode(bytes.clone(), &letter.record), Ok(*edit));
+        for length in 0..bytes.len() {
+            let cut = Edit::decode(bytes[..length].to_vec(), &letter.record);
+            assert!(
+                cut.is_err() || cut.is_ok_and(|cut| cut.original.headers.len() < 2),
+                "{length} bytes"
+            );
+        }
+        let of_an_edited = DeadLetter::new(letter.record.clone(), 1, "why", SystemTime::UNIX_EPOCH);
+        letter.edit = None;
+        assert_eq!(letter.size(), of_an_edited.size());
     }
 }

@@ -48,6 +48,7 @@ pub mod backend;
 pub mod consumer;
 mod error;
 mod handler;
+mod journal;
 mod letters;
 mod log;
 pub mod memory;
@@ -67,10 +68,10 @@ pub use tokio_util::sync::CancellationToken;
 
 use crate::{
     backend::{
-        Advance, Bounds, Durability, LogId, LogReader, Note, Numbering, Owner, Position, Pulse, Revision, Snapshot,
-        Transaction, Tried, Window,
+        Advance, Bounds, Durability, Journal, LogId, LogReader, Note, Numbering, Owner, Position, Pulse, Revision,
+        Snapshot, Transaction, Tried, Window,
     },
-    consumer::HandlerErrorKind,
+    consumer::{HandlerErrorKind, Operator},
 };
 pub use crate::{
     consumer::{Consumer, StartAt, seek, skip},

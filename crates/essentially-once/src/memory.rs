@@ -409,6 +409,9 @@ impl Transaction for MemoryTx {
         let mut position = Position::new(log, advance.next, advance.revision);
         position.owner = advance.owner;
         position.note = advance.note;
+        let before = stored.position.take();
+        let journal = advance.journal.or_else(|| before.map(|before| before.journal));
+        position.journal = journal.unwrap_or_default();
         stored.position = Some(position);
         self.shared.changed.notify_waiters();
         Ok(())

@@ -1,6 +1,6 @@
 //! What a position notes about the records on either side of it.
 
-use crate::{Offset, Record, letters::cut, passed::Passed};
+use crate::{Offset, Record, journal::cut, letters::DeadLetter, passed::Passed};
 
 /// What the consumer loop notes about a position: the last record that it passed, and how often it
 /// tried the next one in vain. A store keeps it as bytes, and need not look inside.
@@ -126,7 +126,7 @@ impl Tried {
         Self {
             offset,
             tries: 1,
-            first_reason: cut(reason).into(),
+            first_reason: cut(reason, DeadLetter::REASON_LIMIT).into(),
         }
     }
 

@@ -6,7 +6,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    ConsumerId, Durability, Error, LogId, Note, Numbering, Offset, Owner, Revision, Window, letters::DeadLetters, rt,
+    ConsumerId, Durability, Error, Journal, LogId, Note, Numbering, Offset, Owner, Revision, Window,
+    letters::DeadLetters, rt,
 };
 
 /// A consumer's place in its log, and what is committed with it.
@@ -23,12 +24,15 @@ pub struct Position {
     pub owner: Option<Owner>,
     /// What the consumer loop notes about the records next to the position.
     pub note: Note,
+    /// What operators did by hand.
+    pub journal: Journal,
     /// The sequences seen of each producer, in any order.
     pub windows: Vec<(Numbering, Window)>,
 }
 
 impl Position {
-    /// A position with no owner, an empty note and no windows. Set these fields on the result.
+    /// A position with no owner, an empty note, an empty journal and no windows. Set these fields
+    /// on the result.
     pub fn new(log: LogId, next: Offset, revision: Revision) -> Self {
         Self {
             log,
@@ -36,6 +40,7 @@ impl Position {
             revision,
             owner: None,
             note: Note::default(),
+            journal: Journal::default(),
             windows: Vec::new(),
         }
     }
@@ -87,6 +92,8 @@ pub struct Advance {
     pub owner: Option<Owner>,
     /// Replaces the stored note, even if it is empty.
     pub note: Note,
+    /// Replaces the stored journal; `None` keeps it, as almost every commit does.
+    pub journal: Option<Journal>,
     /// Windows to insert or replace. All other windows stay.
     pub windows: Vec<(Numbering, Window)>,
     /// Numberings whose windows to delete. None of them is also in `windows`.
@@ -94,8 +101,8 @@ pub struct Advance {
 }
 
 impl Advance {
-    /// An advance with no owner, an empty note and no changes to windows. Set these fields on the
-    /// result.
+    /// An advance with no owner, an empty note, and no changes to journal and windows. Set these
+    /// fields on the result.
     pub fn new(log: LogId, next: Offset, expected: Revision, revision: Revision) -> Self {
         Self {
             log,
@@ -104,6 +111,7 @@ impl Advance {
             revision,
             owner: None,
             note: Note::default(),
+            journal: None,
             windows: Vec::new(),
             forgotten: Vec::new(),
         }
@@ -164,7 +172,7 @@ impl Advance {
 ///   and applies nothing. If the revision differs too, the commit fails with [`Error::Fenced`]
 ///   instead, because the position may have changed its log since. An unknown incarnation never
 ///   overwrites a known one.
-/// - **S9** `position` returns the revision, owner, note and windows of one commit, never
+/// - **S9** `position` returns the revision, owner, note, journal and windows of one commit, never
 ///   parts of two. That commit is never older than one acknowledged before the call. It waits for
 ///   no open transaction.
 /// - **S10** `pulse`, `watch`, `beat` and `release` are hints. They may be late, but they report
@@ -231,6 +239,10 @@ impl Advance {
 ///         windows.extend(advance.windows);
 ///         let mut position = Position::new(log, advance.next, advance.revision);
 ///         (position.owner, position.note) = (advance.owner, advance.note);
+///         position.journal = match (advance.journal, stored) {
+///             (Some(journal), _) => journal,
+///             (None, stored) => stored.map(|stored| stored.journal.clone()).unwrap_or_default(),
+///         };
 ///         position.windows = windows;
 ///         positions.insert(self.consumer, position);
 ///         Ok(())

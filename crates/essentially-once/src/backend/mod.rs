@@ -27,7 +27,8 @@ pub use self::{
 use crate::Error;
 pub use crate::{
     error::Source,
-    letters::{DeadLetter, DeadLetters},
+    journal::Journal,
+    letters::{DeadLetter, DeadLetters, Edit},
     log::{Bounds, Durability, LogReader},
     name::{LogId, Numbering},
     note::{Note, Tried},

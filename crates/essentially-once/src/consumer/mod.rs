@@ -52,10 +52,13 @@ pub use self::{
     seek::{StartAt, seek},
     skip::skip,
 };
-pub use crate::handler::{HandlerErrorKind, HandlerFn, HandlerFuture};
 use crate::{
     ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, letters::DeadLetters, rt,
     window::Windows,
+};
+pub use crate::{
+    handler::{HandlerErrorKind, HandlerFn, HandlerFuture},
+    journal::{JournalEntry, Operator, OperatorAction},
 };
 
 /// How long the end of a run waits for the store to release the position.
