@@ -261,6 +261,18 @@ impl NewRecord {
     }
 }
 
+/// A record with the content of one that a log yielded.
+impl From<&Record> for NewRecord {
+    fn from(record: &Record) -> Self {
+        Self {
+            key: record.key.clone(),
+            headers: record.headers.clone(),
+            payload: record.payload.clone(),
+            origin: record.origin.clone(),
+        }
+    }
+}
+
 fn find<'a>(headers: &'a [Header], name: &str) -> Option<&'a Bytes> {
     headers.iter().find(|(n, _)| n == name).map(|(_, value)| value)
 }

@@ -12,7 +12,7 @@ use super::{
     run::Done, session::Session,
 };
 use crate::{
-    ConsumerId, Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
+    Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
     rt::{self, Instant},
 };
 
@@ -253,7 +253,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 biased;
                 () = self.stop.cancelled() => return Err(Failure::Stopped),
                 batch = &mut taking => break batch?,
-                seen = watch(self.store, self.id, &pulse), if until.is_none() => {
+                seen = self.watch(&pulse), if until.is_none() => {
                     pulse = seen;
                     // The pulse may only be late, so the position itself decides.
                     if pulse.revision != self.place.revision {
@@ -272,6 +272,18 @@ impl<S: OffsetStore> Session<'_, S> {
         self.heart.work();
         self.run.last_sign = Some(Instant::now());
         Ok(Some(batch))
+    }
+
+    /// Waits for a change of the position. A consumer that only waits ignores errors of the store.
+    pub(super) async fn watch(&self, seen: &Pulse) -> Pulse {
+        match self.store.watch(self.id, seen, WATCH_EVERY).await {
+            Ok(pulse) => pulse,
+            Err(error) => {
+                tracing::debug!(%error, "could not watch the position");
+                rt::sleep(WATCH_EVERY).await;
+                *seen
+            }
+        }
     }
 
     async fn check_durability(&self) -> Result<(), Failure> {
@@ -301,17 +313,5 @@ async fn sleep_until(time: Option<SystemTime>) {
     let Some(time) = time else { return pending().await };
     while let Ok(left) = time.duration_since(SystemTime::now()) {
         rt::sleep(left.clamp(Duration::from_millis(1), WATCH_EVERY)).await;
-    }
-}
-
-/// Waits for a change of the position. A consumer that only waits ignores errors of the store.
-async fn watch<S: OffsetStore>(store: &S, id: &ConsumerId, seen: &Pulse) -> Pulse {
-    match store.watch(id, seen, WATCH_EVERY).await {
-        Ok(pulse) => pulse,
-        Err(error) => {
-            tracing::debug!(%error, "could not watch the position");
-            rt::sleep(WATCH_EVERY).await;
-            *seen
-        }
     }
 }

@@ -9,11 +9,13 @@
 //! own after [`retry_after`](super::DeadLetterOptions::retry_after). These functions need no
 //! handler, and no consumer needs to run.
 //!
-//! Every function commits in the name of the consumer. A running instance then goes back to its
-//! stored position and goes on from there.
+//! Every change is committed in the name of the consumer, together with an entry in its
+//! [journal](crate::backend::Position::journal) that says who made it. A running instance then goes
+//! back to its stored position and goes on from there.
 //!
 //! ```
-//! use essentially_once::consumer::{DeadLetterOptions, dead_letters};
+//! use essentially_once::consumer::dead_letters::{self, LetterFilter};
+//! use essentially_once::consumer::{DeadLetterOptions, Operator};
 //! use essentially_once::memory::{Memory, MemoryTx};
 //! use essentially_once::{Consumer, ConsumerId, HandlerError, Log, NewRecord, Record, handler_fn};
 //!
@@ -45,47 +47,56 @@
 //! let report = run().await?;
 //! assert_eq!((report.handled, report.parked), (1, 2));
 //!
-//! let letters = dead_letters::list(&shipping, &store, None, 100).await?;
-//! assert!(letters[0].last_reason.contains("invalid digit"));
-//! dead_letters::discard(&shipping, &store, &letters[0]).await?;
-//! let report = run().await?; // the next one of the key is tried at once
-//! assert_eq!(report.handled, 1);
-//! assert!(dead_letters::list(&shipping, &store, None, 100).await?.is_empty());
+//! let unreadable = LetterFilter::all().reason("invalid digit");
+//! let letters = dead_letters::list(&shipping, &store, &unreadable, None, 100).await?;
+//! assert_eq!(letters.len(), 1);
+//!
+//! let ann = Operator::new("ann").because("a typing error");
+//! let mut mended = NewRecord::from(&letters[0].record);
+//! mended.payload = "10247".into();
+//! dead_letters::edit(&shipping, &store, &letters[0], &mended, &ann).await?;
+//! let report = run().await?; // the next one of the key follows at once
+//! assert_eq!(report.handled, 2);
+//! let all = LetterFilter::all();
+//! assert!(dead_letters::list(&shipping, &store, &all, None, 100).await?.is_empty());
 //! # Ok(())
 //! # }
 //! ```
 
-use std::{
-    collections::HashSet,
-    time::{Duration, SystemTime},
-};
+use std::{collections::HashSet, time::Duration};
 
+pub use super::letter_filter::LetterFilter;
+use super::{
+    OperatorAction,
+    letter_verbs::{Discard, EditLetter, NOW, Retry, RetryHeads},
+    verbs::{PATIENCE, change},
+};
 use crate::{
-    Advance, ConsumerId, Error, Offset, OffsetStore, Position, Transaction,
+    ConsumerId, Error, NewRecord, Offset, OffsetStore, Operator, Transaction,
     letters::{DeadLetter, DeadLetters},
-    rt::{self, Instant},
 };
 
-/// For how long a change is tried if a running instance keeps committing first.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// The same for many letters at once, before fewer are tried.
+/// For how long many letters are changed at once, before fewer are tried.
 const PATIENCE_FOR_MANY: Duration = Duration::from_millis(300);
-
-/// When a letter is due that an operator retries: at once, even by a clock that is behind.
-const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 /// How many letters one page of [`retry_all`] holds.
 const PAGE: usize = 1_000;
 
-/// The consumer's letters after an offset, or from the first one on, at most `limit`, in the order
-/// of their offsets.
+/// How many letters to read at once in search of others.
+const SEARCHED_AT_ONCE: usize = 100;
+
+/// The consumer's letters after an offset, or from the first one on, that the filter selects, at
+/// most `limit`, in the order of their offsets. To see the next page, give the offset of the last.
+///
+/// With a condition it reads all letters until `limit` are found.
 ///
 /// # Errors
 /// [`Error::Unavailable`], [`Error::Failed`].
 pub async fn list<S>(
     consumer: &ConsumerId,
     store: &S,
-    after: Option<Offset>,
+    filter: &LetterFilter,
+    mut after: Option<Offset>,
     limit: usize,
 ) -> Result<Vec<DeadLetter>, Error>
 where
@@ -96,36 +107,70 @@ where
     // call.
     store.position(consumer).await?;
     let mut tx = store.begin(consumer).await?;
-    let letters = tx.list(after, limit).await?;
+    let mut found = Vec::new();
+    loop {
+        let wanted = limit.saturating_sub(found.len());
+        let at_once = match *filter == LetterFilter::all() {
+            true => wanted,
+            false => wanted.min(SEARCHED_AT_ONCE),
+        };
+        let page = tx.list(after, at_once).await?;
+        let is_last = page.len() < at_once;
+        after = page.last().map(|letter| letter.record.offset);
+        found.extend(page.into_iter().filter(|letter| filter.matches(letter)));
+        if is_last || found.len() >= limit {
+            break;
+        }
+    }
     tx.rollback().await?;
-    Ok(letters)
+    Ok(found)
+}
+
+/// The letter at an offset, or `None`.
+///
+/// # Errors
+/// [`Error::Unavailable`], [`Error::Failed`].
+pub async fn get<S>(consumer: &ConsumerId, store: &S, offset: Offset) -> Result<Option<DeadLetter>, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    // As in `list`.
+    store.position(consumer).await?;
+    let mut tx = store.begin(consumer).await?;
+    let letter = tx.letter(offset).await?;
+    tx.rollback().await?;
+    Ok(letter)
 }
 
 /// Makes a letter due now, so that the running consumer, or the next one that runs, tries it again.
 ///
 /// # Errors
-/// - [`Error::Failed`] if the consumer has no such letter, or if an earlier letter of its key must
-///   be handled or discarded first. The error names that letter. Nothing changes.
+/// - [`Error::Failed`] if the consumer has no such letter, if the letter is due already, or if an
+///   earlier letter of its key must be handled or discarded first. The error names that letter.
+///   Nothing changes.
 /// - [`Error::Fenced`] if a running instance kept committing first for 30 seconds.
 /// - The backend's own errors. [`Error::Indeterminate`] if the outcome is not known.
-pub async fn retry<S>(consumer: &ConsumerId, store: &S, offset: Offset) -> Result<(), Error>
+pub async fn retry<S>(consumer: &ConsumerId, store: &S, offset: Offset, by: &Operator) -> Result<(), Error>
 where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    change(consumer, store, Verb::Retry(offset), PATIENCE).await.map(|_| ())
+    let retry = Retry { consumer, offset };
+    change(consumer, store, &retry, by, PATIENCE).await.map(|_| ())
 }
 
-/// Makes the first letter of every key due now, and every letter without a key. The letters behind
-/// them follow as they succeed. Returns the number of letters made due; those that this function or
-/// [`retry`] made due before, and that were not tried since, do not count.
+/// Makes every letter due now that the filter selects and that comes first for its key, and every
+/// such letter without a key. The letters behind them follow as they succeed. Returns the number of
+/// letters made due; those that this function or [`retry`] made due before, and that were not tried
+/// since, do not count.
 ///
 /// It reads every letter, and commits once per thousand letters if some of them change, or more
 /// often next to a busy instance. If it fails, some letters may be due.
 ///
 /// # Errors
 /// As for [`retry`], except that it is no error if there are no letters.
-pub async fn retry_all<S>(consumer: &ConsumerId, store: &S) -> Result<u64, Error>
+pub async fn retry_all<S>(consumer: &ConsumerId, store: &S, filter: &LetterFilter, by: &Operator) -> Result<u64, Error>
 where
     S: OffsetStore,
     S::Tx: DeadLetters,
@@ -133,22 +178,27 @@ where
     let (mut after, mut total) = (None, 0);
     let mut seen = HashSet::new();
     loop {
-        let page = list(consumer, store, after, PAGE).await?;
+        let page = list(consumer, store, &LetterFilter::all(), after, PAGE).await?;
         let Some(last) = page.last() else { return Ok(total) };
         after = Some(last.record.offset);
         let heads = page
             .iter()
             .filter(|letter| letter.key().is_none_or(|key| seen.insert(key.clone())));
-        let waiting = heads.filter(|letter| letter.due != Some(NOW));
+        let waiting = heads.filter(|letter| letter.due != Some(NOW) && filter.matches(letter));
         let offsets: Vec<_> = waiting.map(|letter| letter.record.offset).collect();
         let (mut left, mut at_once) = (&offsets[..], offsets.len());
         while !left.is_empty() {
             let (some, others) = left.split_at(at_once.clamp(1, left.len()));
             let patience = if some.len() > 1 { PATIENCE_FOR_MANY } else { PATIENCE };
-            match change(consumer, store, Verb::RetryHeads(some), patience).await {
+            match change(consumer, store, &RetryHeads(some), by, patience).await {
                 // A busy instance commits while this one still looks at the letters.
                 Err(Error::Fenced { .. }) if some.len() > 1 => at_once = some.len() / 2,
-                due => (total, left) = (total + due?, others),
+                retried => {
+                    if let Some(OperatorAction::Retry { letters, .. }) = retried? {
+                        total += letters;
+                    }
+                    left = others;
+                }
             }
         }
     }
@@ -161,136 +211,49 @@ where
 /// # Errors
 /// - [`Error::Failed`] if the consumer has no such letter, or if the letter has changed.
 /// - As for [`retry`] otherwise.
-pub async fn discard<S>(consumer: &ConsumerId, store: &S, letter: &DeadLetter) -> Result<(), Error>
+pub async fn discard<S>(consumer: &ConsumerId, store: &S, letter: &DeadLetter, by: &Operator) -> Result<(), Error>
 where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    change(consumer, store, Verb::Discard(letter), PATIENCE).await?;
+    let discard = Discard { consumer, seen: letter };
+    change(consumer, store, &discard, by, PATIENCE).await?;
     tracing::warn!(%consumer, offset = %letter.record.offset, "discarded a dead letter by hand");
     Ok(())
 }
 
-/// A change to letters.
-#[derive(Clone, Copy)]
-enum Verb<'a> {
-    Retry(Offset),
-    /// Retries those of these letters that come first for their key.
-    RetryHeads(&'a [Offset]),
-    Discard(&'a DeadLetter),
-}
-
-impl Verb<'_> {
-    /// Stages the change, and returns how many letters it is about.
-    async fn stage<Tx: DeadLetters>(self, tx: &mut Tx, consumer: &ConsumerId) -> Result<u64, Error> {
-        match self {
-            Self::Retry(offset) => {
-                let refused = |reason| Error::failed(on("retry", offset, consumer), reason);
-                let letter = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
-                if let Some(head) = head_of(tx, &letter).await?
-                    && head.record.offset != offset
-                {
-                    let first = head.record.offset;
-                    return Err(refused(format!(
-                        "the letter at {first} of the same key comes first; retry or discard that one"
-                    )));
-                }
-                make_due(tx, letter).await?;
-                Ok(1)
-            }
-            Self::RetryHeads(offsets) => {
-                let mut due = 0;
-                for &offset in offsets {
-                    // The consumer may have handled it since.
-                    let Some(letter) = tx.letter(offset).await? else {
-                        continue;
-                    };
-                    let head = head_of(tx, &letter).await?;
-                    if head.is_none_or(|head| head.record.offset == offset) {
-                        make_due(tx, letter).await?;
-                        due += 1;
-                    }
-                }
-                Ok(due)
-            }
-            Self::Discard(seen) => {
-                let offset = seen.record.offset;
-                let refused = |reason| Error::failed(on("discard", offset, consumer), reason);
-                let stored = tx.letter(offset).await?.ok_or_else(|| refused(no_such_letter()))?;
-                if stored != *seen {
-                    return Err(refused("it has changed since; look at it again".into()));
-                }
-                let head = head_of(tx, &stored).await?;
-                let was_first = head.is_some_and(|head| head.record.offset == offset);
-                tx.remove(offset).await?;
-                if was_first && let Some(next) = head_of(tx, &stored).await? {
-                    make_due(tx, next).await?;
-                }
-                Ok(1)
-            }
-        }
-    }
-}
-
-async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {
-    letter.set_due(Some(NOW));
-    tx.park(&letter).await
-}
-
-/// The first letter of the key of this one.
-async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Option<DeadLetter>, Error> {
-    match letter.key() {
-        Some(key) => tx.head(key).await,
-        None => Ok(None),
-    }
-}
-
-/// Commits a change, with the position where it is. A new epoch fences every instance whose
-/// knowledge of the letters is thereby out of date.
+/// Replaces the record of a letter, and makes the letter due if it comes first for its key. The
+/// letter keeps its [original record](DeadLetter::edit) and who changed it, until it is handled.
 ///
-/// The position is read after the transaction began, since a store that locks then keeps a busy
-/// instance from committing in between, and before the letters, since they must not be older.
-async fn change<S>(consumer: &ConsumerId, store: &S, verb: Verb<'_>, patience: Duration) -> Result<u64, Error>
+/// Key and origin must stay, unless the letter is malformed: those of a malformed entry cannot be
+/// trusted, so `new` says what they are, or that there are none. Its origin is then marked as seen,
+/// and the letter takes its place among those of its key. Records of that key that follow it in the
+/// log may have been handled before it.
+///
+/// `letter` is the letter as the operator saw it. If it has changed since, nothing is changed.
+///
+/// # Errors
+/// - [`Error::Failed`] if the consumer has no such letter, if the letter has changed, if the new
+///   record is the same or may not be so, or if a record with the new origin was seen before.
+/// - [`Error::TooLarge`] if the store cannot hold the letter with both records.
+/// - As for [`retry`] otherwise.
+pub async fn edit<S>(
+    consumer: &ConsumerId,
+    store: &S,
+    letter: &DeadLetter,
+    new: &NewRecord,
+    by: &Operator,
+) -> Result<(), Error>
 where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let started = Instant::now();
-    loop {
-        let mut tx = store.begin(consumer).await?;
-        let Some(position) = store.position(consumer).await? else {
-            tx.rollback().await?;
-            return Err(Error::failed(
-                format!("change dead letters of consumer {consumer}"),
-                "the consumer has no position, and therefore no letters; check its name",
-            ));
-        };
-        let staged = match verb.stage(&mut tx, consumer).await {
-            Ok(staged) => staged,
-            Err(error) => {
-                tx.rollback().await?;
-                return Err(error);
-            }
-        };
-        match tx.commit(unmoved(position)).await {
-            Err(Error::Fenced { .. }) if started.elapsed() < patience => rt::yield_now().await,
-            committed => return committed.map(|()| staged),
-        }
-    }
-}
-
-pub(super) fn unmoved(position: Position) -> Advance {
-    let expected = position.revision;
-    let mut advance = Advance::new(position.log, position.next, expected, expected.fresh_epoch());
-    advance.owner = position.owner;
-    advance.note = position.note;
-    advance
-}
-
-fn on(verb: &str, offset: Offset, consumer: &ConsumerId) -> String {
-    format!("{verb} the dead letter at {offset} of consumer {consumer}")
-}
-
-fn no_such_letter() -> String {
-    "there is no such letter; it may have been handled or discarded".into()
+    let seen = letter;
+    let edit = EditLetter {
+        consumer,
+        by,
+        seen,
+        new,
+    };
+    change(consumer, store, &edit, by, PATIENCE).await.map(|_| ())
 }

@@ -52,6 +52,10 @@ impl<S: OffsetStore> Session<'_, S> {
             });
             self.count_unanswered(&position);
             self.run.is_owner = position.owner == Some(self.owner);
+            if let Some(paused) = position.journal.paused() {
+                self.wait_while_paused(&position, paused, until.is_some()).await?;
+                continue;
+            }
             let has_other_owner = position.owner.is_some_and(|owner| owner != self.owner);
             if has_other_owner
                 && !self.settings.standby_after.is_zero()

@@ -7,9 +7,12 @@ mod delivery;
 mod duplicates;
 mod failure;
 mod heart;
+mod letter_filter;
 mod letter_tries;
+mod letter_verbs;
 mod letters;
 mod load;
+mod pausing;
 mod policy;
 mod read_ahead;
 mod report;
@@ -22,6 +25,7 @@ mod silences;
 mod skip;
 mod standby;
 mod supervisor;
+mod verbs;
 
 use std::{
     marker::PhantomData,
@@ -34,7 +38,6 @@ use tracing::Instrument;
 
 use self::{
     call::reset,
-    dead_letters::unmoved,
     heart::Heart,
     letters::Parked,
     policy::Rule,
@@ -43,13 +46,15 @@ use self::{
     session::{LookForSilent, Place, Session},
     settings::Settings,
     supervisor::Supervisor,
+    verbs::unmoved,
 };
 pub use self::{
     delivery::{AtLeastOnce, AtMostOnce, Delivery, EssentiallyOnce, Retrying},
     letters::DeadLetterOptions,
+    pausing::{pause, resume},
     policy::{FailedRecord, OnFailure, OnTruncated},
     report::Report,
-    seek::{StartAt, seek},
+    seek::{SeekPlan, StartAt, plan_seek, seek},
     skip::skip,
 };
 use crate::{
@@ -541,7 +546,7 @@ async fn forget_tries<S: OffsetStore>(store: &S, id: &ConsumerId, seen: Revision
         match store.position(id).await? {
             Some(position) if position.revision == seen && position.note.tried().is_some() => {
                 let note = position.note.with_tried(None);
-                let mut advance = unmoved(position);
+                let mut advance = unmoved(&position);
                 advance.note = note;
                 tx.commit(advance).await
             }

@@ -3,8 +3,8 @@
 use std::{collections::VecDeque, time::Duration};
 
 use crate::{
-    Advance, ConsumerId, Error, Log, LogReader, Offset, OffsetStore, Record, Revision, Transaction,
-    letters::DeadLetters, passed::Passed, rt,
+    Advance, ConsumerId, Error, Log, LogReader, Offset, OffsetStore, Operator, Record, Revision, Transaction,
+    consumer::OperatorAction, letters::DeadLetters, passed::Passed, rt,
 };
 
 /// How long to wait for records that existed a moment ago.
@@ -37,6 +37,7 @@ pub enum StartAt {
 /// Going back also removes the consumer's [dead letters](super::dead_letters) at and after the new
 /// place, since their records are handled again. It is refused if the log no longer holds some of
 /// those records. To find that out, it reads the log from the new place to the last letter.
+/// [`plan_seek`](super::plan_seek) says beforehand how many records and letters that concerns.
 ///
 /// A running instance of the consumer is fenced, and continues from the new position.
 ///
@@ -49,6 +50,7 @@ pub enum StartAt {
 ///
 /// # Examples
 /// ```
+/// use essentially_once::consumer::Operator;
 /// use essentially_once::memory::Memory;
 /// use essentially_once::{ConsumerId, Log, NewRecord, Offset, StartAt, seek};
 ///
@@ -59,9 +61,11 @@ pub enum StartAt {
 /// log.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
 ///
 /// let shipping = ConsumerId::new("shipping")?;
-/// let next = seek(&shipping, &log, &store, StartAt::Latest).await?; // ignore the backlog
+/// let ann = Operator::new("ann");
+/// let next = seek(&shipping, &log, &store, StartAt::Latest, &ann).await?; // ignore the backlog
 /// assert_eq!(next, Offset::from(2));
-/// let next = seek(&shipping, &log, &store, StartAt::Offset(1.into())).await?; // but handle 10249
+/// let second = StartAt::Offset(1.into()); // but handle 10249
+/// let next = seek(&shipping, &log, &store, second, &ann).await?;
 /// assert_eq!(next, Offset::from(1));
 /// # Ok(())
 /// # }
@@ -71,41 +75,163 @@ pub async fn seek<S: OffsetStore>(
     log: &dyn Log,
     store: &S,
     to: StartAt,
+    by: &Operator,
 ) -> Result<Offset, Error> {
-    let next = resolve(log, to).await?;
-    log.read(next).await?;
-    let end = log.readable_end().await?;
+    let target = Target::find(log, to).await?;
     let mut tx = store.begin(consumer).await?;
     // A store that locks keeps a busy instance from committing from here on.
     let position = store.position(consumer).await?;
     let expected = position.as_ref().map_or(Revision::NONE, |position| position.revision);
     // A new epoch, so that a commit in progress cannot apply after this one. The owner stays, so
     // that a running instance continues.
-    let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
+    let mut advance = Advance::new(log.id().clone(), target.next, expected, expected.fresh_epoch());
     let mut letters_removed = 0;
-    if let Some(position) = position {
+    if let Some(position) = &position {
         advance.owner = position.owner;
-        if next < position.next {
-            advance.forgotten = position.windows.into_iter().map(|(numbering, _)| numbering).collect();
-            // Their records are handled again, so trying the letters too would handle them twice.
-            if let Some(letters) = tx.dead_letters() {
-                if let Some(lost) = first_lost(letters, log, next, end).await? {
+        if target.next < position.next {
+            let forgotten = position.windows.iter().map(|(numbering, _)| numbering.clone());
+            advance.forgotten = forgotten.collect();
+            letters_removed = match target.remove_letters(&mut tx, consumer, log).await {
+                Ok(removed) => removed,
+                Err(error) => {
                     tx.rollback().await?;
-                    return Err(Error::failed(
-                        format!("move consumer {consumer} back to {next} of log {}", log.id()),
-                        format!(
-                            "this removes the dead letters from there on, and the log no longer holds the record of \
-                             the one at {lost}; handle or discard that letter first"
-                        ),
-                    ));
+                    return Err(error);
                 }
-                letters_removed = letters.remove_from(next).await?;
-            }
+            };
         }
     }
+    let next = target.next;
+    let action = OperatorAction::Seek {
+        from: position.as_ref().map_or(Offset::ZERO, |position| position.next),
+        to: next,
+        letters_removed,
+    };
+    let journal = position.map(|position| position.journal).unwrap_or_default();
+    advance.journal = Some(journal.with(by, action));
     tx.commit(advance).await?;
-    tracing::info!(%consumer, log = %log.id(), %next, letters_removed, "moved the position by hand");
+    tracing::info!(%consumer, log = %log.id(), %next, letters_removed, by = by.name(), "moved the position by hand");
     Ok(next)
+}
+
+/// What a [`seek`] would do; see [`plan_seek`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct SeekPlan {
+    /// Where the position is; `None` if the consumer has none.
+    pub from: Option<Offset>,
+    /// Where it would be.
+    pub to: Offset,
+    /// About how many records lie between the two: they would be handled again if `to` is before
+    /// `from`, and never if it is after. `None` if the log cannot count them.
+    pub records: Option<u64>,
+    /// How many dead letters it would remove.
+    pub letters_removed: u64,
+}
+
+/// Finds out what [`seek`] would do, without doing it.
+///
+/// # Errors
+/// As for [`seek`], except that it never fails with [`Error::Fenced`].
+///
+/// # Examples
+/// ```
+/// # use essentially_once::memory::Memory;
+/// # use essentially_once::{ConsumerId, Log, NewRecord};
+/// use essentially_once::consumer::{Operator, plan_seek};
+/// use essentially_once::{StartAt, seek};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// # let memory = Memory::new();
+/// # let (log, store) = (memory.log("orders")?, memory.store());
+/// # log.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
+/// # let shipping = ConsumerId::new("shipping")?;
+/// # let ann = Operator::new("ann");
+/// # seek(&shipping, &log, &store, StartAt::Latest, &ann).await?;
+/// let plan = plan_seek(&shipping, &log, &store, StartAt::Earliest).await?;
+/// assert_eq!((plan.records, plan.letters_removed), (Some(2), 0)); // it would repeat two
+/// # Ok(())
+/// # }
+/// ```
+pub async fn plan_seek<S: OffsetStore>(
+    consumer: &ConsumerId,
+    log: &dyn Log,
+    store: &S,
+    to: StartAt,
+) -> Result<SeekPlan, Error> {
+    let target = Target::find(log, to).await?;
+    let mut tx = store.begin(consumer).await?;
+    let position = store.position(consumer).await?;
+    let from = position.as_ref().map(|position| position.next);
+    if let Some(position) = position
+        && !position.log.is_same_log(log.id())
+    {
+        return Err(Error::WrongLog {
+            consumer: consumer.clone(),
+            stored: position.log,
+            given: log.id().clone(),
+        });
+    }
+    let goes_back = from.is_some_and(|from| target.next < from);
+    let letters_removed = match goes_back {
+        true => target.remove_letters(&mut tx, consumer, log).await,
+        false => Ok(0),
+    };
+    tx.rollback().await?;
+    let letters_removed = letters_removed?;
+    let records = match from {
+        Some(from) => {
+            let (behind, ahead) = (log.count_from(from).await?, log.count_from(target.next).await?);
+            behind.zip(ahead).map(|(behind, ahead)| behind.abs_diff(ahead))
+        }
+        None => Some(0),
+    };
+    Ok(SeekPlan {
+        from,
+        to: target.next,
+        records,
+        letters_removed,
+    })
+}
+
+/// Where a position is to go.
+struct Target {
+    next: Offset,
+    /// No record is at or after this offset.
+    end: Offset,
+}
+
+impl Target {
+    /// Fails if the log does not hold the place.
+    async fn find(log: &dyn Log, to: StartAt) -> Result<Self, Error> {
+        let next = resolve(log, to).await?;
+        log.read(next).await?;
+        let end = log.readable_end().await?;
+        Ok(Self { next, end })
+    }
+
+    /// Removes the letters from there on. Their records are handled again, so trying the letters
+    /// too would handle them twice.
+    async fn remove_letters<Tx: Transaction>(
+        &self,
+        tx: &mut Tx,
+        consumer: &ConsumerId,
+        log: &dyn Log,
+    ) -> Result<u64, Error> {
+        let Some(letters) = tx.dead_letters() else {
+            return Ok(0);
+        };
+        if let Some(lost) = first_lost(letters, log, self.next, self.end).await? {
+            return Err(Error::failed(
+                format!("move consumer {consumer} back to {} of log {}", self.next, log.id()),
+                format!(
+                    "this removes the dead letters from there on, and the log no longer holds the record of the one at \
+                     {lost}; handle or discard that letter first"
+                ),
+            ));
+        }
+        letters.remove_from(self.next).await
+    }
 }
 
 /// The first letter from `next` on whose record the log does not hold any more.
@@ -133,7 +259,7 @@ async fn first_lost(
             after = letter.record.offset;
             let is_same = |record: &Record| {
                 // A later version may decode a malformed record.
-                letter.record.malformed.is_some() || Passed::new(&letter.record).is(record)
+                letter.original().malformed.is_some() || Passed::new(letter.original()).is(record)
             };
             if !records.at(after).await?.is_some_and(|record| is_same(&record)) {
                 return Ok(Some(after));

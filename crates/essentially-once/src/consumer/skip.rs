@@ -2,7 +2,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::{Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Transaction, rt, window::Windows};
+use crate::{
+    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Transaction, consumer::OperatorAction, rt,
+    window::Windows,
+};
 
 /// How long to wait for the record.
 const READ_LIMIT: Duration = Duration::from_secs(10);
@@ -27,6 +30,7 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 ///
 /// # Examples
 /// ```
+/// use essentially_once::consumer::Operator;
 /// use essentially_once::memory::{Memory, MemoryTx};
 /// use essentially_once::{
 ///     Consumer, ConsumerId, Error, HandlerError, Log, NewRecord, Record, handler_fn, skip,
@@ -54,7 +58,8 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 /// let Err(Error::Unhandled { offset, .. }) = run().await else {
 ///     panic!("garbage was handled");
 /// };
-/// skip(&shipping, &log, &store, offset).await?;
+/// let ann = Operator::new("ann").because("not an order");
+/// skip(&shipping, &log, &store, offset, &ann).await?;
 /// assert_eq!(run().await?.handled, 1); // 10249
 /// # Ok(())
 /// # }
@@ -64,6 +69,7 @@ pub async fn skip<S: OffsetStore>(
     log: &dyn Log,
     store: &S,
     offset: Offset,
+    by: &Operator,
 ) -> Result<Offset, Error> {
     let refused = |reason: String| {
         Error::failed(
@@ -123,8 +129,9 @@ pub async fn skip<S: OffsetStore>(
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     advance.owner = position.owner;
     advance.note = Note::after(record);
+    advance.journal = Some(position.journal.with(by, OperatorAction::Skip(offset)));
     (advance.windows, advance.forgotten) = windows.take_changes();
     store.begin(consumer).await?.commit(advance).await?;
-    tracing::warn!(%consumer, log = %log.id(), %offset, "skipped a record by hand");
+    tracing::warn!(%consumer, log = %log.id(), %offset, by = by.name(), "skipped a record by hand");
     Ok(next)
 }
