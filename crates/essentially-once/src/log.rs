@@ -158,6 +158,17 @@ pub trait Log: Send + Sync {
         Ok(None)
     }
 
+    /// Decodes a malformed record again that this log has yielded, when its dead letter is tried
+    /// again. Returns the record with the same offset, or `None` if it still cannot be decoded.
+    ///
+    /// It is for logs whose settings decide what can be decoded: one with keys for signatures or
+    /// encryption decodes more of them after a key was added. A wrapper must pass the call on. The
+    /// default returns `None`.
+    fn decode(&self, malformed: &Record) -> Option<Record> {
+        let _ = malformed;
+        None
+    }
+
     /// Whether appended records survive a crash, with the backend's current settings.
     ///
     /// # Errors
@@ -208,6 +219,10 @@ impl<L: Log + ?Sized> Log for Arc<L> {
 
     async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
         (**self).count_from(from).await
+    }
+
+    fn decode(&self, malformed: &Record) -> Option<Record> {
+        (**self).decode(malformed)
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

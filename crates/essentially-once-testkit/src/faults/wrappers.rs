@@ -55,6 +55,10 @@ impl<L: Log> Log for FaultyLog<L> {
         ask(&self.process, Operation::ReadableEnd, self.inner.readable_end()).await
     }
 
+    fn decode(&self, malformed: &Record) -> Option<Record> {
+        self.inner.decode(malformed)
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         ask(&self.process, Operation::Durability, self.inner.durability()).await
     }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{
-    delivery::Delivery, failure::Failure, load::Source, policy::Sentence, read_ahead::ReadAhead, resume::compare,
-    run::Done, session::Session,
+    deaths::Suspicion, delivery::Delivery, failure::Failure, load::Source, policy::Sentence, read_ahead::ReadAhead,
+    resume::compare, run::Done, session::Session,
 };
 use crate::{
     Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
@@ -42,6 +42,9 @@ impl<S: OffsetStore> Session<'_, S> {
         let Some(source) = self.load(until).await? else {
             return Ok(());
         };
+        if !D::RETRIES {
+            self.run.suspicion = Suspicion::default();
+        }
         let mut ahead = match source {
             Source::ReadAhead(ahead) => ahead,
             Source::Reader(reader) => ReadAhead::spawn(
@@ -72,7 +75,7 @@ impl<S: OffsetStore> Session<'_, S> {
         mut until: Option<Offset>,
     ) -> Result<(), Failure> {
         self.drop_stale_verdict();
-        match D::PARKS {
+        match D::RETRIES {
             true => self.load_parked().await?,
             false => self.refuse_letters().await?,
         }
@@ -107,7 +110,7 @@ impl<S: OffsetStore> Session<'_, S> {
             }
             self.now = SystemTime::now();
             if self.letters_due().is_some_and(|due| due <= self.now) {
-                D::deliver_letters(self, handler).await?;
+                self.deliver_letters::<H, D>(handler).await?;
             }
             if batch.is_empty() {
                 continue;
@@ -122,7 +125,15 @@ impl<S: OffsetStore> Session<'_, S> {
             if self.carry_out_verdict(&batch).await? {
                 continue;
             }
-            let passed = match D::deliver(self, handler, &batch).await {
+            let taken = match &batch[..] {
+                [record] => self.take_in_hand(record).await,
+                _ => Ok(()),
+            };
+            let delivered = match taken {
+                Ok(()) => D::deliver(self, handler, &batch).await,
+                Err(failure) => Err(failure),
+            };
+            let passed = match delivered {
                 Ok(passed) => passed,
                 Err(failure) => {
                     left.splice(..0, batch);
@@ -154,11 +165,20 @@ impl<S: OffsetStore> Session<'_, S> {
                 return Err(Failure::Stopped);
             }
             // The clock may have been set back meanwhile.
-            if !D::deliver_letters(self, handler).await? {
+            if !self.deliver_letters::<H, D>(handler).await? {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Tries letters that are due. Returns `false` if none is.
+    async fn deliver_letters<H: Handler<D::Tx>, D: Delivery<S>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
+        // Until the letters are tried without ending the session.
+        self.run.records_first = true;
+        let tried = D::deliver_letters(self, handler).await?;
+        self.run.records_first = false;
+        Ok(tried)
     }
 
     /// Drops a verdict on a record that was passed or may have been tried again since.
@@ -229,7 +249,12 @@ impl<S: OffsetStore> Session<'_, S> {
         until: &mut Option<Offset>,
     ) -> Result<Option<Vec<Record>>, Failure> {
         let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
-        let max = if is_apart { 1 } else { self.settings.max_batch };
+        let is_suspicious = !self.run.suspicion.is_over();
+        let max = if is_apart || is_suspicious {
+            1
+        } else {
+            self.settings.max_batch
+        };
         let mut taking = pin!(ahead.take(max, self.tried.as_ref().map(Tried::offset)));
         // Records that have already arrived need neither a timer nor a look at the position.
         tokio::select! {

@@ -26,9 +26,9 @@ pub trait Delivery<S: OffsetStore>: sealed::Sealed + Send + 'static {
     #[doc(hidden)]
     const NEEDS_DURABILITY: bool;
 
-    /// Whether it keeps dead letters.
+    /// Whether it may handle a record again, and therefore keeps dead letters.
     #[doc(hidden)]
-    const PARKS: bool = false;
+    const RETRIES: bool;
 
     /// Tries the letters of one key that are due. Returns `false` if none is.
     #[doc(hidden)]
@@ -82,13 +82,13 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
 
     const NAME: &'static str = "essentially-once";
     const NEEDS_DURABILITY: bool = true;
-    const PARKS: bool = true;
+    const RETRIES: bool = true;
 
     async fn deliver_letters<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
         handler: &mut H,
     ) -> Result<bool, Failure> {
-        session.try_due_letters(handler).await
+        session.try_letters(handler).await
     }
 
     async fn deliver<H: Handler<Self::Tx>>(
@@ -162,13 +162,21 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
 
     const NAME: &'static str = "at-least-once";
     const NEEDS_DURABILITY: bool = false;
+    const RETRIES: bool = true;
+
+    async fn deliver_letters<H: Handler<Self::Tx>>(
+        session: &mut Session<'_, S>,
+        handler: &mut H,
+    ) -> Result<bool, Failure> {
+        session.try_letter_at_least_once(handler).await
+    }
 
     async fn deliver<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
         handler: &mut H,
         batch: &[Record],
     ) -> Result<usize, Failure> {
-        let (done, passed, failed) = handle_each(session, handler, batch, &mut (), |()| None, Cut::Never).await;
+        let (mut done, passed, failed) = handle_each(session, handler, batch, &mut (), |()| None, Cut::Never).await;
         if done.handled > 0
             && let Err(Interrupted::Failed(error)) = flush(session, handler, &mut (), Cut::Never).await
         {
@@ -178,10 +186,14 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
             }
             return Err(session.commit_try(failed).await?);
         }
+        let parked = Done {
+            parked: mem::take(&mut done.parked),
+            ..Done::default()
+        };
         session.count(done, passed);
         let is_fatal = failed.as_ref().is_some_and(Failure::is_fatal);
         if let Some(last) = passed.last() {
-            let committed = commit_what_was_done(session, last).await;
+            let committed = commit_what_was_done(session, last, parked).await;
             match committed {
                 Err(error) if is_fatal => {
                     tracing::warn!(?error, "could not commit the records handled before a fatal error")
@@ -207,13 +219,22 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
 
 /// Commits the offset after `last`. The handled records would otherwise be handled again, so a stop
 /// leaves time to commit.
-async fn commit_what_was_done<S: OffsetStore>(session: &mut Session<'_, S>, last: &Record) -> Result<(), Failure> {
-    let tx = tokio::select! {
+async fn commit_what_was_done<S: OffsetStore>(
+    session: &mut Session<'_, S>,
+    last: &Record,
+    parked: Done,
+) -> Result<(), Failure> {
+    let mut tx = tokio::select! {
         biased;
         tx = session.store.begin(session.id) => tx?,
         () = grace_is_over(session.stop, session.settings.stop_grace) => return Err(Failure::Stopped),
     };
-    Ok(session.commit(tx, last, Done::default()).await?)
+    if let Some(letter) = session.to_park.take() {
+        session.park(tx.dead_letters(), letter).await?;
+    }
+    session.commit(tx, last, parked).await?;
+    session.count(parked, &[]);
+    Ok(())
 }
 
 /// Handles the batch up to a failure, a stop, or the end of its time. Returns the counts, the
@@ -243,7 +264,18 @@ where
             continue;
         }
         if session.parked.holds(record) {
-            match session.park_behind(letters(tx), record).await {
+            let letter = session.letter_behind(record);
+            let Some(letters) = letters(tx) else {
+                // The commit that follows the effects parks it, and nothing else.
+                if index > 0 {
+                    return (done, &batch[..index], None);
+                }
+                session.windows.mark(record, session.now);
+                session.to_park = Some(letter);
+                done.parked += 1;
+                return (done, &batch[..1], None);
+            };
+            match session.park(Some(letters), letter).await {
                 Ok(()) => {}
                 // It fits a commit of its own.
                 Err(Failure::Backend(Error::TooLarge { .. })) if index > 0 => return (done, &batch[..index], None),
@@ -315,6 +347,7 @@ fn record_failure<S: OffsetStore>(
         revision: session.place.revision,
         is_first,
         is_next: is_first,
+        deaths: 0,
         fatal_outcome: NOTHING_MOVED,
     }))
 }
@@ -325,6 +358,7 @@ impl<S: OffsetStore> Delivery<S> for AtMostOnce {
 
     const NAME: &'static str = "at-most-once";
     const NEEDS_DURABILITY: bool = false;
+    const RETRIES: bool = false;
 
     async fn deliver<H: Handler<Self::Tx>>(
         session: &mut Session<'_, S>,
@@ -376,6 +410,7 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
         revision,
         is_first: true,
         is_next: false,
+        deaths: 0,
         fatal_outcome,
     };
     let mut fatal = None;

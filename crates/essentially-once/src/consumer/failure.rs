@@ -27,6 +27,8 @@ pub struct RecordFailure {
     pub(super) is_first: bool,
     /// Whether the position points to it.
     pub(super) is_next: bool,
+    /// How many instances may have died of it; 0 if the handler failed.
+    pub(super) deaths: u32,
     /// The outcome to report if the error is fatal.
     pub(super) fatal_outcome: &'static str,
 }

@@ -54,18 +54,9 @@ impl<S: OffsetStore> Session<'_, S> {
         Some(turn.map_or(due, |turn| due.max(turn)))
     }
 
-    /// Tries the letters of one key. Returns `false` if none was due.
-    pub(super) async fn try_due_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
-        // Until the letters are tried without ending the session.
-        self.run.records_first = true;
-        let tried = self.try_letters(handler).await?;
-        self.run.records_first = false;
-        Ok(tried)
-    }
-
     /// Tries the letters of the key whose letter is due first, each before the next, until one
     /// fails or the batch is full. Returns `false` if no letter was due.
-    async fn try_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
+    pub(super) async fn try_letters<H: Handler<S::Tx>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
         self.now = SystemTime::now();
         let mut limit = self.settings.max_batch;
         loop {
@@ -90,12 +81,22 @@ impl<S: OffsetStore> Session<'_, S> {
         limit: usize,
     ) -> Result<Attempt, Failure> {
         let mut tx = self.begin().await?;
-        let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
-        self.parked.due = first.as_ref().and_then(|letter| letter.due);
-        let Some(first) = first.filter(|_| self.letters_due().is_some_and(|due| due <= self.now)) else {
+        let Some(first) = self.first_due_now(&mut tx).await? else {
             self.end(tx).await?;
             return Ok(Attempt::NothingDue);
         };
+        let mut limit = limit;
+        if first.record.malformed.is_some() || !self.run.suspicion.is_over() {
+            self.end(tx).await?;
+            if self.admit_if_decoded(&first).await? {
+                return Ok(Attempt::Committed);
+            }
+            if let Some(error) = self.take_letter_in_hand(first.record.offset).await? {
+                return Ok(Attempt::Failed(Box::new(first), error));
+            }
+            tx = self.begin().await?;
+            limit = 1;
+        }
         let mut handled = Vec::new();
         let due = match self.handle_letters(handler, &mut tx, first, limit, &mut handled).await {
             Ok(due) => due,
@@ -121,7 +122,7 @@ impl<S: OffsetStore> Session<'_, S> {
             handled: handled.len() as u64,
             ..Done::default()
         };
-        match self.commit_unmoved(tx, done).await {
+        match self.commit_letters(tx, done).await {
             Ok(()) => {
                 for letter in &handled {
                     tracing::info!(offset = %letter.record.offset, tries = letter.tries, "handled a dead letter");
@@ -134,6 +135,13 @@ impl<S: OffsetStore> Session<'_, S> {
             }
             Err(error) => self.blame_for_transaction(handled, error).await,
         }
+    }
+
+    /// The letter that is due first, if it is due.
+    pub(super) async fn first_due_now(&mut self, tx: &mut S::Tx) -> Result<Option<DeadLetter>, Failure> {
+        let first = self.or_stop(letters_of(tx)?.first_due()).await?;
+        self.parked.due = first.as_ref().and_then(|letter| letter.due);
+        Ok(first.filter(|_| self.letters_due().is_some_and(|due| due <= self.now)))
     }
 
     /// Handles letters of one key and removes them, and flushes the handler. Returns when the first
@@ -197,7 +205,7 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     /// Commits that a letter failed once more.
-    async fn note_failure(&mut self, mut letter: DeadLetter, error: HandlerError) -> Result<(), Failure> {
+    pub(super) async fn note_failure(&mut self, mut letter: DeadLetter, error: HandlerError) -> Result<(), Failure> {
         let error = not_the_backends(error, letter.record.offset)?;
         if error.kind == HandlerErrorKind::Fatal {
             return Err(Failure::Record(Box::new(RecordFailure {
@@ -207,6 +215,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 revision: self.place.revision,
                 is_first: true,
                 is_next: false,
+                deaths: 0,
                 fatal_outcome: "fatal error in a dead letter, which stays as it was",
             })));
         }
@@ -237,8 +246,14 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut tx = self.begin().await?;
         self.or_stop(letters_of(&mut tx)?.park(letter)).await?;
         let first = self.or_stop(letters_of(&mut tx)?.first_due()).await?;
-        self.commit_unmoved(tx, Done::default()).await?;
+        self.commit_letters(tx, Done::default()).await?;
         Ok(first)
+    }
+
+    /// Commits what became of letters. None is in hand any more.
+    pub(super) async fn commit_letters(&mut self, tx: S::Tx, done: Done) -> Result<(), Error> {
+        let note = self.place.note.with_in_hand(self.without_letter_in_hand());
+        self.commit_at(tx, self.place.next, note, done).await
     }
 }
 

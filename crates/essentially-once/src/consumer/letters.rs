@@ -124,7 +124,7 @@ pub(super) struct Parked {
 }
 
 impl Parked {
-    async fn load(letters: &mut dyn DeadLetters) -> Result<Self, Error> {
+    pub(super) async fn load(letters: &mut dyn DeadLetters) -> Result<Self, Error> {
         let mut keys = HashMap::new();
         let total = letters.total().await?;
         let mut after: Option<Bytes> = None;
@@ -155,6 +155,14 @@ impl Parked {
 
     pub(super) fn total(&self) -> u64 {
         self.total
+    }
+
+    /// Replaces everything by what is true at the same revision.
+    pub(super) fn replace(&mut self, loaded: Self) {
+        *self = Self {
+            revision: self.revision,
+            ..loaded
+        };
     }
 
     /// Forgets what was parked in a transaction that was not committed.
@@ -237,8 +245,8 @@ impl<S: OffsetStore> Session<'_, S> {
             _ => Err(Failure::Backend(Error::failed(
                 format!("run consumer {} of log {}", self.id, self.log.id()),
                 format!(
-                    "it has {total} dead letters, and only essentially-once handles them and keeps their keys in order; \
-                     handle or discard them with that delivery first"
+                    "it has {total} dead letters, which at-most-once neither tries nor keeps in the order of their keys; \
+                     handle them with another delivery, or discard them"
                 ),
             ))),
         }
@@ -266,15 +274,10 @@ impl<S: OffsetStore> Session<'_, S> {
         options.due(letter, self.now)
     }
 
-    /// Parks a record behind the letters of its key.
-    pub(super) async fn park_behind(
-        &mut self,
-        letters: Option<&mut dyn DeadLetters>,
-        record: &Record,
-    ) -> Result<(), Failure> {
+    /// The letter of a record that follows the letters of its key.
+    pub(super) fn letter_behind(&self, record: &Record) -> DeadLetter {
         let reason = "not tried, because earlier records of its key are dead letters";
-        let letter = DeadLetter::new(record.clone(), 0, reason, self.now);
-        self.park(letters, letter).await
+        DeadLetter::new(record.clone(), 0, reason, self.now)
     }
 
     /// Parks a record. Nothing is refused because of what another instance has parked since.

@@ -13,7 +13,7 @@ use super::{
     session::{Place, Session},
     standby::Watched,
 };
-use crate::{Error, LogReader, Note, Offset, OffsetStore, Position, window::Windows};
+use crate::{Error, LogReader, Note, Offset, OffsetStore, Position, note::InHand, window::Windows};
 
 /// How many times a new consumer tries to begin at the earliest record before it gives up the race
 /// with retention.
@@ -77,6 +77,9 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.heart.work();
                 continue;
             }
+            if has_other_owner && !self.settings.standby_after.is_zero() {
+                self.suspect_records();
+            }
             self.go_to(position);
             let Place { revision, next, .. } = self.place;
             let left = self
@@ -96,10 +99,15 @@ impl<S: OffsetStore> Session<'_, S> {
         let Position {
             next,
             revision,
-            note,
+            mut note,
             windows,
+            owner,
             ..
         } = position;
+        // Whoever released the position was alive.
+        if owner.is_none() {
+            note = note.with_in_hand(InHand::default());
+        }
         tracing::debug!(%next, %revision, "loaded the position");
         self.place = Place {
             next,

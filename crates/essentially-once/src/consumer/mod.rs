@@ -3,14 +3,17 @@
 mod call;
 mod consume;
 pub mod dead_letters;
+mod deaths;
 mod delivery;
 mod duplicates;
 mod failure;
 mod heart;
+mod letter_decoding;
 mod letter_filter;
 mod letter_tries;
 mod letter_verbs;
 mod letters;
+mod letters_at_least_once;
 mod load;
 mod pausing;
 mod policy;
@@ -58,7 +61,7 @@ pub use self::{
     skip::skip,
 };
 use crate::{
-    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, letters::DeadLetters, rt,
+    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, letters::DeadLetters, note::InHand, rt,
     window::Windows,
 };
 pub use crate::{
@@ -237,6 +240,24 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     #[must_use]
     pub fn retries(mut self, retries: u32) -> Self {
         self.settings.retries = retries;
+        self
+    }
+
+    /// How many instances in a row may die while they handle a record. The default is 3.
+    ///
+    /// An instance that dies leaves no error, and the next one would die of the same record. After
+    /// taking over from an instance that did not end cleanly, this one therefore handles up to
+    /// [`max_batch`](Self::max_batch) records alone, and commits beforehand which one it has in
+    /// hand. If that many instances in a row end in this way with the same record in hand, the
+    /// record counts as failed, whoever ended them, and [`on_failure`](Self::on_failure) decides
+    /// between a stop and a dead letter. A dead letter then waits for an operator. Restarts within
+    /// a run do not count, nor does an instance that lost the position to another one and lives.
+    ///
+    /// At-most-once ignores this setting, because it never tries a record twice. So does an
+    /// instance with [`standby_after`](Self::standby_after) zero.
+    #[must_use]
+    pub fn max_deaths(mut self, deaths: u32) -> Self {
+        self.settings.max_deaths = deaths;
         self
     }
 
@@ -432,6 +453,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
                 place: Place::default(),
                 windows: Windows::default(),
                 parked: Parked::default(),
+                to_park: None,
                 began: SystemTime::now(),
                 cut_off: None,
                 now: SystemTime::UNIX_EPOCH,
@@ -467,7 +489,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     }
 }
 
-impl<S: OffsetStore, H> Consumer<S, H, EssentiallyOnce>
+impl<S: OffsetStore, H, D: Retrying> Consumer<S, H, D>
 where
     S::Tx: DeadLetters,
 {
@@ -480,6 +502,9 @@ where
     ///
     /// Letters that are in the store already are respected and tried when they are due, even
     /// without this option, but a standby takes over because of a due letter only with it.
+    ///
+    /// Under at-least-once a letter is handled and then removed, so a crash in between makes it be
+    /// handled again. At-most-once has no dead letters, because it never tries a record twice.
     #[must_use]
     pub fn dead_letters(mut self, options: DeadLetterOptions) -> Self {
         self.settings.letters = Some(options);
@@ -539,13 +564,14 @@ impl<S, H, D: Retrying> Consumer<S, H, D> {
     }
 }
 
-/// Gives the next run all tries of the record that ended this one. Otherwise it only has the last.
+/// Gives the next run all tries of the record that ended this one. Otherwise it only has the last,
+/// or none.
 async fn forget_tries<S: OffsetStore>(store: &S, id: &ConsumerId, seen: Revision) {
     let forget = async {
         let tx = store.begin(id).await?;
         match store.position(id).await? {
-            Some(position) if position.revision == seen && position.note.tried().is_some() => {
-                let note = position.note.with_tried(None);
+            Some(position) if position.revision == seen && position.note.has_trouble() => {
+                let note = position.note.with(None, InHand::default());
                 let mut advance = unmoved(&position);
                 advance.note = note;
                 tx.commit(advance).await

@@ -52,6 +52,9 @@ pub struct FailedRecord<'a> {
     pub error: &'a HandlerError,
     /// How often the record was tried, by earlier runs too unless one ended because of it.
     pub tries: u32,
+    /// How many instances in a row ended while they handled this record, without an error; 0 if the
+    /// handler failed. The record then cannot be skipped: [`OnFailure::Skip`] ends the run.
+    pub deaths: u32,
 }
 
 /// Chooses what to do with a record after its last try.

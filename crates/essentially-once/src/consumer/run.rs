@@ -1,7 +1,8 @@
 //! The state of a run, which outlives its sessions.
 
 use super::{
-    duplicates::Duplicates, letters::Parked, policy::Verdict, read_ahead::ReadAhead, report::Report, silences::Silences,
+    deaths::Suspicion, duplicates::Duplicates, letters::Parked, policy::Verdict, read_ahead::ReadAhead, report::Report,
+    silences::Silences,
 };
 use crate::{Offset, Pulse, Revision, rt::Instant};
 
@@ -28,6 +29,8 @@ pub(super) struct Run {
     /// What was read ahead when a record failed, and the revision of the position at which it
     /// begins.
     pub(super) ahead: Option<(Revision, ReadAhead)>,
+    /// What to do after the position was taken over.
+    pub(super) suspicion: Suspicion,
     /// The record to go past, after its last try failed.
     pub(super) verdict: Option<Verdict>,
     /// The first position of a new consumer, until it receives a record.

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     Advance, Bounds, ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Note, Offset, OffsetStore, Owner, Record,
     Revision, Transaction, Tried,
+    letters::DeadLetter,
     rt::Instant,
     window::{Silence, Windows},
 };
@@ -49,6 +50,9 @@ pub struct Session<'a, S> {
     pub(super) place: Place,
     pub(super) windows: Windows,
     pub(super) parked: Parked,
+    /// The letter to park with the next commit, for a delivery that handles outside of
+    /// transactions.
+    pub(super) to_park: Option<DeadLetter>,
     /// When the session began.
     pub(super) began: SystemTime,
     /// While a run that has caught up tries its letters: those due up to then.
@@ -156,8 +160,10 @@ impl<S: OffsetStore> Session<'_, S> {
     pub(super) async fn commit(&mut self, tx: S::Tx, last: &Record, done: Done) -> Result<(), Error> {
         self.forget_silent(last);
         let tried = self.tried.clone().filter(|tried| tried.offset() > last.offset);
-        let note = Note::after(last).with_tried(tried.clone());
-        self.commit_at(tx, last.offset.successor(), note, done).await?;
+        let next = last.offset.successor();
+        let in_hand = self.in_hand_at(next);
+        let note = Note::after(last).with(tried.clone(), in_hand);
+        self.commit_at(tx, next, note, done).await?;
         self.tried = tried;
         Ok(())
     }

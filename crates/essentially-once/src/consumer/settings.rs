@@ -16,6 +16,7 @@ pub(super) struct Settings {
     pub(super) read_ahead_bytes: usize,
     pub(super) accept_volatile: bool,
     pub(super) retries: u32,
+    pub(super) max_deaths: u32,
     pub(super) restart_limit: Option<u32>,
     pub(super) on_failure: Option<Rule>,
     pub(super) on_truncated: OnTruncated,
@@ -38,6 +39,7 @@ impl Default for Settings {
             read_ahead_bytes: 4 * 1024 * 1024,
             accept_volatile: false,
             retries: 10,
+            max_deaths: 3,
             restart_limit: None,
             on_failure: None,
             on_truncated: OnTruncated::default(),
@@ -74,6 +76,7 @@ impl Settings {
         };
         zero("max_batch", self.max_batch)?;
         zero("read_ahead_records", self.read_ahead_records.unwrap_or(1))?;
+        zero("max_deaths", self.max_deaths as usize)?;
         zero("read_ahead_bytes", self.read_ahead_bytes)?;
         if self.min_backoff > self.max_backoff {
             return Err(Error::InvalidSetting {

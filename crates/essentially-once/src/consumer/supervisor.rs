@@ -92,6 +92,10 @@ impl Supervisor {
                 let attempts = failed.tried.tries();
                 self.culprit = Some(failed.tried.clone());
                 let outcome = match error.kind {
+                    _ if failed.deaths > 0 => Some(
+                        "not handled, since instances died while they handled it; the consumer stops before this record. \
+                         Find out why they died, then `skip` the record or run the consumer again",
+                    ),
                     HandlerErrorKind::Fatal => {
                         return Err(self.unhandled(offset, failed.fatal_outcome, attempts, error));
                     }
@@ -111,9 +115,14 @@ impl Supervisor {
                         record: &failed.record,
                         error: &error,
                         tries: attempts,
+                        deaths: failed.deaths,
                     });
                     let (sentence, outcome) = match choice {
                         OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
+                        // Nobody knows whether the record is to blame.
+                        OnFailure::Skip if failed.deaths > 0 => {
+                            return Err(self.unhandled(offset, outcome, attempts, error));
+                        }
                         OnFailure::Skip => (Sentence::Skip, "skipped"),
                         OnFailure::DeadLetter if self.keeps_letters => {
                             let sentence = Sentence::Park {
@@ -125,7 +134,7 @@ impl Supervisor {
                         }
                         OnFailure::DeadLetter => {
                             let outcome = "its policy asks for a dead letter, but this consumer keeps none; call \
-                                           `dead_letters` when you build it, which needs essentially-once";
+                                           `dead_letters` when you build it";
                             return Err(self.unhandled(offset, outcome, attempts, error));
                         }
                     };
