@@ -243,13 +243,13 @@ where
         tokio::time::sleep(Duration::from_millis(fastrand::u64(50..250))).await;
         match kill % 2 {
             0 => {
-                dead_letters::retry_all(&shipping, store).await?;
+                dead_letters::retry_all(&shipping, store, &LetterFilter::all(), &Operator::new("test")).await?;
             }
             _ => {
                 let letters = dead_letters::list(&shipping, store, None, 50).await?;
                 let poison = letters.iter().find(|letter| letter.record.payload.ends_with(b"poison"));
                 if let Some(letter) = poison {
-                    match dead_letters::discard(&shipping, store, letter).await {
+                    match dead_letters::discard(&shipping, store, letter, &Operator::new("test")).await {
                         Ok(()) => {
                             discarded.insert(number(&letter.record.payload).map_err(|error| error.to_string())?);
                         }
@@ -276,7 +276,7 @@ where
     let mut worker = Worker::start(address, mended)?;
     loop {
         worker.check()?;
-        dead_letters::retry_all(&shipping, store).await?;
+        dead_letters::retry_all(&shipping, store, &LetterFilter::all(), &Operator::new("test")).await?;
         let letters = dead_letters::list(&shipping, store, None, 1).await?;
         let next = store.position(&shipping).await?.map(|position| position.next);
         if letters.is_empty() && next >= Some(log.bounds().await?.end) {

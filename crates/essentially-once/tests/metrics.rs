@@ -19,7 +19,7 @@ use std::{
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, HandlerError, Log, NewRecord, Record, StartAt,
-    consumer::{OnFailure, OnTruncated},
+    consumer::{OnFailure, OnTruncated, Operator},
     handler_fn,
     memory::{Memory, MemoryTx},
     seek,
@@ -139,9 +139,15 @@ async fn counters_agree_with_the_report(kept: &Kept) {
 async fn counters_agree_with_policies(kept: &Kept) {
     let backend = Backend::new(12, Script::default()).await;
     let policies = ConsumerId::new("policies").unwrap();
-    seek(&policies, &backend.log(), &backend.store(), StartAt::Earliest)
-        .await
-        .unwrap();
+    seek(
+        &policies,
+        &backend.log(),
+        &backend.store(),
+        StartAt::Earliest,
+        &Operator::new("ann"),
+    )
+    .await
+    .unwrap();
     backend.memory_log().truncate(2.into());
     let mut handler = backend.counter();
     handler.poison = vec!["7"];

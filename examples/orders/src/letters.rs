@@ -36,16 +36,24 @@ impl Backend {
     pub(crate) async fn retry_letters(&self) -> Result<u64, Error> {
         let consumer = &self.consumer;
         match &self.store {
-            Place::Sqlite => dead_letters::retry_all(consumer, &self.sqlite().await?.store()).await,
+            Place::Sqlite => {
+                dead_letters::retry_all(
+                    consumer,
+                    &self.sqlite().await?.store(),
+                    &LetterFilter::all(),
+                    &Operator::new("test"),
+                )
+                .await
+            }
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let redis = essentially_once_redis::Redis::connect(url).await?;
-                dead_letters::retry_all(consumer, &redis.store()).await
+                dead_letters::retry_all(consumer, &redis.store(), &LetterFilter::all(), &Operator::new("test")).await
             }
             #[cfg(feature = "rabbitmq")]
             Place::Rabbitmq(url) => {
                 let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                dead_letters::retry_all(consumer, &rabbit.store()).await
+                dead_letters::retry_all(consumer, &rabbit.store(), &LetterFilter::all(), &Operator::new("test")).await
             }
         }
     }

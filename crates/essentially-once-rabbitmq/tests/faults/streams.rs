@@ -62,7 +62,14 @@ pub(crate) async fn a_stream_deleted_and_recreated_is_noticed() -> Outcome {
     is_past_the_end(again.fails().await?)?;
     let applied = read_ledger(&rabbit.store(), &consumer).await?;
     ensure!(applied.len() == 20, "{} records were applied", applied.len());
-    seek(&consumer, &log, &rabbit.store(), StartAt::Earliest).await?;
+    seek(
+        &consumer,
+        &log,
+        &rabbit.store(),
+        StartAt::Earliest,
+        &Operator::new("test"),
+    )
+    .await?;
     let rest = Consumer::essentially_once(consumer.clone(), log, rabbit.store(), Ledger);
     let report = rest.run_until_caught_up().await?;
     ensure!(report.handled == 5, "{report}");
@@ -153,7 +160,14 @@ pub(crate) async fn retention_overtaking_a_slow_consumer_is_reported() -> Outcom
     let position = rabbit.store().position(&consumer).await?;
     ensure!(position.is_some_and(|position| position.next == behind(4)), "it moved");
     // An explicit seek continues with the remaining records.
-    seek(&consumer, &log, &rabbit.store(), StartAt::Earliest).await?;
+    seek(
+        &consumer,
+        &log,
+        &rabbit.store(),
+        StartAt::Earliest,
+        &Operator::new("test"),
+    )
+    .await?;
     let rest = Consumer::essentially_once(consumer.clone(), log.clone(), rabbit.store(), Ledger);
     rest.run_until_caught_up().await?;
     let applied = read_ledger(&rabbit.store(), &consumer).await?;

@@ -154,7 +154,10 @@ async fn retry_all() -> Result<(), Violation> {
     for offset in 0..LETTERS {
         park(&store, &letter(offset, &format!("{offset}"), MIB), offset).await?;
     }
-    assert_eq!(dead_letters::retry_all(&shipping(), &store).await?, LETTERS);
+    assert_eq!(
+        dead_letters::retry_all(&shipping(), &store, &LetterFilter::all(), &Operator::new("test")).await?,
+        LETTERS
+    );
     let letters = dead_letters::list(&shipping(), &place.store().await?, None, 100).await?;
     assert_eq!(
         letters.iter().filter(|letter| letter.due.is_some()).count() as u64,
@@ -234,7 +237,7 @@ async fn full_state() -> Result<(), Violation> {
         }
     };
     tx.commit(advance(2, 0)).await?;
-    dead_letters::retry_all(&shipping(), &store).await?;
+    dead_letters::retry_all(&shipping(), &store, &LetterFilter::all(), &Operator::new("test")).await?;
     let log = Memory::new().log("orders")?;
     let records: Vec<_> = (0..4).map(|n| NewRecord::new(n.to_string()).key("b")).collect();
     log.append(&records).await?;
@@ -296,7 +299,7 @@ async fn standby() -> Result<(), Violation> {
     // As in a crash, the position keeps its owner.
     owner.abort();
     let _ = owner.await;
-    insist(|| dead_letters::retry_all(&consumer_id, &store)).await?;
+    insist(|| dead_letters::retry_all(&consumer_id, &store, &LetterFilter::all(), &Operator::new("test"))).await?;
     let run = tokio::spawn(consumer(true, place.store().await?).run());
     tokio::select! {
         gone = are_gone(true) => gone?,

@@ -205,9 +205,18 @@ pub(crate) async fn a_consumer_parks_and_retries_in_order() -> Outcome {
     assert_eq!(tried, [true, true, false, false, false, true]);
     stage.server.restart()?;
     poison(&[]);
-    dead_letters::discard(&stage.consumer, &stage.store, &letters[1]).await?;
+    dead_letters::discard(&stage.consumer, &stage.store, &letters[1], &Operator::new("test")).await?;
     // The discard has made b2 due.
-    assert_eq!(dead_letters::retry_all(&stage.consumer, &stage.store).await?, 2);
+    assert_eq!(
+        dead_letters::retry_all(
+            &stage.consumer,
+            &stage.store,
+            &LetterFilter::all(),
+            &Operator::new("test")
+        )
+        .await?,
+        2
+    );
     let report = run().await?;
     assert_eq!(report.handled, 5, "{report}");
     for (key, expected) in [("a", "123"), ("b", "2"), ("c", "1")] {
@@ -628,9 +637,12 @@ pub(crate) async fn an_operator_changes_letters_of_a_busy_consumer() -> Outcome 
         .record
         .offset;
     for _ in 0..3 {
-        dead_letters::retry(&stage.consumer, &operator, first).await?;
+        dead_letters::retry(&stage.consumer, &operator, first, &Operator::new("test")).await?;
     }
-    assert!(dead_letters::retry_all(&stage.consumer, &operator).await? >= POISON - 1);
+    assert!(
+        dead_letters::retry_all(&stage.consumer, &operator, &LetterFilter::all(), &Operator::new("test")).await?
+            >= POISON - 1
+    );
     stop.cancel();
     run.await??;
     Ok(())

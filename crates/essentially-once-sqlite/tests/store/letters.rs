@@ -59,7 +59,7 @@ async fn a_letter_is_a_row_with_documented_columns() {
     assert_eq!((rows[1].0, rows[1].3), (1, 0));
 
     let letters = dead_letters::list(&shipping(), &store, None, 10).await.expect("list");
-    dead_letters::discard(&shipping(), &store, &letters[0])
+    dead_letters::discard(&shipping(), &store, &letters[0], &Operator::new("test"))
         .await
         .expect("discard");
     let report = run().await.expect("run");

@@ -27,7 +27,7 @@ pub use self::{
 use crate::Error;
 pub use crate::{
     error::Source,
-    journal::Journal,
+    journal::{Journal, JournalEntry, OperatorAction},
     letters::{DeadLetter, DeadLetters, Edit},
     log::{Bounds, Durability, LogReader},
     name::{LogId, Numbering},

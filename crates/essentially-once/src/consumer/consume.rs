@@ -126,7 +126,8 @@ impl<S: OffsetStore> Session<'_, S> {
                 continue;
             }
             let taken = match &batch[..] {
-                [record] => self.take_in_hand(record).await,
+                [record] if D::RETRIES => self.take_in_hand(record).await,
+                _ if D::RETRIES => self.claim().await,
                 _ => Ok(()),
             };
             let delivered = match taken {

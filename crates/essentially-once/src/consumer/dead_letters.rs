@@ -48,7 +48,7 @@
 //! assert_eq!((report.handled, report.parked), (1, 2));
 //!
 //! let unreadable = LetterFilter::all().reason("invalid digit");
-//! let letters = dead_letters::list(&shipping, &store, &unreadable, None, 100).await?;
+//! let letters = dead_letters::find(&shipping, &store, &unreadable, None, 100).await?;
 //! assert_eq!(letters.len(), 1);
 //!
 //! let ann = Operator::new("ann").because("a typing error");
@@ -57,8 +57,7 @@
 //! dead_letters::edit(&shipping, &store, &letters[0], &mended, &ann).await?;
 //! let report = run().await?; // the next one of the key follows at once
 //! assert_eq!(report.handled, 2);
-//! let all = LetterFilter::all();
-//! assert!(dead_letters::list(&shipping, &store, &all, None, 100).await?.is_empty());
+//! assert!(dead_letters::list(&shipping, &store, None, 100).await?.is_empty());
 //! # Ok(())
 //! # }
 //! ```
@@ -67,12 +66,12 @@ use std::{collections::HashSet, time::Duration};
 
 pub use super::letter_filter::LetterFilter;
 use super::{
-    OperatorAction,
     letter_verbs::{Discard, EditLetter, NOW, Retry, RetryHeads},
     verbs::{PATIENCE, change},
 };
 use crate::{
     ConsumerId, Error, NewRecord, Offset, OffsetStore, Operator, Transaction,
+    backend::OperatorAction,
     letters::{DeadLetter, DeadLetters},
 };
 
@@ -85,14 +84,33 @@ const PAGE: usize = 1_000;
 /// How many letters to read at once in search of others.
 const SEARCHED_AT_ONCE: usize = 100;
 
-/// The consumer's letters after an offset, or from the first one on, that the filter selects, at
-/// most `limit`, in the order of their offsets. To see the next page, give the offset of the last.
-///
-/// With a condition it reads all letters until `limit` are found.
+/// The consumer's letters after an offset, or from the first one on, at most `limit`, in the order
+/// of their offsets. For the next page, give the offset of the last.
 ///
 /// # Errors
 /// [`Error::Unavailable`], [`Error::Failed`].
 pub async fn list<S>(
+    consumer: &ConsumerId,
+    store: &S,
+    after: Option<Offset>,
+    limit: usize,
+) -> Result<Vec<DeadLetter>, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let mut tx = begin(consumer, store).await?;
+    let letters = tx.list(after, limit).await?;
+    tx.rollback().await?;
+    Ok(letters)
+}
+
+/// The same with only the letters that the filter selects. It reads letters until `limit` are
+/// found.
+///
+/// # Errors
+/// As for [`list`].
+pub async fn find<S>(
     consumer: &ConsumerId,
     store: &S,
     filter: &LetterFilter,
@@ -103,24 +121,14 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    // A transaction may see what its handle read last, and the position is never older than the
-    // call.
-    store.position(consumer).await?;
-    let mut tx = store.begin(consumer).await?;
+    let mut tx = begin(consumer, store).await?;
     let mut found = Vec::new();
-    loop {
-        let wanted = limit.saturating_sub(found.len());
-        let at_once = match *filter == LetterFilter::all() {
-            true => wanted,
-            false => wanted.min(SEARCHED_AT_ONCE),
-        };
-        let page = tx.list(after, at_once).await?;
-        let is_last = page.len() < at_once;
-        after = page.last().map(|letter| letter.record.offset);
-        found.extend(page.into_iter().filter(|letter| filter.matches(letter)));
-        if is_last || found.len() >= limit {
-            break;
-        }
+    while found.len() < limit {
+        let page = tx.list(after, SEARCHED_AT_ONCE).await?;
+        let Some(last) = page.last() else { break };
+        after = Some(last.record.offset);
+        let wanted = limit - found.len();
+        found.extend(page.into_iter().filter(|letter| filter.matches(letter)).take(wanted));
     }
     tx.rollback().await?;
     Ok(found)
@@ -135,9 +143,7 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    // As in `list`.
-    store.position(consumer).await?;
-    let mut tx = store.begin(consumer).await?;
+    let mut tx = begin(consumer, store).await?;
     let letter = tx.letter(offset).await?;
     tx.rollback().await?;
     Ok(letter)
@@ -178,7 +184,7 @@ where
     let (mut after, mut total) = (None, 0);
     let mut seen = HashSet::new();
     loop {
-        let page = list(consumer, store, &LetterFilter::all(), after, PAGE).await?;
+        let page = list(consumer, store, after, PAGE).await?;
         let Some(last) = page.last() else { return Ok(total) };
         after = Some(last.record.offset);
         let heads = page
@@ -256,4 +262,11 @@ where
         new,
     };
     change(consumer, store, &edit, by, PATIENCE).await.map(|_| ())
+}
+
+/// A transaction that sees every commit acknowledged before the call. It may otherwise see only
+/// what its handle read last.
+async fn begin<S: OffsetStore>(consumer: &ConsumerId, store: &S) -> Result<S::Tx, Error> {
+    store.position(consumer).await?;
+    store.begin(consumer).await
 }

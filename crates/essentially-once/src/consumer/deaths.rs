@@ -1,8 +1,8 @@
 //! Records and letters whose process died while it handled them, which leaves no error behind.
 //!
 //! A run that takes the position over from one that did not release it handles as many records
-//! alone as a batch holds, and commits beforehand which one it has in hand. If the next run takes
-//! over in the same way and finds the same one in hand, it counts one more session.
+//! alone as a batch holds, and commits before each of them that it has it in hand. If the next run
+//! takes over in the same way and finds the same one in hand, it counts one more session.
 
 use super::{
     failure::{Failure, RecordFailure},
@@ -41,7 +41,7 @@ impl<S: OffsetStore> Session<'_, S> {
     /// many sessions in a row.
     pub(super) async fn take_in_hand(&mut self, record: &Record) -> Result<(), Failure> {
         if self.run.suspicion.is_over() {
-            return Ok(());
+            return self.claim().await;
         }
         self.run.suspicion.alone_left -= 1;
         let (next, stored) = (self.place.next, self.place.note.in_hand());
@@ -69,7 +69,7 @@ impl<S: OffsetStore> Session<'_, S> {
     /// The same for a letter, which is to be tried next. Returns its failure instead.
     pub(super) async fn take_letter_in_hand(&mut self, offset: Offset) -> Result<Option<HandlerError>, Failure> {
         if self.run.suspicion.is_over() {
-            return Ok(None);
+            return self.claim().await.map(|()| None);
         }
         self.run.suspicion.alone_left -= 1;
         let stored = self.place.note.in_hand();
@@ -85,24 +85,29 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(None)
     }
 
-    /// The marks for a commit that moves the position to `next`. The record there is next in hand.
-    pub(super) fn in_hand_at(&mut self, next: Offset) -> InHand {
-        if self.run.suspicion.is_over() {
-            return InHand::default();
+    /// Before it handles anything, a run shows with a commit that the position is its own, so that
+    /// the next run sees that this one did not release it.
+    pub(super) async fn claim(&mut self) -> Result<(), Failure> {
+        if self.run.is_owner() || self.settings.standby_after.is_zero() {
+            return Ok(());
         }
-        self.run.suspicion.record = Some((next, 1));
-        InHand {
-            record: Some(Mark {
-                offset: next,
-                sessions: 1,
-                by: self.owner,
-            }),
-            letter: self.place.note.in_hand().letter,
+        let tx = self.begin().await?;
+        Ok(self.commit_unmoved(tx, Done::default()).await?)
+    }
+
+    /// The marks for a commit that passes records.
+    pub(super) fn in_hand_after_records(&self) -> InHand {
+        match self.run.suspicion.is_over() {
+            true => InHand::default(),
+            false => InHand {
+                record: None,
+                ..self.place.note.in_hand()
+            },
         }
     }
 
-    /// The marks without that of a letter.
-    pub(super) fn without_letter_in_hand(&self) -> InHand {
+    /// The marks for a commit that says what became of a letter.
+    pub(super) fn in_hand_after_letters(&self) -> InHand {
         InHand {
             letter: None,
             ..self.place.note.in_hand()

@@ -85,8 +85,8 @@ impl<S: OffsetStore> Session<'_, S> {
             self.end(tx).await?;
             return Ok(Attempt::NothingDue);
         };
-        let mut limit = limit;
-        if first.record.malformed.is_some() || !self.run.suspicion.is_over() {
+        let is_alone = !self.run.suspicion.is_over();
+        if is_alone || first.record.malformed.is_some() || !self.run.is_owner() {
             self.end(tx).await?;
             if self.admit_if_decoded(&first).await? {
                 return Ok(Attempt::Committed);
@@ -95,8 +95,8 @@ impl<S: OffsetStore> Session<'_, S> {
                 return Ok(Attempt::Failed(Box::new(first), error));
             }
             tx = self.begin().await?;
-            limit = 1;
         }
+        let limit = if is_alone { 1 } else { limit };
         let mut handled = Vec::new();
         let due = match self.handle_letters(handler, &mut tx, first, limit, &mut handled).await {
             Ok(due) => due,
@@ -252,7 +252,7 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Commits what became of letters. None is in hand any more.
     pub(super) async fn commit_letters(&mut self, tx: S::Tx, done: Done) -> Result<(), Error> {
-        let note = self.place.note.with_in_hand(self.without_letter_in_hand());
+        let note = self.place.note.with_in_hand(self.in_hand_after_letters());
         self.commit_at(tx, self.place.next, note, done).await
     }
 }

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::verbs::Change;
 use crate::{
     Advance, ConsumerId, Error, NewRecord, Offset, Operator, Position, Record,
-    consumer::OperatorAction,
+    backend::OperatorAction,
     letters::{DeadLetter, DeadLetters},
     window::Windows,
 };

@@ -161,8 +161,7 @@ impl<S: OffsetStore> Session<'_, S> {
         self.forget_silent(last);
         let tried = self.tried.clone().filter(|tried| tried.offset() > last.offset);
         let next = last.offset.successor();
-        let in_hand = self.in_hand_at(next);
-        let note = Note::after(last).with(tried.clone(), in_hand);
+        let note = Note::after(last).with(tried.clone(), self.in_hand_after_records());
         self.commit_at(tx, next, note, done).await?;
         self.tried = tried;
         Ok(())

@@ -66,7 +66,7 @@ async fn going_back_by_hand_handles_again_what_has_an_origin() {
             .await
             .unwrap();
         assert_eq!(report.handled, handled);
-        seek(&shipping(), &log, &memory.store(), StartAt::Earliest)
+        seek(&shipping(), &log, &memory.store(), StartAt::Earliest, &ann())
             .await
             .unwrap();
     }

@@ -113,9 +113,15 @@ async fn retention_that_overtakes_a_consumer_is_reported_and_seek_goes_on() {
     let consumer = |backend: &Backend| {
         Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter()).run_until_caught_up()
     };
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(2.into()))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &backend.log(),
+        &backend.store(),
+        StartAt::Offset(2.into()),
+        &ann(),
+    )
+    .await
+    .unwrap();
     backend.memory_log().truncate(6.into());
     let error = consumer(&backend).await.unwrap_err();
     assert!(
@@ -123,7 +129,7 @@ async fn retention_that_overtakes_a_consumer_is_reported_and_seek_goes_on() {
         if (requested, earliest) == (2.into(), 6.into())),
         "{error}"
     );
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest, &ann())
         .await
         .unwrap();
     assert_eq!(consumer(&backend).await.unwrap().handled, 6);
@@ -133,6 +139,7 @@ async fn retention_that_overtakes_a_consumer_is_reported_and_seek_goes_on() {
         &backend.log(),
         &backend.store(),
         StartAt::Offset(13.into()),
+        &ann(),
     )
     .await
     .unwrap_err();
@@ -143,7 +150,7 @@ async fn retention_that_overtakes_a_consumer_is_reported_and_seek_goes_on() {
 async fn a_position_of_another_log_is_refused() {
     let backend = Backend::new(RECORDS, Script::default()).await;
     let other = backend.memory.log("invoices").unwrap();
-    seek(&shipping(), &other, &backend.memory.store(), StartAt::Earliest)
+    seek(&shipping(), &other, &backend.memory.store(), StartAt::Earliest, &ann())
         .await
         .unwrap();
     let error = Consumer::essentially_once(shipping(), backend.log(), backend.store(), backend.counter())
@@ -156,7 +163,7 @@ async fn a_position_of_another_log_is_refused() {
         0,
         "no record of the wrong log is handled"
     );
-    let error = seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
+    let error = seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest, &ann())
         .await
         .unwrap_err();
     assert!(matches!(error, Error::WrongLog { .. }), "{error}");

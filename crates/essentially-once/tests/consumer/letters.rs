@@ -137,9 +137,14 @@ pub(super) async fn next(backend: &Backend) -> Offset {
 }
 
 pub(super) async fn retry_all(backend: &Backend) -> u64 {
-    dead_letters::retry_all(&shipping(), &backend.memory.store())
-        .await
-        .unwrap()
+    dead_letters::retry_all(
+        &shipping(),
+        &backend.memory.store(),
+        &dead_letters::LetterFilter::all(),
+        &ann(),
+    )
+    .await
+    .unwrap()
 }
 
 #[tokio::test]
@@ -200,7 +205,7 @@ async fn a_letter_that_fails_again_stays_and_counts_its_tries() {
     let handler = poisoned(&backend, &["2"]);
     consumer(&backend, handler.clone()).run_until_caught_up().await.unwrap();
     let before = letters(&backend).await;
-    dead_letters::retry(&shipping(), &backend.memory.store(), 2.into())
+    dead_letters::retry(&shipping(), &backend.memory.store(), 2.into(), &ann())
         .await
         .unwrap();
     let report = consumer(&backend, handler).run_until_caught_up().await.unwrap();
@@ -249,7 +254,7 @@ async fn a_running_idle_consumer_tries_a_letter_that_an_operator_retries() {
     })
     .await;
     handler.poison.lock().unwrap().clear();
-    dead_letters::retry(&shipping(), &backend.memory.store(), 2.into())
+    dead_letters::retry(&shipping(), &backend.memory.store(), 2.into(), &ann())
         .await
         .unwrap();
     wait_until(&run, async || letters(&backend).await.is_empty()).await;
@@ -265,12 +270,20 @@ async fn a_discarded_letter_makes_the_next_one_due_and_has_no_effect() {
     consumer(&backend, handler.clone()).run_until_caught_up().await.unwrap();
     let seen = letters(&backend).await;
     // Someone else retries it meanwhile, in vain.
-    dead_letters::retry(&shipping(), &store, 2.into()).await.unwrap();
-    let error = dead_letters::discard(&shipping(), &store, &seen[0]).await.unwrap_err();
+    dead_letters::retry(&shipping(), &store, 2.into(), &ann())
+        .await
+        .unwrap();
+    let error = dead_letters::discard(&shipping(), &store, &seen[0], &ann())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("changed since"), "{error}");
     let seen = letters(&backend).await;
-    dead_letters::discard(&shipping(), &store, &seen[0]).await.unwrap();
-    let error = dead_letters::discard(&shipping(), &store, &seen[0]).await.unwrap_err();
+    dead_letters::discard(&shipping(), &store, &seen[0], &ann())
+        .await
+        .unwrap();
+    let error = dead_letters::discard(&shipping(), &store, &seen[0], &ann())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("no such letter"), "{error}");
     let report = consumer(&backend, handler).run_until_caught_up().await.unwrap();
     assert_eq!(report.handled, 2, "{report}");
@@ -283,24 +296,35 @@ fn verbs_can_be_spawned() {
     fn is_send(_: impl Future + Send) {}
     let store = Memory::new().store();
     is_send(dead_letters::list(&shipping(), &store, None, 1));
-    is_send(dead_letters::retry(&shipping(), &store, 0.into()));
-    is_send(dead_letters::retry_all(&shipping(), &store));
+    is_send(dead_letters::retry(&shipping(), &store, 0.into(), &ann()));
+    is_send(dead_letters::retry_all(
+        &shipping(),
+        &store,
+        &dead_letters::LetterFilter::all(),
+        &ann(),
+    ));
 }
 
 #[tokio::test]
 async fn verbs_that_would_change_nothing_are_refused_and_name_why() {
     let backend = keyed(Script::default()).await;
     let store = backend.memory.store();
-    let error = dead_letters::retry(&shipping(), &store, 2.into()).await.unwrap_err();
+    let error = dead_letters::retry(&shipping(), &store, 2.into(), &ann())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("no position"), "{error}");
     consumer(&backend, poisoned(&backend, &["2"]))
         .run_until_caught_up()
         .await
         .unwrap();
     let before = backend.position(&shipping()).await;
-    let error = dead_letters::retry(&shipping(), &store, 4.into()).await.unwrap_err();
+    let error = dead_letters::retry(&shipping(), &store, 4.into(), &ann())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("the letter at 2 of the same key"), "{error}");
-    let error = dead_letters::retry(&shipping(), &store, 3.into()).await.unwrap_err();
+    let error = dead_letters::retry(&shipping(), &store, 3.into(), &ann())
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("no such letter"), "{error}");
     assert_eq!(backend.position(&shipping()).await, before);
 }
@@ -311,16 +335,22 @@ async fn seek_back_removes_the_letters_whose_records_are_handled_again() {
     let handler = poisoned(&backend, &["0", "2"]);
     consumer(&backend, handler.clone()).run_until_caught_up().await.unwrap();
     assert_eq!(parked(&backend).await, [0, 2, 4, 8]);
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(4.into()))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &backend.log(),
+        &backend.store(),
+        StartAt::Offset(4.into()),
+        &ann(),
+    )
+    .await
+    .unwrap();
     assert_eq!(parked(&backend).await, [0, 2]);
     handler.poison.lock().unwrap().clear();
     retry_all(&backend).await;
     consumer(&backend, handler).run_until_caught_up().await.unwrap();
     assert_eq!(effects(&backend).await["a"], "0 2 4 8 ");
     // Forwards, every letter stays.
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest, &ann())
         .await
         .unwrap();
     assert!(letters(&backend).await.is_empty());
@@ -338,9 +368,15 @@ async fn a_consumer_without_the_option_respects_the_letters_that_are_there() {
         .max_batch(1)
         .run_until_caught_up();
     stopped.await.unwrap();
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(3.into()))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &backend.log(),
+        &backend.store(),
+        StartAt::Offset(3.into()),
+        &ann(),
+    )
+    .await
+    .unwrap();
     assert_eq!(parked(&backend).await, [2]);
     let plain = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler);
     let report = plain.run_until_caught_up().await.unwrap();

@@ -35,16 +35,16 @@ async fn park(backend: &Backend, parked: &[DeadLetter]) {
     tx.commit(advance).await.unwrap();
 }
 
-/// "At-least-once and at-most-once consumers [...] refuse to run while the consumer has letters."
+/// "At-most-once [...] refuses to run while the consumer has letters."
 #[tokio::test]
-async fn other_deliveries_refuse_letters_after_a_passing_fault_too() {
+async fn at_most_once_refuses_letters_after_a_passing_fault_too() {
     let backend = with_letters().await;
     let more = [NewRecord::new("x").key("a")];
     backend.memory_log().append(&more).await.unwrap();
     let script = Script::default().fail(Step::Begin, 0, Fault::Before);
     let faulty = Backend::of(backend.memory.clone(), script);
     let counter = faulty.counter();
-    let run = Consumer::at_least_once(shipping(), faulty.log(), faulty.store(), InMemory(counter.clone()))
+    let run = Consumer::at_most_once(shipping(), faulty.log(), faulty.store(), InMemory(counter.clone()))
         .min_backoff(Duration::ZERO)
         .max_backoff(Duration::ZERO);
     let error = run.run_until_caught_up().await.unwrap_err();
@@ -56,9 +56,9 @@ async fn other_deliveries_refuse_letters_after_a_passing_fault_too() {
     );
 }
 
-/// The same if letters appear while the other delivery runs.
+/// The same if letters appear while it runs.
 #[tokio::test]
-async fn other_deliveries_refuse_letters_that_appeared_since_they_began() {
+async fn at_most_once_refuses_letters_that_appeared_since_it_began() {
     let backend = keyed(Script::default()).await;
     let handled = Arc::new(Mutex::new(Vec::new()));
     let go_on = Arc::new(Notify::new());
@@ -73,13 +73,14 @@ async fn other_deliveries_refuse_letters_that_appeared_since_they_began() {
             Ok(())
         })
     });
-    let plain = Consumer::at_least_once(shipping(), backend.log(), backend.store(), handler)
+    let plain = Consumer::at_most_once(shipping(), backend.log(), backend.store(), handler)
         .standby_after(Duration::from_millis(20));
     let run = tokio::spawn(plain.run());
     wait_until(&run, async || next(&backend).await == RECORDS.into()).await;
-    let more = [NewRecord::new("slow"), NewRecord::new("poison").key("a")];
-    backend.memory_log().append(&more).await.unwrap();
+    backend.memory_log().append(&[NewRecord::new("slow")]).await.unwrap();
     wait_until(&run, async || handled.lock().unwrap().contains(&RECORDS)).await;
+    let poison = [NewRecord::new("poison").key("a")];
+    backend.memory_log().append(&poison).await.unwrap();
     // The new version, essentially-once, takes over for a while and parks a record.
     let rolled_out = consumer(&backend, poisoned(&backend, &["poison"])).standby_after(Duration::ZERO);
     rolled_out.run_until_caught_up().await.unwrap();
@@ -106,7 +107,7 @@ async fn a_verdict_that_no_longer_counts_does_not_hold_letters_back() {
     let (memory, log) = (backend.memory.clone(), backend.memory_log());
     let run = consumer(&backend, handler.clone()).on_failure_with(move |failed| {
         if failed.record.offset == 11.into() {
-            now(seek(&shipping(), &log, &memory.store(), StartAt::Latest)).unwrap();
+            now(seek(&shipping(), &log, &memory.store(), StartAt::Latest, &ann())).unwrap();
         }
         OnFailure::DeadLetter
     });
@@ -132,8 +133,14 @@ async fn a_job_tries_due_letters_although_a_verdict_no_longer_counts() {
     let run = consumer(&backend, handler.clone()).on_failure_with(move |failed| {
         if failed.record.offset == 11.into() {
             fixed.lock().unwrap().clear();
-            now(seek(&shipping(), &log, &memory.store(), StartAt::Latest)).unwrap();
-            now(dead_letters::retry_all(&shipping(), &memory.store())).unwrap();
+            now(seek(&shipping(), &log, &memory.store(), StartAt::Latest, &ann())).unwrap();
+            now(dead_letters::retry_all(
+                &shipping(),
+                &memory.store(),
+                &dead_letters::LetterFilter::all(),
+                &ann(),
+            ))
+            .unwrap();
         }
         OnFailure::DeadLetter
     });
@@ -160,7 +167,7 @@ async fn letters_that_are_committed_count_as_progress_for_the_restart_limit() {
     let tries = || handler.calls.lock().unwrap().iter().filter(|call| *call == "2").count();
     for nth in 0..10 {
         let before = tries();
-        dead_letters::retry(&shipping(), &backend.memory.store(), 2.into())
+        dead_letters::retry(&shipping(), &backend.memory.store(), 2.into(), &ann())
             .await
             .unwrap();
         // Each retry is tried, fails and is committed.
@@ -197,7 +204,7 @@ async fn the_pause_before_an_operators_retry_resets_after_the_commit_of_a_letter
     for _ in 0..9 {
         let before = tries();
         let started = std::time::Instant::now();
-        dead_letters::retry(&shipping(), &backend.memory.store(), 2.into())
+        dead_letters::retry(&shipping(), &backend.memory.store(), 2.into(), &ann())
             .await
             .unwrap();
         wait_until(&run, async || {
@@ -226,7 +233,14 @@ async fn seek_back_keeps_letters_whose_records_were_deleted_one_by_one() {
     assert_eq!(parked(&backend).await, [11]);
     // As XDEL does: the end stays where it is.
     backend.deleted.store(1, Ordering::SeqCst);
-    let moved = seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(9.into())).await;
+    let moved = seek(
+        &shipping(),
+        &backend.log(),
+        &backend.store(),
+        StartAt::Offset(9.into()),
+        &ann(),
+    )
+    .await;
     let report = consumer(&backend, poisoned(&backend, &[]))
         .run_until_caught_up()
         .await
@@ -253,7 +267,7 @@ async fn seek_back_keeps_letters_of_a_log_that_was_replaced() {
     let run = run.accept_volatile();
     let error = run.run_until_caught_up().await.unwrap_err();
     assert!(matches!(error, Error::LogChanged { .. }), "{error}");
-    let moved = seek(&shipping(), &log, &store, StartAt::Earliest).await;
+    let moved = seek(&shipping(), &log, &store, StartAt::Earliest, &ann()).await;
     assert_eq!(
         letters(&backend).await,
         before,
@@ -332,6 +346,7 @@ async fn a_record_gets_all_its_retries_again_after_seek_back() {
         &backend.memory_log(),
         &backend.memory.store(),
         StartAt::Offset(2.into()),
+        &ann(),
     )
     .await
     .unwrap();
@@ -366,7 +381,9 @@ async fn letters_do_not_starve_a_runtime_of_one_thread() {
             .dead_letters(DeadLetterOptions::new())
     };
     run(false).run_until_caught_up().await.unwrap();
-    dead_letters::retry_all(&shipping(), &memory.store()).await.unwrap();
+    dead_letters::retry_all(&shipping(), &memory.store(), &dead_letters::LetterFilter::all(), &ann())
+        .await
+        .unwrap();
     let longest = Arc::new(AtomicU64::new(0));
     let noted = Arc::clone(&longest);
     let ticks = tokio::spawn(async move {

@@ -152,7 +152,7 @@ async fn a_log_restored_from_an_older_copy_that_has_grown_again_is_noticed() {
         "{error}"
     );
     let seek_to = StartAt::Offset(5.into());
-    seek(&shipping(), &restored, &backend.memory.store(), seek_to)
+    seek(&shipping(), &restored, &backend.memory.store(), seek_to, &ann())
         .await
         .unwrap();
     assert_eq!(consume(restored).await.unwrap().handled, RECORDS);

@@ -10,12 +10,15 @@
 )]
 
 mod blame;
+mod deaths;
 mod duplicates;
 mod faults;
 mod letters;
+mod letters_at_least_once;
 mod letters_in_trouble;
 mod letters_promises;
 mod lost;
+mod operators;
 mod policies;
 mod records;
 mod running;
@@ -33,7 +36,9 @@ use std::{
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore,
-    ProducerId, Record, StartAt, handler_fn,
+    ProducerId, Record, StartAt,
+    consumer::Operator,
+    handler_fn,
     memory::{Memory, MemoryTx},
     seek, skip,
 };
@@ -41,6 +46,10 @@ use support::{Backend, Fault, InMemory, Script, ScriptedTx, Step};
 
 fn shipping() -> ConsumerId {
     ConsumerId::new("shipping").unwrap()
+}
+
+fn ann() -> Operator {
+    Operator::new("ann").because("a test")
 }
 
 const RECORDS: u64 = 12;

@@ -201,6 +201,7 @@ impl Handler<ScriptedTx> for SucceedsAfterAMove {
             &memory.log("orders").unwrap(),
             &memory.store(),
             StartAt::Earliest,
+            &ann(),
         )
         .await
         .unwrap();
@@ -267,9 +268,15 @@ async fn a_batch_that_fails_as_a_whole_loses_only_its_culprit() {
 #[tokio::test]
 async fn a_consumer_that_retention_overtook_skips_to_the_earliest_record_and_says_how_far() {
     let backend = Backend::new(RECORDS, Script::default()).await;
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(2.into()))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &backend.log(),
+        &backend.store(),
+        StartAt::Offset(2.into()),
+        &ann(),
+    )
+    .await
+    .unwrap();
     backend.memory_log().truncate(6.into());
     let report = skipping(&backend, backend.counter())
         .on_truncated(OnTruncated::SkipToEarliest)

@@ -315,7 +315,7 @@ async fn a_position_that_moves_while_a_record_fails_is_read_from_there() {
         .on_failure_with(move |_| {
             // An operator is faster than the consumer.
             let (id, store) = (shipping(), memory.store());
-            now(seek(&id, &log, &store, StartAt::Offset(9.into()))).unwrap();
+            now(seek(&id, &log, &store, StartAt::Offset(9.into()), &ann())).unwrap();
             OnFailure::Skip
         });
     let report = run.run_until_caught_up().await.unwrap();

@@ -408,7 +408,7 @@ async fn the_verdict_of_an_overtaken_instance_counts_for_nothing_without_a_trans
         Box::pin(async move {
             if first {
                 // Another instance handles the same record and commits first.
-                seek(&shipping(), &log, &store, StartAt::Offset(behind)).await?;
+                seek(&shipping(), &log, &store, StartAt::Offset(behind), &ann()).await?;
                 return Err(HandlerError::reject("shipped already"));
             }
             Ok(())

@@ -30,7 +30,7 @@ async fn a_skipped_record_is_passed_and_dropped_if_it_is_sent_again() {
         panic!("{error}")
     };
     let before = backend.position(&shipping()).await.unwrap();
-    let next = skip(&shipping(), &backend.log(), &backend.store(), offset)
+    let next = skip(&shipping(), &backend.log(), &backend.store(), offset, &ann())
         .await
         .unwrap();
     assert_eq!(next, 2.into());
@@ -52,10 +52,10 @@ async fn a_malformed_record_that_is_skipped_marks_nothing() {
     log.append(&[produced("0", 0)]).await.unwrap();
     let mut backend = Backend::of(memory, Script::default());
     backend.malformed = Some(0.into());
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest)
+    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Earliest, &ann())
         .await
         .unwrap();
-    skip(&shipping(), &backend.log(), &backend.store(), 0.into())
+    skip(&shipping(), &backend.log(), &backend.store(), 0.into(), &ann())
         .await
         .unwrap();
     // A later version may decode the record, which then counts as another record.
@@ -69,15 +69,21 @@ async fn a_malformed_record_that_is_skipped_marks_nothing() {
 async fn what_is_not_the_next_record_is_refused_and_named() {
     let backend = Backend::new(RECORDS, Script::default()).await;
     let skip_at = async |offset: u64| {
-        let error = skip(&shipping(), &backend.log(), &backend.store(), offset.into())
+        let error = skip(&shipping(), &backend.log(), &backend.store(), offset.into(), &ann())
             .await
             .unwrap_err();
         error.to_string()
     };
     assert!(skip_at(0).await.contains("no position yet"), "{}", skip_at(0).await);
-    seek(&shipping(), &backend.log(), &backend.store(), StartAt::Offset(3.into()))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &backend.log(),
+        &backend.store(),
+        StartAt::Offset(3.into()),
+        &ann(),
+    )
+    .await
+    .unwrap();
     let before = backend.position(&shipping()).await;
     assert!(skip_at(2).await.contains("is past it, at 3"), "{}", skip_at(2).await);
     assert!(

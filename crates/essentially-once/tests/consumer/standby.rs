@@ -412,9 +412,15 @@ async fn a_lone_instance_whose_position_is_moved_by_hand_goes_on_from_there_at_o
     shared.reached(10).await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     let moved = Instant::now();
-    seek(&shipping(), &shared.log(), &shared.store(), StartAt::Offset(4.into()))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &shared.log(),
+        &shared.store(),
+        StartAt::Offset(4.into()),
+        &ann(),
+    )
+    .await
+    .unwrap();
     shared.reached(10).await;
     assert!(moved.elapsed() < Duration::from_millis(100), "{:?}", moved.elapsed());
     // It also works in the middle of a batch.
@@ -422,7 +428,7 @@ async fn a_lone_instance_whose_position_is_moved_by_hand_goes_on_from_there_at_o
     shared.reached(30).await;
     let moved = Instant::now();
     let to = StartAt::Offset(90.into());
-    while let Err(error) = seek(&shipping(), &shared.log(), &shared.store(), to).await {
+    while let Err(error) = seek(&shipping(), &shared.log(), &shared.store(), to, &ann()).await {
         assert!(matches!(error, Error::Fenced { .. }), "{error}");
     }
     shared.reached(100).await;

@@ -52,9 +52,15 @@ async fn a_place_that_an_operator_chose_is_not_begun_again() {
     );
     tokio::time::sleep(Duration::from_secs(5)).await;
     // This is the offset where the run began, but a new position.
-    seek(&shipping(), &log, &memory.store(), StartAt::Offset(Offset::ZERO))
-        .await
-        .unwrap();
+    seek(
+        &shipping(),
+        &log,
+        &memory.store(),
+        StartAt::Offset(Offset::ZERO),
+        &ann(),
+    )
+    .await
+    .unwrap();
     log.truncate(5.into());
     let error = run.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Truncated { .. }), "{error}");

@@ -271,7 +271,7 @@ async fn a_fatal_error_ends_the_run_at_its_first_call_even_if_another_instance_w
         let (log, store) = (log.clone(), store.clone());
         let behind = record.offset.successor();
         Box::pin(async move {
-            seek(&shipping(), &log, &store, StartAt::Offset(behind)).await?;
+            seek(&shipping(), &log, &store, StartAt::Offset(behind), &ann()).await?;
             Err(HandlerError::fatal("the disk is gone"))
         })
     });
@@ -297,7 +297,7 @@ async fn a_fatal_error_ends_at_least_once_too_although_what_was_before_it_cannot
             if is_first {
                 return Ok(());
             }
-            seek(&shipping(), &log, &store, StartAt::Offset(5.into())).await?;
+            seek(&shipping(), &log, &store, StartAt::Offset(5.into()), &ann()).await?;
             Err(HandlerError::fatal("the disk is gone"))
         })
     });
