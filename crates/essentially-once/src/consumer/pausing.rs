@@ -101,6 +101,7 @@ impl<S: OffsetStore> Session<'_, S> {
             "this consumer is paused; waiting"
         );
         self.heart.rest();
+        let _paused = self.telemetry.pause();
         self.run.last_sign = None;
         let mut pulse = Pulse::new(Some(position), 0);
         while pulse.revision == position.revision {

@@ -87,6 +87,7 @@ pub(super) struct Telemetry {
     lag_seconds: Histogram,
     running: Gauge,
     standby: Gauge,
+    paused: Gauge,
     last_commit: Gauge,
     oldest_waiting: Gauge,
     records_behind: Gauge,
@@ -159,6 +160,11 @@ impl Telemetry {
                 Unit::Count,
                 "1 while another instance is active and this one stands by",
             ),
+            paused: gauge(
+                "essentially_once_paused",
+                Unit::Count,
+                "1 while this instance waits because an operator has paused its consumer",
+            ),
             last_commit: gauge(
                 "essentially_once_last_commit_timestamp_seconds",
                 Unit::Seconds,
@@ -183,14 +189,24 @@ impl Telemetry {
         };
         telemetry.running.set(1.0);
         telemetry.standby.set(0.0);
+        telemetry.paused.set(0.0);
         telemetry
     }
 
     /// Marks the instance as standing by until the result is dropped.
-    pub(super) fn stand_by(&self) -> StandingBy<'_> {
-        self.standby.set(1.0);
+    pub(super) fn stand_by(&self) -> Waiting<'_> {
+        self.wait(&self.standby)
+    }
+
+    /// Marks the instance as paused until the result is dropped.
+    pub(super) fn pause(&self) -> Waiting<'_> {
+        self.wait(&self.paused)
+    }
+
+    fn wait<'a>(&self, state: &'a Gauge) -> Waiting<'a> {
+        state.set(1.0);
         self.oldest_waiting.set(0.0);
-        StandingBy(self)
+        Waiting(state)
     }
 
     pub(super) fn committed(&self, took: Duration) {
@@ -227,11 +243,12 @@ impl Drop for Telemetry {
     }
 }
 
-pub(super) struct StandingBy<'a>(&'a Telemetry);
+/// Ends a state of waiting.
+pub(super) struct Waiting<'a>(&'a Gauge);
 
-impl Drop for StandingBy<'_> {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.standby.set(0.0);
+        self.0.set(0.0);
     }
 }
 
