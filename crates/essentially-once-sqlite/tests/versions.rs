@@ -1,13 +1,17 @@
 //! Files written by earlier versions. Their data stays usable, and a process that still runs the
 //! old version fails safely.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 use essentially_once::{
     Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Origin,
     Record, async_trait,
-    backend::{LogId, Note, Numbering, Revision},
-    consumer::{DeadLetterOptions, dead_letters},
+    backend::{Advance, DeadLetters as _, Journal, LogId, Note, Numbering, Revision, Transaction as _},
+    consumer::{DeadLetterOptions, Operator, OperatorAction, dead_letters},
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx};
 use rusqlite::Connection;
@@ -299,4 +303,97 @@ async fn a_file_of_schema_3_gets_room_for_dead_letters() {
         .await
         .expect("run");
     assert_eq!(report.handled, 1, "{report}");
+}
+
+fn at(millis: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+}
+
+#[tokio::test]
+async fn letters_of_schema_4_come_back_without_edits() {
+    let (_folder, path) = copy_of("schema-4.db");
+    let sqlite = Sqlite::open(&path).await.expect("open");
+    let store = sqlite.store();
+    let shipping = consumer("shipping");
+    let position = store.position(&shipping).await.expect("position").expect("some");
+    assert_eq!(
+        (position.next, position.revision),
+        (5.into(), Revision::new(17_181_103_751, 1))
+    );
+    assert_eq!(position.journal, Journal::default());
+    let letters = dead_letters::list(&shipping, &store, None, 10).await.expect("list");
+    let orders = sqlite.log("orders").await.expect("log");
+    let mut reader = orders.read(1.into()).await.expect("read");
+    let mut records = reader.next(3).await.expect("next");
+    records[2].malformed = Some("its key is not valid".into());
+    assert_eq!(records[0].headers.len(), 2);
+    for (letter, record) in letters.iter().zip(records) {
+        assert_eq!(letter.record, record);
+        assert_eq!(letter.edit, None);
+    }
+    let [first, behind, due] = &letters[..] else {
+        panic!("{letters:?}")
+    };
+    assert_eq!((first.tries, behind.tries, due.tries), (5, 0, 2));
+    assert_eq!(
+        (&*first.first_reason, &*first.last_reason),
+        ("no such customer", "größer")
+    );
+    assert_eq!(first.parked_at, at(1_700_000_000_001));
+    assert_eq!(first.last_failed_at, at(1_700_000_060_002));
+    assert_eq!((first.due, due.due), (None, Some(at(1_700_000_090_005))));
+    assert_eq!((first.version, behind.version, due.version), (3, 1, 2));
+    let mut tx = store.begin(&shipping).await.expect("begin");
+    assert_eq!(
+        tx.get(b"count").await.expect("get").as_deref(),
+        Some(&2u64.to_be_bytes()[..])
+    );
+}
+
+/// Runs the statements of schema 4. They keep a journal, and refuse to forget an edit.
+#[tokio::test]
+async fn a_process_of_schema_4_continues_next_to_newer_ones_but_forgets_no_edit() {
+    let (_folder, path) = copy_of("schema-4.db");
+    let old = Connection::open(&path).expect("open");
+    let mut update = old
+        .prepare("UPDATE main.essentially_once_consumers SET next_lo = 6, count = 3 WHERE consumer = ?1 AND count = 2")
+        .expect("schema 4");
+    let mut park = old
+        .prepare(
+            "INSERT OR REPLACE INTO main.essentially_once_letters (consumer, place, offset_hi, offset_lo, appended_at, \
+                 key, headers, payload, producer, sequence, malformed, tries, first_reason, last_reason, parked_at, \
+                 last_failed_at, due_at, version) \
+             SELECT consumer, place, offset_hi, offset_lo, appended_at, key, headers, payload, producer, sequence, \
+                 malformed, tries + 1, first_reason, 'again', parked_at, last_failed_at, due_at, version + 1 \
+             FROM main.essentially_once_letters WHERE consumer = 'shipping' AND offset_lo = ?1",
+        )
+        .expect("schema 4");
+    let store = Sqlite::open(&path).await.expect("open").store();
+    let shipping = consumer("shipping");
+    let before = store.position(&shipping).await.expect("position").expect("some");
+    let mut tx = store.begin(&shipping).await.expect("begin");
+    let mut edited = tx.letter(1.into()).await.expect("letter").expect("some");
+    let by = Operator::new("ann");
+    edited.edit(NewRecord::new("order 1").key("Peru"), &by);
+    tx.park(&edited).await.expect("park");
+    let mut advance = Advance::new(before.log, 5.into(), before.revision, before.revision.next_count());
+    let journal = Journal::default().with(&by, OperatorAction::Edit(1.into()));
+    advance.journal = Some(journal.clone());
+    tx.commit(advance).await.expect("commit");
+
+    assert_eq!(update.execute(["shipping"]).expect("update"), 1);
+    let after = store.position(&shipping).await.expect("position").expect("some");
+    assert_eq!((after.next, after.journal), (6.into(), journal));
+    assert_eq!(park.execute([2]).expect("a letter that nobody edited"), 1);
+    let error = park.execute([1]).expect_err("it would forget the edit").to_string();
+    assert!(error.contains("upgrade this program"), "{error}");
+    let mut letters = dead_letters::list(&shipping, &store, None, 10).await.expect("list");
+    assert_eq!(letters[0], edited);
+    assert_eq!(letters[1].last_reason, "again");
+
+    // A process of this version may replace an edited letter by one without an edit.
+    let mut tx = store.begin(&shipping).await.expect("begin");
+    letters[0].edit = None;
+    tx.park(&letters[0]).await.expect("park");
+    assert_eq!(tx.letter(1.into()).await.expect("letter").as_ref(), Some(&letters[0]));
 }

@@ -180,6 +180,8 @@ impl Advance {
 ///   beat or release has no effect on a position of another owner.
 /// - **S11** If the store implements [`ReadState`], a snapshot shows one commit, never older than
 ///   one acknowledged before the call, and waits for no open transaction.
+/// - **S12** An advance without a journal keeps the stored one, and one with a journal replaces it,
+///   in the same commit as everything else.
 ///
 /// # Isolation
 /// The backend decides what a transaction sees of commits by other instances of its consumer: a

@@ -27,7 +27,7 @@ use super::{
     rule::{Commit, Fold, Hint, Token, Verdict},
     scope::{Scope, nothing_done},
     snapshots::Snapshots,
-    state::{Sent, SharedFold, State, StateChange},
+    state::{Sent, SharedFold, State, StateChange, journal_size},
     turns::Turns,
     tx::Staged,
 };
@@ -244,8 +244,10 @@ impl Changelog {
                 packed: packed::encode(&staged.sent, SystemTime::now(), false),
             }),
         };
+        // The journal counts before and after, so that an operator can always pause.
+        let journal = journal_size(advance.journal.as_ref().unwrap_or(&fold.journal));
         self.scope
-            .check_state_size(fold.state.size(), fold.state.size_after(&change))?;
+            .check_state_size(fold.state.size() + journal, fold.state.size_after(&change) + journal)?;
         let commit = Commit {
             token: draw_token(),
             parent: fold.token,
@@ -255,6 +257,7 @@ impl Changelog {
             next: advance.next,
             owner: advance.owner,
             note: advance.note,
+            journal: advance.journal,
             change,
         };
         drop(fold);
@@ -377,6 +380,7 @@ fn position_of(fold: &Fold<State>) -> Option<Position> {
     let (log, next) = fold.place.clone()?;
     let mut position = Position::new(log, next, fold.revision);
     (position.owner, position.note) = (fold.owner, fold.note.clone());
+    position.journal = fold.journal.clone();
     let windows = fold.state.windows();
     position.windows = windows
         .map(|(numbering, window)| (numbering.clone(), window.clone()))

@@ -1,7 +1,7 @@
 //! Entries of a changelog as bytes.
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::backend::{Note, Owner, Revision};
+use essentially_once::backend::{Journal, Note, Owner, Revision};
 
 use super::{
     letter_index::LettersChange,
@@ -22,6 +22,9 @@ const FIRST_VERSION: u8 = 1;
 /// The version of commits that change dead letters. A process that cannot keep letters stops at the
 /// first of them. Without such a commit it goes on, because all others keep their version.
 const LETTERS_VERSION: u8 = 3;
+/// The version of commits with a journal or an edited letter. A process that does not know them
+/// stops at the first, so it neither ignores a pause nor loses an edit.
+const JOURNAL_VERSION: u8 = 4;
 
 const COMMIT: u8 = 1;
 const MARK: u8 = 2;
@@ -62,9 +65,11 @@ pub(super) fn encode_mark(token: Token) -> Vec<u8> {
 }
 
 pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
-    let version = match commit.change.letters.is_empty() {
-        true => VERSION,
-        false => LETTERS_VERSION,
+    let letters = &commit.change.letters;
+    let version = match (commit.journal.is_some() || letters.have_edits(), letters.is_empty()) {
+        (true, _) => JOURNAL_VERSION,
+        (false, false) => LETTERS_VERSION,
+        (false, true) => VERSION,
     };
     let mut out = header(version, COMMIT, commit.token);
     out.put_u128(commit.parent);
@@ -96,8 +101,14 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
         put_offset(&mut out, sent.before);
         put_bytes(&mut out, &sent.packed);
     }
-    if version == LETTERS_VERSION {
+    if version >= LETTERS_VERSION {
         change.letters.encode(&mut out);
+    }
+    if version >= JOURNAL_VERSION {
+        out.put_u8(commit.journal.is_some().into());
+        if let Some(journal) = &commit.journal {
+            put_bytes(&mut out, &journal.encode());
+        }
     }
     out
 }
@@ -114,6 +125,11 @@ pub(super) fn read_owner(reader: &mut Reader) -> Decoded<Option<Owner>> {
 
 pub(super) fn read_note(reader: &mut Reader) -> Decoded<Note> {
     Ok(Note::decode(&reader.bytes()?))
+}
+
+/// A journal that cannot be read may pause the consumer, so it is an error.
+pub(super) fn read_journal(reader: &mut Reader) -> Decoded<Journal> {
+    Journal::decode(reader.bytes()?)
 }
 
 fn header(version: u8, kind: u8, token: Token) -> Vec<u8> {
@@ -134,7 +150,7 @@ pub(super) fn parse(bytes: Bytes) -> Parsed {
 fn decode(bytes: Bytes) -> Decoded<Entry> {
     let mut reader = Reader::new(bytes);
     let version = reader.u8()?;
-    if !(FIRST_VERSION..=LETTERS_VERSION).contains(&version) {
+    if !(FIRST_VERSION..=JOURNAL_VERSION).contains(&version) {
         return Err("it was written by another version of this crate; use that version or a later one");
     }
     let (kind, token) = (reader.u8()?, reader.u128()?);
@@ -162,6 +178,36 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
         FIRST_VERSION => (None, Note::default()),
         _ => (read_owner(reader)?, read_note(reader)?),
     };
+    let change = StateChange {
+        windows: reader.list(|reader| reader.window(version))?,
+        forgotten: reader.list(Reader::numbering)?,
+        writes: reader.list(|reader| {
+            let key = reader.bytes()?;
+            match reader.u8()? {
+                0 => Ok((key, None)),
+                1 => Ok((key, Some(reader.bytes()?))),
+                _ => Err("a write is neither a put nor a delete"),
+            }
+        })?,
+        sent: match reader.u8()? {
+            0 => None,
+            1 => Some(decode_sent(reader)?),
+            _ => return Err("the flag of its sent records is neither 0 nor 1"),
+        },
+        letters: match version {
+            LETTERS_VERSION.. => LettersChange::decode(reader)?,
+            _ => LettersChange::default(),
+        },
+    };
+    let has_journal = match version {
+        JOURNAL_VERSION.. => reader.u8()?,
+        _ => 0,
+    };
+    let journal = match has_journal {
+        0 => None,
+        1 => Some(read_journal(reader)?),
+        _ => return Err("the flag of its journal is neither 0 nor 1"),
+    };
     Ok(Commit {
         token,
         parent,
@@ -171,27 +217,8 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
         next,
         owner,
         note,
-        change: StateChange {
-            windows: reader.list(|reader| reader.window(version))?,
-            forgotten: reader.list(Reader::numbering)?,
-            writes: reader.list(|reader| {
-                let key = reader.bytes()?;
-                match reader.u8()? {
-                    0 => Ok((key, None)),
-                    1 => Ok((key, Some(reader.bytes()?))),
-                    _ => Err("a write is neither a put nor a delete"),
-                }
-            })?,
-            sent: match reader.u8()? {
-                0 => None,
-                1 => Some(decode_sent(reader)?),
-                _ => return Err("the flag of its sent records is neither 0 nor 1"),
-            },
-            letters: match version {
-                LETTERS_VERSION => LettersChange::decode(reader)?,
-                _ => LettersChange::default(),
-            },
-        },
+        journal,
+        change,
     })
 }
 
@@ -213,6 +240,7 @@ pub(super) mod tests {
     use essentially_once::{
         Epoch, NewRecord, Offset, ProducerId, Record,
         backend::{LogId, Numbering, Tried, Window},
+        consumer::{Operator, OperatorAction},
     };
     use proptest::{collection::vec, option, prelude::*};
 
@@ -240,6 +268,22 @@ pub(super) mod tests {
             let record = |(hi, lo)| Record::new(Offset::new(hi, lo), SystemTime::UNIX_EPOCH, "payload");
             let note = passed.map_or_else(Note::default, |passed| Note::after(&record(passed)));
             note.with_tried(tried.map(|((hi, lo), reason)| Tried::new(Offset::new(hi, lo), &reason)))
+        })
+    }
+
+    pub(in super::super) fn journal() -> impl Strategy<Value = Journal> {
+        let action = prop_oneof![
+            Just(OperatorAction::Pause),
+            Just(OperatorAction::Resume),
+            any::<u64>().prop_map(|offset| OperatorAction::Skip(offset.into())),
+        ];
+        vec(("[a-zü]{0,9}", "[a-zü]{0,9}", action), 0..3).prop_map(|entries| {
+            let add = |journal: Journal, (by, why, action)| journal.with(&Operator::new(by).because(why), action);
+            entries
+                .into_iter()
+                .fold(Journal::default(), |journal, (by, why, action): (String, String, _)| {
+                    add(journal, (by, why, action))
+                })
         })
     }
 
@@ -313,10 +357,11 @@ pub(super) mod tests {
             log in log(),
             next in any::<(u64, u64)>(),
             (owner, note) in (owner(), note()),
+            journal in option::of(journal()),
             change in change(),
         ) -> Commit<StateChange> {
             let next = Offset::new(next.0, next.1);
-            Commit { token, parent, expected, revision, log, next, owner, note, change }
+            Commit { token, parent, expected, revision, log, next, owner, note, journal, change }
         }
     }
 
@@ -338,7 +383,7 @@ pub(super) mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = parse(bytes.clone().into());
-            for version in [FIRST_VERSION, VERSION, LETTERS_VERSION] {
+            for version in [FIRST_VERSION, VERSION, LETTERS_VERSION, JOURNAL_VERSION] {
                 for kind in [COMMIT, MARK] {
                     let _ = parse([header(version, kind, 1), bytes.clone()].concat().into());
                 }
@@ -354,20 +399,82 @@ pub(super) mod tests {
         }
     }
 
+    /// Bodies of messages in a fixture.
+    pub(in super::super) fn bodies(fixture: &str) -> impl Iterator<Item = Vec<u8>> {
+        let bodies = fixture.lines().filter_map(|line| line.strip_prefix("body "));
+        bodies.map(|digits| {
+            let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("hexadecimal digits");
+            (0..digits.len()).step_by(2).map(byte).collect()
+        })
+    }
+
+    /// Returns the versions of the commits in a fixture, each of which must keep its bytes.
+    fn versions_kept(fixture: &str) -> Vec<u8> {
+        let mut versions = Vec::new();
+        for body in bodies(fixture) {
+            if let Parsed::Entry(Entry::Commit(commit)) = parse(body.clone().into()) {
+                assert_eq!(encode_commit(&commit), body);
+                versions.push(body[MAGIC.len()]);
+            }
+        }
+        versions
+    }
+
     /// So a process that cannot keep letters goes on while there are none.
     #[test]
     fn commits_without_letters_are_encoded_as_they_were_before_letters() {
         let fixture = include_str!("../../tests/fixtures/version-2.txt");
-        let mut commits = 0;
-        for digits in fixture.lines().filter_map(|line| line.strip_prefix("body ")) {
-            let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("hexadecimal digits");
-            let body: Vec<u8> = (0..digits.len()).step_by(2).map(byte).collect();
-            if let Parsed::Entry(Entry::Commit(commit)) = parse(body.clone().into()) {
-                assert_eq!(encode_commit(&commit), body);
-                commits += 1;
-            }
+        assert_eq!(versions_kept(fixture), [VERSION; 4]);
+    }
+
+    /// So a process that knows letters goes on until an operator edits one or uses the journal.
+    #[test]
+    fn commits_with_letters_are_encoded_as_they_were_before_edits_and_journals() {
+        let fixture = include_str!("../../tests/fixtures/version-3.txt");
+        let with_letters = [LETTERS_VERSION; 3];
+        assert_eq!(
+            versions_kept(fixture),
+            [&[VERSION], &with_letters[..], &[VERSION]].concat()
+        );
+    }
+
+    #[test]
+    fn a_journal_or_an_edit_makes_a_new_version_of_the_entry() {
+        let fixture = include_str!("../../tests/fixtures/version-3.txt");
+        let commits = bodies(fixture).filter_map(|body| match parse(body.into()) {
+            Parsed::Entry(Entry::Commit(commit)) => Some(commit),
+            _ => None,
+        });
+        for commit in commits {
+            let mut with_journal = commit.clone();
+            with_journal.journal = Some(Journal::default());
+            assert_eq!(encode_commit(&with_journal)[MAGIC.len()], JOURNAL_VERSION);
+            let mut edited = commit;
+            let parked = edited.change.letters.parked.first_mut();
+            let Some((parked, letter)) = parked.map(|parked| (parked.read().expect("decodes"), parked)) else {
+                continue;
+            };
+            let mut parked = parked;
+            parked.edit(NewRecord::new("edited"), &Operator::new("ann"));
+            *letter = Arc::new(Letter::new(&parked));
+            assert_eq!(encode_commit(&edited)[MAGIC.len()], JOURNAL_VERSION);
         }
-        assert_eq!(commits, 4);
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_read_makes_the_entry_unreadable() {
+        let body = bodies(include_str!("../../tests/fixtures/version-3.txt"))
+            .nth(1)
+            .expect("a commit");
+        let Parsed::Entry(Entry::Commit(mut commit)) = parse(body.into()) else {
+            panic!("no commit")
+        };
+        commit.journal = Some(Journal::default().with(&Operator::new("ann"), OperatorAction::Pause));
+        let mut encoded = encode_commit(&commit);
+        let journal = commit.journal.as_ref().map_or(0, |journal| journal.encode().len());
+        let start = encoded.len() - journal;
+        encoded[start] = 9;
+        assert!(matches!(parse(encoded.into()), Parsed::Unreadable(why) if why.contains("journal has a version")));
     }
 
     #[test]
@@ -376,7 +483,7 @@ pub(super) mod tests {
             assert_eq!(parse(foreign.into()), Parsed::Foreign, "{foreign:?}");
         }
         let mut newer = encode_mark(1);
-        newer[MAGIC.len()] = LETTERS_VERSION + 1;
+        newer[MAGIC.len()] = JOURNAL_VERSION + 1;
         assert!(matches!(parse(newer.into()), Parsed::Unreadable(why) if why.contains("version")));
     }
 }

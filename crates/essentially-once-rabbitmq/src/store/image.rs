@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::backend::Note;
+use essentially_once::backend::{Journal, Note};
 
 use super::{
-    entry::{put_owner, read_note, read_owner},
+    entry::{put_owner, read_journal, read_note, read_owner},
     letter_index::Letters,
     rule::Fold,
     state::State,
@@ -24,6 +24,9 @@ const FIRST_VERSION: u8 = 1;
 /// The version of snapshots with dead letters. A process that cannot keep letters ignores them, and
 /// then stops at the commits that parked the letters.
 const LETTERS_VERSION: u8 = 3;
+/// The version of snapshots with a journal or an edited letter. A process that does not know them
+/// likewise stops at the commits that wrote them.
+const JOURNAL_VERSION: u8 = 4;
 
 /// Bytes of state in a chunk, unless the broker only takes smaller messages.
 pub(super) const CHUNK: usize = 1024 * 1024;
@@ -43,14 +46,20 @@ pub(super) struct Image {
 impl Image {
     pub(super) fn new(fold: &Fold<State>) -> Self {
         let id = u128::from(fastrand::u64(..)) << 64 | u128::from(fastrand::u64(..));
-        let mut body = Vec::with_capacity(fold.state.size());
+        let mut body = Vec::with_capacity(fold.size());
         put_fold(&mut body, fold);
-        let version = match fold.state.letters.is_empty() {
-            true => VERSION,
-            false => LETTERS_VERSION,
+        let letters = &fold.state.letters;
+        let has_journal = fold.journal != Journal::default();
+        let version = match (has_journal || letters.have_edits(), letters.is_empty()) {
+            (true, _) => JOURNAL_VERSION,
+            (false, false) => LETTERS_VERSION,
+            (false, true) => VERSION,
         };
-        if version == LETTERS_VERSION {
-            fold.state.letters.encode(&mut body);
+        if version >= LETTERS_VERSION {
+            letters.encode(&mut body);
+        }
+        if version >= JOURNAL_VERSION {
+            put_bytes(&mut body, &fold.journal.encode());
         }
         Self {
             version,
@@ -103,7 +112,7 @@ impl Chunk {
         }
         let mut reader = Reader::new(bytes.slice(MAGIC.len()..));
         let version = reader.u8()?;
-        if !(FIRST_VERSION..=LETTERS_VERSION).contains(&version) {
+        if !(FIRST_VERSION..=JOURNAL_VERSION).contains(&version) {
             return Err("it was written by another version of this crate");
         }
         let (id, offset) = (reader.u128()?, reader.u64()?);
@@ -267,9 +276,13 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         let (key, value) = (reader.bytes()?, reader.bytes()?);
         state.put(&key, &value);
     }
-    if version == LETTERS_VERSION {
+    if version >= LETTERS_VERSION {
         state.letters = Letters::decode(&mut reader)?;
     }
+    let journal = match version {
+        JOURNAL_VERSION.. => read_journal(&mut reader)?,
+        _ => Journal::default(),
+    };
     reader.finish()?;
     Ok(Fold {
         offset,
@@ -279,18 +292,22 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         owner,
         beats: 0,
         note,
+        journal,
         state,
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use essentially_once::Offset;
+    use essentially_once::{
+        Offset,
+        consumer::{Operator, OperatorAction},
+    };
     use proptest::{collection::vec, option, prelude::*};
 
     use super::{
         super::{
-            entry::tests::{change, log, note, owner, revision},
+            entry::tests::{bodies, change, journal, log, note, owner, revision},
             rule::Change as _,
         },
         *,
@@ -301,7 +318,7 @@ mod tests {
             numbers in any::<(u64, u128)>(),
             place in option::of((log(), any::<(u64, u64)>())),
             revision in revision(),
-            (owner, note) in (owner(), note()),
+            (owner, note, journal) in (owner(), note(), journal()),
             changes in vec(change(), 0..4),
         ) -> Fold<State> {
             let mut state = State::default();
@@ -309,7 +326,7 @@ mod tests {
                 change.apply(numbers.0, &mut state);
             }
             let place = place.map(|(log, (hi, lo))| (log, Offset::new(hi, lo)));
-            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, beats: 0, note, state }
+            Fold { offset: numbers.0, revision, token: numbers.1, place, owner, beats: 0, note, journal, state }
         }
     }
 
@@ -367,7 +384,34 @@ mod tests {
             let _ = Chunk::decode([MAGIC, &[VERSION], &bytes].concat().into());
             let _ = read_fold(FIRST_VERSION, bytes.clone().into());
             let _ = read_fold(VERSION, bytes.clone().into());
-            let _ = read_fold(LETTERS_VERSION, bytes.into());
+            let _ = read_fold(LETTERS_VERSION, bytes.clone().into());
+            let _ = read_fold(JOURNAL_VERSION, bytes.into());
+        }
+    }
+
+    /// So a process of an earlier state of 0.2 can read them.
+    #[test]
+    fn snapshots_without_a_journal_are_encoded_as_they_were() {
+        for (fixture, version) in [
+            (include_str!("../../tests/fixtures/version-2.txt"), VERSION),
+            (include_str!("../../tests/fixtures/version-3.txt"), LETTERS_VERSION),
+        ] {
+            let body = bodies(fixture)
+                .find(|body| body.starts_with(MAGIC))
+                .expect("a snapshot");
+            let chunk = Chunk::decode(body.into()).expect("decodes");
+            let (part, count) = (chunk.part.clone(), chunk.count);
+            assert_eq!((chunk.version, count), (version, 1));
+            let Added::Whole(whole) = Assembly::default().add(0, chunk) else {
+                panic!("it is not whole")
+            };
+            let mut fold = whole.read().expect("a fold");
+            let again = Image::new(&fold);
+            assert_eq!((again.version, again.size()), (version, part.len()));
+            fold.journal = fold.journal.with(&Operator::new("ann"), OperatorAction::Pause);
+            let paused = Image::new(&fold);
+            assert_eq!(paused.version, JOURNAL_VERSION);
+            assert_eq!(read_all(Assembly::default(), chunks(&paused)), [Ok(fold)]);
         }
     }
 

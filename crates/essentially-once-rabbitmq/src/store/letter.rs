@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::{NewRecord, Offset, Record, backend::DeadLetter};
+use essentially_once::{
+    NewRecord, Offset, Record,
+    backend::{DeadLetter, Edit},
+};
 
 use super::wire::{Decoded, Reader, put_bytes, put_offset};
 use crate::log::packed;
@@ -22,10 +25,11 @@ pub(super) struct Letter {
     /// The key by which letters keep their order, if the record has one that can be trusted.
     pub(super) key: Option<Bytes>,
     pub(super) status: Status,
+    /// With its edit, if there is one.
     record: Bytes,
 }
 
-/// What tries change, which is everything but the record.
+/// What tries change, which is everything but the record and its edit.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Status {
     tries: u32,
@@ -44,23 +48,29 @@ impl Letter {
             offset: letter.record.offset,
             key: letter.key().map(|key| Bytes::copy_from_slice(key)),
             status: Status::new(letter),
-            record: encode_record(&letter.record),
+            record: encode_record(letter),
         }
     }
 
     /// The letter as it was parked. It can be decoded, because [`decode`](Self::decode) has tried.
     pub(super) fn read(&self) -> Decoded<DeadLetter> {
         let status = &self.status;
-        let record = decode_record(self.offset, &self.record)?;
+        let (record, edit) = decode_record(self.offset, &self.record)?;
         let mut letter = DeadLetter::new(record, status.tries, "", time(status.parked_at));
         letter.first_reason.clone_from(&status.first_reason);
         letter.last_reason.clone_from(&status.last_reason);
         letter.last_failed_at = time(status.last_failed_at);
         letter.due = status.due.map(time);
         letter.version = status.version;
+        letter.edit = edit.map(Box::new);
         Ok(letter)
     }
 
+    pub(super) fn is_edited(&self) -> bool {
+        self.record.get(FLAGS_AT).is_some_and(|flags| flags & EDITED != 0)
+    }
+
+    /// Whether the other letter has the same record, edited alike.
     pub(super) fn has_record_of(&self, other: &Self) -> bool {
         self.record == other.record
     }
@@ -102,7 +112,7 @@ impl Letter {
 
     pub(super) fn decode(reader: &mut Reader) -> Decoded<Self> {
         let (offset, status, bytes) = (reader.offset()?, Status::decode(reader)?, reader.bytes()?);
-        let record = decode_record(offset, &bytes)?;
+        let (record, _) = decode_record(offset, &bytes)?;
         let key = record.key.filter(|_| record.malformed.is_none());
         Ok(Self {
             offset,
@@ -167,37 +177,59 @@ impl Status {
     }
 }
 
-/// The time of append, why the record is malformed, and the rest as a packed message.
-fn encode_record(record: &Record) -> Bytes {
+/// Where the flags of a record are: behind the time of append.
+const FLAGS_AT: usize = 8;
+const MALFORMED: u8 = 1;
+/// In entries and snapshots of version 4 only.
+const EDITED: u8 = 2;
+
+/// The time of append, flags, why the record is malformed, how it was edited, and the rest as a
+/// packed message.
+fn encode_record(letter: &DeadLetter) -> Bytes {
+    let DeadLetter { record, edit, .. } = letter;
     let mut new = NewRecord::new(record.payload.clone());
     new.key.clone_from(&record.key);
     new.headers.clone_from(&record.headers);
     new.origin.clone_from(&record.origin);
     let packed = packed::encode(&[new], UNIX_EPOCH, false);
     let malformed = record.malformed.as_deref();
-    let mut out = Vec::with_capacity(13 + malformed.map_or(0, str::len) + packed.len());
+    let edit = edit.as_ref().map(|edit| edit.encode());
+    let more = malformed.map_or(0, str::len) + edit.as_ref().map_or(0, Vec::len);
+    let mut out = Vec::with_capacity(17 + more + packed.len());
     out.put_i64(millis(record.appended_at));
-    out.put_u8(malformed.is_some().into());
+    let flag = |is_set, flag| if is_set { flag } else { 0 };
+    out.put_u8(flag(malformed.is_some(), MALFORMED) | flag(edit.is_some(), EDITED));
     if let Some(why) = malformed {
         put_bytes(&mut out, why.as_bytes());
+    }
+    if let Some(edit) = edit {
+        put_bytes(&mut out, &edit);
     }
     out.put_slice(&packed);
     // Into memory of its own, without room for more.
     out.into_boxed_slice().into()
 }
 
-fn decode_record(offset: Offset, bytes: &Bytes) -> Decoded<Record> {
+fn decode_record(offset: Offset, bytes: &Bytes) -> Decoded<(Record, Option<Edit>)> {
     let mut reader = Reader::new(bytes.clone());
     let appended_at = time(signed(&mut reader)?);
-    let malformed = match reader.u8()? {
+    let flags = reader.u8()?;
+    if flags & !(MALFORMED | EDITED) != 0 {
+        return Err("a letter has an unknown flag");
+    }
+    let malformed = match flags & MALFORMED {
         0 => None,
-        1 => Some(Arc::from(text(&mut reader)?)),
-        _ => return Err("the flag of a malformed letter is neither 0 nor 1"),
+        _ => Some(Arc::from(text(&mut reader)?)),
+    };
+    let edit = match flags & EDITED {
+        0 => None,
+        _ => Some(reader.bytes()?),
     };
     let records = packed::decode(0, reader.rest()).map_err(|_| "the record of a letter is damaged")?;
     let [mut record] = <[Record; 1]>::try_from(records).map_err(|_| "a letter has more than one record")?;
     (record.offset, record.appended_at, record.malformed) = (offset, appended_at, malformed);
-    Ok(record)
+    let edit = edit.map(|edit| Edit::decode(edit, &record)).transpose()?;
+    Ok((record, edit))
 }
 
 fn text(reader: &mut Reader) -> Decoded<String> {
@@ -232,6 +264,7 @@ fn time(millis: i64) -> SystemTime {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use essentially_once::consumer::Operator;
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
@@ -248,6 +281,7 @@ pub(super) mod tests {
             times in any::<[i32; 3]>(),
             due in option::of(0i64..4),
             reasons in ("[a-zü]{0,9}", "[a-zü]{0,9}"),
+            edited in option::of(("[a-z]{0,4}", any_record())),
         ) -> DeadLetter {
             let [appended_at, parked_at, last_failed_at] = times.map(|millis| time(millis.into()));
             let mut record = Record::new(Offset::new(hi, lo), appended_at, new.payload);
@@ -256,7 +290,11 @@ pub(super) mod tests {
             record.malformed = malformed.map(Arc::from);
             let mut letter = DeadLetter::new(record, tries, &reasons.0, parked_at);
             (letter.last_reason, letter.last_failed_at) = (reasons.1, last_failed_at);
-            (letter.due, letter.version) = (due.map(time), version);
+            letter.due = due.map(time);
+            if let Some((by, new)) = edited {
+                letter.edit(new, &Operator::new(by));
+            }
+            letter.version = version;
             letter
         }
     }
@@ -272,6 +310,7 @@ pub(super) mod tests {
             let mut encoded = Vec::new();
             letter.encode(&mut encoded);
             prop_assert_eq!(encoded.len(), letter.encoded_len());
+            prop_assert_eq!(letter.is_edited(), parked.edit.is_some());
             let decoded = Letter::decode(&mut Reader::new(encoded.into()));
             prop_assert_eq!(decoded, Ok(letter));
         }

@@ -100,6 +100,11 @@ impl Letters {
         Some(letter)
     }
 
+    /// Whether an operator edited any of them.
+    pub(super) fn have_edits(&self) -> bool {
+        self.letters.values().any(|letter| letter.is_edited())
+    }
+
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         out.put_u32(self.len() as u32);
         for letter in self.letters.values() {
@@ -169,6 +174,11 @@ pub(super) struct LettersChange {
 impl LettersChange {
     pub(super) fn is_empty(&self) -> bool {
         self.removed_from.is_none() && self.removed.is_empty() && self.updated.is_empty() && self.parked.is_empty()
+    }
+
+    /// Whether it parks letters that an operator edited.
+    pub(super) fn have_edits(&self) -> bool {
+        self.parked.iter().any(|letter| letter.is_edited())
     }
 
     pub(super) fn encode(&self, out: &mut Vec<u8>) {

@@ -280,7 +280,7 @@ impl RabbitTx {
             .over(stored)
             .get(offset)
             .map_or(0, |letter| letter.size());
-        let before = fold.state.size().saturating_add_signed(self.state_growth());
+        let before = fold.size().saturating_add_signed(self.state_growth());
         let after = (before + candidate.letter.size()).saturating_sub(replaced);
         scope.check_state_size(before, after)?;
         self.staged.letters.park(candidate, stored);

@@ -68,7 +68,8 @@ use crate::connection::server::Server;
 ///
 /// Dead letters are part of the state: every such handle keeps all letters of the consumer in
 /// memory, with their records. Each takes the bytes of its record and reasons, and about 400 more.
-/// At [`state_limit`](Self::state_limit) the run ends with an error. Choose
+/// An edited letter also takes those of the original. At [`state_limit`](Self::state_limit) the run
+/// ends with an error. Choose
 /// [`DeadLetterOptions::limit`](essentially_once::consumer::DeadLetterOptions::limit) accordingly:
 /// a thousand letters of 100 kB already take a hundred megabytes.
 ///
@@ -121,9 +122,10 @@ impl RabbitStore {
     }
 
     /// The most state that a consumer may have, in bytes of memory: keys, values, windows, and
-    /// about 96 bytes for each, and dead letters. At most 256 MiB, which is the default. A `put`,
-    /// letter or commit that would exceed it fails with [`Error::Failed`]. State that is already
-    /// larger can still be read and deleted.
+    /// about 96 bytes for each, dead letters with their edits, and the journal of operators. At
+    /// most 256 MiB, which is the default. A `put`, letter or commit that would exceed it fails
+    /// with [`Error::Failed`], unless only the journal grows. State that is already larger can
+    /// still be read and deleted.
     ///
     /// With a limit over 256 MiB, every call fails with [`Error::InvalidSetting`].
     #[must_use]

@@ -258,6 +258,7 @@ impl Model for System {
                     next: Offset::ZERO,
                     owner: Some(owner(index)),
                     note: essentially_once::backend::Note::default(),
+                    journal: None,
                     change: Push(world.published),
                 }));
                 writer.own = Some(token);

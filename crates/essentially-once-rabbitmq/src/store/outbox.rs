@@ -245,6 +245,7 @@ mod tests {
                         next: Offset::ZERO,
                         owner: None,
                         note: essentially_once::backend::Note::default(),
+                        journal: None,
                         change: (),
                     }
                 }

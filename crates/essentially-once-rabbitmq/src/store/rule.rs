@@ -6,7 +6,7 @@
 
 use essentially_once::{
     Offset,
-    backend::{LogId, Note, Owner, Revision},
+    backend::{Journal, LogId, Note, Owner, Revision},
 };
 
 /// A number that a writer draws for each of its entries, to recognize it.
@@ -26,6 +26,8 @@ pub(super) struct Commit<C> {
     pub(super) next: Offset,
     pub(super) owner: Option<Owner>,
     pub(super) note: Note,
+    /// Replaces the journal; `None` keeps it.
+    pub(super) journal: Option<Journal>,
     pub(super) change: C,
 }
 
@@ -41,6 +43,7 @@ impl<C> Commit<C> {
             next: self.next,
             owner: self.owner,
             note: self.note,
+            journal: self.journal,
             change,
         };
         (commit, self.change)
@@ -98,6 +101,7 @@ pub(super) struct Fold<S> {
     /// snapshots.
     pub(super) beats: u64,
     pub(super) note: Note,
+    pub(super) journal: Journal,
     pub(super) state: S,
 }
 
@@ -133,6 +137,9 @@ impl<S> Fold<S> {
             self.token = commit.token;
             self.place = Some((self.known_log(commit.log), commit.next));
             (self.owner, self.note, self.beats) = (commit.owner, commit.note, 0);
+            if let Some(journal) = commit.journal {
+                self.journal = journal;
+            }
             commit.change.apply(offset, &mut self.state);
         }
         Ok(verdict)
@@ -182,6 +189,7 @@ impl<S> Fold<S> {
             owner: self.owner,
             beats: self.beats,
             note: self.note.clone(),
+            journal: self.journal.clone(),
             state: (),
         }
     }
@@ -232,6 +240,7 @@ mod tests {
             next: Offset::ZERO,
             owner: Some(Owner::new(token)),
             note: Note::default(),
+            journal: None,
             change,
         }
     }
@@ -316,6 +325,27 @@ mod tests {
             "it fences nobody"
         );
         assert_eq!(fold.owner, Some(Owner::new(2)));
+    }
+
+    #[test]
+    fn only_a_commit_that_applies_replaces_the_journal() {
+        use essentially_once::consumer::{Operator, OperatorAction};
+
+        let journal = |name| Journal::default().with(&Operator::new(name), OperatorAction::Pause);
+        let mut fold = Fold::default();
+        for (token, parent, revision, given, expected) in [
+            (1, 0, 1, None, Journal::default()),
+            (2, 1, 2, Some("ann"), journal("ann")),
+            (3, 2, 3, None, journal("ann")),
+            (4, 1, 2, Some("late"), journal("ann")),
+            (5, 3, 4, Some("bob"), journal("bob")),
+        ] {
+            let mut commit = entry(token, parent, revision, log(None));
+            commit.journal = given.map(journal);
+            fold.apply(token as u64, commit).expect("nothing is missing");
+            let who = |journal: &Journal| journal.paused().map(|entry| entry.by.clone());
+            assert_eq!(who(&fold.journal), who(&expected), "entry {token}");
+        }
     }
 
     #[test]

@@ -100,7 +100,7 @@ impl SnapshotPolicy {
         let complete = self.cover.complete.load(Ordering::Relaxed);
         let last = complete.max(self.cover.tried.load(Ordering::Relaxed));
         // A large state is written less often, so that snapshots do not take more than commits.
-        let size = self.fold.read().state.size() as u64;
+        let size = self.fold.read().size() as u64;
         let due = self.scope.limits.snapshot_after.max(size).min(UNCOVERED / 2);
         if self.read - last < due {
             return;

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     Offset,
-    backend::{Numbering, Window},
+    backend::{Journal, Numbering, Window},
 };
 use tokio::sync::{Notify, futures::Notified};
 
@@ -112,6 +112,21 @@ fn window_size(numbering: &Numbering) -> usize {
     numbering.to_string().len() + Window::ENCODED_LEN + OVERHEAD
 }
 
+/// About how much memory a journal takes.
+pub(super) fn journal_size(journal: &Journal) -> usize {
+    let entries = journal.entries().iter();
+    entries
+        .map(|entry| entry.by.len() + entry.reason.len() + OVERHEAD)
+        .sum()
+}
+
+impl Fold<State> {
+    /// About how much memory state and journal take.
+    pub(super) fn size(&self) -> usize {
+        self.state.size() + journal_size(&self.journal)
+    }
+}
+
 /// What one commit changes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct StateChange {
@@ -191,6 +206,18 @@ impl SharedFold {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_journal_counts() {
+        use essentially_once::consumer::{Operator, OperatorAction};
+
+        let mut fold = Fold::<State>::default();
+        assert_eq!(fold.size(), 0);
+        fold.state.put(b"k", b"1");
+        let by = Operator::new("ann").because("größer");
+        fold.journal = fold.journal.with(&by, OperatorAction::Pause);
+        assert_eq!(fold.size(), fold.state.size() + 3 + 8 + OVERHEAD);
+    }
 
     #[test]
     fn the_size_follows_every_change() {

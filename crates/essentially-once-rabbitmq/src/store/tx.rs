@@ -92,7 +92,7 @@ impl RabbitTx {
         let bytes = self.bytes - before + write_size(key, Some(value));
         let letters = &self.staged.letters;
         self.changelog.scope.check_staged_size(bytes + letters.bytes())?;
-        let stored = self.changelog.fold.read().state.size();
+        let stored = self.changelog.fold.read().size();
         let growth = self.growth + value_size(key, value) as isize - self.size_of(key);
         let (before, after) = (
             stored.saturating_add_signed(self.growth + letters.growth()),

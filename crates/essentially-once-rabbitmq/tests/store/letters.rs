@@ -4,8 +4,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use essentially_once::{
     Consumer, Error, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Record,
-    backend::{DeadLetter, DeadLetters as _, Transaction as _},
-    consumer::{DeadLetterOptions, dead_letters},
+    backend::{DeadLetter, DeadLetters as _, Journal, Transaction as _},
+    consumer::{DeadLetterOptions, Operator, OperatorAction, dead_letters},
     handler_fn,
     memory::Memory,
 };
@@ -24,6 +24,14 @@ pub(crate) fn add(tests: &mut Tests) {
         versions,
     );
     tests.add("letters::snapshots_hold_letters", snapshots);
+    tests.add(
+        "letters::edits_and_journals_are_of_another_version_and_in_snapshots",
+        edits_and_journals,
+    );
+    tests.add(
+        "letters::a_consumer_whose_state_is_full_can_be_paused",
+        pause_in_full_state,
+    );
     tests.add("letters::another_try_does_not_repeat_the_record", another_try);
     tests.add("letters::more_than_a_commit_holds_are_retried_at_once", retry_all);
     tests.add(
@@ -120,6 +128,77 @@ async fn snapshots() -> Result<(), Violation> {
         versions.push(chunk[VERSION]);
     }
     assert_eq!(versions, [2, 3]);
+    Ok(())
+}
+
+fn paused() -> Journal {
+    Journal::default().with(&Operator::new("ann"), OperatorAction::Pause)
+}
+
+async fn edits_and_journals() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?;
+    put(&store, "k", "1", 0).await?;
+    let mut edited = letter(7, "a", 1);
+    park(&store, &edited, 1).await?;
+    edited.edit(
+        NewRecord::new("edited").key("b"),
+        &Operator::new("ann").because("a typo"),
+    );
+    park(&store, &edited, 2).await?;
+    // Another try changes the status alone.
+    edited.tries += 1;
+    park(&store, &edited, 3).await?;
+    let mut advance = advance(5, 4);
+    let paused = paused();
+    advance.journal = Some(paused.clone());
+    store.begin(&shipping()).await?.commit(advance).await?;
+    put(&store, "k", "2", 5).await?;
+    let stranger = place.stranger().await;
+    let versions = commits(&stranger, &place, 6).await;
+    let versions: Vec<u8> = versions.iter().map(|commit| commit[VERSION]).collect();
+    assert_eq!(versions, [2, 3, 4, 3, 4, 2]);
+    for has_snapshot in [false, true] {
+        if has_snapshot {
+            store.snapshot(&shipping()).await?;
+            let (_, chunk) = stranger.find(&place.snapshots('a'), |_| true).await;
+            assert_eq!(chunk[VERSION], 4);
+        }
+        let fresh = place.store().await?;
+        let position = fresh.position(&shipping()).await?.expect("a position");
+        assert_eq!((position.next, position.journal), (6.into(), paused.clone()));
+        let mut tx = fresh.begin(&shipping()).await?;
+        assert_eq!(tx.letter(7.into()).await?.as_ref(), Some(&edited));
+        assert_eq!(tx.head(b"a").await?, None);
+    }
+    Ok(())
+}
+
+async fn pause_in_full_state() -> Result<(), Violation> {
+    let place = Place::new();
+    let store = place.store().await?.state_limit(1_000);
+    let value = "x".repeat(850);
+    put(&store, "k", &value, 0).await?;
+    let mut advance = advance(2, 1);
+    let paused = paused();
+    advance.journal = Some(paused.clone());
+    store.begin(&shipping()).await?.commit(advance).await?;
+    // The journal counts: without it, the state would have room for this.
+    let mut tx = store.begin(&shipping()).await?;
+    let refused = tx.put(b"k", "x".repeat(890).as_bytes()).await;
+    assert!(
+        matches!(&refused, Err(Error::Failed { .. })),
+        "a larger value: {refused:?}"
+    );
+    let store = place.store().await?.state_limit(1_000);
+    put(&store, "k", "smaller", 2).await?;
+    assert!(
+        store
+            .position(&shipping())
+            .await?
+            .is_some_and(|position| position.journal == paused),
+        "the journal was not kept"
+    );
     Ok(())
 }
 

@@ -4,8 +4,9 @@
 -- KEYS: position, windows, state, each key that a native command names, and the keys of letters if
 --   the commit changes any.
 -- ARGV: `layout.rs` writes it, and generates the code above, which names its fields and
---   the bounds of its lists. A missing log incarnation, owner or note is ''. The
---   `partial_revision` is that of a position whose commit was partially applied.
+--   the bounds of its lists. A missing log incarnation, owner or note is ''. So is a journal that
+--   the commit does not change; any other follows a byte. The `partial_revision` is that of a
+--   position whose commit was partially applied.
 
 local call, type, unpack, tonumber = redis.pcall, type, unpack, tonumber
 local POSITION, WINDOWS, STATE = KEYS[1], KEYS[2], KEYS[3]
@@ -130,7 +131,16 @@ if failure then
 end
 
 local reply
-if log and (incarnation or log_incarnation == '') then
+if journal ~= '' then
+  -- Few commits have a journal. Its log, if it is known, is written as it is.
+  local fields = {'next', offset, 'revision', next_revision, 'owner', owner, 'passed', note,
+    'journal', journal:sub(2), 'log', log_name}
+  if log_incarnation ~= '' then
+    fields[#fields + 1] = 'incarnation'
+    fields[#fields + 1] = log_incarnation
+  end
+  reply = call('HSET', POSITION, unpack(fields))
+elseif log and (incarnation or log_incarnation == '') then
   reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', note)
 elseif log_incarnation == '' then
   reply = call('HSET', POSITION, 'next', offset, 'revision', next_revision, 'owner', owner, 'passed', note,

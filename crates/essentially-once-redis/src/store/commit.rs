@@ -108,6 +108,8 @@ impl Commit {
         let owner = advance.owner.map(|owner| owner.to_string());
         // A new epoch, so that no commit in flight can follow a partially applied one.
         let partial_revision = advance.revision.next_epoch();
+        let journal = advance.journal.as_ref();
+        let journal = journal.map(|journal| [b"=", &journal.encode()[..]].concat());
         let mut layout = Layout::new(
             command,
             Fields {
@@ -118,6 +120,7 @@ impl Commit {
                 offset: advance.next.to_string().as_bytes(),
                 owner: owner.as_deref().unwrap_or_default().as_bytes(),
                 note: &advance.note.encode(),
+                journal: journal.as_deref().unwrap_or_default(),
                 partial_revision: partial_revision.to_string().as_bytes(),
             },
         );

@@ -25,13 +25,15 @@ pub(crate) struct Fields<'a> {
     pub(crate) owner: &'a [u8],
     /// The note of the position; empty for none.
     pub(crate) note: &'a [u8],
+    /// The journal behind a byte that makes it differ from none; empty to keep the stored one.
+    pub(crate) journal: &'a [u8],
     /// The revision after a partially applied commit.
     pub(crate) partial_revision: &'a [u8],
 }
 
 impl<'a> Fields<'a> {
     /// Names and values, in order.
-    fn named(self) -> [(&'static str, &'a [u8]); 8] {
+    fn named(self) -> [(&'static str, &'a [u8]); 9] {
         [
             ("expected", self.expected),
             ("next_revision", self.next_revision),
@@ -40,6 +42,7 @@ impl<'a> Fields<'a> {
             ("offset", self.offset),
             ("owner", self.owner),
             ("note", self.note),
+            ("journal", self.journal),
             ("partial_revision", self.partial_revision),
         ]
     }
@@ -188,6 +191,7 @@ mod tests {
             offset: b"7",
             owner: b"web",
             note: b"digest",
+            journal: b"=entries",
             partial_revision: b"3",
         }
     }

@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, OffsetStore, ReadState,
-    backend::{Durability, LogId, Note, Owner, Position, Pulse, Snapshot, Source, Window},
+    backend::{Durability, Journal, LogId, Note, Owner, Position, Pulse, Snapshot, Source, Window},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
@@ -77,14 +77,15 @@ const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.l
 /// | `malformed` | why the record cannot be decoded; missing if it can |
 /// | `key` | the record's key; missing if it has none |
 /// | `producer`, `sequence` | the record's origin; missing if it has none |
+/// | `edit` | the record before an operator changed it, and who did; missing if nobody did |
 /// | `h:<name>` | a header; any number of them, in order |
 /// | `payload` | the message |
 ///
 /// A letter may be larger than the [record limit](crate::RedisOptions::record_limit) by two reasons
-/// of [`REASON_LIMIT`](essentially_once::backend::DeadLetter::REASON_LIMIT) bytes. Do not remove a
-/// field of `:letters` by hand, because the indices would still name it. A consumer that comes upon
-/// such an entry stops with [`Error::Failed`]. Discard letters with
-/// [`dead_letters::discard`](essentially_once::consumer::dead_letters::discard).
+/// of [`REASON_LIMIT`](essentially_once::backend::DeadLetter::REASON_LIMIT) bytes. Its edit counts
+/// like the rest of it. Do not remove a field of `:letters` by hand, because the indices would
+/// still name it. A consumer that comes upon such an entry stops with [`Error::Failed`]. Discard
+/// letters with [`dead_letters::discard`](essentially_once::consumer::dead_letters::discard).
 ///
 /// # Permissions
 /// A user with restricted permissions needs:
@@ -338,6 +339,8 @@ fn decode(position: &Hash, windows: &Hash) -> Result<Position, Source> {
     let owner = field("owner")?.filter(|owner| !owner.is_empty());
     decoded.owner = owner.map(str::parse).transpose()?;
     decoded.note = Note::decode(position.get(&b"passed"[..]).map_or(&[], |note| &note[..]));
+    let journal = position.get(&b"journal"[..]).cloned();
+    decoded.journal = Journal::decode(journal.unwrap_or_default())?;
     for (numbering, window) in windows {
         let numbering = std::str::from_utf8(numbering)?.parse()?;
         decoded.windows.push((numbering, Window::decode(window)?));

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use essentially_once::{
     ConsumerId, Error, KeyValue, Offset, OffsetStore,
-    backend::{Transaction, Window},
+    backend::{Journal, Transaction, Window},
+    consumer::{Operator, OperatorAction},
 };
 use essentially_once_redis::{Redis, RedisOptions};
 
@@ -215,6 +216,52 @@ pub(crate) async fn an_incarnation_is_filled_in() -> Outcome {
     Ok(())
 }
 
+pub(crate) async fn a_journal_is_a_field_that_few_commits_write() -> Outcome {
+    let paused = Journal::default().with(&Operator::new("ann"), OperatorAction::Pause);
+    for known_first in [true, false] {
+        let stage = Stage::start().await?;
+        let steps = [
+            (None, None, 0),
+            (Some(paused.clone()), Some(&paused), 1),
+            (None, Some(&paused), 1),
+            // Not the same as none.
+            (Some(Journal::default()), None, 1),
+            (Some(paused.clone()), Some(&paused), 1),
+        ];
+        for (commits, (given, expected, fields)) in (0..).zip(steps) {
+            let is_known = (commits % 2 == 0) == known_first;
+            let change = changed(advance(commits, commits + 1), |advance| {
+                advance.journal = given;
+                if !is_known {
+                    advance.log = log("orders");
+                }
+            });
+            stage.begin().await?.commit(change).await?;
+            let position = stage.store.position(&stage.consumer).await?.expect("a position");
+            assert_eq!(
+                position.journal,
+                expected.cloned().unwrap_or_default(),
+                "commit {commits}"
+            );
+            let incarnation = if known_first || commits > 0 {
+                "orders#a1"
+            } else {
+                "orders"
+            };
+            assert_eq!(position.log, log(incarnation), "commit {commits}");
+            let found = stage.ask("HEXISTS essentially-once:{c}:position journal")?;
+            assert_eq!(found, fields.to_string(), "commit {commits}");
+        }
+    }
+    // A first commit with a journal.
+    let stage = Stage::start().await?;
+    let first = changed(advance(0, 1), |advance| advance.journal = Some(paused.clone()));
+    stage.begin().await?.commit(first).await?;
+    let position = stage.store.position(&stage.consumer).await?.expect("a position");
+    assert_eq!((position.journal, position.log), (paused, log("orders#a1")));
+    Ok(())
+}
+
 pub(crate) async fn a_transaction_reads_its_own_writes() -> Outcome {
     let stage = Stage::start().await?;
     let mut tx = stage.begin().await?;
@@ -317,6 +364,16 @@ pub(crate) async fn garbage_in_our_hashes_is_an_error() -> Outcome {
         assert_error!(stage.revision().await, Error::Failed { .. }, key, about);
     }
     stage.ask(&format!("HSET {key} log orders next 1 revision 1"))?;
+    assert_eq!(stage.revision().await?, 1);
+    stage.ask(&format!("HSET {key} journal garbage"))?;
+    assert_error!(
+        stage.revision().await,
+        Error::Failed { .. },
+        key,
+        "consumer c",
+        "journal has a version"
+    );
+    stage.ask(&format!("HDEL {key} journal"))?;
     assert_eq!(stage.revision().await?, 1);
     stage.ask("HSET essentially-once:{c}:windows p garbage")?;
     assert_error!(

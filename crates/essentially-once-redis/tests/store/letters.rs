@@ -8,7 +8,7 @@ use std::{
 use essentially_once::{
     Consumer, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Record, async_trait,
     backend::{DeadLetter, DeadLetters, Source, Transaction},
-    consumer::{DeadLetterOptions, dead_letters},
+    consumer::{DeadLetterOptions, Operator, dead_letters},
 };
 use essentially_once_redis::{Redis, RedisOptions, RedisTx};
 use test_servers::{Cut, Proxy, Reply};
@@ -360,6 +360,7 @@ pub(crate) async fn a_letter_reads_the_same_before_and_after_the_commit() -> Out
     let mut letter = letter(1, None);
     letter.record.appended_at = odd;
     (letter.parked_at, letter.last_failed_at, letter.due) = (odd, odd, Some(odd));
+    letter.edit(NewRecord::new("edited"), &Operator::new("ann"));
     let mut tx = stage.begin().await?;
     tx.park(&letter).await?;
     let before = tx.letter(1.into()).await?;

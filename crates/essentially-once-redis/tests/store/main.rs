@@ -40,6 +40,7 @@ fn main() -> ExitCode {
         committing::a_missing_position_has_revision_0,
         committing::another_log_is_refused,
         committing::an_incarnation_is_filled_in,
+        committing::a_journal_is_a_field_that_few_commits_write,
         committing::a_transaction_reads_its_own_writes,
         committing::a_transaction_that_is_dropped_leaves_nothing,
         committing::consumers_and_prefixes_are_separate,

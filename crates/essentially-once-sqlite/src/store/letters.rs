@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     Error, Offset, Origin, Record,
-    backend::{DeadLetter, DeadLetters, Numbering, check_size},
+    backend::{DeadLetter, DeadLetters, Edit, Numbering, check_size},
 };
 use rusqlite::{Row, ToSql, params_from_iter};
 
@@ -17,7 +17,7 @@ use super::{
 use crate::log::codec::{decode_headers, encode_headers};
 
 const COLUMNS: &str = "place, offset_hi, offset_lo, appended_at, key, headers, payload, producer, sequence, malformed, \
-     tries, first_reason, last_reason, parked_at, last_failed_at, due_at, version";
+     tries, first_reason, last_reason, parked_at, last_failed_at, due_at, version, edit";
 
 const HAS_KEY: &str = "key IS NOT NULL AND malformed IS NULL";
 
@@ -54,12 +54,14 @@ impl DeadLetters for SqliteTx {
             Some(origin) => (Some(origin.numbering.to_string()), Some(origin.sequence as i64)),
             None => (None, None),
         };
+        // Older processes write NULL, which `schema.rs` tells from no edit.
+        let edit = letter.edit.as_ref().map(|edit| edit.encode()).unwrap_or_default();
         let sql = format!(
             "INSERT OR REPLACE INTO main.essentially_once_letters (consumer, {COLUMNS}) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)"
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)"
         );
         self.internal(&sql, "park a record", |statement, consumer| {
-            let values: [&dyn ToSql; 18] = [
+            let values: [&dyn ToSql; 19] = [
                 &consumer,
                 &place(record.offset),
                 &(record.offset.hi() as i64),
@@ -78,6 +80,7 @@ impl DeadLetters for SqliteTx {
                 &millis(letter.last_failed_at),
                 &letter.due.map(millis),
                 &(letter.version as i64),
+                &edit,
             ];
             statement.execute(&values[..])
         })?;
@@ -166,6 +169,7 @@ struct LetterRow {
     last_failed_at: i64,
     due_at: Option<i64>,
     version: i64,
+    edit: Option<Vec<u8>>,
 }
 
 impl LetterRow {
@@ -187,6 +191,7 @@ impl LetterRow {
             last_failed_at: row.get(14)?,
             due_at: row.get(15)?,
             version: row.get(16)?,
+            edit: row.get(17)?,
         })
     }
 
@@ -205,12 +210,15 @@ impl LetterRow {
             _ => None,
         };
         record.malformed = self.malformed.map(Into::into);
+        let edit = self.edit.filter(|edit| !edit.is_empty());
+        let edit = edit.map(|edit| Edit::decode(edit, &record)).transpose()?;
         let mut letter = DeadLetter::new(record, self.tries, "", time(self.parked_at));
         letter.first_reason = self.first_reason;
         letter.last_reason = self.last_reason;
         letter.last_failed_at = time(self.last_failed_at);
         letter.due = self.due_at.map(time);
         letter.version = self.version as u64;
+        letter.edit = edit.map(Box::new);
         Ok(letter)
     }
 }

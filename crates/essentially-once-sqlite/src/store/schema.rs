@@ -97,6 +97,16 @@ const MIGRATIONS: &[&str] = &[
          WHERE key IS NOT NULL AND malformed IS NULL;
      CREATE INDEX main.essentially_once_letters_by_due ON essentially_once_letters (consumer, due_at, place)
          WHERE due_at IS NOT NULL;",
+    // A process of the previous version names its columns, so it keeps working next to newer ones.
+    // It keeps the journal, but does not know that the consumer may be paused. It would forget the
+    // original of an edited letter that fails again, so the trigger stops it there. A process of
+    // this version never writes NULL as the edit.
+    "ALTER TABLE main.essentially_once_consumers ADD COLUMN journal BLOB;
+     ALTER TABLE main.essentially_once_letters ADD COLUMN edit BLOB;
+     CREATE TRIGGER main.essentially_once_letters_insert BEFORE INSERT ON essentially_once_letters
+         WHEN NEW.edit IS NULL AND EXISTS (SELECT 1 FROM essentially_once_letters
+             WHERE consumer = NEW.consumer AND place = NEW.place AND length(edit) > 0)
+         BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite edited this letter: upgrade this program'); END;",
 ];
 
 /// Refuses a file that a newer version of this crate made. Only reads.
@@ -209,7 +219,7 @@ mod tests {
         ] {
             let error = result.expect_err("newer").to_string();
             assert!(
-                error.contains("999") && error.contains("up to 4") && error.contains("x.db"),
+                error.contains("999") && error.contains("up to 5") && error.contains("x.db"),
                 "{error}"
             );
         }

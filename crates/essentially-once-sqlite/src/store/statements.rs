@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Error, Offset,
-    backend::{LogId, Note, Position, Revision},
+    backend::{Journal, LogId, Note, Position, Revision, Source},
 };
 use rusqlite::{Connection, OptionalExtension, Row};
 
@@ -18,6 +18,10 @@ pub(super) const UPDATE_POSITION: &str = "UPDATE main.essentially_once_consumers
      owner = ?8, passed = ?9 \
      WHERE consumer = ?1 AND epoch = ?10 AND count = ?11 AND log = ?2 \
      AND (incarnation = ?3 OR incarnation IS NULL OR ?3 IS NULL)";
+
+/// Replaces the journal of a position. Few commits have one, so it is no part of the statements
+/// above.
+pub(super) const PUT_JOURNAL: &str = "UPDATE main.essentially_once_consumers SET journal = ?2 WHERE consumer = ?1";
 
 pub(super) const PUT_WINDOW: &str = "INSERT INTO main.essentially_once_windows \
      (consumer, producer, \"window\") VALUES (?1, ?2, ?3) \
@@ -50,14 +54,16 @@ pub(super) struct PositionRow {
     pub(super) revision: Revision,
     pub(super) owner: Option<String>,
     note: Option<Vec<u8>>,
+    journal: Option<Vec<u8>>,
 }
 
 impl PositionRow {
     /// Returns the position without its windows.
-    pub(super) fn position(&self) -> Result<Position, Error> {
+    pub(super) fn position(&self) -> Result<Position, Source> {
         let mut position = Position::new(self.log()?, self.next, self.revision);
         position.owner = self.owner.as_deref().map(str::parse).transpose()?;
         position.note = Note::decode(self.note.as_deref().unwrap_or_default());
+        position.journal = Journal::decode(self.journal.clone().unwrap_or_default())?;
         Ok(position)
     }
 
@@ -71,7 +77,7 @@ impl PositionRow {
 pub(super) fn position_row(connection: &Connection, consumer: &ConsumerId) -> rusqlite::Result<Option<PositionRow>> {
     connection
         .prepare_cached(
-            "SELECT log, incarnation, next_hi, next_lo, epoch, count, owner, passed \
+            "SELECT log, incarnation, next_hi, next_lo, epoch, count, owner, passed, journal \
              FROM main.essentially_once_consumers WHERE consumer = ?1",
         )?
         .query_row([consumer.as_str()], |row| {
@@ -82,6 +88,7 @@ pub(super) fn position_row(connection: &Connection, consumer: &ConsumerId) -> ru
                 revision: Revision::new(unsigned(row, 4)?, unsigned(row, 5)?),
                 owner: row.get(6)?,
                 note: row.get(7)?,
+                journal: row.get(8)?,
             })
         })
         .optional()

@@ -223,6 +223,11 @@ impl SqliteTx {
         if moved == 0 {
             return Err(self.refusal(advance)?);
         }
+        if let Some(journal) = &advance.journal {
+            self.internal(statements::PUT_JOURNAL, "commit", |statement, consumer| {
+                statement.execute((consumer, journal.encode()))
+            })?;
+        }
         for (numbering, window) in &advance.windows {
             self.internal(statements::PUT_WINDOW, "commit", |statement, consumer| {
                 statement.execute((consumer, numbering.to_string(), &window.encode()[..]))

@@ -91,7 +91,7 @@ async fn a_damaged_row_is_an_error_that_names_it() {
     let user = Connection::open(folder.path().join("a.db")).expect("the user's connection");
     user.execute_batch(
         "INSERT INTO essentially_once_letters VALUES
-             ('shipping', x'07', 0, 7, 0, NULL, x'FF', x'', NULL, NULL, NULL, 1, '', '', 0, 0, NULL, 1)",
+             ('shipping', x'07', 0, 7, 0, NULL, x'FF', x'', NULL, NULL, NULL, 1, '', '', 0, 0, NULL, 1, NULL)",
     )
     .expect("a row with unknown headers");
     let error = dead_letters::list(&shipping(), &store, None, 10)
@@ -100,6 +100,25 @@ async fn a_damaged_row_is_an_error_that_names_it() {
     let text = error.to_string();
     assert!(
         text.contains("offset 7 is damaged") && text.contains("headers"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn a_damaged_edit_is_an_error_that_names_its_letter() {
+    let (folder, _, store) = open().await;
+    let user = Connection::open(folder.path().join("a.db")).expect("the user's connection");
+    user.execute_batch(
+        "INSERT INTO essentially_once_letters VALUES
+             ('shipping', x'07', 0, 7, 0, NULL, NULL, x'', NULL, NULL, NULL, 1, '', '', 0, 0, NULL, 1, x'FF')",
+    )
+    .expect("a row with an edit of an unknown version");
+    let error = dead_letters::list(&shipping(), &store, None, 10)
+        .await
+        .expect_err("damaged");
+    let text = error.to_string();
+    assert!(
+        text.contains("offset 7 is damaged") && text.contains("its edit has a version"),
         "{text}"
     );
 }
@@ -113,7 +132,7 @@ async fn reads_of_letters_do_not_scan_the_others() {
         "WITH RECURSIVE n(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM n WHERE n < 99999)
          INSERT INTO essentially_once_letters
              SELECT 'shipping', unhex(printf('%032X', n)), 0, n, 0, CAST(n / 2 AS BLOB), NULL, x'00', NULL, NULL, NULL, 1, '', '', 0, 0,
-                 CASE n % 10 WHEN 0 THEN n END, 1 FROM n",
+                 CASE n % 10 WHEN 0 THEN n END, 1, x'' FROM n",
     )
     .expect("many letters");
     let mut tx = store.begin(&shipping()).await.expect("begin");

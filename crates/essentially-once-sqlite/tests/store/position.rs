@@ -2,7 +2,7 @@
 
 use essentially_once::{
     ConsumerId, Error, KeyValue, Offset, OffsetStore,
-    backend::{Durability, LogId, Numbering, Transaction, Window},
+    backend::{Durability, Journal, LogId, Numbering, Transaction, Window},
 };
 use essentially_once_sqlite::{Sqlite, SqliteOptions, SqliteStore, rusqlite::Connection};
 
@@ -275,4 +275,28 @@ async fn a_position_that_was_tampered_with_is_an_error_that_names_the_file() {
         .expect("edit");
     let error = store.position(&shipping()).await.expect_err("no window").to_string();
     assert!(error.contains("a.db") && error.contains("window"), "{error}");
+}
+
+#[tokio::test]
+async fn a_journal_that_was_tampered_with_is_an_error_that_names_consumer_and_file() {
+    let (_folder, sqlite, store) = open().await;
+    staged(&store, "x").await.commit(advance(1, 0)).await.expect("commit");
+    let shell = Connection::open(sqlite.path()).expect("open");
+    for (bytes, why) in [("x'FF'", "version"), ("x'0100'", "short"), ("'text'", "journal")] {
+        shell
+            .execute_batch(&format!("UPDATE essentially_once_consumers SET journal = {bytes}"))
+            .expect("edit");
+        let error = store.position(&shipping()).await.expect_err("no journal");
+        let text = error.to_string();
+        assert!(matches!(error, Error::Failed { .. }), "{error:?}");
+        assert!(
+            text.contains("consumer shipping") && text.contains("a.db") && text.contains(why),
+            "{text}"
+        );
+    }
+    shell
+        .execute_batch("UPDATE essentially_once_consumers SET journal = NULL")
+        .expect("edit");
+    let position = store.position(&shipping()).await.expect("position").expect("some");
+    assert_eq!(position.journal, Journal::default());
 }

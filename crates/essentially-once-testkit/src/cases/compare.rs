@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use bytes::Bytes;
 use essentially_once::{
     NewRecord, Record,
-    backend::{Numbering, Position, Window},
+    backend::{Journal, Numbering, Position, Window},
 };
 
 /// Longer texts are cut. Printing a value of a megabyte helps nobody.
@@ -51,8 +51,17 @@ pub(super) fn position(found: &Position, expected: &Position) -> Option<String> 
         field("revision", &found.revision, &expected.revision),
         field("owner", &found.owner, &expected.owner),
         field("note", &found.note, &expected.note),
+        journal(&found.journal, &expected.journal),
         windows(&found.windows, &expected.windows),
     ])
+}
+
+/// How two journals differ, and at which entry.
+pub(super) fn journal(found: &Journal, expected: &Journal) -> Option<String> {
+    let (found, expected) = (found.entries(), expected.entries());
+    let mut pairs = found.iter().zip(expected).enumerate();
+    let differing = pairs.find_map(|(number, (a, b))| field(&format!("entry {number} of the journal"), a, b));
+    differing.or_else(|| field("number of entries in the journal", &found.len(), &expected.len()))
 }
 
 /// How two sets of windows differ, regardless of their order.

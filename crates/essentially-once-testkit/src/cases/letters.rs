@@ -7,8 +7,9 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, Origin, Record,
+    ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Origin, Record,
     backend::{DeadLetter, DeadLetters, Transaction},
+    consumer::Operator,
     memory::Memory,
 };
 
@@ -86,17 +87,27 @@ fn offsets(letters: &[DeadLetter]) -> Vec<Offset> {
 fn differs(found: &DeadLetter, expected: &DeadLetter) -> Option<String> {
     let fields = |letter: &DeadLetter| {
         format!(
-            "{} tries, {:?}, {:?}, parked {:?}, failed {:?}, due {:?}, version {}",
+            "{} tries, {:?}, {:?}, parked {:?}, failed {:?}, due {:?}, version {}, edited {:?}",
             letter.tries,
             letter.first_reason,
             letter.last_reason,
             letter.parked_at,
             letter.last_failed_at,
             letter.due,
-            letter.version
+            letter.version,
+            letter.edit.as_ref().map(|edit| (&edit.by, &edit.reason, edit.at)),
         )
     };
+    let edit = |letter: &DeadLetter| letter.edit.as_ref().map(|edit| edit.original.clone());
+    let originals = match (edit(found), edit(expected)) {
+        (Some(found), Some(expected)) => {
+            compare::record(&found, &expected).map(|how| format!("of the original, {how}"))
+        }
+        (None, Some(_)) => Some("its edit is missing".into()),
+        _ => None,
+    };
     compare::record(&found.record, &expected.record)
+        .or(originals)
         .or_else(|| (found != expected).then(|| format!("{}, not {}", fields(found), fields(expected))))
 }
 
@@ -314,8 +325,23 @@ pub(super) async fn d2_a_letter_comes_back_as_it_was_parked<H: Harness>(_: &H, b
     parked[7].version = u64::MAX;
     parked[7].first_reason = String::new();
     parked[7].last_reason = "ü".repeat(DeadLetter::REASON_LIMIT / 2);
+    // The letter is edited, and then fails again.
+    let mut edited = letter(8, Some(b"before"));
+    edited.record.headers.clone_from(&parked[3].record.headers);
+    edited.record.origin = Some(Origin::of(numbering("web#7"), 1));
+    edited.record.malformed = Some(Arc::from("größer"));
+    parked.insert(7, edited.clone());
     commit(&store, &shipping, &*log, &parked, &[]).await?;
-    let found = all(&backend.store().await?, &shipping).await?;
+    edited.edit(
+        NewRecord::new("after").key("after"),
+        &Operator::new("ann").because("größer"),
+    );
+    commit(&store, &shipping, &*log, std::slice::from_ref(&edited), &[]).await?;
+    edited.tries += 1;
+    commit(&store, &shipping, &*log, std::slice::from_ref(&edited), &[]).await?;
+    parked[7] = edited;
+    let fresh = backend.store().await?;
+    let found = all(&fresh, &shipping).await?;
     ensure!(
         offsets(&found) == offsets(&parked),
         "parked {:?}, found {:?}",
@@ -327,6 +353,15 @@ pub(super) async fn d2_a_letter_comes_back_as_it_was_parked<H: Harness>(_: &H, b
             let offset = parked.record.offset;
             return Err(Violation::new(format!("the letter at {offset}: {how}")));
         }
+    }
+    let mut tx = fresh.begin(&shipping).await?;
+    for (key, expected) in [("before", None), ("after", Some(8.into()))] {
+        let head = letters(&mut tx)?.head(key.as_bytes()).await?;
+        let head = head.map(|letter| letter.record.offset);
+        ensure!(
+            head == expected,
+            "after an edit of the key, the head of {key} is {head:?}"
+        );
     }
     Ok(())
 }

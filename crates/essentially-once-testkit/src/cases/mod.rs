@@ -6,6 +6,7 @@ mod compare;
 mod durability;
 mod fencing;
 mod history;
+mod journal;
 mod letters;
 mod limits;
 mod log;
@@ -140,6 +141,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(one_commit::s11_a_snapshot_is_of_one_commit, needs store, read_state),
         case!(one_commit::s11_a_snapshot_keeps_the_order_of_keys, needs store, read_state),
         case!(one_commit::s11_a_snapshot_waits_for_no_transaction, needs store, read_state),
+        case!(journal::s12_a_journal_is_part_of_the_commit, needs store),
         letters_case!(H, d1_letters_are_applied_with_the_commit),
         letters_case!(H, d1_what_is_not_committed_leaves_no_trace),
         letters_case!(H, d1_every_read_agrees_with_the_reference),

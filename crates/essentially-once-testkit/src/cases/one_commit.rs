@@ -13,7 +13,8 @@ use std::{
 
 use essentially_once::{
     Error, KeyValue, Offset, OffsetStore, Record,
-    backend::{Advance, LogId, Note, Owner, Position, Revision, Snapshot, Transaction, Window},
+    backend::{Advance, Journal, LogId, Note, Owner, Position, Revision, Snapshot, Transaction, Window},
+    backend::OperatorAction, consumer::Operator,
 };
 use tokio::task::JoinSet;
 
@@ -140,6 +141,7 @@ async fn commit_number<S: OffsetStore<Tx: KeyValue>>(store: &S, id: &LogId, n: u
     };
     let mut advance = Advance::new(id.clone(), position.next, before, position.revision);
     (advance.owner, advance.note, advance.windows) = (position.owner, position.note, position.windows);
+    advance.journal = (n % 2 == 1).then_some(position.journal);
     let mut tx = store.begin(&consumer("shipping")).await?;
     for key in KEYS {
         tx.put(key, &n.to_be_bytes()).await?;
@@ -156,9 +158,19 @@ fn position_number(log: &LogId, n: u64) -> Position {
     let mut position = Position::new(log.clone(), Offset::new(n, n), Revision::new(1, n));
     position.owner = Some(Owner::new(u128::from(n)));
     position.note = Note::after(&Record::new(Offset::new(n, n - 1), UNIX_EPOCH, n.to_string()));
+    // Only odd commits replace the journal.
+    position.journal = journal_number(n - (n + 1) % 2);
     let producers = ["a", "b", "c#7", "d", "e", "f"];
     position.windows = producers.map(|name| (numbering(name), Window::new(n))).into();
     position
+}
+
+fn journal_number(n: u64) -> Journal {
+    let journal = Journal::default().with(&Operator::new("ann"), OperatorAction::Skip(n.into()));
+    // The encoding has the time after the version.
+    let mut encoded = journal.encode();
+    encoded[1..9].fill(0);
+    Journal::decode(encoded).expect("its own encoding")
 }
 
 fn whole(log: &LogId, floor: u64, snapshot: &Snapshot) -> CaseResult {

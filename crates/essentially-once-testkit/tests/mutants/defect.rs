@@ -205,6 +205,14 @@ wrong {
     NoteStays,
     /// The note has a column of the length of a note without tries.
     NoteOfFixedLength,
+    /// A commit without a journal drops the stored one.
+    JournalDropped,
+    /// A stored journal is never replaced.
+    JournalWrittenOnce,
+    /// A fenced commit replaces the journal.
+    JournalNotFenced,
+    /// A journal of more than 4 KiB is lost.
+    JournalsOver4KibLost,
     /// State is kept in the handle, and other handles do not see it.
     StateKeptInTheHandle,
     /// Deletes are not committed.
@@ -483,6 +491,8 @@ wrong {
     PositionReadInSteps,
     /// Windows are read after the position.
     WindowsReadApart,
+    /// The journal is read after the position.
+    JournalReadApart,
     /// Windows are written after the position.
     WindowsWrittenApart,
     /// The position is read from a stale copy.
@@ -557,6 +567,10 @@ wrong {
     LetterTimesInSeconds,
     /// A malformed letter comes back as well-formed.
     LetterMarkLost,
+    /// Letters lose their edits.
+    LetterEditLost,
+    /// The original of an edited letter loses its headers.
+    LetterOriginalHeadersLost,
     /// Offsets of letters sort as signed numbers.
     LettersSortedAsSigned,
     /// A letter may not be larger than a record, reasons included.

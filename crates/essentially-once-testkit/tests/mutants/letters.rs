@@ -68,6 +68,12 @@ fn kept(defect: Defect, letter: &DeadLetter) -> DeadLetter {
             kept.parked_at = UNIX_EPOCH + Duration::from_secs(since.as_secs());
         }
         Defect::LetterMarkLost => kept.record.malformed = None,
+        Defect::LetterEditLost => kept.edit = None,
+        Defect::LetterOriginalHeadersLost => {
+            if let Some(edit) = &mut kept.edit {
+                edit.original.headers.clear();
+            }
+        }
         Defect::LetterReasonsCut => kept.last_reason.truncate(REASON_CUT),
         _ => {}
     }

@@ -12,7 +12,9 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     ConsumerId, Epoch, Error, Offset, OffsetStore, ProducerId, ReadState, async_trait,
-    backend::{Advance, Durability, LogId, Note, Numbering, Owner, Position, Pulse, Revision, Snapshot, Window},
+    backend::{
+        Advance, Durability, Journal, LogId, Note, Numbering, Owner, Position, Pulse, Revision, Snapshot, Window,
+    },
 };
 use tokio::{
     sync::watch,
@@ -335,6 +337,15 @@ impl StoreState {
             (Defect::NoteOfFixedLength, _) if advance.note.tried().is_some() => Note::default(),
             _ => advance.note,
         };
+        position.journal = match (defect, &before, advance.journal) {
+            (Defect::JournalDropped, _, None) => Journal::default(),
+            (Defect::JournalWrittenOnce, Some(before), _) if before.journal != Journal::default() => {
+                before.journal.clone()
+            }
+            (Defect::JournalsOver4KibLost, _, Some(journal)) if journal.encode().len() > 4_096 => Journal::default(),
+            (_, Some(before), None) => before.journal.clone(),
+            (_, _, journal) => journal.unwrap_or_default(),
+        };
         stored.first.get_or_insert_with(|| position.clone());
         stored.position = Some(position);
         match defect {
@@ -525,11 +536,14 @@ impl ModelStore {
     async fn read_position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
         let mut found = self.position_now(&self.connected()?.store.live, consumer);
         match self.shared.defect {
-            Defect::PositionReadInSteps | Defect::WindowsReadApart => {
+            Defect::PositionReadInSteps | Defect::WindowsReadApart | Defect::JournalReadApart => {
                 sleep(BETWEEN_PARTS).await;
                 let later = self.position_now(&self.connected()?.store.live, consumer);
                 if let (Some(found), Some(later)) = (&mut found, later) {
-                    found.windows = later.windows;
+                    match self.shared.is(Defect::JournalReadApart) {
+                        true => found.journal = later.journal,
+                        false => found.windows = later.windows,
+                    }
                     if self.shared.is(Defect::PositionReadInSteps) {
                         (found.owner, found.note) = (later.owner, later.note);
                     }

@@ -423,6 +423,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     s9_a_position_is_of_one_commit {
         PositionReadInSteps => "its owner is",
         WindowsReadApart => "its window of a is",
+        JournalReadApart => "its entry 0 of the journal is",
         WindowsWrittenApart => "its window of a is",
         PositionServedStale => "was acknowledged, and then",
     }
@@ -470,6 +471,12 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         SnapshotSeesWhatIsStaged => "during an open transaction has",
         SnapshotHoldsUpCommits => "unexpected error",
     }
+    s12_a_journal_is_part_of_the_commit {
+        JournalDropped => "after commit 1 of shipping: its number of entries",
+        JournalWrittenOnce => "after commit 2 of shipping: its number of entries",
+        JournalNotFenced => "after transactions that were fenced",
+        JournalsOver4KibLost => "after commit 4 of shipping: its number of entries",
+    }
     d1_letters_are_applied_with_the_commit {
         LettersNotCommitted => "after commit 1",
         LetterRemovalsNotCommitted => "after commit 2",
@@ -488,6 +495,8 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         LetterHeadersSorted => "its header 0",
         LetterTimesInSeconds => "parked",
         LetterMarkLost => "mark as malformed",
+        LetterEditLost => "its edit is missing",
+        LetterOriginalHeadersLost => "of the original, its number of headers",
         LettersSortedAsSigned => "found",
     }
     d2_the_largest_record_can_be_parked {
@@ -556,6 +565,7 @@ pub(crate) const SOUND: &[Sound] = sound! {
     s11_a_snapshot_is_of_one_commit { SnapshotFromACopy }
     s11_a_snapshot_keeps_the_order_of_keys { SnapshotFromACopy }
     s11_a_snapshot_waits_for_no_transaction { SnapshotFromACopy }
+    s12_a_journal_is_part_of_the_commit { PositionReadFromACopy }
     d1_letters_are_applied_with_the_commit { LetterKeysKeptAsDigests }
     d1_what_is_not_committed_leaves_no_trace { LetterKeysKeptAsDigests }
     d1_every_read_agrees_with_the_reference { LetterKeysKeptAsDigests }

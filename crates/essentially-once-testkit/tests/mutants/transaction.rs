@@ -308,6 +308,13 @@ impl Transaction for ModelTx {
                 let letters = letters::only_letters(&staged);
                 state.store.write_state(&self.shared, &self.consumer, &letters);
             }
+            if matches!(applied, Err(Error::Fenced { .. })) && self.shared.is(Defect::JournalNotFenced) {
+                let stored = state.store.live.consumers.get_mut(self.consumer.as_str());
+                let position = stored.and_then(|stored| stored.position.as_mut());
+                if let (Some(position), Some(journal)) = (position, &advance.journal) {
+                    position.journal = journal.clone();
+                }
+            }
         }
         self.shared.commits.send_replace(());
         self.handle.own_commits.send_replace(());

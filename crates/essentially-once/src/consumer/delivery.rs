@@ -111,6 +111,7 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
             // Dropping the transaction rolls it back.
             Some(Failure::Stopped) => return Err(Failure::Stopped),
             Some(failed) => {
+                session.parked.discard();
                 let rolled_back = session.unless_stopped(tx.rollback()).await;
                 if let Ok(Err(error)) = &rolled_back {
                     tracing::warn!(%error, "rollback failed; the backend discards the transaction on its own");

@@ -34,7 +34,8 @@ impl<S: OffsetStore> Session<'_, S> {
             done.duplicates = 1;
         }
         let parked = self.or_stop(Parked::load(letters)).await?;
-        self.commit_letters(tx, done).await?;
+        let note = self.place.note.clone();
+        self.commit_marks(tx, note, done).await?;
         self.parked.replace(parked);
         self.run.letter_commits += 1;
         self.count(done, &[]);

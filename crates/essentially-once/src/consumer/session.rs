@@ -18,8 +18,8 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    Advance, Bounds, ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Note, Offset, OffsetStore, Owner, Record,
-    Revision, Transaction, Tried,
+    Advance, Bounds, ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Note, Numbering, Offset, OffsetStore, Owner, Record,
+    Revision, Transaction, Tried, Window,
     letters::DeadLetter,
     rt::Instant,
     window::{Silence, Windows},
@@ -74,6 +74,9 @@ pub(super) struct Place {
     /// Whether this session has committed, which opens an epoch.
     pub(super) is_epoch_open: bool,
 }
+
+/// Windows to store, and numberings to forget.
+type Marks = (Vec<(Numbering, Window)>, Vec<Numbering>);
 
 /// When to check for silent producers.
 #[derive(Default)]
@@ -198,6 +201,28 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     pub(super) async fn commit_at(&mut self, tx: S::Tx, next: Offset, note: Note, done: Done) -> Result<(), Error> {
+        let marks = match next == self.place.next {
+            // The marks of records that were rolled back must not be stored without them.
+            true => Marks::default(),
+            false => self.windows.take_changes(),
+        };
+        self.commit_with(tx, next, note, marks, done).await
+    }
+
+    /// Commits the transaction and the marks of origins, with the position where it is.
+    pub(super) async fn commit_marks(&mut self, tx: S::Tx, note: Note, done: Done) -> Result<(), Error> {
+        let marks = self.windows.take_changes();
+        self.commit_with(tx, self.place.next, note, marks, done).await
+    }
+
+    async fn commit_with(
+        &mut self,
+        tx: S::Tx,
+        next: Offset,
+        note: Note,
+        marks: Marks,
+        done: Done,
+    ) -> Result<(), Error> {
         let expected = self.place.revision;
         let revision = match self.place.is_epoch_open {
             true => expected.next_count(),
@@ -206,7 +231,7 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut advance = Advance::new(self.log.id().clone(), next, expected, revision);
         advance.owner = Some(self.owner);
         advance.note = note.clone();
-        (advance.windows, advance.forgotten) = self.windows.take_changes();
+        (advance.windows, advance.forgotten) = marks;
         let started = Instant::now();
         if let Err(error) = tx.commit(advance).await {
             self.parked.discard();

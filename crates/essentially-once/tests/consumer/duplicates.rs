@@ -247,3 +247,117 @@ async fn a_malformed_record_marks_nothing_and_is_no_duplicate() {
         "{error}"
     );
 }
+
+fn sent_by_web(payload: &'static str, sequence: u64) -> NewRecord {
+    let web = ProducerId::new("web").unwrap();
+    NewRecord::new(payload).origin(Origin::new(web, Epoch::STABLE, sequence))
+}
+
+/// A handler whose `flush` fails once, after its effects.
+#[derive(Default)]
+struct FlushesLate {
+    has_failed: bool,
+}
+
+#[essentially_once::async_trait]
+impl<Tx: KeyValue> Handler<Tx> for FlushesLate {
+    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        Ok(tx.put(&record.payload, b"handled").await?)
+    }
+
+    async fn flush(&mut self, _: &mut Tx) -> Result<(), HandlerError> {
+        match std::mem::replace(&mut self.has_failed, true) {
+            false => Err(HandlerError::retry("not yet")),
+            true => Ok(()),
+        }
+    }
+}
+
+/// The failed try is a commit, and must not carry the mark of the record that it rolled back.
+#[tokio::test]
+async fn a_record_whose_flush_failed_is_no_duplicate_when_it_is_tried_again() {
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    log.append(&[sent_by_web("a", 1)]).await.unwrap();
+    let run = Consumer::essentially_once(shipping(), log, memory.store(), FlushesLate::default());
+    let run = run.accept_volatile().min_backoff(Duration::ZERO).max_backoff(Duration::ZERO);
+    let report = run.run_until_caught_up().await.unwrap();
+    assert_eq!((report.handled, report.duplicates, report.failed_tries), (1, 0, 1));
+    let value = memory.store().begin(&shipping()).await.unwrap().get(b"a").await.unwrap();
+    assert_eq!(value.as_deref(), Some(&b"handled"[..]));
+}
+
+/// The same under at-least-once, which has no transaction.
+#[tokio::test]
+async fn a_record_whose_flush_failed_is_flushed_again_under_at_least_once() {
+    struct Gathers {
+        gathered: u64,
+        flushed: Arc<std::sync::atomic::AtomicU64>,
+        has_failed: bool,
+    }
+
+    #[essentially_once::async_trait]
+    impl Handler<()> for Gathers {
+        async fn handle(&mut self, _: &Record, (): &mut ()) -> Result<(), HandlerError> {
+            self.gathered += 1;
+            Ok(())
+        }
+
+        async fn flush(&mut self, (): &mut ()) -> Result<(), HandlerError> {
+            if !std::mem::replace(&mut self.has_failed, true) {
+                return Err(HandlerError::retry("not yet"));
+            }
+            self.flushed.fetch_add(std::mem::take(&mut self.gathered), Ordering::Relaxed);
+            Ok(())
+        }
+
+        async fn reset(&mut self) {
+            self.gathered = 0;
+        }
+    }
+
+    let memory = Memory::new();
+    let log = memory.log("orders").unwrap();
+    log.append(&[sent_by_web("a", 1)]).await.unwrap();
+    let flushed = Arc::default();
+    let handler = Gathers {
+        gathered: 0,
+        flushed: Arc::clone(&flushed),
+        has_failed: false,
+    };
+    let run = Consumer::at_least_once(shipping(), log, memory.store(), handler);
+    let run = run.min_backoff(Duration::ZERO).max_backoff(Duration::ZERO);
+    let report = run.run_until_caught_up().await.unwrap();
+    assert_eq!((flushed.load(Ordering::Relaxed), report.duplicates), (1, 0));
+}
+
+/// A commit that only finds out who is to blame must not carry marks either.
+#[tokio::test]
+async fn a_record_in_front_of_one_that_cannot_be_parked_is_handled() {
+    let memory = Memory::new();
+    let (log, store) = (memory.log("orders").unwrap(), memory.store());
+    let run = || {
+        let handler = handler_fn(|record: &Record, tx: &mut MemoryTx| {
+            Box::pin(async move {
+                if record.payload == "poison" {
+                    return Err(HandlerError::reject("poison"));
+                }
+                Ok(tx.put(&record.payload, b"handled").await?)
+            })
+        });
+        Consumer::essentially_once(shipping(), log.clone(), store.clone(), handler)
+            .dead_letters(DeadLetterOptions::new().limit(1))
+            .accept_volatile()
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
+            .run_until_caught_up()
+    };
+    log.append(&[sent_by_web("poison", 1).key("a")]).await.unwrap();
+    assert_eq!(run().await.unwrap().parked, 1);
+    let more = [sent_by_web("good", 2).key("b"), sent_by_web("behind", 3).key("a")];
+    log.append(&more).await.unwrap();
+    let error = run().await.unwrap_err();
+    assert!(error.to_string().contains("1 is its limit"), "{error}");
+    let value = store.begin(&shipping()).await.unwrap().get(b"good").await.unwrap();
+    assert_eq!(value.as_deref(), Some(&b"handled"[..]));
+}

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     Offset, Origin, Record,
-    backend::{DeadLetter, Numbering},
+    backend::{DeadLetter, Edit, Numbering},
 };
 
 use crate::{
@@ -123,6 +123,10 @@ pub(super) fn rounded(mut letter: DeadLetter) -> DeadLetter {
     round(&mut letter.parked_at);
     round(&mut letter.last_failed_at);
     letter.due.iter_mut().for_each(round);
+    if let Some(edit) = &mut letter.edit {
+        round(&mut edit.original.appended_at);
+        round(&mut edit.at);
+    }
     letter
 }
 
@@ -149,6 +153,9 @@ pub(super) fn encode(letter: &DeadLetter) -> Vec<u8> {
     if let Some(origin) = &record.origin {
         fields.put(b"producer", origin.numbering.to_string());
         fields.put(b"sequence", origin.sequence.to_string());
+    }
+    if let Some(edit) = &letter.edit {
+        fields.put(b"edit", edit.encode());
     }
     for (name, value) in &record.headers {
         fields.put(&[HEADER, name.as_bytes()].concat(), value);
@@ -212,6 +219,8 @@ pub(super) fn decode(offset: Offset, value: Vec<u8>) -> Result<DeadLetter, Strin
             Some(Origin::of(numbering, fields.number("sequence")?))
         }
     };
+    let edit = fields.find("edit").map(|edit| Edit::decode(chunk.take(edit), &record));
+    let edit = edit.transpose()?;
     let mut letter = DeadLetter::new(record, fields.number("tries")?, "", fields.time("parked_at")?);
     letter.first_reason = fields.text("first_reason")?.to_owned();
     letter.last_reason = fields.text("last_reason")?.to_owned();
@@ -221,6 +230,7 @@ pub(super) fn decode(offset: Offset, value: Vec<u8>) -> Result<DeadLetter, Strin
         Some(_) => Some(fields.time("due")?),
     };
     letter.version = fields.number("version")?;
+    letter.edit = edit.map(Box::new);
     Ok(letter)
 }
 
@@ -239,7 +249,7 @@ fn unpack(packed: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
 struct Found<'a>([Option<&'a [u8]>; Found::NAMES.len()]);
 
 impl<'a> Found<'a> {
-    const NAMES: [&'static str; 13] = [
+    const NAMES: [&'static str; 14] = [
         "tries",
         "first_reason",
         "last_reason",
@@ -252,6 +262,7 @@ impl<'a> Found<'a> {
         "key",
         "producer",
         "sequence",
+        "edit",
         "payload",
     ];
 
@@ -299,7 +310,7 @@ fn text<'a>(what: &str, bytes: &'a [u8]) -> Result<&'a str, String> {
 
 #[cfg(test)]
 mod tests {
-    use essentially_once::{Epoch, ProducerId};
+    use essentially_once::{Epoch, NewRecord, ProducerId, consumer::Operator};
     use proptest::{collection::vec, option, prelude::*};
 
     use super::*;
@@ -342,11 +353,20 @@ mod tests {
         });
         let reasons = (any::<String>(), any::<String>());
         let times = (any_time(), any_time(), option::of(any_time()));
-        (record, any::<u32>(), reasons, times, any::<u64>()).prop_map(|(record, tries, reasons, times, version)| {
-            let mut letter = DeadLetter::new(record, tries, "", times.0);
-            (letter.first_reason, letter.last_reason) = reasons;
-            (letter.last_failed_at, letter.due) = (times.1, times.2);
-            letter.version = version;
+        let letter =
+            (record, any::<u32>(), reasons, times, 0..u64::MAX).prop_map(|(record, tries, reasons, times, version)| {
+                let mut letter = DeadLetter::new(record, tries, "", times.0);
+                (letter.first_reason, letter.last_reason) = reasons;
+                (letter.last_failed_at, letter.due) = (times.1, times.2);
+                letter.version = version;
+                letter
+            });
+        (letter, option::of((any::<String>(), bytes()))).prop_map(|(mut letter, edited)| {
+            if let Some((by, payload)) = edited {
+                let version = letter.version;
+                letter.edit(NewRecord::new(payload), &Operator::new(by));
+                letter.version = version;
+            }
             letter
         })
     }
@@ -421,6 +441,7 @@ mod tests {
                 "tries \"-1\" is not a number",
             ),
             (replaced(&string("h:a"), &[0xa3, b'h', b':', 0xff]), "is not UTF-8"),
+            (replaced(&string("h:a"), &string("edit")), "its edit has a version"),
             (
                 replaced(&string("why"), &[0xa1, 0xff]),
                 "first_reason \"\u{fffd}\" is not UTF-8",

@@ -100,6 +100,8 @@ impl Transaction for MineTx {
         let mut position = Position::new(log, advance.next, advance.revision);
         position.owner = advance.owner;
         position.note = advance.note;
+        let before = stored.position.take().map(|position| position.journal);
+        position.journal = advance.journal.or(before).unwrap_or_default();
         stored.position = Some(position);
         Ok(())
     }
