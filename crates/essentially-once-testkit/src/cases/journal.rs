@@ -2,8 +2,9 @@
 
 use essentially_once::{
     ConsumerId, Error, KeyValue, OffsetStore,
+    backend::OperatorAction,
     backend::{Journal, Transaction},
-    backend::OperatorAction, consumer::Operator,
+    consumer::Operator,
 };
 
 use super::{

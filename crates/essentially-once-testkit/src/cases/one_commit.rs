@@ -13,8 +13,9 @@ use std::{
 
 use essentially_once::{
     Error, KeyValue, Offset, OffsetStore, Record,
+    backend::OperatorAction,
     backend::{Advance, Journal, LogId, Note, Owner, Position, Revision, Snapshot, Transaction, Window},
-    backend::OperatorAction, consumer::Operator,
+    consumer::Operator,
 };
 use tokio::task::JoinSet;
 

@@ -1,8 +1,9 @@
 //! Duplicate records.
 
 use essentially_once::{
-    Epoch, Origin, async_trait,
+    Epoch, KeyValue, Origin, async_trait,
     backend::{Bounds, Durability, LogId, LogReader},
+    consumer::DeadLetterOptions,
 };
 
 use super::*;
@@ -280,10 +281,20 @@ async fn a_record_whose_flush_failed_is_no_duplicate_when_it_is_tried_again() {
     let log = memory.log("orders").unwrap();
     log.append(&[sent_by_web("a", 1)]).await.unwrap();
     let run = Consumer::essentially_once(shipping(), log, memory.store(), FlushesLate::default());
-    let run = run.accept_volatile().min_backoff(Duration::ZERO).max_backoff(Duration::ZERO);
+    let run = run
+        .accept_volatile()
+        .min_backoff(Duration::ZERO)
+        .max_backoff(Duration::ZERO);
     let report = run.run_until_caught_up().await.unwrap();
     assert_eq!((report.handled, report.duplicates, report.failed_tries), (1, 0, 1));
-    let value = memory.store().begin(&shipping()).await.unwrap().get(b"a").await.unwrap();
+    let value = memory
+        .store()
+        .begin(&shipping())
+        .await
+        .unwrap()
+        .get(b"a")
+        .await
+        .unwrap();
     assert_eq!(value.as_deref(), Some(&b"handled"[..]));
 }
 
@@ -307,7 +318,8 @@ async fn a_record_whose_flush_failed_is_flushed_again_under_at_least_once() {
             if !std::mem::replace(&mut self.has_failed, true) {
                 return Err(HandlerError::retry("not yet"));
             }
-            self.flushed.fetch_add(std::mem::take(&mut self.gathered), Ordering::Relaxed);
+            self.flushed
+                .fetch_add(std::mem::take(&mut self.gathered), Ordering::Relaxed);
             Ok(())
         }
 
