@@ -1,6 +1,6 @@
 //! Dead letters with real processes: two instances, some of whose records fail, are killed again
-//! and again while an operator retries and discards letters. In the end every record was handled
-//! once, in order within its key, or discarded.
+//! and again while an operator retries, edits and discards letters. In the end every record was
+//! handled once, in order within its key, or discarded.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -14,7 +14,10 @@ use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore,
     Record, async_trait,
     backend::{DeadLetters, Source, Transaction},
-    consumer::{DeadLetterOptions, dead_letters},
+    consumer::{
+        DeadLetterOptions, Operator,
+        dead_letters::{self, LetterFilter},
+    },
 };
 use essentially_once_rabbitmq::Rabbit;
 use essentially_once_redis::Redis;
@@ -24,8 +27,8 @@ use integration_tests::{Address, Backend};
 use serde::{Deserialize, Serialize};
 use test_servers::insist;
 
-const RECORDS: u64 = 6_000;
-const KEYS: u64 = 60;
+const RECORDS: u64 = 10_000;
+const KEYS: u64 = 100;
 const KILLS: usize = 20;
 
 /// How long a test may take.
@@ -217,23 +220,21 @@ where
         }
     }
     tx.rollback().await?;
-    eprintln!(
-        "{} of {RECORDS} records were discarded, {KILLS} workers killed",
-        discarded.len()
-    );
     match wrong.is_empty() {
         true => Ok(()),
         false => Err(format!("lists found and expected, by key: {wrong:?}").into()),
     }
 }
 
-/// Kills workers while an operator retries and discards. Returns the discarded records.
+/// Kills workers while an operator retries, edits and discards. Returns the discarded records.
 async fn disturb<S>(address: &Address, store: &S, mended: &Path) -> Result<BTreeSet<u64>, Source>
 where
     S: OffsetStore<Tx: KeyValue + DeadLetters>,
 {
     let shipping = shipping()?;
-    let mut discarded = BTreeSet::new();
+    let by = Operator::new("operator").because("it disturbs");
+    let poison = LetterFilter::all().reason("poison");
+    let (mut discarded, mut edits) = (BTreeSet::new(), 0);
     let mut workers = [Worker::start(address, mended)?, Worker::start(address, mended)?];
     for kill in 0..KILLS {
         // Until some letters exist, there is nothing to disturb.
@@ -241,29 +242,32 @@ where
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         tokio::time::sleep(Duration::from_millis(fastrand::u64(50..250))).await;
-        match kill % 2 {
-            0 => {
-                dead_letters::retry_all(&shipping, store, &LetterFilter::all(), &Operator::new("test")).await?;
-            }
-            _ => {
-                let letters = dead_letters::list(&shipping, store, None, 50).await?;
-                let poison = letters.iter().find(|letter| letter.record.payload.ends_with(b"poison"));
-                if let Some(letter) = poison {
-                    match dead_letters::discard(&shipping, store, letter, &Operator::new("test")).await {
-                        Ok(()) => {
-                            discarded.insert(number(&letter.record.payload).map_err(|error| error.to_string())?);
-                        }
-                        // The worker tried it in the meantime.
-                        Err(error) if error.to_string().contains("changed since") => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
+        if kill % 3 == 0 {
+            dead_letters::retry_all(&shipping, store, &LetterFilter::all(), &by).await?;
+        } else if let Some(letter) = dead_letters::find(&shipping, store, &poison, None, 1).await?.pop() {
+            let n = number(&letter.record.payload).map_err(|error| error.to_string())?;
+            let mut edited = NewRecord::from(&letter.record);
+            edited.payload = format!("{n} edited").into();
+            let changed = match kill % 3 {
+                1 => dead_letters::discard(&shipping, store, &letter, &by).await,
+                _ => dead_letters::edit(&shipping, store, &letter, &edited, &by).await,
+            };
+            match changed {
+                Ok(()) if kill % 3 == 1 => drop(discarded.insert(n)),
+                Ok(()) => edits += 1,
+                // The worker tried it in the meantime.
+                Err(error) if error.to_string().contains("changed since") => {}
+                Err(error) => return Err(error.into()),
             }
         }
         let killed = &mut workers[fastrand::usize(..2)];
         killed.check()?;
         *killed = Worker::start(address, mended)?;
     }
+    eprintln!(
+        "{} of {RECORDS} records were discarded, {edits} edited, and {KILLS} workers killed",
+        discarded.len()
+    );
     Ok(discarded)
 }
 
@@ -273,10 +277,11 @@ where
     S: OffsetStore<Tx: KeyValue + DeadLetters>,
 {
     let shipping = shipping()?;
+    let by = Operator::new("operator").because("the handler is mended");
     let mut worker = Worker::start(address, mended)?;
     loop {
         worker.check()?;
-        dead_letters::retry_all(&shipping, store, &LetterFilter::all(), &Operator::new("test")).await?;
+        dead_letters::retry_all(&shipping, store, &LetterFilter::all(), &by).await?;
         let letters = dead_letters::list(&shipping, store, None, 1).await?;
         let next = store.position(&shipping).await?.map(|position| position.next);
         if letters.is_empty() && next >= Some(log.bounds().await?.end) {

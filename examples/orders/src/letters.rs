@@ -3,7 +3,10 @@
 use essentially_once::{
     ConsumerId, Error, OffsetStore,
     backend::{DeadLetter, DeadLetters},
-    consumer::dead_letters,
+    consumer::{
+        Operator,
+        dead_letters::{self, LetterFilter},
+    },
 };
 use serde::Serialize;
 
@@ -36,27 +39,27 @@ impl Backend {
     pub(crate) async fn retry_letters(&self) -> Result<u64, Error> {
         let consumer = &self.consumer;
         match &self.store {
-            Place::Sqlite => {
-                dead_letters::retry_all(
-                    consumer,
-                    &self.sqlite().await?.store(),
-                    &LetterFilter::all(),
-                    &Operator::new("test"),
-                )
-                .await
-            }
+            Place::Sqlite => retry_all(consumer, &self.sqlite().await?.store()).await,
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let redis = essentially_once_redis::Redis::connect(url).await?;
-                dead_letters::retry_all(consumer, &redis.store(), &LetterFilter::all(), &Operator::new("test")).await
+                retry_all(consumer, &redis.store()).await
             }
             #[cfg(feature = "rabbitmq")]
             Place::Rabbitmq(url) => {
                 let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                dead_letters::retry_all(consumer, &rabbit.store(), &LetterFilter::all(), &Operator::new("test")).await
+                retry_all(consumer, &rabbit.store()).await
             }
         }
     }
+}
+
+async fn retry_all<S>(consumer: &ConsumerId, store: &S) -> Result<u64, Error>
+where
+    S: OffsetStore<Tx: DeadLetters>,
+{
+    let by = Operator::new("orders --mend").because("the parser is mended");
+    dead_letters::retry_all(consumer, store, &LetterFilter::all(), &by).await
 }
 
 async fn list_all<S>(consumer: &ConsumerId, store: &S) -> Result<Vec<DeadLetter>, Error>

@@ -5,6 +5,7 @@ use std::ops::Range;
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Error, Log, NewRecord, Offset, OffsetStore as _, Origin, ProducerId, StartAt,
     backend::{Retention, Source},
+    consumer::Operator,
     seek,
 };
 use essentially_once_rabbitmq::LogOptions;

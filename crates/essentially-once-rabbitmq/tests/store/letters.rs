@@ -5,7 +5,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use essentially_once::{
     Consumer, Error, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Record,
     backend::{DeadLetter, DeadLetters as _, Journal, Transaction as _},
-    consumer::{DeadLetterOptions, Operator, OperatorAction, dead_letters},
+    consumer::{
+        DeadLetterOptions, Operator, OperatorAction,
+        dead_letters::{self, LetterFilter},
+    },
     handler_fn,
     memory::Memory,
 };
@@ -378,7 +381,8 @@ async fn standby() -> Result<(), Violation> {
     // As in a crash, the position keeps its owner.
     owner.abort();
     let _ = owner.await;
-    insist(|| dead_letters::retry_all(&consumer_id, &store, &LetterFilter::all(), &Operator::new("test"))).await?;
+    let (all, by) = (LetterFilter::all(), Operator::new("test"));
+    insist(|| dead_letters::retry_all(&consumer_id, &store, &all, &by)).await?;
     let run = tokio::spawn(consumer(true, place.store().await?).run());
     tokio::select! {
         gone = are_gone(true) => gone?,

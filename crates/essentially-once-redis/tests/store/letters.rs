@@ -8,7 +8,10 @@ use std::{
 use essentially_once::{
     Consumer, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Record, async_trait,
     backend::{DeadLetter, DeadLetters, Source, Transaction},
-    consumer::{DeadLetterOptions, Operator, dead_letters},
+    consumer::{
+        DeadLetterOptions, Operator,
+        dead_letters::{self, LetterFilter},
+    },
 };
 use essentially_once_redis::{Redis, RedisOptions, RedisTx};
 use test_servers::{Cut, Proxy, Reply};

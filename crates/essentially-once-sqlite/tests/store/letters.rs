@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use essentially_once::{
     Consumer, Handler, HandlerError, Log, NewRecord, OffsetStore, Record, async_trait,
     backend::{DeadLetters, Transaction},
-    consumer::{DeadLetterOptions, dead_letters},
+    consumer::{DeadLetterOptions, Operator, dead_letters},
 };
 use essentially_once_sqlite::{SqliteTx, rusqlite::Connection};
 

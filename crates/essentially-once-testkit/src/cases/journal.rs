@@ -2,9 +2,8 @@
 
 use essentially_once::{
     ConsumerId, Error, KeyValue, OffsetStore,
-    backend::OperatorAction,
     backend::{Journal, Transaction},
-    consumer::Operator,
+    consumer::{Operator, OperatorAction},
 };
 
 use super::{

@@ -13,9 +13,8 @@ use std::{
 
 use essentially_once::{
     Error, KeyValue, Offset, OffsetStore, Record,
-    backend::OperatorAction,
     backend::{Advance, Journal, LogId, Note, Owner, Position, Revision, Snapshot, Transaction, Window},
-    consumer::Operator,
+    consumer::{Operator, OperatorAction},
 };
 use tokio::task::JoinSet;
 

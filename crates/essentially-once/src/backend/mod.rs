@@ -27,7 +27,7 @@ pub use self::{
 use crate::Error;
 pub use crate::{
     error::Source,
-    journal::{Journal, JournalEntry, OperatorAction},
+    journal::Journal,
     letters::{DeadLetter, DeadLetters, Edit},
     log::{Bounds, Durability, LogReader},
     name::{LogId, Numbering},

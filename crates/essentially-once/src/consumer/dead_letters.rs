@@ -71,7 +71,7 @@ use super::{
 };
 use crate::{
     ConsumerId, Error, NewRecord, Offset, OffsetStore, Operator, Transaction,
-    backend::OperatorAction,
+    consumer::OperatorAction,
     letters::{DeadLetter, DeadLetters},
 };
 

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::verbs::Change;
 use crate::{
     Advance, ConsumerId, Error, NewRecord, Offset, Operator, Position, Record,
-    backend::OperatorAction,
+    consumer::OperatorAction,
     letters::{DeadLetter, DeadLetters},
     window::Windows,
 };

@@ -66,7 +66,7 @@ use crate::{
 };
 pub use crate::{
     handler::{HandlerErrorKind, HandlerFn, HandlerFuture},
-    journal::Operator,
+    journal::{JournalEntry, Operator, OperatorAction},
 };
 
 /// How long the end of a run waits for the store to release the position.

@@ -8,7 +8,7 @@ use super::{
     verbs::{Change, PATIENCE, change},
 };
 use crate::{
-    Advance, ConsumerId, Error, OffsetStore, Operator, Position, Pulse, backend::OperatorAction, journal::JournalEntry,
+    Advance, ConsumerId, Error, OffsetStore, Operator, Position, Pulse, consumer::OperatorAction, journal::JournalEntry,
 };
 
 /// Pauses a consumer: all its instances stop handling records and dead letters until [`resume`],

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, time::Duration};
 
 use crate::{
     Advance, ConsumerId, Error, Log, LogReader, Offset, OffsetStore, Operator, Record, Revision, Transaction,
-    backend::OperatorAction, letters::DeadLetters, passed::Passed, rt,
+    consumer::OperatorAction, letters::DeadLetters, passed::Passed, rt,
 };
 
 /// How long to wait for records that existed a moment ago.

@@ -18,8 +18,8 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    Advance, Bounds, ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Note, Numbering, Offset, OffsetStore, Owner, Record,
-    Revision, Transaction, Tried, Window,
+    Advance, Bounds, ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Note, Numbering, Offset, OffsetStore,
+    Owner, Record, Revision, Transaction, Tried, Window,
     letters::DeadLetter,
     rt::Instant,
     window::{Silence, Windows},

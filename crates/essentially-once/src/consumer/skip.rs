@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
-    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Transaction, backend::OperatorAction, rt,
+    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Transaction, consumer::OperatorAction, rt,
     window::Windows,
 };
 

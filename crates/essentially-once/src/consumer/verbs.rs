@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use crate::{
     Advance, ConsumerId, Error, OffsetStore, Operator, Position, Transaction,
-    backend::OperatorAction,
+    consumer::OperatorAction,
     rt::{self, Instant},
 };
 

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, sync::Mutex, time::SystemTime};
 
 use essentially_once::{
     backend::{DeadLetter, DeadLetters, Transaction},
-    consumer::{DeadLetterOptions, EssentiallyOnce, OnFailure, Report, dead_letters},
+    consumer::{
+        DeadLetterOptions, EssentiallyOnce, OnFailure, Report,
+        dead_letters::{self, LetterFilter},
+    },
 };
 use support::ScriptedStore;
 
@@ -137,14 +140,9 @@ pub(super) async fn next(backend: &Backend) -> Offset {
 }
 
 pub(super) async fn retry_all(backend: &Backend) -> u64 {
-    dead_letters::retry_all(
-        &shipping(),
-        &backend.memory.store(),
-        &dead_letters::LetterFilter::all(),
-        &ann(),
-    )
-    .await
-    .unwrap()
+    dead_letters::retry_all(&shipping(), &backend.memory.store(), &LetterFilter::all(), &ann())
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -300,7 +298,7 @@ fn verbs_can_be_spawned() {
     is_send(dead_letters::retry_all(
         &shipping(),
         &store,
-        &dead_letters::LetterFilter::all(),
+        &LetterFilter::all(),
         &ann(),
     ));
 }

@@ -7,7 +7,10 @@ use std::{
 
 use essentially_once::{
     backend::{Advance, DeadLetter, DeadLetters, Transaction},
-    consumer::{DeadLetterOptions, OnFailure, dead_letters},
+    consumer::{
+        DeadLetterOptions, OnFailure,
+        dead_letters::{self, LetterFilter},
+    },
 };
 use tokio::sync::Notify;
 
@@ -137,7 +140,7 @@ async fn a_job_tries_due_letters_although_a_verdict_no_longer_counts() {
             now(dead_letters::retry_all(
                 &shipping(),
                 &memory.store(),
-                &dead_letters::LetterFilter::all(),
+                &LetterFilter::all(),
                 &ann(),
             ))
             .unwrap();
@@ -381,7 +384,7 @@ async fn letters_do_not_starve_a_runtime_of_one_thread() {
             .dead_letters(DeadLetterOptions::new())
     };
     run(false).run_until_caught_up().await.unwrap();
-    dead_letters::retry_all(&shipping(), &memory.store(), &dead_letters::LetterFilter::all(), &ann())
+    dead_letters::retry_all(&shipping(), &memory.store(), &LetterFilter::all(), &ann())
         .await
         .unwrap();
     let longest = Arc::new(AtomicU64::new(0));

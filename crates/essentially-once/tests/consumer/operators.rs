@@ -3,9 +3,9 @@
 use std::time::SystemTime;
 
 use essentially_once::{
-    backend::{DeadLetter, DeadLetters as _, JournalEntry, OperatorAction},
+    backend::{DeadLetter, DeadLetters as _},
     consumer::{
-        DeadLetterOptions,
+        DeadLetterOptions, JournalEntry, OperatorAction,
         dead_letters::{self, LetterFilter},
         pause, plan_seek, resume,
     },
