@@ -439,3 +439,47 @@ async fn a_run_that_ends_because_of_a_record_gives_the_next_run_all_tries_again(
         assert_eq!(calls.of("2"), 5 * run);
     }
 }
+
+/// How many commits, and how many transactions in all, it takes more to handle a batch of 1,000 in
+/// which one record is tried in vain and then parked.
+async fn extra_transactions(retries: u32, rejects: bool) -> (u64, u64) {
+    let transactions = async |poison: bool| {
+        let memory = Memory::new();
+        let records: Vec<_> = (0..1_000).map(|n: u32| NewRecord::new(n.to_string())).collect();
+        memory.log("orders").unwrap().append(&records).await.unwrap();
+        let backend = Backend::of(memory, Script::default());
+        let handler = poisoned(&backend, &[]);
+        if poison {
+            let list = if rejects { &handler.poison } else { &handler.retried };
+            list.lock().unwrap().push("500");
+        }
+        let run = consumer(&backend, handler)
+            .max_batch(1_000)
+            .batch_time_limit(Duration::MAX)
+            .retries(retries);
+        let report = run.run_until_caught_up().await.unwrap();
+        assert_eq!(report.parked, u64::from(poison));
+        (backend.script.taken(Step::Commit), backend.script.taken(Step::Begin))
+    };
+    let (with, without) = (transactions(true).await, transactions(false).await);
+    (with.0 - without.0, with.1 - without.1)
+}
+
+#[tokio::test]
+async fn a_poison_record_costs_three_commits_and_one_per_try() {
+    for retries in [0, 1, 5] {
+        let tries = u64::from(retries) + 1;
+        let (commits, transactions) = extra_transactions(retries, false).await;
+        assert!(commits <= 3 + tries, "{commits} commits for {tries} tries");
+        // Each try is rolled back.
+        assert!(
+            transactions <= 3 + 2 * tries,
+            "{transactions} transactions for {tries} tries"
+        );
+    }
+    let (commits, transactions) = extra_transactions(5, true).await;
+    assert!(
+        commits <= 3 && transactions <= 6,
+        "{commits} commits in {transactions} transactions"
+    );
+}
