@@ -123,10 +123,21 @@ impl Journal {
         (last.action == OperatorAction::Pause).then_some(last)
     }
 
-    /// The same journal with one more entry. Beyond the limit it drops the oldest one.
+    /// The same journal with one more entry. Beyond the limit it drops the oldest one. Retries by one
+    /// operator for one reason that follow each other are one entry.
     #[must_use]
-    pub fn with(&self, by: &Operator, action: OperatorAction) -> Self {
+    pub fn with(&self, by: &Operator, mut action: OperatorAction) -> Self {
         let mut entries = self.entries.clone();
+        if let OperatorAction::Retry { letters, .. } = action {
+            let is_same = |last: &JournalEntry| (&last.by, &last.reason) == (&by.name, &by.reason);
+            if let Some(OperatorAction::Retry { first, letters: before }) =
+                entries.last().filter(|last| is_same(last)).map(|last| last.action)
+            {
+                entries.pop();
+                let letters = before.saturating_add(letters);
+                action = OperatorAction::Retry { first, letters };
+            }
+        }
         let kept = self.paused().cloned();
         while entries.len() >= Self::LIMIT {
             let oldest = entries.iter().position(|entry| Some(entry) != kept.as_ref());
@@ -339,6 +350,20 @@ mod tests {
         assert_eq!(journal.paused(), None);
         journal = journal.with(&ann(), OperatorAction::Skip(0.into()));
         assert_eq!(journal.entries[0].action, OperatorAction::Discard(102.into()));
+    }
+
+    #[test]
+    fn retries_in_a_row_are_one_entry() {
+        let retry = |first: u64, letters| OperatorAction::Retry {
+            first: first.into(),
+            letters,
+        };
+        let journal = Journal::default().with(&ann(), retry(3, 1_000));
+        let journal = journal
+            .with(&ann(), retry(7, 500))
+            .with(&Operator::new("bob"), retry(9, 1));
+        let actions: Vec<_> = journal.entries.iter().map(|entry| entry.action).collect();
+        assert_eq!(actions, [retry(3, 1_500), retry(9, 1)]);
     }
 
     #[test]
