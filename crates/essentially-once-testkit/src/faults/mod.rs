@@ -26,6 +26,7 @@
 mod control;
 mod driver;
 mod explorer;
+mod letters;
 mod plan;
 mod sampled;
 mod scene;
@@ -35,6 +36,7 @@ pub(crate) use self::sampled::sampled;
 pub use self::{
     control::{Faults, Operation, Process},
     explorer::{Counterexample, Explored, Explorer},
+    letters::{Call, Trouble, TroubleKind, Verb},
     plan::{Fault, FaultKind, Plan},
     wrappers::{FaultyHandler, FaultyLog, FaultyStore, FaultyTx},
 };
