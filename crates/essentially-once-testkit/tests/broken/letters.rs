@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -82,21 +81,21 @@ impl Backend for BrokenLettersMemory {
 struct Kept(Arc<Mutex<Letters>>);
 
 type Letters = BTreeMap<Offset, DeadLetter>;
+type Staged = BTreeMap<Offset, Option<DeadLetter>>;
 
 impl Kept {
     fn lock(&self) -> MutexGuard<'_, Letters> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Applies what was staged: a letter, or `None` for one that was removed.
-    fn apply(&self, staged: BTreeMap<Offset, Option<DeadLetter>>) {
-        let mut kept = self.lock();
-        for (offset, letter) in staged {
-            match letter {
-                Some(letter) => kept.insert(offset, letter),
-                None => kept.remove(&offset),
-            };
-        }
+/// Applies what was staged: a letter, or `None` for one that was removed.
+fn apply(letters: &mut Letters, staged: Staged) {
+    for (offset, letter) in staged {
+        match letter {
+            Some(letter) => letters.insert(offset, letter),
+            None => letters.remove(&offset),
+        };
     }
 }
 
@@ -136,15 +135,14 @@ pub(crate) struct BrokenLettersTx {
     store: MemoryStore,
     consumer: ConsumerId,
     kept: Kept,
-    staged: BTreeMap<Offset, Option<DeadLetter>>,
+    staged: Staged,
 }
 
 impl BrokenLettersTx {
     /// The letters as this transaction sees them.
     fn letters(&self) -> Letters {
-        let seen = Kept(Arc::new(Mutex::new(self.kept.lock().clone())));
-        seen.apply(self.staged.clone());
-        let letters = mem::take(&mut *seen.lock());
+        let mut letters = self.kept.lock().clone();
+        apply(&mut letters, self.staged.clone());
         letters
     }
 }
@@ -170,7 +168,7 @@ impl Transaction for BrokenLettersTx {
             _ if committed.is_err() => self.staged.clear(),
             _ => {}
         }
-        self.kept.apply(self.staged);
+        apply(&mut self.kept.lock(), self.staged);
         committed
     }
 
