@@ -25,6 +25,8 @@ use crate::{
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// How long a consumer stays frozen or slow at most. Another one may need a lock that it holds.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// The same with dead letters, where operators need that lock, too, and often.
+const PATIENCE_WITH_OPERATORS: Duration = Duration::from_millis(100);
 /// How long a handler may take for a record if one hangs.
 const RECORD_TIME_LIMIT: Duration = Duration::from_millis(30);
 /// When the successor of a process that dies of a record takes over.
@@ -269,7 +271,7 @@ impl<'h, H: Harness> Explorer<'h, H> {
             delivery: self.delivery,
             max_batch: self.max_batch,
             pauses: self.pauses(),
-            patience: self.patience(),
+            patience: self.is_real_time.then_some(PATIENCE),
             is_native: self.harness.capabilities().native == Support::Yes,
         }
     }
@@ -283,7 +285,7 @@ impl<'h, H: Harness> Explorer<'h, H> {
                 pauses: self.pauses(),
                 record_time_limit: RECORD_TIME_LIMIT,
                 standby_after: STANDBY_AFTER,
-                patience: self.patience(),
+                patience: self.is_real_time.then_some(PATIENCE_WITH_OPERATORS),
             },
         }
     }
@@ -293,10 +295,6 @@ impl<'h, H: Harness> Explorer<'h, H> {
             true => (Duration::from_millis(1), Duration::from_millis(20)),
             false => (Duration::ZERO, Duration::ZERO),
         }
-    }
-
-    fn patience(&self) -> Option<Duration> {
-        self.is_real_time.then_some(PATIENCE)
     }
 
     /// Under paused time it has no I/O driver, because polling one would take most of the time.

@@ -17,7 +17,7 @@ pub(crate) fn sampled<H: Harness>(harness: &H, delivery: Expectation, test: &str
 
 /// The same with dead letters. Runs are longer, so there are fewer of them.
 pub(crate) fn sampled_with_dead_letters<H: Harness>(harness: &H, test: &str) -> Result<(), Violation> {
-    let plans = harness.capabilities().fault_plans.div_ceil(3);
+    let plans = harness.capabilities().fault_plans.div_ceil(4);
     run(Explorer::dead_letters(harness), plans, test)
 }
 
