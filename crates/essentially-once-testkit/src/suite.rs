@@ -13,14 +13,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use essentially_once::{OffsetStore, backend::Transaction as _};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::{
     case::{Case, block_on},
     cases,
     checker::Expectation,
-    faults::sampled,
-    harness::{Harness, Support},
+    faults::{sampled, sampled_with_dead_letters},
+    harness::{Backend, Harness, Support},
     violation::{CaseResult, Violation},
 };
 
@@ -29,6 +30,8 @@ const FAULT_CASES: [(&str, Expectation); 3] = [
     ("faults_at_least_once", Expectation::AtLeastOnce),
     ("faults_at_most_once", Expectation::AtMostOnce),
 ];
+
+const LETTER_CASE: &str = "faults_dead_letters";
 
 /// Returns all conformance cases, in the order of the contract's bullets.
 pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
@@ -66,8 +69,9 @@ impl Suite {
     }
 
     /// Adds all cases for a backend, under that name, plus a
-    /// [sample](crate::faults::Explorer::sample) of faults for each delivery. When a sample fails,
-    /// its message holds the command that replays it.
+    /// [sample](crate::faults::Explorer::sample) of faults for each delivery, and one with dead
+    /// letters if the store keeps them. When a sample fails, its message holds the command that
+    /// replays it.
     #[must_use]
     pub fn backend<H: Harness>(mut self, name: &str, harness: H) -> Self {
         let harness = Arc::new(harness);
@@ -86,6 +90,11 @@ impl Suite {
             self.trials
                 .push(self.repeated(full_name, move |name| sampled(&*harness, delivery, name)));
         }
+        let full_name = format!("{name}::{LETTER_CASE}");
+        self.trials.push(match keeps_dead_letters::<H>() {
+            true => self.repeated(full_name, move |name| sampled_with_dead_letters(&*harness, name)),
+            false => ignored(full_name, "the store keeps no dead letters"),
+        });
         self
     }
 
@@ -103,7 +112,7 @@ impl Suite {
     pub fn missing<H: Harness>(mut self, name: &str, why: &str) -> Self {
         let cases = conformance_cases::<H>();
         let cases = cases.iter().map(|case| case.name);
-        for case in cases.chain(FAULT_CASES.map(|(case, _)| case)) {
+        for case in cases.chain(FAULT_CASES.map(|(case, _)| case)).chain([LETTER_CASE]) {
             self.trials.push(ignored(format!("{name}::{case}"), why));
         }
         self
@@ -154,6 +163,10 @@ impl Suite {
             }
         }
     }
+}
+
+fn keeps_dead_letters<H: Harness>() -> bool {
+    <<H::Backend as Backend>::Store as OffsetStore>::Tx::KEEPS_DEAD_LETTERS
 }
 
 /// Runs a test `times` times, or until it fails.

@@ -10,7 +10,10 @@ use std::{process::ExitCode, time::Instant};
 use essentially_once_testkit::{Expectation, Harness, Suite, Violation, faults::Explorer, memory::MemoryHarness};
 
 use crate::{
-    broken::{Broken, Flaw},
+    broken::{
+        Broken, Flaw,
+        letters::{BrokenLetters, LetterFlaw},
+    },
     wrapped::Wrapped,
 };
 
@@ -20,6 +23,9 @@ const DELIVERIES: [Expectation; 3] = [
     Expectation::AtMostOnce,
 ];
 
+/// How many random plans with dead letters to run.
+const SAMPLED_PLANS: usize = 1_000;
+
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     for delivery in DELIVERIES {
@@ -27,6 +33,11 @@ fn main() -> ExitCode {
             let name = format!("memory::every_pair_of_faults::{delivery}::max_batch_{max_batch}");
             suite = suite.test(&name, move || every_pair(delivery, max_batch));
         }
+    }
+    suite = suite.test("memory::dead_letters::every_event", every_event);
+    for max_batch in [1, 2] {
+        let name = format!("memory::dead_letters::sampled::max_batch_{max_batch}");
+        suite = suite.test(&name, move || sampled_events(max_batch));
     }
     suite
         .backend("memory_in_wrappers_without_faults", Wrapped)
@@ -63,6 +74,29 @@ fn main() -> ExitCode {
         .test("a_reader_that_skips_loses", || {
             is_found(&Broken(Flaw::Skipping), Expectation::AtLeastOnce, "lost: ")
         })
+        .test("dead_letters_without_a_flaw", || {
+            let plans = 500;
+            Explorer::dead_letters(&BrokenLetters(LetterFlaw::None)).sample(fastrand::u64(..), plans)?;
+            Ok(())
+        })
+        .test("a_letter_parked_outside_the_transaction_stays", || {
+            letter_flaw_is_found(LetterFlaw::ParkedAtOnce, "has a dead letter at that offset")
+        })
+        .test("a_record_that_is_moved_past_and_not_parked_is_lost", || {
+            letter_flaw_is_found(LetterFlaw::NotParked, "lost: ")
+        })
+        .test("a_letter_removed_by_a_commit_that_failed_is_lost", || {
+            letter_flaw_is_found(LetterFlaw::RemovedInVain, "lost: ")
+        })
+        .test("a_letter_that_is_not_due_when_the_first_leaves_stays", || {
+            letter_flaw_is_found(LetterFlaw::NextNotDue, "letters are left ")
+        })
+        .test("letters_kept_on_seek_stay", || {
+            letter_flaw_is_found(LetterFlaw::KeptOnSeek, "has a dead letter at that offset")
+        })
+        .test("unfenced_commits_of_letters_differ_from_the_effects", || {
+            letter_flaw_is_found(LetterFlaw::Unfenced, "although an operator skipped it")
+        })
         .run()
 }
 
@@ -76,9 +110,42 @@ fn every_pair(delivery: Expectation, max_batch: usize) -> Result<(), Violation> 
     Ok(())
 }
 
+/// Every trouble, and every fault and call at each operation of runs with some troubles.
+fn every_event() -> Result<(), Violation> {
+    let started = Instant::now();
+    let explored = Explorer::dead_letters(&MemoryHarness).explore()?;
+    println!(
+        "memory, dead letters: {explored}, in {:.1} s",
+        started.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+/// Combinations of troubles, faults and calls.
+fn sampled_events(max_batch: usize) -> Result<(), Violation> {
+    let seed = fastrand::u64(..);
+    let started = Instant::now();
+    let explored = Explorer::dead_letters(&MemoryHarness)
+        .max_batch(max_batch)
+        .sample(seed, SAMPLED_PLANS)?;
+    println!(
+        "memory, dead letters, max_batch {max_batch}, seed {seed}: {explored}, in {:.1} s",
+        started.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+/// The same for a store whose dead letters are broken.
+fn letter_flaw_is_found(flaw: LetterFlaw, what: &str) -> Result<(), Violation> {
+    find(&Explorer::dead_letters(&BrokenLetters(flaw)), what)
+}
+
 /// The explorer finds the fault, and replaying its plan from text leads to the same finding.
 fn is_found<H: Harness>(harness: &H, delivery: Expectation, what: &str) -> Result<(), Violation> {
-    let explorer = Explorer::new(harness, delivery);
+    find(&Explorer::new(harness, delivery), what)
+}
+
+fn find<H: Harness>(explorer: &Explorer<'_, H>, what: &str) -> Result<(), Violation> {
     let found = match explorer.explore() {
         Ok(explored) => return Err(Violation::new(format!("the explorer found nothing in {explored}"))),
         Err(found) => found,

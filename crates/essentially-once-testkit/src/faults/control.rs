@@ -10,7 +10,10 @@ use std::{
 
 use tokio::{sync::Notify, task::yield_now};
 
-use super::plan::{FaultKind, Plan};
+use super::{
+    letters::Verb,
+    plan::{FaultKind, Plan},
+};
 
 /// A run with more operations is stuck in a loop.
 pub(super) const OPERATION_LIMIT: usize = 10_000;
@@ -87,6 +90,8 @@ pub(super) enum Event {
     Crashed(usize),
     Frozen(usize),
     Slowed(usize),
+    /// An operator acts, and the process waits for it.
+    Called(usize, Verb),
     Runaway,
 }
 
@@ -110,6 +115,7 @@ struct State {
     /// Processes with a slow operation, and the count at which it takes effect.
     slow: Vec<(usize, usize)>,
     is_race: bool,
+    takes_turns: bool,
     events: VecDeque<Event>,
     driver: Option<Waker>,
 }
@@ -131,6 +137,7 @@ impl Faults {
             gates: Vec::new(),
             slow: Vec::new(),
             is_race: false,
+            takes_turns: false,
             events: VecDeque::new(),
             driver: None,
         };
@@ -176,6 +183,13 @@ impl Faults {
         self.lock().is_race = is_race;
     }
 
+    /// Lets the tasks of a single consumer take turns, too. One that waits for a dead letter may
+    /// otherwise never let its reader run.
+    pub(super) fn take_turns(self) -> Self {
+        self.lock().takes_turns = true;
+        self
+    }
+
     /// Resumes a frozen process, or its slow operation.
     pub(super) fn wake(&self, process: usize) {
         let mut state = self.lock();
@@ -193,6 +207,10 @@ impl Faults {
 }
 
 impl State {
+    fn has_turns(&self) -> bool {
+        self.is_race || self.takes_turns
+    }
+
     fn report(&mut self, event: Event) {
         self.events.push_back(event);
         if let Some(driver) = &self.driver {
@@ -212,11 +230,13 @@ impl Process {
         fail: impl FnOnce(Failure) -> E,
     ) -> Result<T, E> {
         self.passes_gate().await;
-        if self.faults.lock().is_race {
+        if self.faults.lock().has_turns() {
             yield_now().await;
             self.passes_gate().await;
         }
-        let reply = match self.count(operation) {
+        let number = self.count(operation);
+        self.passes_gate().await;
+        let reply = match self.strike(number) {
             None => act.await,
             Some(FaultKind::ErrorBefore) => Err(fail(Failure::NotDone)),
             Some(FaultKind::ErrorAfter) => {
@@ -241,21 +261,31 @@ impl Process {
         reply
     }
 
-    fn count(&self, operation: Operation) -> Option<FaultKind> {
+    /// Counts an operation, and calls the operator who is to act before it.
+    fn count(&self, operation: Operation) -> usize {
         let mut state = self.faults.lock();
         state.trace.push(Step {
             operation,
             process: self.number,
         });
         let number = state.trace.len();
-        if number > OPERATION_LIMIT {
-            state.report(Event::Runaway);
-            return Some(FaultKind::CrashBefore);
-        }
         let before = state.slow.len();
         state.slow.retain(|(_, due)| *due > number);
         if state.slow.len() < before {
             self.faults.shared.changed.notify_waiters();
+        }
+        if let Some(call) = state.plan.call_at(number) {
+            state.gates[self.number] = Gate::Frozen;
+            state.report(Event::Called(self.number, call.verb));
+        }
+        number
+    }
+
+    fn strike(&self, number: usize) -> Option<FaultKind> {
+        let mut state = self.faults.lock();
+        if number > OPERATION_LIMIT {
+            state.report(Event::Runaway);
+            return Some(FaultKind::CrashBefore);
         }
         let fault = state.plan.at(number);
         match fault {
@@ -272,7 +302,8 @@ impl Process {
         fault
     }
 
-    async fn die<T>(&self) -> T {
+    /// Ends the process for good.
+    pub(super) async fn die<T>(&self) -> T {
         {
             let mut state = self.faults.lock();
             state.gates[self.number] = Gate::Dead;

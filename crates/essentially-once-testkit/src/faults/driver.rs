@@ -1,5 +1,5 @@
-//! Runs the consumers of one plan. Starts another one when a consumer dies or freezes, until all
-//! are done.
+//! Runs the consumers of one plan. Starts another one when a consumer dies or freezes, and an
+//! operator when one is called, until all are done.
 
 use std::{
     future::{Future, poll_fn},
@@ -11,33 +11,39 @@ use std::{
 use essentially_once::Error;
 use tokio::time::{Sleep, sleep};
 
-use super::control::{Event, Faults, OPERATION_LIMIT, Process};
+use super::{
+    control::{Event, Faults, OPERATION_LIMIT, Process},
+    letters::Verb,
+};
 use crate::violation::Violation;
 
 /// A consumer's run until it has caught up.
 pub(super) type Running<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
 
-/// Runs until all consumers have ended. `patience` limits how long a consumer stays frozen or slow,
-/// because another one may need a lock that it holds.
+/// Runs until all consumers and operators have ended. `patience` limits how long a consumer stays
+/// frozen or slow, because another one may need a lock that it holds.
 pub(super) async fn drive<'a>(
     faults: &Faults,
     patience: Option<Duration>,
     start: impl Fn(Process) -> Running<'a>,
+    call: impl Fn(Process, Verb) -> Running<'a>,
 ) -> Result<(), Violation> {
     let mut driver = Driver {
         faults,
         patience,
         start,
+        call,
         processes: Vec::new(),
     };
     driver.start();
     poll_fn(|context| driver.poll(context)).await
 }
 
-struct Driver<'d, 'a, F> {
+struct Driver<'d, 'a, F, C> {
     faults: &'d Faults,
     patience: Option<Duration>,
     start: F,
+    call: C,
     /// Indexed by process number.
     processes: Vec<Slot<'a>>,
 }
@@ -51,10 +57,19 @@ struct Slot<'a> {
     alarm: Option<Pin<Box<Sleep>>>,
 }
 
-impl<'a, F: Fn(Process) -> Running<'a>> Driver<'_, 'a, F> {
+impl<'a, F, C> Driver<'_, 'a, F, C>
+where
+    F: Fn(Process) -> Running<'a>,
+    C: Fn(Process, Verb) -> Running<'a>,
+{
     fn start(&mut self) -> usize {
+        let consumer = (self.start)(self.faults.process());
+        self.add(consumer)
+    }
+
+    fn add(&mut self, running: Running<'a>) -> usize {
         self.processes.push(Slot {
-            running: Some((self.start)(self.faults.process())),
+            running: Some(running),
             waits_for: None,
             alarm: None,
         });
@@ -100,6 +115,11 @@ impl<'a, F: Fn(Process) -> Running<'a>> Driver<'_, 'a, F> {
             Event::Frozen(number) => {
                 let successor = self.start();
                 self.processes[number].waits_for = Some(successor);
+                self.set_alarm(number);
+            }
+            Event::Called(number, verb) => {
+                let operator = (self.call)(self.faults.process(), verb);
+                self.processes[number].waits_for = Some(self.add(operator));
                 self.set_alarm(number);
             }
             Event::Slowed(number) => {

@@ -3,12 +3,17 @@
 use std::{fmt, time::Duration};
 
 use essentially_once::backend::Source;
-use tokio::runtime::{Builder, Runtime};
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::yield_now,
+    time::timeout,
+};
 
 use super::{
-    control::Step,
+    control::{Faults, Step},
+    letters::{self, Call, LetterScene, Times, Verb},
     plan::{Fault, FaultKind, Plan},
-    scene::{Outcome, Scene},
+    scene::Scene,
 };
 use crate::{
     checker::Expectation,
@@ -20,6 +25,12 @@ use crate::{
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// How long a consumer stays frozen or slow at most. Another one may need a lock that it holds.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// The same with dead letters, where operators need that lock, too, and often.
+const PATIENCE_WITH_OPERATORS: Duration = Duration::from_millis(100);
+/// How long a handler may take for a record if one hangs.
+const RECORD_TIME_LIMIT: Duration = Duration::from_millis(30);
+/// When the successor of a process that dies of a record takes over.
+const STANDBY_AFTER: Duration = Duration::from_millis(50);
 
 /// Runs a consumer with a fault at each operation. See the [module](super).
 ///
@@ -31,6 +42,14 @@ pub struct Explorer<'h, H> {
     delivery: Expectation,
     max_batch: usize,
     is_real_time: bool,
+    has_letters: bool,
+}
+
+/// What a run did, and how it ended.
+struct Outcome {
+    /// The operations of the run, until the consumers had caught up.
+    trace: Vec<Step>,
+    verdict: Result<(), Violation>,
 }
 
 /// The size of an exploration that found nothing.
@@ -74,6 +93,25 @@ impl<'h, H: Harness> Explorer<'h, H> {
             delivery,
             max_batch: 2,
             is_real_time: false,
+            has_letters: false,
+        }
+    }
+
+    /// Creates an explorer of what becomes of records that cannot be handled, on a backend whose
+    /// transactions keep dead letters.
+    ///
+    /// The log holds seven records: four messages with two keys and one without, two of them sent
+    /// twice. The consumer is essentially-once and sets records aside. Handlers are in
+    /// [trouble](super::Trouble) with some records, and operators [act](super::Call) between two
+    /// operations. In the end a healthy consumer handles what is left.
+    ///
+    /// Every record must have taken effect once, or have been discarded or skipped by an operator,
+    /// in the order of its key. Behind a seek back, records take effect again. A record is never
+    /// both a letter and handled, and an edited one takes effect as it was edited.
+    pub fn dead_letters(harness: &'h H) -> Self {
+        Self {
+            has_letters: true,
+            ..Self::new(harness, Expectation::EssentiallyOnce)
         }
     }
 
@@ -95,11 +133,17 @@ impl<'h, H: Harness> Explorer<'h, H> {
     /// Runs every plan with one fault, then every plan with two, each on a fresh backend. That
     /// order makes the first counterexample as simple as possible.
     ///
+    /// With dead letters, it runs every trouble alone, and then some troubles with every fault and
+    /// every call at each operation.
+    ///
     /// # Errors
     /// The first plan that breaks the promise, or that behaves differently when it is run again.
     pub fn explore(&self) -> Result<Explored, Box<Counterexample>> {
         let runtime = self.runtime(&Plan::none())?;
         let run = |plan: &Plan| self.run_on_fresh_backend(&runtime, plan);
+        if self.has_letters {
+            return self.explore_letters(run);
+        }
         let operations = run(&Plan::none())?.len();
         let mut explored = Explored::new(operations);
         let mut pairs = Vec::new();
@@ -114,6 +158,31 @@ impl<'h, H: Harness> Explorer<'h, H> {
             if explored.count(&plan, &trace) < plan.faults().len() {
                 let finding = Violation::new("a fault did not strike: the backend behaves differently from run to run");
                 return Err(self.counterexample(&plan, &trace, finding));
+            }
+        }
+        Ok(explored)
+    }
+
+    fn explore_letters(
+        &self,
+        run: impl Fn(&Plan) -> Result<Vec<Step>, Box<Counterexample>>,
+    ) -> Result<Explored, Box<Counterexample>> {
+        let mut explored = Explored::new(run(&Plan::none())?.len());
+        for plan in letters::single_troubles() {
+            explored.count(&plan, &run(&plan)?);
+        }
+        for base in letters::BASES {
+            let with_calls = base.with_calls;
+            let (base, begin) = base.plan(run(&base.without_calls())?.len());
+            let operations = begin..=run(&base)?.len();
+            for plan in faults(operations.clone()).map(|fault| base.clone().with_fault(fault)) {
+                explored.count(&plan, &run(&plan)?);
+            }
+            for plan in calls(operations)
+                .filter(|_| with_calls)
+                .map(|call| base.clone().with_call(call))
+            {
+                explored.count(&plan, &run(&plan)?);
             }
         }
         Ok(explored)
@@ -149,14 +218,17 @@ impl<'h, H: Harness> Explorer<'h, H> {
         let backend = self.harness.start(&self.namespace()).await;
         let backend = &backend.map_err(|error| self.failed_to_start(&Plan::none(), error))?;
         let run = async |plan: &Plan, name: String| {
-            let outcome = self.scene(backend, name).run(plan).await;
+            let outcome = self.play(backend, name, plan).await;
             self.judge(plan, outcome)
         };
         let operations = run(&Plan::none(), "none".into()).await?.len();
         let mut explored = Explored::new(operations);
         let mut rng = fastrand::Rng::with_seed(seed);
         for number in 0..plans {
-            let plan = random_plan(&mut rng, operations);
+            let plan = match self.has_letters {
+                true => letters::random_plan(&mut rng, operations),
+                false => random_plan(&mut rng, operations),
+            };
             let trace = run(&plan, format!("plan-{number}")).await?;
             explored.count(&plan, &trace);
         }
@@ -167,25 +239,61 @@ impl<'h, H: Harness> Explorer<'h, H> {
         runtime.block_on(async {
             let backend = self.harness.start(&self.namespace()).await;
             let backend = backend.map_err(|error| self.failed_to_start(plan, error))?;
-            let outcome = self.scene(&backend, "plan".into()).run(plan).await;
+            let outcome = self.play(&backend, "plan".into(), plan).await;
             self.judge(plan, outcome)
         })
     }
 
-    fn scene<'b>(&self, backend: &'b H::Backend, name: String) -> Scene<'b, H::Backend> {
-        let pauses = match self.is_real_time {
-            true => (Duration::from_millis(1), Duration::from_millis(20)),
-            false => (Duration::ZERO, Duration::ZERO),
+    async fn play(&self, backend: &H::Backend, name: String, plan: &Plan) -> Outcome {
+        let faults = match self.has_letters {
+            true => Faults::new(plan.clone()).take_turns(),
+            false => Faults::new(plan.clone()),
         };
+        // Under paused time, the limit expires at once if all consumers wait for each other.
+        let verdict = timeout(TIME_LIMIT, async {
+            match self.has_letters {
+                true => self.letter_scene(backend, name).play(&faults, plan).await,
+                false => self.scene(backend, name).play(&faults).await,
+            }
+        })
+        .await
+        .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {TIME_LIMIT:?}"))));
+        // Lets the tasks of dropped consumers end, so that they do not become part of the next run.
+        yield_now().await;
+        let trace = faults.trace();
+        Outcome { trace, verdict }
+    }
+
+    fn scene<'b>(&self, backend: &'b H::Backend, name: String) -> Scene<'b, H::Backend> {
         Scene {
             backend,
             name,
             delivery: self.delivery,
             max_batch: self.max_batch,
-            pauses,
+            pauses: self.pauses(),
             patience: self.is_real_time.then_some(PATIENCE),
-            time_limit: TIME_LIMIT,
             is_native: self.harness.capabilities().native == Support::Yes,
+        }
+    }
+
+    fn letter_scene<'b>(&self, backend: &'b H::Backend, name: String) -> LetterScene<'b, H::Backend> {
+        LetterScene {
+            backend,
+            name,
+            max_batch: self.max_batch,
+            times: Times {
+                pauses: self.pauses(),
+                record_time_limit: RECORD_TIME_LIMIT,
+                standby_after: STANDBY_AFTER,
+                patience: self.is_real_time.then_some(PATIENCE_WITH_OPERATORS),
+            },
+        }
+    }
+
+    fn pauses(&self) -> (Duration, Duration) {
+        match self.is_real_time {
+            true => (Duration::from_millis(1), Duration::from_millis(20)),
+            false => (Duration::ZERO, Duration::ZERO),
         }
     }
 
@@ -202,7 +310,10 @@ impl<'h, H: Harness> Explorer<'h, H> {
     }
 
     fn namespace(&self) -> String {
-        format!("faults_{}", self.delivery).replace('-', "_")
+        match self.has_letters {
+            true => "faults_dead_letters".into(),
+            false => format!("faults_{}", self.delivery).replace('-', "_"),
+        }
     }
 
     fn judge(&self, plan: &Plan, outcome: Outcome) -> Result<Vec<Step>, Box<Counterexample>> {
@@ -218,19 +329,18 @@ impl<'h, H: Harness> Explorer<'h, H> {
     }
 
     fn counterexample(&self, plan: &Plan, trace: &[Step], finding: Violation) -> Box<Counterexample> {
-        let place = |fault: &Fault| {
-            let number = fault.operation;
-            match trace.get(number - 1) {
-                Some(Step { operation, process }) => format!("{number} is {operation:?} by consumer {process}"),
-                None => format!("{number} was not reached"),
-            }
+        let place = |number: usize| match trace.get(number - 1) {
+            Some(Step { operation, process }) => format!("{number} is {operation:?} by consumer {process}"),
+            None => format!("{number} was not reached"),
         };
+        let faults = plan.faults().iter().map(|fault| fault.operation);
+        let calls = plan.calls().iter().map(|call| call.operation);
         Box::new(Counterexample {
             plan: plan.clone(),
             delivery: self.delivery,
             max_batch: self.max_batch,
             seed: None,
-            places: plan.faults().iter().map(place).collect(),
+            places: faults.chain(calls).map(place).collect(),
             finding,
         })
     }
@@ -294,6 +404,11 @@ fn release(runtime: Runtime) {
 /// Every kind of fault at each of these operations.
 fn faults(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Fault> {
     operations.flat_map(|operation| FaultKind::ALL.map(|kind| Fault { operation, kind }))
+}
+
+/// Every call at each of these operations.
+fn calls(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Call> {
+    operations.flat_map(|operation| Verb::ALL.map(|verb| Call { operation, verb }))
 }
 
 /// One or two faults. The second may strike an operation that exists only because of the first,

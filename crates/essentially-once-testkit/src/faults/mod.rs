@@ -19,6 +19,12 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! [`Explorer::dead_letters`] explores what becomes of records that cannot be handled. A plan then
+//! also says which records are in [`Trouble`], and when an operator makes a [`Call`]: `5:crash-after,
+//! 48:retry-all,record-0:fails-2`. Effects and operators' acts are noted in the consumer's state, in
+//! one order. The check follows it: each record that the position passes is owed one effect, unless
+//! it is a duplicate or was skipped, and what is still owed is a letter.
+//!
 //! On real backends a run takes longer and is never quite the same. There, a
 //! [`Suite`](crate::Suite) runs a random sample of plans. Two environment variables repeat its
 //! findings: `ESSENTIALLY_ONCE_PLAN` runs one plan, `ESSENTIALLY_ONCE_SEED` the whole sample.
@@ -26,15 +32,17 @@
 mod control;
 mod driver;
 mod explorer;
+mod letters;
 mod plan;
 mod sampled;
 mod scene;
 mod wrappers;
 
-pub(crate) use self::sampled::sampled;
+pub(crate) use self::sampled::{sampled, sampled_with_dead_letters};
 pub use self::{
     control::{Faults, Operation, Process},
     explorer::{Counterexample, Explored, Explorer},
+    letters::{Call, Trouble, TroubleKind, Verb},
     plan::{Fault, FaultKind, Plan},
     wrappers::{FaultyHandler, FaultyLog, FaultyStore, FaultyTx},
 };

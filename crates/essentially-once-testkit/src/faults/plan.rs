@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use essentially_once::Error;
 
+use super::letters::{Call, Trouble};
+
 /// How an operation fails.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum FaultKind {
@@ -57,6 +59,9 @@ pub struct Fault {
 
 /// The faults of one run, ordered by operation. As text: `7:crash-after,12:zombie`, or `none`.
 ///
+/// In a run with [dead letters](super::Explorer::dead_letters), operators may also act, and
+/// handlers may be in trouble: `7:crash-after,12:retry-all,record-2:rejects`.
+///
 /// ```
 /// # use essentially_once_testkit::faults::{Fault, FaultKind, Plan};
 /// let plan: Plan = "7:crash-after,12:zombie".parse()?;
@@ -67,6 +72,8 @@ pub struct Fault {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Plan {
     faults: Vec<Fault>,
+    calls: Vec<Call>,
+    troubles: Vec<Trouble>,
 }
 
 impl Plan {
@@ -75,7 +82,30 @@ impl Plan {
         let mut faults: Vec<Fault> = faults.into_iter().collect();
         faults.sort_by_key(|fault| fault.operation);
         faults.dedup_by_key(|fault| fault.operation);
-        Self { faults }
+        Self {
+            faults,
+            ..Self::default()
+        }
+    }
+
+    /// The same plan with these calls of operators instead of its own. If two name the same
+    /// operation, the first one counts.
+    #[must_use]
+    pub fn with_calls(mut self, calls: impl IntoIterator<Item = Call>) -> Self {
+        self.calls = calls.into_iter().collect();
+        self.calls.sort_by_key(|call| call.operation);
+        self.calls.dedup_by_key(|call| call.operation);
+        self
+    }
+
+    /// The same plan with these troubles instead of its own. If two name the same record, the first
+    /// one counts.
+    #[must_use]
+    pub fn with_troubles(mut self, troubles: impl IntoIterator<Item = Trouble>) -> Self {
+        self.troubles = troubles.into_iter().collect();
+        self.troubles.sort_by_key(|trouble| trouble.record);
+        self.troubles.dedup_by_key(|trouble| trouble.record);
+        self
     }
 
     /// Creates a plan without faults.
@@ -86,6 +116,33 @@ impl Plan {
     /// The faults, in the order in which they strike.
     pub fn faults(&self) -> &[Fault] {
         &self.faults
+    }
+
+    pub(super) fn with_fault(mut self, fault: Fault) -> Self {
+        self.faults.push(fault);
+        let (calls, troubles) = (self.calls, self.troubles);
+        Self::new(self.faults).with_calls(calls).with_troubles(troubles)
+    }
+
+    /// Its call takes the place of one before the same operation.
+    pub(super) fn with_call(self, call: Call) -> Self {
+        let calls = [call].into_iter().chain(self.calls.clone());
+        let calls: Vec<Call> = calls.collect();
+        self.with_calls(calls)
+    }
+
+    /// What operators do, in order.
+    pub fn calls(&self) -> &[Call] {
+        &self.calls
+    }
+
+    /// The records in trouble, in order.
+    pub fn troubles(&self) -> &[Trouble] {
+        &self.troubles
+    }
+
+    pub(super) fn call_at(&self, operation: usize) -> Option<Call> {
+        self.calls.iter().find(|call| call.operation == operation).copied()
     }
 
     pub(super) fn at(&self, operation: usize) -> Option<FaultKind> {
@@ -108,11 +165,14 @@ impl fmt::Display for FaultKind {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some((first, others)) = self.faults.split_first() else {
-            return f.write_str("none");
-        };
-        first.fmt(f)?;
-        others.iter().try_for_each(|fault| write!(f, ",{fault}"))
+        let faults = self.faults.iter().map(ToString::to_string);
+        let calls = self.calls.iter().map(ToString::to_string);
+        let troubles = self.troubles.iter().map(ToString::to_string);
+        let events: Vec<String> = faults.chain(calls).chain(troubles).collect();
+        match events.is_empty() {
+            true => f.write_str("none"),
+            false => f.write_str(&events.join(",")),
+        }
     }
 }
 
@@ -143,8 +203,17 @@ impl FromStr for Plan {
         if text.trim() == "none" {
             return Ok(Self::none());
         }
-        let faults: Result<Vec<Fault>, Error> = text.split(',').map(str::parse).collect();
-        Ok(Self::new(faults?))
+        let (mut faults, mut calls, mut troubles) = (Vec::new(), Vec::new(), Vec::new());
+        for event in text.split(',') {
+            if event.trim().starts_with("record-") {
+                troubles.push(event.parse()?);
+            } else if let Ok(call) = event.parse() {
+                calls.push(call);
+            } else {
+                faults.push(event.parse()?);
+            }
+        }
+        Ok(Self::new(faults).with_calls(calls).with_troubles(troubles))
     }
 }
 
@@ -158,6 +227,8 @@ mod tests {
             "none",
             "1:error-before",
             "2:error-after,3:crash-before,4:crash-after,5:zombie,60:slow",
+            "7:retry-all,9:seek-to-start",
+            "7:slow,7:pause,record-0:fails,record-2:fails-7,record-3:hangs-until-stopped",
         ] {
             assert_eq!(text.parse::<Plan>().expect(text).to_string(), text);
         }
@@ -180,6 +251,10 @@ mod tests {
         ] {
             let error = text.parse::<Plan>().expect_err(text).to_string();
             assert!(error.contains("crash-after"), "{error}");
+        }
+        for text in ["record-1", "record-x:fails", "record-1:boom", "record-1:fails-x"] {
+            let error = text.parse::<Plan>().expect_err(text).to_string();
+            assert!(error.contains("hangs-until-stopped"), "{error}");
         }
     }
 }

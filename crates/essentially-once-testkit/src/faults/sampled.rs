@@ -11,11 +11,22 @@ const PLAN: &str = "ESSENTIALLY_ONCE_PLAN";
 
 /// Runs the sample, or the plan that the environment names. `test` is the test's full name.
 pub(crate) fn sampled<H: Harness>(harness: &H, delivery: Expectation, test: &str) -> Result<(), Violation> {
-    let explorer = Explorer::new(harness, delivery).real_time();
+    let plans = harness.capabilities().fault_plans;
+    run(Explorer::new(harness, delivery), plans, test)
+}
+
+/// The same with dead letters. Runs are longer, so there are fewer of them.
+pub(crate) fn sampled_with_dead_letters<H: Harness>(harness: &H, test: &str) -> Result<(), Violation> {
+    let plans = harness.capabilities().fault_plans.div_ceil(4);
+    run(Explorer::dead_letters(harness), plans, test)
+}
+
+fn run<H: Harness>(explorer: Explorer<'_, H>, plans: usize, test: &str) -> Result<(), Violation> {
+    let explorer = explorer.real_time();
     let seed = from_env(SEED)?.unwrap_or_else(|| fastrand::u64(..));
     let result = match from_env(PLAN)? {
         Some(plan) => explorer.replay(&plan),
-        None => explorer.sample(seed, harness.capabilities().fault_plans).map(drop),
+        None => explorer.sample(seed, plans).map(drop),
     };
     result.map_err(|found| Violation::new(format!("{found}\nreplay: {}", command(&found, seed, test))))
 }

@@ -6,13 +6,10 @@ use essentially_once::{
     Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, Log, NewRecord, Offset, OffsetStore, Origin, ProducerId,
     Record, async_trait, backend::Durability, consumer::Delivery,
 };
-use tokio::{
-    task::yield_now,
-    time::{sleep, timeout},
-};
+use tokio::time::sleep;
 
 use super::{
-    control::{Faults, Process, Step},
+    control::{Faults, Process},
     driver::drive,
     plan::Plan,
     wrappers::{FaultyHandler, FaultyLog, FaultyStore, FaultyTx},
@@ -34,15 +31,8 @@ pub(super) struct Scene<'b, B> {
     pub(super) pauses: (Duration, Duration),
     /// How long a consumer stays frozen at most. Forever if `None`.
     pub(super) patience: Option<Duration>,
-    pub(super) time_limit: Duration,
     /// Whether handlers also write natively.
     pub(super) is_native: bool,
-}
-
-pub(super) struct Outcome {
-    /// The operations of the run, until the consumers had caught up.
-    pub(super) trace: Vec<Step>,
-    pub(super) verdict: Result<(), Violation>,
 }
 
 /// What the consumers of a run share.
@@ -54,19 +44,7 @@ struct Stage {
 }
 
 impl<B: Backend> Scene<'_, B> {
-    pub(super) async fn run(&self, plan: &Plan) -> Outcome {
-        let faults = Faults::new(plan.clone());
-        // Under paused time, the limit expires at once if all consumers wait for each other.
-        let verdict = timeout(self.time_limit, self.play(&faults))
-            .await
-            .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {:?}", self.time_limit))));
-        // Lets the tasks of dropped consumers end, so that they do not become part of the next run.
-        yield_now().await;
-        let trace = faults.trace();
-        Outcome { trace, verdict }
-    }
-
-    async fn play(&self, faults: &Faults) -> Result<(), Violation> {
+    pub(super) async fn play(&self, faults: &Faults) -> Result<(), Violation> {
         let log = self.backend.log(&self.name).await?;
         log.append(&messages()?).await?;
         let records = read_log(&*log).await?;
@@ -76,7 +54,13 @@ impl<B: Backend> Scene<'_, B> {
             accept_volatile: is_volatile(log.durability().await?)
                 || is_volatile(self.backend.store().await?.durability().await?),
         };
-        drive(faults, self.patience, |process| Box::pin(self.consume(&stage, process))).await?;
+        drive(
+            faults,
+            self.patience,
+            |process| Box::pin(self.consume(&stage, process)),
+            |_, _| Box::pin(async { Err(Error::failed("call an operator", "this run has no dead letters")) }),
+        )
+        .await?;
         self.judge(&stage, &records, false).await?;
         let clean = Faults::new(Plan::none());
         self.consume(&stage, clean.process())
@@ -215,12 +199,12 @@ fn messages() -> Result<Vec<NewRecord>, Error> {
     ])
 }
 
-fn is_volatile(durability: Durability) -> bool {
+pub(super) fn is_volatile(durability: Durability) -> bool {
     matches!(durability, Durability::Volatile(_))
 }
 
 /// Opens a handle. That may need a lock that a frozen consumer holds for a while.
-async fn patiently<T, F: Future<Output = Result<T, Error>>>(open: impl Fn() -> F) -> Result<T, Error> {
+pub(super) async fn patiently<T, F: Future<Output = Result<T, Error>>>(open: impl Fn() -> F) -> Result<T, Error> {
     loop {
         match open().await {
             Err(error) if error.is_transient() => sleep(Duration::from_millis(10)).await,

@@ -1,6 +1,8 @@
 //! The in-memory backend, broken on purpose. An explorer that finds nothing here proves nothing
 //! elsewhere.
 
+pub(crate) mod letters;
+
 use std::{
     collections::HashMap,
     sync::{
