@@ -123,21 +123,10 @@ impl Journal {
         (last.action == OperatorAction::Pause).then_some(last)
     }
 
-    /// The same journal with one more entry. Beyond the limit it drops the oldest one. Retries by one
-    /// operator for one reason that follow each other are one entry.
+    /// The same journal with one more entry. Beyond the limit it drops the oldest one.
     #[must_use]
-    pub fn with(&self, by: &Operator, mut action: OperatorAction) -> Self {
+    pub fn with(&self, by: &Operator, action: OperatorAction) -> Self {
         let mut entries = self.entries.clone();
-        if let OperatorAction::Retry { letters, .. } = action {
-            let is_same = |last: &JournalEntry| (&last.by, &last.reason) == (&by.name, &by.reason);
-            if let Some(OperatorAction::Retry { first, letters: before }) =
-                entries.last().filter(|last| is_same(last)).map(|last| last.action)
-            {
-                entries.pop();
-                let letters = before.saturating_add(letters);
-                action = OperatorAction::Retry { first, letters };
-            }
-        }
         let kept = self.paused().cloned();
         while entries.len() >= Self::LIMIT {
             let oldest = entries.iter().position(|entry| Some(entry) != kept.as_ref());
@@ -150,6 +139,22 @@ impl Journal {
             action,
         });
         Self { entries }
+    }
+
+    /// The same journal after one more commit of the action that it ends with.
+    #[must_use]
+    pub(crate) fn continued(&self, by: &Operator, action: OperatorAction) -> Self {
+        let mut before = self.clone();
+        let last = before.entries.pop();
+        match (last.map(|last| (last.by, last.action)), action) {
+            (Some((name, OperatorAction::Retry { first, letters })), OperatorAction::Retry { letters: more, .. })
+                if name == by.name =>
+            {
+                let letters = letters.saturating_add(more);
+                before.with(by, OperatorAction::Retry { first, letters })
+            }
+            _ => self.with(by, action),
+        }
     }
 
     /// The journal as bytes for a store to keep; empty if it has no entries.
@@ -353,17 +358,23 @@ mod tests {
     }
 
     #[test]
-    fn retries_in_a_row_are_one_entry() {
+    fn a_retry_of_many_letters_is_one_entry() {
         let retry = |first: u64, letters| OperatorAction::Retry {
             first: first.into(),
             letters,
         };
-        let journal = Journal::default().with(&ann(), retry(3, 1_000));
-        let journal = journal
-            .with(&ann(), retry(7, 500))
-            .with(&Operator::new("bob"), retry(9, 1));
-        let actions: Vec<_> = journal.entries.iter().map(|entry| entry.action).collect();
-        assert_eq!(actions, [retry(3, 1_500), retry(9, 1)]);
+        let journal = Journal::default()
+            .with(&ann(), retry(3, 1_000))
+            .continued(&ann(), retry(7, 500));
+        let journal = journal.with(&ann(), retry(9, 1));
+        let after_another = journal
+            .with(&ann(), OperatorAction::Pause)
+            .continued(&ann(), retry(11, 1));
+        let actions: Vec<_> = after_another.entries.iter().map(|entry| entry.action).collect();
+        assert_eq!(
+            actions,
+            [retry(3, 1_500), retry(9, 1), OperatorAction::Pause, retry(11, 1)]
+        );
     }
 
     #[test]

@@ -126,7 +126,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 continue;
             }
             let taken = match &batch[..] {
-                [record] if D::RETRIES => self.take_in_hand(record).await,
+                [record] if D::RETRIES && self.reaches_handler(record) => self.take_in_hand(record).await,
                 _ if D::RETRIES => self.claim().await,
                 _ => Ok(()),
             };
@@ -175,11 +175,9 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Tries letters that are due. Returns `false` if none is.
     async fn deliver_letters<H: Handler<D::Tx>, D: Delivery<S>>(&mut self, handler: &mut H) -> Result<bool, Failure> {
-        // Until the letters are tried without ending the session.
-        self.run.records_first = true;
-        let tried = D::deliver_letters(self, handler).await?;
-        self.run.records_first = false;
-        Ok(tried)
+        let tried = D::deliver_letters(self, handler).await;
+        self.run.records_first = tried.is_err();
+        tried
     }
 
     /// Drops a verdict on a record that was passed or may have been tried again since.

@@ -105,8 +105,8 @@ where
     Ok(letters)
 }
 
-/// The same with only the letters that the filter selects. It reads letters until `limit` are
-/// found.
+/// The consumer's letters after an offset, or from the first one on, that the filter selects, at
+/// most `limit`, in the order of their offsets. It reads letters until that many are found.
 ///
 /// # Errors
 /// As for [`list`].
@@ -196,7 +196,11 @@ where
         while !left.is_empty() {
             let (some, others) = left.split_at(at_once.clamp(1, left.len()));
             let patience = if some.len() > 1 { PATIENCE_FOR_MANY } else { PATIENCE };
-            match change(consumer, store, &RetryHeads(some), by, patience).await {
+            let heads = RetryHeads {
+                offsets: some,
+                continues: total > 0,
+            };
+            match change(consumer, store, &heads, by, patience).await {
                 // A busy instance commits while this one still looks at the letters.
                 Err(Error::Fenced { .. }) if some.len() > 1 => at_once = some.len() / 2,
                 retried => {

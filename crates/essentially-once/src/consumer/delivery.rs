@@ -312,6 +312,13 @@ fn is_time_up<S>(session: &Session<'_, S>, started: Instant, passed: usize) -> b
     elapsed.saturating_add(average) > limit - limit / 20 - session.commit_time.min(limit / 2)
 }
 
+impl<S: OffsetStore> Session<'_, S> {
+    /// Whether the handler gets the record.
+    pub(super) fn reaches_handler(&self, record: &Record) -> bool {
+        !is_duplicate(self, record) && !self.parked.holds(record)
+    }
+}
+
 /// Whether the record was handled before. A malformed record never counts as handled, whatever its
 /// origin says: it may be the broken copy of a record that is sent again intact.
 fn is_duplicate<S>(session: &Session<'_, S>, record: &Record) -> bool {

@@ -22,7 +22,10 @@ pub(super) struct Retry<'a> {
 }
 
 /// Makes those of these letters due now that come first for their key.
-pub(super) struct RetryHeads<'a>(pub(super) &'a [Offset]);
+pub(super) struct RetryHeads<'a> {
+    pub(super) offsets: &'a [Offset],
+    pub(super) continues: bool,
+}
 
 /// Removes a letter.
 pub(super) struct Discard<'a> {
@@ -67,9 +70,13 @@ impl<Tx: DeadLetters> Change<Tx> for Retry<'_> {
 
 #[async_trait]
 impl<Tx: DeadLetters> Change<Tx> for RetryHeads<'_> {
+    fn continues(&self) -> bool {
+        self.continues
+    }
+
     async fn stage(&self, tx: &mut Tx, _: &Position, _: &mut Advance) -> Result<Option<OperatorAction>, Error> {
         let mut due: Option<(Offset, u64)> = None;
-        for &offset in self.0 {
+        for &offset in self.offsets {
             // The consumer may have handled it since.
             let Some(letter) = tx.letter(offset).await? else {
                 continue;

@@ -13,6 +13,8 @@ use crate::{
 
 /// Pauses a consumer: all its instances stop handling records and dead letters until [`resume`],
 /// also those that start later. A running instance rolls back what it has not committed, and waits.
+/// Under at-least-once it has nothing to roll back, and handles what it had in hand again later. On
+/// a store that locks, such as SQLite, this waits for the transaction of a running instance first.
 ///
 /// A [`run_until_caught_up`](super::Consumer::run_until_caught_up) of a paused consumer fails. The
 /// other operators' functions work on a paused consumer too, and nothing commits in between.
@@ -50,7 +52,10 @@ use crate::{
 /// # }
 /// ```
 pub async fn pause<S: OffsetStore>(consumer: &ConsumerId, store: &S, by: &Operator) -> Result<(), Error> {
-    let pause = Pausing(OperatorAction::Pause);
+    let pause = Pausing {
+        consumer,
+        action: OperatorAction::Pause,
+    };
     change(consumer, store, &pause, by, PATIENCE).await.map(|_| ())
 }
 
@@ -59,22 +64,31 @@ pub async fn pause<S: OffsetStore>(consumer: &ConsumerId, store: &S, by: &Operat
 /// # Errors
 /// [`Error::Failed`] if the consumer is not paused, and as for [`pause`] otherwise.
 pub async fn resume<S: OffsetStore>(consumer: &ConsumerId, store: &S, by: &Operator) -> Result<(), Error> {
-    let resume = Pausing(OperatorAction::Resume);
+    let resume = Pausing {
+        consumer,
+        action: OperatorAction::Resume,
+    };
     change(consumer, store, &resume, by, PATIENCE).await.map(|_| ())
 }
 
 /// Pauses or resumes.
-struct Pausing(OperatorAction);
+struct Pausing<'a> {
+    consumer: &'a ConsumerId,
+    action: OperatorAction,
+}
 
 #[async_trait]
-impl<Tx: Send> Change<Tx> for Pausing {
+impl<Tx: Send> Change<Tx> for Pausing<'_> {
     async fn stage(&self, _: &mut Tx, position: &Position, _: &mut Advance) -> Result<Option<OperatorAction>, Error> {
-        match (self.0, position.journal.paused()) {
+        match (self.action, position.journal.paused()) {
             (OperatorAction::Pause, Some(paused)) => Err(Error::failed(
-                "pause a consumer",
+                format!("pause consumer {}", self.consumer),
                 format!("it is paused already, {}", by_whom(paused)),
             )),
-            (OperatorAction::Resume, None) => Err(Error::failed("resume a consumer", "it is not paused")),
+            (OperatorAction::Resume, None) => Err(Error::failed(
+                format!("resume consumer {}", self.consumer),
+                "it is not paused",
+            )),
             (action, _) => Ok(Some(action)),
         }
     }

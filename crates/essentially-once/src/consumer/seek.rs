@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use crate::{
-    Advance, ConsumerId, Error, Log, LogReader, Offset, OffsetStore, Operator, Record, Revision, Transaction,
+    Advance, ConsumerId, Error, Log, LogReader, Offset, OffsetStore, Operator, Position, Record, Revision, Transaction,
     consumer::OperatorAction, letters::DeadLetters, passed::Passed, rt,
 };
 
@@ -39,7 +39,8 @@ pub enum StartAt {
 /// those records. To find that out, it reads the log from the new place to the last letter.
 /// [`plan_seek`](super::plan_seek) says beforehand how many records and letters that concerns.
 ///
-/// A running instance of the consumer is fenced, and continues from the new position.
+/// A running instance of the consumer is fenced, and continues from the new position. A consumer
+/// that never ran gets its first position, so check its name.
 ///
 /// # Errors
 /// - [`Error::Truncated`] or [`Error::OutOfRange`] if the log does not hold the new place.
@@ -87,6 +88,7 @@ pub async fn seek<S: OffsetStore>(
     let mut advance = Advance::new(log.id().clone(), target.next, expected, expected.fresh_epoch());
     let mut letters_removed = 0;
     if let Some(position) = &position {
+        check_log(position, consumer, log)?;
         advance.owner = position.owner;
         if target.next < position.next {
             let forgotten = position.windows.iter().map(|(numbering, _)| numbering.clone());
@@ -122,7 +124,8 @@ pub struct SeekPlan {
     /// Where it would be.
     pub to: Offset,
     /// About how many records lie between the two: they would be handled again if `to` is before
-    /// `from`, and never if it is after. `None` if the log cannot count them.
+    /// `from`, and never if it is after. 0 if there is no position, and `None` if the log cannot
+    /// count them.
     pub records: Option<u64>,
     /// How many dead letters it would remove.
     pub letters_removed: u64,
@@ -163,14 +166,8 @@ pub async fn plan_seek<S: OffsetStore>(
     let mut tx = store.begin(consumer).await?;
     let position = store.position(consumer).await?;
     let from = position.as_ref().map(|position| position.next);
-    if let Some(position) = position
-        && !position.log.is_same_log(log.id())
-    {
-        return Err(Error::WrongLog {
-            consumer: consumer.clone(),
-            stored: position.log,
-            given: log.id().clone(),
-        });
+    if let Some(position) = position {
+        check_log(&position, consumer, log)?;
     }
     let goes_back = from.is_some_and(|from| target.next < from);
     let letters_removed = match goes_back {
@@ -192,6 +189,18 @@ pub async fn plan_seek<S: OffsetStore>(
         records,
         letters_removed,
     })
+}
+
+/// Fails if the position belongs to another log.
+fn check_log(position: &Position, consumer: &ConsumerId, log: &dyn Log) -> Result<(), Error> {
+    match position.log.is_same_log(log.id()) {
+        true => Ok(()),
+        false => Err(Error::WrongLog {
+            consumer: consumer.clone(),
+            stored: position.log.clone(),
+            given: log.id().clone(),
+        }),
+    }
 }
 
 /// Where a position is to go.

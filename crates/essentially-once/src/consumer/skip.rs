@@ -82,7 +82,7 @@ pub async fn skip<S: OffsetStore>(
     };
     let Some(position) = store.position(consumer).await? else {
         return Err(refused(
-            "the consumer has no position yet; `seek` it to choose its start".into(),
+            "the consumer has no position yet; check its name, or `seek` it to choose its start".into(),
         ));
     };
     if !position.log.is_same_log(log.id()) {

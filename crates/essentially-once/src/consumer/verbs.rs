@@ -16,6 +16,11 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// A change that leaves the position where it is.
 #[async_trait]
 pub(super) trait Change<Tx>: Sync {
+    /// Whether it continues the operator's last change, which took several commits.
+    fn continues(&self) -> bool {
+        false
+    }
+
     /// Stages the change, and says what to write into the journal; `None` if nothing is left to
     /// change. It may also change the advance, which moves nothing so far.
     async fn stage(
@@ -56,7 +61,10 @@ pub(super) async fn change<S: OffsetStore>(
                 return nothing;
             }
         };
-        advance.journal = Some(position.journal.with(by, action));
+        advance.journal = Some(match change.continues() {
+            true => position.journal.continued(by, action),
+            false => position.journal.with(by, action),
+        });
         match tx.commit(advance).await {
             Err(Error::Fenced { .. }) if started.elapsed() < patience => rt::yield_now().await,
             committed => {

@@ -483,3 +483,24 @@ async fn a_poison_record_costs_three_commits_and_one_per_try() {
         "{commits} commits in {transactions} transactions"
     );
 }
+
+/// The letter that is due makes room for the next one.
+#[tokio::test]
+async fn a_full_limit_is_drained_by_a_letter_that_is_due() {
+    let memory = Memory::new();
+    let (log, store) = (memory.log("orders").unwrap(), memory.store());
+    let records = [NewRecord::new("bad").key("a"), NewRecord::new("next").key("a")];
+    log.append(&records).await.unwrap();
+    let backend = Backend::of(memory, Script::default());
+    let handler = poisoned(&backend, &["bad"]);
+    let run = |handler: &Lists| consumer(&backend, handler.clone()).dead_letters(DeadLetterOptions::new().limit(1));
+    let error = run(&handler).run_until_caught_up().await.unwrap_err();
+    assert!(error.to_string().contains("1 is its limit"), "{error}");
+    handler.poison.lock().unwrap().clear();
+    dead_letters::retry(&shipping(), &store, 0.into(), &ann())
+        .await
+        .unwrap();
+    run(&handler).run_until_caught_up().await.unwrap();
+    assert!(letters(&backend).await.is_empty());
+    assert_eq!(effects(&backend).await["a"], "bad next ");
+}
