@@ -95,7 +95,7 @@ fn a_letter_must_be_owed() {
             records: &log(),
             history,
             next: 4.into(),
-            letters: &[letter.clone()],
+            letters: std::slice::from_ref(&letter),
         };
         check
             .judge()
