@@ -3,6 +3,7 @@
 //! - A [`Suite`] runs every conformance case on your [`Harness`] as a named test, plus a random
 //!   sample of faults.
 //! - [`faults`] runs a consumer with a fault at every operation, and at every pair of operations.
+//!   With dead letters, handlers also get into trouble, and operators act at any operation.
 //! - A [`Check`] compares a log with the applied records, and names records that were lost, doubled
 //!   or reordered. [`Ledger`] and [`MemoryLedger`] are handlers that journal the records they
 //!   apply.

@@ -20,10 +20,10 @@
 //! ```
 //!
 //! [`Explorer::dead_letters`] explores what becomes of records that cannot be handled. A plan then
-//! also says which records are in [`Trouble`], and when an operator makes a [`Call`]: `5:crash-after,
-//! 48:retry-all,record-0:fails-2`. Effects and operators' acts are noted in the consumer's state, in
-//! one order. The check follows it: each record that the position passes is owed one effect, unless
-//! it is a duplicate or was skipped, and what is still owed is a letter.
+//! also says which records are in [`Trouble`], and when an operator makes a [`Call`], as in
+//! `5:crash-after,48:retry-all,record-0:fails-2`. Effects and operators' acts are noted in the
+//! consumer's state, in one order. The check follows it: each record that the position passes is
+//! owed one effect, unless it is a duplicate or was skipped, and what is still owed is a letter.
 //!
 //! On real backends a run takes longer and is never quite the same. There, a
 //! [`Suite`](crate::Suite) runs a random sample of plans. Two environment variables repeat its

@@ -174,3 +174,6 @@ impl Book {
             .unwrap_or("the position has not passed it")
     }
 }
+
+#[cfg(test)]
+mod tests;
