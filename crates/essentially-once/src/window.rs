@@ -207,8 +207,11 @@ impl Windows {
                 changed: false,
             }),
         };
-        tracked.window.last_offset = record.offset;
-        tracked.window.appended_at = millis(record.appended_at);
+        // A dead letter that is decoded late is older than the producer's last record.
+        if record.offset >= tracked.window.last_offset {
+            tracked.window.last_offset = record.offset;
+            tracked.window.appended_at = millis(record.appended_at);
+        }
         tracked.window.read_at = millis(now);
         if !tracked.changed {
             tracked.changed = true;

@@ -113,6 +113,10 @@ impl<S: OffsetStore> Session<'_, S> {
                 self.deliver_letters::<H, D>(handler).await?;
             }
             if batch.is_empty() {
+                // The log may wait for a thread to read on.
+                if yields {
+                    rt::yield_now().await;
+                }
                 continue;
             }
             self.look_for_silent().await?;
@@ -126,9 +130,12 @@ impl<S: OffsetStore> Session<'_, S> {
                 continue;
             }
             let taken = match &batch[..] {
-                [record] if D::RETRIES && self.reaches_handler(record) => self.take_in_hand(record).await,
-                _ if D::RETRIES => self.claim().await,
-                _ => Ok(()),
+                _ if !D::RETRIES => Ok(()),
+                [record] if self.reaches_handler(record) => self.take_in_hand(record).await,
+                _ => {
+                    self.pass_in_hand();
+                    self.claim().await
+                }
             };
             let delivered = match taken {
                 Ok(()) => D::deliver(self, handler, &batch).await,
@@ -248,7 +255,7 @@ impl<S: OffsetStore> Session<'_, S> {
         until: &mut Option<Offset>,
     ) -> Result<Option<Vec<Record>>, Failure> {
         let is_apart = self.apart_until.is_some_and(|until| self.place.next <= until);
-        let is_suspicious = !self.run.suspicion.is_over();
+        let is_suspicious = self.run.suspicion.suspects_records();
         let max = if is_apart || is_suspicious {
             1
         } else {

@@ -17,8 +17,10 @@ use crate::{
 /// What a run does after it has taken the position over.
 #[derive(Default)]
 pub(super) struct Suspicion {
-    /// How many more records and letters are handled alone.
-    alone_left: usize,
+    /// How many more records are handled alone, and how many more letters. Each has its own, or
+    /// letters that fail would use up those of a record that kills.
+    records_left: usize,
+    letters_left: usize,
     /// The record and the letter that this run had in hand last, and how often the stored mark
     /// counts this run for it. It lives, so that was too often.
     record: Option<(Offset, u32)>,
@@ -26,24 +28,28 @@ pub(super) struct Suspicion {
 }
 
 impl Suspicion {
-    pub(super) const fn is_over(&self) -> bool {
-        self.alone_left == 0
+    pub(super) const fn suspects_records(&self) -> bool {
+        self.records_left > 0
+    }
+
+    pub(super) const fn suspects_letters(&self) -> bool {
+        self.letters_left > 0
     }
 }
 
 impl<S: OffsetStore> Session<'_, S> {
     /// The owner before this run did not release the position, so its process may have died.
     pub(super) fn suspect_records(&mut self) {
-        self.run.suspicion.alone_left = self.settings.max_batch;
+        let suspicion = &mut self.run.suspicion;
+        (suspicion.records_left, suspicion.letters_left) = (self.settings.max_batch, self.settings.max_batch);
     }
 
     /// Commits that the next record is in hand, if it is suspected. Fails if it was in hand in too
     /// many sessions in a row.
     pub(super) async fn take_in_hand(&mut self, record: &Record) -> Result<(), Failure> {
-        if self.run.suspicion.is_over() {
+        if !self.run.suspicion.suspects_records() {
             return self.claim().await;
         }
-        self.run.suspicion.alone_left -= 1;
         let (next, stored) = (self.place.next, self.place.note.in_hand());
         let Some(mark) = self.mark(stored.record, self.run.suspicion.record, next) else {
             return Ok(());
@@ -63,15 +69,15 @@ impl<S: OffsetStore> Session<'_, S> {
         let record = Some(mark);
         self.commit_in_hand(InHand { record, ..stored }).await?;
         self.run.suspicion.record = Some((next, 1));
+        self.run.suspicion.records_left -= 1;
         Ok(())
     }
 
     /// The same for a letter, which is to be tried next. Returns its failure instead.
     pub(super) async fn take_letter_in_hand(&mut self, offset: Offset) -> Result<Option<HandlerError>, Failure> {
-        if self.run.suspicion.is_over() {
+        if !self.run.suspicion.suspects_letters() {
             return self.claim().await.map(|()| None);
         }
-        self.run.suspicion.alone_left -= 1;
         let stored = self.place.note.in_hand();
         let Some(mark) = self.mark(stored.letter, self.run.suspicion.letter, offset) else {
             return Ok(None);
@@ -82,6 +88,7 @@ impl<S: OffsetStore> Session<'_, S> {
         let letter = Some(mark);
         self.commit_in_hand(InHand { letter, ..stored }).await?;
         self.run.suspicion.letter = Some((offset, 1));
+        self.run.suspicion.letters_left -= 1;
         Ok(None)
     }
 
@@ -95,14 +102,17 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(self.commit_unmoved(tx, Done::default()).await?)
     }
 
+    /// A record that its handler does not get is passed without a mark.
+    pub(super) fn pass_in_hand(&mut self) {
+        let left = &mut self.run.suspicion.records_left;
+        *left = left.saturating_sub(1);
+    }
+
     /// The marks for a commit that passes records.
     pub(super) fn in_hand_after_records(&self) -> InHand {
-        match self.run.suspicion.is_over() {
-            true => InHand::default(),
-            false => InHand {
-                record: None,
-                ..self.place.note.in_hand()
-            },
+        InHand {
+            record: None,
+            ..self.place.note.in_hand()
         }
     }
 

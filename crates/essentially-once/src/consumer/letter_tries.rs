@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use super::{
     call::{Cut, Interrupted, flush, handle, reset},
     failure::{Failure, RecordFailure, not_the_backends},
+    letter_decoding::Decoded,
     letters::{keeps_none, letters_of},
     run::Done,
     session::Session,
@@ -39,10 +40,10 @@ enum Obstacle {
 }
 
 impl<S: OffsetStore> Session<'_, S> {
-    /// When to try letters next. After a letter that ended a session, records have a moment to
-    /// arrive.
+    /// When to try letters next. A verdict on a record is carried out first, since it only counts
+    /// until the next commit. After a letter that ended a session, records have a moment to arrive.
     pub(super) fn letters_due(&self) -> Option<SystemTime> {
-        let due = self.parked.due?;
+        let due = self.parked.due.filter(|_| self.run.verdict.is_none())?;
         let longest = self.settings.letters.clone().unwrap_or_default().longest_retry_after;
         // A clock that was ahead must not delay a letter for as long.
         let due = match SystemTime::now().checked_add(longest) {
@@ -85,14 +86,17 @@ impl<S: OffsetStore> Session<'_, S> {
             self.end(tx).await?;
             return Ok(Attempt::NothingDue);
         };
-        let is_alone = !self.run.suspicion.is_over();
+        let is_alone = self.run.suspicion.suspects_letters();
         if is_alone || first.record.malformed.is_some() || !self.run.is_owner() {
             self.end(tx).await?;
-            if self.admit_if_decoded(&first).await? {
-                return Ok(Attempt::Committed);
-            }
+            // First, since decoding may kill too.
             if let Some(error) = self.take_letter_in_hand(first.record.offset).await? {
                 return Ok(Attempt::Failed(Box::new(first), error));
+            }
+            match self.decode_letter(&first).await? {
+                Decoded::Not => {}
+                Decoded::Yes => return Ok(Attempt::Committed),
+                Decoded::Failed(error) => return Ok(Attempt::Failed(Box::new(first), error)),
             }
             tx = self.begin().await?;
         }

@@ -9,6 +9,7 @@ use crate::{
     Advance, ConsumerId, Error, NewRecord, Offset, Operator, Position, Record,
     consumer::OperatorAction,
     letters::{DeadLetter, DeadLetters},
+    note::InHand,
     window::Windows,
 };
 
@@ -45,7 +46,7 @@ pub(super) struct EditLetter<'a> {
 
 #[async_trait]
 impl<Tx: DeadLetters> Change<Tx> for Retry<'_> {
-    async fn stage(&self, tx: &mut Tx, _: &Position, _: &mut Advance) -> Result<Option<OperatorAction>, Error> {
+    async fn stage(&self, tx: &mut Tx, _: &Position, advance: &mut Advance) -> Result<Option<OperatorAction>, Error> {
         let offset = self.offset;
         let refused = |reason| Err(Error::failed(on("retry", offset, self.consumer), reason));
         let Some(letter) = tx.letter(offset).await? else {
@@ -63,6 +64,7 @@ impl<Tx: DeadLetters> Change<Tx> for Retry<'_> {
             return refused("it is due already; a running consumer tries it next".into());
         }
         make_due(tx, letter).await?;
+        clear_mark(advance, offset);
         let letters = 1;
         Ok(Some(OperatorAction::Retry { first: offset, letters }))
     }
@@ -74,7 +76,7 @@ impl<Tx: DeadLetters> Change<Tx> for RetryHeads<'_> {
         self.continues
     }
 
-    async fn stage(&self, tx: &mut Tx, _: &Position, _: &mut Advance) -> Result<Option<OperatorAction>, Error> {
+    async fn stage(&self, tx: &mut Tx, _: &Position, advance: &mut Advance) -> Result<Option<OperatorAction>, Error> {
         let mut due: Option<(Offset, u64)> = None;
         for &offset in self.offsets {
             // The consumer may have handled it since.
@@ -84,6 +86,7 @@ impl<Tx: DeadLetters> Change<Tx> for RetryHeads<'_> {
             let head = head_of(tx, &letter).await?;
             if head.is_none_or(|head| head.record.offset == offset) {
                 make_due(tx, letter).await?;
+                clear_mark(advance, offset);
                 due = Some(due.map_or((offset, 1), |(first, letters)| (first, letters + 1)));
             }
         }
@@ -137,24 +140,44 @@ impl<Tx: DeadLetters> Change<Tx> for EditLetter<'_> {
         letter.edit(self.new.clone(), self.by);
         if was_malformed {
             let mut windows = Windows::new(position.windows.clone());
-            if !admit(&letter.record, &mut windows) {
-                return refused("a record with that origin was handled or set aside already; `discard` this one");
+            match admit(&letter.record, &mut windows) {
+                Admission::New => {}
+                Admission::Seen => {
+                    return refused("a record with that origin was handled or set aside already; `discard` this one");
+                }
+                Admission::TooOld => {
+                    return refused(
+                        "that origin is too old to tell whether a record with it was handled; find that out, then state \
+                         no origin, or `discard` this one",
+                    );
+                }
             }
             (advance.windows, advance.forgotten) = windows.take_changes();
         }
         join_key(tx, letter).await?;
+        clear_mark(advance, offset);
         Ok(Some(OperatorAction::Edit(offset)))
     }
 }
 
-/// Marks the origin of a record that was malformed until now. Returns `false` if a record with that
-/// origin was seen before.
-pub(super) fn admit(record: &Record, windows: &mut Windows) -> bool {
-    if record.origin.as_ref().is_some_and(|origin| windows.is_seen(origin)) {
-        return false;
+/// What the windows say about a record that was malformed until now.
+pub(super) enum Admission {
+    /// No record with its origin was seen, and it is marked from now on.
+    New,
+    /// A record with its origin was handled or set aside.
+    Seen,
+    /// Its origin is older than the producer's window, which no longer tells.
+    TooOld,
+}
+
+pub(super) fn admit(record: &Record, windows: &mut Windows) -> Admission {
+    match &record.origin {
+        Some(origin) if windows.is_below(origin) => return Admission::TooOld,
+        Some(origin) if windows.is_seen(origin) => return Admission::Seen,
+        _ => {}
     }
     windows.mark(record, SystemTime::now());
-    true
+    Admission::New
 }
 
 /// Stores a letter whose record has changed: due now if it comes first for its key, and otherwise
@@ -178,6 +201,18 @@ pub(super) async fn join_key(tx: &mut (impl DeadLetters + ?Sized), mut letter: D
         tx.park(&next).await?;
     }
     Ok(())
+}
+
+/// Makes the deaths of the letter at `offset` count from zero, since its record or its handler may
+/// be mended.
+fn clear_mark(advance: &mut Advance, offset: Offset) {
+    let in_hand = advance.note.in_hand();
+    if in_hand.letter.is_some_and(|mark| mark.offset == offset) {
+        advance.note = advance.note.with_in_hand(InHand {
+            letter: None,
+            ..in_hand
+        });
+    }
 }
 
 async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use super::{
     call::{Cut, Interrupted, flush, handle, reset},
     failure::Failure,
+    letter_decoding::Decoded,
     letter_verbs::NOW,
     letters::letters_of,
     run::Done,
@@ -21,11 +22,15 @@ impl<S: OffsetStore> Session<'_, S> {
         let first = self.first_due_now(&mut tx).await?;
         self.end(tx).await?;
         let Some(letter) = first else { return Ok(false) };
-        if self.admit_if_decoded(&letter).await? {
-            return Ok(true);
-        }
         let (offset, key) = (letter.record.offset, letter.key().cloned());
         let mut failed = self.take_letter_in_hand(offset).await?;
+        if failed.is_none() {
+            failed = match self.decode_letter(&letter).await? {
+                Decoded::Not => None,
+                Decoded::Yes => return Ok(true),
+                Decoded::Failed(error) => Some(error),
+            };
+        }
         if failed.is_none() {
             let handled = match handle(self, handler, &letter.record, &mut (), Cut::Never).await {
                 Ok(()) => flush(self, handler, &mut (), Cut::Never).await,

@@ -8,7 +8,8 @@ use super::{
     verbs::{Change, PATIENCE, change},
 };
 use crate::{
-    Advance, ConsumerId, Error, OffsetStore, Operator, Position, Pulse, consumer::OperatorAction, journal::JournalEntry,
+    Advance, ConsumerId, Error, OffsetStore, Operator, Position, Pulse, consumer::OperatorAction,
+    journal::JournalEntry, note::InHand,
 };
 
 /// Pauses a consumer: all its instances stop handling records and dead letters until [`resume`],
@@ -79,7 +80,12 @@ struct Pausing<'a> {
 
 #[async_trait]
 impl<Tx: Send> Change<Tx> for Pausing<'_> {
-    async fn stage(&self, _: &mut Tx, position: &Position, _: &mut Advance) -> Result<Option<OperatorAction>, Error> {
+    async fn stage(
+        &self,
+        _: &mut Tx,
+        position: &Position,
+        advance: &mut Advance,
+    ) -> Result<Option<OperatorAction>, Error> {
         match (self.action, position.journal.paused()) {
             (OperatorAction::Pause, Some(paused)) => Err(Error::failed(
                 format!("pause consumer {}", self.consumer),
@@ -89,7 +95,13 @@ impl<Tx: Send> Change<Tx> for Pausing<'_> {
                 format!("resume consumer {}", self.consumer),
                 "it is not paused",
             )),
-            (action, _) => Ok(Some(action)),
+            (action, _) => {
+                if action == OperatorAction::Resume {
+                    // What the records died of may be mended.
+                    advance.note = advance.note.with_in_hand(InHand::default());
+                }
+                Ok(Some(action))
+            }
         }
     }
 }

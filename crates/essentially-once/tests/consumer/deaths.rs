@@ -4,7 +4,7 @@ use std::{future::pending, sync::Mutex};
 
 use essentially_once::{
     backend::{Durability, Position},
-    consumer::{DeadLetterOptions, EssentiallyOnce, OnFailure, Report},
+    consumer::{DeadLetterOptions, EssentiallyOnce, OnFailure, Report, dead_letters, pause, resume},
 };
 use support::ScriptedStore;
 use tokio::sync::Notify;
@@ -348,4 +348,106 @@ async fn a_limit_of_zero_deaths_is_refused() {
             ..
         })
     ));
+}
+
+#[tokio::test]
+async fn letters_do_not_use_up_the_suspicion_of_a_record() {
+    let backend = keyed(Script::default()).await;
+    let handler = mortal(&backend, &["7"]);
+    *handler.lists.retried.lock().unwrap() = vec!["2"];
+    let always = Duration::from_nanos(1);
+    let options = DeadLetterOptions::new().retry_after(always).longest_retry_after(always);
+    let run = || {
+        consumer(&backend, &handler)
+            .max_batch(1)
+            .retries(0)
+            .dead_letters(options.clone())
+    };
+    let (died, result) = deaths(run, &handler).await;
+    result.unwrap();
+    assert_eq!(died, 4);
+}
+
+/// A record that passes must not reset the count of a letter that kills.
+#[tokio::test]
+async fn a_record_that_passes_does_not_hide_a_letter_that_kills() {
+    let backend = keyed(Script::default()).await;
+    let handler = mortal(&backend, &[]);
+    *handler.lists.poison.lock().unwrap() = vec!["2", "11"];
+    let run = || consumer(&backend, &handler).dead_letters(DeadLetterOptions::new());
+    live(run(), &handler).await.unwrap().unwrap();
+    handler.lists.poison.lock().unwrap().clear();
+    handler.killers.lock().unwrap().push("11");
+    // The letter at 2 is due first and is handled. A record is handled before the next one.
+    retry_all(&backend).await;
+    let more: Vec<_> = (0..9).map(|n: u32| NewRecord::new(format!("more {n}"))).collect();
+    backend.memory_log().append(&more).await.unwrap();
+    let (died, result) = deaths(run, &handler).await;
+    result.unwrap();
+    assert!(died <= 4, "{died}");
+    assert_eq!(parked(&backend).await, [11]);
+}
+
+/// An operator who edits or retries a letter starts a new count.
+#[tokio::test]
+async fn an_edited_letter_is_not_blamed_for_what_it_was() {
+    let backend = keyed(Script::default()).await;
+    let handler = mortal(&backend, &[]);
+    *handler.lists.poison.lock().unwrap() = vec!["2"];
+    let run = || consumer(&backend, &handler).dead_letters(DeadLetterOptions::new());
+    live(run(), &handler).await.unwrap().unwrap();
+    handler.lists.poison.lock().unwrap().clear();
+    handler.killers.lock().unwrap().push("2");
+    retry_all(&backend).await;
+    for _ in 0..4 {
+        assert!(live(run(), &handler).await.is_none());
+    }
+    let letter = letters(&backend).await.remove(0);
+    let mut mended = NewRecord::from(&letter.record);
+    mended.payload = "2!".into();
+    dead_letters::edit(&shipping(), &backend.memory.store(), &letter, &mended, &ann())
+        .await
+        .unwrap();
+    live(run(), &handler).await.unwrap().unwrap();
+    assert!(letters(&backend).await.is_empty());
+}
+
+/// A pause in which the handler is mended starts a new count.
+#[tokio::test]
+async fn resuming_starts_a_new_count() {
+    let backend = keyed(Script::default()).await;
+    let handler = mortal(&backend, &["7"]);
+    for _ in 0..4 {
+        assert!(live(consumer(&backend, &handler), &handler).await.is_none());
+    }
+    let store = backend.memory.store();
+    pause(&shipping(), &store, &ann()).await.unwrap();
+    handler.killers.lock().unwrap().clear();
+    resume(&shipping(), &store, &ann()).await.unwrap();
+    live(consumer(&backend, &handler), &handler).await.unwrap().unwrap();
+    assert_eq!(effects(&backend).await, all_in_order());
+}
+
+/// An instance that dies with a duplicate in hand must not make it a letter, which a retry would
+/// handle a second time.
+#[tokio::test]
+async fn a_duplicate_is_never_in_hand() {
+    let memory = Memory::new();
+    let origin = || essentially_once::Origin::new(ProducerId::new("web").unwrap(), essentially_once::Epoch::STABLE, 1);
+    let records = ["0", "0", "kills"].map(|payload| match payload {
+        "0" => NewRecord::new(payload).origin(origin()),
+        _ => NewRecord::new(payload),
+    });
+    memory.log("orders").unwrap().append(&records).await.unwrap();
+    let backend = Backend::of(memory, Script::default());
+    let handler = mortal(&backend, &["kills"]);
+    let run = || {
+        consumer(&backend, &handler)
+            .max_batch(1)
+            .max_deaths(1)
+            .dead_letters(DeadLetterOptions::new())
+    };
+    let (_, result) = deaths(run, &handler).await;
+    result.unwrap();
+    assert_eq!(parked(&backend).await, [2]);
 }

@@ -493,7 +493,9 @@ async fn a_full_limit_is_drained_by_a_letter_that_is_due() {
     log.append(&records).await.unwrap();
     let backend = Backend::of(memory, Script::default());
     let handler = poisoned(&backend, &["bad"]);
-    let run = |handler: &Lists| consumer(&backend, handler.clone()).dead_letters(DeadLetterOptions::new().limit(1));
+    let run = |handler: &super::letters::Lists| {
+        consumer(&backend, handler.clone()).dead_letters(DeadLetterOptions::new().limit(1))
+    };
     let error = run(&handler).run_until_caught_up().await.unwrap_err();
     assert!(error.to_string().contains("1 is its limit"), "{error}");
     handler.poison.lock().unwrap().clear();
@@ -503,4 +505,23 @@ async fn a_full_limit_is_drained_by_a_letter_that_is_due() {
     run(&handler).run_until_caught_up().await.unwrap();
     assert!(letters(&backend).await.is_empty());
     assert_eq!(effects(&backend).await["a"], "bad next ");
+}
+
+/// Tries of a later record must not hide that an earlier one failed behind others since.
+#[tokio::test]
+async fn a_record_that_fails_in_front_of_one_that_was_tried_is_parked() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &[]);
+    *handler.retried.lock().unwrap() = vec!["3", "4"];
+    let (log, store) = (backend.memory_log(), backend.memory.store());
+    let moved = std::sync::atomic::AtomicBool::new(false);
+    let run = consumer(&backend, handler).max_batch(2).on_failure_with(move |failed| {
+        if failed.record.offset == 4.into() && !moved.swap(true, Ordering::Relaxed) {
+            now(seek(&shipping(), &log, &store, StartAt::Earliest, &ann())).unwrap();
+        }
+        OnFailure::DeadLetter
+    });
+    let limited = tokio::time::timeout(Duration::from_secs(60), run.run_until_caught_up());
+    limited.await.expect("it ends").unwrap();
+    assert_eq!(parked(&backend).await, [3, 4, 6, 8, 9]);
 }

@@ -40,6 +40,10 @@ async fn a_running_consumer_pauses_and_resumes_where_it_was() {
         error.contains("paused") && error.contains("\"ann\"") && error.contains("a test"),
         "{error}"
     );
+    // Both have had the time to look at the record.
+    for _ in 0..1_000 {
+        tokio::task::yield_now().await;
+    }
     let paused = backend.position(&shipping()).await.unwrap();
     assert_eq!(paused.next, RECORDS.into());
     resume(&shipping(), &store, &ann()).await.unwrap();
@@ -482,4 +486,157 @@ async fn a_malformed_letter_is_decoded_again_when_it_is_tried() {
     let effects = effects(&backend).await;
     assert_eq!((&*effects["a"], &*effects["c"]), ("0 2 4 8 12 ", "7 11 15 "));
     assert_eq!(effects["b"], "1 3 6 9 twice ");
+}
+
+/// Like [`Sealed`], with an origin that was sent long ago.
+#[derive(Clone)]
+struct SealedLongAgo(Sealed);
+
+#[essentially_once::async_trait]
+impl Log for SealedLongAgo {
+    fn id(&self) -> &essentially_once::backend::LogId {
+        self.0.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        self.0.append(records).await
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::backend::LogReader>, Error> {
+        self.0.read(from).await
+    }
+
+    async fn bounds(&self) -> Result<essentially_once::backend::Bounds, Error> {
+        self.0.bounds().await
+    }
+
+    fn decode(&self, malformed: &Record) -> Option<Record> {
+        let mut decoded = self.0.decode(malformed)?;
+        decoded.origin = Some(numbered(0));
+        Some(decoded)
+    }
+
+    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
+        self.0.durability().await
+    }
+}
+
+fn numbered(sequence: u64) -> essentially_once::Origin {
+    let mut origin = sender();
+    origin.sequence = sequence;
+    origin
+}
+
+/// A letter whose origin is below its producer's window may never have been handled, so nobody but
+/// an operator may drop it.
+#[tokio::test]
+async fn a_decoded_letter_whose_origin_is_too_old_waits_for_an_operator() {
+    let backend = keyed(Script::default()).await;
+    let log = SealedLongAgo(Sealed {
+        log: backend.memory_log(),
+        has_key: Arc::default(),
+    });
+    log.append(&[NewRecord::new("payment").header("sealed", "b").origin(numbered(0))])
+        .await
+        .unwrap();
+    let more: Vec<_> = (1..=1_025)
+        .map(|n| NewRecord::new("x").key("y").origin(numbered(n)))
+        .collect();
+    log.append(&more).await.unwrap();
+    let run = || {
+        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &[]))
+            .dead_letters(DeadLetterOptions::new())
+            .accept_volatile()
+            .run_until_caught_up()
+    };
+    run().await.unwrap();
+    assert_eq!(parked(&backend).await, [RECORDS]);
+    log.0.has_key.store(true, Ordering::Relaxed);
+    let store = backend.memory.store();
+    let all = LetterFilter::all();
+    dead_letters::retry_all(&shipping(), &store, &all, &ann())
+        .await
+        .unwrap();
+    assert_eq!(run().await.unwrap().duplicates, 0);
+    let letter = letters(&backend).await.remove(0);
+    assert!(letter.last_reason.contains("too old"), "{}", letter.last_reason);
+    assert_eq!(letter.due, None);
+    // The operator cannot claim that origin either, but can decide to handle the record.
+    let mended = NewRecord::new("payment").key("b");
+    let claimed = mended.clone().origin(numbered(0));
+    let error = dead_letters::edit(&shipping(), &store, &letter, &claimed, &ann())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("too old"), "{error}");
+    dead_letters::edit(&shipping(), &store, &letter, &mended, &ann())
+        .await
+        .unwrap();
+    run().await.unwrap();
+    assert_eq!(effects(&backend).await["b"], "1 3 6 9 payment ");
+}
+
+#[tokio::test]
+async fn a_decoder_that_panics_stops_neither_the_letters_nor_the_log() {
+    #[derive(Clone)]
+    struct Panics(Sealed);
+
+    #[essentially_once::async_trait]
+    impl Log for Panics {
+        fn id(&self) -> &essentially_once::backend::LogId {
+            self.0.id()
+        }
+
+        async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+            self.0.append(records).await
+        }
+
+        async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::backend::LogReader>, Error> {
+            self.0.read(from).await
+        }
+
+        async fn bounds(&self) -> Result<essentially_once::backend::Bounds, Error> {
+            self.0.bounds().await
+        }
+
+        fn decode(&self, _: &Record) -> Option<Record> {
+            panic!("the decoder has a fault")
+        }
+
+        async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
+            self.0.durability().await
+        }
+    }
+
+    let backend = keyed(Script::default()).await;
+    let log = Panics(Sealed {
+        log: backend.memory_log(),
+        has_key: Arc::default(),
+    });
+    log.append(&[NewRecord::new("12").header("sealed", "b")]).await.unwrap();
+    let run = || {
+        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &[]))
+            .dead_letters(DeadLetterOptions::new())
+            .accept_volatile()
+            .run_until_caught_up()
+    };
+    run().await.unwrap();
+    let all = LetterFilter::all();
+    dead_letters::retry_all(&shipping(), &backend.memory.store(), &all, &ann())
+        .await
+        .unwrap();
+    log.append(&[NewRecord::new("13").key("b")]).await.unwrap();
+    run().await.unwrap();
+    assert_eq!(parked(&backend).await, [RECORDS]);
+    assert_eq!(effects(&backend).await["b"], "1 3 6 9 13 ");
+}
+
+#[tokio::test]
+async fn seek_with_another_log_is_refused_before_it_looks_at_letters() {
+    let backend = with_letters().await;
+    let other = backend.memory.log("other").unwrap();
+    let store = backend.memory.store();
+    let moved = seek(&shipping(), &other, &store, StartAt::Earliest, &ann()).await;
+    assert!(matches!(moved, Err(Error::WrongLog { .. })), "{moved:?}");
+    let plan = plan_seek(&shipping(), &other, &store, StartAt::Earliest).await;
+    assert!(matches!(plan, Err(Error::WrongLog { .. })), "{plan:?}");
 }
