@@ -119,7 +119,8 @@ impl<S: OffsetStore> Session<'_, S> {
         // Tries that are stored outlive a restart. Those of a record behind others are stored with
         // the commit of the others.
         if let Some(stored) = self.place.note.tried() {
-            // A record before that one may have failed since, behind others, and must be tried alone.
+            // A record before that one may have failed since, behind others, and must be tried
+            // alone.
             self.tried.take_if(|tried| tried.offset() >= stored.offset());
             self.tried.get_or_insert_with(|| stored.clone());
         }

@@ -248,7 +248,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     /// An instance that dies leaves no error, and the next one would die of the same record. After
     /// taking over from an instance that did not end cleanly, this one therefore handles up to
     /// [`max_batch`](Self::max_batch) records alone, and commits beforehand which one it has in
-    /// hand. If that many instances in a row end in this way with the same record in hand, the
+    /// hand. If that many such instances in a row end in this way with the same record in hand, the
     /// record counts as failed, whoever ended them, and [`on_failure`](Self::on_failure) decides
     /// between a stop and a dead letter. A dead letter then waits for an operator. Restarts within
     /// a run do not count, nor does an instance that lost the position to another one and lives.

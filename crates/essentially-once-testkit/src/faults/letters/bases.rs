@@ -9,19 +9,6 @@ use crate::faults::plan::{Fault, FaultKind, Plan};
 /// How many records the log holds.
 const RECORDS: usize = 7;
 
-/// All but `Kills`: a copy that is in hand when its process dies once more is set aside, although
-/// it is a duplicate.
-const TROUBLES_AT_RANDOM: [TroubleKind; 8] = [
-    TroubleKind::Fails,
-    TroubleKind::FailsTimes(1),
-    TroubleKind::FailsTimes(2),
-    TroubleKind::FailsTimes(3),
-    TroubleKind::Rejects,
-    TroubleKind::Panics,
-    TroubleKind::Hangs,
-    TroubleKind::HangsUntilStopped,
-];
-
 /// How many operations after each other the operators of a [`Base`] act.
 const BETWEEN_CALLS: usize = 8;
 
@@ -89,7 +76,7 @@ pub(in crate::faults) const BASES: [Base; 5] = [
         with_calls: false,
     },
     Base {
-        troubles: &[troubled(6, TroubleKind::Kills)],
+        troubles: &[troubled(3, TroubleKind::Kills)],
         verbs: &[Verb::Pause],
         with_calls: false,
     },
@@ -108,10 +95,10 @@ pub(in crate::faults) fn single_troubles() -> impl Iterator<Item = Plan> {
 pub(in crate::faults) fn random_plan(rng: &mut fastrand::Rng, operations: usize) -> Plan {
     // What a retry or a crash adds to the run is to be hit, too.
     let operations = 2 * operations.max(1);
-    let mut troubles: Vec<Trouble> = (0..rng.usize(1..=2))
+    let troubles: Vec<Trouble> = (0..rng.usize(1..=2))
         .map(|_| Trouble {
             record: rng.usize(..RECORDS),
-            kind: TROUBLES_AT_RANDOM[rng.usize(..TROUBLES_AT_RANDOM.len())],
+            kind: TroubleKind::ALL[rng.usize(..TroubleKind::ALL.len())],
         })
         .collect();
     let faults: Vec<Fault> = (0..rng.usize(..=2))
@@ -126,10 +113,5 @@ pub(in crate::faults) fn random_plan(rng: &mut fastrand::Rng, operations: usize)
             verb: Verb::ALL[rng.usize(..Verb::ALL.len())],
         })
         .collect();
-    if calls.iter().any(|call| call.verb.goes_back()) {
-        // A consumer that still knows the tries of a later record than the one that fails behind
-        // others handles those in vain forever.
-        troubles.truncate(1);
-    }
     Plan::new(faults).with_calls(calls).with_troubles(troubles)
 }

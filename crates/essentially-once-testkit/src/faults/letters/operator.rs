@@ -53,10 +53,6 @@ impl Verb {
         Self::Resume,
     ];
 
-    pub(super) fn goes_back(self) -> bool {
-        matches!(self, Self::SeekBack | Self::SeekToStart)
-    }
-
     fn name(self) -> &'static str {
         match self {
             Self::Retry => "retry",
