@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{failure::Failure, session::Session};
+use super::{failure::Failure, key_filter::KeyFilter, session::Session};
 use crate::{
     Error, HandlerErrorKind, OffsetStore, Record, Revision, Transaction, Tried,
     letters::{DeadLetter, DeadLetters, trusted_key},
@@ -116,6 +116,8 @@ pub(super) struct Parked {
     revision: Option<Revision>,
     /// The number of letters of each key.
     keys: HashMap<Bytes, u64>,
+    /// What may be among the keys.
+    filter: KeyFilter,
     total: u64,
     /// When the first letter is due.
     pub(super) due: Option<SystemTime>,
@@ -141,6 +143,7 @@ impl Parked {
         }
         let due = letters.first_due().await?.and_then(|letter| letter.due);
         Ok(Self {
+            filter: KeyFilter::of(keys.keys().map(|key| &key[..])),
             keys,
             total,
             due,
@@ -150,7 +153,8 @@ impl Parked {
 
     /// Whether earlier records of this record's key are letters.
     pub(super) fn holds(&self, record: &Record) -> bool {
-        !self.keys.is_empty() && trusted_key(record).is_some_and(|key| self.keys.contains_key(key))
+        let is_held = |key: &Bytes| self.filter.may_hold(key) && self.keys.contains_key(key);
+        !self.keys.is_empty() && trusted_key(record).is_some_and(is_held)
     }
 
     pub(super) fn total(&self) -> u64 {
@@ -175,6 +179,10 @@ impl Parked {
         for (key, due) in mem::take(&mut self.staged) {
             self.total += 1;
             if let Some(key) = key {
+                if !self.filter.has_room(self.keys.len() + 1) {
+                    self.filter = KeyFilter::of(self.keys.keys().map(|key| &key[..]));
+                }
+                self.filter.insert(&key);
                 *self.keys.entry(key).or_default() += 1;
             }
             if let Some(due) = due {

@@ -8,6 +8,7 @@ mod delivery;
 mod duplicates;
 mod failure;
 mod heart;
+mod key_filter;
 mod letter_decoding;
 mod letter_filter;
 mod letter_tries;
