@@ -451,3 +451,51 @@ async fn a_duplicate_is_never_in_hand() {
     result.unwrap();
     assert_eq!(parked(&backend).await, [2]);
 }
+
+/// Deploys stop each instance while it has a record in hand, and start the next.
+#[tokio::test]
+async fn rolling_deploys_blame_nobody() {
+    let backend = keyed(Script::default()).await;
+    let handler = mortal(&backend, &["7"]);
+    for _ in 0..10 {
+        let stop = CancellationToken::new();
+        let run = consumer(&backend, &handler).max_deaths(1).stop_grace(Duration::ZERO);
+        let run = tokio::spawn(run.run_until(stop.clone()));
+        handler.dies.notified().await;
+        stop.cancel();
+        run.await.unwrap().unwrap();
+    }
+    handler.killers.lock().unwrap().clear();
+    live(consumer(&backend, &handler).max_deaths(1), &handler)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(effects(&backend).await, all_in_order());
+}
+
+/// A process with two consumers dies of a record of one of them. The other one goes on with each
+/// process, so none of its records is in hand twice.
+#[tokio::test]
+async fn a_consumer_is_not_blamed_for_the_deaths_of_another_in_its_process() {
+    let backend = keyed(Script::default()).await;
+    let killer = mortal(&backend, &["7"]);
+    let other = mortal(&backend, &[]);
+    let billing = || ConsumerId::new("billing").unwrap();
+    for died in 0..3 {
+        let more = [NewRecord::new(format!("more {died}"))];
+        backend.memory_log().append(&more).await.unwrap();
+        let innocent = Consumer::essentially_once(billing(), backend.log(), backend.store(), other.clone())
+            .standby_after(Duration::from_millis(20))
+            .max_deaths(1);
+        let innocent = tokio::spawn(innocent.run());
+        let end = Offset::from(RECORDS + died + 1);
+        let billed = async || {
+            let position = backend.position(&billing()).await;
+            position.is_some_and(|position| position.next == end)
+        };
+        letters::wait_until(&innocent, billed).await;
+        assert!(live(consumer(&backend, &killer), &killer).await.is_none());
+        innocent.abort();
+        let _ = innocent.await;
+    }
+}
