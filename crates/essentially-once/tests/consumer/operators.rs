@@ -640,3 +640,32 @@ async fn seek_with_another_log_is_refused_before_it_looks_at_letters() {
     let plan = plan_seek(&shipping(), &other, &store, StartAt::Earliest).await;
     assert!(matches!(plan, Err(Error::WrongLog { .. })), "{plan:?}");
 }
+
+/// The running session must know at once that the key has a letter.
+#[tokio::test]
+async fn records_follow_a_letter_that_was_decoded_in_the_same_run() {
+    let backend = keyed(Script::default()).await;
+    let log = Sealed {
+        log: backend.memory_log(),
+        has_key: Arc::default(),
+    };
+    log.append(&[NewRecord::new("12").header("sealed", "z")]).await.unwrap();
+    let run = || {
+        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &["12"]))
+            .dead_letters(DeadLetterOptions::new())
+            .accept_volatile()
+    };
+    run().run_until_caught_up().await.unwrap();
+    log.has_key.store(true, Ordering::Relaxed);
+    let run = tokio::spawn(run().run());
+    let all = LetterFilter::all();
+    dead_letters::retry_all(&shipping(), &backend.memory.store(), &all, &ann())
+        .await
+        .unwrap();
+    let has_failed = async || letters(&backend).await[0].last_reason == "12 is poison";
+    wait_until(&run, has_failed).await;
+    log.append(&[NewRecord::new("13").key("z")]).await.unwrap();
+    wait_until(&run, async || next(&backend).await == (RECORDS + 2).into()).await;
+    assert_eq!(parked(&backend).await, [RECORDS, RECORDS + 1]);
+    run.abort();
+}
