@@ -66,8 +66,8 @@ pub enum Error {
 
     /// Another instance of the consumer committed first. Nothing of this transaction was applied.
     #[error(
-        "consumer {consumer}: another instance has committed since revision {expected}; nothing of this transaction was \
-         applied"
+        "consumer {consumer}: another instance or an operator has committed since revision {expected}; nothing of this \
+         transaction was applied"
     )]
     Fenced {
         /// The consumer.

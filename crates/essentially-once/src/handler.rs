@@ -160,7 +160,8 @@ impl HandlerError {
         Self::new(HandlerErrorKind::Retry, source)
     }
 
-    /// This record can never be handled (poison). The consumer does not try it again.
+    /// This record can never be handled (poison). The consumer does not try it again, except once
+    /// alone if it was behind other records in its batch, since they may have been to blame.
     pub fn reject(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Reject, source)
     }

@@ -1,6 +1,9 @@
 //! What operators did to a consumer by hand.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    fmt,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::{BufMut as _, Bytes};
 
@@ -204,6 +207,40 @@ impl Journal {
     }
 }
 
+/// `ann discarded the letter at 7: sent twice`
+impl fmt::Display for JournalEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.by, self.action)?;
+        match &*self.reason {
+            "" => Ok(()),
+            reason => write!(f, ": {reason}"),
+        }
+    }
+}
+
+/// What was done, in the past tense.
+impl fmt::Display for OperatorAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pause => f.write_str("paused the consumer"),
+            Self::Resume => f.write_str("resumed the consumer"),
+            Self::Seek {
+                from,
+                to,
+                letters_removed,
+            } => write!(
+                f,
+                "moved the position from {from} to {to} and removed {letters_removed} letters"
+            ),
+            Self::Skip(offset) => write!(f, "skipped the record at {offset}"),
+            Self::Retry { first, letters: 1 } => write!(f, "retried the letter at {first}"),
+            Self::Retry { first, letters } => write!(f, "retried {letters} letters from {first} on"),
+            Self::Discard(offset) => write!(f, "discarded the letter at {offset}"),
+            Self::Edit(offset) => write!(f, "edited the letter at {offset}"),
+        }
+    }
+}
+
 impl OperatorAction {
     const fn is_about_pausing(self) -> bool {
         matches!(self, Self::Pause | Self::Resume)
@@ -329,6 +366,18 @@ mod tests {
                 "{length} bytes"
             );
         }
+    }
+
+    #[test]
+    fn entries_can_be_read() {
+        let entries = Journal::default()
+            .with(&ann(), OperatorAction::Discard(7.into()))
+            .with(&Operator::new("bob"), OperatorAction::Pause);
+        let texts: Vec<_> = entries.entries.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            ["ann discarded the letter at 7: größer", "bob paused the consumer"]
+        );
     }
 
     #[test]

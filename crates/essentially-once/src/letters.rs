@@ -19,8 +19,8 @@ pub struct DeadLetter {
     /// The record as the log yielded it, or as an operator changed it. Its offset identifies the
     /// letter.
     pub record: Record,
-    /// How often the record was tried; 0 if it was set aside because earlier records of its key
-    /// were.
+    /// How often the record was tried in vain, where the deaths of instances together count as one
+    /// try; 0 if it was set aside because earlier records of its key were.
     pub tries: u32,
     /// Why the first try failed, or why the record was never tried.
     pub first_reason: String,

@@ -55,7 +55,7 @@ impl fmt::Display for Report {
             write!(f, ", {} failed tries", self.failed_tries)?;
         }
         if self.parked > 0 {
-            write!(f, ", {} dead letters", self.parked)?;
+            write!(f, ", {} set aside", self.parked)?;
         }
         if self.rewound > 0 {
             write!(f, ", {} rewound", self.rewound)?;
