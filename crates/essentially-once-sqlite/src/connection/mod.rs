@@ -14,6 +14,7 @@ mod writer;
 
 use std::{
     fmt,
+    ops::Deref,
     path::PathBuf,
     sync::{Arc, Mutex, Weak, atomic::AtomicBool},
 };
@@ -47,12 +48,29 @@ pub(crate) struct Connections {
     observer: Mutex<Option<Observer>>,
     /// The readers of logs, each with its own connection. `None` once the handle is closed.
     readers: Mutex<Option<Vec<Weak<dyn Close>>>>,
+    /// Each connection of a reader has a clone, also while it is being closed.
+    open_readers: Arc<()>,
 }
 
 /// A reader with a connection that closes with the handle.
 pub(crate) trait Close: Send + Sync {
     /// Closes the connection. Waits for a running fetch.
     fn close(&self);
+}
+
+/// The connection of a reader.
+pub(crate) struct ReaderConnection {
+    connection: Connection,
+    /// Dropped after the connection is closed.
+    _open: Arc<()>,
+}
+
+impl Deref for ReaderConnection {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.connection
+    }
 }
 
 impl Connections {
@@ -69,6 +87,7 @@ impl Connections {
             reader: Mutex::new(Some(reader)),
             observer: Mutex::default(),
             readers: Mutex::new(Some(Vec::new())),
+            open_readers: Arc::default(),
         })
     }
 
@@ -140,10 +159,12 @@ impl Connections {
     pub(crate) async fn reader<R: Close + 'static>(
         &self,
         action: impl Fn() -> String,
-        reader: impl FnOnce(Connection) -> R,
+        reader: impl FnOnce(ReaderConnection) -> R,
     ) -> Result<Arc<R>, Error> {
-        let connection = open::reader(&self.path, &self.options).await?;
-        let reader = Arc::new(reader(connection));
+        let reader = Arc::new(reader(ReaderConnection {
+            connection: open::reader(&self.path, &self.options).await?,
+            _open: Arc::clone(&self.open_readers),
+        }));
         let mut readers = lock(&self.readers);
         let Some(readers) = &mut *readers else {
             return Err(closed(self.on(action())));
@@ -172,10 +193,18 @@ impl Connections {
         let reader = lock(&self.reader).take();
         let observer = lock(&self.observer).take();
         let readers = lock(&self.readers).take().unwrap_or_default();
+        let open_readers = Arc::downgrade(&self.open_readers);
         let emptied = on_a_thread(move || {
             drop((reader, observer));
             for reader in readers.iter().filter_map(Weak::upgrade) {
                 reader.close();
+            }
+            // A reader that was dropped a moment ago may still be closing on another thread.
+            while open_readers.strong_count() > 1 {
+                if Instant::now() >= deadline {
+                    return Ok(false);
+                }
+                std::thread::sleep(SHORTEST_PAUSE);
             }
             while !writer.wal.empty(&writer.connection)? {
                 if Instant::now() >= deadline {

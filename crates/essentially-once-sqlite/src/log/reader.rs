@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     connection::{
-        Close,
+        Close, ReaderConnection,
         lock::lock,
         retry::{LONGEST_PAUSE, retry_busy},
     },
@@ -62,7 +62,7 @@ pub(super) struct SqliteReader {
 pub(super) struct Cursor {
     log: Arc<Table>,
     /// `None` once the handle is closed.
-    connection: Option<Connection>,
+    connection: Option<ReaderConnection>,
     /// The file's `data_version` before the reader found no records.
     version: i64,
     numberings: NumberingCache,
@@ -77,7 +77,7 @@ enum Found {
 }
 
 impl Cursor {
-    pub(super) fn new(log: Arc<Table>, connection: Connection) -> Self {
+    pub(super) fn new(log: Arc<Table>, connection: ReaderConnection) -> Self {
         Self {
             log,
             connection: Some(connection),
@@ -88,8 +88,8 @@ impl Cursor {
         }
     }
 
-    fn connection(connection: &Option<Connection>) -> rusqlite::Result<&Connection> {
-        connection.as_ref().ok_or_else(closed_connection)
+    fn connection(connection: &Option<ReaderConnection>) -> rusqlite::Result<&Connection> {
+        connection.as_deref().ok_or_else(closed_connection)
     }
 
     /// Reads the records from `next` on, or the reason why there are none.

@@ -179,15 +179,16 @@ impl<B: Backend> LetterScene<'_, B> {
         let store = patiently(|| self.backend.store()).await?;
         let last = stage.records.last().map(|record| record.offset);
         loop {
-            let pulse = store.pulse(&stage.consumer).await?;
-            let position = store.position(&stage.consumer).await?;
+            // A broker may refuse for a moment while the consumer creates its stream.
+            let pulse = patiently(|| store.pulse(&stage.consumer)).await?;
+            let position = patiently(|| store.position(&stage.consumer)).await?;
             let is_paused = position
                 .as_ref()
                 .is_some_and(|position| position.journal.paused().is_some());
             if is_paused || position.map(|position| position.next) > last {
                 return Ok(());
             }
-            store.watch(&stage.consumer, &pulse, WATCH_EVERY).await?;
+            patiently(|| store.watch(&stage.consumer, &pulse, WATCH_EVERY)).await?;
         }
     }
 
