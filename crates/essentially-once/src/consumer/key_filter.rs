@@ -2,9 +2,9 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Tells most keys that are not in a set from those that are, in two bits of a table with 16 per
-/// key: a Bloom filter (Bloom 1970, "Space/time trade-offs in hash coding with allowable errors"). A
-/// million keys take 2 MiB, which stay in the processor's caches, unlike the keys themselves.
+/// Tells most keys that are not in a set from those that are, in two bits of a table with at least
+/// 16 per key: a Bloom filter (Bloom 1970, "Space/time trade-offs in hash coding with allowable
+/// errors"). A million keys take 4 MiB, which stay in the processor's caches, unlike the keys.
 #[derive(Default)]
 pub(super) struct KeyFilter {
     /// The bits; their number is a power of two, or zero.
