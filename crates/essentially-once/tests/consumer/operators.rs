@@ -382,6 +382,16 @@ async fn an_edited_malformed_letter_joins_its_key_and_marks_its_origin() {
 struct Sealed {
     log: essentially_once::memory::MemoryLog,
     has_key: Arc<std::sync::atomic::AtomicBool>,
+    /// The origin that it then finds.
+    origin: fn(&Record) -> Option<essentially_once::Origin>,
+}
+
+fn sealed(backend: &Backend, origin: fn(&Record) -> Option<essentially_once::Origin>) -> Sealed {
+    Sealed {
+        log: backend.memory_log(),
+        has_key: Arc::default(),
+        origin,
+    }
 }
 
 impl Sealed {
@@ -413,12 +423,14 @@ impl Log for Sealed {
     }
 
     fn decode(&self, malformed: &Record) -> Option<Record> {
-        let has_key = self.has_key.load(Ordering::Relaxed);
+        if !self.has_key.load(Ordering::Relaxed) {
+            return None;
+        }
         let mut record = malformed.clone();
         record.malformed = None;
         record.key = record.header("sealed").cloned();
-        record.origin = (record.payload == "twice").then(sender);
-        has_key.then_some(record)
+        record.origin = (self.origin)(&record);
+        Some(record)
     }
 
     async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
@@ -446,10 +458,7 @@ async fn a_malformed_letter_is_decoded_again_when_it_is_tried() {
         .run_until_caught_up()
         .await
         .unwrap();
-    let log = Sealed {
-        log: backend.memory_log(),
-        has_key: Arc::default(),
-    };
+    let log = sealed(&backend, |record| (record.payload == "twice").then(sender));
     let more = [
         NewRecord::new("12").header("sealed", "a"),
         NewRecord::new("twice").header("sealed", "b"),
@@ -488,39 +497,6 @@ async fn a_malformed_letter_is_decoded_again_when_it_is_tried() {
     assert_eq!(effects["b"], "1 3 6 9 twice ");
 }
 
-/// Like [`Sealed`], with an origin that was sent long ago.
-#[derive(Clone)]
-struct SealedLongAgo(Sealed);
-
-#[essentially_once::async_trait]
-impl Log for SealedLongAgo {
-    fn id(&self) -> &essentially_once::backend::LogId {
-        self.0.id()
-    }
-
-    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
-        self.0.append(records).await
-    }
-
-    async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::backend::LogReader>, Error> {
-        self.0.read(from).await
-    }
-
-    async fn bounds(&self) -> Result<essentially_once::backend::Bounds, Error> {
-        self.0.bounds().await
-    }
-
-    fn decode(&self, malformed: &Record) -> Option<Record> {
-        let mut decoded = self.0.decode(malformed)?;
-        decoded.origin = Some(numbered(0));
-        Some(decoded)
-    }
-
-    async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
-        self.0.durability().await
-    }
-}
-
 fn numbered(sequence: u64) -> essentially_once::Origin {
     let mut origin = sender();
     origin.sequence = sequence;
@@ -532,10 +508,7 @@ fn numbered(sequence: u64) -> essentially_once::Origin {
 #[tokio::test]
 async fn a_decoded_letter_whose_origin_is_too_old_waits_for_an_operator() {
     let backend = keyed(Script::default()).await;
-    let log = SealedLongAgo(Sealed {
-        log: backend.memory_log(),
-        has_key: Arc::default(),
-    });
+    let log = sealed(&backend, |_| Some(numbered(0)));
     log.append(&[NewRecord::new("payment").header("sealed", "b").origin(numbered(0))])
         .await
         .unwrap();
@@ -551,7 +524,7 @@ async fn a_decoded_letter_whose_origin_is_too_old_waits_for_an_operator() {
     };
     run().await.unwrap();
     assert_eq!(parked(&backend).await, [RECORDS]);
-    log.0.has_key.store(true, Ordering::Relaxed);
+    log.has_key.store(true, Ordering::Relaxed);
     let store = backend.memory.store();
     let all = LetterFilter::all();
     dead_letters::retry_all(&shipping(), &store, &all, &ann())
@@ -577,41 +550,9 @@ async fn a_decoded_letter_whose_origin_is_too_old_waits_for_an_operator() {
 
 #[tokio::test]
 async fn a_decoder_that_panics_stops_neither_the_letters_nor_the_log() {
-    #[derive(Clone)]
-    struct Panics(Sealed);
-
-    #[essentially_once::async_trait]
-    impl Log for Panics {
-        fn id(&self) -> &essentially_once::backend::LogId {
-            self.0.id()
-        }
-
-        async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
-            self.0.append(records).await
-        }
-
-        async fn read(&self, from: Offset) -> Result<Box<dyn essentially_once::backend::LogReader>, Error> {
-            self.0.read(from).await
-        }
-
-        async fn bounds(&self) -> Result<essentially_once::backend::Bounds, Error> {
-            self.0.bounds().await
-        }
-
-        fn decode(&self, _: &Record) -> Option<Record> {
-            panic!("the decoder has a fault")
-        }
-
-        async fn durability(&self) -> Result<essentially_once::backend::Durability, Error> {
-            self.0.durability().await
-        }
-    }
-
     let backend = keyed(Script::default()).await;
-    let log = Panics(Sealed {
-        log: backend.memory_log(),
-        has_key: Arc::default(),
-    });
+    let log = sealed(&backend, |_| panic!("the decoder has a fault"));
+    log.has_key.store(true, Ordering::Relaxed);
     log.append(&[NewRecord::new("12").header("sealed", "b")]).await.unwrap();
     let run = || {
         Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &[]))
@@ -645,10 +586,7 @@ async fn seek_with_another_log_is_refused_before_it_looks_at_letters() {
 #[tokio::test]
 async fn records_follow_a_letter_that_was_decoded_in_the_same_run() {
     let backend = keyed(Script::default()).await;
-    let log = Sealed {
-        log: backend.memory_log(),
-        has_key: Arc::default(),
-    };
+    let log = sealed(&backend, |record| (record.payload == "twice").then(sender));
     log.append(&[NewRecord::new("12").header("sealed", "z")]).await.unwrap();
     let run = || {
         Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &["12"]))
