@@ -428,30 +428,6 @@ async fn resuming_starts_a_new_count() {
     assert_eq!(effects(&backend).await, all_in_order());
 }
 
-/// An instance that dies with a duplicate in hand must not make it a letter, which a retry would
-/// handle a second time.
-#[tokio::test]
-async fn a_duplicate_is_never_in_hand() {
-    let memory = Memory::new();
-    let origin = || essentially_once::Origin::new(ProducerId::new("web").unwrap(), essentially_once::Epoch::STABLE, 1);
-    let records = ["0", "0", "kills"].map(|payload| match payload {
-        "0" => NewRecord::new(payload).origin(origin()),
-        _ => NewRecord::new(payload),
-    });
-    memory.log("orders").unwrap().append(&records).await.unwrap();
-    let backend = Backend::of(memory, Script::default());
-    let handler = mortal(&backend, &["kills"]);
-    let run = || {
-        consumer(&backend, &handler)
-            .max_batch(1)
-            .max_deaths(1)
-            .dead_letters(DeadLetterOptions::new())
-    };
-    let (_, result) = deaths(run, &handler).await;
-    result.unwrap();
-    assert_eq!(parked(&backend).await, [2]);
-}
-
 /// Deploys stop each instance while it has a record in hand, and start the next.
 #[tokio::test]
 async fn rolling_deploys_blame_nobody() {
