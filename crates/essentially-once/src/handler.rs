@@ -160,8 +160,9 @@ impl HandlerError {
         Self::new(HandlerErrorKind::Retry, source)
     }
 
-    /// This record can never be handled (poison). The consumer does not try it again, except once
-    /// alone if it was behind other records in its batch, since they may have been to blame.
+    /// This record can never be handled (poison). The consumer does not try it again, unless its
+    /// policy is to stop: it then first commits the records before this one in its batch, and tries
+    /// it alone.
     pub fn reject(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Reject, source)
     }

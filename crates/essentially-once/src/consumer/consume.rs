@@ -8,11 +8,16 @@ use std::{
 };
 
 use super::{
-    deaths::Suspicion, delivery::Delivery, failure::Failure, load::Source, policy::Sentence, read_ahead::ReadAhead,
-    resume::compare, run::Done, session::Session,
+    deaths::Suspicion,
+    delivery::Delivery,
+    failure::Failure,
+    load::Source,
+    read_ahead::{ReadAhead, Split},
+    resume::compare,
+    session::Session,
 };
 use crate::{
-    Durability, Error, Handler, Offset, OffsetStore, Pulse, Record, Transaction, Tried,
+    Durability, Error, Handler, Offset, OffsetStore, Pulse, Record,
     rt::{self, Instant},
 };
 
@@ -126,9 +131,6 @@ impl<S: OffsetStore> Session<'_, S> {
             // reported.
             self.run.started_at = None;
             self.split_off_unpassable(&mut batch, &mut left)?;
-            if self.carry_out_verdict(&batch).await? {
-                continue;
-            }
             let taken = match &batch[..] {
                 _ if !D::RETRIES => Ok(()),
                 [record] if self.reaches_handler(record) => self.take_in_hand(record).await,
@@ -195,40 +197,6 @@ impl<S: OffsetStore> Session<'_, S> {
             .take_if(|verdict| verdict.revision != revision || verdict.offset < next);
     }
 
-    /// Goes past a record whose last try failed, unless another instance has committed since.
-    async fn carry_out_verdict(&mut self, batch: &[Record]) -> Result<bool, Failure> {
-        // If this fails, the record is tried once more.
-        let (Some(verdict), [record]) = (self.run.verdict.take(), batch) else {
-            return Ok(false);
-        };
-        if (verdict.offset, verdict.revision) != (record.offset, self.place.revision) {
-            return Ok(false);
-        }
-        // A malformed record may be the broken copy of one that is sent again intact.
-        if record.malformed.is_none() {
-            self.windows.mark(record, self.now);
-        }
-        let mut tx = self.begin().await?;
-        let mut done = Done::default();
-        match &verdict.sentence {
-            Sentence::Skip => done.failed = 1,
-            Sentence::Park {
-                tried,
-                last_reason,
-                kind,
-            } => {
-                let letter = self.letter(record, tried, last_reason, *kind);
-                self.park(tx.dead_letters(), letter).await?;
-                done.parked = 1;
-            }
-        }
-        // Before the commit, whose reply may be lost.
-        tracing::warn!(error = %verdict.error, "going past a record");
-        self.commit(tx, record, done).await?;
-        self.count(done, batch);
-        Ok(true)
-    }
-
     /// The greatest offset has no successor, so no position can come after a record there. The
     /// records before it are handled first.
     fn split_off_unpassable(&self, batch: &mut Vec<Record>, left: &mut Vec<Record>) -> Result<(), Failure> {
@@ -247,6 +215,14 @@ impl<S: OffsetStore> Session<'_, S> {
         Ok(())
     }
 
+    /// Where the next batch must end: behind a record with a verdict, or around one that failed.
+    fn split(&self) -> Option<Split> {
+        match &self.run.verdict {
+            Some(verdict) => Some(Split::After(verdict.offset)),
+            None => self.tried.as_ref().map(|tried| Split::Alone(tried.offset())),
+        }
+    }
+
     /// Waits for records, or for a letter to be due, and then returns no records. Returns `None` if
     /// none is left before `until`.
     async fn next_batch(
@@ -261,7 +237,7 @@ impl<S: OffsetStore> Session<'_, S> {
         } else {
             self.settings.max_batch
         };
-        let mut taking = pin!(ahead.take(max, self.tried.as_ref().map(Tried::offset)));
+        let mut taking = pin!(ahead.take(max, self.split()));
         // Records that have already arrived need neither a timer nor a look at the position.
         tokio::select! {
             biased;

@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use super::{
     call::{Cut, Interrupted, flush, grace_is_over, handle},
     failure::{Failure, RecordFailure, not_the_backends},
+    policy::{Sentence, Verdict},
     run::Done,
     session::Session,
 };
@@ -187,14 +188,15 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
             }
             return Err(session.commit_try(failed).await?);
         }
-        let parked = Done {
+        let passed_over = Done {
             parked: mem::take(&mut done.parked),
+            failed: mem::take(&mut done.failed),
             ..Done::default()
         };
         session.count(done, passed);
         let is_fatal = failed.as_ref().is_some_and(Failure::is_fatal);
         if let Some(last) = passed.last() {
-            let committed = commit_what_was_done(session, last, parked).await;
+            let committed = commit_what_was_done(session, last, passed_over).await;
             match committed {
                 Err(error) if is_fatal => {
                     tracing::warn!(?error, "could not commit the records handled before a fatal error")
@@ -223,7 +225,7 @@ impl<S: OffsetStore> Delivery<S> for AtLeastOnce {
 async fn commit_what_was_done<S: OffsetStore>(
     session: &mut Session<'_, S>,
     last: &Record,
-    parked: Done,
+    passed_over: Done,
 ) -> Result<(), Failure> {
     let mut tx = tokio::select! {
         biased;
@@ -233,8 +235,8 @@ async fn commit_what_was_done<S: OffsetStore>(
     if let Some(letter) = session.to_park.take() {
         session.park(tx.dead_letters(), letter).await?;
     }
-    session.commit(tx, last, parked).await?;
-    session.count(parked, &[]);
+    session.commit(tx, last, passed_over).await?;
+    session.count(passed_over, &[]);
     Ok(())
 }
 
@@ -259,19 +261,31 @@ where
         if index > 0 && (session.stop.is_cancelled() || is_time_up(session, started, index)) {
             return (done, &batch[..index], None);
         }
-        if is_duplicate(session, record) {
-            session.drop_duplicate(record);
-            done.duplicates += 1;
-            continue;
-        }
-        if session.parked.holds(record) {
-            let letter = session.letter_behind(record);
+        let letter = match session.verdict_on(record).map(|verdict| &verdict.sentence) {
+            Some(Sentence::Skip) => {
+                session.mark_passed(record);
+                done.failed += 1;
+                continue;
+            }
+            Some(Sentence::Park {
+                tried,
+                last_reason,
+                kind,
+            }) => Some(session.letter(record, tried, last_reason, *kind)),
+            None if is_duplicate(session, record) => {
+                session.drop_duplicate(record);
+                done.duplicates += 1;
+                continue;
+            }
+            None => session.parked.holds(record).then(|| session.letter_behind(record)),
+        };
+        if let Some(letter) = letter {
             let Some(letters) = letters(tx) else {
                 // The commit that follows the effects parks it, and nothing else.
                 if index > 0 {
                     return (done, &batch[..index], None);
                 }
-                session.windows.mark(record, session.now);
+                session.mark_passed(record);
                 session.to_park = Some(letter);
                 done.parked += 1;
                 return (done, &batch[..1], None);
@@ -282,7 +296,7 @@ where
                 Err(Failure::Backend(Error::TooLarge { .. })) if index > 0 => return (done, &batch[..index], None),
                 Err(failure) => return (done, &batch[..index], Some(failure)),
             }
-            session.windows.mark(record, session.now);
+            session.mark_passed(record);
             done.parked += 1;
             continue;
         }
@@ -315,7 +329,23 @@ fn is_time_up<S>(session: &Session<'_, S>, started: Instant, passed: usize) -> b
 impl<S: OffsetStore> Session<'_, S> {
     /// Whether the handler gets the record.
     pub(super) fn reaches_handler(&self, record: &Record) -> bool {
-        !is_duplicate(self, record) && !self.parked.holds(record)
+        self.verdict_on(record).is_none() && !is_duplicate(self, record) && !self.parked.holds(record)
+    }
+
+    /// What to do with the record, if its last try failed at this revision. After any other commit,
+    /// it may succeed, because it may have failed because of what that commit has changed.
+    fn verdict_on(&self, record: &Record) -> Option<&Verdict> {
+        let verdict = self.run.verdict.as_ref()?;
+        let counts = (verdict.offset, verdict.revision) == (record.offset, self.place.revision);
+        counts.then_some(verdict)
+    }
+
+    /// Marks the origin of a record that is passed without its effects. A malformed record may be
+    /// the broken copy of one that is sent again intact.
+    fn mark_passed(&mut self, record: &Record) {
+        if record.malformed.is_none() {
+            self.windows.mark(record, self.now);
+        }
     }
 }
 

@@ -14,6 +14,15 @@ use crate::{Error, LogReader, Offset, Record, backend::FetchBudget, rt};
 /// A fetch of this many records is always short enough.
 const LEAST_QUARTER: usize = 1_024;
 
+/// Where a batch must end.
+#[derive(Clone, Copy)]
+pub(super) enum Split {
+    /// Around the record at this offset, which comes alone.
+    Alone(Offset),
+    /// Behind the record at this offset.
+    After(Offset),
+}
+
 /// Records that were read but not yet taken. Dropping this ends the reading.
 pub(super) struct ReadAhead {
     buffer: Arc<Buffer>,
@@ -59,16 +68,16 @@ impl ReadAhead {
         }
     }
 
-    /// Waits for records and takes those that have arrived, up to `max`. Never takes the record at
-    /// `alone` together with others. Cancel-safe.
-    pub(super) async fn take(&mut self, max: usize, alone: Option<Offset>) -> Result<Vec<Record>, Error> {
+    /// Waits for records and takes those that have arrived, up to `max` and to the split.
+    /// Cancel-safe.
+    pub(super) async fn take(&mut self, max: usize, split: Option<Split>) -> Result<Vec<Record>, Error> {
         if mem::take(&mut self.woken) {
             // A task that was just woken runs next on this thread, and no other thread steals it.
             // Yielding lets it read.
             rt::yield_now().await;
         }
         loop {
-            if let Some(taken) = self.buffer.take(max, alone, &mut self.woken) {
+            if let Some(taken) = self.buffer.take(max, split, &mut self.woken) {
                 if let Ok([.., last]) = taken.as_deref() {
                     self.from = last.offset.successor();
                 }
@@ -114,7 +123,7 @@ impl Buffer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, max: usize, alone: Option<Offset>, woken: &mut bool) -> Option<Result<Vec<Record>, Error>> {
+    fn take(&self, max: usize, split: Option<Split>, woken: &mut bool) -> Option<Result<Vec<Record>, Error>> {
         let mut state = self.lock();
         if state.records.is_empty() {
             return state.ended.take().map(Err);
@@ -123,17 +132,19 @@ impl Buffer {
         let mut budget = FetchBudget::of(self.max_bytes / 2);
         let fitting = state.records.iter().take(max);
         let mut count = fitting.take_while(|record| budget.admits(record.size())).count();
-        if let Some(alone) = alone {
-            let before = state
-                .records
-                .iter()
-                .take(count)
-                .take_while(|record| record.offset < alone)
-                .count();
-            match state.records.get(before) {
-                Some(record) if record.offset == alone => count = before.max(1),
-                _ => {}
+        let up_to = |is_before: &dyn Fn(Offset) -> bool| {
+            let taken = state.records.iter().take(count);
+            taken.take_while(|record| is_before(record.offset)).count()
+        };
+        match split {
+            Some(Split::Alone(alone)) => {
+                let before = up_to(&|offset| offset < alone);
+                if state.records.get(before).is_some_and(|record| record.offset == alone) {
+                    count = before.max(1);
+                }
             }
+            Some(Split::After(last)) => count = up_to(&|offset| offset <= last).max(1),
+            None => {}
         }
         let was_full = !self.has_room(&state);
         let taken: Vec<Record> = state.records.drain(..count).collect();

@@ -164,6 +164,10 @@ impl<S: OffsetStore> Session<'_, S> {
         self.forget_silent(last);
         let tried = self.tried.clone().filter(|tried| tried.offset() > last.offset);
         let next = last.offset.successor();
+        if let Some(verdict) = self.run.verdict.as_ref().filter(|verdict| verdict.offset < next) {
+            // Before the commit, whose reply may be lost.
+            tracing::warn!(error = %verdict.error, "going past a record");
+        }
         let note = Note::after(last).with(tried.clone(), self.in_hand_after_records());
         self.commit_at(tx, next, note, done).await?;
         self.tried = tried;
@@ -244,6 +248,8 @@ impl<S: OffsetStore> Session<'_, S> {
             }
             return Err(error);
         }
+        // It only counted at the revision before.
+        self.run.verdict = None;
         let now = Instant::now();
         self.place = Place {
             next,

@@ -99,7 +99,7 @@ impl Supervisor {
                     HandlerErrorKind::Fatal => {
                         return Err(self.unhandled(offset, failed.fatal_outcome, attempts, error));
                     }
-                    HandlerErrorKind::Reject if failed.is_next => {
+                    HandlerErrorKind::Reject => {
                         Some("rejected; the consumer stops before this record. Fix the handler, or `skip` the record")
                     }
                     // A record behind others may have failed because of them, so it is always tried
@@ -118,6 +118,11 @@ impl Supervisor {
                         deaths: failed.deaths,
                     });
                     let (sentence, outcome) = match choice {
+                        // The records before it are committed first.
+                        OnFailure::Stop if !failed.is_next => {
+                            let error = self.unhandled(offset, "not handled", attempts, error);
+                            return self.go_back(error, false, telemetry, run);
+                        }
                         OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
                         // Nobody knows whether the record is to blame.
                         OnFailure::Skip if failed.deaths > 0 => {
@@ -158,6 +163,17 @@ impl Supervisor {
                 (self.unhandled(until, outcome, 1, error), false)
             }
         };
+        self.go_back(error, pauses, telemetry, run)
+    }
+
+    /// Counts a restart, and returns the pause before it.
+    fn go_back(
+        &mut self,
+        error: Error,
+        pauses: bool,
+        telemetry: &Telemetry,
+        run: &mut Run,
+    ) -> Result<Option<Duration>, Error> {
         self.restarts_without_commit += 1;
         if self
             .restart_limit

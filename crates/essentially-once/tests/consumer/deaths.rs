@@ -181,7 +181,7 @@ async fn a_letter_that_kills_waits_for_an_operator_and_the_log_goes_on() {
     assert_eq!(died, 3);
     result.unwrap();
     let letter = &letters(&backend).await[0];
-    assert_eq!((letter.due, letter.tries), (None, 3));
+    assert_eq!((letter.due, letter.tries), (None, 2));
     assert!(
         letter.last_reason.contains("2 instances in a row died"),
         "{}",

@@ -149,7 +149,7 @@ async fn a_rule_sees_record_error_and_tries_and_may_stop() {
         "{error}"
     );
     let expected = [
-        ("2".to_owned(), HandlerErrorKind::Reject, true, 2),
+        ("2".to_owned(), HandlerErrorKind::Reject, true, 1),
         ("4".to_owned(), HandlerErrorKind::Retry, false, 3),
     ];
     assert_eq!(*seen.lock().unwrap(), expected);
