@@ -2,12 +2,13 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Tells most keys that are not in a set from those that are, in two bits of a table with at least
-/// 16 per key: a Bloom filter (Bloom 1970, "Space/time trade-offs in hash coding with allowable
-/// errors"). A million keys take 4 MiB, which stay in the processor's caches, unlike the keys.
+/// Tells most keys that are not in a set from those that are, in two bits of one word of a table
+/// with at least 16 bits per key: a blocked Bloom filter (Putze, Sanders and Singler 2007, "Cache-,
+/// hash- and space-efficient Bloom filters"). A question costs at most one cache miss. A million
+/// keys take 4 MiB.
 #[derive(Default)]
 pub(super) struct KeyFilter {
-    /// The bits; their number is a power of two, or zero.
+    /// Their number is a power of two, or zero.
     words: Vec<u64>,
 }
 
@@ -34,23 +35,23 @@ impl KeyFilter {
     }
 
     pub(super) fn insert(&mut self, key: &[u8]) {
-        for bit in self.bits(key) {
-            self.words[bit / 64] |= 1 << (bit % 64);
-        }
+        let (word, bits) = self.place(key);
+        self.words[word] |= bits;
     }
 
     /// `false` if the key was certainly never inserted.
     pub(super) fn may_hold(&self, key: &[u8]) -> bool {
-        !self.words.is_empty()
-            && self
-                .bits(key)
-                .iter()
-                .all(|bit| self.words[bit / 64] & 1 << (bit % 64) != 0)
+        if self.words.is_empty() {
+            return false;
+        }
+        let (word, bits) = self.place(key);
+        self.words[word] & bits == bits
     }
 
-    fn bits(&self, key: &[u8]) -> [usize; 2] {
-        let (hash, mask) = (xxh3_64(key), self.words.len() * 64 - 1);
-        [hash as usize & mask, (hash >> 32) as usize & mask]
+    fn place(&self, key: &[u8]) -> (usize, u64) {
+        let hash = xxh3_64(key);
+        let word = (hash >> 32) as usize & (self.words.len() - 1);
+        (word, 1 << (hash % 64) | 1 << (hash / 64 % 64))
     }
 }
 
