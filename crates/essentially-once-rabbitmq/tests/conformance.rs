@@ -92,6 +92,8 @@ impl Harness for RabbitHarness {
         capabilities.beats = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.damage_letter =
+            Support::No("a letter is a part of an entry, and the store stops at one that it cannot read");
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         // Each takes a second or two.

@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use essentially_once::{Error, Log, Offset, async_trait, backend::Source};
+use essentially_once::{ConsumerId, Error, Log, Offset, async_trait, backend::Source};
 use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, RedisTx, Retention, redis};
 use essentially_once_testkit::{
     Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support, conformance_cases,
@@ -68,6 +68,7 @@ impl Harness for RedisHarness {
         capabilities.paced_rounds = 500;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.damage_letter = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities
@@ -200,6 +201,15 @@ impl Backend for Server {
             b"\0",
         ])?;
         Ok(b"*4\r\n$16\r\nessentially-once\r\n$1\r\n1\r\n$8\r\npayload\xFF\r\n$1\r\n\0\r\n".into())
+    }
+
+    async fn damage_letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Source> {
+        let letters = format!("essentially-once:{{{consumer}}}:letters");
+        let field = format!("{:020}-{:020}", offset.hi(), offset.lo());
+        match self.server.command(&["HSET", &letters, &field, "damaged"])?.text() {
+            "0" => Ok(()),
+            added => Err(format!("{letters} has no letter {field}: HSET added {added}").into()),
+        }
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {

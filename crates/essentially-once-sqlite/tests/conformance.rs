@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use essentially_once::{Error, Log, Offset, async_trait, backend::Source};
+use essentially_once::{ConsumerId, Error, Log, Offset, async_trait, backend::Source};
 use essentially_once_sqlite::{
     LogOptions, Retention, Sqlite, SqliteOptions, SqliteStore, SqliteTx,
     rusqlite::{Connection, params},
@@ -40,6 +40,7 @@ impl Harness for SqliteHarness {
         capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.damage_letter = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities
@@ -183,6 +184,18 @@ impl Backend for File {
         let payload = b"\xFFpayload\0";
         connection.execute(&insert, params![b"no headers", payload])?;
         Ok(payload.into())
+    }
+
+    async fn damage_letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Source> {
+        let connection = Connection::open(self.path())?;
+        connection.busy_timeout(Duration::from_secs(30))?;
+        let damage = "UPDATE essentially_once_letters SET tries = 'many'
+            WHERE consumer = ?1 AND offset_hi = ?2 AND offset_lo = ?3";
+        let place = params![consumer.as_str(), offset.hi() as i64, offset.lo() as i64];
+        match connection.execute(damage, place)? {
+            1 => Ok(()),
+            rows => Err(format!("{rows} rows are of the letter at {offset}").into()),
+        }
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use essentially_once::{Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source};
+use essentially_once::{ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source};
 
 use crate::proxy::Cut;
 
@@ -180,6 +180,16 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
+    /// Damages the stored dead letter at `offset` so that the store cannot read it any more. What
+    /// the store knows of its key and its due time stays. Capability `damage_letter`.
+    ///
+    /// # Errors
+    /// The case fails with it.
+    async fn damage_letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Source> {
+        let _ = (consumer, offset);
+        Err(UNSUPPORTED.into())
+    }
+
     /// Appends `payload` as a program that does not use this crate would. Capability `foreign`.
     ///
     /// # Errors
@@ -243,6 +253,8 @@ pub struct Capabilities {
     pub malformed: Support,
     /// [`Backend::append_foreign`] works.
     pub foreign: Support,
+    /// [`Backend::damage_letter`] works.
+    pub damage_letter: Support,
     /// The largest record that the log accepts, in bytes, if it should be tested. Where the limit
     /// can be set, choose a small one.
     pub record_limit: Option<usize>,
@@ -287,6 +299,7 @@ impl Capabilities {
             commits_are_cheap: no,
             malformed: no,
             foreign: no,
+            damage_letter: no,
             record_limit: None,
             value_limit: None,
             key_limit: None,

@@ -23,6 +23,7 @@ impl Harness for MemoryHarness {
             restart: Support::No("the in-memory backend ends with its process"),
             recreate: Support::No("the in-memory backend does not delete logs"),
             malformed: Support::No("the in-memory backend stores records, which need no decoding"),
+            damage_letter: Support::No("the in-memory backend stores letters, which need no decoding"),
             foreign: Support::No("other programs cannot reach the in-memory backend"),
             delete: Support::No("the in-memory backend does not delete logs"),
             delete_record: Support::No("the in-memory backend deletes only from the front"),

@@ -1,6 +1,6 @@
 //! Dead letters: records that a consumer set aside, and where a store keeps them.
 
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use bytes::{BufMut as _, Bytes};
@@ -37,6 +37,13 @@ pub struct DeadLetter {
     pub version: u64,
     /// How an operator changed the record; `None` if nobody did.
     pub edit: Option<Box<Edit>>,
+    /// Whether the store cannot read the letter, because it is damaged or of a newer version. Its
+    /// reasons then say why. Offset and key are those of the letter, if the store knows the key,
+    /// and the rest is empty.
+    ///
+    /// Such a letter is not tried, and later letters of its key wait behind it. A `seek` to its
+    /// offset or before it reads the record from the log again, and an operator can discard it.
+    pub unreadable: bool,
 }
 
 /// A change to the record of a letter. A store keeps it as bytes, and need not look inside.
@@ -158,6 +165,18 @@ impl DeadLetter {
             due: None,
             version: 1,
             edit: None,
+            unreadable: false,
+        }
+    }
+
+    /// What a store returns in place of a letter that it [cannot read](Self::unreadable), with its
+    /// key if the store knows it.
+    pub fn damaged(offset: Offset, key: Option<Bytes>, why: &str) -> Self {
+        let mut record = Record::new(offset, UNIX_EPOCH, Bytes::new());
+        record.key = key;
+        Self {
+            unreadable: true,
+            ..Self::new(record, 0, why, UNIX_EPOCH)
         }
     }
 
@@ -241,6 +260,10 @@ fn cut(reason: &str) -> String {
 /// - **D3** [`head`](Self::head) and [`counts`](Self::counts) compare keys to the byte. They leave
 ///   out letters without a [key](DeadLetter::key).
 /// - **D4** Consumers never see each other's letters (S7).
+/// - **D5** A letter that the store cannot read hides no other. It comes back
+///   [unreadable](DeadLetter::unreadable) in its place, counts like any other, and can be removed.
+///   [`first_due`](Self::first_due) passes over it. A store that reads all letters of a commit at
+///   once, and that stops at one that it cannot read, is exempt.
 ///
 /// # Errors
 /// All methods return [`Error::Unavailable`] or [`Error::Failed`] if the backend is in trouble. The

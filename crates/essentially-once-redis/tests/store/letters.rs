@@ -231,46 +231,33 @@ pub(crate) async fn a_consumer_parks_and_retries_in_order() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn an_unreadable_letter_is_named_and_prevents_the_commit() -> Outcome {
+pub(crate) async fn a_letter_that_cannot_be_read_says_why_and_can_be_removed() -> Outcome {
     let stage = Stage::start().await?;
     let mut newer = SMALLEST;
     newer[1] = "2";
     store_by_hand(&stage, 7, &newer)?;
     stage.ask(&format!("HSET {VALUES} {} x", field(8)))?;
     stage.ask(&format!("ZADD {DUE} 5 {}", field(9)))?;
+    stage.ask(&format!("ZADD {BY_OFFSET} 0 {}", field(9)))?;
     for (offset, why) in [(7, "version is \"2\", not 1"), (8, "not a packed array")] {
-        let mut tx = stage.begin().await?;
-        assert_error!(
-            tx.letter(offset.into()).await,
-            Error::Failed { .. },
-            VALUES,
-            &field(offset),
-            why
-        );
-        assert_error!(
-            tx.commit(advance(0, 1)).await,
-            Error::Failed { .. },
-            "earlier read failed",
-            why
-        );
+        let letter = stage.begin().await?.letter(offset.into()).await?.expect("a letter");
+        assert!(letter.unreadable);
+        assert!(letter.last_reason.contains(why), "{}", letter.last_reason);
     }
     let mut tx = stage.begin().await?;
-    assert_error!(
-        tx.first_due().await,
-        Error::Failed { .. },
-        &field(9),
-        "the letter is missing"
-    );
-    assert_error!(
-        tx.commit(advance(0, 1)).await,
-        Error::Failed { .. },
-        "the letter is missing"
-    );
-    // An operator can still remove a letter that this version cannot read.
-    let mut tx = stage.begin().await?;
-    assert!(tx.remove(7.into()).await?);
+    assert!(tx.first_due().await?.is_none());
+    let listed = tx.list(None, 10).await?;
+    let last = listed.last().expect("a letter");
+    assert!(last.unreadable && last.record.offset == 9.into());
+    assert!(last.last_reason.contains("its value is missing"), "{}", last.last_reason);
+    for offset in [7_u64, 8, 9] {
+        tx.letter(offset.into()).await?;
+        assert!(tx.remove(offset.into()).await?, "{offset}");
+    }
     tx.commit(advance(0, 1)).await?;
-    assert_eq!(stage.ask(&format!("HLEN {VALUES}"))?, "1");
+    for key in [VALUES, BY_OFFSET, BY_KEY, DUE] {
+        assert_eq!(stage.ask(&format!("EXISTS {key}"))?, "0", "{key}");
+    }
     Ok(())
 }
 

@@ -73,7 +73,7 @@ fn main() -> ExitCode {
         letters::letters_of_another_writer_are_read,
         letters::a_consumer_parks_and_retries_in_order,
         letters::an_operator_changes_letters_of_a_busy_consumer,
-        letters::an_unreadable_letter_is_named_and_prevents_the_commit,
+        letters::a_letter_that_cannot_be_read_says_why_and_can_be_removed,
         letters::indices_follow_every_change,
         letters::many_letters_are_read_in_pages,
         letters::a_letter_reads_the_same_before_and_after_the_commit,

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     Error, Offset, Origin, Record,
-    backend::{DeadLetter, DeadLetters, Edit, Numbering, check_size},
+    backend::{DeadLetter, DeadLetters, Edit, Source, check_size},
 };
 use rusqlite::{Row, ToSql, params_from_iter};
 
@@ -25,21 +25,13 @@ impl SqliteTx {
     fn letters_where(&mut self, condition: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<DeadLetter>, Error> {
         self.check_usable("read dead letters")?;
         let sql = format!("SELECT {COLUMNS} FROM main.essentially_once_letters WHERE consumer = ?1 AND {condition}");
-        let rows: Vec<LetterRow> = self.internal(&sql, "read dead letters", |statement, consumer| {
+        self.internal(&sql, "read dead letters", |statement, consumer| {
             let consumer: &dyn ToSql = &consumer;
             let all = [consumer]
                 .into_iter()
                 .chain(params.iter().map(|param| *param as &dyn ToSql));
-            statement.query_map(params_from_iter(all), LetterRow::of)?.collect()
-        })?;
-        let action = || self.action("read dead letters");
-        rows.into_iter()
-            .map(|row| {
-                let offset = row.offset;
-                row.letter()
-                    .map_err(|why| Error::failed(action(), format!("the row of offset {offset} is damaged: {why}")))
-            })
-            .collect()
+            statement.query_map(params_from_iter(all), letter)?.collect()
+        })
     }
 }
 
@@ -116,8 +108,15 @@ impl DeadLetters for SqliteTx {
     }
 
     async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
-        let found = self.letters_where("due_at IS NOT NULL ORDER BY due_at, place LIMIT 1", &[])?;
-        Ok(found.into_iter().next())
+        let mut passed_over: i64 = 0;
+        loop {
+            let condition = "due_at IS NOT NULL ORDER BY due_at, place LIMIT 1 OFFSET ?2";
+            let found = self.letters_where(condition, &[&passed_over])?.into_iter().next();
+            match found {
+                Some(letter) if letter.unreadable => passed_over += 1,
+                found => return Ok(found),
+            }
+        }
     }
 
     async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
@@ -152,75 +151,39 @@ impl DeadLetters for SqliteTx {
     }
 }
 
-/// A row, not decoded yet.
-struct LetterRow {
-    offset: Offset,
-    appended_at: i64,
-    key: Option<Vec<u8>>,
-    headers: Option<Vec<u8>>,
-    payload: Vec<u8>,
-    producer: Option<String>,
-    sequence: Option<i64>,
-    malformed: Option<String>,
-    tries: u32,
-    first_reason: String,
-    last_reason: String,
-    parked_at: i64,
-    last_failed_at: i64,
-    due_at: Option<i64>,
-    version: i64,
-    edit: Option<Vec<u8>>,
+/// Reads the current row of a query for [`COLUMNS`].
+fn letter(row: &Row<'_>) -> rusqlite::Result<DeadLetter> {
+    let place = u128::from_be_bytes(row.get(0)?);
+    let offset = Offset::new((place >> 64) as u64, place as u64);
+    Ok(decode(row, offset).unwrap_or_else(|why| {
+        let key: Option<Vec<u8>> = row.get(4).unwrap_or_default();
+        DeadLetter::damaged(offset, key.map(Bytes::from), &format!("its row cannot be read: {why}"))
+    }))
 }
 
-impl LetterRow {
-    /// Reads the current row of a query for [`COLUMNS`].
-    fn of(row: &Row<'_>) -> rusqlite::Result<Self> {
-        Ok(Self {
-            offset: Offset::new(unsigned(row, 1)?, unsigned(row, 2)?),
-            appended_at: row.get(3)?,
-            key: row.get(4)?,
-            headers: row.get(5)?,
-            payload: row.get(6)?,
-            producer: row.get(7)?,
-            sequence: row.get(8)?,
-            malformed: row.get(9)?,
-            tries: row.get(10)?,
-            first_reason: row.get(11)?,
-            last_reason: row.get(12)?,
-            parked_at: row.get(13)?,
-            last_failed_at: row.get(14)?,
-            due_at: row.get(15)?,
-            version: row.get(16)?,
-            edit: row.get(17)?,
-        })
+fn decode(row: &Row<'_>, offset: Offset) -> Result<DeadLetter, Source> {
+    let payload: Vec<u8> = row.get(6)?;
+    let mut record = Record::new(offset, time(row.get(3)?), payload);
+    record.key = row.get::<_, Option<Vec<u8>>>(4)?.map(Bytes::from);
+    if let Some(headers) = row.get::<_, Option<Vec<u8>>>(5)? {
+        record.headers = decode_headers(&headers.into())?;
     }
-
-    fn letter(self) -> Result<DeadLetter, String> {
-        let mut record = Record::new(self.offset, time(self.appended_at), self.payload);
-        record.key = self.key.map(Bytes::from);
-        record.headers = match self.headers {
-            Some(headers) => decode_headers(&headers.into())?,
-            None => Vec::new(),
-        };
-        record.origin = match (self.producer, self.sequence) {
-            (Some(producer), Some(sequence)) => {
-                let numbering: Numbering = producer.parse().map_err(|error: Error| error.to_string())?;
-                Some(Origin::of(numbering, sequence as u64))
-            }
-            _ => None,
-        };
-        record.malformed = self.malformed.map(Into::into);
-        let edit = self.edit.filter(|edit| !edit.is_empty());
-        let edit = edit.map(|edit| Edit::decode(edit, &record)).transpose()?;
-        let mut letter = DeadLetter::new(record, self.tries, "", time(self.parked_at));
-        letter.first_reason = self.first_reason;
-        letter.last_reason = self.last_reason;
-        letter.last_failed_at = time(self.last_failed_at);
-        letter.due = self.due_at.map(time);
-        letter.version = self.version as u64;
-        letter.edit = edit.map(Box::new);
-        Ok(letter)
+    let (producer, sequence): (Option<String>, Option<i64>) = (row.get(7)?, row.get(8)?);
+    if let (Some(producer), Some(sequence)) = (producer, sequence) {
+        record.origin = Some(Origin::of(producer.parse()?, sequence as u64));
     }
+    record.malformed = row.get::<_, Option<String>>(9)?.map(Into::into);
+    let edit: Option<Vec<u8>> = row.get(17)?;
+    let edit = edit.filter(|edit| !edit.is_empty());
+    let edit = edit.map(|edit| Edit::decode(edit, &record)).transpose()?;
+    let mut letter = DeadLetter::new(record, row.get(10)?, "", time(row.get(13)?));
+    letter.first_reason = row.get(11)?;
+    letter.last_reason = row.get(12)?;
+    letter.last_failed_at = time(row.get(14)?);
+    letter.due = row.get::<_, Option<i64>>(15)?.map(time);
+    letter.version = unsigned(row, 16)?;
+    letter.edit = edit.map(Box::new);
+    Ok(letter)
 }
 
 /// The offset as bytes that sort like it.

@@ -86,41 +86,34 @@ async fn a_handler_cannot_change_letters() {
 }
 
 #[tokio::test]
-async fn a_damaged_row_is_an_error_that_names_it() {
+async fn a_letter_that_cannot_be_read_says_what_is_wrong_with_its_row() {
     let (folder, _, store) = open().await;
     let user = Connection::open(folder.path().join("a.db")).expect("the user's connection");
     user.execute_batch(
-        "INSERT INTO essentially_once_letters VALUES
-             ('shipping', x'07', 0, 7, 0, NULL, x'FF', x'', NULL, NULL, NULL, 1, '', '', 0, 0, NULL, 1, NULL)",
+        "INSERT INTO essentially_once_letters
+             SELECT 'shipping', unhex(printf('%032x', value)), 0, value, 0, x'61', NULL, x'', NULL, NULL, NULL,
+                 1, 'why', 'why', 0, 0, NULL, 1, x''
+             FROM json_each('[1, 2, 3, 4, 5]')",
     )
-    .expect("a row with unknown headers");
-    let error = dead_letters::list(&shipping(), &store, None, 10)
-        .await
-        .expect_err("damaged");
-    let text = error.to_string();
-    assert!(
-        text.contains("offset 7 is damaged") && text.contains("headers"),
-        "{text}"
-    );
-}
-
-#[tokio::test]
-async fn a_damaged_edit_is_an_error_that_names_its_letter() {
-    let (folder, _, store) = open().await;
-    let user = Connection::open(folder.path().join("a.db")).expect("the user's connection");
-    user.execute_batch(
-        "INSERT INTO essentially_once_letters VALUES
-             ('shipping', x'07', 0, 7, 0, NULL, NULL, x'', NULL, NULL, NULL, 1, '', '', 0, 0, NULL, 1, x'FF')",
-    )
-    .expect("a row with an edit of an unknown version");
-    let error = dead_letters::list(&shipping(), &store, None, 10)
-        .await
-        .expect_err("damaged");
-    let text = error.to_string();
-    assert!(
-        text.contains("offset 7 is damaged") && text.contains("its edit has a version"),
-        "{text}"
-    );
+    .expect("letters");
+    for (offset, damage, why) in [
+        (1, "headers = x'FF'", "headers"),
+        (2, "edit = x'FF'", "its edit has a version"),
+        (3, "producer = 'no numbering#', sequence = 1", "no numbering#"),
+        (4, "key = 7", "name: key"),
+    ] {
+        let sql = format!("UPDATE essentially_once_letters SET {damage} WHERE offset_lo = {offset}");
+        assert_eq!(user.execute(&sql, []).expect("damage"), 1);
+        let letter = dead_letters::get(&shipping(), &store, offset.into()).await.expect("get");
+        let letter = letter.expect("a letter");
+        assert!(letter.unreadable);
+        assert_eq!(letter.key().is_some(), offset != 4);
+        let reason = &letter.last_reason;
+        assert!(reason.contains("its row cannot be read") && reason.contains(why), "{reason}");
+    }
+    let letters = dead_letters::list(&shipping(), &store, None, 10).await.expect("list");
+    let unreadable: Vec<_> = letters.iter().map(|letter| letter.unreadable).collect();
+    assert_eq!(unreadable, [true, true, true, true, false]);
 }
 
 /// Each read uses an index, so that a million letters do not slow a consumer down.

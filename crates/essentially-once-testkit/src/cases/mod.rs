@@ -150,6 +150,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         letters_case!(H, d2_letters_survive_a_restart, restart),
         letters_case!(H, d3_keys_are_compared_to_the_byte),
         letters_case!(H, d4_consumers_do_not_see_each_others_letters),
+        letters_case!(H, d5_a_letter_that_cannot_be_read_hides_no_other, damage_letter),
     ]
 }
 
@@ -188,7 +189,8 @@ mod needs {
         beats,
         commits_are_cheap,
         malformed,
-        foreign
+        foreign,
+        damage_letter
     );
 
     pub(super) fn record_limit(capabilities: &Capabilities) -> Support {

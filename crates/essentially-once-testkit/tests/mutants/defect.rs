@@ -585,6 +585,20 @@ wrong {
     EmptyLetterKeyIsNone,
     /// The keys of malformed letters count.
     MalformedLettersHaveKeys,
+    /// A list of letters ends at a malformed one.
+    MalformedLetterEndsTheList,
+    /// A list of letters ends at one that cannot be read.
+    DamagedLetterEndsTheList,
+    /// A list of letters fails at one that cannot be read.
+    DamagedLetterFailsTheList,
+    /// A list of letters leaves out those that cannot be read.
+    DamagedLetterNotListed,
+    /// A letter that cannot be read is no head of its key.
+    DamagedLetterIsNoHead,
+    /// A letter that cannot be read is due as it was.
+    DamagedLetterIsDue,
+    /// A letter that cannot be read does not count.
+    DamagedLetterNotCounted,
     /// Keys of letters differ only in more than case.
     LetterKeysIgnoreCase,
     /// All consumers see all letters.

@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    Error, Offset, async_trait,
+    ConsumerId, Error, Offset, async_trait,
     backend::{DeadLetter, DeadLetters, check_size},
 };
 
@@ -16,7 +16,7 @@ use crate::{
     defect::Defect,
     model::{RECORD_LIMIT, State},
     names,
-    store::state_key,
+    store::{StoreState, state_key},
     transaction::{ModelTx, Staged},
 };
 
@@ -78,6 +78,20 @@ fn kept(defect: Defect, letter: &DeadLetter) -> DeadLetter {
         _ => {}
     }
     kept
+}
+
+impl StoreState {
+    /// Makes a letter unreadable for every reader.
+    pub(crate) fn damage_letter(&mut self, consumer: &ConsumerId, offset: Offset) {
+        for parked in &mut self.letters {
+            let letter = &mut parked.letter;
+            if parked.consumer == consumer.as_str() && letter.record.offset == offset {
+                let due = letter.due;
+                *letter = DeadLetter::damaged(offset, letter.key().cloned(), "it cannot be read");
+                letter.due = due;
+            }
+        }
+    }
 }
 
 impl ModelTx {
@@ -198,13 +212,18 @@ impl DeadLetters for ModelTx {
 
     async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
         let letters = self.letters()?.into_values();
-        let mut of_key = letters.filter(|letter| self.key_of(letter).is_some_and(|other| self.is_same_key(other, key)));
+        let is_head = |letter: &DeadLetter| !letter.unreadable || !self.shared.is(Defect::DamagedLetterIsNoHead);
+        let mut of_key = letters
+            .filter(is_head)
+            .filter(|letter| self.key_of(letter).is_some_and(|other| self.is_same_key(other, key)));
         Ok(of_key.next())
     }
 
     async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
         let is_by_offset = self.shared.is(Defect::FirstDueIsTheLowestOffset);
-        let due = self.letters()?.into_values().filter(|letter| letter.due.is_some());
+        let tries_damaged = self.shared.is(Defect::DamagedLetterIsDue);
+        let due = self.letters()?.into_values();
+        let due = due.filter(|letter| letter.due.is_some() && (tries_damaged || !letter.unreadable));
         Ok(due.min_by_key(|letter| (letter.due.filter(|_| !is_by_offset), letter.record.offset)))
     }
 
@@ -218,13 +237,31 @@ impl DeadLetters for ModelTx {
         if defect == Defect::LettersSortedAsSigned {
             letters.sort_by_key(|letter| (letter.record.offset.hi() as i64, letter.record.offset.lo() as i64));
         }
+        match defect {
+            Defect::MalformedLetterEndsTheList => {
+                let first = letters.iter().position(|letter| letter.record.malformed.is_some());
+                letters.truncate(first.map_or(limit, |first| first + 1));
+            }
+            Defect::DamagedLetterEndsTheList => {
+                let first = letters.iter().position(|letter| letter.unreadable);
+                letters.truncate(first.map_or(limit, |first| first + 1));
+            }
+            Defect::DamagedLetterFailsTheList if letters.iter().any(|letter| letter.unreadable) => {
+                return Err(Error::failed("list dead letters", "one of them cannot be read"));
+            }
+            Defect::DamagedLetterNotListed => letters.retain(|letter| !letter.unreadable),
+            _ => {}
+        }
         letters.truncate(limit);
         Ok(letters)
     }
 
     async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
         let mut counts = BTreeMap::<Bytes, u64>::new();
-        for letter in self.letters()?.values() {
+        let defect = self.shared.defect;
+        let counts_all = defect != Defect::DamagedLetterNotCounted;
+        let letters = self.letters()?;
+        for letter in letters.values().filter(|letter| counts_all || !letter.unreadable) {
             if let Some(key) = self.key_of(letter) {
                 *counts.entry(key.clone()).or_default() += 1;
             }

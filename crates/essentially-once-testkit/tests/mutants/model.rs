@@ -11,7 +11,7 @@ use std::{
 };
 
 use essentially_once::{
-    Error, Log, Offset, Record, async_trait,
+    ConsumerId, Error, Log, Offset, Record, async_trait,
     backend::{Durability, LogId, Source},
 };
 use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Request, StateReader, Support};
@@ -68,6 +68,7 @@ impl Harness for ModelHarness {
         capabilities.commits_are_cheap = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.damage_letter = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(VALUE_LIMIT);
         capabilities.key_limit = Some(KEY_LIMIT);
@@ -387,6 +388,11 @@ impl Backend for Model {
             log.write(&self.shared, record);
         }
         Ok(UNDECODABLE.into())
+    }
+
+    async fn damage_letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Source> {
+        self.shared.state().store.damage_letter(consumer, offset);
+        Ok(())
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {

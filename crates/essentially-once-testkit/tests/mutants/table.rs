@@ -498,6 +498,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         LetterEditLost => "its edit is missing",
         LetterOriginalHeadersLost => "of the original, its number of headers",
         LettersSortedAsSigned => "found",
+        MalformedLetterEndsTheList => "found",
     }
     d2_the_largest_record_can_be_parked {
         LetterLimitIsTheRecordLimit => "over the limit",
@@ -515,6 +516,14 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     d4_consumers_do_not_see_each_others_letters {
         LettersSharedBetweenConsumers => "",
         RemoveFromReachesOtherConsumers => "has []",
+    }
+    d5_a_letter_that_cannot_be_read_hides_no_other {
+        DamagedLetterEndsTheList => "the list next to it",
+        DamagedLetterFailsTheList => "cannot be read",
+        DamagedLetterNotListed => "the list next to it",
+        DamagedLetterIsNoHead => "the head next to it",
+        DamagedLetterIsDue => "the first due next to it",
+        DamagedLetterNotCounted => "counts next to it",
     }
 };
 
@@ -574,4 +583,5 @@ pub(crate) const SOUND: &[Sound] = sound! {
     d2_letters_survive_a_restart { LetterKeysKeptAsDigests }
     d3_keys_are_compared_to_the_byte { LetterKeysKeptAsDigests }
     d4_consumers_do_not_see_each_others_letters { LetterKeysKeptAsDigests }
+    d5_a_letter_that_cannot_be_read_hides_no_other { LetterKeysKeptAsDigests }
 };

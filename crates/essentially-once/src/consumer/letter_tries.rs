@@ -177,7 +177,8 @@ impl<S: OffsetStore> Session<'_, S> {
             handled.push(letter);
             self.used(letters_of_used(tx)?.remove(offset)).await?;
             if let Some(key) = key {
-                following = self.used(letters_of_used(tx)?.head(&key)).await?;
+                let head = self.used(letters_of_used(tx)?.head(&key)).await?;
+                following = head.filter(|letter| !letter.unreadable);
             }
         }
         match flush(self, handler, tx, Cut::AfterGrace).await {

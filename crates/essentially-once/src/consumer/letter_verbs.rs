@@ -60,6 +60,9 @@ impl<Tx: DeadLetters> Change<Tx> for Retry<'_> {
                 "the letter at {first} of the same key comes first; retry or discard that one"
             ));
         }
+        if letter.unreadable {
+            return refused(unreadable(&letter));
+        }
         if letter.due == Some(NOW) {
             return refused("it is due already; a running consumer tries it next".into());
         }
@@ -84,7 +87,7 @@ impl<Tx: DeadLetters> Change<Tx> for RetryHeads<'_> {
                 continue;
             };
             let head = head_of(tx, &letter).await?;
-            if head.is_none_or(|head| head.record.offset == offset) {
+            if !letter.unreadable && head.is_none_or(|head| head.record.offset == offset) {
                 make_due(tx, letter).await?;
                 clear_mark(advance, offset);
                 due = Some(due.map_or((offset, 1), |(first, letters)| (first, letters + 1)));
@@ -102,7 +105,10 @@ impl<Tx: DeadLetters> Change<Tx> for Discard<'_> {
         let head = head_of(tx, &stored).await?;
         let was_first = head.is_some_and(|head| head.record.offset == offset);
         tx.remove(offset).await?;
-        if was_first && let Some(next) = head_of(tx, &stored).await? {
+        if was_first
+            && let Some(next) = head_of(tx, &stored).await?
+            && !next.unreadable
+        {
             make_due(tx, next).await?;
         }
         Ok(Some(OperatorAction::Discard(offset)))
@@ -120,6 +126,9 @@ impl<Tx: DeadLetters> Change<Tx> for EditLetter<'_> {
         let mut letter = unchanged(tx, self.seen, "edit", self.consumer).await?;
         let offset = letter.record.offset;
         let refused = |reason: &str| Err(Error::failed(on("edit", offset, self.consumer), reason));
+        if letter.unreadable {
+            return refused(&unreadable(&letter));
+        }
         let was_malformed = letter.record.malformed.is_some();
         let NewRecord {
             key,
@@ -246,6 +255,13 @@ async fn unchanged<Tx: DeadLetters>(
 
 fn on(verb: &str, offset: Offset, consumer: &ConsumerId) -> String {
     format!("{verb} the dead letter at {offset} of consumer {consumer}")
+}
+
+fn unreadable(letter: &DeadLetter) -> String {
+    format!(
+        "the store cannot read it ({}); run a program that can, `seek` back to it, or `discard` it",
+        letter.last_reason
+    )
 }
 
 fn no_such_letter() -> String {

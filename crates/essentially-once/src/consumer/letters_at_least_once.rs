@@ -54,7 +54,7 @@ impl<S: OffsetStore> Session<'_, S> {
             Some(key) => self.within_grace(letters.head(key)).await?,
             None => None,
         };
-        if let Some(mut next) = next {
+        if let Some(mut next) = next.filter(|next| !next.unreadable) {
             next.set_due(Some(NOW));
             self.within_grace(letters.park(&next)).await?;
         }

@@ -268,7 +268,7 @@ async fn first_lost(
             after = letter.record.offset;
             let is_same = |record: &Record| {
                 // A later version may decode a malformed record.
-                letter.original().malformed.is_some() || Passed::new(letter.original()).is(record)
+                letter.unreadable || letter.original().malformed.is_some() || Passed::new(letter.original()).is(record)
             };
             if !records.at(after).await?.is_some_and(|record| is_same(&record)) {
                 return Ok(Some(after));

@@ -17,6 +17,7 @@ mod letters;
 mod letters_at_least_once;
 mod letters_in_trouble;
 mod letters_promises;
+mod letters_unreadable;
 mod lost;
 mod operators;
 mod policies;

@@ -26,6 +26,7 @@ use crate::{
     store::tx::RedisTx,
 };
 
+const LETTER: &str = include_str!("letter.lua");
 const HEAD: &str = include_str!("head.lua");
 const FIRST_DUE: &str = include_str!("first_due.lua");
 const LIST: &str = include_str!("list.lua");
@@ -151,18 +152,26 @@ impl RedisTx {
     }
 
     /// The stored letters of a reply: field, value, field, value.
-    fn decoded(&mut self, reply: Vec<Option<Vec<u8>>>) -> Result<Vec<DeadLetter>, Error> {
+    async fn decoded(&mut self, reply: Vec<Option<Vec<u8>>>) -> Result<Vec<DeadLetter>, Error> {
         let mut letters = Vec::with_capacity(reply.len() / 2);
         let mut parts = reply.into_iter();
         while let (Some(Some(field)), Some(value)) = (parts.next(), parts.next()) {
             let offset = codec::parse_field(&field).ok_or_else(|| self.unreadable(&field, "it is not an offset"))?;
-            let value = value.ok_or_else(|| {
-                let why = "an index names it, but the letter is missing; restore it, or remove it from the indices";
-                self.unreadable(&field, why)
-            })?;
-            let letter = codec::decode(offset, value).map_err(|why| self.unreadable(&field, why))?;
-            self.letters.see(&letter);
-            letters.push(letter);
+            let decoded = value
+                .ok_or_else(|| "the indices name it, but its value is missing".to_owned())
+                .and_then(|value| codec::decode(offset, value));
+            letters.push(match decoded {
+                Ok(letter) => {
+                    self.letters.see(&letter);
+                    letter
+                }
+                Err(why) => {
+                    let key = self.stored_entry(offset).await?.and_then(|entry| entry.key);
+                    // It exists, even if the index by offset leaves it out.
+                    self.letters.seen.insert(offset, Some(Entry { key: key.clone() }));
+                    DeadLetter::damaged(offset, key, &format!("its value cannot be read: {why}"))
+                }
+            });
         }
         Ok(letters)
     }
@@ -191,27 +200,33 @@ impl RedisTx {
         command.arg(&self.keys.letters.by_offset).arg(first).arg(last);
         command.arg(&["BYLEX", "LIMIT", "0"]).arg(limit);
         let members: Vec<Vec<u8>> = self.ask_letters(&command).await?.unwrap_or_default();
-        let parsed = members.iter().map(|member| {
-            let (offset, key) = codec::parse_member_by_offset(member)
-                .ok_or_else(|| self.unreadable(member, "it is not an entry of the index by offset"))?;
-            Ok((offset, Entry { key }))
-        });
-        parsed.collect()
+        members.iter().map(|member| self.member(member)).collect()
+    }
+
+    fn member(&self, member: &[u8]) -> Result<(Offset, Entry), Error> {
+        let (offset, key) = codec::parse_member_by_offset(member)
+            .ok_or_else(|| self.unreadable(member, "it is not an entry of the index by offset"))?;
+        Ok((offset, Entry { key }))
     }
 
     async fn stored_letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
         if let Some(None) = self.letters.known(offset) {
             return Ok(None);
         }
-        let field = codec::field(offset).into_bytes();
-        let mut command = redis::cmd("HGET");
-        command.arg(&self.keys.letters.values).arg(&field);
-        let value: Option<Vec<u8>> = self.ask_letters(&command).await?.flatten();
-        if value.is_none() {
+        let (field, keys) = (codec::field(offset).into_bytes(), &self.keys.letters);
+        let mut command = Self::script(LETTER, &[&keys.values, &keys.by_offset]);
+        command.arg(&field).arg(&codec::range_of(offset));
+        let found: (Option<Vec<u8>>, Option<Vec<u8>>) = self.ask_letters(&command).await?.unwrap_or_default();
+        let (value, member) = found;
+        let entry = member.map(|member| self.member(&member)).transpose()?.map(|(_, entry)| entry);
+        if value.is_none() && entry.is_none() {
             self.letters.seen.insert(offset, None);
             return Ok(None);
         }
-        let letters = self.decoded(vec![Some(field), value])?;
+        if entry.is_some() {
+            self.letters.seen.insert(offset, entry);
+        }
+        let letters = self.decoded(vec![Some(field), value]).await?;
         Ok(letters.into_iter().next())
     }
 
@@ -224,7 +239,7 @@ impl RedisTx {
         // Offsets consist of digits, and this is the character after 9.
         command.arg([b"(", &prefix[..], b":"].concat());
         let found = self.ask_letters(&command).await?.unwrap_or_default();
-        Ok(self.decoded(found)?.into_iter().next())
+        Ok(self.decoded(found).await?.into_iter().next())
     }
 
     async fn find_head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
@@ -257,15 +272,20 @@ impl RedisTx {
     }
 
     async fn find_first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
-        let keys = &self.keys.letters;
-        let mut command = Self::script(FIRST_DUE, &[&keys.values, &keys.due]);
-        for (offset, change) in &self.letters.staged {
-            if change.before.is_some() {
+        let mut unreadable = Vec::new();
+        let stored = loop {
+            let keys = &self.keys.letters;
+            let mut command = Self::script(FIRST_DUE, &[&keys.values, &keys.due]);
+            let changed = self.letters.staged.iter().filter(|(_, change)| change.before.is_some());
+            for offset in changed.map(|(offset, _)| offset).chain(&unreadable) {
                 command.arg(codec::field(*offset));
             }
-        }
-        let found = self.ask_letters(&command).await?.unwrap_or_default();
-        let stored = self.decoded(found)?;
+            let found = self.ask_letters(&command).await?.unwrap_or_default();
+            match self.decoded(found).await?.pop() {
+                Some(letter) if letter.unreadable => unreadable.push(letter.record.offset),
+                found => break found,
+            }
+        };
         let staged = self.letters.staged.values().filter_map(Change::letter);
         let staged = staged
             .filter(|letter| letter.due.is_some())
@@ -286,7 +306,7 @@ impl RedisTx {
             });
             command.arg((limit - found.len()).min(PAGE));
             let page = self.ask_letters(&command).await?.unwrap_or_default();
-            let page = self.decoded(page)?;
+            let page = self.decoded(page).await?;
             // The page shows the stored letters up to its last one, or all of them if it is empty.
             let last = page.last().map(|letter| letter.record.offset);
             let range = (
