@@ -7,7 +7,7 @@ use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, RedisT
 use essentially_once_testkit::{
     Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support, conformance_cases,
 };
-use test_servers::RedisServer;
+use test_servers::{RedisServer, Reply};
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 1024 * 1024;
@@ -206,9 +206,9 @@ impl Backend for Server {
     async fn damage_letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Source> {
         let letters = format!("essentially-once:{{{consumer}}}:letters");
         let field = format!("{:020}-{:020}", offset.hi(), offset.lo());
-        match self.server.command(&["HSET", &letters, &field, "damaged"])?.text() {
-            "0" => Ok(()),
-            added => Err(format!("{letters} has no letter {field}: HSET added {added}").into()),
+        match self.server.command(&["HSET", &letters, &field, "damaged"])? {
+            Reply::Int(0) => Ok(()),
+            other => Err(format!("{letters} has no letter {field}: HSET returned {other:?}").into()),
         }
     }
 

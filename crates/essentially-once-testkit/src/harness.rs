@@ -2,7 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use essentially_once::{ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source};
+use essentially_once::{
+    ConsumerId, Error, KeyValue, Log, Offset, OffsetStore, ReadState, async_trait, backend::Source,
+};
 
 use crate::proxy::Cut;
 

@@ -34,8 +34,11 @@ fn main() -> ExitCode {
             suite = suite.test(&name, move || every_pair(delivery, max_batch));
         }
     }
-    suite = suite.test("memory::dead_letters::every_event", every_event);
-    for max_batch in [1, 2] {
+    for max_batch in [2, 4] {
+        let name = format!("memory::dead_letters::every_event::max_batch_{max_batch}");
+        suite = suite.test(&name, move || every_event(max_batch));
+    }
+    for max_batch in [1, 2, 4] {
         let name = format!("memory::dead_letters::sampled::max_batch_{max_batch}");
         suite = suite.test(&name, move || sampled_events(max_batch));
     }
@@ -111,11 +114,11 @@ fn every_pair(delivery: Expectation, max_batch: usize) -> Result<(), Violation> 
 }
 
 /// Every trouble, and every fault and call at each operation of runs with some troubles.
-fn every_event() -> Result<(), Violation> {
+fn every_event(max_batch: usize) -> Result<(), Violation> {
     let started = Instant::now();
-    let explored = Explorer::dead_letters(&MemoryHarness).explore()?;
+    let explored = Explorer::dead_letters(&MemoryHarness).max_batch(max_batch).explore()?;
     println!(
-        "memory, dead letters: {explored}, in {:.1} s",
+        "memory, dead letters, max_batch {max_batch}: {explored}, in {:.1} s",
         started.elapsed().as_secs_f64()
     );
     Ok(())

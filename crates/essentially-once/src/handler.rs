@@ -162,7 +162,8 @@ impl HandlerError {
 
     /// This record can never be handled (poison). The consumer does not try it again, unless its
     /// policy is to stop: it then first commits the records before this one in its batch, and tries
-    /// it alone.
+    /// it alone. A handler that gathers writes for [`flush`](Handler::flush) judges by those too,
+    /// since they are not in the transaction yet.
     pub fn reject(source: impl Into<Source>) -> Self {
         Self::new(HandlerErrorKind::Reject, source)
     }

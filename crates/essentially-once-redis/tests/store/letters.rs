@@ -249,7 +249,11 @@ pub(crate) async fn a_letter_that_cannot_be_read_says_why_and_can_be_removed() -
     let listed = tx.list(None, 10).await?;
     let last = listed.last().expect("a letter");
     assert!(last.unreadable && last.record.offset == 9.into());
-    assert!(last.last_reason.contains("its value is missing"), "{}", last.last_reason);
+    assert!(
+        last.last_reason.contains("its value is missing"),
+        "{}",
+        last.last_reason
+    );
     for offset in [7_u64, 8, 9] {
         tx.letter(offset.into()).await?;
         assert!(tx.remove(offset.into()).await?, "{offset}");

@@ -104,12 +104,17 @@ async fn a_letter_that_cannot_be_read_says_what_is_wrong_with_its_row() {
     ] {
         let sql = format!("UPDATE essentially_once_letters SET {damage} WHERE offset_lo = {offset}");
         assert_eq!(user.execute(&sql, []).expect("damage"), 1);
-        let letter = dead_letters::get(&shipping(), &store, offset.into()).await.expect("get");
+        let letter = dead_letters::get(&shipping(), &store, offset.into())
+            .await
+            .expect("get");
         let letter = letter.expect("a letter");
         assert!(letter.unreadable);
         assert_eq!(letter.key().is_some(), offset != 4);
         let reason = &letter.last_reason;
-        assert!(reason.contains("its row cannot be read") && reason.contains(why), "{reason}");
+        assert!(
+            reason.contains("its row cannot be read") && reason.contains(why),
+            "{reason}"
+        );
     }
     let letters = dead_letters::list(&shipping(), &store, None, 10).await.expect("list");
     let unreadable: Vec<_> = letters.iter().map(|letter| letter.unreadable).collect();

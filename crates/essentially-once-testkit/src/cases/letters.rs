@@ -501,7 +501,11 @@ pub(super) async fn d5_a_letter_that_cannot_be_read_hides_no_other<H: Harness>(
         for (found, at) in found.iter().zip(&expected) {
             let parked = parked.iter().find(|letter| letter.record.offset == *at);
             let is_damaged = *at == 2.into();
-            ensure!(found.unreadable == is_damaged, "the letter at {at} is unreadable: {}", found.unreadable);
+            ensure!(
+                found.unreadable == is_damaged,
+                "the letter at {at} is unreadable: {}",
+                found.unreadable
+            );
             let how = parked.filter(|_| !is_damaged).and_then(|parked| differs(found, parked));
             ensure!(how.is_none(), "the letter at {at}: {how:?}");
             ensure!(!found.last_reason.is_empty(), "the letter at {at} has no reason");

@@ -168,6 +168,8 @@ impl<S: OffsetStore> Session<'_, S> {
 
     /// Tries the letters that are due by now until none is. A letter that fails is due later.
     async fn deliver_all_letters<H: Handler<D::Tx>, D: Delivery<S>>(&mut self, handler: &mut H) -> Result<(), Failure> {
+        // It would hold the letters up, and no record is handled before they are done.
+        self.run.verdict = None;
         let now = SystemTime::now();
         self.cut_off = Some(now);
         while self.letters_due().is_some_and(|due| due <= now) {

@@ -125,8 +125,7 @@ impl<S: OffsetStore> Delivery<S> for EssentiallyOnce {
                 }
                 let failed = match failed {
                     // The handler may have swallowed an error of the transaction, which then keeps
-                    // no letter either. Or the letter is to blame. Then the records before it
-                    // commit without it.
+                    // no letter either. The records before it commit without it.
                     Failure::Backend(error @ (Error::Failed { .. } | Error::TooLarge { .. })) if done.handled > 0 => {
                         let error = session.blame_for_commit(error).await?;
                         let last = passed.last().map_or(Offset::ZERO, |last| last.offset);
@@ -292,8 +291,8 @@ where
             };
             match session.park(Some(letters), letter).await {
                 Ok(()) => {}
-                // It fits a commit of its own.
-                Err(Failure::Backend(Error::TooLarge { .. })) if index > 0 => return (done, &batch[..index], None),
+                // It may fit a commit of its own, and the records before it do not depend on it.
+                Err(Failure::Refused(_)) if index > 0 => return (done, &batch[..index], None),
                 Err(failure) => return (done, &batch[..index], Some(failure)),
             }
             session.mark_passed(record);

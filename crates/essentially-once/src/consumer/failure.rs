@@ -8,6 +8,8 @@ pub enum Failure {
     /// The run was stopped.
     Stopped,
     Backend(Error),
+    /// A record cannot become a letter, at least not in this transaction, which is as it was.
+    Refused(Error),
     Record(Box<RecordFailure>),
     /// Some record of a batch failed, up to and including this offset. Which one is not known.
     Batch(Offset, HandlerError),

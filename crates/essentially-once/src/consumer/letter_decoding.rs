@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{
     failure::Failure,
-    letter_verbs::{Admission, admit, join_key},
+    letter_verbs::{Admission, admission, join_key},
     letters::{Parked, letters_of},
     run::Done,
     session::Session,
@@ -32,11 +32,11 @@ impl<S: OffsetStore> Session<'_, S> {
         let mut tx = self.begin().await?;
         let letters = letters_of(&mut tx)?;
         let mut done = Done::default();
-        match admit(&record, &mut self.windows) {
+        match admission(&record, &self.windows) {
             Admission::New => {
                 tracing::info!(%offset, "a dead letter can be decoded now");
                 let mut decoded = letter.clone();
-                decoded.record = record;
+                decoded.record = record.clone();
                 match self.or_stop(join_key(letters, decoded)).await {
                     Err(Failure::Backend(error @ Error::TooLarge { .. })) => {
                         self.end(tx).await?;
@@ -44,6 +44,9 @@ impl<S: OffsetStore> Session<'_, S> {
                     }
                     joined => joined?,
                 }
+                // Last, since a later commit of this session would store the mark of a letter that
+                // could not join.
+                self.windows.mark(&record, self.now);
             }
             Admission::Seen => {
                 tracing::warn!(%offset, "a dead letter can be decoded now, and is a duplicate; dropping it");

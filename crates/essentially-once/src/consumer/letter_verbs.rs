@@ -149,8 +149,8 @@ impl<Tx: DeadLetters> Change<Tx> for EditLetter<'_> {
         letter.edit(self.new.clone(), self.by);
         if was_malformed {
             let mut windows = Windows::new(position.windows.clone());
-            match admit(&letter.record, &mut windows) {
-                Admission::New => {}
+            match admission(&letter.record, &windows) {
+                Admission::New => windows.mark(&letter.record, SystemTime::now()),
                 Admission::Seen => {
                     return refused("a record with that origin was handled or set aside already; `discard` this one");
                 }
@@ -171,7 +171,7 @@ impl<Tx: DeadLetters> Change<Tx> for EditLetter<'_> {
 
 /// What the windows say about a record that was malformed until now.
 pub(super) enum Admission {
-    /// No record with its origin was seen, and it is marked from now on.
+    /// No record with its origin was seen.
     New,
     /// A record with its origin was handled or set aside.
     Seen,
@@ -179,14 +179,12 @@ pub(super) enum Admission {
     TooOld,
 }
 
-pub(super) fn admit(record: &Record, windows: &mut Windows) -> Admission {
+pub(super) fn admission(record: &Record, windows: &Windows) -> Admission {
     match &record.origin {
-        Some(origin) if windows.is_below(origin) => return Admission::TooOld,
-        Some(origin) if windows.is_seen(origin) => return Admission::Seen,
-        _ => {}
+        Some(origin) if windows.is_below(origin) => Admission::TooOld,
+        Some(origin) if windows.is_seen(origin) => Admission::Seen,
+        _ => Admission::New,
     }
-    windows.mark(record, SystemTime::now());
-    Admission::New
 }
 
 /// Stores a letter whose record has changed: due now if it comes first for its key, and otherwise

@@ -302,9 +302,14 @@ impl<S: OffsetStore> Session<'_, S> {
                 letter.record.offset,
                 self.log.id()
             );
-            return Err(Failure::Backend(Error::failed(action, reason)));
+            return Err(Failure::Refused(Error::failed(action, reason)));
         }
-        self.within_grace(letters.park(&letter)).await?;
+        self.within_grace(letters.park(&letter))
+            .await
+            .map_err(|failure| match failure {
+                Failure::Backend(error @ Error::TooLarge { .. }) => Failure::Refused(error),
+                failure => failure,
+            })?;
         self.parked.staged.push((letter.key().cloned(), letter.due));
         Ok(())
     }

@@ -234,7 +234,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     /// How often to try a record again before [`on_failure`](Self::on_failure) decides about it.
     /// The default is 10. [`min_backoff`](Self::min_backoff) and [`max_backoff`](Self::max_backoff)
     /// set the pauses. A record that failed behind others in its batch is tried alone at least
-    /// once.
+    /// once, unless the handler rejects it.
     ///
     /// Each failed try is committed with the position. Tries therefore count across crashes,
     /// restarts and instances, until the record is passed or the run ends because of it.
@@ -527,7 +527,8 @@ impl<S, H, D: Retrying> Consumer<S, H, D> {
     }
 
     /// Like [`on_failure`](Self::on_failure), with a function that chooses for each record. If it
-    /// panics, the run ends.
+    /// panics, the run ends. It is called again if the record is tried again, which happens if the
+    /// records before it are committed first or if the process dies.
     ///
     /// ```
     /// use essentially_once::consumer::{HandlerErrorKind, OnFailure};

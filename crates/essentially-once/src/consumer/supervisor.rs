@@ -86,11 +86,13 @@ impl Supervisor {
             Failure::Backend(error @ Error::Truncated { .. }) if self.on_truncated == OnTruncated::SkipToEarliest => {
                 (error, true)
             }
-            Failure::Backend(error) => return Err(error),
+            Failure::Backend(error) | Failure::Refused(error) => return Err(error),
             Failure::Record(failed) => {
                 let (offset, error) = (failed.record.offset, failed.error);
                 let attempts = failed.tried.tries();
                 self.culprit = Some(failed.tried.clone());
+                // One on a later record would keep this one in a batch with others.
+                run.verdict = None;
                 let outcome = match error.kind {
                     _ if failed.deaths > 0 => Some(
                         "not handled, since instances died while they handled it; the consumer stops before this record. \
@@ -117,31 +119,31 @@ impl Supervisor {
                         tries: attempts,
                         deaths: failed.deaths,
                     });
-                    let (sentence, outcome) = match choice {
-                        // The records before it are committed first.
-                        OnFailure::Stop if !failed.is_next => {
-                            let error = self.unhandled(offset, "not handled", attempts, error);
-                            return self.go_back(error, false, telemetry, run);
-                        }
-                        OnFailure::Stop => return Err(self.unhandled(offset, outcome, attempts, error)),
-                        // Nobody knows whether the record is to blame.
-                        OnFailure::Skip if failed.deaths > 0 => {
-                            return Err(self.unhandled(offset, outcome, attempts, error));
-                        }
-                        OnFailure::Skip => (Sentence::Skip, "skipped"),
-                        OnFailure::DeadLetter if self.keeps_letters => {
-                            let sentence = Sentence::Park {
+                    let sentence = match choice {
+                        OnFailure::DeadLetter if self.keeps_letters => Ok((
+                            Sentence::Park {
                                 tried: failed.tried,
                                 last_reason: error.to_string(),
                                 kind: error.kind,
-                            };
-                            (sentence, "set aside as a dead letter")
+                            },
+                            "set aside as a dead letter",
+                        )),
+                        OnFailure::DeadLetter => Err(
+                            "its policy asks for a dead letter, but this consumer keeps none; call `dead_letters` when \
+                             you build it",
+                        ),
+                        OnFailure::Skip if failed.deaths == 0 => Ok((Sentence::Skip, "skipped")),
+                        // Nobody knows whether a record is to blame for deaths.
+                        OnFailure::Skip | OnFailure::Stop => Err(outcome),
+                    };
+                    let (sentence, outcome) = match sentence {
+                        Ok(sentence) => sentence,
+                        // The records before it are committed first.
+                        Err(_) if !failed.is_next => {
+                            let error = self.unhandled(offset, "not handled", attempts, error);
+                            return self.go_back(error, false, telemetry, run);
                         }
-                        OnFailure::DeadLetter => {
-                            let outcome = "its policy asks for a dead letter, but this consumer keeps none; call \
-                                           `dead_letters` when you build it";
-                            return Err(self.unhandled(offset, outcome, attempts, error));
-                        }
+                        Err(outcome) => return Err(self.unhandled(offset, outcome, attempts, error)),
                     };
                     run.verdict = Some(Verdict {
                         offset,

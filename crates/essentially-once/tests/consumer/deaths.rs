@@ -3,6 +3,7 @@
 use std::{future::pending, sync::Mutex};
 
 use essentially_once::{
+    Epoch, Origin,
     backend::{Durability, Position},
     consumer::{DeadLetterOptions, EssentiallyOnce, OnFailure, Report, dead_letters, pause, resume},
 };
@@ -302,6 +303,34 @@ async fn a_fenced_instance_that_lives_is_not_counted_again() {
     entered.notified().await;
     go_on.notify_one();
     assert_eq!(lives.await.unwrap().unwrap().handled, RECORDS);
+}
+
+/// Instances that die when they have passed a duplicate die of something else.
+#[tokio::test]
+async fn a_record_that_its_handler_does_not_get_is_not_to_blame() {
+    let memory = Memory::new();
+    let origin = Origin::new(ProducerId::new("web").unwrap(), Epoch::STABLE, 1);
+    let record = NewRecord::new("0").origin(origin);
+    memory.log("orders").unwrap().append(&[record.clone()]).await.unwrap();
+    let run = |script| {
+        let backend = Backend::of(memory.clone(), script);
+        consumer(&backend, &mortal(&backend, &[]))
+            .max_batch(1)
+            .max_deaths(1)
+            .run_until_caught_up()
+    };
+    assert_eq!(run(Script::default()).await.unwrap().handled, 1);
+    memory.log("orders").unwrap().append(&vec![record; 5]).await.unwrap();
+    for _ in 0..4 {
+        // The first commit takes the position over, and the second one passes a duplicate.
+        let script = Script::default().fail(Step::Commit, 1, Fault::HangAfter);
+        tokio::select! {
+            ended = run(script.clone()) => panic!("{ended:?}"),
+            () = async { while script.taken(Step::Commit) < 2 { tokio::task::yield_now().await } } => {}
+        }
+        script.assert_all_struck();
+    }
+    assert_eq!(run(Script::default()).await.unwrap().duplicates, 1);
 }
 
 #[tokio::test]

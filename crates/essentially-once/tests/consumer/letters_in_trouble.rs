@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Lists of payloads by key in the state, with something that happens at some payloads.
-fn listing(
+pub(super) fn listing(
     at: impl Fn(&str, &mut ScriptedTx) -> Result<(), HandlerError> + Clone + Send + 'static,
 ) -> impl Handler<ScriptedTx> + Clone {
     handler_fn(move |record: &Record, tx: &mut ScriptedTx| {
@@ -36,7 +36,7 @@ fn listing(
     })
 }
 
-fn quick<H: Handler<ScriptedTx>>(
+pub(super) fn quick<H: Handler<ScriptedTx>>(
     backend: &Backend,
     handler: H,
 ) -> Consumer<support::ScriptedStore, H, essentially_once::consumer::EssentiallyOnce> {
@@ -49,18 +49,18 @@ fn quick<H: Handler<ScriptedTx>>(
 
 /// Counts calls by payload.
 #[derive(Clone, Default)]
-struct Calls(Arc<Mutex<BTreeMap<String, u64>>>);
+pub(super) struct Calls(Arc<Mutex<BTreeMap<String, u64>>>);
 
 impl Calls {
     /// Counts one more call, and returns how many there were before.
-    fn note(&self, payload: &str) -> u64 {
+    pub(super) fn note(&self, payload: &str) -> u64 {
         let mut calls = self.0.lock().unwrap();
         let count = calls.entry(payload.to_owned()).or_default();
         *count += 1;
         *count - 1
     }
 
-    fn of(&self, payload: &str) -> u64 {
+    pub(super) fn of(&self, payload: &str) -> u64 {
         self.0.lock().unwrap().get(payload).copied().unwrap_or(0)
     }
 }
@@ -466,7 +466,7 @@ async fn extra_transactions(retries: u32, rejects: bool) -> (u64, u64) {
 }
 
 #[tokio::test]
-async fn a_poison_record_costs_three_commits_and_one_per_try() {
+async fn a_poison_record_costs_three_commits_and_one_per_try_and_a_rejected_one_costs_one() {
     for retries in [0, 1, 5] {
         let tries = u64::from(retries) + 1;
         let (commits, transactions) = extra_transactions(retries, false).await;

@@ -31,7 +31,10 @@ async fn with_damaged(offset: u64) -> Backend {
 
 async fn assert_refused(backend: &Backend, offset: u64) {
     let store = backend.memory.store();
-    let letter = dead_letters::get(&shipping(), &store, offset.into()).await.unwrap().unwrap();
+    let letter = dead_letters::get(&shipping(), &store, offset.into())
+        .await
+        .unwrap()
+        .unwrap();
     let retried = dead_letters::retry(&shipping(), &store, offset.into(), &ann()).await;
     let edited = dead_letters::edit(&shipping(), &store, &letter, &NewRecord::new("4!").key("a"), &ann()).await;
     for refused in [retried, edited] {
@@ -45,15 +48,24 @@ async fn assert_refused(backend: &Backend, offset: u64) {
 
 async fn discard(backend: &Backend, offset: u64) {
     let store = backend.memory.store();
-    let letter = dead_letters::get(&shipping(), &store, offset.into()).await.unwrap().unwrap();
-    dead_letters::discard(&shipping(), &store, &letter, &ann()).await.unwrap();
+    let letter = dead_letters::get(&shipping(), &store, offset.into())
+        .await
+        .unwrap()
+        .unwrap();
+    dead_letters::discard(&shipping(), &store, &letter, &ann())
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
 async fn an_unreadable_letter_behind_another_ends_the_retry_of_its_key() {
     let backend = with_damaged(4).await;
     assert_eq!(retry_all(&backend).await, 1);
-    backend.memory_log().append(&[NewRecord::new("12").key("a")]).await.unwrap();
+    backend
+        .memory_log()
+        .append(&[NewRecord::new("12").key("a")])
+        .await
+        .unwrap();
     let run = || consumer(&backend, poisoned(&backend, &[])).run_until_caught_up();
     let report = run().await.unwrap();
     assert_eq!((report.handled, report.parked), (1, 1), "{report}");
@@ -97,12 +109,23 @@ async fn a_discard_does_not_make_an_unreadable_letter_due() {
 #[tokio::test]
 async fn a_seek_reads_the_record_of_an_unreadable_letter_again() {
     let backend = with_damaged(2).await;
-    assert_eq!(retry_all(&backend).await, 0, "the first letter of the key cannot be read");
+    assert_eq!(
+        retry_all(&backend).await,
+        0,
+        "the first letter of the key cannot be read"
+    );
     let (log, store) = (backend.memory_log(), backend.memory.store());
-    let plan = plan_seek(&shipping(), &log, &store, StartAt::Offset(2.into())).await.unwrap();
+    let plan = plan_seek(&shipping(), &log, &store, StartAt::Offset(2.into()))
+        .await
+        .unwrap();
     assert_eq!(plan.letters_removed, 3);
-    seek(&shipping(), &log, &store, StartAt::Offset(2.into()), &ann()).await.unwrap();
-    consumer(&backend, poisoned(&backend, &[])).run_until_caught_up().await.unwrap();
+    seek(&shipping(), &log, &store, StartAt::Offset(2.into()), &ann())
+        .await
+        .unwrap();
+    consumer(&backend, poisoned(&backend, &[]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
     assert!(parked(&backend).await.is_empty());
     assert_eq!(effects(&backend).await["a"], "0 2 4 8 ");
 }

@@ -15,6 +15,7 @@ mod duplicates;
 mod faults;
 mod letters;
 mod letters_at_least_once;
+mod letters_decoded;
 mod letters_in_trouble;
 mod letters_promises;
 mod letters_unreadable;
@@ -29,6 +30,7 @@ mod starting;
 mod stopping;
 #[path = "../support/mod.rs"]
 mod support;
+mod verdicts;
 
 use std::{
     sync::{Arc, atomic::Ordering},

@@ -48,6 +48,8 @@ pub enum Fault {
     Panic,
     /// It never ends.
     Hang,
+    /// It happened, and its reply never comes.
+    HangAfter,
     /// The position no longer exists.
     Gone,
     /// The position went back to an earlier one.
@@ -104,7 +106,9 @@ fn error(fault: Fault, step: Step) -> Error {
         Fault::OutOfRange => Error::OutOfRange { log, requested, end },
         Fault::Permanent => Error::failed(format!("{step:?}"), "scripted"),
         Fault::Panic => panic!("scripted panic"),
-        Fault::Overtaken | Fault::Hang | Fault::Gone | Fault::WentBack => unreachable!("not an error"),
+        Fault::Overtaken | Fault::Hang | Fault::HangAfter | Fault::Gone | Fault::WentBack => {
+            unreachable!("not an error")
+        }
     }
 }
 
@@ -378,6 +382,10 @@ impl Transaction for ScriptedTx {
                 overtaking.revision = advance.expected.next_epoch();
                 other.commit(overtaking).await?;
                 self.inner.commit(advance).await
+            }
+            Some(Fault::HangAfter) => {
+                self.inner.commit(advance).await?;
+                std::future::pending().await
             }
             Some(fault) => Err(error(fault, Step::Commit)),
         }

@@ -218,7 +218,10 @@ impl RedisTx {
         command.arg(&field).arg(&codec::range_of(offset));
         let found: (Option<Vec<u8>>, Option<Vec<u8>>) = self.ask_letters(&command).await?.unwrap_or_default();
         let (value, member) = found;
-        let entry = member.map(|member| self.member(&member)).transpose()?.map(|(_, entry)| entry);
+        let entry = member
+            .map(|member| self.member(&member))
+            .transpose()?
+            .map(|(_, entry)| entry);
         if value.is_none() && entry.is_none() {
             self.letters.seen.insert(offset, None);
             return Ok(None);

@@ -44,7 +44,7 @@ impl Base {
     }
 }
 
-pub(in crate::faults) const BASES: [Base; 5] = [
+pub(in crate::faults) const BASES: [Base; 6] = [
     // Two keys, and letters behind another.
     Base {
         troubles: &[
@@ -73,6 +73,12 @@ pub(in crate::faults) const BASES: [Base; 5] = [
     Base {
         troubles: &[troubled(0, TroubleKind::FailsTimes(3))],
         verbs: &[Verb::SeekToStart],
+        with_calls: false,
+    },
+    // In a batch of four, the records before a rejected one are handled again.
+    Base {
+        troubles: &[troubled(1, TroubleKind::FailsAgain), troubled(3, TroubleKind::Rejects)],
+        verbs: &[],
         with_calls: false,
     },
     Base {

@@ -21,6 +21,8 @@ pub enum TroubleKind {
     Fails,
     /// It fails this many times, and then succeeds.
     FailsTimes(u32),
+    /// It succeeds the first time, which may be rolled back, and fails each time after.
+    FailsAgain,
     /// It rejects the record each time.
     Rejects,
     /// It panics each time.
@@ -36,11 +38,12 @@ pub enum TroubleKind {
 impl TroubleKind {
     /// All kinds. A handler that fails a few times fails up to three times, which is once more than
     /// before the record is set aside.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Fails,
         Self::FailsTimes(1),
         Self::FailsTimes(2),
         Self::FailsTimes(3),
+        Self::FailsAgain,
         Self::Rejects,
         Self::Panics,
         Self::Hangs,
@@ -90,12 +93,13 @@ impl Troubles {
         let mut met = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let met = met.get_mut(&offset)?;
         met.times += 1;
-        let is_over = match met.kind {
+        let is_well = match met.kind {
             TroubleKind::FailsTimes(times) => met.times > times,
             TroubleKind::HangsUntilStopped => met.times > 1,
+            TroubleKind::FailsAgain => met.times == 1,
             _ => false,
         };
-        (!is_over).then_some(met.kind)
+        (!is_well).then_some(met.kind)
     }
 }
 
@@ -116,7 +120,9 @@ impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for TroubledHandler<H> {
         self.inner.handle(record, tx).await?;
         match trouble {
             None => Ok(()),
-            Some(TroubleKind::Fails | TroubleKind::FailsTimes(_)) => Err(HandlerError::retry("planned trouble")),
+            Some(TroubleKind::Fails | TroubleKind::FailsTimes(_) | TroubleKind::FailsAgain) => {
+                Err(HandlerError::retry("planned trouble"))
+            }
             Some(TroubleKind::Rejects) => Err(HandlerError::reject("planned trouble")),
             // Unlike `panic!`, it prints nothing.
             Some(TroubleKind::Panics) => resume_unwind(Box::new("planned trouble")),
@@ -135,6 +141,7 @@ impl fmt::Display for TroubleKind {
         match self {
             Self::Fails => f.write_str("fails"),
             Self::FailsTimes(times) => write!(f, "fails-{times}"),
+            Self::FailsAgain => f.write_str("fails-again"),
             Self::Rejects => f.write_str("rejects"),
             Self::Panics => f.write_str("panics"),
             Self::Hangs => f.write_str("hangs"),
