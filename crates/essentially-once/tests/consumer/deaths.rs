@@ -311,7 +311,12 @@ async fn a_record_that_its_handler_does_not_get_is_not_to_blame() {
     let memory = Memory::new();
     let origin = Origin::new(ProducerId::new("web").unwrap(), Epoch::STABLE, 1);
     let record = NewRecord::new("0").origin(origin);
-    memory.log("orders").unwrap().append(&[record.clone()]).await.unwrap();
+    memory
+        .log("orders")
+        .unwrap()
+        .append(std::slice::from_ref(&record))
+        .await
+        .unwrap();
     let run = |script| {
         let backend = Backend::of(memory.clone(), script);
         consumer(&backend, &mortal(&backend, &[]))
