@@ -56,6 +56,7 @@ mod name;
 mod note;
 mod passed;
 mod record;
+mod relay;
 mod revision;
 mod rt;
 mod store;
@@ -80,5 +81,6 @@ pub use crate::{
     log::Log,
     name::{ConsumerId, Epoch, ProducerId},
     record::{NewRecord, Offset, Origin, Record},
+    relay::{Destination, Relay},
     store::{KeyValue, OffsetStore, ReadState},
 };

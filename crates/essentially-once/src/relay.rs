@@ -1,0 +1,160 @@
+//! Moving records from one log to others.
+
+use std::fmt;
+
+use async_trait::async_trait;
+
+use crate::{Error, Handler, HandlerError, Log, NewRecord, Record};
+
+/// Where a [`Relay`] sends records: a [`Log`], or something that can only be written to, such as a
+/// queue, an exchange or a webhook.
+///
+/// What is no log drops no duplicates. Its receivers get a record at least once.
+#[async_trait]
+pub trait Destination: Send + Sync {
+    /// Sends the records in order, and returns when all of them are stored durably.
+    ///
+    /// # Errors
+    /// As for [`Log::append`]. After [`Error::Indeterminate`], the relay sends the records again.
+    async fn send(&self, records: &[NewRecord]) -> Result<(), Error>;
+}
+
+#[async_trait]
+impl<L: Log + ?Sized> Destination for L {
+    async fn send(&self, records: &[NewRecord]) -> Result<(), Error> {
+        self.append(records).await.map(drop)
+    }
+}
+
+/// Chooses the destination of a record by its index.
+type Route = Box<dyn Fn(&Record) -> Option<usize> + Send + Sync>;
+
+/// A handler that sends records on as they are, with key, headers and
+/// [origin](crate::Origin), to be run under at-least-once.
+///
+/// It sends a batch with one append for each destination, and the consumer commits its offset
+/// afterwards. After a crash or a lost reply it sends the batch again, with the same origins, so
+/// that consumers of the destination drop what arrives twice. Several relays of one name, and a
+/// relay that was frozen and wakes up, do no more harm than that. Keep
+/// [`max_batch`](crate::Consumer::max_batch) below [`Window::SIZE`](crate::backend::Window::SIZE),
+/// which is how far back consumers recognize duplicates.
+///
+/// A destination that is away holds the relay up. One that fails for good, because its disk is full
+/// for example, ends the run. A record that is too large for it is
+/// [rejected](HandlerError::reject), so that the relay stops before that record, or does what its
+/// [policy](crate::Consumer::on_failure) says.
+///
+/// The consumer's report and metrics are the relay's: how many records it has moved (`handled`),
+/// how many wait, and for how long.
+///
+/// # Examples
+/// ```
+/// use essentially_once::memory::Memory;
+/// use essentially_once::{Consumer, ConsumerId, Epoch, Log, NewRecord, Origin, ProducerId, Relay};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), essentially_once::Error> {
+/// let memory = Memory::new();
+/// let (outbox, bus) = (memory.log("outbox")?, memory.log("bus")?);
+/// let orders = ProducerId::new("orders")?;
+/// let record = NewRecord::new("10248").origin(Origin::new(orders, Epoch::STABLE, 1));
+/// outbox.append(&[record]).await?;
+///
+/// let relay = Relay::to(bus.clone());
+/// let report = Consumer::at_least_once(ConsumerId::new("relay")?, outbox, memory.store(), relay)
+///     .run_until_caught_up() // or `run`, until it is stopped
+///     .await?;
+/// assert_eq!(report.handled, 1);
+/// assert_eq!(bus.bounds().await?.end, 1.into());
+/// # Ok(())
+/// # }
+/// ```
+pub struct Relay<D> {
+    destinations: Vec<D>,
+    route: Route,
+    sends_anonymous: bool,
+    /// The records of the current batch, by destination.
+    gathered: Vec<Vec<NewRecord>>,
+}
+
+impl<D: Destination> Relay<D> {
+    /// Sends every record to one destination.
+    pub fn to(destination: D) -> Self {
+        Self::routed(vec![destination], |_| Some(0))
+    }
+
+    /// Sends each record to the destination whose index `route` returns, and leaves out those for
+    /// which it returns `None`. An index that does not exist rejects the record.
+    ///
+    /// The route of a record may change at any time, even between a crash and the restart, since
+    /// its origin does not depend on it.
+    pub fn routed(destinations: Vec<D>, route: impl Fn(&Record) -> Option<usize> + Send + Sync + 'static) -> Self {
+        Self {
+            gathered: destinations.iter().map(|_| Vec::new()).collect(),
+            destinations,
+            route: Box::new(route),
+            sends_anonymous: false,
+        }
+    }
+
+    /// Also sends records that have no origin. Consumers cannot recognize copies of them, so they
+    /// handle such a record again if the relay sends it again.
+    ///
+    /// By default the relay rejects them.
+    #[must_use]
+    pub fn send_without_origin(mut self) -> Self {
+        self.sends_anonymous = true;
+        self
+    }
+}
+
+#[async_trait]
+impl<D: Destination> Handler<()> for Relay<D> {
+    async fn handle(&mut self, record: &Record, (): &mut ()) -> Result<(), HandlerError> {
+        let Some(index) = (self.route)(record) else {
+            return Ok(());
+        };
+        if record.origin.is_none() && !self.sends_anonymous {
+            return Err(HandlerError::reject(
+                "it has no origin, so consumers could not recognize a copy of it; append it with one, or call \
+                 `Relay::send_without_origin`",
+            ));
+        }
+        let count = self.destinations.len();
+        let gathered = self.gathered.get_mut(index).ok_or_else(|| {
+            HandlerError::reject(format!(
+                "its route is destination {index}, and the relay has {count} of them"
+            ))
+        })?;
+        gathered.push(record.into());
+        Ok(())
+    }
+
+    async fn flush(&mut self, (): &mut ()) -> Result<(), HandlerError> {
+        for (destination, gathered) in self.destinations.iter().zip(&mut self.gathered) {
+            if !gathered.is_empty() {
+                destination.send(gathered).await.map_err(|error| match error {
+                    Error::TooLarge { .. } => HandlerError::reject(error),
+                    // It concerns the destination, so no policy for records applies.
+                    Error::Failed { .. } => HandlerError::fatal(error),
+                    error => error.into(),
+                })?;
+                gathered.clear();
+            }
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self) {
+        self.gathered.iter_mut().for_each(Vec::clear);
+    }
+}
+
+impl<D> fmt::Debug for Relay<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay")
+            .field("destinations", &self.destinations.len())
+            .field("sends_anonymous", &self.sends_anonymous)
+            .finish_non_exhaustive()
+    }
+}
