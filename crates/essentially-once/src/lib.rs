@@ -43,12 +43,22 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Features
+//!
+//! No feature is on by default.
+//!
+//! - `json`: the module `json` makes records from values and hands values to handlers, with
+//!   [serde](https://docs.rs/serde). A payload that cannot be decoded is rejected with its line and
+//!   column.
 
 pub mod backend;
 pub mod consumer;
 mod error;
 mod handler;
 mod journal;
+#[cfg(feature = "json")]
+pub mod json;
 mod letters;
 mod log;
 pub mod memory;

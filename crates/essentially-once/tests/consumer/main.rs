@@ -13,6 +13,8 @@ mod blame;
 mod deaths;
 mod duplicates;
 mod faults;
+#[cfg(feature = "json")]
+mod json;
 mod letters;
 mod letters_at_least_once;
 mod letters_in_trouble;
