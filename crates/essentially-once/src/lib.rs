@@ -51,6 +51,8 @@
 //! - `json`: the module `json` makes records from values and hands values to handlers, with
 //!   [serde](https://docs.rs/serde). A payload that cannot be decoded is rejected with its line and
 //!   column.
+//! - `signed`: the module `signed` wraps a log and signs its records with HMAC-SHA256. A record
+//!   that somebody altered, inserted, or moved from another log never reaches a handler.
 
 pub mod backend;
 pub mod consumer;
@@ -68,6 +70,8 @@ mod passed;
 mod record;
 mod revision;
 mod rt;
+#[cfg(feature = "signed")]
+pub mod signed;
 mod store;
 mod window;
 

@@ -24,6 +24,8 @@ mod operators;
 mod policies;
 mod records;
 mod running;
+#[cfg(feature = "signed")]
+mod signed;
 mod skip;
 mod standby;
 mod starting;

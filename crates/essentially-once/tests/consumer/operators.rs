@@ -379,14 +379,14 @@ async fn an_edited_malformed_letter_joins_its_key_and_marks_its_origin() {
 
 /// A log with entries that it can only decode once it has a key.
 #[derive(Clone)]
-struct Sealed {
+pub(super) struct Sealed {
     log: essentially_once::memory::MemoryLog,
-    has_key: Arc<std::sync::atomic::AtomicBool>,
+    pub(super) has_key: Arc<std::sync::atomic::AtomicBool>,
     /// The origin that it then finds.
     origin: fn(&Record) -> Option<essentially_once::Origin>,
 }
 
-fn sealed(backend: &Backend, origin: fn(&Record) -> Option<essentially_once::Origin>) -> Sealed {
+pub(super) fn sealed(backend: &Backend, origin: fn(&Record) -> Option<essentially_once::Origin>) -> Sealed {
     Sealed {
         log: backend.memory_log(),
         has_key: Arc::default(),
