@@ -358,6 +358,17 @@ fn reasons_say_what_is_wrong_with_a_signature() {
     assert!(reason(stored).contains(invalid), "a signature has one spelling");
 }
 
+/// Somebody may give one secret two ids.
+#[test]
+fn the_id_of_the_key_is_signed_too() {
+    let twice = first_key().accept("2026-12", [7; 32]).expect("another id");
+    let mut stored = signed(record());
+    let signature = String::from_utf8(stored.headers[2].1.to_vec()).expect("text");
+    stored.headers[2].1 = signature.replace("2026-11", "2026-12").into();
+    let read = read_as(signer(twice), Offset::ZERO, stored);
+    assert!(read.malformed.is_some_and(|reason| reason.contains("was changed")));
+}
+
 #[test]
 fn records_without_a_signature_are_accepted_below_the_offset_only() {
     let log = memory_log();

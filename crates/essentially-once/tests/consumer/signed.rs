@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use essentially_once::{
     Epoch, Origin,
+    backend::Durability,
     consumer::{
         DeadLetterOptions, Report,
         dead_letters::{self, LetterFilter},
@@ -177,4 +178,20 @@ async fn a_key_can_be_removed_once_a_record_of_the_new_one_was_handled() {
     append(new(), 2).await;
     run_with(&backend, new()).await.unwrap();
     assert_eq!(effects(&backend).await["a"], "0 1 2 ");
+}
+
+#[tokio::test]
+async fn all_else_is_passed_on_to_the_wrapped_log() {
+    let backend = Backend::new(5, Script::default()).await;
+    backend.deleted.store(2, Ordering::SeqCst);
+    let bare = backend.log();
+    let log = Signed::new(backend.log(), signer(old()));
+    assert_eq!(log.id(), bare.id());
+    assert_eq!(log.bounds().await.unwrap(), bare.bounds().await.unwrap());
+    assert_eq!(log.readable_end().await.unwrap(), 3.into());
+    assert_eq!(log.durability().await.unwrap(), Durability::Durable);
+    let log = Signed::new(backend.memory_log(), signer(old()));
+    assert_eq!(log.count_from(1.into()).await.unwrap(), Some(4));
+    assert!(matches!(log.durability().await.unwrap(), Durability::Volatile(_)));
+    assert!(matches!(log.read(6.into()).await, Err(Error::OutOfRange { .. })));
 }
