@@ -120,7 +120,12 @@ fn ci(servers: &Variables) -> Done {
         &[],
     )?;
     // The tests use all features. These packages have optional ones.
-    for package in ["essentially-once-redis", "essentially-once-rabbitmq", "orders"] {
+    for package in [
+        "essentially-once",
+        "essentially-once-redis",
+        "essentially-once-rabbitmq",
+        "orders",
+    ] {
         cargo(
             &[&["clippy", "--package", package, "--no-default-features"][..], &deny].concat(),
             &[],

@@ -43,12 +43,24 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Features
+//!
+//! No feature is on by default.
+//!
+//! - `json`: the module `json` makes records from values and hands values to handlers, with
+//!   [serde](https://docs.rs/serde). A payload that cannot be decoded is rejected with its line and
+//!   column.
+//! - `signed`: the module `signed` wraps a log and signs its records with HMAC-SHA256. A record
+//!   that somebody altered, inserted, or moved from another log never reaches a handler.
 
 pub mod backend;
 pub mod consumer;
 mod error;
 mod handler;
 mod journal;
+#[cfg(feature = "json")]
+pub mod json;
 mod letters;
 mod log;
 pub mod memory;
@@ -56,9 +68,11 @@ mod name;
 mod note;
 mod passed;
 mod record;
-mod relay;
+pub mod relay;
 mod revision;
 mod rt;
+#[cfg(feature = "signed")]
+pub mod signed;
 mod store;
 mod window;
 
@@ -81,6 +95,5 @@ pub use crate::{
     log::Log,
     name::{ConsumerId, Epoch, ProducerId},
     record::{NewRecord, Offset, Origin, Record},
-    relay::{Destination, Relay},
     store::{KeyValue, OffsetStore, ReadState},
 };

@@ -8,7 +8,7 @@ const MAX_BYTES: usize = 200;
 
 /// One rule for all names, so that a name that is valid on one backend is valid on all of them: in
 /// a table row, a Redis key, a queue name and a metric label, without escaping.
-fn validate(kind: &'static str, name: &str) -> Result<Arc<str>, Error> {
+pub(crate) fn validate(kind: &'static str, name: &str) -> Result<Arc<str>, Error> {
     let invalid = |reason: String| Error::InvalidName {
         kind,
         name: name.chars().take(60).collect(),

@@ -50,7 +50,8 @@ type Route = Box<dyn Fn(&Record) -> Option<usize> + Send + Sync>;
 /// # Examples
 /// ```
 /// use essentially_once::memory::Memory;
-/// use essentially_once::{Consumer, ConsumerId, Epoch, Log, NewRecord, Origin, ProducerId, Relay};
+/// use essentially_once::relay::Relay;
+/// use essentially_once::{Consumer, ConsumerId, Epoch, Log, NewRecord, Origin, ProducerId};
 ///
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), essentially_once::Error> {

@@ -9,12 +9,12 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, ConsumerId, Destination, Epoch, Error, KeyValue, Log, NewRecord, OffsetStore, Origin, ProducerId, Record,
-    Relay, async_trait,
+    Consumer, ConsumerId, Epoch, Error, KeyValue, Log, NewRecord, OffsetStore, Origin, ProducerId, Record, async_trait,
     backend::Window,
     consumer::{AtLeastOnce, DeadLetterOptions, Report, dead_letters},
     handler_fn,
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
+    relay::{Destination, Relay},
 };
 use proptest::{collection::vec, prelude::*};
 use tokio::sync::Notify;

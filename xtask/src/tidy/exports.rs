@@ -1,7 +1,7 @@
 //! The core's root exports what handler authors need, and little more.
 
 /// The most names that the root may export, modules included.
-const MOST: usize = 24;
+const MOST: usize = 26;
 
 /// What is wrong with the exports of this crate root.
 pub(super) fn fault(source: &str) -> Option<String> {
@@ -72,9 +72,7 @@ use crate::log::Private;
         assert_eq!(fault(&root(MOST)), None);
         assert!(fault("mod private;").is_some());
         let complaint = fault(&root(MOST + 1)).expect("one too many");
-        assert!(
-            complaint.contains("25 names") && complaint.contains("N24"),
-            "{complaint}"
-        );
+        let (count, last) = (format!("{} names", MOST + 1), format!("N{MOST}"));
+        assert!(complaint.contains(&count) && complaint.contains(&last), "{complaint}");
     }
 }

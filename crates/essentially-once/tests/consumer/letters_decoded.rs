@@ -16,14 +16,14 @@ use super::{
 
 /// A log with entries that it can only decode once it has a key.
 #[derive(Clone)]
-struct Sealed {
+pub(super) struct Sealed {
     log: MemoryLog,
-    has_key: Arc<AtomicBool>,
+    pub(super) has_key: Arc<AtomicBool>,
     /// What it then finds.
     find: fn(&mut Record),
 }
 
-fn sealed(backend: &Backend, find: fn(&mut Record)) -> Sealed {
+pub(super) fn sealed(backend: &Backend, find: fn(&mut Record)) -> Sealed {
     Sealed {
         log: backend.memory_log(),
         has_key: Arc::default(),

@@ -13,6 +13,8 @@ mod blame;
 mod deaths;
 mod duplicates;
 mod faults;
+#[cfg(feature = "json")]
+mod json;
 mod letters;
 mod letters_at_least_once;
 mod letters_decoded;
@@ -24,6 +26,8 @@ mod operators;
 mod policies;
 mod records;
 mod running;
+#[cfg(feature = "signed")]
+mod signed;
 mod skip;
 mod standby;
 mod starting;
