@@ -162,6 +162,19 @@ proptest! {
 }
 
 #[tokio::test]
+async fn a_batch_that_did_not_arrive_is_sent_again_without_its_former_self() {
+    let (memory, bus) = outbox(10).await;
+    let relay = Relay::to(Lossy::new(bus.clone(), [Fault::Before, Fault::Before]));
+    let report = consumer(&memory, relay)
+        .max_batch(5)
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!((report.handled, report.restarts), (10, 2), "{report}");
+    assert_eq!(read(&bus).await.len(), 10);
+}
+
+#[tokio::test]
 async fn a_route_may_change_between_a_lost_reply_and_the_restart() {
     let (memory, bus) = outbox(10).await;
     let other = memory.log("other").unwrap();
