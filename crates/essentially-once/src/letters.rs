@@ -4,6 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use bytes::{BufMut as _, Bytes};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     Error, NewRecord, Offset, Operator, Origin, Record,
@@ -170,12 +171,14 @@ impl DeadLetter {
     }
 
     /// What a store returns in place of a letter that it [cannot read](Self::unreadable), with its
-    /// key if the store knows it.
-    pub fn damaged(offset: Offset, key: Option<Bytes>, why: &str) -> Self {
+    /// key if the store knows it. The [version](Self::version) comes from what is stored, so that
+    /// operators do not discard what they have not seen.
+    pub fn damaged(offset: Offset, key: Option<Bytes>, why: &str, stored: &[u8]) -> Self {
         let mut record = Record::new(offset, UNIX_EPOCH, Bytes::new());
         record.key = key;
         Self {
             unreadable: true,
+            version: xxh3_64(stored),
             ..Self::new(record, 0, why, UNIX_EPOCH)
         }
     }
@@ -190,6 +193,12 @@ impl DeadLetter {
     pub fn size(&self) -> usize {
         let edit = self.edit.as_ref().map_or(0, |edit| edit.size());
         self.record.size() + self.first_reason.len() + self.last_reason.len() + edit
+    }
+
+    /// Whether the other letter has the same record, edited alike. A store takes the changes of such
+    /// a letter even if it would not take the letter any more.
+    pub fn has_record_of(&self, other: &Self) -> bool {
+        (&self.record, &self.edit) == (&other.record, &other.edit)
     }
 
     /// The record as the log yielded it.
@@ -209,11 +218,15 @@ impl DeadLetter {
             at: from_millis(millis(SystemTime::now())),
         };
         (self.record, self.edit) = (record, Some(Box::new(edit)));
-        self.version += 1;
+        self.version = self.version.saturating_add(1);
     }
 
     pub(crate) fn set_last_reason(&mut self, reason: &str) {
         self.last_reason = cut(reason);
+    }
+
+    pub(crate) fn take_reasons_of(&mut self, other: Self) {
+        (self.first_reason, self.last_reason) = (other.first_reason, other.last_reason);
     }
 
     /// Notes that another try failed.
@@ -229,7 +242,7 @@ impl DeadLetter {
 
     pub(crate) fn set_due(&mut self, due: Option<SystemTime>) {
         self.due = due;
-        self.version += 1;
+        self.version = self.version.saturating_add(1);
     }
 }
 

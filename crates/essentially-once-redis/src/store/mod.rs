@@ -91,8 +91,8 @@ const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.l
 /// A user with restricted permissions needs:
 ///
 /// - these keys, and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`;
-/// - `+hlen`, with which each session of a consumer looks for dead letters; if it has any, also
-///   `+zadd +zrem +zrange +zlexcount +zcard`;
+/// - `+hlen +zcard`, with which each session of a consumer looks for dead letters; if it has any,
+///   also `+zadd +zrem +zrange +zlexcount`;
 /// - `+config|get` to find out whether the server is durable, and how large a value may be;
 /// - with [`min_replicas`](crate::RedisOptions::min_replicas), `+wait` and `+info`;
 /// - for [native commands](RedisTx::command), these commands and their keys, `+command|info

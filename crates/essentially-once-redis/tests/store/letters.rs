@@ -262,6 +262,15 @@ pub(crate) async fn a_letter_that_cannot_be_read_says_why_and_can_be_removed() -
     for key in [VALUES, BY_OFFSET, BY_KEY, DUE] {
         assert_eq!(stage.ask(&format!("EXISTS {key}"))?, "0", "{key}");
     }
+    // A newer program changes a letter after an operator has seen it.
+    store_by_hand(&stage, 7, &newer)?;
+    let seen = dead_letters::get(&stage.consumer, &stage.store, 7.into())
+        .await?
+        .ok_or("no letter")?;
+    newer[3] = "edited";
+    store_by_hand(&stage, 7, &newer)?;
+    let refused = dead_letters::discard(&stage.consumer, &stage.store, &seen, &Operator::new("test")).await;
+    assert_error!(refused, Error::Failed { .. }, "changed since");
     Ok(())
 }
 
@@ -493,12 +502,12 @@ pub(crate) async fn a_missing_permission_is_refused_before_the_first_write() -> 
 
 pub(crate) async fn the_documented_permissions_are_enough() -> Outcome {
     let stage = Stage::start().await?;
-    let rights = "+evalsha +eval +hget +hgetall +hmget +hset +hdel +hlen +info +config|get";
+    let rights = "+evalsha +eval +hget +hgetall +hmget +hset +hdel +hlen +zcard +info +config|get";
     let store = crate::setup::signed_in(&stage, rights).await?;
     // A session of a consumer without letters begins like this.
     let mut tx = store.begin(&stage.consumer).await?;
     assert_eq!((tx.total().await?, tx.first_due().await?), (0, None));
-    let store = crate::setup::signed_in(&stage, &format!("{rights} +zadd +zrem +zrange +zlexcount +zcard")).await?;
+    let store = crate::setup::signed_in(&stage, &format!("{rights} +zadd +zrem +zrange +zlexcount")).await?;
     for commits in 0..2 {
         let mut tx = store.begin(&stage.consumer).await?;
         let mut due = letter(commits, Some("a"));
@@ -542,6 +551,68 @@ pub(crate) async fn letters_over_the_limit_are_refused_and_harm_nothing() -> Out
     assert_eq!(offsets(&tx.list(None, 10).await?), [1]);
     tx.commit(advance(0, 1)).await?;
     assert_eq!(stage.begin().await?.letter(1.into()).await?, Some(sized(1, LIMIT)));
+    // The limit was lowered since, and the letter is tried again.
+    let lower = RedisOptions::new()
+        .record_limit(LIMIT / 2)
+        .connect(&stage.server.url())
+        .await?;
+    let mut tx = lower.store().begin(&stage.consumer).await?;
+    let mut due = sized(1, LIMIT);
+    due.due = Some(time(1));
+    tx.park(&due).await?;
+    due.record.payload = vec![b'y'; LIMIT].into();
+    assert_error!(tx.park(&due).await, Error::TooLarge { .. },);
+    Ok(())
+}
+
+pub(crate) async fn the_values_of_letters_may_be_gone() -> Outcome {
+    let stage = Stage::start().await?;
+    park(&stage, 0, &[letter(1, Some("a"))]).await?;
+    stage.ask(&format!("DEL {VALUES}"))?;
+    let mut tx = stage.begin().await?;
+    assert_eq!(tx.total().await?, 1);
+    assert_eq!(tx.counts(None, 10).await?, [("a".into(), 1)]);
+    drop(tx);
+    let mut tx = stage.begin().await?;
+    let letter = tx.letter(1.into()).await?.ok_or("no letter")?;
+    assert!(letter.unreadable && letter.key().is_some_and(|key| key == "a"));
+    assert!(tx.remove(1.into()).await?);
+    tx.commit(advance(1, 2)).await?;
+    for key in [VALUES, BY_OFFSET, BY_KEY, DUE] {
+        assert_eq!(stage.ask(&format!("EXISTS {key}"))?, "0", "{key}");
+    }
+    Ok(())
+}
+
+pub(crate) async fn many_due_letters_that_cannot_be_read_are_passed_over_quickly() -> Outcome {
+    let stage = Stage::start().await?;
+    let mut due: Vec<_> = (0..2_001).map(|offset| letter(offset, None)).collect();
+    for letter in &mut due {
+        letter.due = Some(time(letter.record.offset.lo()));
+    }
+    park(&stage, 0, &due).await?;
+    let damage = "for n = 0, 1999 do
+        redis.call('HSET', KEYS[1], string.format('%020d-%020d', 0, n), 'damaged') end";
+    stage.server.command(&["EVAL", damage, "1", VALUES])?;
+    let commands = |stage: &Stage| stage.server.command(&["INFO", "commandstats"]);
+    stage.ask("CONFIG RESETSTAT")?;
+    let found = stage
+        .begin()
+        .await?
+        .first_due()
+        .await?
+        .map(|letter| letter.record.offset);
+    assert_eq!(found, Some(2_000.into()));
+    let stats = commands(&stage)?;
+    let evals = stats
+        .text()
+        .lines()
+        .find_map(|line| line.strip_prefix("cmdstat_eval:calls="));
+    let evals: u64 = evals
+        .and_then(|line| line.split(',').next())
+        .ok_or("no calls")?
+        .parse()?;
+    assert!(evals <= 5, "{evals} requests");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use essentially_once::{
     Error, Offset, Origin, Record,
     backend::{DeadLetter, DeadLetters, Edit, Source, check_size},
 };
-use rusqlite::{Row, ToSql, params_from_iter};
+use rusqlite::{Row, ToSql, params_from_iter, types::ValueRef};
 
 use super::{
     statements::{bytes_of_first, unsigned},
@@ -19,7 +19,8 @@ use crate::log::codec::{decode_headers, encode_headers};
 const COLUMNS: &str = "place, offset_hi, offset_lo, appended_at, key, headers, payload, producer, sequence, malformed, \
      tries, first_reason, last_reason, parked_at, last_failed_at, due_at, version, edit";
 
-const HAS_KEY: &str = "key IS NOT NULL AND malformed IS NULL";
+/// Implies the condition of the index by key. A key of another type is damaged, and counts as none.
+const HAS_KEY: &str = "key IS NOT NULL AND malformed IS NULL AND typeof(key) = 'blob'";
 
 impl SqliteTx {
     fn letters_where(&mut self, condition: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<DeadLetter>, Error> {
@@ -40,7 +41,13 @@ impl DeadLetters for SqliteTx {
     async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
         self.check_usable("park a record")?;
         let limit = self.record_limit().saturating_add(2 * DeadLetter::REASON_LIMIT);
-        check_size("dead letter", letter.size(), limit)?;
+        if let Err(too_large) = check_size("dead letter", letter.size(), limit) {
+            // The limit may have been higher when it was parked, and its key must not wait for that.
+            let stored = self.letter(letter.record.offset).await?;
+            if !stored.is_some_and(|stored| stored.has_record_of(letter)) {
+                return Err(too_large);
+            }
+        }
         let record = &letter.record;
         let (numbering, sequence) = match &record.origin {
             Some(origin) => (Some(origin.numbering.to_string()), Some(origin.sequence as i64)),
@@ -108,15 +115,16 @@ impl DeadLetters for SqliteTx {
     }
 
     async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
-        let mut passed_over: i64 = 0;
-        loop {
-            let condition = "due_at IS NOT NULL ORDER BY due_at, place LIMIT 1 OFFSET ?2";
-            let found = self.letters_where(condition, &[&passed_over])?.into_iter().next();
-            match found {
-                Some(letter) if letter.unreadable => passed_over += 1,
-                found => return Ok(found),
-            }
-        }
+        self.check_usable("read dead letters")?;
+        let sql = format!(
+            "SELECT {COLUMNS} FROM main.essentially_once_letters \
+             WHERE consumer = ?1 AND due_at IS NOT NULL ORDER BY due_at, place"
+        );
+        self.internal(&sql, "read dead letters", |statement, consumer| {
+            let mut letters = statement.query_map([consumer], letter)?;
+            let is_wanted = |letter: &rusqlite::Result<DeadLetter>| !matches!(letter, Ok(letter) if letter.unreadable);
+            letters.find(is_wanted).transpose()
+        })
     }
 
     async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
@@ -156,8 +164,15 @@ fn letter(row: &Row<'_>) -> rusqlite::Result<DeadLetter> {
     let place = u128::from_be_bytes(row.get(0)?);
     let offset = Offset::new((place >> 64) as u64, place as u64);
     Ok(decode(row, offset).unwrap_or_else(|why| {
+        let is_malformed = !matches!(row.get_ref(9), Ok(ValueRef::Null));
         let key: Option<Vec<u8>> = row.get(4).unwrap_or_default();
-        DeadLetter::damaged(offset, key.map(Bytes::from), &format!("its row cannot be read: {why}"))
+        let version: i64 = row.get(16).unwrap_or_default();
+        DeadLetter::damaged(
+            offset,
+            key.filter(|_| !is_malformed).map(Bytes::from),
+            &format!("its row cannot be read: {why}"),
+            &version.to_be_bytes(),
+        )
     }))
 }
 

@@ -1,15 +1,18 @@
 //! Dead letters in a file: readable and searchable with SQL, and fast when there are many.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use essentially_once::{
-    Consumer, Handler, HandlerError, Log, NewRecord, OffsetStore, Record, async_trait,
-    backend::{DeadLetters, Transaction},
-    consumer::{DeadLetterOptions, Operator, dead_letters},
+    Consumer, Error, Handler, HandlerError, Log, NewRecord, OffsetStore, Record, async_trait,
+    backend::{DeadLetter, DeadLetters, Transaction},
+    consumer::{
+        DeadLetterOptions, Operator,
+        dead_letters::{self, LetterFilter},
+    },
 };
-use essentially_once_sqlite::{SqliteTx, rusqlite::Connection};
+use essentially_once_sqlite::{SqliteOptions, SqliteTx, rusqlite::Connection};
 
-use super::{open, shipping};
+use super::{advance, open, shipping};
 
 /// Rejects payloads that begin with `bad`.
 struct Ship;
@@ -88,6 +91,8 @@ async fn a_handler_cannot_change_letters() {
 #[tokio::test]
 async fn a_letter_that_cannot_be_read_says_what_is_wrong_with_its_row() {
     let (folder, _, store) = open().await;
+    let tx = store.begin(&shipping()).await.expect("begin");
+    tx.commit(advance(9, 0)).await.expect("a position");
     let user = Connection::open(folder.path().join("a.db")).expect("the user's connection");
     user.execute_batch(
         "INSERT INTO essentially_once_letters
@@ -119,6 +124,72 @@ async fn a_letter_that_cannot_be_read_says_what_is_wrong_with_its_row() {
     let letters = dead_letters::list(&shipping(), &store, None, 10).await.expect("list");
     let unreadable: Vec<_> = letters.iter().map(|letter| letter.unreadable).collect();
     assert_eq!(unreadable, [true, true, true, true, false]);
+    // A key that is not one holds up nothing, and neither does that of a malformed record.
+    let damage =
+        "UPDATE essentially_once_letters SET malformed = 'why', headers = x'FF', key = x'62' WHERE offset_lo = 1";
+    user.execute(damage, []).expect("damage");
+    user.execute(
+        "UPDATE essentially_once_letters SET key = x'62' WHERE offset_lo = 5",
+        [],
+    )
+    .expect("another key");
+    user.execute("UPDATE essentially_once_letters SET key = 'a' WHERE offset_lo = 3", [])
+        .expect("damage");
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    assert_eq!(
+        tx.counts(None, 10).await.expect("counts"),
+        [("a".into(), 1), ("b".into(), 1)]
+    );
+    tx.rollback().await.expect("rollback");
+    let (all, test) = (LetterFilter::all(), Operator::new("test"));
+    assert_eq!(
+        dead_letters::retry_all(&shipping(), &store, &all, &test)
+            .await
+            .expect("retry"),
+        1
+    );
+}
+
+#[tokio::test]
+async fn a_letter_that_cannot_be_read_and_changed_meanwhile_is_not_discarded() {
+    let (folder, _, store) = open().await;
+    let tx = store.begin(&shipping()).await.expect("begin");
+    tx.commit(advance(9, 0)).await.expect("a position");
+    let user = Connection::open(folder.path().join("a.db")).expect("the user's connection");
+    user.execute_batch(
+        "INSERT INTO essentially_once_letters VALUES
+             ('shipping', unhex(printf('%032x', 7)), 0, 7, 0, NULL, x'FF', x'', NULL, NULL, NULL, 1, '', '', 0, 0, NULL, 1, x'')",
+    )
+    .expect("a row with unknown headers");
+    let seen = dead_letters::get(&shipping(), &store, 7.into())
+        .await
+        .expect("get")
+        .expect("a letter");
+    user.execute("UPDATE essentially_once_letters SET version = 2", [])
+        .expect("a newer program edits it");
+    let refused = dead_letters::discard(&shipping(), &store, &seen, &Operator::new("test")).await;
+    assert!(refused.is_err_and(|error| error.to_string().contains("changed since")));
+}
+
+#[tokio::test]
+async fn a_letter_over_a_limit_that_was_lowered_can_be_tried_again() {
+    let (folder, _, store) = open().await;
+    let record = Record::new(1.into(), UNIX_EPOCH, vec![b'x'; 10_000]);
+    let mut letter = DeadLetter::new(record, 1, "why", UNIX_EPOCH);
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.park(&letter).await.expect("park");
+    tx.commit(advance(1, 0)).await.expect("commit");
+    let options = SqliteOptions::new().record_limit(1_000);
+    let store = options.open(folder.path().join("a.db")).await.expect("open").store();
+    letter.due = Some(UNIX_EPOCH);
+    let mut tx = store.begin(&shipping()).await.expect("begin");
+    tx.park(&letter).await.expect("the same record");
+    letter.record.payload = vec![b'y'; 10_000].into();
+    let refused = tx.park(&letter).await;
+    assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
+    letter.record.offset = 2.into();
+    let refused = tx.park(&letter).await;
+    assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
 }
 
 /// Each read uses an index, so that a million letters do not slow a consumer down.

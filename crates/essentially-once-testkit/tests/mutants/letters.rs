@@ -87,7 +87,7 @@ impl StoreState {
             let letter = &mut parked.letter;
             if parked.consumer == consumer.as_str() && letter.record.offset == offset {
                 let due = letter.due;
-                *letter = DeadLetter::damaged(offset, letter.key().cloned(), "it cannot be read");
+                *letter = DeadLetter::damaged(offset, letter.key().cloned(), "it cannot be read", b"");
                 letter.due = due;
             }
         }

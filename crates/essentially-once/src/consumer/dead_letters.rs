@@ -79,7 +79,7 @@ use crate::{
 const PATIENCE_FOR_MANY: Duration = Duration::from_millis(300);
 
 /// How many letters one page of [`retry_all`] holds.
-const PAGE: usize = 1_000;
+const PAGE: usize = 100;
 
 /// How many letters to read at once in search of others.
 const SEARCHED_AT_ONCE: usize = 100;
@@ -171,8 +171,8 @@ where
 /// letters made due; those that this function or [`retry`] made due before, and that were not tried
 /// since, do not count.
 ///
-/// It reads every letter, and commits once per thousand letters if some of them change, or more
-/// often next to a busy instance. If it fails, some letters may be due.
+/// It reads every letter, and commits once per hundred letters if some of them change, or more
+/// often next to a busy instance or if they are large. If it fails, some letters may be due.
 ///
 /// # Errors
 /// As for [`retry`], except that it is no error if there are no letters.
@@ -201,8 +201,9 @@ where
                 continues: total > 0,
             };
             match change(consumer, store, &heads, by, patience).await {
-                // A busy instance commits while this one still looks at the letters.
-                Err(Error::Fenced { .. }) if some.len() > 1 => at_once = some.len() / 2,
+                // A busy instance commits while this one still looks at the letters. Or they are
+                // too large for one transaction.
+                Err(Error::Fenced { .. } | Error::TooLarge { .. }) if some.len() > 1 => at_once = some.len() / 2,
                 retried => {
                     if let Some(OperatorAction::Retry { letters, .. }) = retried? {
                         total += letters;

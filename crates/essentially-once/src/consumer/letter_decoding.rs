@@ -38,7 +38,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 let mut decoded = letter.clone();
                 decoded.record = record.clone();
                 match self.or_stop(join_key(letters, decoded)).await {
-                    Err(Failure::Backend(error @ Error::TooLarge { .. })) => {
+                    Err(Failure::Backend(error @ (Error::Failed { .. } | Error::TooLarge { .. }))) => {
                         self.end(tx).await?;
                         return Ok(Decoded::Failed(HandlerError::reject(error)));
                     }

@@ -164,7 +164,12 @@ impl<S: OffsetStore> Session<'_, S> {
             let is_full = handled.len() >= limit || started.elapsed() > self.settings.batch_time_limit;
             if !handled.is_empty() && (is_full || self.stop.is_cancelled()) {
                 // The letters of this key go on where they stop, in turn with those of other keys.
-                letter.set_due(Some(self.cut_off.unwrap_or(self.now)));
+                // The next pause of one that failed before is not measured from its last failure.
+                let due = self.cut_off.unwrap_or(self.now);
+                letter.set_due(Some(match letter.tries {
+                    0 => due,
+                    _ => due.min(letter.last_failed_at),
+                }));
                 self.used(letters_of_used(tx)?.park(&letter)).await?;
                 break;
             }
@@ -227,12 +232,12 @@ impl<S: OffsetStore> Session<'_, S> {
         // The try may have taken long.
         self.now = SystemTime::now();
         let due = self.due(&letter, error.kind);
-        let last_reason = letter.last_reason.clone();
+        let before = letter.clone();
         letter.failed_again(&error.to_string(), self.now, due);
         let first = match self.commit_letter(&letter).await {
-            // A store that is nearly full may have no room for a longer reason.
+            // A store that is nearly full may have no room for longer reasons.
             Err(Failure::Backend(Error::Failed { .. } | Error::TooLarge { .. })) => {
-                letter.set_last_reason(&last_reason);
+                letter.take_reasons_of(before);
                 self.commit_letter(&letter).await?
             }
             first => first?,

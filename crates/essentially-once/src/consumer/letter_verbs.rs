@@ -104,7 +104,9 @@ impl<Tx: DeadLetters> Change<Tx> for Discard<'_> {
         let offset = stored.record.offset;
         let head = head_of(tx, &stored).await?;
         let was_first = head.is_some_and(|head| head.record.offset == offset);
-        tx.remove(offset).await?;
+        if !tx.remove(offset).await? {
+            return Err(Error::failed(on("discard", offset, self.consumer), no_such_letter()));
+        }
         if was_first
             && let Some(next) = head_of(tx, &stored).await?
             && !next.unreadable

@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
-    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Transaction, consumer::OperatorAction, rt,
-    window::Windows,
+    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Transaction, consumer::OperatorAction,
+    note::InHand, rt, window::Windows,
 };
 
 /// How long to wait for the record.
@@ -128,7 +128,12 @@ pub async fn skip<S: OffsetStore>(
     let expected = position.revision;
     let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
     advance.owner = position.owner;
-    advance.note = Note::after(record);
+    // A letter that kills is not affected.
+    let in_hand = InHand {
+        record: None,
+        ..position.note.in_hand()
+    };
+    advance.note = Note::after(record).with_in_hand(in_hand);
     advance.journal = Some(position.journal.with(by, OperatorAction::Skip(offset)));
     (advance.windows, advance.forgotten) = windows.take_changes();
     store.begin(consumer).await?.commit(advance).await?;

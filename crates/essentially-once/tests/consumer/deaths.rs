@@ -11,7 +11,7 @@ use support::ScriptedStore;
 use tokio::sync::Notify;
 
 use super::{
-    letters::{Lists, all_in_order, effects, keyed, letters, parked, poisoned, retry_all},
+    letters::{Lists, all_in_order, effects, keyed, letters, parked, poisoned, retry_all, with_letters},
     *,
 };
 
@@ -303,6 +303,33 @@ async fn a_fenced_instance_that_lives_is_not_counted_again() {
     entered.notified().await;
     go_on.notify_one();
     assert_eq!(lives.await.unwrap().unwrap().handled, RECORDS);
+}
+
+#[tokio::test]
+async fn a_skip_does_not_clear_the_count_of_a_letter() {
+    let backend = with_letters().await;
+    retry_all(&backend).await;
+    let handler = mortal(&backend, &["2"]);
+    let options = DeadLetterOptions::new();
+    let run = || consumer(&backend, &handler).max_deaths(2).dead_letters(options.clone());
+    let mut died = 0;
+    while live(run(), &handler).await.is_none() {
+        died += 1;
+        let next = backend.position(&shipping()).await.unwrap().next;
+        backend.memory_log().append(&[NewRecord::new("x")]).await.unwrap();
+        skip(
+            &shipping(),
+            &backend.memory_log(),
+            &backend.memory.store(),
+            next,
+            &ann(),
+        )
+        .await
+        .unwrap();
+        assert!(died < 10, "it dies forever");
+    }
+    assert_eq!(died, 3);
+    assert_eq!(letters(&backend).await[0].due, None);
 }
 
 /// Instances that die when they have passed a duplicate die of something else.

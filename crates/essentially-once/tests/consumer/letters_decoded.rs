@@ -250,3 +250,35 @@ async fn a_letter_that_is_too_large_once_it_is_decoded_is_no_duplicate_of_itself
         assert!(letter.last_reason.contains("over the limit"), "{}", letter.last_reason);
     }
 }
+
+/// Its pause is not measured from a failure long ago.
+#[tokio::test]
+async fn a_letter_that_waits_for_an_operator_still_does_after_it_failed_behind_another() {
+    let backend = keyed(Script::default()).await;
+    let log = sealed(&backend, |_| {});
+    let more = [
+        NewRecord::new("12").header("sealed", "z"),
+        NewRecord::new("13").key("z"),
+    ];
+    log.append(&more).await.unwrap();
+    let run = || {
+        let handler = poisoned(&backend, &[]);
+        handler.retried.lock().unwrap().push("13");
+        Consumer::essentially_once(shipping(), log.clone(), backend.store(), handler)
+            .retries(0)
+            .dead_letters(DeadLetterOptions::new())
+            .accept_volatile()
+            .run_until_caught_up()
+    };
+    run().await.unwrap();
+    assert_eq!(parked(&backend).await, [12, 13]);
+    // The failure was long ago.
+    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    log.has_key.store(true, Ordering::Relaxed);
+    dead_letters::retry(&shipping(), &backend.memory.store(), 12.into(), &ann())
+        .await
+        .unwrap();
+    run().await.unwrap();
+    let left = &letters(&backend).await[0];
+    assert_eq!((left.record.offset, left.due), (13.into(), None), "{left:?}");
+}

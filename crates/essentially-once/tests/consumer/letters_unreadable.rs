@@ -19,7 +19,7 @@ use super::{
 async fn with_damaged(offset: u64) -> Backend {
     let backend = with_letters().await;
     let mut tx = backend.memory.store().begin(&shipping()).await.unwrap();
-    let damaged = DeadLetter::damaged(offset.into(), Some("a".into()), "its row is damaged");
+    let damaged = DeadLetter::damaged(offset.into(), Some("a".into()), "its row is damaged", b"");
     tx.park(&damaged).await.unwrap();
     let position = backend.position(&shipping()).await.unwrap();
     let revision = position.revision;

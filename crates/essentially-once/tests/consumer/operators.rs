@@ -387,3 +387,22 @@ async fn seek_with_another_log_is_refused_before_it_looks_at_letters() {
     let plan = plan_seek(&shipping(), &other, &store, StartAt::Earliest).await;
     assert!(matches!(plan, Err(Error::WrongLog { .. })), "{plan:?}");
 }
+
+#[tokio::test]
+async fn letters_that_are_too_large_for_one_commit_are_made_due_in_several() {
+    let backend = keyed(Script::default()).await;
+    let handler = poisoned(&backend, &["1", "2", "5", "7", "10"]);
+    consumer(&backend, handler).run_until_caught_up().await.unwrap();
+    backend.script.letters_per_commit.store(2, Ordering::SeqCst);
+    let all = LetterFilter::all();
+    let due = dead_letters::retry_all(&shipping(), &backend.store(), &all, &ann())
+        .await
+        .unwrap();
+    assert_eq!(due, 5);
+    backend.script.letters_per_commit.store(0, Ordering::SeqCst);
+    consumer(&backend, poisoned(&backend, &[]))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert!(parked(&backend).await.is_empty());
+}

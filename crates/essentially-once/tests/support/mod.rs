@@ -59,6 +59,8 @@ pub enum Fault {
 /// Faults by step and by how often the step was taken before. Log, store and handler share them.
 #[derive(Clone, Default)]
 pub struct Script {
+    /// How many letters one transaction takes; 0 for any number.
+    pub letters_per_commit: Arc<AtomicU64>,
     faults: Arc<Mutex<VecDeque<(Step, u64, Fault)>>>,
     counts: Arc<[AtomicU64; 7]>,
 }
@@ -303,6 +305,7 @@ impl OffsetStore for ScriptedStore {
                 script: self.script.clone(),
                 refuse_commit: false,
                 is_broken: false,
+                letters: 0,
                 commit_time: Duration::ZERO,
             }),
         }
@@ -338,6 +341,7 @@ pub struct ScriptedTx {
     pub refuse_commit: bool,
     /// Set once a read or write failed and the handler ignored it. What follows fails (S6).
     pub is_broken: bool,
+    letters: u64,
     /// How long the commit takes.
     pub commit_time: Duration,
 }
@@ -400,6 +404,15 @@ impl Transaction for ScriptedTx {
 impl DeadLetters for ScriptedTx {
     async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
         self.check()?;
+        let limit = self.script.letters_per_commit.load(Ordering::SeqCst);
+        if limit > 0 && self.letters == limit {
+            return Err(Error::TooLarge {
+                what: "transaction",
+                size: limit as usize + 1,
+                limit: limit as usize,
+            });
+        }
+        self.letters += 1;
         self.inner.park(letter).await
     }
 

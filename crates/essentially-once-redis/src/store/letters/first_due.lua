@@ -1,21 +1,26 @@
--- Returns the letter that is due first: its field and its value.
+-- Returns the letters that are due first: the place behind them, and field, value, field, value. It
+-- stops at a megabyte, so that it never holds up the server for long.
 --
 -- KEYS: letters, letters due.
--- ARGV: fields to leave out.
-local left_out = {}
-for i = 1, #ARGV do
+-- ARGV: the place to start at, the most letters, fields to leave out.
+local from, left, size, found, left_out = tonumber(ARGV[1]), tonumber(ARGV[2]), 0, {}, {}
+for i = 3, #ARGV do
   left_out[ARGV[i]] = true
 end
-local from = 0
 while true do
   local fields = redis.call('ZRANGE', KEYS[2], from, from + 99)
-  if #fields == 0 then
-    return {}
-  end
   for i = 1, #fields do
+    if left == 0 or size > 1000000 then
+      return {from, found}
+    end
+    from = from + 1
     if not left_out[fields[i]] then
-      return {fields[i], redis.call('HGET', KEYS[1], fields[i])}
+      local value = redis.call('HGET', KEYS[1], fields[i])
+      found[#found + 1], found[#found + 2] = fields[i], value
+      left, size = left - 1, size + (value and #value or 0)
     end
   end
-  from = from + 100
+  if #fields < 100 then
+    return {from, found}
+  end
 end

@@ -53,10 +53,7 @@ impl DeadLetters for RedisTx {
     }
 
     async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
-        if let Some(change) = self.letters.staged.get(&offset) {
-            return Ok(change.letter().cloned());
-        }
-        let result = self.stored_letter(offset).await;
+        let result = self.find_letter(offset).await;
         self.noted(result)
     }
 
@@ -113,18 +110,18 @@ impl RedisTx {
                 pipeline
                     .ignore_errors()
                     .hlen(&self.keys.letters.values)
+                    .zcard(&self.keys.letters.by_offset)
                     .add_command(command.clone());
                 let mut connection = self.link.connection().await?;
-                let answers: RedisResult<(RedisResult<u64>, RedisResult<Value>)> =
+                let answers: RedisResult<(RedisResult<u64>, RedisResult<u64>, RedisResult<Value>)> =
                     pipeline.query_async(&mut connection).await;
-                let (stored, answer) =
-                    answers
-                        .and_then(|(stored, answer)| Ok((stored?, answer?)))
-                        .map_err(|error| {
-                            self.link.check(&error);
-                            read_failed(self.letters_action(), error)
-                        })?;
-                self.letters.stored = Some(stored);
+                let (values, places, answer) = answers
+                    .and_then(|(values, places, answer)| Ok((values?, places?, answer?)))
+                    .map_err(|error| {
+                        self.link.check(&error);
+                        read_failed(self.letters_action(), error)
+                    })?;
+                self.letters.stored = Some(values.max(places));
                 answer
             }
         };
@@ -138,12 +135,10 @@ impl RedisTx {
         if let Some(stored) = self.letters.stored {
             return Ok(stored);
         }
-        let mut command = redis::cmd("HLEN");
-        command.arg(&self.keys.letters.values);
-        let answer = self.ask(&command, || self.letters_action()).await?;
-        let stored = redis::from_redis_value(answer).map_err(|error| Error::failed(self.letters_action(), error))?;
-        self.letters.stored = Some(stored);
-        Ok(stored)
+        let mut command = redis::cmd("ZCARD");
+        command.arg(&self.keys.letters.by_offset);
+        let places: Option<u64> = self.ask_letters(&command).await?;
+        Ok(self.letters.stored.or(places).unwrap_or_default())
     }
 
     fn unreadable(&self, what: &[u8], why: impl std::fmt::Display) -> Error {
@@ -157,6 +152,7 @@ impl RedisTx {
         let mut parts = reply.into_iter();
         while let (Some(Some(field)), Some(value)) = (parts.next(), parts.next()) {
             let offset = codec::parse_field(&field).ok_or_else(|| self.unreadable(&field, "it is not an offset"))?;
+            let stored = value.clone().unwrap_or_default();
             let decoded = value
                 .ok_or_else(|| "the indices name it, but its value is missing".to_owned())
                 .and_then(|value| codec::decode(offset, value));
@@ -169,7 +165,7 @@ impl RedisTx {
                     let key = self.stored_entry(offset).await?.and_then(|entry| entry.key);
                     // It exists, even if the index by offset leaves it out.
                     self.letters.seen.insert(offset, Some(Entry { key: key.clone() }));
-                    DeadLetter::damaged(offset, key, &format!("its value cannot be read: {why}"))
+                    DeadLetter::damaged(offset, key, &format!("its value cannot be read: {why}"), &stored)
                 }
             });
         }
@@ -207,6 +203,13 @@ impl RedisTx {
         let (offset, key) = codec::parse_member_by_offset(member)
             .ok_or_else(|| self.unreadable(member, "it is not an entry of the index by offset"))?;
         Ok((offset, Entry { key }))
+    }
+
+    async fn find_letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
+        match self.letters.staged.get(&offset) {
+            Some(change) => Ok(change.letter().cloned()),
+            None => self.stored_letter(offset).await,
+        }
     }
 
     async fn stored_letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
@@ -275,25 +278,41 @@ impl RedisTx {
     }
 
     async fn find_first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
-        let mut unreadable = Vec::new();
+        // Almost always, the first one can be read.
+        let (mut from, mut limit) = (0_u64, 1);
         let stored = loop {
             let keys = &self.keys.letters;
             let mut command = Self::script(FIRST_DUE, &[&keys.values, &keys.due]);
-            let changed = self.letters.staged.iter().filter(|(_, change)| change.before.is_some());
-            for offset in changed.map(|(offset, _)| offset).chain(&unreadable) {
+            command.arg(from).arg(limit);
+            for (offset, _) in self.letters.staged.iter().filter(|(_, change)| change.before.is_some()) {
                 command.arg(codec::field(*offset));
             }
-            let found = self.ask_letters(&command).await?.unwrap_or_default();
-            match self.decoded(found).await?.pop() {
-                Some(letter) if letter.unreadable => unreadable.push(letter.record.offset),
-                found => break found,
+            let found: (u64, Vec<Option<Vec<u8>>>) = self.ask_letters(&command).await?.unwrap_or_default();
+            if found.1.is_empty() {
+                break None;
             }
+            if let Some(letter) = self.first_readable(found.1)? {
+                break Some(letter);
+            }
+            (from, limit) = (found.0, PAGE);
         };
         let staged = self.letters.staged.values().filter_map(Change::letter);
         let staged = staged
             .filter(|letter| letter.due.is_some())
             .min_by_key(|letter| due_order(letter));
         Ok(stored.into_iter().chain(staged.cloned()).min_by_key(due_order))
+    }
+
+    fn first_readable(&mut self, reply: Vec<Option<Vec<u8>>>) -> Result<Option<DeadLetter>, Error> {
+        let mut parts = reply.into_iter();
+        while let (Some(Some(field)), Some(value)) = (parts.next(), parts.next()) {
+            let offset = codec::parse_field(&field).ok_or_else(|| self.unreadable(&field, "it is not an offset"))?;
+            if let Some(Ok(letter)) = value.map(|value| codec::decode(offset, value)) {
+                self.letters.see(&letter);
+                return Ok(Some(letter));
+            }
+        }
+        Ok(None)
     }
 
     async fn find_list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
@@ -402,8 +421,14 @@ impl RedisTx {
 
     async fn stage_letter(&mut self, letter: &DeadLetter) -> Result<(), Error> {
         let limit = self.link.server.options.record_limit + 2 * DeadLetter::REASON_LIMIT;
-        check_size("dead letter", letter.size(), limit)?;
         let letter = codec::rounded(letter.clone());
+        if let Err(too_large) = check_size("dead letter", letter.size(), limit) {
+            // The limit may have been higher when it was parked, and its key must not wait for that.
+            let known = self.find_letter(letter.record.offset).await?;
+            if !known.is_some_and(|known| known.has_record_of(&letter)) {
+                return Err(too_large);
+            }
+        }
         let (offset, value) = (letter.record.offset, codec::encode(&letter));
         let member = letter.key().map_or(0, |key| codec::member_by_key(offset, key).len());
         let largest = value.len().max(member);
