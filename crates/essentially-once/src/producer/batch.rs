@@ -2,8 +2,8 @@
 
 use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 
-use super::queue::{Queue, Receipt, TASK_ENDED, doubtful};
-use crate::{Error, Log, NewRecord, rt};
+use super::queue::{Queue, Receipt, TASK_ENDED, WAITED, doubtful};
+use crate::{Error, Log, NewRecord, error::Source, rt};
 
 /// Records that a lane has taken, in order. Dropping this says of those that are left that they
 /// were not confirmed.
@@ -14,6 +14,8 @@ pub(super) struct Batch {
     receipts: VecDeque<Receipt>,
     /// Whether some of the records may be in the log: a reply was lost, or is awaited.
     in_doubt: bool,
+    /// Why the records must be appended again.
+    last_error: Option<Arc<Error>>,
 }
 
 impl Batch {
@@ -23,6 +25,7 @@ impl Batch {
             records,
             receipts,
             in_doubt: false,
+            last_error: None,
         }
     }
 
@@ -32,6 +35,9 @@ impl Batch {
 
     /// Appends once. Returns `None` if all records were given up before the log answered.
     pub(super) async fn append(&mut self, log: &dyn Log) -> Option<Result<(), Error>> {
+        // An append that is begun leaves doubt, so records whose time is over are given up before.
+        let cause = not_confirmed(self.last_error.as_ref());
+        self.queue.give_up_due(&mut self.receipts, self.in_doubt, cause);
         self.records.drain(..self.records.len() - self.receipts.len());
         // A definite failure says nothing about the appends before it.
         let was_in_doubt = mem::replace(&mut self.in_doubt, true);
@@ -45,9 +51,10 @@ impl Batch {
         Some(result.map(drop))
     }
 
-    /// Waits before the next append. Gives up on the records whose time is over meanwhile.
-    pub(super) async fn pause(&mut self, pause: Duration, last_error: &Arc<Error>) {
-        let cause = || Arc::clone(last_error).into();
+    /// Waits before the records are appended again. Gives up on those whose time is over meanwhile.
+    pub(super) async fn pause(&mut self, pause: Duration, error: Error) {
+        self.last_error = Some(Arc::new(error));
+        let cause = not_confirmed(self.last_error.as_ref());
         let pause = rt::sleep(pause);
         self.queue
             .giving_up(&mut self.receipts, self.in_doubt, cause, pause)
@@ -84,8 +91,17 @@ impl Batch {
             records: self.records.split_off(given_up + at),
             receipts: self.receipts.split_off(at),
             in_doubt: self.in_doubt,
+            last_error: self.last_error.clone(),
         };
         (rest.len() > 0).then_some(rest)
+    }
+}
+
+/// Why records whose time is over were not confirmed.
+fn not_confirmed(last_error: Option<&Arc<Error>>) -> impl Fn() -> Source {
+    move || match last_error {
+        Some(error) => Arc::clone(error).into(),
+        None => WAITED.into(),
     }
 }
 

@@ -68,13 +68,13 @@ impl Lane {
         let mut pauses = self.backoff.build();
         loop {
             let error = match batch.append(&*self.log).await? {
-                Err(error @ (Error::Indeterminate { .. } | Error::Unavailable { .. })) => Arc::new(error),
+                Err(error @ (Error::Indeterminate { .. } | Error::Unavailable { .. })) => error,
                 result => return Some(result),
             };
             let pause = pauses.next().unwrap_or_default();
             let records = batch.len();
             tracing::warn!(%error, records, ?pause, "appending the same records again");
-            batch.pause(pause, &error).await;
+            batch.pause(pause, error).await;
             self.end.0.telemetry.resent(batch.len());
         }
     }

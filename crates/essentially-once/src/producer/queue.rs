@@ -146,7 +146,7 @@ impl Queue {
                 let taken = state.take(self.max_batch, self.max_batch_bytes);
                 (due, taken, state.is_closed && state.waiting.is_empty())
             };
-            self.give_up(due, false, || "it waited behind other records".into());
+            self.give_up(due, false, || WAITED.into());
             match taken {
                 Some((records, receipts)) => return Some(Batch::new(Arc::clone(self), records, receipts)),
                 None if is_over => return None,
@@ -170,12 +170,17 @@ impl Queue {
             if let Some(result) = rt::within(left, &mut future).await {
                 return Some(result);
             }
-            let mut due = Vec::new();
-            while let Some(receipt) = receipts.pop_front_if(|receipt| receipt.is_due()) {
-                due.push(receipt);
-            }
-            self.give_up(due, in_doubt, &cause);
+            self.give_up_due(receipts, in_doubt, &cause);
         }
+    }
+
+    /// Gives up on the records whose time is over.
+    pub(super) fn give_up_due(&self, receipts: &mut VecDeque<Receipt>, in_doubt: bool, cause: impl Fn() -> Source) {
+        let mut due = Vec::new();
+        while let Some(receipt) = receipts.pop_front_if(|receipt| receipt.is_due()) {
+            due.push(receipt);
+        }
+        self.give_up(due, in_doubt, cause);
     }
 
     fn give_up(&self, due: Vec<Receipt>, in_doubt: bool, cause: impl Fn() -> Source) {
@@ -287,6 +292,9 @@ impl Queue {
 
 /// Why records are left behind by a lane that did not end by itself.
 pub(super) const TASK_ENDED: &str = "the producer's task ended, with its runtime or by a panic in the log";
+
+/// Why records are given up that were never appended.
+pub(super) const WAITED: &str = "it waited behind other records";
 
 /// The error for a record that was not confirmed and may be sent again.
 pub(super) fn doubtful(action: String, in_doubt: bool, cause: Source) -> Error {

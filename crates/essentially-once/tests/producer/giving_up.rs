@@ -119,6 +119,25 @@ async fn a_batch_that_loses_records_while_it_is_refused_names_no_wrong_culprit()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_part_that_waited_too_long_for_the_one_before_it_is_not_appended_and_not_in_doubt() {
+    let memory = Memory::new();
+    let script = [Act::Obey.held(), Act::Refuse]
+        .into_iter()
+        .chain(vec![Act::Lose(0); 1_000]);
+    let log = Faulty::new(&memory, script);
+    let sender = producer(&log).give_up_after(LIMIT).start().unwrap();
+    send(&sender, "0").await;
+    log.called(1).await;
+    let sent = send_all(&sender, 1, 2).await;
+    log.release();
+    assert_eq!(fates(sent).await, [Fate::InDoubt, Fate::Unavailable]);
+    sender.close().await;
+    let calls = log.calls();
+    assert_eq!(calls[1], [2, 3]);
+    assert!(calls[2..].iter().all(|call| *call == [2]), "{calls:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_a_limit_a_record_is_sent_until_it_is_confirmed() {
     let memory = Memory::new();
     let log = Faulty::new(&memory, vec![Act::Unavailable; 5_000]);

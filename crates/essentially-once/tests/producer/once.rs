@@ -140,3 +140,52 @@ async fn batches_as_large_as_the_window_are_appended_again_without_loss() {
         assert_eq!(handled(&memory).await, numbers(0, 3_000), "prefix {prefix}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_senders_on_many_threads_lose_and_double_nothing() {
+    const SENDERS: u64 = 8;
+    const RECORDS: u64 = 1_000;
+    for depth in [1, 4] {
+        let memory = Memory::new();
+        let script = (0..200).map(|n| match n % 4 {
+            0 => (Act::Lose(n), 3),
+            1 => (Act::Unavailable, 0),
+            2 => (Act::Late(n, 100), 1),
+            _ => (Act::Obey, 2),
+        });
+        let log = Faulty::with_turns(&memory, script);
+        let sender = producer(&log)
+            .unordered(depth)
+            .queue_records(100)
+            .min_backoff(Duration::ZERO)
+            .max_backoff(Duration::from_millis(1))
+            .start()
+            .unwrap();
+        let mut tasks = tokio::task::JoinSet::new();
+        for task in 0..SENDERS {
+            let sender = sender.clone();
+            tasks.spawn(async move {
+                let mut sent = Vec::new();
+                for n in 0..RECORDS {
+                    sent.push(send(&sender, (task * RECORDS + n).to_string()).await);
+                }
+                fates(sent).await
+            });
+        }
+        while let Some(fates) = tasks.join_next().await {
+            assert!(fates.unwrap().iter().all(|fate| *fate == Fate::Confirmed));
+        }
+        let report = sender.close().await;
+        assert_eq!(report.confirmed, SENDERS * RECORDS);
+        assert!(log.most_in_flight() <= depth);
+        log.settle().await;
+        let mut handled = handled(&memory).await;
+        if depth == 1 {
+            // Each sender's records in its order.
+            handled.sort_by_key(|payload| payload.parse::<u64>().unwrap() / RECORDS);
+        } else {
+            handled.sort_by_key(|payload| payload.parse::<u64>().unwrap());
+        }
+        assert_eq!(handled, numbers(0, SENDERS * RECORDS - 1), "depth {depth}");
+    }
+}
