@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 
-use super::queue::{Queue, Receipt, TASK_ENDED, WAITED, doubtful};
+use super::queue::{Queue, Receipt, TASK_ENDED, doubtful};
 use crate::{Error, Log, NewRecord, error::Source, rt};
 
 /// Records that a lane has taken, in order. Dropping this says of those that are left that they
@@ -101,7 +101,7 @@ impl Batch {
 fn not_confirmed(last_error: Option<&Arc<Error>>) -> impl Fn() -> Source {
     move || match last_error {
         Some(error) => Arc::clone(error).into(),
-        None => WAITED.into(),
+        None => "it waited behind other records".into(),
     }
 }
 

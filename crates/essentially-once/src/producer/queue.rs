@@ -140,13 +140,11 @@ impl Queue {
     pub(super) async fn next_batch(self: &Arc<Self>) -> Option<Batch> {
         loop {
             let filled = self.filled.notified();
-            let (due, taken, is_over) = {
+            let (taken, is_over) = {
                 let mut state = self.lock();
-                let due = state.take_due();
                 let taken = state.take(self.max_batch, self.max_batch_bytes);
-                (due, taken, state.is_closed && state.waiting.is_empty())
+                (taken, state.is_closed && state.waiting.is_empty())
             };
-            self.give_up(due, false, || WAITED.into());
             match taken {
                 Some((records, receipts)) => return Some(Batch::new(Arc::clone(self), records, receipts)),
                 None if is_over => return None,
@@ -180,10 +178,6 @@ impl Queue {
         while let Some(receipt) = receipts.pop_front_if(|receipt| receipt.is_due()) {
             due.push(receipt);
         }
-        self.give_up(due, in_doubt, cause);
-    }
-
-    fn give_up(&self, due: Vec<Receipt>, in_doubt: bool, cause: impl Fn() -> Source) {
         let limit = self.give_up_after.unwrap_or_default();
         self.resolve(due.into_iter().map(|receipt| {
             let action = format!("{} within {limit:?}", self.action(receipt.sequence));
@@ -272,7 +266,7 @@ impl Queue {
             state.is_closed = true;
             mem::take(&mut state.waiting)
         };
-        self.close();
+        // This returns all permits, so whoever waits for room wakes up and is refused.
         self.resolve(left.into_iter().map(|waiting| {
             let error = doubtful(self.action(waiting.receipt.sequence), false, TASK_ENDED.into());
             (waiting.receipt, Err(error))
@@ -292,9 +286,6 @@ impl Queue {
 
 /// Why records are left behind by a lane that did not end by itself.
 pub(super) const TASK_ENDED: &str = "the producer's task ended, with its runtime or by a panic in the log";
-
-/// Why records are given up that were never appended.
-pub(super) const WAITED: &str = "it waited behind other records";
 
 /// The error for a record that was not confirmed and may be sent again.
 pub(super) fn doubtful(action: String, in_doubt: bool, cause: Source) -> Error {
@@ -324,16 +315,6 @@ impl State {
             receipts.push_back(waiting.receipt);
         }
         (!records.is_empty()).then_some((records, receipts))
-    }
-
-    /// The queued records whose time is over. All have the same time, so the first one is due
-    /// first.
-    fn take_due(&mut self) -> Vec<Receipt> {
-        let mut due = Vec::new();
-        while let Some(waiting) = self.waiting.pop_front_if(|waiting| waiting.receipt.is_due()) {
-            due.push(waiting.receipt);
-        }
-        due
     }
 
     fn lowest_unresolved(&self) -> u64 {

@@ -27,7 +27,7 @@ async fn a_dropped_result_changes_nothing() {
     let log = Faulty::new(&memory, [Act::Lose(0)]);
     let sender = producer(&log).start().unwrap();
     drop(send_all(&sender, 1, 9).await);
-    assert_eq!(sender.close().await.confirmed, 9);
+    assert_eq!(soon(sender.close()).await.confirmed, 9);
     assert_eq!(handled(&memory).await, numbers(1, 9));
 }
 
@@ -92,6 +92,6 @@ async fn a_panic_in_the_log_ends_the_producer_and_leaves_nobody_waiting() {
     assert_eq!(fates(sent).await, [Fate::InDoubt, Fate::Unavailable]);
     assert!(waits_for_room.await.unwrap().is_err());
     assert!(sender.send(NewRecord::new("4")).await.is_err());
-    assert_eq!(sender.flush().await.waiting.count(), 0);
-    assert_eq!(sender.close().await.in_doubt.ranges(), [1..=1]);
+    assert_eq!(soon(sender.flush()).await.waiting.count(), 0);
+    assert_eq!(soon(sender.close()).await.in_doubt.ranges(), [1..=1]);
 }

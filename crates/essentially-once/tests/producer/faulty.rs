@@ -85,7 +85,9 @@ impl Faulty {
     /// Waits for the call with this number, from 1 on, and returns its sequences.
     pub async fn called(&self, number: usize) -> Vec<u64> {
         let mut calls = self.0.calls.subscribe();
-        let calls = calls.wait_for(|calls| calls.len() >= number).await.unwrap();
+        let calls = super::soon(calls.wait_for(|calls| calls.len() >= number))
+            .await
+            .unwrap();
         calls[number - 1].clone()
     }
 

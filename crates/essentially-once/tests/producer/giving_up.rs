@@ -20,7 +20,7 @@ async fn a_record_is_given_up_at_its_time_with_the_last_error() {
         let log = Faulty::new(&memory, vec![act.clone(); 1_000]);
         let sender = producer(&log).give_up_after(LIMIT).start().unwrap();
         let start = Instant::now();
-        let error = send(&sender, "1").await.await.unwrap_err();
+        let error = soon(send(&sender, "1").await).await.unwrap_err();
         let took = start.elapsed();
         assert!((LIMIT..LIMIT + TICK).contains(&took), "{act:?}: {took:?}");
         let text = error.to_string();
@@ -37,7 +37,7 @@ async fn one_lost_reply_among_many_failures_leaves_doubt() {
         .chain(vec![Act::Unavailable; 1_000]);
     let log = Faulty::new(&memory, script);
     let sender = producer(&log).give_up_after(LIMIT).start().unwrap();
-    assert_eq!(fate(&send(&sender, "1").await.await), Fate::InDoubt);
+    assert_eq!(fate(&soon(send(&sender, "1").await).await), Fate::InDoubt);
     assert_eq!(handled(&memory).await, ["1"]);
 }
 
@@ -61,7 +61,7 @@ async fn records_in_one_batch_are_given_up_each_at_its_own_time() {
         log.release();
         assert_eq!(log.called(2).await, [2, 3]);
         for (sent, limit) in [(first, LIMIT), (second, LIMIT + LIMIT / 2)] {
-            assert_eq!(fate(&sent.await), expected, "{act:?}");
+            assert_eq!(fate(&soon(sent).await), expected, "{act:?}");
             let took = start.elapsed();
             assert!((limit..limit + 2 * TICK).contains(&took), "{act:?}: {took:?}");
         }
@@ -77,11 +77,11 @@ async fn a_hanging_append_with_no_record_left_is_dropped_and_later_records_go_on
     log.called(1).await;
     tokio::time::sleep(LIMIT / 2).await;
     let (start, later) = (Instant::now(), send(&sender, "2").await);
-    assert_eq!(fate(&hanging.await), Fate::InDoubt);
-    later.await.unwrap();
+    assert_eq!(fate(&soon(hanging).await), Fate::InDoubt);
+    soon(later).await.unwrap();
     assert!(start.elapsed() < LIMIT, "the second record had half of its time left");
     assert_eq!(log.most_in_flight(), 1);
-    let report = sender.close().await;
+    let report = soon(sender.close()).await;
     assert_eq!(report.to_string(), "1 confirmed, 0 failed, 1 in doubt (1), 0 waiting");
     assert_eq!(handled(&memory).await, ["2"]);
 }
@@ -95,7 +95,7 @@ async fn records_that_never_left_the_queue_are_given_up_too_and_are_not_in_doubt
     let sent = send_all(&sender, 1, 3).await;
     assert_eq!(fates(sent).await, [Fate::InDoubt, Fate::Unavailable, Fate::Unavailable]);
     assert!(start.elapsed() < LIMIT + TICK);
-    assert_eq!(sender.close().await.waiting.count(), 0);
+    assert_eq!(soon(sender.close()).await.waiting.count(), 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -111,9 +111,9 @@ async fn a_batch_that_loses_records_while_it_is_refused_names_no_wrong_culprit()
     let second = send(&sender, "2").await;
     log.release();
     assert_eq!(log.called(2).await, [2, 3]);
-    assert_eq!(fate(&first.await), Fate::InDoubt);
+    assert_eq!(fate(&soon(first).await), Fate::InDoubt);
     log.release();
-    second.await.unwrap();
+    soon(second).await.unwrap();
     assert_eq!(log.called(3).await, [3]);
     assert_eq!(handled(&memory).await, ["0", "2"]);
 }
@@ -131,7 +131,7 @@ async fn a_part_that_waited_too_long_for_the_one_before_it_is_not_appended_and_n
     let sent = send_all(&sender, 1, 2).await;
     log.release();
     assert_eq!(fates(sent).await, [Fate::InDoubt, Fate::Unavailable]);
-    sender.close().await;
+    soon(sender.close()).await;
     let calls = log.calls();
     assert_eq!(calls[1], [2, 3]);
     assert!(calls[2..].iter().all(|call| *call == [2]), "{calls:?}");
@@ -143,7 +143,7 @@ async fn without_a_limit_a_record_is_sent_until_it_is_confirmed() {
     let log = Faulty::new(&memory, vec![Act::Unavailable; 5_000]);
     let sender = producer(&log).start().unwrap();
     let start = Instant::now();
-    send(&sender, "1").await.await.unwrap();
+    soon(send(&sender, "1").await).await.unwrap();
     let took = start.elapsed();
     let longest = Duration::from_secs(20) * 5_000;
     assert!(

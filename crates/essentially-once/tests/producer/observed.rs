@@ -74,10 +74,10 @@ async fn metrics_count_what_became_of_the_records() {
     }
     assert_eq!(kept.values()["waiting"], 4.0, "queued and in flight");
     log.release();
-    sender.flush().await;
+    soon(sender.flush()).await;
     let bad = send(&sender, "bad").await;
-    assert_eq!(fate(&bad.await), Fate::Refused);
-    sender.close().await;
+    assert_eq!(fate(&soon(bad).await), Fate::Refused);
+    soon(sender.close()).await;
     let values = kept.values();
     // Three records three times in a batch, then the refused batch in parts, of which none fails.
     for (name, expected) in [
@@ -151,7 +151,7 @@ async fn dropping_a_producer_with_unconfirmed_records_warns_with_their_number() 
         let sent = send_all(&sender, 1, 7).await;
         if !waits || closes {
             log.release();
-            sender.close().await;
+            soon(sender.close()).await;
         }
         drop(sender.clone());
         drop(sender);
@@ -175,10 +175,10 @@ async fn a_failure_that_nobody_awaits_is_logged_and_one_that_is_awaited_is_not()
     let memory = Memory::new();
     let log = Faulty::new(&memory, []);
     let sender = producer(&log).start().unwrap();
-    assert_eq!(fate(&send(&sender, "bad").await.await), Fate::Refused);
+    assert_eq!(fate(&soon(send(&sender, "bad").await).await), Fate::Refused);
     assert!(warnings.of("nobody awaits").is_empty());
     send(&sender, "bad").await;
-    sender.flush().await;
+    soon(sender.flush()).await;
     let unheard = warnings.of("nobody awaits");
     assert_eq!(unheard.len(), 1, "{unheard:?}");
     assert!(

@@ -67,7 +67,7 @@ async fn run(plan: Plan) {
         let padding = if *begin == "large" { LARGEST } else { 0 };
         sent.push(send(&sender, format!("{begin}-{index:0padding$}")).await);
     }
-    let report = sender.close().await;
+    let report = soon(sender.close()).await;
     let fates = fates(sent).await;
     log.settle().await;
     let handled = handled(&memory).await;
@@ -175,7 +175,7 @@ async fn many_senders_on_many_threads_lose_and_double_nothing() {
         while let Some(fates) = tasks.join_next().await {
             assert!(fates.unwrap().iter().all(|fate| *fate == Fate::Confirmed));
         }
-        let report = sender.close().await;
+        let report = soon(sender.close()).await;
         assert_eq!(report.confirmed, SENDERS * RECORDS);
         assert!(log.most_in_flight() <= depth);
         log.settle().await;

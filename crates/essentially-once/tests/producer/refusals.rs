@@ -35,7 +35,7 @@ async fn a_refused_record_fails_alone_with_its_error_and_reorders_no_other() {
             let mut results = fates(sent).await;
             assert_eq!(results.remove(place), expected, "place {place}");
             assert_eq!(results, [Fate::Confirmed; 8], "place {place}");
-            later.await.unwrap();
+            soon(later).await.unwrap();
             payloads.remove(place);
             payloads.insert(0, "first".into());
             payloads.push("later".into());
@@ -63,7 +63,7 @@ async fn several_refused_records_fail_each_with_its_own_error() {
     ];
     assert_eq!(fates(sent).await, expected);
     assert_eq!(handled(&memory).await, ["first", "a", "b", "c"]);
-    let report = sender.close().await;
+    let report = soon(sender.close()).await;
     assert_eq!(
         report.to_string(),
         "4 confirmed, 4 failed (3-4, 6, 8), 0 in doubt, 0 waiting"
@@ -103,9 +103,9 @@ async fn a_refusal_after_a_lost_reply_leaves_the_record_in_doubt() {
             let script = [before.clone()].into_iter().chain(between).chain([Act::Refuse]);
             let log = Faulty::new(&memory, script);
             let sender = producer(&log).start().unwrap();
-            let error = send(&sender, "1").await.await.unwrap_err();
+            let error = soon(send(&sender, "1").await).await.unwrap_err();
             assert_eq!(fate(&Err(error)), expected, "{before:?}");
-            let report = sender.close().await;
+            let report = soon(sender.close()).await;
             let in_doubt = u64::from(expected == Fate::InDoubt);
             assert_eq!(
                 (report.in_doubt.count(), report.failed.count()),
@@ -170,7 +170,7 @@ async fn each_producer_has_its_own_epoch() {
     for _ in 0..2 {
         let sender = producer(&log).start().unwrap();
         send_all(&sender, 1, 10).await;
-        sender.close().await;
+        soon(sender.close()).await;
     }
     let twice: Vec<String> = [numbers(1, 10), numbers(1, 10)].concat();
     assert_eq!(handled(&memory).await, twice, "a restarted producer loses nothing");

@@ -37,9 +37,9 @@ async fn send_waits_while_the_queue_is_full_and_goes_on_when_records_are_confirm
         assert!(poll(waiting.as_mut()).is_pending(), "records in flight count too");
         assert_eq!(sender.report().waiting.count(), room + 1);
         log.release();
-        waiting.await.unwrap();
+        soon(waiting).await.unwrap();
         log.release();
-        sender.close().await;
+        soon(sender.close()).await;
         let mut expected = numbers(1, room + 1);
         expected.push("w".into());
         assert_eq!(handled(&memory).await, expected);
@@ -59,7 +59,7 @@ async fn a_dropped_send_has_queued_nothing() {
     let sent = send(&sender, "2").await;
     assert_eq!(sent.origin().sequence, 2);
     log.release();
-    sender.close().await;
+    soon(sender.close()).await;
     assert_eq!(handled(&memory).await, ["1", "2"]);
 }
 
@@ -69,12 +69,12 @@ async fn a_record_larger_than_the_queue_waits_until_the_queue_is_empty() {
     let mut large = pin!(sender.send(NewRecord::new("L".repeat(50))));
     assert!(poll(large.as_mut()).is_pending());
     log.release();
-    large.await.unwrap();
+    soon(large).await.unwrap();
     let mut next = pin!(sender.send(NewRecord::new("3")));
     assert!(poll(next.as_mut()).is_pending());
     log.release();
-    next.await.unwrap();
-    sender.close().await;
+    soon(next).await.unwrap();
+    soon(sender.close()).await;
     assert_eq!(handled(&memory).await, ["1", &"L".repeat(50), "3"]);
 }
 
@@ -96,15 +96,15 @@ async fn flush_waits_for_what_was_queued_before_it_and_for_nothing_else() {
     send(&sender, "3").await;
     assert!(poll(flush.as_mut()).is_pending());
     log.release();
-    let report = flush.await;
+    let report = soon(flush).await;
     assert_eq!((report.confirmed, report.failed.count()), (1, 1), "{report}");
     assert_eq!(report.failed.ranges(), [2..=2]);
     assert_eq!(report.waiting.ranges(), [3..=3]);
-    assert_eq!(fate(&bad.await), Fate::Refused);
+    assert_eq!(fate(&soon(bad).await), Fate::Refused);
     log.release();
-    assert_eq!(sender.flush().await.confirmed, 2);
+    assert_eq!(soon(sender.flush()).await.confirmed, 2);
     assert_eq!(
-        sender.flush().await.waiting.count(),
+        soon(sender.flush()).await.waiting.count(),
         0,
         "an empty queue is flushed at once"
     );
@@ -118,16 +118,16 @@ async fn close_confirms_what_is_queued_refuses_the_rest_and_lets_go_of_the_log()
     assert!(poll(waiting.as_mut()).is_pending());
     let mut close = pin!(sender.close());
     assert!(poll(close.as_mut()).is_pending());
-    let error = waiting.await.unwrap_err().to_string();
+    let error = soon(waiting).await.unwrap_err().to_string();
     assert!(error.contains("the producer is closed"), "{error}");
     assert!(sender.send(NewRecord::new("late")).await.is_err());
     idle().await;
     assert!(poll(close.as_mut()).is_pending(), "both appends are held");
     log.release();
     log.release();
-    let report = close.await;
+    let report = soon(close).await;
     assert_eq!(report.to_string(), "2 confirmed, 0 failed, 0 in doubt, 0 waiting");
-    assert_eq!(sender.close().await, report, "a second call returns the same");
+    assert_eq!(soon(sender.close()).await, report, "a second call returns the same");
     assert_eq!(log.handles(), 1, "only this test holds the log");
     assert_eq!(handled(&memory).await, ["1", "2"]);
 }
@@ -143,7 +143,7 @@ async fn a_close_that_takes_too_long_can_be_left_to_the_background() {
     assert!(sender.send(NewRecord::new("6")).await.is_err());
     log.release();
     log.release();
-    assert_eq!(sender.close().await.confirmed, 5);
+    assert_eq!(soon(sender.close()).await.confirmed, 5);
     assert_eq!(handled(&memory).await, numbers(1, 5));
 }
 
@@ -178,6 +178,6 @@ async fn a_setting_out_of_its_bounds_is_refused_by_name() {
         .max_backoff(Duration::MAX)
         .give_up_after(Duration::MAX);
     let sender = largest.start().unwrap();
-    send(&sender, "1").await.await.unwrap();
-    assert_eq!(sender.close().await.confirmed, 1);
+    soon(send(&sender, "1").await).await.unwrap();
+    assert_eq!(soon(sender.close()).await.confirmed, 1);
 }

@@ -34,7 +34,7 @@ async fn unordered_has_as_many_appends_in_flight_as_allowed() {
     for _ in 0..5 {
         log.release();
     }
-    let report = sender.close().await;
+    let report = soon(sender.close()).await;
     assert_eq!((report.confirmed, log.most_in_flight()), (5, 3));
 }
 
@@ -53,10 +53,45 @@ async fn unordered_appends_span_no_more_than_the_window_of_the_consumers() {
     assert_eq!(sender.report().confirmed, Window::SIZE - 1);
     log.release();
     assert!(fates(sent).await.iter().all(|fate| *fate == Fate::Confirmed));
-    sender.close().await;
+    soon(sender.close()).await;
     let mut handled = handled(&memory).await;
     handled.sort_by_key(|payload| payload.parse::<u64>().unwrap());
     assert_eq!(handled, numbers(1, 4_000), "no record was taken for a duplicate");
+}
+
+#[tokio::test(start_paused = true)]
+async fn appends_that_waited_for_the_window_go_on_together_also_while_the_producer_closes() {
+    for closes in [false, true] {
+        let memory = Memory::new();
+        let script = [Act::Obey.held()]
+            .into_iter()
+            .chain(vec![Act::Obey; 1_023])
+            .chain([(); 2].map(|()| Act::Obey.held()));
+        let log = Faulty::new(&memory, script);
+        let sender = producer(&log).unordered(2).max_batch(1).start().unwrap();
+        send_all(&sender, 1, 2_000).await;
+        idle().await;
+        assert_eq!(log.calls().len(), 1_024, "the second lane waits for the first one");
+        let close = tokio::spawn({
+            let sender = sender.clone();
+            async move {
+                if closes {
+                    sender.close().await
+                } else {
+                    sender.flush().await
+                }
+            }
+        });
+        idle().await;
+        log.release();
+        assert_eq!(
+            (log.called(1_025).await, log.called(1_026).await),
+            (vec![1_025], vec![1_026])
+        );
+        log.release();
+        log.release();
+        assert_eq!(soon(close).await.unwrap().confirmed, 2_000);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -66,7 +101,7 @@ async fn a_refused_record_leaves_the_window_to_the_others() {
     let sender = producer(&log).unordered(2).start().unwrap();
     let bad = send(&sender, "bad").await;
     let sent = send_all(&sender, 2, 3_000).await;
-    assert_eq!(fate(&bad.await), Fate::Refused);
+    assert_eq!(fate(&soon(bad).await), Fate::Refused);
     assert!(fates(sent).await.iter().all(|fate| *fate == Fate::Confirmed));
 }
 
@@ -91,7 +126,7 @@ async fn a_batch_is_bounded_in_records_and_bytes() {
             // Ten bytes. No task of the producer runs meanwhile.
             send(&sender, "0123456789").await;
         }
-        sender.close().await;
+        soon(sender.close()).await;
         let mut sizes: Vec<usize> = log.calls().iter().map(Vec::len).collect();
         sizes.sort_by_key(|size| std::cmp::Reverse(*size));
         assert_eq!(sizes, expected);
