@@ -39,8 +39,8 @@ use crate::{Epoch, Error, Log, Numbering, ProducerId, rt};
 ///   [`Sent`] before it sends the next record of the key.
 ///
 /// By default one append is in flight at a time, so the log has the records in the order in which
-/// they were sent. Larger batches make up for the wait. A record in doubt that was
-/// given up is the exception: the backend may still append it, behind records that were sent later.
+/// they were sent. Large batches make up for the wait. A record in doubt that was given up is the
+/// exception: the backend may still append it, behind records that were sent later.
 ///
 /// A record that is queued exists only in this process. A process that crashes loses what was not
 /// confirmed. If a request must not be acknowledged before its record is safe, await the [`Sent`]

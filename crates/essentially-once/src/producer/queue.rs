@@ -39,8 +39,8 @@ pub(super) struct Queue {
 
 struct State {
     waiting: VecDeque<Waiting>,
-    /// The sequences that lanes have taken and that are not resolved. At most
-    /// [`Window::SIZE`], since no lane takes a record beyond that span.
+    /// The sequences that lanes have taken and that are not resolved. At most [`Window::SIZE`],
+    /// since no lane takes a record beyond that span.
     in_flight: BTreeSet<u64>,
     next_sequence: u64,
     is_closed: bool,
@@ -88,7 +88,7 @@ impl Queue {
         }
     }
 
-    /// No code panics while it holds the lock, so poisoning is ignored.
+    /// A panic while the lock is held leaves no partial change, so poisoning is ignored.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

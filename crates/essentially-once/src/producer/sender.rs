@@ -46,7 +46,8 @@ impl Sender {
     /// that the log has the record.
     ///
     /// Records are numbered in the order in which calls of `send` complete. By default they are
-    /// appended in that order.
+    /// appended in that order. The record is not returned if it fails later, so keep a clone if you
+    /// mean to send it elsewhere. Cloning copies no payload.
     ///
     /// Cancel-safe: if the future is dropped before it completes, the record was not queued and
     /// will not be sent.

@@ -172,7 +172,9 @@ async fn many_senders_on_many_threads_lose_and_double_nothing() {
                 fates(sent).await
             });
         }
-        while let Some(fates) = tasks.join_next().await {
+        // Time is not paused here.
+        let limit = Duration::from_secs(60);
+        while let Some(fates) = tokio::time::timeout(limit, tasks.join_next()).await.expect("in time") {
             assert!(fates.unwrap().iter().all(|fate| *fate == Fate::Confirmed));
         }
         let report = soon(sender.close()).await;
