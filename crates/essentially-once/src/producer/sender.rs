@@ -86,7 +86,8 @@ impl Sender {
     /// # use essentially_once::{NewRecord, Producer, ProducerId, memory::Memory};
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), essentially_once::Error> {
-    /// # let sender = Producer::new(Memory::new().log("orders")?, ProducerId::new("web")?).start()?;
+    /// # let log = Memory::new().log("orders")?;
+    /// # let sender = Producer::new(log, ProducerId::new("web")?).start()?;
     /// # sender.send(NewRecord::new("10248")).await?;
     /// let report = match tokio::time::timeout(Duration::from_secs(20), sender.close()).await {
     ///     Ok(report) => report,

@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use essentially_once::{
@@ -36,6 +37,8 @@ pub enum Act {
     Panic,
     /// It waits for [`Faulty::release`].
     Hold(Box<Act>),
+    /// It takes as many milliseconds.
+    Slow(u64, Box<Act>),
 }
 
 impl Act {
@@ -113,16 +116,25 @@ impl Faulty {
     }
 
     async fn act(&self, mut act: Act, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
-        while let Act::Hold(next) = act {
-            self.0.released.acquire().await.unwrap().forget();
-            act = *next;
+        loop {
+            act = match act {
+                Act::Hold(next) => {
+                    self.0.released.acquire().await.unwrap().forget();
+                    *next
+                }
+                Act::Slow(time, next) => {
+                    tokio::time::sleep(Duration::from_millis(time)).await;
+                    *next
+                }
+                _ => break,
+            }
         }
         let lost = || Err(Error::indeterminate("append to orders", "the reply is lost"));
         // No log appends a record that it refuses, or one behind it.
         let good = records.iter().position(|record| check(record).is_err());
         let prefix = |n: usize| &records[..n.min(good.unwrap_or(records.len()))];
         match act {
-            Act::Obey | Act::Hold(_) => {
+            Act::Obey | Act::Hold(_) | Act::Slow(..) => {
                 for record in records {
                     check(record)?;
                 }

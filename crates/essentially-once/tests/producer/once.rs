@@ -23,6 +23,10 @@ fn plans() -> impl Strategy<Value = Plan> {
         2 => (0..12usize, 0..30u8).prop_map(|(n, turns)| Act::Late(n, turns)),
         2 => Just(Act::Unavailable),
     ];
+    let act = prop_oneof![
+        3 => act.clone(),
+        1 => (1..150u64, act).prop_map(|(time, act)| Act::Slow(time, Box::new(act))),
+    ];
     let record = prop_oneof![12 => Just("good"), 1 => Just("bad"), 1 => Just("large")];
     let give_up_after = prop_oneof![
         2 => Just(None),
