@@ -127,7 +127,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap_or(root.path()))?;
             fs::write(path, text)
         };
-        let exports: Vec<String> = (0..25).map(|n| format!("pub mod m{n};\n")).collect();
+        let exports: Vec<String> = (0..99).map(|n| format!("pub mod m{n};\n")).collect();
         let wide = format!("// {}\n", "word ".repeat(21));
         write("Cargo.toml", "[workspace]\n[workspace.package]\nversion = \"1.2.3\"\n")?;
         write("CHANGELOG.md", "## 1.2.2\n")?;
@@ -145,7 +145,7 @@ mod tests {
         for fault in [
             "no heading for version 1.2.3",
             "no table row names essentially-once-x",
-            "the root exports 25 names",
+            "the root exports 99 names",
             "does not inherit",
             "has no description",
             "has no README.md",

@@ -195,8 +195,8 @@ impl DeadLetter {
         self.record.size() + self.first_reason.len() + self.last_reason.len() + edit
     }
 
-    /// Whether the other letter has the same record, edited alike. A store takes the changes of such
-    /// a letter even if it would not take the letter any more.
+    /// Whether the other letter has the same record, edited alike. A store takes the changes of
+    /// such a letter even if it would not take the letter any more.
     pub fn has_record_of(&self, other: &Self) -> bool {
         (&self.record, &self.edit) == (&other.record, &other.edit)
     }

@@ -9,6 +9,7 @@
 //! - A [`Log`] holds the records, an [`OffsetStore`] keeps state and position, and a [`Handler`] is
 //!   your code.
 //! - A [`Consumer`] is the one loop that connects them, for every backend and every delivery.
+//! - A [`Producer`] sends records without losing or doubling one when a reply is lost.
 //! - [`memory`] is a backend for tests. The adapter crates, such as `essentially-once-sqlite`, are
 //!   for production.
 //!
@@ -67,6 +68,7 @@ pub mod memory;
 mod name;
 mod note;
 mod passed;
+pub mod producer;
 mod record;
 pub mod relay;
 mod revision;
@@ -94,6 +96,7 @@ pub use crate::{
     handler::{Handler, HandlerError, handler_fn},
     log::Log,
     name::{ConsumerId, Epoch, ProducerId},
+    producer::Producer,
     record::{NewRecord, Offset, Origin, Record},
     store::{KeyValue, OffsetStore, ReadState},
 };

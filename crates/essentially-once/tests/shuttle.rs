@@ -1,5 +1,5 @@
 //! The consumer loop under a model checker: two instances of one consumer, a crash anywhere in
-//! each, many interleavings.
+//! each, many interleavings. And a producer with two senders whose replies are lost.
 //!
 //! Built only with `--cfg shuttle`, which replaces the loop's runtime services with those of the
 //! checker (`src/rt.rs`). `cargo xtask test` does so. A failure prints its schedule, which
@@ -12,10 +12,10 @@ use std::{future::poll_fn, panic, pin::pin, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use essentially_once::{
-    Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Origin,
-    ProducerId, Record, async_trait,
-    backend::{Advance, Durability, Position, Revision, Transaction},
-    memory::{Memory, MemoryStore, MemoryTx},
+    Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Origin,
+    Producer, ProducerId, Record, async_trait,
+    backend::{Advance, Bounds, Durability, LogId, LogReader, Position, Revision, Transaction},
+    memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
 };
 use shuttle::{
     Config, Runner, future,
@@ -222,4 +222,111 @@ fn schedules_are_all_that_varies() {
         UncontrolledNondeterminismCheckScheduler::new(RandomScheduler::new(200)),
         true,
     );
+}
+
+/// The in-memory log with a switch before and after every append. One reply of three is lost after
+/// a prefix has taken effect.
+struct Lossy(MemoryLog);
+
+#[async_trait]
+impl Log for Lossy {
+    fn id(&self) -> &LogId {
+        self.0.id()
+    }
+
+    async fn append(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        switch().await;
+        let is_lost = shuttle::rand::thread_rng().gen_range(0..3u32) == 0;
+        let appended = if is_lost {
+            shuttle::rand::thread_rng().gen_range(0..=records.len())
+        } else {
+            records.len()
+        };
+        let result = self.0.append(&records[..appended]).await;
+        switch().await;
+        if is_lost {
+            return Err(Error::indeterminate("append", "the reply is lost"));
+        }
+        result
+    }
+
+    async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
+        self.0.read(from).await
+    }
+
+    async fn bounds(&self) -> Result<Bounds, Error> {
+        self.0.bounds().await
+    }
+
+    async fn durability(&self) -> Result<Durability, Error> {
+        self.0.durability().await
+    }
+}
+
+/// Two tasks send through one producer, which is then closed or dropped. In the end the consumer
+/// has handled each record once, in the order of its sender unless the producer is unordered.
+fn send(depth: usize) {
+    future::block_on(async move {
+        let memory = Memory::new();
+        let log = Lossy(memory.log("orders").unwrap());
+        let sender = Producer::new(log, ProducerId::new("web").unwrap())
+            .unordered(depth)
+            .max_batch(2)
+            // A wake-up that is lost shows as a deadlock.
+            .queue_records(2)
+            .start()
+            .unwrap();
+        let tasks = ["abc", "xyz"].map(|payloads| {
+            let sender = sender.clone();
+            future::spawn(async move {
+                let mut sent = Vec::new();
+                for payload in payloads.chars() {
+                    switch().await;
+                    sent.push(sender.send(NewRecord::new(payload.to_string())).await.unwrap());
+                }
+                sent
+            })
+        });
+        let mut sent = Vec::new();
+        for task in tasks {
+            sent.extend(task.await.unwrap());
+        }
+        if shuttle::rand::thread_rng().gen_range(0..2u32) == 0 {
+            let report = sender.close().await;
+            assert_eq!((report.confirmed, report.waiting.count()), (6, 0), "{report}");
+        }
+        drop(sender);
+        for sent in sent {
+            sent.await.unwrap();
+        }
+        let log = memory.log("orders").unwrap();
+        Consumer::essentially_once(shipping(), log, memory.store(), Journal)
+            .accept_volatile()
+            .standby_after(Duration::ZERO)
+            .batch_time_limit(Duration::MAX)
+            .run_until_caught_up()
+            .await
+            .unwrap();
+        let mut tx = memory.store().begin(&shipping()).await.unwrap();
+        let journal = tx.get(b"journal").await.unwrap().unwrap();
+        // The sort is stable, so it keeps each sender's order.
+        let mut handled = journal.to_vec();
+        if depth == 1 {
+            handled.sort_by_key(|payload| *payload > b'c');
+        } else {
+            handled.sort_unstable();
+        }
+        assert_eq!(handled, b"abcxyz");
+    });
+}
+
+#[test]
+fn in_every_schedule_each_sent_record_is_handled_once() {
+    for depth in [1, 2] {
+        let mut config = Config::new();
+        config.stack_size = 0x10_0000;
+        let scheduler = RandomScheduler::new(schedules());
+        Runner::new(scheduler, config).run(move || send(depth));
+        println!("{} random schedules, {depth} appends in flight", schedules());
+    }
 }

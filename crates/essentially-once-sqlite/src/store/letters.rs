@@ -42,7 +42,8 @@ impl DeadLetters for SqliteTx {
         self.check_usable("park a record")?;
         let limit = self.record_limit().saturating_add(2 * DeadLetter::REASON_LIMIT);
         if let Err(too_large) = check_size("dead letter", letter.size(), limit) {
-            // The limit may have been higher when it was parked, and its key must not wait for that.
+            // The limit may have been higher when it was parked, and its key must not wait for
+            // that.
             let stored = self.letter(letter.record.offset).await?;
             if !stored.is_some_and(|stored| stored.has_record_of(letter)) {
                 return Err(too_large);

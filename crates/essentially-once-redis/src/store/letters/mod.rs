@@ -423,7 +423,8 @@ impl RedisTx {
         let limit = self.link.server.options.record_limit + 2 * DeadLetter::REASON_LIMIT;
         let letter = codec::rounded(letter.clone());
         if let Err(too_large) = check_size("dead letter", letter.size(), limit) {
-            // The limit may have been higher when it was parked, and its key must not wait for that.
+            // The limit may have been higher when it was parked, and its key must not wait for
+            // that.
             let known = self.find_letter(letter.record.offset).await?;
             if !known.is_some_and(|known| known.has_record_of(&letter)) {
                 return Err(too_large);
