@@ -67,6 +67,7 @@ mod log;
 pub mod memory;
 mod name;
 mod note;
+mod outbox;
 mod passed;
 pub mod producer;
 mod record;
@@ -96,6 +97,7 @@ pub use crate::{
     handler::{Handler, HandlerError, handler_fn},
     log::Log,
     name::{ConsumerId, Epoch, ProducerId},
+    outbox::Outbox,
     producer::Producer,
     record::{NewRecord, Offset, Origin, Record},
     store::{KeyValue, OffsetStore, ReadState},

@@ -14,9 +14,9 @@ use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    Advance, Bounds, ConsumerId, Durability, Error, KeyValue, Log, LogId, LogReader, NewRecord, Numbering, Offset,
-    OffsetStore, Owner, Position, Pulse, ReadState, Record, Snapshot, Transaction, Window,
-    backend::{FetchBudget, check_entry_size, check_size},
+    Advance, Bounds, ConsumerId, Durability, Epoch, Error, KeyValue, Log, LogId, LogReader, NewRecord, Numbering,
+    Offset, OffsetStore, Origin, Outbox, Owner, Position, Pulse, ReadState, Record, Snapshot, Transaction, Window,
+    backend::{FetchBudget, check_entry_size, check_size, check_unnumbered, new_producer},
     letters::{DeadLetter, DeadLetters},
 };
 
@@ -117,6 +117,8 @@ pub struct MemoryLog {
 struct Records {
     earliest: u64,
     retained: VecDeque<Record>,
+    /// Who sends the records of an outbox, which are numbered by their offsets.
+    sender: Option<Numbering>,
 }
 
 impl Records {
@@ -128,6 +130,18 @@ impl Records {
         Bounds {
             earliest: self.earliest.into(),
             end: self.end().into(),
+        }
+    }
+
+    /// Appends records, which keep their origins unless `number` gives them one.
+    fn push(&mut self, new: &[NewRecord], number: impl Fn(u64) -> Option<Origin>) {
+        let appended_at = SystemTime::now();
+        for (offset, new) in (self.end()..).zip(new) {
+            let mut record = Record::new(offset.into(), appended_at, new.payload.clone());
+            record.key.clone_from(&new.key);
+            record.headers.clone_from(&new.headers);
+            record.origin = number(offset).or_else(|| new.origin.clone());
+            self.retained.push_back(record);
         }
     }
 }
@@ -148,6 +162,19 @@ impl MemoryLog {
         let removed = (earliest - records.earliest) as usize;
         records.retained.drain(..removed);
         records.earliest = earliest;
+    }
+
+    /// Appends records of a commit.
+    fn send(&self, new: &[NewRecord]) -> Result<(), Error> {
+        let mut records = lock(&self.records);
+        let sender = match &records.sender {
+            Some(sender) => sender.clone(),
+            None => Numbering::new(new_producer(self.id.name())?, Epoch::STABLE),
+        };
+        records.sender = Some(sender.clone());
+        records.push(new, |offset| Some(Origin::of(sender.clone(), offset)));
+        self.end.send_replace(records.end());
+        Ok(())
     }
 
     /// The records from `from` on, or the error if `from` is out of bounds.
@@ -191,14 +218,7 @@ impl Log for MemoryLog {
         let end = {
             let mut records = lock(&self.records);
             let first = records.end();
-            let appended_at = SystemTime::now();
-            for (offset, new) in (first..).zip(new) {
-                let mut record = Record::new(offset.into(), appended_at, new.payload.clone());
-                record.key.clone_from(&new.key);
-                record.headers.clone_from(&new.headers);
-                record.origin.clone_from(&new.origin);
-                records.retained.push_back(record);
-            }
+            records.push(new, |_| None);
             // Sent under the lock, so that the end never goes back for readers.
             self.end.send_replace(records.end());
             first + last as u64
@@ -280,6 +300,7 @@ impl OffsetStore for MemoryStore {
             consumer: consumer.clone(),
             staged: BTreeMap::new(),
             letters: BTreeMap::new(),
+            sent: Vec::new(),
         })
     }
 
@@ -348,6 +369,8 @@ pub struct MemoryTx {
     staged: BTreeMap<Bytes, Option<Bytes>>,
     /// The letters to write; `None` removes the letter.
     letters: BTreeMap<Offset, Option<DeadLetter>>,
+    /// The records to send, in order, each with its log.
+    sent: Vec<(MemoryLog, NewRecord)>,
 }
 
 impl MemoryTx {
@@ -413,8 +436,15 @@ impl Transaction for MemoryTx {
         let journal = advance.journal.or_else(|| before.map(|before| before.journal));
         position.journal = journal.unwrap_or_default();
         stored.position = Some(position);
+        for (log, record) in self.sent {
+            log.send(&[record])?;
+        }
         self.shared.changed.notify_waiters();
         Ok(())
+    }
+
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
+        Some(self)
     }
 
     fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
@@ -488,6 +518,19 @@ impl DeadLetters for MemoryTx {
 
     async fn total(&mut self) -> Result<u64, Error> {
         Ok(self.with_letters(|letters| letters.len() as u64))
+    }
+}
+
+#[async_trait]
+impl Outbox for MemoryTx {
+    async fn send(&mut self, log: &str, record: NewRecord) -> Result<(), Error> {
+        check_unnumbered(log, &record)?;
+        record.check_size(SIZE_LIMIT)?;
+        let memory = Memory {
+            shared: Arc::clone(&self.shared),
+        };
+        self.sent.push((memory.log(log)?, record));
+        Ok(())
     }
 }
 

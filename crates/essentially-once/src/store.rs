@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    ConsumerId, Durability, Error, Journal, LogId, Note, Numbering, Offset, Owner, Revision, Window,
+    ConsumerId, Durability, Error, Journal, LogId, Note, Numbering, Offset, Outbox, Owner, Revision, Window,
     letters::DeadLetters, rt,
 };
 
@@ -437,6 +437,12 @@ pub trait Transaction: Send + Sized {
 
     /// The consumer's dead letters; `None` if the store cannot keep any, which is the default.
     fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        None
+    }
+
+    /// Where the transaction sends records; `None` if the store has no outboxes, which is the
+    /// default.
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
         None
     }
 

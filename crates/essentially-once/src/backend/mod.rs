@@ -32,6 +32,7 @@ pub use crate::{
     log::{Bounds, Durability, LogReader},
     name::{LogId, Numbering},
     note::{Note, Tried},
+    outbox::{check_unnumbered, new_producer},
     record::Header,
     revision::{Owner, Revision},
     store::{Advance, Position, Pulse, Snapshot, Transaction},
