@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-use crate::Error;
+use crate::{Error, backend::unique};
 
 const MAX_BYTES: usize = 200;
 
@@ -116,7 +116,7 @@ impl Epoch {
     /// A random epoch, for a producer that starts numbering from the beginning. Draw one per
     /// process and keep it.
     pub fn fresh() -> Self {
-        Self(fastrand::u64(1..))
+        Self((unique() as u64).max(1))
     }
 
     /// The epoch as a number.

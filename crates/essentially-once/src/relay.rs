@@ -35,14 +35,17 @@ type Route = Box<dyn Fn(&Record) -> Option<usize> + Send + Sync>;
 /// It sends a batch with one append for each destination, and the consumer commits its offset
 /// afterwards. After a crash or a lost reply it sends the batch again, with the same origins, so
 /// that consumers of the destination drop what arrives twice. Several relays of one name, and a
-/// relay that was frozen and wakes up, do no more harm than that. Keep
-/// [`max_batch`](crate::Consumer::max_batch) below [`Window::SIZE`](crate::backend::Window::SIZE),
-/// which is how far back consumers recognize duplicates.
+/// relay that was frozen and wakes up, do no more harm than that.
 ///
-/// A destination that is away holds the relay up. One that fails for good, because its disk is full
-/// for example, ends the run. A record that is too large for it is
-/// [rejected](HandlerError::reject), so that the relay stops before that record, or does what its
-/// [policy](crate::Consumer::on_failure) says.
+/// A destination that is away holds the relay up. One that fails for good ends the run, with the
+/// offset of the record that it refused alone. A record that is too large for it is
+/// [rejected](HandlerError::reject), so that the relay stops before that record. A destination that
+/// never answers holds up even a stop, so give it a timeout.
+///
+/// **Keep no dead letters in a relay.** Consumers take a record for a duplicate if it is more than
+/// [`Window::SIZE`](crate::backend::Window::SIZE) numbers behind another one of its producer. A
+/// letter that is sent late is lost to them. Let the relay stop at the record, which is the
+/// default, and mend the destination.
 ///
 /// The consumer's report and metrics are the relay's: how many records it has moved (`handled`),
 /// how many wait, and for how long.
@@ -76,6 +79,9 @@ pub struct Relay<D> {
     sends_anonymous: bool,
     /// The records of the current batch, by destination.
     gathered: Vec<Vec<NewRecord>>,
+    /// The destination to send to first: the one that failed last, so that the others do not get
+    /// the batch again for as long as it does.
+    first: usize,
 }
 
 impl<D: Destination> Relay<D> {
@@ -87,14 +93,16 @@ impl<D: Destination> Relay<D> {
     /// Sends each record to the destination whose index `route` returns, and leaves out those for
     /// which it returns `None`. An index that does not exist rejects the record.
     ///
-    /// The route of a record may change at any time, even between a crash and the restart, since
-    /// its origin does not depend on it.
+    /// Change routes only when the relay has caught up and was stopped. A batch whose outcome is
+    /// not known is sent again by the new routes, so another destination may get records a second
+    /// time, or too late for its consumers to tell them from duplicates.
     pub fn routed(destinations: Vec<D>, route: impl Fn(&Record) -> Option<usize> + Send + Sync + 'static) -> Self {
         Self {
             gathered: destinations.iter().map(|_| Vec::new()).collect(),
             destinations,
             route: Box::new(route),
             sends_anonymous: false,
+            first: 0,
         }
     }
 
@@ -132,16 +140,25 @@ impl<D: Destination> Handler<()> for Relay<D> {
     }
 
     async fn flush(&mut self, (): &mut ()) -> Result<(), HandlerError> {
-        for (destination, gathered) in self.destinations.iter().zip(&mut self.gathered) {
-            if !gathered.is_empty() {
-                destination.send(gathered).await.map_err(|error| match error {
+        let records: usize = self.gathered.iter().map(Vec::len).sum();
+        let count = self.destinations.len();
+        for index in (0..count).map(|n| (self.first + n) % count) {
+            let gathered = &mut self.gathered[index];
+            if gathered.is_empty() {
+                continue;
+            }
+            if let Err(error) = self.destinations[index].send(gathered).await {
+                self.first = index;
+                return Err(match error {
                     Error::TooLarge { .. } => HandlerError::reject(error),
-                    // It concerns the destination, so no policy for records applies.
+                    // One of several may be to blame. The consumer then tries each of them alone.
+                    Error::Failed { .. } if records > 1 => HandlerError::reject(error),
+                    // No policy for records applies to a destination in trouble.
                     Error::Failed { .. } => HandlerError::fatal(error),
                     error => error.into(),
-                })?;
-                gathered.clear();
+                });
             }
+            gathered.clear();
         }
         Ok(())
     }

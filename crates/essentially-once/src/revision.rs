@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::Error;
+use crate::{Error, backend::unique};
 
 /// The version of a position: an epoch, and a count of commits within it. Revisions are ordered,
 /// and every commit raises the revision.
@@ -60,7 +60,7 @@ impl Revision {
     #[must_use]
     pub fn fresh_epoch(self) -> Self {
         match u32::try_from(self.generation() + 1) {
-            Ok(generation) => Self::new(u64::from(generation) << 32 | u64::from(fastrand::u32(..)), 1),
+            Ok(generation) => Self::new(u64::from(generation) << 32 | u64::from(unique() as u32), 1),
             // Only a store that was tampered with gets here, and that must not cause a panic.
             Err(_) => Self::new(u64::MAX, 1),
         }
@@ -129,7 +129,7 @@ pub struct Owner(u128);
 impl Owner {
     /// Draws a random token.
     pub fn draw() -> Self {
-        Self(fastrand::u128(1..))
+        Self(unique().max(1))
     }
 
     /// The token with this number.

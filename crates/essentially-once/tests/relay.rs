@@ -11,7 +11,7 @@ use std::{
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Error, KeyValue, Log, NewRecord, OffsetStore, Origin, ProducerId, Record, async_trait,
     backend::Window,
-    consumer::{AtLeastOnce, DeadLetterOptions, Report, dead_letters},
+    consumer::{AtLeastOnce, OnFailure, Report},
     handler_fn,
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
     relay::{Destination, Relay},
@@ -114,7 +114,8 @@ async fn handled(memory: &Memory, log: &MemoryLog) -> Vec<u64> {
 async fn read(log: &MemoryLog) -> Vec<Record> {
     let (mut reader, mut records) = (log.read(0.into()).await.unwrap(), Vec::new());
     let end = log.bounds().await.unwrap().end;
-    while records.last().is_none_or(|last: &Record| last.offset.successor() < end) {
+    let next = |records: &[Record]| records.last().map_or(0.into(), |last| last.offset.successor());
+    while next(&records) < end {
         records.extend(reader.next(1_000).await.unwrap());
     }
     records
@@ -174,35 +175,67 @@ async fn a_batch_that_did_not_arrive_is_sent_again_without_its_former_self() {
     assert_eq!(read(&bus).await.len(), 10);
 }
 
+fn payloads(records: Vec<Record>) -> Vec<bytes::Bytes> {
+    records.into_iter().map(|record| record.payload).collect()
+}
+
+fn by_parity(record: &Record) -> Option<usize> {
+    match record.offset.lo() {
+        9 => None,
+        n => Some(n as usize % 2),
+    }
+}
+
 #[tokio::test]
-async fn a_route_may_change_between_a_lost_reply_and_the_restart() {
+async fn while_one_destination_is_away_the_others_get_a_batch_once() {
     let (memory, bus) = outbox(10).await;
     let other = memory.log("other").unwrap();
-    let route = |even: usize| {
-        move |record: &Record| match record.offset.lo() {
-            9 => None,
-            n => Some((n as usize + even) % 2),
+    let away = vec![Fault::Before; 20];
+    let destinations = vec![Lossy::new(bus.clone(), []), Lossy::new(other.clone(), away)];
+    let relay = Relay::routed(destinations, by_parity);
+    let report = consumer(&memory, relay).run_until_caught_up().await.unwrap();
+    assert_eq!((report.handled, report.restarts), (10, 20), "{report}");
+    // The first time, nobody knows yet which one is away.
+    assert_eq!(
+        payloads(read(&bus).await),
+        ["0", "2", "4", "6", "8", "0", "2", "4", "6", "8"]
+    );
+    assert_eq!(payloads(read(&other).await), ["1", "3", "5", "7"]);
+}
+
+/// Refuses one record, and everything that comes with it.
+struct Picky(MemoryLog);
+
+#[async_trait]
+impl Destination for Picky {
+    async fn send(&self, records: &[NewRecord]) -> Result<(), Error> {
+        match records.iter().any(|record| record.payload == "7") {
+            true => Err(Error::failed("append", "it has a header that is not allowed")),
+            false => self.0.append(records).await.map(drop),
         }
-    };
-    // The other destination fails, after the first one took its half.
-    let destinations = vec![
-        Lossy::new(bus.clone(), []),
-        Lossy::new(other.clone(), [Fault::Permanent]),
-    ];
-    let error = consumer(&memory, Relay::routed(destinations, route(0)))
-        .run_until_caught_up()
-        .await;
-    let error = error.unwrap_err().to_string();
-    assert!(error.contains("the disk is full"), "{error}");
-    let destinations = vec![bus.clone(), other.clone()];
-    let report = consumer(&memory, Relay::routed(destinations, route(1)))
-        .run_until_caught_up()
-        .await
-        .unwrap();
-    assert_eq!(report.handled, 10);
-    let arrived = |records: Vec<Record>| records.iter().map(|record| record.payload.clone()).collect::<Vec<_>>();
-    assert_eq!(arrived(read(&bus).await), ["0", "2", "4", "6", "8", "1", "3", "5", "7"]);
-    assert_eq!(arrived(read(&other).await), ["0", "2", "4", "6", "8"]);
+    }
+}
+
+#[tokio::test]
+async fn the_error_of_a_refused_record_names_that_record_and_those_before_it_are_sent() {
+    let (memory, bus) = outbox(10).await;
+    let relay = Relay::to(Picky(bus.clone()));
+    let error = consumer(&memory, relay).run_until_caught_up().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Unhandled { offset, .. } if *offset == 7.into()),
+        "{error}"
+    );
+    assert_eq!(handled(&memory, &bus).await, (0..7).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_destination_that_fails_for_good_ends_the_run_whatever_the_policy_for_records_is() {
+    let (memory, bus) = outbox(10).await;
+    let relay = Relay::to(Lossy::new(bus.clone(), [Fault::Permanent; 2]));
+    let run = consumer(&memory, relay).on_failure(OnFailure::Skip);
+    let error = run.run_until_caught_up().await.unwrap_err();
+    assert!(error.to_string().contains("the disk is full"), "{error}");
+    assert!(read(&bus).await.is_empty());
 }
 
 #[tokio::test]
@@ -252,25 +285,16 @@ impl Destination for Narrow {
 }
 
 #[tokio::test]
-async fn a_record_that_is_too_large_stops_the_relay_or_is_set_aside() {
+async fn a_record_that_is_too_large_stops_the_relay() {
     let (memory, bus) = outbox(12).await;
     // Key, header and payload of the record 9 make four bytes, and those of 10 make six.
-    let relay = || Relay::to(Narrow(bus.clone()));
-    let error = consumer(&memory, relay()).run_until_caught_up().await.unwrap_err();
+    let run = consumer(&memory, Relay::to(Narrow(bus.clone())));
+    let error = run.run_until_caught_up().await.unwrap_err();
     assert!(
         matches!(&error, Error::Unhandled { offset, .. } if *offset == 10.into()),
         "{error}"
     );
     assert!(error.to_string().contains("over the limit of 4 bytes"), "{error}");
-    let run = consumer(&memory, relay()).dead_letters(DeadLetterOptions::new());
-    assert_eq!(
-        run.run_until_caught_up().await.unwrap().parked,
-        2,
-        "it and the next one of its key"
-    );
-    let id = ConsumerId::new("relay").unwrap();
-    let letters = dead_letters::list(&id, &memory.store(), None, 100).await.unwrap();
-    assert!(letters[0].last_reason.contains("over the limit of 4 bytes"));
     assert_eq!(handled(&memory, &bus).await, (0..10).collect::<Vec<_>>());
 }
 

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     Error, Offset,
-    backend::{Advance, Owner, Position, Pulse, Revision, Snapshot},
+    backend::{Advance, Owner, Position, Pulse, Revision, Snapshot, unique},
 };
 use tokio::{
     sync::{Mutex, MutexGuard},
@@ -399,5 +399,5 @@ fn pulse_of(fold: &Fold<State>) -> Pulse {
 
 /// Never 0, which means "none".
 fn draw_token() -> Token {
-    u128::from(fastrand::u64(1..)) << 64 | u128::from(fastrand::u64(..))
+    unique().max(1)
 }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use bytes::{BufMut as _, Bytes};
-use essentially_once::backend::{Journal, Note};
+use essentially_once::backend::{Journal, Note, unique};
 
 use super::{
     entry::{put_owner, read_journal, read_note, read_owner},
@@ -45,7 +45,7 @@ pub(super) struct Image {
 
 impl Image {
     pub(super) fn new(fold: &Fold<State>) -> Self {
-        let id = u128::from(fastrand::u64(..)) << 64 | u128::from(fastrand::u64(..));
+        let id = unique();
         let mut body = Vec::with_capacity(fold.size());
         put_fold(&mut body, fold);
         let letters = &fold.state.letters;

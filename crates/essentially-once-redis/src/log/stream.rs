@@ -9,7 +9,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use essentially_once::{Error, Offset, backend::LogId};
+use essentially_once::{
+    Error, Offset,
+    backend::{LogId, unique},
+};
 use redis::{Cmd, RedisError, Value};
 
 use crate::{
@@ -76,7 +79,7 @@ impl Stream {
         open.arg(OPEN)
             .arg(1)
             .arg(&self.key[..])
-            .arg(format!("{:016x}", fastrand::u64(..)))
+            .arg(format!("{:016x}", unique() as u64))
             .arg(u8::from(!self.options.existing));
         match self.ask(&open).await? {
             Ok(Value::BulkString(found)) => Ok(Some(String::from_utf8_lossy(&found).into_owned())),

@@ -10,6 +10,7 @@
 //!   size of the records.
 //! - [`Advance::check`] decides whether a commit applies.
 //! - [`check_size`] refuses oversized records, keys and values.
+//! - [`unique`] draws the random part of tokens and incarnations.
 //! - [`ByteReader`] decodes stored bytes without copying them, and [`NumberingCache`] parses a
 //!   producer's name once for a run of its records.
 
@@ -17,12 +18,14 @@ mod byte_reader;
 mod fetch_budget;
 mod numbering_cache;
 mod retention;
+mod unique;
 
 pub use self::{
     byte_reader::{ByteReader, CutShort},
     fetch_budget::FetchBudget,
     numbering_cache::NumberingCache,
     retention::Retention,
+    unique::unique,
 };
 use crate::Error;
 pub use crate::{

@@ -39,8 +39,8 @@ pub(super) struct Queue {
 
 struct State {
     waiting: VecDeque<Waiting>,
-    /// The sequences that lanes have taken and that are not resolved. At most [`Window::SIZE`],
-    /// since no lane takes a record beyond that span.
+    /// The sequences that lanes have taken and that are not resolved. While lanes run, at most
+    /// [`Window::SIZE`], since no lane takes a record beyond that span.
     in_flight: BTreeSet<u64>,
     next_sequence: u64,
     is_closed: bool,
@@ -258,19 +258,27 @@ impl Queue {
     pub(super) fn lane_ended(&self) {
         let left = {
             let mut state = self.lock();
-            state.lanes -= 1;
-            if state.lanes > 0 {
+            if state.lanes > 1 {
+                state.lanes -= 1;
                 return;
             }
             // In one step, so that no record is queued that nobody will take.
             state.is_closed = true;
-            mem::take(&mut state.waiting)
+            let left = mem::take(&mut state.waiting);
+            // They are unresolved until they are reported.
+            state
+                .in_flight
+                .extend(left.iter().map(|waiting| waiting.receipt.sequence));
+            left
         };
-        // This returns all permits, so whoever waits for room wakes up and is refused.
+        // Whoever waits for room is refused.
+        self.records.close();
+        self.bytes.close();
         self.resolve(left.into_iter().map(|waiting| {
             let error = doubtful(self.action(waiting.receipt.sequence), false, TASK_ENDED.into());
             (waiting.receipt, Err(error))
         }));
+        self.lock().lanes = 0;
         self.resolved.notify_waiters();
     }
 

@@ -64,12 +64,16 @@
 //!
 //! 1. Add the new key everywhere as an accepted one, and restart.
 //! 2. Make it the key that signs wherever records are appended.
-//! 3. Remove the old key, once every consumer has passed a record that was signed with the new one.
+//! 3. Remove the old key, once every consumer has passed a record of *every sender* that was signed
+//!    with the new one, and no outbox, relay or dead letter holds a record that was signed with the
+//!    old one.
 //!
 //! A consumer compares the last record that it handled with the log when it starts. If the key of
 //! that record is gone, it ends with [`Error::LogChanged`]. A `seek` to an earlier place meets
 //! records of removed keys as malformed ones, and refuses if one of them is a dead letter. Keep old
 //! keys as accepted ones for as long as somebody may read that far back.
+//!
+//! A record whose key is gone is malformed, even if it is a copy of one that was handled.
 //!
 //! A record that arrives before its key is malformed. With
 //! [dead letters](crate::Consumer::dead_letters), restart the consumer with the key, and
@@ -82,12 +86,18 @@
 //!    unsigned ones.
 //! 2. Wrap the log in all senders. Their records need origins.
 //! 3. Set `unsigned_below` to the log's [end](crate::backend::Bounds::end), and never change it
-//!    again. Below that offset, anybody can still alter or insert records: a record whose signature
-//!    was removed is accepted there.
+//!    again, except to lower it if the log is deleted and created again. Below that offset, anybody
+//!    can still alter or insert records: a record whose signature was removed is accepted there.
+//!    Its origin counts too, so a forged one makes consumers take later records of that producer
+//!    for duplicates. They warn when they drop one.
 //!
 //! A consumer that reads signed records from the bare log hands the header `eo-signature` to its
 //! handler. If it is wrapped later, it ends once with [`Error::LogChanged`], since the record that
 //! it handled last had that header. `seek` it as the error says.
+//!
+//! Operators pass the wrapped log to [`skip`](crate::skip) and [`seek`](crate::seek). An edited
+//! letter is handled without its signature, since the store says who edited it, but a relay must
+//! not pass it on.
 //!
 //! # The format
 //!
