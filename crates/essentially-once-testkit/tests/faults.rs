@@ -74,6 +74,20 @@ fn main() -> ExitCode {
                 "native writes and state differ: ",
             )
         })
+        .test("records_sent_outside_the_transaction_differ_from_the_state", || {
+            is_found(
+                &Broken(Flaw::SentAtOnce),
+                Expectation::EssentiallyOnce,
+                "sent records and state differ: ",
+            )
+        })
+        .test("records_sent_by_fenced_commits_differ_from_the_state", || {
+            is_found(
+                &Broken(Flaw::SentUnfenced),
+                Expectation::EssentiallyOnce,
+                "sent records and state differ: ",
+            )
+        })
         .test("a_reader_that_skips_loses", || {
             is_found(&Broken(Flaw::Skipping), Expectation::AtLeastOnce, "lost: ")
         })
