@@ -70,7 +70,10 @@ pub(crate) fn outbox<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn Outbox, Er
 
 /// All records of an outbox, as a new handle reads them.
 pub(super) async fn all<B: Backend>(backend: &B, name: &str) -> Result<Vec<Record>, Error> {
-    let outbox = backend.outbox(name).await?;
+    read_all(&*backend.outbox(name).await?).await
+}
+
+async fn read_all(outbox: &dyn Log) -> Result<Vec<Record>, Error> {
     let (earliest, end) = (outbox.bounds().await?.earliest, outbox.readable_end().await?);
     let mut found: Vec<Record> = Vec::new();
     if earliest < end {
@@ -334,6 +337,8 @@ pub(super) async fn o4_no_reader_sees_a_record_before_its_commit<H: Harness>(
     let first = payloads(&soon("the first record", reader.next(10)).await??);
     ensure!(first == ["0"], "after one commit, a reader finds {first:?}");
     for n in 1..=3u64 {
+        // Opened before the transaction, which may hold a lock that opening needs.
+        let others = backend.outbox("a").await?;
         let (mut tx, advance) = sender.begin().await?;
         outbox(&mut tx)?.send(&name, NewRecord::new(n.to_string())).await?;
         if let Ok(early) = timeout(QUIET, reader.next(10)).await {
@@ -341,15 +346,20 @@ pub(super) async fn o4_no_reader_sees_a_record_before_its_commit<H: Harness>(
                 "before its commit, a waiting reader sees record {n}: {early:?}"
             )));
         }
-        let early = payloads(&found(backend, "a").await?);
+        let early = payloads(&soon("the records of the outbox", read_all(&*others)).await??);
         ensure!(
             early.len() as u64 == n,
             "before the commit of record {n}, a new reader sees {early:?}"
         );
-        let (committed, seen) = tokio::join!(tx.commit(advance), async {
-            let seen = soon(&format!("record {n}"), reader.next(10)).await??;
-            Ok::<_, Violation>((payloads(&seen), other.next().await?))
-        });
+        // The reader comes first, so that it waits when the commit is made.
+        let (seen, committed) = tokio::join!(
+            biased;
+            async {
+                let seen = soon(&format!("record {n}"), reader.next(10)).await??;
+                Ok::<_, Violation>((payloads(&seen), other.next().await?))
+            },
+            tx.commit(advance),
+        );
         committed?;
         let (seen, next) = seen?;
         ensure!(

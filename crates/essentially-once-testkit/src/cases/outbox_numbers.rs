@@ -9,11 +9,14 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, Epoch, Error, KeyValue, Log, NewRecord, Origin, ProducerId, Record, async_trait,
+    Consumer, Epoch, Error, KeyValue, Log, NewRecord, OffsetStore, Origin, ProducerId, Record, async_trait,
     backend::Transaction,
     relay::{Destination, Relay},
 };
-use tokio::{sync::Barrier, task::JoinSet};
+use tokio::{
+    sync::Barrier,
+    task::{JoinSet, yield_now},
+};
 
 use super::{
     common::{consumer, payloads, soon},
@@ -158,13 +161,13 @@ pub(super) async fn o3_concurrent_senders_share_no_number<H: Harness>(_: &H, bac
         sending.spawn(async move {
             for round in 0..ROUNDS {
                 barrier.wait().await;
-                let record = |n| (&*name, NewRecord::new(format!("{round} {number} {n}")));
-                let sent = [record(0), record(1)];
                 // Databases may refuse concurrent commits of different consumers.
                 while sender.next().await? == (round as u64).into() {
-                    match sender.commit(&sent).await {
+                    // Some commit long after they send, so that commits overtake each other.
+                    let pause = 5 * ((number + round) % SENDERS);
+                    match send_two(&sender, &name, &format!("{round} {number}"), pause).await {
                         Err(error) if !error.is_transient() => return Err(error),
-                        _ => tokio::task::yield_now().await,
+                        _ => yield_now().await,
                     }
                 }
             }
@@ -200,6 +203,24 @@ pub(super) async fn o3_concurrent_senders_share_no_number<H: Harness>(_: &H, bac
         ensure!(own.is_sorted(), "the records of one consumer are out of order: {own:?}");
     }
     Ok(())
+}
+
+/// Sends two records in a commit, and lets others go on for a while before it.
+async fn send_two<S: OffsetStore<Tx: KeyValue>>(
+    sender: &Sender<S>,
+    name: &str,
+    payload: &str,
+    pause: usize,
+) -> Result<(), Error> {
+    let (mut tx, advance) = sender.begin().await?;
+    for n in 0..2 {
+        let record = NewRecord::new(format!("{payload} {n}"));
+        outbox(&mut tx)?.send(name, record).await?;
+    }
+    for _ in 0..pause {
+        yield_now().await;
+    }
+    tx.commit(advance).await
 }
 
 /// [`send`](essentially_once::Outbox::send): an origin is refused, and so is a name that no log can
