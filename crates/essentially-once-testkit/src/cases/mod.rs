@@ -156,6 +156,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(outbox::o1_records_are_sent_with_the_commit, needs store, outbox),
         case!(outbox::o1_what_is_not_committed_sends_nothing, needs store, outbox),
         case!(outbox::o1_a_restart_never_parts_records_from_the_position, needs store, outbox, restart),
+        case!(wire::o1_a_lost_reply_neither_loses_nor_doubles_records, needs store, outbox, wire),
         case!(outbox::o2_records_keep_their_order, needs store, outbox),
         case!(outbox::o2_a_record_comes_back_as_it_was_sent, needs store, outbox),
         case!(outbox::o2_a_record_over_the_limit_is_refused_and_stages_nothing, needs store, outbox, record_limit),

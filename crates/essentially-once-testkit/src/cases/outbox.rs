@@ -181,13 +181,13 @@ pub(super) async fn o1_a_restart_never_parts_records_from_the_position<H: Harnes
 }
 
 /// Sends the number of the position.
-async fn send_next<S: OffsetStore<Tx: KeyValue>>(sender: &Sender<S>, name: &str) -> Result<(), Error> {
+pub(super) async fn send_next<S: OffsetStore<Tx: KeyValue>>(sender: &Sender<S>, name: &str) -> Result<(), Error> {
     let next = sender.next().await?;
     sender.commit(&[(name, NewRecord::new(next.to_string()))]).await
 }
 
 /// The outbox has exactly one record for each offset below the position.
-async fn agree<B: Backend>(backend: &B, when: &str) -> CaseResult {
+pub(super) async fn agree<B: Backend>(backend: &B, when: &str) -> CaseResult {
     // Another restart may come at any time, so each try opens new handles.
     let next = up(async || Sender::open(backend, "shipping").await?.next().await).await?;
     let sent = payloads(&up(|| all(backend, "a")).await?);

@@ -633,6 +633,10 @@ wrong {
     SentNotDurable,
     /// The records are sent in one step, and the position moves in another.
     SentApartFromTheCommit,
+    /// After a lost reply, the records of the commit are sent again.
+    SentAgainAfterLostReply,
+    /// The records go to the backend ahead of the commit that they belong to.
+    SentInAnEarlierRequest,
     /// The records of a commit are sent in reverse order.
     SentInReverse,
     /// The records of a commit are sorted by their keys.

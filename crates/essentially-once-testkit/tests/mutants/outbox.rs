@@ -224,11 +224,17 @@ pub(crate) fn commit(tx: &ModelTx, state: &mut State) -> Result<(), Error> {
 
 /// Called for a transaction that is not committed. It sends its records if it is broken that way.
 pub(crate) fn not_committed(tx: &ModelTx, state: &mut State, sends: Defect) {
+    send_if(tx, state, sends);
+    if tx.shared.is(Defect::UncommittedStaysBuffered) {
+        lock(&tx.handle.unsent).extend(tx.sent.iter().cloned());
+    }
+}
+
+/// Appends the records outside the commit, if the transaction is broken that way.
+pub(crate) fn send_if(tx: &ModelTx, state: &mut State, sends: Defect) {
     if tx.shared.is(sends) {
         // A name that no log can have was refused when the record was staged.
         let _ = Source::of(tx).write(state, tx.sent.clone());
-    } else if tx.shared.is(Defect::UncommittedStaysBuffered) {
-        lock(&tx.handle.unsent).extend(tx.sent.iter().cloned());
     }
 }
 

@@ -545,6 +545,10 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         SentApartFromTheCommit => "but the outbox has",
         RestartReplaysTheTail => "but the outbox has",
     }
+    o1_a_lost_reply_neither_loses_nor_doubles_records {
+        SentAgainAfterLostReply => "(BeforeReply)",
+        SentInAnEarlierRequest => "(BeforeRequest)",
+    }
     o2_records_keep_their_order {
         SentInReverse => "to outbox",
         SentGroupedByKey => "to outbox",
@@ -681,6 +685,7 @@ pub(crate) const SOUND: &[Sound] = sound! {
     o1_records_are_sent_with_the_commit { SentNumbersHaveGaps }
     o1_what_is_not_committed_sends_nothing { SentNumbersHaveGaps }
     o1_a_restart_never_parts_records_from_the_position { SentNumbersHaveGaps }
+    o1_a_lost_reply_neither_loses_nor_doubles_records { LostRepliesLookedUp, SentNumbersHaveGaps }
     o2_records_keep_their_order { SentNumbersHaveGaps }
     o2_a_record_comes_back_as_it_was_sent { SentNumbersHaveGaps }
     o2_a_record_over_the_limit_is_refused_and_stages_nothing { SentNumbersHaveGaps }

@@ -294,6 +294,7 @@ impl Transaction for ModelTx {
         let cut = self.shared.cut(Request::Commit);
         let lost = || Error::unavailable("commit", "the connection was cut");
         if cut == Some(Cut::BeforeRequest) {
+            outbox::send_if(&self, &mut self.shared.state(), Defect::SentInAnEarlierRequest);
             return match self.shared.defect {
                 Defect::LostCommitRequestToldAsSuccess => Ok(()),
                 Defect::LostRepliesLookedUp | Defect::LostCommitReplyToldAsFailure => Err(lost()),
@@ -343,6 +344,9 @@ impl Transaction for ModelTx {
             self.handle.dead.store(true, Ordering::SeqCst);
         }
         let mut replied = self.shared.travel(self.generation, Stage::Reply).await;
+        if cut == Some(Cut::BeforeReply) {
+            outbox::send_if(&self, &mut self.shared.state(), Defect::SentAgainAfterLostReply);
+        }
         if cut == Some(Cut::BeforeReply) && !self.shared.is(Defect::LostRepliesLookedUp) {
             replied = Err(lost());
         }
