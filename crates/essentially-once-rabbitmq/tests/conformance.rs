@@ -94,6 +94,7 @@ impl Harness for RabbitHarness {
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter =
             Support::No("a letter is a part of an entry, and the store stops at one that it cannot read");
+        capabilities.outbox = Support::No("the adapter has no outboxes yet");
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         // Each takes a second or two.

@@ -69,6 +69,7 @@ impl Harness for RedisHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
+        capabilities.outbox = Support::No("the adapter has no outboxes yet");
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities

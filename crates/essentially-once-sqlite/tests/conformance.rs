@@ -41,6 +41,7 @@ impl Harness for SqliteHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
+        capabilities.outbox = Support::No("the adapter has no outboxes yet");
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities

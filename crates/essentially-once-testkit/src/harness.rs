@@ -72,7 +72,7 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Applies retention: removes at least the log's first record, and none at or after `before`.
     /// With `truncate_all`, it removes every record before `before`, even if no record is left.
-    /// Capability `truncate`.
+    /// With `outbox`, `log` may also be an outbox. Capability `truncate`.
     ///
     /// # Errors
     /// The case fails with it.
@@ -192,6 +192,24 @@ pub trait Backend: Send + Sync + 'static {
         Err(UNSUPPORTED.into())
     }
 
+    /// Opens the outbox of that name for reading. Each call returns a separate handle, as another
+    /// process would have it. Cases call this only after a commit has sent to the outbox.
+    /// Capability `outbox`.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        let _ = log;
+        Err(Error::failed("open an outbox", UNSUPPORTED))
+    }
+
+    /// The name that a transaction sends to, for the outbox that [`outbox`](Self::outbox) opens
+    /// under `log`. They differ if the harness adds a prefix, as on a shared server. Capability
+    /// `outbox`.
+    fn outbox_name(&self, log: &str) -> String {
+        log.to_owned()
+    }
+
     /// Appends `payload` as a program that does not use this crate would. Capability `foreign`.
     ///
     /// # Errors
@@ -257,6 +275,11 @@ pub struct Capabilities {
     pub foreign: Support,
     /// [`Backend::damage_letter`] works.
     pub damage_letter: Support,
+    /// The store's transactions send records: [`Transaction::outbox`] returns something, and
+    /// [`Backend::outbox`] works. The fault runs then also send records.
+    ///
+    /// [`Transaction::outbox`]: essentially_once::backend::Transaction::outbox
+    pub outbox: Support,
     /// The largest record that the log accepts, in bytes, if it should be tested. Where the limit
     /// can be set, choose a small one.
     pub record_limit: Option<usize>,
@@ -302,6 +325,7 @@ impl Capabilities {
             malformed: no,
             foreign: no,
             damage_letter: no,
+            outbox: no,
             record_limit: None,
             value_limit: None,
             key_limit: None,

@@ -33,6 +33,7 @@ impl Harness for MemoryHarness {
             read_state: Support::Yes,
             beats: Support::Yes,
             commits_are_cheap: Support::Yes,
+            outbox: Support::Yes,
             truncate: Support::Yes,
             truncate_all: Support::Yes,
             key_limit: Some(SIZE_LIMIT),
@@ -61,6 +62,10 @@ impl Backend for Memory {
 
     async fn state_reader(&self) -> Result<StateReader<MemoryStore>, Source> {
         Ok(Arc::new(self.store()))
+    }
+
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        Ok(Arc::new(self.log(log)?))
     }
 
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {

@@ -5,9 +5,21 @@
 mod broken;
 mod wrapped;
 
-use std::{process::ExitCode, time::Instant};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
-use essentially_once_testkit::{Expectation, Harness, Suite, Violation, faults::Explorer, memory::MemoryHarness};
+use essentially_once::{
+    ConsumerId, Error, Log, NewRecord, OffsetStore,
+    backend::{Advance, Revision, Transaction},
+    memory::Memory,
+};
+use essentially_once_testkit::{
+    Expectation, Harness, Suite, Violation,
+    faults::{Explorer, Faults, FaultyStore},
+    memory::MemoryHarness,
+};
 
 use crate::{
     broken::{
@@ -74,6 +86,25 @@ fn main() -> ExitCode {
                 "native writes and state differ: ",
             )
         })
+        .test("records_sent_outside_the_transaction_differ_from_the_state", || {
+            is_found(
+                &Broken(Flaw::SentAtOnce),
+                Expectation::EssentiallyOnce,
+                "sent records and state differ: ",
+            )
+        })
+        .test("records_sent_by_fenced_commits_differ_from_the_state", || {
+            is_found(
+                &Broken(Flaw::SentUnfenced),
+                Expectation::EssentiallyOnce,
+                "sent records and state differ: ",
+            )
+        })
+        .async_test(
+            "a_fault_strikes_a_send",
+            Duration::from_secs(10),
+            a_fault_strikes_a_send,
+        )
         .test("a_reader_that_skips_loses", || {
             is_found(&Broken(Flaw::Skipping), Expectation::AtLeastOnce, "lost: ")
         })
@@ -135,6 +166,33 @@ fn sampled_events(max_batch: usize) -> Result<(), Violation> {
         "memory, dead letters, max_batch {max_batch}, seed {seed}: {explored}, in {:.1} s",
         started.elapsed().as_secs_f64()
     );
+    Ok(())
+}
+
+/// Sending is an operation of its own. An error before it leaves nothing staged, and one after it
+/// does.
+async fn a_fault_strikes_a_send() -> Result<(), Violation> {
+    for (plan, expected) in [("2:error-before", 0), ("2:error-after", 1)] {
+        let (faults, memory) = (Faults::new(plan.parse()?), Memory::new());
+        let store = FaultyStore::new(memory.store(), &faults.process());
+        let mut tx = store.begin(&ConsumerId::new("shipping")?).await?;
+        let outbox = tx
+            .outbox()
+            .ok_or_else(|| Violation::new("the outbox is not passed on"))?;
+        let sent = outbox.send("outbox", NewRecord::new("1")).await;
+        if !matches!(sent, Err(Error::Unavailable { .. })) {
+            return Err(Violation::new(format!("{plan}: sending returned {sent:?}")));
+        }
+        let id = memory.log("orders")?.id().clone();
+        tx.commit(Advance::new(id, 1.into(), Revision::NONE, Revision::NONE.next_epoch()))
+            .await?;
+        let end = memory.log("outbox")?.bounds().await?.end;
+        if end != expected.into() {
+            return Err(Violation::new(format!(
+                "{plan}: the outbox ends at {end}, not at {expected}"
+            )));
+        }
+    }
     Ok(())
 }
 

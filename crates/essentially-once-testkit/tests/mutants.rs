@@ -19,6 +19,8 @@ mod log;
 mod model;
 #[path = "mutants/names.rs"]
 mod names;
+#[path = "mutants/outbox.rs"]
+mod outbox;
 #[path = "mutants/reader.rs"]
 mod reader;
 #[path = "mutants/store.rs"]

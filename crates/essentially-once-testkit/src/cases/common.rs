@@ -26,7 +26,7 @@ pub(super) fn records(payloads: impl IntoIterator<Item = impl ToString>) -> Vec<
         .collect()
 }
 
-pub(super) fn payloads(records: &[Record]) -> Vec<String> {
+pub(crate) fn payloads(records: &[Record]) -> Vec<String> {
     records
         .iter()
         .map(|record| String::from_utf8_lossy(&record.payload).into_owned())

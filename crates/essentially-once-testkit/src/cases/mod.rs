@@ -1,7 +1,7 @@
 //! The conformance cases. Each is named after the contract bullet that it checks, and links to it.
 
 mod bounds;
-mod common;
+pub(crate) mod common;
 mod compare;
 mod durability;
 mod fencing;
@@ -13,6 +13,8 @@ mod log;
 mod names;
 mod native;
 mod one_commit;
+pub(crate) mod outbox;
+mod outbox_numbers;
 mod pulse;
 mod refusals;
 mod restart;
@@ -151,6 +153,21 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         letters_case!(H, d3_keys_are_compared_to_the_byte),
         letters_case!(H, d4_consumers_do_not_see_each_others_letters),
         letters_case!(H, d5_a_letter_that_cannot_be_read_hides_no_other, damage_letter),
+        case!(outbox::o1_records_are_sent_with_the_commit, needs store, outbox),
+        case!(outbox::o1_what_is_not_committed_sends_nothing, needs store, outbox),
+        case!(outbox::o1_a_restart_never_parts_records_from_the_position, needs store, outbox, restart),
+        case!(wire::o1_a_lost_reply_neither_loses_nor_doubles_records, needs store, outbox, wire),
+        case!(outbox::o2_records_keep_their_order, needs store, outbox),
+        case!(outbox::o2_a_record_comes_back_as_it_was_sent, needs store, outbox),
+        case!(outbox::o2_a_record_over_the_limit_is_refused_and_stages_nothing, needs store, outbox, record_limit),
+        case!(outbox_numbers::o3_each_outbox_numbers_its_records, needs store, outbox),
+        case!(outbox_numbers::o3_numbers_rise_after_truncation, needs store, outbox, truncate),
+        case!(outbox_numbers::o3_numbers_rise_after_a_restart, needs store, outbox, restart),
+        case!(outbox_numbers::o3_concurrent_senders_share_no_number, needs store, outbox),
+        case!(outbox_numbers::o3_a_record_with_an_origin_is_refused, needs store, outbox),
+        case!(outbox_numbers::o3_a_consumer_behind_a_relay_handles_each_record_once, needs store, outbox),
+        case!(outbox::o4_no_reader_sees_a_record_before_its_commit, needs store, outbox),
+        case!(outbox::o5_consumers_share_an_outbox, needs store, outbox),
     ]
 }
 
@@ -190,7 +207,8 @@ mod needs {
         commits_are_cheap,
         malformed,
         foreign,
-        damage_letter
+        damage_letter,
+        outbox
     );
 
     pub(super) fn record_limit(capabilities: &Capabilities) -> Support {

@@ -103,7 +103,7 @@ async fn read_to_last(log: &dyn Log, payload: &str) -> Result<Vec<Record>, Error
 
 /// Runs `work` until it has seen [`RESTARTS`] restarts. Between restarts the work must advance, as
 /// `progress` counts.
-async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
+pub(super) async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
     backend: &B,
     work: impl FnOnce(Arc<AtomicBool>, Arc<AtomicUsize>) -> F,
 ) -> CaseResult {

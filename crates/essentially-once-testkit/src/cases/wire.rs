@@ -1,10 +1,11 @@
-//! Cases for requests and replies lost on the wire: [L7](essentially_once::Log#contract) and
-//! [S5](essentially_once::OffsetStore#contract).
+//! Cases for requests and replies lost on the wire: [L7](essentially_once::Log#contract),
+//! [S5](essentially_once::OffsetStore#contract) and [O1](essentially_once::Outbox#contract).
 
 use essentially_once::{Error, KeyValue, OffsetStore, backend::Transaction};
 
 use super::{
     common::{SOON, advance, consumer, counter, is_certain, payloads, read_all, records, soon},
+    outbox::{Sender, agree, send_next},
     store::value,
 };
 use crate::{
@@ -66,6 +67,30 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
             next == n.into(),
             "cut {round} ({cut:?}): the position is {next}, but the state counts {n}"
         );
+    }
+    Ok(())
+}
+
+/// [O1](essentially_once::Outbox#contract): after a cut, the outbox has a record for each step of
+/// the position, whatever the commit returned.
+pub(super) async fn o1_a_lost_reply_neither_loses_nor_doubles_records<H: Harness>(
+    _: &H,
+    backend: &H::Backend,
+) -> CaseResult {
+    let name = backend.outbox_name("a");
+    send_next(&Sender::open(backend, "shipping").await?, &name).await?;
+    for (round, cut) in CUTS.into_iter().enumerate() {
+        // Armed once before the handle opens, so that its connection runs through the proxy.
+        backend.cut_next(Request::Commit, cut).await?;
+        let sender = Sender::open(backend, "shipping").await?;
+        let cuts = backend.cuts();
+        let result = soon("a commit whose connection is cut", send_next(&sender, &name)).await?;
+        was_cut(backend, cuts, round).await?;
+        agree(
+            backend,
+            &format!("cut {round} ({cut:?}), after which the commit returned {result:?}"),
+        )
+        .await?;
     }
     Ok(())
 }

@@ -60,6 +60,8 @@ pub enum Operation {
     Release,
     /// A method of `DeadLetters`.
     Letters,
+    /// `Outbox::send`.
+    Send,
     /// `Handler::handle`.
     Handle,
 }

@@ -273,6 +273,7 @@ impl<'h, H: Harness> Explorer<'h, H> {
             pauses: self.pauses(),
             patience: self.is_real_time.then_some(PATIENCE),
             is_native: self.harness.capabilities().native == Support::Yes,
+            sends: self.harness.capabilities().outbox == Support::Yes,
         }
     }
 

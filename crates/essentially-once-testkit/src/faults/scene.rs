@@ -15,6 +15,10 @@ use super::{
     wrappers::{FaultyHandler, FaultyLog, FaultyStore, FaultyTx},
 };
 use crate::{
+    cases::{
+        common::payloads,
+        outbox::{found, outbox},
+    },
     checker::{Applied, Check, Expectation, read_log},
     harness::Backend,
     ledger::{Ledger, MemoryLedger, read_ledger},
@@ -33,6 +37,8 @@ pub(super) struct Scene<'b, B> {
     pub(super) patience: Option<Duration>,
     /// Whether handlers also write natively.
     pub(super) is_native: bool,
+    /// Whether handlers also send a record.
+    pub(super) sends: bool,
 }
 
 /// What the consumers of a run share.
@@ -78,7 +84,7 @@ impl<B: Backend> Scene<'_, B> {
         let in_memory = FaultyHandler::new(stage.ledger.clone(), process);
         match self.delivery {
             Expectation::EssentiallyOnce => {
-                let ledger = NativeLedger { scene: self };
+                let ledger = SceneLedger { scene: self };
                 let in_store = FaultyHandler::new(ledger, process);
                 let consumer = Consumer::essentially_once(id, log, store, in_store);
                 self.catch_up(stage, consumer).await
@@ -131,6 +137,7 @@ impl<B: Backend> Scene<'_, B> {
         }
         check.findings().judge(self.delivery)?;
         self.judge_natively(records, &applied).await?;
+        self.judge_sent(&applied).await?;
         let (next, last) = (position.map(|position| position.next), records.last());
         if last.is_some_and(|last| next.is_none_or(|next| next <= last.offset)) {
             let next = next.map_or("none".into(), |next| next.to_string());
@@ -161,18 +168,37 @@ impl<B: Backend> Scene<'_, B> {
         Ok(())
     }
 
+    /// Checks that exactly the applied records were sent on, in the order of their application.
+    async fn judge_sent(&self, applied: &[Applied]) -> Result<(), Violation> {
+        if !self.sends || self.delivery != Expectation::EssentiallyOnce || applied.is_empty() {
+            return Ok(());
+        }
+        let sent = payloads(&found(self.backend, &self.outbox_name()).await?);
+        let applied: Vec<_> = applied.iter().map(|applied| applied.offset.to_string()).collect();
+        match sent == applied {
+            true => Ok(()),
+            false => Err(Violation::new(format!(
+                "sent records and state differ: {applied:?} were applied, and {sent:?} were sent"
+            ))),
+        }
+    }
+
+    fn outbox_name(&self) -> String {
+        format!("{}-outbox", self.name)
+    }
+
     fn native_name(&self, offset: Offset) -> String {
         format!("{}-{}-{}", self.name, offset.hi(), offset.lo())
     }
 }
 
-/// A [`Ledger`] that also writes natively where the backend can.
-struct NativeLedger<'s, 'b, B> {
+/// A [`Ledger`] that also writes natively and sends a record, where the backend can.
+struct SceneLedger<'s, 'b, B> {
     scene: &'s Scene<'b, B>,
 }
 
 #[async_trait]
-impl<B: Backend> Handler<FaultyTx<<B::Store as OffsetStore>::Tx>> for NativeLedger<'_, '_, B> {
+impl<B: Backend> Handler<FaultyTx<<B::Store as OffsetStore>::Tx>> for SceneLedger<'_, '_, B> {
     async fn handle(
         &mut self,
         record: &Record,
@@ -182,6 +208,12 @@ impl<B: Backend> Handler<FaultyTx<<B::Store as OffsetStore>::Tx>> for NativeLedg
         if self.scene.is_native {
             let name = self.scene.native_name(record.offset);
             tx.natively(async |tx| self.scene.backend.native_put(tx, &name).await)
+                .await?;
+        }
+        if self.scene.sends {
+            let name = self.scene.backend.outbox_name(&self.scene.outbox_name());
+            outbox(tx)?
+                .send(&name, NewRecord::new(record.offset.to_string()))
                 .await?;
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, ReadState, Record,
+    ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore, Outbox, ReadState, Record,
     async_trait,
     backend::{
         Advance, Bounds, DeadLetter, DeadLetters, Durability, LogId, LogReader, Owner, Position, Pulse, Snapshot,
@@ -159,6 +159,10 @@ impl<T: Transaction> Transaction for FaultyTx<T> {
         T::KEEPS_DEAD_LETTERS.then_some(self)
     }
 
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
+        self.inner.outbox().is_some().then_some(self)
+    }
+
     async fn commit(self, advance: Advance) -> Result<(), Error> {
         self.process
             .operate(Operation::Commit, self.inner.commit(advance), |failure| match failure {
@@ -170,6 +174,15 @@ impl<T: Transaction> Transaction for FaultyTx<T> {
 
     async fn rollback(self) -> Result<(), Error> {
         ask(&self.process, Operation::Rollback, self.inner.rollback()).await
+    }
+}
+
+#[async_trait]
+impl<T: Transaction> Outbox for FaultyTx<T> {
+    async fn send(&mut self, log: &str, record: NewRecord) -> Result<(), Error> {
+        let outbox = self.inner.outbox();
+        let outbox = outbox.ok_or_else(|| Error::failed("send", "the wrapped transaction has no outboxes"))?;
+        ask(&self.process, Operation::Send, outbox.send(log, record)).await
     }
 }
 

@@ -5,6 +5,7 @@ pub(crate) mod letters;
 
 use std::{
     collections::HashMap,
+    mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -12,7 +13,7 @@ use std::{
 };
 
 use essentially_once::{
-    ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, async_trait,
+    ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Outbox, async_trait,
     backend::{Advance, Bounds, Durability, LogId, LogReader, Position, Revision, Source, Transaction},
     memory::{Memory, MemoryStore, MemoryTx},
 };
@@ -31,6 +32,10 @@ pub(crate) enum Flaw {
     NativeAtOnce,
     /// A native write takes effect although its commit is fenced.
     NativeUnfenced,
+    /// A record is sent immediately, outside the transaction.
+    SentAtOnce,
+    /// A record is sent although its commit is fenced.
+    SentUnfenced,
     /// A reader that does not begin at the start skips a record.
     Skipping,
 }
@@ -47,6 +52,9 @@ impl Harness for Broken {
         let mut capabilities = Capabilities::minimal();
         if matches!(self.0, Flaw::NativeAtOnce | Flaw::NativeUnfenced) {
             capabilities.native = Support::Yes;
+        }
+        if matches!(self.0, Flaw::SentAtOnce | Flaw::SentUnfenced) {
+            capabilities.outbox = Support::Yes;
         }
         capabilities
     }
@@ -84,9 +92,14 @@ impl Backend for BrokenMemory {
         Ok(BrokenStore {
             flaw: self.flaw,
             inner: self.memory.store(),
+            memory: self.memory.clone(),
             leaked: self.leaked.clone(),
             written: self.written.clone(),
         })
+    }
+
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        Backend::log(self, log).await
     }
 
     async fn native_put(&self, tx: &mut BrokenTx, name: &str) -> Result<(), Error> {
@@ -131,6 +144,7 @@ impl Written {
 pub(crate) struct BrokenStore {
     flaw: Flaw,
     inner: MemoryStore,
+    memory: Memory,
     leaked: Leaked,
     written: Written,
 }
@@ -152,6 +166,8 @@ impl OffsetStore for BrokenStore {
             leaked: self.leaked.clone(),
             written: self.written.clone(),
             native: Vec::new(),
+            memory: self.memory.clone(),
+            sent: Vec::new(),
         })
     }
 
@@ -169,10 +185,35 @@ pub(crate) struct BrokenTx {
     written: Written,
     /// The names under which this transaction wrote natively.
     native: Vec<String>,
+    memory: Memory,
+    /// The records to send, each with its outbox.
+    sent: Vec<(String, NewRecord)>,
+}
+
+async fn append(memory: &Memory, sent: Vec<(String, NewRecord)>) -> Result<(), Error> {
+    for (log, record) in sent {
+        memory.log(&log)?.append(&[record]).await?;
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Outbox for BrokenTx {
+    async fn send(&mut self, log: &str, record: NewRecord) -> Result<(), Error> {
+        self.sent.push((log.to_owned(), record));
+        match self.flaw {
+            Flaw::SentAtOnce => append(&self.memory, mem::take(&mut self.sent)).await,
+            _ => Ok(()),
+        }
+    }
 }
 
 #[async_trait]
 impl Transaction for BrokenTx {
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
+        Some(self)
+    }
+
     async fn commit(mut self, mut advance: Advance) -> Result<(), Error> {
         match self.flaw {
             Flaw::AnyRevision => {
@@ -180,11 +221,20 @@ impl Transaction for BrokenTx {
                 advance.expected = position.map_or(Revision::NONE, |position| position.revision);
             }
             Flaw::ForgottenWindows => advance.windows.clear(),
-            Flaw::Leaky | Flaw::Skipping | Flaw::NativeAtOnce | Flaw::NativeUnfenced => {}
+            Flaw::Leaky
+            | Flaw::Skipping
+            | Flaw::NativeAtOnce
+            | Flaw::NativeUnfenced
+            | Flaw::SentAtOnce
+            | Flaw::SentUnfenced => {}
         }
+        let sent = mem::take(&mut self.sent);
         let committed = self.inner.commit(advance).await;
         if committed.is_ok() || self.flaw == Flaw::NativeUnfenced {
             self.written.apply(&mut self.native);
+        }
+        if committed.is_ok() || self.flaw == Flaw::SentUnfenced {
+            append(&self.memory, sent).await?;
         }
         committed
     }

@@ -605,6 +605,116 @@ wrong {
     LettersSharedBetweenConsumers,
     /// Removing letters from an offset on removes those of all consumers.
     RemoveFromReachesOtherConsumers,
+
+    // The outboxes.
+    /// A commit sends nothing.
+    SentNotCommitted,
+    /// Of the records of a transaction, a commit sends only the last.
+    OnlyTheLastIsSent,
+    /// A commit sends each record twice.
+    SentTwice,
+    /// A commit sends the records of the one before it on the same handle.
+    SentWithTheNextCommit,
+    /// A commit is acknowledged before its records are sent.
+    SentAfterTheReply,
+    /// A record is sent when it is staged.
+    SentAtOnce,
+    /// A fenced commit sends its records.
+    SentAlthoughFenced,
+    /// A commit for another log sends its records.
+    SentAlthoughWrongLog,
+    /// A rollback sends the records.
+    SentAlthoughRolledBack,
+    /// A dropped transaction sends its records.
+    SentAlthoughDropped,
+    /// What was not committed stays in the handle, and its next commit sends it.
+    UncommittedStaysBuffered,
+    /// A restart loses the sent records, and not the position.
+    SentNotDurable,
+    /// The records are sent in one step, and the position moves in another.
+    SentApartFromTheCommit,
+    /// After a lost reply, the records of the commit are sent again.
+    SentAgainAfterLostReply,
+    /// The records go to the backend ahead of the commit that they belong to.
+    SentInAnEarlierRequest,
+    /// The records of a commit are sent in reverse order.
+    SentInReverse,
+    /// The records of a commit are sorted by their keys.
+    SentGroupedByKey,
+    /// All records of a commit go to the outbox of the last one.
+    SentToTheLastLog,
+    /// The records of a commit are held back, and follow those of the next one.
+    LaterCommitOvertakesSent,
+    /// Records are sent without their headers.
+    SentHeadersLost,
+    /// Records are sent without their keys.
+    SentKeysLost,
+    /// The size of sent records is not limited.
+    NoSentLimit,
+    /// Only the payload of a sent record counts towards the limit.
+    SentSizedByThePayload,
+    /// A sent record of exactly the maximum size is refused.
+    SentLimitIsExclusive,
+    /// A refused record is sent, without what was wrong with it.
+    RefusedSendStaged,
+    /// A refused record drops those staged before it.
+    RefusedSendDropsTheStaged,
+    /// A transaction that refused a record does not commit.
+    RefusedSendEndsTheTransaction,
+    /// Sent records have no origin.
+    SentWithoutOrigin,
+    /// Each consumer has its own numbers in an outbox.
+    NumberedByTheConsumer,
+    /// Numbers start over at each handle.
+    NumberedByTheHandle,
+    /// Numbers start over at each commit.
+    NumberedByTheCommit,
+    /// All records of a commit have the same number.
+    OneNumberPerCommit,
+    /// Each consumer is a producer of its own.
+    ProducerPerConsumer,
+    /// All outboxes have the same producer, and numbers of their own.
+    ProducerSharedByOutboxes,
+    /// Each commit begins an epoch.
+    FreshEpochPerCommit,
+    /// The epoch of an outbox is not the stable one.
+    OutboxEpochNotStable,
+    /// A number counts the records that the outbox has.
+    NumberedByTheRetained,
+    /// A number follows that of the last record, if there is one.
+    NumberedAfterTheLastRecord,
+    /// Numbers start over when retention has removed all records.
+    NumbersStartOverWhenEmptied,
+    /// When retention has removed all records, an outbox becomes another producer.
+    ProducerRedrawnWhenEmptied,
+    /// Numbers start over at a restart.
+    NumbersStartOverAtRestart,
+    /// A restart counts the records to continue the numbers.
+    NumbersRecountedAtRestart,
+    /// At a restart, an outbox becomes another producer.
+    ProducerRedrawnAtRestart,
+    /// A restart begins an epoch.
+    FreshEpochAtRestart,
+    /// A record gets the next number when it is staged, and others may get the same.
+    NumberedAtSend,
+    /// A record takes a number when it is staged, and others may commit first.
+    NumberedFromASequence,
+    /// A record with an origin is sent with it.
+    OriginOfTheRecordKept,
+    /// A record with an origin is sent with another.
+    OriginOfTheRecordReplaced,
+    /// A name that no log can have is reported as a general failure.
+    BadLogNameIsAFailure,
+    /// Each reader gives the records other origins.
+    OriginDrawnByTheReader,
+    /// A commit does not wake the readers of the outbox.
+    SentWakesNoReader,
+    /// Each consumer has its own outboxes.
+    OutboxPerConsumer,
+    /// Only the first consumer that sends to an outbox does.
+    OutboxOfItsFirstConsumer,
+    /// Sending to an outbox that does not exist fails.
+    UnknownOutboxRefused,
 }
 sound {
     /// Each call of `next` returns one record.
@@ -647,5 +757,9 @@ sound {
     SnapshotFromACopy,
     /// Keys of letters are compared by their digests.
     LetterKeysKeptAsDigests,
+    /// The numbers of an outbox have gaps.
+    SentNumbersHaveGaps,
+    /// All outboxes take their numbers from one counter, as different producers.
+    OutboxesShareACounter,
 }
 }

@@ -18,6 +18,7 @@ use essentially_once_testkit::{Cut, Request};
 use crate::{
     defect::Defect,
     model::{RECORD_LIMIT, Shared, Stage, in_doubt},
+    outbox::Numbers,
     reader::ModelReader,
 };
 
@@ -50,6 +51,8 @@ pub(crate) struct LogState {
     /// The payload of a record to refuse, once.
     pub(crate) refuse: Option<Vec<u8>>,
     woken: Option<Instant>,
+    /// The numbers of an outbox.
+    pub(crate) numbers: Numbers,
 }
 
 impl LogState {
@@ -65,6 +68,7 @@ impl LogState {
             leaps: 0,
             refuse: None,
             woken: None,
+            numbers: Numbers::default(),
         }
     }
 
@@ -78,6 +82,7 @@ impl LogState {
         self.written += 1;
         let offset = Offset::new(7, 3 * self.written + self.leaps);
         record.offset = offset;
+        let is_silent = shared.is(Defect::SentWakesNoReader) && record.origin.is_some();
         self.end = offset.successor();
         if shared.is(Defect::HoleFillsInLater) && self.written % 10 == 5 {
             self.fill_hole();
@@ -89,7 +94,7 @@ impl LogState {
             self.volatile = (self.volatile + 1) % FLUSH_EVERY;
         }
         let is_early = self.woken.is_some_and(|woken| woken.elapsed() < DEBOUNCE);
-        if !is_early || !shared.is(Defect::WakeUpsDebounced) {
+        if !is_silent && (!is_early || !shared.is(Defect::WakeUpsDebounced)) {
             self.woken = Some(Instant::now());
             shared.changes.send_replace(());
         }
@@ -141,6 +146,10 @@ impl LogState {
 
     pub(crate) fn restart(&mut self, shared: &Shared) {
         self.entries.truncate(self.entries.len() - self.volatile);
+        if shared.is(Defect::SentNotDurable) {
+            self.entries.retain(|record| record.origin.is_none());
+        }
+        self.numbers.restart(shared.defect, self.entries.len() as u64);
         self.volatile = 0;
         if let Some(last) = self.entries.last() {
             self.end = last.offset.successor();
@@ -172,6 +181,8 @@ impl LogState {
         }
         match shared.defect {
             Defect::OffsetsStartOverWhenEmptied if self.entries.is_empty() => self.written = 0,
+            Defect::NumbersStartOverWhenEmptied if self.entries.is_empty() => self.numbers.start_over(),
+            Defect::ProducerRedrawnWhenEmptied if self.entries.is_empty() => self.numbers.forget_producer(),
             Defect::OffsetsLeapAfterRetention => self.leaps += 1_000,
             _ => {}
         }

@@ -69,6 +69,7 @@ impl Harness for ModelHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
+        capabilities.outbox = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(VALUE_LIMIT);
         capabilities.key_limit = Some(KEY_LIMIT);
@@ -227,7 +228,7 @@ pub(crate) fn in_doubt(_: Error) -> Error {
 
 impl State {
     /// The log of that name, created empty on the first call.
-    fn log(&mut self, shared: &Shared, name: &str) -> Result<&mut LogState, Error> {
+    pub(crate) fn log(&mut self, shared: &Shared, name: &str) -> Result<&mut LogState, Error> {
         let key = self.log_key(shared, name);
         if !self.logs.contains_key(&key) {
             self.created += 1;
@@ -393,6 +394,10 @@ impl Backend for Model {
     async fn damage_letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Source> {
         self.shared.state().store.damage_letter(consumer, offset);
         Ok(())
+    }
+
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        Backend::log(self, log).await
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {

@@ -282,6 +282,12 @@ fn distort(defect: Defect, record: &mut Record) {
                 *origin = Origin::new(producer, Epoch::STABLE, origin.sequence);
             }
         }
+        Defect::OriginDrawnByTheReader => {
+            if let Some(origin) = &mut record.origin {
+                let producer = origin.numbering.producer().clone();
+                *origin = Origin::new(producer, Epoch::fresh(), origin.sequence);
+            }
+        }
         Defect::SequenceReadAsSigned => {
             if let Some(origin) = &mut record.origin {
                 origin.sequence = origin.sequence.min(i64::MAX as u64);

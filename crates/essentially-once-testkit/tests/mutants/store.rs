@@ -27,6 +27,7 @@ use crate::{
     letters,
     model::{Shared, Stage, State},
     names,
+    outbox::Sent,
     transaction::{ModelTx, Staged},
 };
 
@@ -477,6 +478,10 @@ pub(crate) struct Handle {
     pub(crate) cache: Mutex<HashMap<(String, Bytes), Option<Bytes>>>,
     pub(crate) not_yet_applied: Mutex<Vec<(ConsumerId, Staged, Advance)>>,
     pub(crate) positions: Mutex<HashMap<String, Position>>,
+    /// Records that a defect sends with a later commit.
+    pub(crate) unsent: Mutex<Vec<Sent>>,
+    /// The next numbers of outboxes, where a defect keeps them here.
+    pub(crate) numbers: Mutex<HashMap<String, u64>>,
     pulses: Mutex<HashMap<String, Pulse>>,
     beats: AtomicU64,
     /// Wakes watches on this handle.

@@ -525,6 +525,104 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         DamagedLetterIsDue => "the first due next to it",
         DamagedLetterNotCounted => "counts next to it",
     }
+    o1_records_are_sent_with_the_commit {
+        SentNotCommitted => "after commit",
+        OnlyTheLastIsSent => "after commit",
+        SentTwice => "after commit",
+        SentWithTheNextCommit => "after commit",
+        SentAfterTheReply => "after commit",
+    }
+    o1_what_is_not_committed_sends_nothing {
+        SentAtOnce => "that was stale sent something",
+        SentAlthoughFenced => "that was stale sent something",
+        SentAlthoughWrongLog => "that was for another log sent something",
+        SentAlthoughRolledBack => "that was rolled back sent something",
+        SentAlthoughDropped => "that was dropped sent something",
+        UncommittedStaysBuffered => "what was not committed before",
+    }
+    o1_a_restart_never_parts_records_from_the_position {
+        SentNotDurable => "but the outbox has",
+        SentApartFromTheCommit => "but the outbox has",
+        RestartReplaysTheTail => "but the outbox has",
+    }
+    o1_a_lost_reply_neither_loses_nor_doubles_records {
+        SentAgainAfterLostReply => "(BeforeReply)",
+        SentInAnEarlierRequest => "(BeforeRequest)",
+    }
+    o2_records_keep_their_order {
+        SentInReverse => "to outbox",
+        SentGroupedByKey => "to outbox",
+        SentToTheLastLog => "to outbox",
+        LaterCommitOvertakesSent => "to outbox",
+    }
+    o2_a_record_comes_back_as_it_was_sent {
+        SentHeadersLost => "its number of headers",
+        SentKeysLost => "its key",
+        EmptyKeyReadAsNone => "its key",
+        HeadersSorted => "its header 0",
+        RepeatedHeadersLost => "its header 1",
+        PayloadReadAsText => "its payload",
+    }
+    o2_a_record_over_the_limit_is_refused_and_stages_nothing {
+        NoSentLimit => "where the limit is",
+        SentSizedByThePayload => "where the limit is",
+        SentLimitIsExclusive => "where the limit is",
+        RefusedSendStaged => "sent payloads of",
+        RefusedSendDropsTheStaged => "sent payloads of",
+        RefusedSendEndsTheTransaction => "unexpected error",
+    }
+    o3_each_outbox_numbers_its_records {
+        SentWithoutOrigin => "has no origin",
+        NumberedByTheConsumer => "which is no higher",
+        NumberedByTheHandle => "which is no higher",
+        NumberedByTheCommit => "which is no higher",
+        OneNumberPerCommit => "which is no higher",
+        ProducerPerConsumer => "of another producer",
+        ProducerSharedByOutboxes => "have the same producer",
+        FreshEpochPerCommit => "is not the stable one",
+        OutboxEpochNotStable => "is not the stable one",
+    }
+    o3_numbers_rise_after_truncation {
+        NumberedByTheRetained => "after truncation",
+        NumberedAfterTheLastRecord => "after every record was removed",
+        NumbersStartOverWhenEmptied => "after every record was removed",
+        ProducerRedrawnWhenEmptied => "of another producer",
+    }
+    o3_numbers_rise_after_a_restart {
+        NumbersStartOverAtRestart => "after 1 restarts",
+        NumbersRecountedAtRestart => "after 2 restarts",
+        ProducerRedrawnAtRestart => "of another producer",
+        FreshEpochAtRestart => "is not the stable one",
+    }
+    o3_concurrent_senders_share_no_number {
+        NumberedAtSend => "which is no higher",
+        NumberedFromASequence => "which is no higher",
+        LaterCommitOvertakesSent => "come before those of an earlier one",
+    }
+    o3_a_record_with_an_origin_is_refused {
+        OriginOfTheRecordKept => "sending a record with an origin",
+        OriginOfTheRecordReplaced => "sending a record with an origin",
+        RefusedSendStaged => "a transaction with a refused record sent",
+        RefusedSendEndsTheTransaction => "unexpected error",
+        BadLogNameIsAFailure => "sending to \"\"",
+    }
+    o3_a_consumer_behind_a_relay_handles_each_record_once {
+        SentWithoutOrigin => "unexpected error",
+        NumberedByTheHandle => "handled [\"a0\"]",
+        ProducerSharedByOutboxes => "handled []",
+        OriginDrawnByTheReader => "is not the one that consumer relay-a handled",
+    }
+    o4_no_reader_sees_a_record_before_its_commit {
+        SentAtOnce => "before its commit, a waiting reader sees",
+        SentApartFromTheCommit => "the position was",
+        SentWakesNoReader => STUCK,
+    }
+    o5_consumers_share_an_outbox {
+        OutboxPerConsumer => "found",
+        OutboxOfItsFirstConsumer => "found",
+        UnknownOutboxRefused => "unexpected error",
+        LaterCommitOvertakesSent => "found",
+    }
 };
 
 macro_rules! sound {
@@ -584,4 +682,19 @@ pub(crate) const SOUND: &[Sound] = sound! {
     d3_keys_are_compared_to_the_byte { LetterKeysKeptAsDigests }
     d4_consumers_do_not_see_each_others_letters { LetterKeysKeptAsDigests }
     d5_a_letter_that_cannot_be_read_hides_no_other { LetterKeysKeptAsDigests }
+    o1_records_are_sent_with_the_commit { SentNumbersHaveGaps }
+    o1_what_is_not_committed_sends_nothing { SentNumbersHaveGaps }
+    o1_a_restart_never_parts_records_from_the_position { SentNumbersHaveGaps }
+    o1_a_lost_reply_neither_loses_nor_doubles_records { LostRepliesLookedUp, SentNumbersHaveGaps }
+    o2_records_keep_their_order { SentNumbersHaveGaps }
+    o2_a_record_comes_back_as_it_was_sent { SentNumbersHaveGaps }
+    o2_a_record_over_the_limit_is_refused_and_stages_nothing { SentNumbersHaveGaps }
+    o3_each_outbox_numbers_its_records { SentNumbersHaveGaps, OutboxesShareACounter }
+    o3_numbers_rise_after_truncation { SentNumbersHaveGaps }
+    o3_numbers_rise_after_a_restart { SentNumbersHaveGaps }
+    o3_concurrent_senders_share_no_number { SentNumbersHaveGaps, OutboxesShareACounter }
+    o3_a_record_with_an_origin_is_refused { SentNumbersHaveGaps }
+    o3_a_consumer_behind_a_relay_handles_each_record_once { SentNumbersHaveGaps, OutboxesShareACounter }
+    o4_no_reader_sees_a_record_before_its_commit { SentNumbersHaveGaps, PollsForRecords }
+    o5_consumers_share_an_outbox { SentNumbersHaveGaps, OutboxesShareACounter }
 };

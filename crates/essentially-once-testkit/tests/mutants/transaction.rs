@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, KeyValue, async_trait,
+    ConsumerId, Error, KeyValue, Outbox, async_trait,
     backend::{Advance, DeadLetters, Position, Transaction},
 };
 use essentially_once_testkit::{Cut, Request};
@@ -20,6 +20,7 @@ use crate::{
     defect::Defect,
     letters,
     model::{KEY_LIMIT, Shared, Stage, State, VALUE_LIMIT, in_doubt},
+    outbox::{self, Sent},
     store::{Contents, Handle, state_key},
 };
 
@@ -36,11 +37,15 @@ pub(crate) type Staged = BTreeMap<Bytes, Option<Bytes>>;
 pub(crate) struct ModelTx {
     pub(crate) shared: Arc<Shared>,
     generation: u64,
-    handle: Arc<Handle>,
+    pub(crate) handle: Arc<Handle>,
     pub(crate) consumer: ConsumerId,
     pub(crate) staged: Staged,
     /// The names under which this transaction wrote natively.
     native: Vec<String>,
+    /// The records to send.
+    pub(crate) sent: Vec<Sent>,
+    /// Whether a defect keeps it from committing.
+    pub(crate) is_spoiled: bool,
     finished: bool,
     /// The numbers of beats, snapshots and positions read when it began.
     begun: (u64, u64, u64),
@@ -75,6 +80,8 @@ impl ModelTx {
             consumer: consumer.clone(),
             staged: Staged::new(),
             native: Vec::new(),
+            sent: Vec::new(),
+            is_spoiled: false,
             finished: false,
             begun,
         })
@@ -175,6 +182,8 @@ impl ModelTx {
             if !self.shared.is(Defect::RevisionCheckedOutside) {
                 store.check(&self.shared, &self.consumer, staged, advance)?;
             }
+            outbox::commit(self, &mut state)?;
+            let store = &mut state.store;
             store.before_change(&self.shared, staged.is_empty() && advance.windows.is_empty());
             if self.shared.is(Defect::EmptyCommitKeptInTheHandle) && staged.is_empty() {
                 let mut kept = Position::new(advance.log.clone(), advance.next, advance.revision);
@@ -196,7 +205,7 @@ impl ModelTx {
                 store.write_state(&self.shared, &self.consumer, staged);
             }
             match self.shared.defect {
-                Defect::OffsetCommittedApart | Defect::SnapshotSeesHalfACommit => {}
+                Defect::OffsetCommittedApart | Defect::SnapshotSeesHalfACommit | Defect::SentApartFromTheCommit => {}
                 Defect::WindowsWrittenApart => {
                     let mut alone = advance.clone();
                     alone.windows.clear();
@@ -211,7 +220,10 @@ impl ModelTx {
                 }
             }
         }
-        if self.shared.is(Defect::SnapshotSeesHalfACommit) || self.shared.is(Defect::WindowsWrittenApart) {
+        if matches!(
+            self.shared.defect,
+            Defect::SnapshotSeesHalfACommit | Defect::WindowsWrittenApart | Defect::SentApartFromTheCommit
+        ) {
             sleep(CHECK_TO_WRITE).await;
         }
         self.shared
@@ -250,6 +262,10 @@ impl Transaction for ModelTx {
         Some(self)
     }
 
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
+        Some(self)
+    }
+
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.finished = true;
         {
@@ -271,13 +287,14 @@ impl Transaction for ModelTx {
         }
         let mut staged = mem::take(&mut self.staged);
         letters::committed(self.shared.defect, &mut staged);
-        if self.handle.dead.load(Ordering::SeqCst) {
+        if self.is_spoiled || self.handle.dead.load(Ordering::SeqCst) {
             return Err(Error::failed("commit", "the connection is in an aborted transaction"));
         }
         self.shared.travel(self.generation, Stage::Request).await?;
         let cut = self.shared.cut(Request::Commit);
         let lost = || Error::unavailable("commit", "the connection was cut");
         if cut == Some(Cut::BeforeRequest) {
+            outbox::send_if(&self, &mut self.shared.state(), Defect::SentInAnEarlierRequest);
             return match self.shared.defect {
                 Defect::LostCommitRequestToldAsSuccess => Ok(()),
                 Defect::LostRepliesLookedUp | Defect::LostCommitReplyToldAsFailure => Err(lost()),
@@ -301,6 +318,11 @@ impl Transaction for ModelTx {
         {
             let mut state = self.shared.state();
             state.store.locked = false;
+            match applied {
+                Err(Error::Fenced { .. }) => outbox::not_committed(&self, &mut state, Defect::SentAlthoughFenced),
+                Err(Error::WrongLog { .. }) => outbox::not_committed(&self, &mut state, Defect::SentAlthoughWrongLog),
+                _ => {}
+            }
             if matches!(applied, Err(Error::Fenced { .. })) && self.shared.is(Defect::NativeNotFenced) {
                 state.store.write_natively(&self.native);
             }
@@ -322,6 +344,9 @@ impl Transaction for ModelTx {
             self.handle.dead.store(true, Ordering::SeqCst);
         }
         let mut replied = self.shared.travel(self.generation, Stage::Reply).await;
+        if cut == Some(Cut::BeforeReply) {
+            outbox::send_if(&self, &mut self.shared.state(), Defect::SentAgainAfterLostReply);
+        }
         if cut == Some(Cut::BeforeReply) && !self.shared.is(Defect::LostRepliesLookedUp) {
             replied = Err(lost());
         }
@@ -343,6 +368,7 @@ impl Transaction for ModelTx {
         self.finished = true;
         let mut state = self.connected()?;
         state.store.locked = false;
+        outbox::not_committed(&self, &mut state, Defect::SentAlthoughRolledBack);
         if self.shared.is(Defect::RollbackApplied) {
             state.store.write_state(&self.shared, &self.consumer, &self.staged);
         }
@@ -356,6 +382,9 @@ impl Drop for ModelTx {
             let mut state = self.shared.state();
             state.store.open = state.store.open.saturating_sub(1);
             state.store.staging.clear();
+            if !self.finished {
+                outbox::not_committed(self, &mut state, Defect::SentAlthoughDropped);
+            }
             if !self.finished && self.shared.is(Defect::NativeAppliedByDrop) {
                 state.store.write_natively(&self.native);
             }

@@ -56,6 +56,10 @@ impl Backend for WrappedMemory {
         Ok(Arc::new(self.store().await?))
     }
 
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        Backend::log(self, log).await
+    }
+
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
         self.memory.log(log)?.truncate(before);
         Ok(())
