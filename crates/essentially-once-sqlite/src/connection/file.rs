@@ -74,7 +74,7 @@ impl OpenFile {
         file
     }
 
-    /// Whether `path` is this file, under any name.
+    /// Whether `path`, as SQLite returns it, is this file. SQLite resolves links on Unix only.
     pub(crate) fn is_at(&self, path: &str) -> bool {
         *self.path == *path || fs::canonicalize(path).is_ok_and(|path| path == self.path)
     }

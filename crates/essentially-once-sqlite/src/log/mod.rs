@@ -59,6 +59,31 @@ const TRIM_CHUNK: u64 = 10_000;
 /// read it, or to [relay](essentially_once::relay::Relay) it to another log. The producer is drawn
 /// for the first such record, and stored in the column `sender` of `essentially_once_logs`.
 ///
+/// ```
+/// # use essentially_once::Error;
+/// # use essentially_once_sqlite::Sqlite;
+/// use essentially_once::{Consumer, ConsumerId, NewRecord, Outbox, Record, handler_fn, relay::Relay};
+/// use essentially_once_sqlite::SqliteTx;
+///
+/// # async fn example(shop: Sqlite, bus: Sqlite) -> Result<(), Error> {
+/// let ship = handler_fn(|order: &Record, tx: &mut SqliteTx| {
+///     Box::pin(async move {
+///         tx.execute("INSERT INTO shipments (order_id) VALUES (?1)", [&order.payload[..]])?;
+///         tx.send("outbox", NewRecord::new("shipped").key(order.payload.clone())).await?;
+///         Ok(())
+///     })
+/// });
+/// let (orders, outbox) = (shop.log("orders").await?, shop.log("outbox").await?);
+/// let shipping = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, shop.store(), ship);
+///
+/// let relay = Relay::to(bus.log("shipped").await?);
+/// let relay = Consumer::at_least_once(ConsumerId::new("relay")?, outbox, shop.store(), relay);
+/// let (shipping, relay) = tokio::join!(shipping.run(), relay.run());
+/// # (shipping?, relay?);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// [`append`](Log::append) numbers nothing. A relay rejects the records that it leaves in an outbox
 /// without an origin.
 ///
@@ -111,10 +136,10 @@ impl SqliteLog {
     /// [`append`](Log::append).
     ///
     /// The connection must have [`Sqlite::path`](crate::Sqlite::path) open as its main database,
-    /// in WAL mode and with `synchronous` at `FULL`, which is SQLite's default. Begin the
-    /// transaction with `TransactionBehavior::Immediate`, and set a `busy_timeout` on the
-    /// connection. Another transaction cannot write to the file until yours ends. The statements
-    /// of this call take six places in the connection's statement cache.
+    /// with `synchronous` at `FULL`, which is SQLite's default. Begin the transaction with
+    /// `TransactionBehavior::Immediate`, and set a `busy_timeout` on the connection. No consumer
+    /// commits to the file until your transaction ends. The statements of this call take six places
+    /// in the connection's statement cache.
     ///
     /// ```
     /// # use essentially_once::{Log, NewRecord};

@@ -1,5 +1,6 @@
 //! Appends within a transaction that commits more than records: that of a handler, or one on a
-//! connection of the user. Each record gets an origin: the log's sender, and its offset as sequence.
+//! connection of the user. Each record gets an origin, of the log's sender and with its offset as
+//! the sequence.
 
 use std::{
     collections::HashMap,
@@ -192,9 +193,9 @@ impl Table {
         };
         let failed = |error| classify_on_theirs(action(), error);
         let run = |sql| theirs.prepare_cached(sql)?.execute([]);
-        self.check_connection(theirs, &action)?;
+        self.check_connection(theirs, action)?;
         run("SAVEPOINT essentially_once_append").map_err(failed)?;
-        let appended = self.append_numbered(theirs, records, &action);
+        let appended = self.append_numbered(theirs, records, action);
         if appended.is_err() {
             // It fails only if SQLite has rolled back the whole transaction.
             let _ = run("ROLLBACK TO essentially_once_append");
@@ -212,15 +213,11 @@ impl Table {
         let failed = |error| classify_on_theirs(action(), error);
         // Takes the write lock before the first read. A transaction that has read cannot get the
         // lock any more once another one has committed.
-        let locked = theirs
-            .prepare_cached("UPDATE main.essentially_once_logs SET next = next WHERE name = ?1 AND incarnation = ?2")
-            .and_then(|mut lock| lock.execute((self.id.name(), self.incarnation())))
+        theirs
+            .prepare_cached("UPDATE main.essentially_once_logs SET next = next WHERE name = ?1")
+            .and_then(|mut lock| lock.execute([self.id.name()]))
             .map_err(failed)?;
-        let batch = match locked {
-            0 => None,
-            _ => self.number(theirs, failed)?,
-        };
-        let Some(batch) = batch else {
+        let Some(batch) = self.number(theirs, failed)? else {
             return Err(self.gone(action()));
         };
         let end = self.insert(theirs, batch, records, action, classify_on_theirs)?;

@@ -1,5 +1,7 @@
 //! Appends in a transaction on a connection of the user.
 
+use std::sync::Mutex;
+
 use essentially_once::{Epoch, Error, Log, NewRecord, Origin, ProducerId};
 use essentially_once_sqlite::{
     LogOptions, Retention, Sqlite, SqliteLog, SqliteOptions,
@@ -38,9 +40,16 @@ fn refusal(out: &SqliteLog, user: &mut Connection, records: &[NewRecord]) -> Err
     let tx = immediate(user);
     tx.execute("INSERT INTO orders VALUES (1)", []).expect("insert");
     let error = out.append_in(&tx, records).expect_err("refused");
+    assert_no_savepoint(&tx);
     tx.commit().expect("the transaction goes on");
     assert_eq!(orders(user), before + 1);
     error
+}
+
+/// Savepoints that stayed open would pile up in a long transaction.
+fn assert_no_savepoint(tx: &Transaction<'_>) {
+    let error = tx.execute_batch("RELEASE essentially_once_append").expect_err("none");
+    assert!(error.to_string().contains("no such savepoint"), "{error}");
 }
 
 #[tokio::test]
@@ -54,6 +63,7 @@ async fn records_are_appended_with_the_users_commit_or_not_at_all() {
         Some(1.into())
     );
     assert_eq!(out.append_in(&tx, &records(&["c"])).expect("append"), Some(2.into()));
+    assert_no_savepoint(&tx);
     assert_eq!(out.bounds().await.expect("bounds").end, 0.into(), "not committed");
     tx.commit().expect("commit");
     send_alone(&sqlite, "out", "d", 0).await;
@@ -148,6 +158,11 @@ async fn the_log_is_found_in_the_main_file_under_any_name_of_it() {
     let tx = immediate(&mut user);
     out.append_in(&tx, &records(&["a"])).expect("append");
     tx.commit().expect("commit");
+    for (schema, stored) in [("main", (1, true)), ("temp", (0, false))] {
+        let sql = format!("SELECT next, sender IS NOT NULL FROM {schema}.essentially_once_logs");
+        let row = user.query_row(&sql, [], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?)));
+        assert_eq!(row.expect("row"), stored, "{schema}");
+    }
     #[cfg(unix)]
     {
         let link = folder.path().join("link.db");
@@ -193,12 +208,31 @@ async fn a_transaction_without_the_lock_is_told_to_begin_with_it() {
         "{error:?}"
     );
     drop(tx);
-    // One that has read nothing yet waits for the lock like any other.
+    assert_eq!(payloads(&all(&out).await), ["overtakes"]);
+}
+
+/// A transaction that holds the file's write lock. Waiting for the lock ends it.
+static HOLDER: Mutex<Option<Connection>> = Mutex::new(None);
+
+#[tokio::test]
+async fn a_deferred_transaction_that_has_read_nothing_waits_for_the_lock() {
+    let (_folder, sqlite, out, mut user) = out().await;
+    let holder = users(&sqlite);
+    holder
+        .execute_batch("BEGIN IMMEDIATE; INSERT INTO orders VALUES (1)")
+        .expect("lock");
+    *HOLDER.lock().expect("one test") = Some(holder);
+    user.busy_handler(Some(|_| {
+        let holder = HOLDER.lock().expect("one test").take();
+        holder.is_some_and(|holder| holder.execute_batch("COMMIT").is_ok())
+    }))
+    .expect("handler");
     let tx = user.transaction().expect("deferred");
-    out.append(&[NewRecord::new("comes first")]).await.expect("append");
     out.append_in(&tx, &records(&["a"])).expect("append");
     tx.commit().expect("commit");
-    assert_eq!(payloads(&all(&out).await), ["overtakes", "comes first", "a"]);
+    assert_eq!(numbered(&out).await.0, ["a"]);
+    assert_eq!(orders(&user), 1);
+    assert!(HOLDER.lock().expect("one test").is_none(), "it had to wait");
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use essentially_once::{
     ConsumerId, Log, NewRecord, OffsetStore, Outbox, ProducerId, Record,
     backend::{Advance, LogId, Revision, Transaction},
 };
-use essentially_once_sqlite::{LogOptions, Sqlite, SqliteLog, SqliteTx, rusqlite::Connection};
+use essentially_once_sqlite::{LogOptions, Sqlite, SqliteLog, SqliteStore, SqliteTx, rusqlite::Connection};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -46,7 +46,12 @@ async fn send(tx: &mut SqliteTx, log: &str, payload: &str) {
 
 /// Sends one record in a transaction of its own. `commits` is the number of commits before it.
 async fn send_alone(sqlite: &Sqlite, log: &str, payload: &str, commits: u64) {
-    let mut tx = begin(sqlite).await;
+    send_with(&sqlite.store(), log, payload, commits).await;
+}
+
+/// Like [`send_alone`], with a store that knows the logs of earlier transactions.
+async fn send_with(store: &SqliteStore, log: &str, payload: &str, commits: u64) {
+    let mut tx = store.begin(&shipping()).await.expect("begin");
     send(&mut tx, log, payload).await;
     tx.commit(advance(commits, commits)).await.expect("commit");
 }

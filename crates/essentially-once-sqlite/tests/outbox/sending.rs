@@ -8,7 +8,10 @@ use essentially_once::{
 use essentially_once_sqlite::{LogOptions, Retention, Sqlite, SqliteOptions};
 use tokio::time::{Instant, timeout};
 
-use super::{SOON, advance, all, begin, existing, is_missing, numbered, open, payloads, send, send_alone, shipping};
+use super::{
+    SOON, advance, all, begin, existing, is_missing, numbered, open, payloads, send, send_alone, send_with, shipping,
+    users,
+};
 
 #[tokio::test]
 async fn a_commit_sends_records_with_its_state_and_nobody_sees_them_before() {
@@ -58,18 +61,20 @@ async fn a_commit_sends_records_with_its_state_and_nobody_sees_them_before() {
 #[tokio::test]
 async fn a_transaction_that_does_not_commit_sends_nothing() {
     let (_folder, sqlite) = open().await;
+    // It remembers logs that were created in vain.
+    let store = sqlite.store();
     for logs in [&["new"][..], &["old", "new"]] {
-        let mut tx = begin(&sqlite).await;
+        let mut tx = store.begin(&shipping()).await.expect("begin");
         for log in logs {
             send(&mut tx, log, "rolled back").await;
         }
         tx.rollback().await.expect("rollback");
-        let mut tx = begin(&sqlite).await;
+        let mut tx = store.begin(&shipping()).await.expect("begin");
         for log in logs {
             send(&mut tx, log, "dropped").await;
         }
         drop(tx);
-        let mut tx = begin(&sqlite).await;
+        let mut tx = store.begin(&shipping()).await.expect("begin");
         for log in logs {
             send(&mut tx, log, "fenced").await;
         }
@@ -77,11 +82,11 @@ async fn a_transaction_that_does_not_commit_sends_nothing() {
         assert!(matches!(error, Error::Fenced { .. }), "{error:?}");
         assert!(is_missing(&sqlite, "new").await, "not even the log");
         if logs.len() == 1 {
-            send_alone(&sqlite, "old", "0", 0).await;
+            send_with(&store, "old", "0", 0).await;
         }
     }
-    send_alone(&sqlite, "old", "1", 1).await;
-    send_alone(&sqlite, "new", "0", 2).await;
+    send_with(&store, "old", "1", 1).await;
+    send_with(&store, "new", "0", 2).await;
     assert_eq!(numbered(&existing(&sqlite, "old").await).await.0, ["0", "1"]);
     assert_eq!(numbered(&existing(&sqlite, "new").await).await.0, ["0"]);
 }
@@ -95,8 +100,9 @@ async fn a_savepoint_takes_its_records_back() {
     sql(&mut tx, "SAVEPOINT a");
     send(&mut tx, "out", "undone").await;
     sql(&mut tx, "ROLLBACK TO a");
-    send(&mut tx, "out", "0").await;
+    // It gets the number of the table that was taken back.
     send(&mut tx, "other", "0").await;
+    send(&mut tx, "out", "0").await;
     sql(&mut tx, "SAVEPOINT b");
     send(&mut tx, "out", "undone").await;
     send(&mut tx, "undone", "undone").await;
@@ -112,10 +118,19 @@ async fn a_savepoint_takes_its_records_back() {
     tx.commit(advance(1, 0)).await.expect("commit");
     assert!(is_missing(&sqlite, "undone").await);
 
+    let (out, other) = (existing(&sqlite, "out").await, existing(&sqlite, "other").await);
+    assert_eq!(numbered(&out).await.0, ["0", "1", "2"]);
+    assert_eq!(numbered(&other).await.0, ["0"]);
+    // Where the logs end is stored, and needs no record.
+    users(&sqlite)
+        .execute_batch("DELETE FROM essentially_once_log_1; DELETE FROM essentially_once_log_2")
+        .expect("delete");
     send_alone(&sqlite, "out", "3", 1).await;
     send_alone(&sqlite, "other", "1", 2).await;
-    assert_eq!(numbered(&existing(&sqlite, "out").await).await.0, ["0", "1", "2", "3"]);
-    assert_eq!(numbered(&existing(&sqlite, "other").await).await.0, ["0", "1"]);
+    for (log, earliest) in [(&out, 3), (&other, 1)] {
+        assert_eq!(log.bounds().await.expect("bounds").earliest, earliest.into());
+        assert_eq!(numbered(log).await.0, [earliest.to_string()]);
+    }
 }
 
 #[tokio::test]
@@ -167,7 +182,7 @@ async fn numbers_never_start_over() {
     let soon = LogOptions::new().retention(Retention::new().max_age(Duration::from_secs(1)));
     let out = sqlite.log_with("out", soon).await.expect("log");
     let age = "UPDATE essentially_once_log_1 SET appended_at = 0";
-    super::users(&sqlite).execute(age, []).expect("age");
+    users(&sqlite).execute(age, []).expect("age");
     assert_eq!(out.trim().await.expect("trim"), 3, "it is empty now");
     sqlite.close().await.expect("close");
 
@@ -221,6 +236,7 @@ async fn a_commit_wakes_the_readers_of_the_process() {
         send(&mut tx, "out", "undone").await;
         tx.execute("ROLLBACK TO a", []).expect("rollback");
         send(&mut tx, "out", "2").await;
+        tx.execute("RELEASE a", []).expect("release");
         tx.commit(advance(2, 2)).await.expect("commit");
     };
     let before = Instant::now();

@@ -1,6 +1,8 @@
 //! Files written by earlier versions. Their data stays usable, and a process that still runs the
 //! old version fails safely.
 
+mod outbox;
+
 use std::{
     fs,
     path::PathBuf,
@@ -8,12 +10,12 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, ConsumerId, Epoch, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _,
-    Origin, Outbox as _, Record, async_trait,
+    Consumer, ConsumerId, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, Offset, OffsetStore as _, Origin,
+    Record, async_trait,
     backend::{Advance, DeadLetters as _, Journal, LogId, Note, Numbering, Revision, Transaction as _},
     consumer::{DeadLetterOptions, Operator, OperatorAction, dead_letters},
 };
-use essentially_once_sqlite::{Sqlite, SqliteLog, SqliteTx};
+use essentially_once_sqlite::{Sqlite, SqliteTx};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
@@ -396,115 +398,4 @@ async fn a_process_of_schema_4_continues_next_to_newer_ones_but_forgets_no_edit(
     letters[0].edit = None;
     tx.park(&letters[0]).await.expect("park");
     assert_eq!(tx.letter(1.into()).await.expect("letter").as_ref(), Some(&letters[0]));
-}
-
-async fn records(log: &SqliteLog, from: u64, count: usize) -> Vec<Record> {
-    let mut reader = log.read(from.into()).await.expect("read");
-    let records = reader.next(count).await.expect("next");
-    assert_eq!(records.len(), count);
-    records
-}
-
-/// The log `events` has had 7 records, and holds none of them any more.
-#[tokio::test]
-async fn logs_of_schema_5_become_outboxes_that_continue_their_numbers() {
-    let (_folder, path) = copy_of("schema-5.db");
-    let sqlite = Sqlite::open(&path).await.expect("open");
-    let store = sqlite.store();
-    let shipping = consumer("shipping");
-    let position = store.position(&shipping).await.expect("position").expect("some");
-    assert_eq!(
-        (position.next, position.revision),
-        (5.into(), Revision::new(19_739_537_853, 1))
-    );
-    let entries = position.journal.entries();
-    assert_eq!(
-        entries.iter().map(|entry| &*entry.by).collect::<Vec<_>>(),
-        ["ann", "ben"]
-    );
-    assert!(position.journal.paused().is_some());
-    let letters = dead_letters::list(&shipping, &store, None, 10).await.expect("list");
-    assert_eq!(letters.len(), 2);
-    assert_eq!(letters[0].record.payload, "order 1");
-    let edit = letters[0].edit.as_ref().expect("an edit");
-    assert_eq!(edit.original.payload, "bad order 1");
-
-    let (orders, events) = (sqlite.log("orders").await, sqlite.log("events").await);
-    let (orders, events) = (orders.expect("log"), events.expect("log"));
-    let before = records(&orders, 0, 5).await;
-    let mut tx = store.begin(&shipping).await.expect("begin");
-    for log in ["orders", "events", "new"] {
-        tx.send(log, NewRecord::new("sent")).await.expect("send");
-    }
-    let (log, revision) = (position.log, position.revision);
-    tx.commit(Advance::new(log, 5.into(), revision, revision.next_count()))
-        .await
-        .expect("commit");
-    let new = sqlite.log("new").await.expect("log");
-    for (log, next) in [(&orders, 5), (&events, 7), (&new, 0)] {
-        let sent = records(log, next, 1).await.remove(0);
-        let origin = sent.origin.expect("an origin");
-        assert_eq!((origin.sequence, origin.numbering.epoch()), (next, Epoch::STABLE));
-        let producer = origin.numbering.producer().as_str();
-        assert!(producer.starts_with(&format!("{}@", log.id().name())), "{producer}");
-    }
-    assert_eq!(records(&orders, 0, 6).await[..5], before, "they keep their origins");
-}
-
-/// Runs the statements of schema 5. They append without numbers, and leave the sender alone.
-#[tokio::test]
-async fn a_process_of_schema_5_appends_to_an_outbox_without_numbers() {
-    let (_folder, path) = copy_of("schema-5.db");
-    let old = Connection::open(&path).expect("open");
-    let mut status = old
-        .prepare(
-            "SELECT next, keep_records, keep_age_ms,
-                 (SELECT min(\"offset\") FROM main.essentially_once_log_2 WHERE \"offset\" >= 0),
-                 (SELECT max(\"offset\") FROM main.essentially_once_log_2)
-             FROM main.essentially_once_logs WHERE id = 2",
-        )
-        .expect("schema 5");
-    let mut insert = old
-        .prepare(
-            "INSERT INTO main.essentially_once_log_2 \
-                 (\"offset\", appended_at, key, headers, payload, producer, sequence) \
-             VALUES (?1, ?2, NULL, NULL, ?3, NULL, NULL)",
-        )
-        .expect("schema 5");
-    let mut end = old
-        .prepare("UPDATE main.essentially_once_logs SET next = ?1 WHERE name = 'events'")
-        .expect("schema 5");
-    let mut create = old
-        .prepare("INSERT INTO main.essentially_once_logs (name, incarnation, next) VALUES ('late', 'ab', 0)")
-        .expect("schema 5");
-
-    let sqlite = Sqlite::open(&path).await.expect("open");
-    let (store, shipping) = (sqlite.store(), consumer("shipping"));
-    let send = async || {
-        let position = store.position(&shipping).await.expect("position").expect("some");
-        let mut tx = store.begin(&shipping).await.expect("begin");
-        tx.send("events", NewRecord::new("sent")).await.expect("send");
-        let (log, revision) = (position.log, position.revision);
-        tx.commit(Advance::new(log, 5.into(), revision, revision.next_count()))
-            .await
-            .expect("commit");
-    };
-    // Otherwise the retention of the fixture would remove the records.
-    let keep = essentially_once_sqlite::LogOptions::new().retention(essentially_once_sqlite::Retention::new());
-    let events = sqlite.log_with("events", keep).await.expect("log");
-    send().await;
-    let next: i64 = status.query_row([], |row| row.get(0)).expect("status");
-    assert_eq!(next, 8);
-    insert.execute((next, 0, &b"old"[..])).expect("insert");
-    end.execute([next + 1]).expect("update");
-    create.execute([]).expect("create");
-    send().await;
-    let records = records(&events, 7, 3).await;
-    let sequences: Vec<_> = records
-        .iter()
-        .map(|record| record.origin.as_ref().map(|origin| origin.sequence))
-        .collect();
-    assert_eq!(sequences, [Some(7), None, Some(9)]);
-    let numberings = [0, 2].map(|n| records[n].origin.as_ref().map(|origin| &origin.numbering));
-    assert_eq!(numberings[0], numberings[1]);
 }
