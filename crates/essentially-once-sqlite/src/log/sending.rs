@@ -51,7 +51,7 @@ impl Outboxes {
         if let Some(table) = self.known(name)
             && let Some(batch) = table.number(connection, failed)?
         {
-            return Ok(Sending { table, batch });
+            return Ok(Sending::new(table, batch));
         }
         // The log is new, was recreated, or was created in a transaction that was rolled back.
         let found = find_or_create(connection, name).map_err(failed)?;
@@ -65,7 +65,7 @@ impl Outboxes {
             tables.clear();
         }
         tables.insert(name.into(), Arc::clone(&table));
-        Ok(Sending { table, batch })
+        Ok(Sending::new(table, batch))
     }
 }
 
@@ -74,6 +74,22 @@ impl Outboxes {
 struct Sending {
     table: Arc<Table>,
     batch: Batch,
+    /// The number of records that were sent before the batch.
+    earlier: u64,
+}
+
+impl Sending {
+    fn new(table: Arc<Table>, batch: Batch) -> Self {
+        Self {
+            table,
+            batch,
+            earlier: 0,
+        }
+    }
+
+    fn sent(&self) -> u64 {
+        self.earlier + self.batch.added()
+    }
 }
 
 /// The logs to which one transaction sends. They are few, so searching them is faster than hashing.
@@ -81,8 +97,9 @@ struct Sending {
 pub(crate) struct Outgoing {
     outboxes: Arc<Outboxes>,
     logs: Vec<Sending>,
-    /// Logs whose records a rollback to a savepoint may have removed.
-    in_doubt: Vec<Arc<Table>>,
+    /// Logs whose records a rollback to a savepoint may have removed, and the number of records
+    /// that were sent to them.
+    in_doubt: Vec<(Arc<Table>, u64)>,
 }
 
 impl Outgoing {
@@ -120,7 +137,7 @@ impl Outgoing {
                 self.logs.len() - 1
             }
         };
-        let Sending { table, batch } = &mut self.logs[place];
+        let Sending { table, batch, .. } = &mut self.logs[place];
         batch.check_room(1, &action)?;
         tx.run_internal(table.insert_sql(), |statement| {
             batch.insert(statement, now_millis(), record)
@@ -131,28 +148,32 @@ impl Outgoing {
     /// Forgets where the logs end, because a rollback to a savepoint may have removed records, or a
     /// log that was new.
     pub(crate) fn look_again(&mut self) {
-        for Sending { table, .. } in self.logs.drain(..) {
-            if self.in_doubt.iter().all(|known| known.id != table.id) {
-                self.in_doubt.push(table);
+        for sending in self.logs.drain(..) {
+            let (sent, table) = (sending.sent(), sending.table);
+            match self.in_doubt.iter_mut().find(|(known, _)| known.id == table.id) {
+                Some((_, earlier)) => *earlier += sent,
+                None => self.in_doubt.push((table, sent)),
             }
         }
     }
 
     /// Stores where the logs end, before the commit.
     pub(crate) fn finish(&mut self, connection: &Connection) -> rusqlite::Result<()> {
-        for table in self.in_doubt.drain(..) {
-            if self.logs.iter().any(|sending| sending.table.id == table.id) {
-                continue;
-            }
-            if let Some(status) = table.status(connection)? {
-                let batch = Batch::new(status);
-                self.logs.push(Sending { table, batch });
+        for (table, sent) in self.in_doubt.drain(..) {
+            let sending = self.logs.iter_mut().find(|sending| sending.table.id == table.id);
+            if let Some(sending) = sending {
+                sending.earlier += sent;
+            } else if let Some(status) = table.status(connection)? {
+                let mut sending = Sending::new(table, Batch::new(status));
+                sending.earlier = sent;
+                self.logs.push(sending);
             }
         }
         let now = now_millis();
-        self.logs
-            .iter()
-            .try_for_each(|Sending { table, batch }| table.finish(connection, batch, now))
+        self.logs.iter().try_for_each(|sending| {
+            let (table, batch) = (&sending.table, &sending.batch);
+            table.finish(connection, batch, sending.sent(), now)
+        })
     }
 
     /// Wakes the readers of this process, after the commit.

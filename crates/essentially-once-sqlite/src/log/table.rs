@@ -233,23 +233,22 @@ impl Table {
                     .iter()
                     .try_for_each(|record| batch.insert(&mut insert, now, record))
             })
-            .and_then(|()| self.finish(connection, &batch, now));
+            .and_then(|()| self.finish(connection, &batch, batch.added(), now));
         match inserted {
             Ok(()) => Ok(batch.end),
             Err(error) => Err(explain_insert(&action, error, classify)),
         }
     }
 
-    /// Stores where the log ends after a batch, and removes some of the expired records.
-    pub(super) fn finish(&self, connection: &Connection, batch: &Batch, now: i64) -> rusqlite::Result<()> {
+    /// Stores where the log ends after a batch, and removes some of the expired records: more than
+    /// the `added` ones, so that a backlog shrinks, but not all, so that appends stay fast.
+    pub(super) fn finish(&self, connection: &Connection, batch: &Batch, added: u64, now: i64) -> rusqlite::Result<()> {
         connection
             .prepare_cached("UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3")?
             .execute((batch.end as i64, self.id.name(), self.incarnation()))?;
         let before = &batch.before;
         if before.retention != Retention::default() {
-            // Removes more records than were added, so that a backlog shrinks, but not all, so that
-            // appends stay fast.
-            let limit = 2 * (batch.end - before.end) + 64;
+            let limit = 2 * added + 64;
             let held = before.earliest..batch.end;
             self.sql.trim.trim(connection, before.retention, held, now, limit)?;
         }
@@ -298,6 +297,11 @@ impl Batch {
             sender: Some(sender),
             ..Self::new(before)
         }
+    }
+
+    /// The number of records that were inserted.
+    pub(super) fn added(&self) -> u64 {
+        self.end - self.before.end
     }
 
     /// Refuses offsets that SQLite cannot store.

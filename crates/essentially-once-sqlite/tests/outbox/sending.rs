@@ -210,6 +210,19 @@ async fn retention_applies_to_sent_records() {
     }
     tx.commit(advance(10, 10)).await.expect("commit");
     assert_eq!(numbered(&out).await.0, ["17", "18", "19"]);
+    // So do those before the last savepoint, whether or not the last record is one of them.
+    for (commits, is_last) in [(11, true), (12, false)] {
+        let mut tx = begin(&sqlite).await;
+        for n in 0..300 {
+            tx.execute("SAVEPOINT a", []).expect("savepoint");
+            send(&mut tx, "out", &n.to_string()).await;
+            if n < 299 || is_last {
+                tx.execute("RELEASE a", []).expect("release");
+            }
+        }
+        tx.commit(advance(commits, commits)).await.expect("commit");
+        assert_eq!(numbered(&out).await.0, ["297", "298", "299"]);
+    }
 }
 
 /// The clock stands still until every task waits. A reader that only polled would let it go on.
