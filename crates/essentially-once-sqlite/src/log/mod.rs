@@ -62,7 +62,8 @@ const TRIM_CHUNK: u64 = 10_000;
 /// ```
 /// # use essentially_once::Error;
 /// # use essentially_once_sqlite::Sqlite;
-/// use essentially_once::{Consumer, ConsumerId, NewRecord, Outbox, Record, handler_fn, relay::Relay};
+/// use essentially_once::relay::Relay;
+/// use essentially_once::{Consumer, ConsumerId, NewRecord, Outbox, Record, handler_fn};
 /// use essentially_once_sqlite::SqliteTx;
 ///
 /// # async fn example(shop: Sqlite, bus: Sqlite) -> Result<(), Error> {
@@ -74,7 +75,8 @@ const TRIM_CHUNK: u64 = 10_000;
 ///     })
 /// });
 /// let (orders, outbox) = (shop.log("orders").await?, shop.log("outbox").await?);
-/// let shipping = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, shop.store(), ship);
+/// let shipping = ConsumerId::new("shipping")?;
+/// let shipping = Consumer::essentially_once(shipping, orders, shop.store(), ship);
 ///
 /// let relay = Relay::to(bus.log("shipped").await?);
 /// let relay = Consumer::at_least_once(ConsumerId::new("relay")?, outbox, shop.store(), relay);
