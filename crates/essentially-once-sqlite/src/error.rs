@@ -41,6 +41,14 @@ pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Err
     }
 }
 
+/// Classifies an error on a connection of the user, whose settings this crate does not choose.
+pub(crate) fn classify_on_theirs(action: String, error: rusqlite::Error) -> Error {
+    match is_busy(&error) {
+        true => Error::unavailable(action, Cause::new(error, NOT_IMMEDIATE)),
+        false => classify(action, error),
+    }
+}
+
 /// Classifies an error from reopening a file that exists and was open before. If SQLite cannot open
 /// such a file, the process or the system may be out of file descriptors, which can pass.
 pub(crate) fn classify_reopening(action: impl Into<String>, error: rusqlite::Error) -> Error {
@@ -112,6 +120,8 @@ fn judge(extended: i32, is_out_of_descriptors: fn() -> bool) -> Verdict {
     }
 }
 
+const NOT_IMMEDIATE: &str = "the transaction does not hold the file's write lock and did not get it; begin it with \
+     `TransactionBehavior::Immediate`, set a `busy_timeout` on the connection, and run it again";
 const HELD: &str = "another process or connection holds the lock; raise `busy_timeout` to wait longer";
 const FULL: &str = "the disk is full, or the file has reached max_page_count; make room, then try again";
 

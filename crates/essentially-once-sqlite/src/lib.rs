@@ -4,7 +4,9 @@
 //! - [`Sqlite`] is an open file. Its clones share its connections.
 //! - [`SqliteLog`] is a log in the file. Offsets are dense, begin at 0 and are never reused.
 //! - [`SqliteStore`] keeps positions and state. A handler's [`SqliteTx`] offers portable
-//!   [`KeyValue`](essentially_once::KeyValue) state and runs SQL on your own tables.
+//!   [`KeyValue`](essentially_once::KeyValue) state, runs SQL on your own tables, and
+//!   [sends](essentially_once::Outbox) records to logs of the file.
+//!   [`SqliteLog::append_in`] does the same in a transaction on a connection of yours.
 //!
 //! The crate puts the file into WAL mode, and each of its connections syncs at every commit
 //! (`synchronous=FULL`). Acknowledged data therefore survives a crash. The crate names its tables
@@ -69,9 +71,10 @@
 //! programs write to the database without it, everything still works, but a busy consumer may make
 //! others wait up to their [`busy_timeout`](SqliteOptions::busy_timeout).
 //!
-//! A handler cannot append to a log in its own file, because the append would wait for the
-//! handler's own lock. The append fails after the `busy_timeout` with an error that says so. Insert
-//! into one of your tables instead, or use a log in another file.
+//! A handler sends records to the logs of its own file with
+//! [`Outbox::send`](essentially_once::Outbox::send). It cannot append to them, because the append
+//! would wait for the handler's own lock. The append fails after the `busy_timeout` with an error
+//! that says so.
 //!
 //! # Backing up and restoring
 //!
@@ -103,6 +106,15 @@
 //!   new, and [`seek`](essentially_once::seek) to the first of them.
 //! - Only the store went back, and the log is elsewhere. The consumer handles the records since the
 //!   copy again, which is correct for the state in this file.
+//!
+//! A log to which transactions send goes on with numbers that it used before. Consumers behind a
+//! relay would drop the new records as copies of those that were sent after the copy was made. So
+//! give such logs new producers before you start the processes again, and do the same in a copy
+//! that is used next to the original. Records that the copy holds keep their origins.
+//!
+//! ```sql
+//! UPDATE essentially_once_logs SET sender = NULL;
+//! ```
 //!
 //! SQLite can also restore into an open file (`.restore` in its shell) while processes keep
 //! running. A run whose position went back ends with [`Error::PositionLost`], unless the log went

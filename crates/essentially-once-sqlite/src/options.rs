@@ -135,7 +135,8 @@ impl LogOptions {
     /// different retentions, the last one holds, and each change is logged as a warning.
     ///
     /// Each append removes about twice as many expired records as it adds.
-    /// [`SqliteLog::trim`](crate::SqliteLog::trim) removes all of them at once.
+    /// [`SqliteLog::trim`](crate::SqliteLog::trim) removes all of them at once. Of an outbox, these
+    /// may be records that [no relay has sent](crate::SqliteLog#as-an-outbox).
     ///
     /// Opening the log fails with [`Error::InvalidSetting`] if the retention would keep no records
     /// or has [`max_bytes`](Retention::max_bytes), because SQLite cannot keep that limit.

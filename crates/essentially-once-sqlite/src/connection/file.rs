@@ -19,6 +19,8 @@ use super::{lock::lock, turnstile::Turnstile};
 static OPEN_FILES: Mutex<Option<HashMap<PathBuf, Weak<OpenFile>>>> = Mutex::new(None);
 
 pub(crate) struct OpenFile {
+    /// Without symbolic links, if it could be resolved.
+    path: PathBuf,
     pub(crate) turnstile: Arc<Turnstile>,
     /// Notified at each commit of this process.
     pub(crate) commits: watch::Sender<()>,
@@ -61,6 +63,7 @@ impl OpenFile {
         }
         files.retain(|_, file| file.strong_count() > 0);
         let file = Arc::new(Self {
+            path: path.clone(),
             turnstile: Arc::new(Turnstile::open(&path)),
             commits: watch::Sender::default(),
             holder: Mutex::default(),
@@ -69,6 +72,11 @@ impl OpenFile {
         });
         files.insert(path, Arc::downgrade(&file));
         file
+    }
+
+    /// Whether `path`, as SQLite returns it, is this file. SQLite resolves links on Unix only.
+    pub(crate) fn is_at(&self, path: &str) -> bool {
+        *self.path == *path || fs::canonicalize(path).is_ok_and(|path| path == self.path)
     }
 
     /// Returns the channel on which this process announces appends to the log of that id.

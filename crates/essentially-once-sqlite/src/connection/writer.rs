@@ -184,8 +184,8 @@ impl Writer {
                 action,
                 format!(
                     "this task waits for itself: its own open transaction on the same file has held the write lock \
-                     for {timeout:?}; within a handler, use the handler's transaction and insert into a table of \
-                     yours, from which another consumer appends, or append to a log in another file"
+                     for {timeout:?}; within a handler, send the record with `Outbox::send` in the handler's \
+                     transaction, or append to a log in another file"
                 ),
             ),
             (Some(_), _) | (None, None) => Error::unavailable(
@@ -193,7 +193,7 @@ impl Writer {
                 format!(
                     "another transaction of this process has held the write lock for {timeout:?}; check whether a \
                      handler waits for itself because another task appends to a log of this file or opens a second \
-                     transaction"
+                     transaction; a handler sends records with `Outbox::send`"
                 ),
             ),
             (None, Some(error)) => classify(action, error),

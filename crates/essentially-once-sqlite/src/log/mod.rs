@@ -4,6 +4,7 @@ mod catalog;
 pub(crate) mod codec;
 mod reader;
 mod retention;
+pub(crate) mod sending;
 mod table;
 
 use std::sync::{Arc, Mutex};
@@ -11,8 +12,9 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use essentially_once::{
     Error, Log, NewRecord, Offset,
-    backend::{Bounds, Durability, LogId, LogReader, Retention},
+    backend::{Bounds, Durability, LogId, LogReader, Retention, check_unnumbered},
 };
+use rusqlite::Transaction;
 
 use self::{
     reader::{Cursor, SqliteReader},
@@ -42,9 +44,56 @@ const TRIM_CHUNK: u64 = 10_000;
 /// producer's name, followed by `#` and the epoch unless it is the stable one, as in `web#17`.
 /// Versions before 0.2 yield such a record as malformed rather than mix up epochs.
 ///
-/// An append is one transaction, so a failed append leaves no records behind. An append within a
-/// handler's transaction on the same file waits for the handler's own lock. It ends with
-/// [`Error::Failed`] after the `busy_timeout`, and the error says what to do instead.
+/// An append is one transaction, so a failed append leaves no records behind.
+///
+/// An append within a handler on the same file waits for the handler's own lock. It ends with
+/// [`Error::Failed`] after the `busy_timeout`. Such a handler sends its records with
+/// [`Outbox::send`](essentially_once::Outbox::send) instead.
+///
+/// # As an outbox
+///
+/// A handler's [`SqliteTx`](crate::SqliteTx) sends to any log of its file, and
+/// [`append_in`](Self::append_in) appends in a transaction of yours. Both give each record an
+/// [`Origin`](essentially_once::Origin): its producer belongs to the log, its epoch is the stable
+/// one, and its sequence is the offset. Open the log with [`Sqlite::log`](crate::Sqlite::log) to
+/// read it, or to [relay](essentially_once::relay::Relay) it to another log. The producer is drawn
+/// for the first such record, and stored in the column `sender` of `essentially_once_logs`.
+///
+/// ```
+/// # use essentially_once::Error;
+/// # use essentially_once_sqlite::Sqlite;
+/// use essentially_once::relay::Relay;
+/// use essentially_once::{Consumer, ConsumerId, NewRecord, Outbox, Record, handler_fn};
+/// use essentially_once_sqlite::SqliteTx;
+///
+/// # async fn example(shop: Sqlite, bus: Sqlite) -> Result<(), Error> {
+/// let ship = handler_fn(|order: &Record, tx: &mut SqliteTx| {
+///     Box::pin(async move {
+///         tx.execute("INSERT INTO shipments (order_id) VALUES (?1)", [&order.payload[..]])?;
+///         tx.send("outbox", NewRecord::new("shipped").key(order.payload.clone())).await?;
+///         Ok(())
+///     })
+/// });
+/// let (orders, outbox) = (shop.log("orders").await?, shop.log("outbox").await?);
+/// let shipping = ConsumerId::new("shipping")?;
+/// let shipping = Consumer::essentially_once(shipping, orders, shop.store(), ship);
+///
+/// let relay = Relay::to(bus.log("shipped").await?);
+/// let relay = Consumer::at_least_once(ConsumerId::new("relay")?, outbox, shop.store(), relay);
+/// let (shipping, relay) = tokio::join!(shipping.run(), relay.run());
+/// # (shipping?, relay?);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// [`append`](Log::append) numbers nothing. A relay rejects the records that it leaves in an outbox
+/// without an origin.
+///
+/// The log's [retention](crate::LogOptions::retention) also removes records that were not relayed.
+/// A log that a transaction creates keeps every record. If it must not grow forever, set a
+/// `max_age` that is longer than the longest time for which the relay may be away. `max_records`
+/// also counts the records of one large transaction. A relay from which retention removed records
+/// ends with [`Error::Truncated`].
 #[derive(Clone, Debug)]
 pub struct SqliteLog {
     table: Arc<Table>,
@@ -76,6 +125,68 @@ impl SqliteLog {
         Ok(Self {
             table: Arc::new(Table::new(connections, id, found.id)),
         })
+    }
+
+    /// Appends records in a transaction of yours, for a service that is no consumer but changes the
+    /// tables of this file on its own connection. Your commit makes them visible together with your
+    /// changes, and a rollback removes both. Returns the offset of the last record, which is final
+    /// once the transaction is committed, or `None` for no records.
+    ///
+    /// Each record gets an origin, as described [above](SqliteLog#as-an-outbox). All readers, also
+    /// those of this process, find the records within about 10 ms after the commit, as if another
+    /// process had appended them. The log's retention applies, as with
+    /// [`append`](Log::append).
+    ///
+    /// The connection must have [`Sqlite::path`](crate::Sqlite::path) open as its main database,
+    /// with `synchronous` at `FULL`, which is SQLite's default. Begin the transaction with
+    /// `TransactionBehavior::Immediate`, and set a `busy_timeout` on the connection. No consumer
+    /// commits to the file until your transaction ends. The statements of this call take six places
+    /// in the connection's statement cache.
+    ///
+    /// ```
+    /// # use essentially_once::{Log, NewRecord};
+    /// # use essentially_once_sqlite::Sqlite;
+    /// use essentially_once_sqlite::rusqlite::{Connection, TransactionBehavior};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let folder = tempfile::tempdir()?;
+    /// # let path = folder.path().join("shop.db");
+    /// let sqlite = Sqlite::open(path).await?;
+    /// let outbox = sqlite.log("outbox").await?;
+    ///
+    /// let mut connection = Connection::open(sqlite.path())?;
+    /// connection.execute_batch("CREATE TABLE orders (id INTEGER PRIMARY KEY, country TEXT)")?;
+    /// let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    /// tx.execute("INSERT INTO orders (country) VALUES ('Brazil')", [])?;
+    /// outbox.append_in(&tx, &[NewRecord::new("ordered").key("Brazil")])?;
+    /// tx.commit()?;
+    /// assert_eq!(outbox.bounds().await?.end, 1.into());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// After an error, none of the records is in the transaction, which can go on unless SQLite
+    /// rolled it back.
+    ///
+    /// - [`Error::TooLarge`] for a record over the
+    ///   [`record_limit`](crate::SqliteOptions::record_limit).
+    /// - [`Error::Unavailable`] if the transaction does not get the file's write lock. Begin it
+    ///   again.
+    /// - [`Error::Failed`] if a record has an origin, if the connection has another file open or
+    ///   other settings, if the log was deleted or recreated after this handle opened it, or if
+    ///   SQLite refuses the rows.
+    pub fn append_in(&self, tx: &Transaction<'_>, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let table = &self.table;
+        for record in records {
+            check_unnumbered(table.id.name(), record)?;
+            record.check_size(table.connections.options.record_limit)?;
+        }
+        if records.is_empty() {
+            return Ok(None);
+        }
+        table.append_in(tx, records).map(Some)
     }
 
     /// Returns what the log keeps.

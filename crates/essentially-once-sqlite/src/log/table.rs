@@ -1,12 +1,12 @@
 //! The table of one log: its state, its SQL statements, and appends.
 
-use std::{fmt, sync::Arc};
+use std::{borrow::Cow, fmt, sync::Arc};
 
 use essentially_once::{
     Error, NewRecord, Offset,
     backend::{Bounds, LogId, Retention},
 };
-use rusqlite::{Connection, OptionalExtension};
+use rusqlite::{Connection, OptionalExtension, Statement};
 use tokio::sync::watch;
 
 use super::{
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// The table of one log.
-pub(super) struct Table {
+pub(crate) struct Table {
     pub(super) connections: Arc<Connections>,
     pub(super) id: LogId,
     sql: Statements,
@@ -42,7 +42,8 @@ impl Statements {
             insert: format!("INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
             status: format!(
                 "SELECT next, keep_records, keep_age_ms,
-                     (SELECT min(\"offset\") FROM {table} WHERE \"offset\" >= 0), (SELECT max(\"offset\") FROM {table})
+                     (SELECT min(\"offset\") FROM {table} WHERE \"offset\" >= 0), (SELECT max(\"offset\") FROM {table}),
+                     sender
                  FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
             ),
             // Checks the log's row once per fetch, so that a recreated log is not read as the old
@@ -59,13 +60,15 @@ impl Statements {
 }
 
 /// The state of a log, read in one statement and therefore consistent.
-#[derive(Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Status {
     pub(super) earliest: u64,
     /// The last record's offset. `None` if the log is empty.
     pub(super) last: Option<u64>,
     pub(super) end: u64,
     pub(super) retention: Retention,
+    /// The producer of the records that transactions send. `None` before the first one.
+    pub(super) sender: Option<String>,
 }
 
 impl Status {
@@ -97,6 +100,11 @@ impl Table {
         }
     }
 
+    /// The SQL that inserts a record. See [`Batch::insert`].
+    pub(super) fn insert_sql(&self) -> &str {
+        &self.sql.insert
+    }
+
     /// The SQL that fetches records.
     pub(super) fn fetch_sql(&self) -> &str {
         &self.sql.fetch
@@ -123,6 +131,7 @@ impl Table {
                         last,
                         end,
                         retention: from_columns((row.get(1)?, row.get(2)?)),
+                        sender: row.get(5)?,
                     })
                 })
                 .optional()
@@ -169,7 +178,7 @@ impl Table {
     fn require(&self, connection: &Connection, action: impl Fn() -> String) -> Result<Status, Error> {
         match self.status(connection) {
             Ok(Some(status)) => Ok(status),
-            Ok(None) => Err(self.gone(action())),
+            Ok(None) => Err(self.gone(self.connections.on(action()))),
             Err(error) => Err(classify(self.connections.on(action()), error)),
         }
     }
@@ -180,12 +189,12 @@ impl Table {
             .connections
             .read(action, |connection| self.status(connection))
             .await?;
-        status.ok_or_else(|| self.gone(action()))
+        status.ok_or_else(|| self.gone(self.connections.on(action())))
     }
 
-    fn gone(&self, action: String) -> Error {
+    pub(super) fn gone(&self, action: String) -> Error {
         Error::failed(
-            self.connections.on(action),
+            action,
             "the log was deleted or recreated after this handle opened it; open it again",
         )
     }
@@ -193,55 +202,57 @@ impl Table {
     /// Appends in the open transaction, and commits it.
     pub(super) fn append(&self, tx: WriteTx, records: &[NewRecord]) -> Result<Offset, Error> {
         let action = || format!("append to log {}", self.id);
-        let status = self.require(tx.connection(), action)?;
-        if status.end.saturating_add(records.len() as u64) > i64::MAX as u64 {
-            return Err(Error::failed(
-                self.connections.on(action()),
-                format!(
-                    "the next offset would be {}, but SQLite's largest is {}; use a new log",
-                    status.end,
-                    i64::MAX
-                ),
-            ));
-        }
-        let end = self
-            .insert(tx.connection(), status, records)
-            .map_err(|error| classify(self.connections.on(action()), error))?;
+        let batch = Batch::new(self.require(tx.connection(), action)?);
+        let end = self.insert(
+            tx.connection(),
+            batch,
+            records,
+            || self.connections.on(action()),
+            classify,
+        )?;
         tx.commit(|| self.connections.on(action()))?;
         self.wake.send_replace(());
         Ok((end - 1).into())
     }
 
-    fn insert(&self, connection: &Connection, before: Status, records: &[NewRecord]) -> rusqlite::Result<u64> {
+    /// Inserts records in the open transaction, and returns the log's new end.
+    pub(super) fn insert(
+        &self,
+        connection: &Connection,
+        mut batch: Batch,
+        records: &[NewRecord],
+        action: impl Fn() -> String,
+        classify: fn(String, rusqlite::Error) -> Error,
+    ) -> Result<u64, Error> {
+        batch.check_room(records.len() as u64, &action)?;
         let now = now_millis();
-        let mut end = before.end;
-        {
-            let mut insert = connection.prepare_cached(&self.sql.insert)?;
-            for record in records {
-                let origin = record.origin.as_ref();
-                insert.execute((
-                    end as i64,
-                    now,
-                    record.key.as_deref(),
-                    encode_headers(&record.headers),
-                    &record.payload[..],
-                    origin.map(|origin| origin.numbering.to_string()),
-                    origin.map(|origin| origin.sequence as i64),
-                ))?;
-                end += 1;
-            }
+        let inserted = connection
+            .prepare_cached(&self.sql.insert)
+            .and_then(|mut insert| {
+                records
+                    .iter()
+                    .try_for_each(|record| batch.insert(&mut insert, now, record))
+            })
+            .and_then(|()| self.finish(connection, &batch, batch.added(), now));
+        match inserted {
+            Ok(()) => Ok(batch.end),
+            Err(error) => Err(explain_insert(&action, error, classify)),
         }
+    }
+
+    /// Stores where the log ends after a batch, and removes some of the expired records: more than
+    /// the `added` ones, so that a backlog shrinks, but not all, so that appends stay fast.
+    pub(super) fn finish(&self, connection: &Connection, batch: &Batch, added: u64, now: i64) -> rusqlite::Result<()> {
         connection
             .prepare_cached("UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3")?
-            .execute((end as i64, self.id.name(), self.incarnation()))?;
+            .execute((batch.end as i64, self.id.name(), self.incarnation()))?;
+        let before = &batch.before;
         if before.retention != Retention::default() {
-            // Removes more records than were added, so that a backlog shrinks, but not all, so that
-            // appends stay fast.
-            let limit = 2 * records.len() as u64 + 64;
-            let held = before.earliest..end;
+            let limit = 2 * added + 64;
+            let held = before.earliest..batch.end;
             self.sql.trim.trim(connection, before.retention, held, now, limit)?;
         }
-        Ok(end)
+        Ok(())
     }
 
     /// Removes up to `limit` expired records in the open transaction, and commits it.
@@ -256,6 +267,99 @@ impl Table {
             .map_err(|error| classify(self.connections.on(action()), error))?;
         tx.commit(|| self.connections.on(action()))?;
         Ok(removed)
+    }
+}
+
+/// Records that an open transaction appends to one log.
+#[derive(Debug)]
+pub(super) struct Batch {
+    before: Status,
+    /// One past the last record.
+    end: u64,
+    /// The producer of all records. Their sequences are their offsets. `None` if each record keeps
+    /// its own origin.
+    sender: Option<String>,
+}
+
+impl Batch {
+    /// Begins at the end of the log, and keeps the records' origins.
+    pub(super) fn new(before: Status) -> Self {
+        Self {
+            end: before.end,
+            before,
+            sender: None,
+        }
+    }
+
+    /// Begins at the end of the log, and gives each record an origin.
+    pub(super) fn numbered(before: Status, sender: String) -> Self {
+        Self {
+            sender: Some(sender),
+            ..Self::new(before)
+        }
+    }
+
+    /// The number of records that were inserted.
+    pub(super) fn added(&self) -> u64 {
+        self.end - self.before.end
+    }
+
+    /// Refuses offsets that SQLite cannot store.
+    pub(super) fn check_room(&self, records: u64, action: impl Fn() -> String) -> Result<(), Error> {
+        if self.end.saturating_add(records) <= i64::MAX as u64 {
+            return Ok(());
+        }
+        Err(Error::failed(
+            action(),
+            format!(
+                "the next offset would be {}, but SQLite's largest is {}; use a new log",
+                self.end,
+                i64::MAX
+            ),
+        ))
+    }
+
+    /// Inserts a record with the statement of [`Table::insert_sql`].
+    pub(super) fn insert(
+        &mut self,
+        statement: &mut Statement<'_>,
+        now: i64,
+        record: &NewRecord,
+    ) -> rusqlite::Result<()> {
+        let (producer, sequence) = match (&self.sender, &record.origin) {
+            (Some(sender), _) => (Some(Cow::Borrowed(&**sender)), Some(self.end)),
+            (None, Some(origin)) => (Some(Cow::Owned(origin.numbering.to_string())), Some(origin.sequence)),
+            (None, None) => (None, None),
+        };
+        let inserted = statement.execute((
+            self.end as i64,
+            now,
+            record.key.as_deref(),
+            encode_headers(&record.headers),
+            &record.payload[..],
+            producer,
+            sequence.map(|sequence| sequence as i64),
+        ))?;
+        if inserted == 0 {
+            return Err(rusqlite::Error::StatementChangedRows(0));
+        }
+        self.end += 1;
+        Ok(())
+    }
+}
+
+/// Explains why [`Batch::insert`] or [`Table::finish`] failed.
+pub(super) fn explain_insert(
+    action: impl Fn() -> String,
+    error: rusqlite::Error,
+    classify: fn(String, rusqlite::Error) -> Error,
+) -> Error {
+    match error {
+        rusqlite::Error::StatementChangedRows(_) => Error::failed(
+            action(),
+            "a trigger on the log's table ignored the record (`RAISE(IGNORE)`); remove the trigger",
+        ),
+        error => classify(action(), error),
     }
 }
 

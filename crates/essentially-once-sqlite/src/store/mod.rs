@@ -2,6 +2,7 @@
 
 pub(crate) mod authorizer;
 mod letters;
+mod outbox;
 pub(crate) mod pulse;
 pub(crate) mod schema;
 mod statements;
@@ -22,6 +23,7 @@ pub use self::tx::SqliteTx;
 use crate::{
     connection::{Connections, open},
     error::classify,
+    log::sending::Outboxes,
 };
 
 /// How often to check whether another process wrote to the file.
@@ -41,11 +43,15 @@ const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 #[derive(Clone, Debug)]
 pub struct SqliteStore {
     connections: Arc<Connections>,
+    outboxes: Arc<Outboxes>,
 }
 
 impl SqliteStore {
     pub(crate) fn new(connections: Arc<Connections>) -> Self {
-        Self { connections }
+        Self {
+            connections,
+            outboxes: Arc::default(),
+        }
     }
 
     fn decode(&self, stored: Option<StoredPosition>, action: impl Fn() -> String) -> Result<Option<Position>, Error> {
@@ -82,7 +88,8 @@ impl OffsetStore for SqliteStore {
             .connections
             .begin(|| format!("begin a transaction of consumer {consumer}"))
             .await?;
-        Ok(SqliteTx::new(tx, Arc::clone(&self.connections), consumer.clone()))
+        let (connections, outboxes) = (Arc::clone(&self.connections), Arc::clone(&self.outboxes));
+        Ok(SqliteTx::new(tx, connections, consumer.clone(), outboxes))
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

@@ -107,6 +107,10 @@ const MIGRATIONS: &[&str] = &[
          WHEN NEW.edit IS NULL AND EXISTS (SELECT 1 FROM essentially_once_letters
              WHERE consumer = NEW.consumer AND place = NEW.place AND length(edit) > 0)
          BEGIN SELECT RAISE(ABORT, 'a newer essentially-once-sqlite edited this letter: upgrade this program'); END;",
+    // The producer of the records that transactions send to the log; NULL before the first one. A
+    // process of the previous version names its columns, so it keeps working next to newer ones. It
+    // appends to such a log without numbering.
+    "ALTER TABLE main.essentially_once_logs ADD COLUMN sender TEXT;",
 ];
 
 /// Refuses a file that a newer version of this crate made. Only reads.
@@ -219,7 +223,7 @@ mod tests {
         ] {
             let error = result.expect_err("newer").to_string();
             assert!(
-                error.contains("999") && error.contains("up to 5") && error.contains("x.db"),
+                error.contains("999") && error.contains("up to 6") && error.contains("x.db"),
                 "{error}"
             );
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, KeyValue,
+    ConsumerId, Error, KeyValue, NewRecord, Outbox,
     backend::{Advance, DeadLetters, Revision, Transaction, check_entry_size},
 };
 use rusqlite::{OptionalExtension, Params, Row, Statement};
@@ -14,6 +14,7 @@ use super::statements::{self, bytes_of_first, position_row};
 use crate::{
     connection::{Connections, WriteTx},
     error::{classify, is_handlers_mistake},
+    log::sending::{Outboxes, Outgoing},
 };
 
 /// An open transaction on the file. It holds the file's write lock until it is committed, rolled
@@ -22,6 +23,11 @@ use crate::{
 /// Besides the portable [`KeyValue`] state, it runs SQL on your own tables, which other consumers
 /// and programs can also see. Each statement is prepared once and cached, so pass values as
 /// parameters instead of writing them into the text.
+///
+/// It also [sends](Outbox) records to [logs of the file](crate::SqliteLog#as-an-outbox). Each
+/// record costs one insert. Readers of this process wake at the commit, and those of others find
+/// the records within about 10 ms. A rollback to a savepoint takes back the records that were sent
+/// since it was set.
 ///
 /// SQL may use savepoints and change the schema. It may not begin or end transactions, attach
 /// databases, set pragmas (except `defer_foreign_keys`), or write to `sqlite_sequence` or this
@@ -37,6 +43,7 @@ pub struct SqliteTx {
     tx: WriteTx,
     connections: Arc<Connections>,
     consumer: ConsumerId,
+    outgoing: Outgoing,
     /// The first operation that failed because of the backend. The handler may have ignored the
     /// error, so the transaction can only be rolled back.
     failed: Option<Failure>,
@@ -49,11 +56,17 @@ struct Failure {
 }
 
 impl SqliteTx {
-    pub(super) fn new(tx: WriteTx, connections: Arc<Connections>, consumer: ConsumerId) -> Self {
+    pub(super) fn new(
+        tx: WriteTx,
+        connections: Arc<Connections>,
+        consumer: ConsumerId,
+        outboxes: Arc<Outboxes>,
+    ) -> Self {
         Self {
             tx,
             connections,
             consumer,
+            outgoing: Outgoing::new(outboxes),
             failed: None,
         }
     }
@@ -127,7 +140,16 @@ impl SqliteTx {
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Error> {
         self.check_usable("run SQL")?;
-        let result = self.tx.run_native(sql, run);
+        let mut may_undo = false;
+        let result = self.tx.run_native(sql, |statement| {
+            // Only statements that control transactions, and some pragmas, neither write nor have
+            // columns. One of them is ROLLBACK TO.
+            may_undo = statement.readonly() && statement.column_count() == 0;
+            run(statement)
+        });
+        if may_undo {
+            self.outgoing.look_again();
+        }
         result.map_err(|error| match is_handlers_mistake(&error) {
             true => classify(self.action("run SQL"), error),
             false => self.fail("run SQL", error),
@@ -146,9 +168,32 @@ impl SqliteTx {
         result.map_err(|error| self.fail(verb, error))
     }
 
+    /// Whether the log's name is known to be valid.
+    pub(super) fn has_sent_to(&self, log: &str) -> bool {
+        self.outgoing.is_open(log)
+    }
+
+    /// Appends a record that the commit makes visible.
+    pub(super) fn append(&mut self, log: &str, record: &NewRecord) -> Result<(), Error> {
+        let Self {
+            tx,
+            connections,
+            consumer,
+            outgoing,
+            ..
+        } = self;
+        let action = || connections.on(format!("send to log {log} in a transaction of consumer {consumer}"));
+        let sent = outgoing.send(tx, connections, log, record, action);
+        sent.map_err(|error| self.fail_with(error))
+    }
+
     /// Builds the error of an operation after which the transaction can only be rolled back.
     fn fail(&mut self, verb: &str, error: rusqlite::Error) -> Error {
         let error = classify(self.action(verb), error);
+        self.fail_with(error)
+    }
+
+    fn fail_with(&mut self, error: Error) -> Error {
         self.failed.get_or_insert_with(|| Failure {
             is_transient: matches!(error, Error::Unavailable { .. }),
             text: error.to_string(),
@@ -272,9 +317,18 @@ impl Transaction for SqliteTx {
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.check_usable("commit")?;
         self.advance(&advance)?;
+        self.outgoing
+            .finish(self.tx.connection())
+            .map_err(|error| classify(self.action("commit"), error))?;
         let (connections, consumer) = (self.connections, self.consumer);
         self.tx
-            .commit(|| connections.on(format!("commit a transaction of consumer {consumer}")))
+            .commit(|| connections.on(format!("commit a transaction of consumer {consumer}")))?;
+        self.outgoing.wake_readers();
+        Ok(())
+    }
+
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
+        Some(self)
     }
 
     async fn rollback(self) -> Result<(), Error> {
@@ -398,6 +452,27 @@ mod tests {
                 matches!(error, Error::Unavailable { .. }) && error.to_string().contains("run SQL"),
                 "{sql}: {error:?}"
             );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_send_that_failed_and_was_ignored_keeps_the_transaction_from_committing() {
+        for known in [true, false] {
+            let (_folder, sqlite, interrupt) = open().await;
+            let (mut tx, advance) = staged(&sqlite).await;
+            if known {
+                tx.send("out", NewRecord::new("a")).await.expect("send");
+            }
+            interrupt.store(true, Ordering::Relaxed);
+            let ignored = tx.send("out", NewRecord::new("b")).await;
+            interrupt.store(false, Ordering::Relaxed);
+            assert!(matches!(ignored, Err(Error::Unavailable { .. })), "{ignored:?}");
+            let error = tx.send("out", NewRecord::new("c")).await.expect_err("refused");
+            assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+            let error = tx.commit(advance.clone()).await.expect_err("refused");
+            assert!(error.to_string().contains("send to log out"), "{error}");
+            let out = sqlite.log("out").await.expect("log");
+            assert_eq!(out.bounds().await.expect("bounds").end, 0.into());
         }
     }
 

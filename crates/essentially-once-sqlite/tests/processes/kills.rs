@@ -88,7 +88,7 @@ fn keyed(count: u64) -> Vec<NewRecord> {
 }
 
 /// Kills a worker at a random moment, within about a batch.
-async fn kill_at_random(child: &mut Process) {
+pub(super) async fn kill_at_random(child: &mut Process) {
     let micros = RandomState::new().hash_one(0u8) % 40_000;
     sleep(Duration::from_micros(micros)).await;
     child.kill();

@@ -3,6 +3,7 @@
 
 mod contention;
 mod kills;
+mod outbox;
 
 use std::{
     env, fs,

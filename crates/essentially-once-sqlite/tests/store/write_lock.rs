@@ -23,7 +23,11 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     let tx = staged(&sqlite.store(), "x").await;
     let error = log.append(&[NewRecord::new("y")]).await.expect_err("waits for itself");
     assert!(matches!(error, Error::Failed { .. }), "it can never succeed: {error:?}");
-    assert!(error.to_string().contains("waits for itself"), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("waits for itself") && text.contains("`Outbox::send`"),
+        "{text}"
+    );
     // Another handle on the same file waits for the same lock.
     let other = options.open(folder.path().join(".").join("a.db")).await.expect("open");
     let orders = other.log("orders").await.expect("log");

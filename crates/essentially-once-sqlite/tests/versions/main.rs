@@ -1,6 +1,8 @@
 //! Files written by earlier versions. Their data stays usable, and a process that still runs the
 //! old version fails safely.
 
+mod outbox;
+
 use std::{
     fs,
     path::PathBuf,
