@@ -41,7 +41,7 @@ impl Harness for SqliteHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
-        capabilities.outbox = Support::No("the adapter has no outboxes yet");
+        capabilities.outbox = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities
@@ -90,6 +90,10 @@ impl Backend for File {
 
     async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
         Ok(Arc::new(self.open().await?.log(name).await?))
+    }
+
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        Ok(Arc::new(self.open().await?.log(log).await?))
     }
 
     async fn store(&self) -> Result<SqliteStore, Error> {

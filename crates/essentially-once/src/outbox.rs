@@ -14,12 +14,12 @@ use crate::{Error, NewRecord, ProducerId};
 /// # Contract
 /// - **O1** The commit appends the records together with its state and its position, or none of
 ///   them. A transaction that is fenced, dropped or rolled back sends nothing.
-/// - **O2** A log has the records of one transaction in the order in which they were sent, and those
-///   of an earlier commit before those of a later one.
-/// - **O3** The commit gives each record an [`Origin`](crate::Origin). Its producer belongs to this one outbox, its
-///   epoch is the stable one, and its sequence is greater than that of every record before it, also
-///   of those that were removed since. What takes the record on keeps the origin, so that consumers
-///   recognize a copy, wherever it came along.
+/// - **O2** A log has the records of one transaction in the order in which they were sent, and
+///   those of an earlier commit before those of a later one.
+/// - **O3** The commit gives each record an [`Origin`](crate::Origin). Its producer belongs to this
+///   one outbox, its epoch is the stable one, and its sequence is greater than that of every record
+///   before it, also of those that were removed since. What takes the record on keeps the origin,
+///   so that consumers recognize a copy, wherever it came along.
 /// - **O4** No reader sees a record before the commit is made.
 /// - **O5** Consumers share an outbox. Sending to one that does not exist creates it.
 ///
