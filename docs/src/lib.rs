@@ -15,6 +15,7 @@ pages! {
     Failures: "docs/failures.md",
     Guarantees: "docs/guarantees.md",
     Operations: "docs/operations.md",
+    Sending: "docs/sending.md",
     Examples: "examples/README.md",
     Core: "crates/essentially-once/README.md",
     Rabbitmq: "crates/essentially-once-rabbitmq/README.md",
