@@ -71,12 +71,16 @@ impl Worker {
         Ok(())
     }
 
-    /// Sends SIGSTOP.
+    /// Sends SIGSTOP, and waits until the worker stands still.
     ///
     /// # Errors
-    /// As for [`kill`](Self::kill).
+    /// As for [`kill`](Self::kill), or if it still runs after half a minute.
     pub fn freeze(&mut self) -> Result<(), Source> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        match test_servers::wait_until_stopped(self.process.id()) {
+            true => Ok(()),
+            false => Err("a worker still runs long after SIGSTOP".into()),
+        }
     }
 
     /// Sends SIGCONT.

@@ -127,7 +127,9 @@ async fn an_idle_reader_does_not_go_on_elsewhere() -> Outcome {
         until_clients(&server, 0).await?;
         let error = timeout(LIMIT, reader.next(1)).await?.expect_err(elsewhere);
         ensure!(matches!(error, Error::Unavailable { .. }), "{elsewhere}: {error}");
-        ensure!(error.to_string().contains("another server"), "{elsewhere}: {error}");
+        // On a busy machine, the client may learn only from its write that the connection is gone.
+        let is_known = ["another server", "broken pipe"].map(|why| error.to_string().contains(why));
+        ensure!(is_known.contains(&true), "{elsewhere}: {error}");
         // A new reader first checks its place.
         let mut reader = log.read(Offset::ZERO).await?;
         ensure!(timeout(LIMIT, reader.next(10)).await??.len() == 3, "three records");

@@ -13,6 +13,7 @@ mod port;
 mod process;
 mod rabbitmq;
 mod redis;
+mod stopped;
 
 pub use asking::{eventually, insist, insist_and_count};
 pub use authority::{Authority, Pair};
@@ -20,6 +21,7 @@ pub use authority::{Authority, Pair};
 pub use essentially_once_testkit::{Cut, Proxy};
 pub use rabbitmq::{RabbitCluster, RabbitNode};
 pub use redis::{RedisBuilder, RedisCluster, RedisSentinel, RedisServer, Reply};
+pub use stopped::wait_until_stopped;
 
 /// What failed, and on what.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -12,7 +12,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use crate::{Error, folder::Folder};
+use crate::{Error, folder::Folder, stopped::wait_until_group_stopped};
 
 /// How long a server may take to start on a busy machine.
 pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
@@ -86,6 +86,19 @@ impl Process {
             return;
         };
         let _ = kill_process_group(group, signal);
+    }
+
+    /// Stops the whole group with `SIGSTOP`, and waits until it stands still.
+    ///
+    /// # Panics
+    /// If it still runs after half a minute.
+    pub(crate) fn freeze(&self) {
+        self.signal(Signal::STOP);
+        assert!(
+            wait_until_group_stopped(self.id()),
+            "process group {} still runs long after SIGSTOP",
+            self.id()
+        );
     }
 
     /// Sends a signal that ends the server, and waits until it has ended.

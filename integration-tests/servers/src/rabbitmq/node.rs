@@ -307,8 +307,13 @@ impl RabbitNode {
     }
 
     /// Stops its process with `SIGSTOP`. Connections stay open, but the node does not answer.
+    ///
+    /// # Panics
+    /// If it still runs after half a minute.
     pub fn freeze(&self) {
-        self.signal(Signal::STOP);
+        if let Some(process) = self.process().as_ref() {
+            process.freeze();
+        }
     }
 
     /// Resumes a frozen node.
