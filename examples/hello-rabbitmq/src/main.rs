@@ -34,7 +34,7 @@ impl Handler<RabbitTx> for Ship {
             None => 0,
         };
         tx.put(b"shipped", (before + 1).to_string().as_bytes()).await?;
-        // Part of the same commit. A relay or another consumer reads it from `RabbitStore::sent_to`.
+        // Part of the same commit. A relay or a consumer reads it from `RabbitStore::sent_to`.
         tx.send("billing", NewRecord::new(order.payload.clone())).await?;
         Ok(())
     }
