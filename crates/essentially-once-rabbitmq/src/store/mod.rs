@@ -175,8 +175,7 @@ impl RabbitStore {
     }
 
     /// The records that the commits of a consumer sent, to any outbox, in the order of commits and
-    /// calls. Those that version 0.1 sent are among them. They have no origin and belong to no
-    /// outbox.
+    /// calls. Those that a version without outboxes sent are among them. They have no origin.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer do not make a
