@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! use essentially_once::{
-//!     Consumer, ConsumerId, Handler, HandlerError, KeyValue, NewRecord, Record, async_trait,
+//!     Consumer, ConsumerId, Handler, HandlerError, KeyValue, NewRecord, Outbox, Record, async_trait,
 //! };
 //! use essentially_once_rabbitmq::{Rabbit, RabbitTx};
 //!
@@ -13,8 +13,8 @@
 //!     async fn handle(&mut self, order: &Record, tx: &mut RabbitTx) -> Result<(), HandlerError> {
 //!         // Both are applied with the offset, or not at all.
 //!         tx.put(&order.payload, b"shipped").await?;
-//!         // Others read it from `RabbitStore::sent`.
-//!         tx.send(NewRecord::new(order.payload.clone()))?;
+//!         // Others read it from `RabbitStore::sent_to`.
+//!         tx.send("billing", NewRecord::new(order.payload.clone())).await?;
 //!         Ok(())
 //!     }
 //! }

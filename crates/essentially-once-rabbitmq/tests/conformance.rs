@@ -8,7 +8,7 @@ use std::{
 };
 
 use essentially_once::{
-    Error, Log, NewRecord, Offset, async_trait,
+    ConsumerId, Error, Log, NewRecord, Offset, async_trait,
     backend::{Bounds, Durability, LogId, LogReader, Source},
 };
 use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog, RabbitOptions, RabbitStore};
@@ -23,8 +23,11 @@ use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 256 * 1024;
 
+/// The consumer whose outboxes the cases read.
+const SHIPPING: &str = "shipping";
+
 /// These cases kill the broker, so each gets a broker of its own.
-const RESTARTING: [&str; 7] = [
+const RESTARTING: [&str; 9] = [
     "l1_appended_records_survive_a_restart",
     "l7_a_failed_append_reports_its_outcome",
     "s1_a_restart_never_parts_state_from_position",
@@ -32,7 +35,12 @@ const RESTARTING: [&str; 7] = [
     "s3_a_commit_that_stages_nothing_survives_a_restart",
     "s5_position_resolves_an_unknown_outcome",
     "d2_letters_survive_a_restart",
+    "o1_a_restart_never_parts_records_from_the_position",
+    "o3_numbers_rise_after_a_restart",
 ];
+
+/// This case applies retention to an outbox.
+const TRUNCATING_OUTBOX: &str = "o3_numbers_rise_after_truncation";
 
 fn main() -> ExitCode {
     let suite = Suite::new();
@@ -84,7 +92,7 @@ impl Harness for RabbitHarness {
         capabilities.refuse = Support::No("a broker that is short of disk or memory refuses connections, not messages");
         capabilities.wire = Support::Yes;
         capabilities.native =
-            Support::No("the only native operation is sending within a commit, which tests/store covers");
+            Support::No("the only native operation is sending within a commit, which the cases for outboxes cover");
         capabilities.commits_are_cheap = Support::No("each commit is one message, confirmed and read back");
         capabilities.paced_rounds = 300;
         capabilities.log_name_bytes = 180;
@@ -94,7 +102,10 @@ impl Harness for RabbitHarness {
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter =
             Support::No("a letter is a part of an entry, and the store stops at one that it cannot read");
-        capabilities.outbox = Support::No("the adapter has no outboxes yet");
+        capabilities.outbox = Support::Yes;
+        capabilities.shared_outboxes = Support::No(
+            "each consumer has a changelog and outboxes of its own; tests/store covers its concurrent handles",
+        );
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         // Each takes a second or two.
@@ -115,7 +126,7 @@ impl Harness for RabbitHarness {
                 Ok::<_, Source>(Arc::clone(shared.as_ref().ok_or("started above")?))
             }
         });
-        Ok(Streams {
+        let streams = Streams {
             node: starting.await??,
             shared: OnceCell::new(),
             proxy: OnceCell::new(),
@@ -124,7 +135,11 @@ impl Harness for RabbitHarness {
             // RabbitMQ takes about 230 bytes.
             prefix: format!("{namespace:.6}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
-        })
+        };
+        if namespace == TRUNCATING_OUTBOX {
+            streams.shrink_segments().await?;
+        }
+        Ok(streams)
     }
 }
 
@@ -194,6 +209,54 @@ impl Streams {
         Ok(())
     }
 
+    /// The changelog of the consumer that the cases for outboxes use.
+    fn changelog(&self) -> String {
+        format!("{}.{SHIPPING}.changelog", self.prefix)
+    }
+
+    /// Makes the broker fill a segment of the changelog with every message or two. The store
+    /// declares its streams itself, so a policy does it, before the stream exists.
+    async fn shrink_segments(&self) -> Result<(), Source> {
+        self.set_policy(&self.changelog(), r#"{"stream-max-segment-size-bytes": 200}"#)
+            .await
+    }
+
+    /// Sets the stream's policy.
+    async fn set_policy(&self, stream: &str, policy: &str) -> Result<(), Source> {
+        let pattern = format!("^{}$", stream.replace('.', "[.]"));
+        self.ctl(&["set_policy", stream, &pattern, policy, "--apply-to", "queues"])
+            .await?;
+        Ok(())
+    }
+
+    /// Makes the stream keep as many bytes as its segments from `before` on have, and waits until
+    /// `bounds` show it.
+    async fn truncate_stream(&self, stream: &str, opened: &dyn Log, before: Offset) -> Result<(), Source> {
+        let earliest = opened.bounds().await?.earliest;
+        let segments = segments(&self.node, stream)?;
+        // The segment with `before` begins at or before it.
+        let begin = segments
+            .iter()
+            .map(|(first, _)| *first)
+            .filter(|first| *first <= before.hi())
+            .max();
+        let kept: u64 = segments
+            .iter()
+            .filter(|(first, _)| Some(*first) >= begin)
+            .map(|(_, size)| size)
+            .sum();
+        self.set_policy(stream, &format!(r#"{{"max-length-bytes": {kept}}}"#))
+            .await?;
+        // No event reports that retention has done its work.
+        eventually(|| async {
+            Ok(match opened.bounds().await?.earliest {
+                same if same == earliest => Err(format!("the record at {earliest}")),
+                _ => Ok(()),
+            })
+        })
+        .await
+    }
+
     /// What a client does that does not know this crate.
     async fn publish(&self, log: &str, body: &[u8], properties: BasicProperties) -> Result<(), Source> {
         let (_connection, channel) = self.as_someone_else().await?;
@@ -253,40 +316,22 @@ impl Backend for Streams {
         tokio::task::spawn_blocking(move || node.restart()).await?
     }
 
-    /// Makes the stream keep as many bytes as its segments from `before` on have.
+    /// An outbox is a part of its consumer's changelog, of which a snapshot must cover the entries
+    /// that retention removes.
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
-        let (stream, opened) = (self.stream(log), self.open(log).await?);
-        let earliest = opened.bounds().await?.earliest;
-        let segments = segments(&self.node, &stream)?;
-        // The segment with `before` begins at or before it.
-        let begin = segments
-            .iter()
-            .map(|(first, _)| *first)
-            .filter(|first| *first <= before.hi())
-            .max();
-        let kept: u64 = segments
-            .iter()
-            .filter(|(first, _)| Some(*first) >= begin)
-            .map(|(_, size)| size)
-            .sum();
-        let policy = format!(r#"{{"max-length-bytes": {kept}}}"#);
-        self.ctl(&[
-            "set_policy",
-            &stream,
-            &format!("^{stream}$"),
-            &policy,
-            "--apply-to",
-            "queues",
-        ])
-        .await?;
-        // No event reports that retention has done its work.
-        eventually(|| async {
-            Ok(match opened.bounds().await?.earliest {
-                same if same == earliest => Err(format!("the record at {earliest}")),
-                _ => Ok(()),
-            })
-        })
-        .await
+        if self.case != TRUNCATING_OUTBOX {
+            return self
+                .truncate_stream(&self.stream(log), &self.open(log).await?, before)
+                .await;
+        }
+        let (store, consumer) = (self.store().await?, ConsumerId::new(SHIPPING)?);
+        store.snapshot(&consumer).await?;
+        self.truncate_stream(&self.changelog(), &store.sent_to(&consumer, log)?, before)
+            .await
+    }
+
+    async fn outbox_of(&self, consumer: &ConsumerId, log: &str) -> Result<Arc<dyn Log>, Error> {
+        Ok(Arc::new(self.store().await?.sent_to(consumer, log)?))
     }
 
     async fn recreate(&self, log: &str) -> Result<(), Source> {
@@ -308,6 +353,8 @@ impl Backend for Streams {
                 pattern.extend(stream.as_bytes());
                 pattern
             }
+            // The version of an entry that sends, and of any other.
+            Request::Commit if self.case.starts_with("o1_") => b"eo-entry\x05\x01".to_vec(),
             Request::Commit => b"eo-entry\x02\x01".to_vec(),
         };
         let start = async || Proxy::start(self.node.port());
@@ -335,6 +382,9 @@ impl Backend for Streams {
 
 /// First offsets and sizes of a stream's segments.
 fn segments(node: &RabbitNode, stream: &str) -> Result<Vec<(u64, u64)>, Source> {
+    // The broker replaces some characters.
+    let plain = |name: &str| name.replace(|char: char| !char.is_ascii_alphanumeric(), "_");
+    let stream = plain(stream);
     let mut found = Vec::new();
     let mut folders = vec![node.folder().join("data")];
     while let Some(folder) = folders.pop() {
@@ -345,7 +395,7 @@ fn segments(node: &RabbitNode, stream: &str) -> Result<Vec<(u64, u64)>, Source> 
             } else if path.extension().is_some_and(|ending| ending == "segment")
                 && path
                     .parent()
-                    .is_some_and(|folder| folder.to_string_lossy().contains(stream))
+                    .is_some_and(|folder| plain(&folder.to_string_lossy()).contains(&stream))
             {
                 let offset = path
                     .file_stem()

@@ -42,6 +42,7 @@ impl Harness for SqliteHarness {
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
         capabilities.outbox = Support::Yes;
+        capabilities.shared_outboxes = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities

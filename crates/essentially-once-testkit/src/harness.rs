@@ -203,6 +203,17 @@ pub trait Backend: Send + Sync + 'static {
         Err(Error::failed("open an outbox", UNSUPPORTED))
     }
 
+    /// Opens the outbox of that name to which commits of this consumer send. Override it, instead
+    /// of [`outbox`](Self::outbox), where each consumer has outboxes of its own. Capability
+    /// `outbox`.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    async fn outbox_of(&self, consumer: &ConsumerId, log: &str) -> Result<Arc<dyn Log>, Error> {
+        let _ = consumer;
+        self.outbox(log).await
+    }
+
     /// The name that a transaction sends to, for the outbox that [`outbox`](Self::outbox) opens
     /// under `log`. They differ if the harness adds a prefix, as on a shared server. Capability
     /// `outbox`.
@@ -280,6 +291,9 @@ pub struct Capabilities {
     ///
     /// [`Transaction::outbox`]: essentially_once::backend::Transaction::outbox
     pub outbox: Support,
+    /// Consumers share an outbox. `No` where the backend documents that each consumer has outboxes
+    /// of its own.
+    pub shared_outboxes: Support,
     /// The largest record that the log accepts, in bytes, if it should be tested. Where the limit
     /// can be set, choose a small one.
     pub record_limit: Option<usize>,
@@ -326,6 +340,7 @@ impl Capabilities {
             foreign: no,
             damage_letter: no,
             outbox: no,
+            shared_outboxes: no,
             record_limit: None,
             value_limit: None,
             key_limit: None,

@@ -34,6 +34,7 @@ impl Harness for MemoryHarness {
             beats: Support::Yes,
             commits_are_cheap: Support::Yes,
             outbox: Support::Yes,
+            shared_outboxes: Support::Yes,
             truncate: Support::Yes,
             truncate_all: Support::Yes,
             key_limit: Some(SIZE_LIMIT),

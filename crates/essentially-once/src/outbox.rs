@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 
-use crate::{Error, NewRecord, ProducerId};
+use crate::{Error, NewRecord, ProducerId, backend::unique};
 
 /// Sends records with a commit: a service that changes its state and must tell others about it does
 /// both in one transaction.
@@ -21,7 +21,8 @@ use crate::{Error, NewRecord, ProducerId};
 ///   before it, also of those that were removed since. What takes the record on keeps the origin,
 ///   so that consumers recognize a copy, wherever it came along.
 /// - **O4** No reader sees a record before the commit is made.
-/// - **O5** Consumers share an outbox. Sending to one that does not exist creates it.
+/// - **O5** Consumers share an outbox, unless the backend documents that each consumer has outboxes
+///   of its own. Sending to an outbox that does not exist creates it.
 ///
 /// # Examples
 /// ```
@@ -85,5 +86,5 @@ pub fn check_unnumbered(log: &str, record: &NewRecord) -> Result<(), Error> {
 /// random, so that no two outboxes have the same.
 pub fn new_producer(log: &str) -> Result<ProducerId, Error> {
     let name = &log[..log.floor_char_boundary(160)];
-    ProducerId::new(format!("{name}@{:032x}", fastrand::u128(..)))
+    ProducerId::new(format!("{name}@{:032x}", unique()))
 }

@@ -12,7 +12,8 @@
 use std::{env, process::ExitCode};
 
 use essentially_once::{
-    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, ReadState, Record, async_trait,
+    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, Outbox, ReadState, Record,
+    async_trait,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitTx};
 
@@ -33,8 +34,8 @@ impl Handler<RabbitTx> for Ship {
             None => 0,
         };
         tx.put(b"shipped", (before + 1).to_string().as_bytes()).await?;
-        // Part of the same commit. Other consumers read it from `RabbitStore::sent`.
-        tx.send(NewRecord::new(order.payload.clone()))?;
+        // Part of the same commit. A relay or a consumer reads it from `RabbitStore::sent_to`.
+        tx.send("billing", NewRecord::new(order.payload.clone())).await?;
         Ok(())
     }
 }

@@ -80,15 +80,15 @@ struct Inner {
 impl RabbitLog {
     pub(crate) async fn open(server: Arc<Server>, name: &str, options: LogOptions) -> Result<Self, Error> {
         let id = LogId::new(name)?;
-        if let Some((prefix, consumer, _)) = names::parse(name)
+        if let Some((prefix, consumer)) = names::owner(name)
             && prefix == server.options.prefix
         {
             return Err(Error::InvalidName {
                 kind: "log",
                 name: name.into(),
                 reason: format!(
-                    "it is the name of one of the store's own streams, of consumer {consumer}; choose another name, or read the \
-                     records that this consumer sent with `RabbitStore::sent`"
+                    "it is the name of one of the store's own streams or outboxes, of consumer {consumer}; choose another name, \
+                     or read the records that this consumer sent with `RabbitStore::sent` or `sent_to`"
                 ),
             });
         }

@@ -7,13 +7,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use essentially_once::{
     Error, Offset,
-    backend::{Advance, Owner, Position, Pulse, Revision, Snapshot, unique},
+    backend::{Advance, Owner, Position, Pulse, Revision, Snapshot, new_producer, unique},
 };
 use tokio::{
     sync::{Mutex, MutexGuard},
@@ -27,16 +27,13 @@ use super::{
     rule::{Commit, Fold, Hint, Token, Verdict},
     scope::{Scope, nothing_done},
     snapshots::Snapshots,
-    state::{Sent, SharedFold, State, StateChange, journal_size},
+    state::{SharedFold, State, StateChange, journal_size},
     turns::Turns,
     tx::Staged,
 };
-use crate::{
-    connection::{
-        publisher::{Message, Publisher},
-        stream,
-    },
-    log::packed,
+use crate::connection::{
+    publisher::{Message, Publisher},
+    stream,
 };
 
 pub(super) struct Changelog {
@@ -177,12 +174,16 @@ impl Changelog {
     }
 
     /// The starting point of an independent reader: a fold without the state, no older than the
-    /// call, and the end of the sent records.
-    pub(super) async fn base(&self) -> Result<(Fold<()>, Offset), Error> {
+    /// call, and the end of the records sent to the outbox, or of all sent records.
+    pub(super) async fn base(&self, outbox: Option<&str>) -> Result<(Fold<()>, Offset), Error> {
         let mut slot = self.replica().await?;
         self.refresh(&mut slot).await?;
         let fold = self.fold.read();
-        Ok((fold.without_state(), fold.state.sent_end))
+        let end = match outbox {
+            Some(outbox) => fold.state.outboxes.end(outbox),
+            None => fold.state.sent_end,
+        };
+        Ok((fold.without_state(), end))
     }
 
     pub(super) async fn snapshot(&self) -> Result<(), Error> {
@@ -239,10 +240,11 @@ impl Changelog {
             forgotten: advance.forgotten,
             writes: staged.writes.into_iter().collect(),
             letters: staged.letters.into_change(),
-            sent: (!staged.sent.is_empty()).then(|| Sent {
-                before: fold.state.sent_end,
-                packed: packed::encode(&staged.sent, SystemTime::now(), false),
-            }),
+            sent: staged
+                .sent
+                .numbered(&fold.state.outboxes, fold.state.sent_end, |outbox| {
+                    new_producer(self.scope.outbox(outbox)?.name())
+                })?,
         };
         // The journal counts before and after, so that an operator can always pause.
         let journal = journal_size(advance.journal.as_ref().unwrap_or(&fold.journal));

@@ -6,7 +6,8 @@ use essentially_once::backend::{Journal, Note, Owner, Revision};
 use super::{
     letter_index::LettersChange,
     rule::{Commit, Token},
-    state::{Sent, StateChange},
+    sending::Sent,
+    state::StateChange,
     wire::{Decoded, Reader, put_bytes, put_log, put_numbering, put_offset, put_revision, put_window},
 };
 use crate::log::packed;
@@ -25,6 +26,9 @@ const LETTERS_VERSION: u8 = 3;
 /// The version of commits with a journal or an edited letter. A process that does not know them
 /// stops at the first, so it neither ignores a pause nor loses an edit.
 const JOURNAL_VERSION: u8 = 4;
+/// The version of commits that send to outboxes. A process that does not know the counts of
+/// outboxes stops at the first, so it never gives a number twice.
+const OUTBOX_VERSION: u8 = 5;
 
 const COMMIT: u8 = 1;
 const MARK: u8 = 2;
@@ -65,12 +69,7 @@ pub(super) fn encode_mark(token: Token) -> Vec<u8> {
 }
 
 pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
-    let letters = &commit.change.letters;
-    let version = match (commit.journal.is_some() || letters.have_edits(), letters.is_empty()) {
-        (true, _) => JOURNAL_VERSION,
-        (false, false) => LETTERS_VERSION,
-        (false, true) => VERSION,
-    };
+    let version = version(commit);
     let mut out = header(version, COMMIT, commit.token);
     out.put_u128(commit.parent);
     put_revision(&mut out, commit.expected);
@@ -110,7 +109,26 @@ pub(super) fn encode_commit(commit: &Commit<StateChange>) -> Vec<u8> {
             put_bytes(&mut out, &journal.encode());
         }
     }
+    if let Some(sent) = &change.sent
+        && version >= OUTBOX_VERSION
+    {
+        sent.encode_parts(&mut out);
+    }
     out
+}
+
+/// The lowest version that holds the commit, so that older processes go on as long as they can.
+fn version(commit: &Commit<StateChange>) -> u8 {
+    let StateChange { letters, sent, .. } = &commit.change;
+    if sent.as_ref().is_some_and(|sent| !sent.parts.is_empty()) {
+        OUTBOX_VERSION
+    } else if commit.journal.is_some() || letters.have_edits() {
+        JOURNAL_VERSION
+    } else if !letters.is_empty() {
+        LETTERS_VERSION
+    } else {
+        VERSION
+    }
 }
 
 /// 0 means none: nobody draws it.
@@ -150,7 +168,7 @@ pub(super) fn parse(bytes: Bytes) -> Parsed {
 fn decode(bytes: Bytes) -> Decoded<Entry> {
     let mut reader = Reader::new(bytes);
     let version = reader.u8()?;
-    if !(FIRST_VERSION..=JOURNAL_VERSION).contains(&version) {
+    if !(FIRST_VERSION..=OUTBOX_VERSION).contains(&version) {
         return Err("it was written by another version of this crate; use that version or a later one");
     }
     let (kind, token) = (reader.u8()?, reader.u128()?);
@@ -178,7 +196,7 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
         FIRST_VERSION => (None, Note::default()),
         _ => (read_owner(reader)?, read_note(reader)?),
     };
-    let change = StateChange {
+    let mut change = StateChange {
         windows: reader.list(|reader| reader.window(version))?,
         forgotten: reader.list(Reader::numbering)?,
         writes: reader.list(|reader| {
@@ -208,6 +226,10 @@ fn decode_commit(reader: &mut Reader, version: u8, token: Token) -> Decoded<Comm
         1 => Some(read_journal(reader)?),
         _ => return Err("the flag of its journal is neither 0 nor 1"),
     };
+    if version >= OUTBOX_VERSION {
+        let sent = change.sent.as_mut().ok_or("it sends nothing to an outbox")?;
+        sent.decode_parts(reader)?;
+    }
     Ok(Commit {
         token,
         parent,
@@ -226,6 +248,7 @@ fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
     let sent = Sent {
         before: reader.offset()?,
         packed: reader.bytes()?,
+        parts: Vec::new(),
     };
     match packed::decode(0, &sent.packed) {
         Ok(_) => Ok(sent),
@@ -234,18 +257,24 @@ fn decode_sent(reader: &mut Reader) -> Decoded<Sent> {
 }
 
 #[cfg(test)]
+pub(super) mod fixtures;
+
+#[cfg(test)]
 pub(super) mod tests {
     use std::{sync::Arc, time::SystemTime};
 
     use essentially_once::{
-        Epoch, NewRecord, Offset, ProducerId, Record,
+        Epoch, Offset, ProducerId, Record,
         backend::{LogId, Numbering, Tried, Window},
         consumer::{Operator, OperatorAction},
     };
     use proptest::{collection::vec, option, prelude::*};
 
     use super::{
-        super::letter::{Letter, tests::dead_letter},
+        super::{
+            letter::{Letter, tests::dead_letter},
+            sending::tests::sent,
+        },
         *,
     };
 
@@ -294,15 +323,7 @@ pub(super) mod tests {
     pub(in super::super) fn change() -> impl Strategy<Value = StateChange> {
         let windows = vec((numbering(), any::<u64>().prop_map(Window::new)), 0..4);
         let writes = vec((bytes(), option::of(bytes())), 0..6);
-        let sent = option::of((any::<(u64, u64)>(), vec(bytes(), 1..4))).prop_map(|sent| {
-            let ((hi, lo), payloads) = sent?;
-            let records: Vec<_> = payloads.into_iter().map(NewRecord::new).collect();
-            Some(Sent {
-                before: Offset::new(hi, lo),
-                packed: packed::encode(&records, SystemTime::UNIX_EPOCH, false),
-            })
-        });
-        (windows, vec(numbering(), 0..3), writes, sent, letters()).prop_map(
+        (windows, vec(numbering(), 0..3), writes, option::of(sent()), letters()).prop_map(
             |(windows, forgotten, writes, sent, letters)| StateChange {
                 windows,
                 forgotten,
@@ -383,7 +404,7 @@ pub(super) mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = parse(bytes.clone().into());
-            for version in [FIRST_VERSION, VERSION, LETTERS_VERSION, JOURNAL_VERSION] {
+            for version in FIRST_VERSION..=OUTBOX_VERSION {
                 for kind in [COMMIT, MARK] {
                     let _ = parse([header(version, kind, 1), bytes.clone()].concat().into());
                 }
@@ -399,91 +420,13 @@ pub(super) mod tests {
         }
     }
 
-    /// Bodies of messages in a fixture.
-    pub(in super::super) fn bodies(fixture: &str) -> impl Iterator<Item = Vec<u8>> {
-        let bodies = fixture.lines().filter_map(|line| line.strip_prefix("body "));
-        bodies.map(|digits| {
-            let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("hexadecimal digits");
-            (0..digits.len()).step_by(2).map(byte).collect()
-        })
-    }
-
-    /// Returns the versions of the commits in a fixture, each of which must keep its bytes.
-    fn versions_kept(fixture: &str) -> Vec<u8> {
-        let mut versions = Vec::new();
-        for body in bodies(fixture) {
-            if let Parsed::Entry(Entry::Commit(commit)) = parse(body.clone().into()) {
-                assert_eq!(encode_commit(&commit), body);
-                versions.push(body[MAGIC.len()]);
-            }
-        }
-        versions
-    }
-
-    /// So a process that cannot keep letters goes on while there are none.
-    #[test]
-    fn commits_without_letters_are_encoded_as_they_were_before_letters() {
-        let fixture = include_str!("../../tests/fixtures/version-2.txt");
-        assert_eq!(versions_kept(fixture), [VERSION; 4]);
-    }
-
-    /// So a process that knows letters goes on until an operator edits one or uses the journal.
-    #[test]
-    fn commits_with_letters_are_encoded_as_they_were_before_edits_and_journals() {
-        let fixture = include_str!("../../tests/fixtures/version-3.txt");
-        let with_letters = [LETTERS_VERSION; 3];
-        assert_eq!(
-            versions_kept(fixture),
-            [&[VERSION], &with_letters[..], &[VERSION]].concat()
-        );
-    }
-
-    #[test]
-    fn a_journal_or_an_edit_makes_a_new_version_of_the_entry() {
-        let fixture = include_str!("../../tests/fixtures/version-3.txt");
-        let commits = bodies(fixture).filter_map(|body| match parse(body.into()) {
-            Parsed::Entry(Entry::Commit(commit)) => Some(commit),
-            _ => None,
-        });
-        for commit in commits {
-            let mut with_journal = commit.clone();
-            with_journal.journal = Some(Journal::default());
-            assert_eq!(encode_commit(&with_journal)[MAGIC.len()], JOURNAL_VERSION);
-            let mut edited = commit;
-            let parked = edited.change.letters.parked.first_mut();
-            let Some((parked, letter)) = parked.map(|parked| (parked.read().expect("decodes"), parked)) else {
-                continue;
-            };
-            let mut parked = parked;
-            parked.edit(NewRecord::new("edited"), &Operator::new("ann"));
-            *letter = Arc::new(Letter::new(&parked));
-            assert_eq!(encode_commit(&edited)[MAGIC.len()], JOURNAL_VERSION);
-        }
-    }
-
-    #[test]
-    fn a_journal_that_cannot_be_read_makes_the_entry_unreadable() {
-        let body = bodies(include_str!("../../tests/fixtures/version-3.txt"))
-            .nth(1)
-            .expect("a commit");
-        let Parsed::Entry(Entry::Commit(mut commit)) = parse(body.into()) else {
-            panic!("no commit")
-        };
-        commit.journal = Some(Journal::default().with(&Operator::new("ann"), OperatorAction::Pause));
-        let mut encoded = encode_commit(&commit);
-        let journal = commit.journal.as_ref().map_or(0, |journal| journal.encode().len());
-        let start = encoded.len() - journal;
-        encoded[start] = 9;
-        assert!(matches!(parse(encoded.into()), Parsed::Unreadable(why) if why.contains("journal has a version")));
-    }
-
     #[test]
     fn what_is_not_ours_is_foreign_and_another_version_is_not() {
         for foreign in ["", "eo-entr", "hello"] {
             assert_eq!(parse(foreign.into()), Parsed::Foreign, "{foreign:?}");
         }
         let mut newer = encode_mark(1);
-        newer[MAGIC.len()] = JOURNAL_VERSION + 1;
+        newer[MAGIC.len()] = OUTBOX_VERSION + 1;
         assert!(matches!(parse(newer.into()), Parsed::Unreadable(why) if why.contains("version")));
     }
 }

@@ -13,6 +13,7 @@ use super::{
     entry::{put_owner, read_journal, read_note, read_owner},
     letter_index::Letters,
     rule::Fold,
+    sending::Outboxes,
     state::State,
     wire::{Decoded, Reader, put_bytes, put_log, put_offset, put_revision, put_window},
 };
@@ -27,6 +28,9 @@ const LETTERS_VERSION: u8 = 3;
 /// The version of snapshots with a journal or an edited letter. A process that does not know them
 /// likewise stops at the commits that wrote them.
 const JOURNAL_VERSION: u8 = 4;
+/// The version of snapshots with outboxes. A process that does not know them likewise stops at the
+/// commits that sent to them.
+const OUTBOX_VERSION: u8 = 5;
 
 /// Bytes of state in a chunk, unless the broker only takes smaller messages.
 pub(super) const CHUNK: usize = 1024 * 1024;
@@ -48,18 +52,15 @@ impl Image {
         let id = unique();
         let mut body = Vec::with_capacity(fold.size());
         put_fold(&mut body, fold);
-        let letters = &fold.state.letters;
-        let has_journal = fold.journal != Journal::default();
-        let version = match (has_journal || letters.have_edits(), letters.is_empty()) {
-            (true, _) => JOURNAL_VERSION,
-            (false, false) => LETTERS_VERSION,
-            (false, true) => VERSION,
-        };
+        let version = version(fold);
         if version >= LETTERS_VERSION {
-            letters.encode(&mut body);
+            fold.state.letters.encode(&mut body);
         }
         if version >= JOURNAL_VERSION {
             put_bytes(&mut body, &fold.journal.encode());
+        }
+        if version >= OUTBOX_VERSION {
+            fold.state.outboxes.encode(&mut body);
         }
         Self {
             version,
@@ -112,7 +113,7 @@ impl Chunk {
         }
         let mut reader = Reader::new(bytes.slice(MAGIC.len()..));
         let version = reader.u8()?;
-        if !(FIRST_VERSION..=JOURNAL_VERSION).contains(&version) {
+        if !(FIRST_VERSION..=OUTBOX_VERSION).contains(&version) {
             return Err("it was written by another version of this crate");
         }
         let (id, offset) = (reader.u128()?, reader.u64()?);
@@ -231,6 +232,20 @@ impl Whole {
     }
 }
 
+/// The lowest version that holds the fold.
+fn version(fold: &Fold<State>) -> u8 {
+    let State { letters, outboxes, .. } = &fold.state;
+    if !outboxes.is_empty() {
+        OUTBOX_VERSION
+    } else if fold.journal != Journal::default() || letters.have_edits() {
+        JOURNAL_VERSION
+    } else if !letters.is_empty() {
+        LETTERS_VERSION
+    } else {
+        VERSION
+    }
+}
+
 fn put_fold(out: &mut Vec<u8>, fold: &Fold<State>) {
     out.put_u64(fold.offset);
     put_revision(out, fold.revision);
@@ -283,6 +298,9 @@ fn read_fold(version: u8, bytes: Bytes) -> Decoded<Fold<State>> {
         JOURNAL_VERSION.. => read_journal(&mut reader)?,
         _ => Journal::default(),
     };
+    if version >= OUTBOX_VERSION {
+        state.outboxes = Outboxes::decode(&mut reader)?;
+    }
     reader.finish()?;
     Ok(Fold {
         offset,
@@ -307,8 +325,12 @@ mod tests {
 
     use super::{
         super::{
-            entry::tests::{bodies, change, journal, log, note, owner, revision},
+            entry::{
+                fixtures::bodies,
+                tests::{change, journal, log, note, owner, revision},
+            },
             rule::Change as _,
+            sending::tests::part,
         },
         *,
     };
@@ -382,36 +404,41 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = Chunk::decode(bytes.clone().into());
             let _ = Chunk::decode([MAGIC, &[VERSION], &bytes].concat().into());
-            let _ = read_fold(FIRST_VERSION, bytes.clone().into());
-            let _ = read_fold(VERSION, bytes.clone().into());
-            let _ = read_fold(LETTERS_VERSION, bytes.clone().into());
-            let _ = read_fold(JOURNAL_VERSION, bytes.into());
+            for version in FIRST_VERSION..=OUTBOX_VERSION {
+                let _ = read_fold(version, bytes.clone().into());
+            }
         }
     }
 
     /// So a process of an earlier state of 0.2 can read them.
     #[test]
-    fn snapshots_without_a_journal_are_encoded_as_they_were() {
+    fn snapshots_without_newer_parts_are_encoded_as_they_were() {
         for (fixture, version) in [
             (include_str!("../../tests/fixtures/version-2.txt"), VERSION),
             (include_str!("../../tests/fixtures/version-3.txt"), LETTERS_VERSION),
+            (include_str!("../../tests/fixtures/version-4.txt"), JOURNAL_VERSION),
         ] {
             let body = bodies(fixture)
                 .find(|body| body.starts_with(MAGIC))
                 .expect("a snapshot");
             let chunk = Chunk::decode(body.into()).expect("decodes");
-            let (part, count) = (chunk.part.clone(), chunk.count);
+            let (bytes, count) = (chunk.part.len(), chunk.count);
             assert_eq!((chunk.version, count), (version, 1));
             let Added::Whole(whole) = Assembly::default().add(0, chunk) else {
                 panic!("it is not whole")
             };
             let mut fold = whole.read().expect("a fold");
             let again = Image::new(&fold);
-            assert_eq!((again.version, again.size()), (version, part.len()));
+            assert_eq!((again.version, again.size()), (version, bytes));
             fold.journal = fold.journal.with(&Operator::new("ann"), OperatorAction::Pause);
             let paused = Image::new(&fold);
             assert_eq!(paused.version, JOURNAL_VERSION);
-            assert_eq!(read_all(Assembly::default(), chunks(&paused)), [Ok(fold)]);
+            assert_eq!(read_all(Assembly::default(), chunks(&paused)), [Ok(fold.clone())]);
+            fold.journal = Journal::default();
+            fold.state.outboxes.apply(7, vec![part("billing", &[0])]);
+            let sending = Image::new(&fold);
+            assert_eq!(sending.version, OUTBOX_VERSION);
+            assert_eq!(read_all(Assembly::default(), chunks(&sending)), [Ok(fold)]);
         }
     }
 

@@ -20,6 +20,7 @@ mod outbox;
 mod replica;
 mod rule;
 mod scope;
+mod sending;
 mod snapshot_policy;
 mod snapshots;
 mod state;
@@ -80,7 +81,7 @@ use crate::connection::server::Server;
 /// moments when the *machine* loses power.
 ///
 /// A commit takes one message. All changes, all letters that it parks, and all records that it
-/// [sends](RabbitTx::send) are together limited to the larger of 8 MiB and
+/// [sends](essentially_once::Outbox::send) are together limited to the larger of 8 MiB and
 /// [`record_limit`](crate::RabbitOptions::record_limit) plus 64 KiB, and never exceed 32 MiB. A
 /// `put`, `send` or letter that no longer fits fails with [`Error::TooLarge`] for a `transaction`.
 /// If the handler passes that error on, the consumer commits the records before this one and
@@ -160,15 +161,28 @@ impl RabbitStore {
         self.changelog(consumer)?.snapshot().await
     }
 
-    /// The records [sent](RabbitTx::send) by the commits of a consumer, as a log for other
-    /// consumers.
+    /// The records that the commits of a consumer [sent](essentially_once::Outbox::send) to this
+    /// outbox, as a log, for instance for a [`Relay`](essentially_once::relay::Relay). It is empty
+    /// as long as no commit sent to the outbox.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] if prefix and consumer do not make a valid name, and
+    /// [`Error::InvalidName`] if they do not together with the outbox.
+    pub fn sent_to(&self, consumer: &ConsumerId, outbox: &str) -> Result<RabbitSent, Error> {
+        let changelog = self.changelog(consumer)?;
+        let id = changelog.scope.outbox(outbox)?;
+        Ok(RabbitSent::new(changelog, id, Some(outbox)))
+    }
+
+    /// The records that the commits of a consumer sent, to any outbox, in the order of commits and
+    /// calls. Those that a version without outboxes sent are among them. They have no origin.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] and [`Error::InvalidName`] if prefix and consumer do not make a
     /// valid name.
     pub fn sent(&self, consumer: &ConsumerId) -> Result<RabbitSent, Error> {
         let name = names::name(&self.server.options.prefix, consumer, Kind::Sent);
-        Ok(RabbitSent::new(self.changelog(consumer)?, LogId::new(name)?))
+        Ok(RabbitSent::new(self.changelog(consumer)?, LogId::new(name)?, None))
     }
 
     /// Starts with no changelogs: the limits apply to those opened from now on.

@@ -16,16 +16,20 @@ use stateright::{Checker, Model, Property};
 use super::rule::{Change, Commit, Fold, Hint, Missing, Token, Verdict};
 
 /// A state that lists the applied changes in order.
-type Applied = Vec<u8>;
+type Applied = Vec<Push>;
 
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct Push(u8);
+/// A change, with the number that its writer gave it from its fold, as to a sent record.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Push {
+    id: u8,
+    number: u8,
+}
 
 impl Change for Push {
     type State = Applied;
 
     fn apply(self, _: u64, state: &mut Applied) {
-        state.push(self.0);
+        state.push(self);
     }
 }
 
@@ -43,6 +47,8 @@ struct System {
     trims_at_will: bool,
     /// Whether a reader overtaken by retention continues at the stream's new beginning.
     jumps: bool,
+    /// Whether a writer gives numbers by the entries that it has published, not by its fold.
+    counts_tries: bool,
     publishes: u8,
     snapshots: u8,
     crashes: u8,
@@ -57,6 +63,7 @@ impl System {
             trusts_confirms: false,
             trims_at_will: false,
             jumps: false,
+            counts_tries: false,
             publishes: 3,
             snapshots: 2,
             crashes: 1,
@@ -125,6 +132,8 @@ struct Writer {
     own: Option<Token>,
     /// Whether a commit of its session was acknowledged.
     has_committed: bool,
+    /// How many entries it published, where they are counted.
+    tries: u8,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -244,6 +253,11 @@ impl Model for System {
                 let token = Token::from(world.published);
                 let writer = &mut world.writers[index];
                 let fold = writer.fold.as_ref()?;
+                let number = match self.counts_tries {
+                    false => fold.state.len() as u8,
+                    true => writer.tries,
+                };
+                writer.tries += u8::from(self.counts_tries);
                 // As the core chooses them: a new session opens an epoch.
                 let revision = match writer.has_committed {
                     false => fold.revision.next_epoch(),
@@ -259,7 +273,10 @@ impl Model for System {
                     owner: Some(owner(index)),
                     note: essentially_once::backend::Note::default(),
                     journal: None,
-                    change: Push(world.published),
+                    change: Push {
+                        id: world.published,
+                        number,
+                    },
                 }));
                 writer.own = Some(token);
             }
@@ -291,7 +308,7 @@ impl Model for System {
                         && let Some(writer) = world.writers.iter_mut().find(waits)
                     {
                         (writer.own, writer.has_committed) = (None, true);
-                        world.acknowledged.push(commit.change.0);
+                        world.acknowledged.push(commit.change.id);
                     }
                 }
                 world.entries.push(entry);
@@ -333,8 +350,14 @@ impl Model for System {
             }),
             Property::<Self>::always("what was acknowledged is applied, once", |system, world| {
                 world.truth(system.apply).is_some_and(|truth| {
-                    let times = |entry| truth.state.iter().filter(|applied| *applied == entry).count();
+                    let times = |entry: &u8| truth.state.iter().filter(|applied| applied.id == *entry).count();
                     world.acknowledged.iter().all(|entry| times(entry) == 1)
+                })
+            }),
+            Property::<Self>::always("the numbers of sent records rise by one", |system, world| {
+                world.truth(system.apply).is_some_and(|truth| {
+                    let numbers = truth.state.iter().map(|applied| usize::from(applied.number));
+                    numbers.eq(0..truth.state.len())
                 })
             }),
             Property::<Self>::always("nothing is lost", |_, world| !world.lost),
@@ -381,7 +404,7 @@ impl System {
             return;
         };
         let (token, pushed) = match &entry {
-            Item::Commit(commit) => (commit.token, Some(commit.change.0)),
+            Item::Commit(commit) => (commit.token, Some(commit.change.id)),
             Item::Mark(token) => (*token, None),
         };
         match entry.read(self.apply, fold, offset as u64) {

@@ -11,6 +11,9 @@ use essentially_once::{ConsumerId, Error, backend::LogId};
 /// names of virtual host and stream and a number of 19 digits into one name of that length.
 const NAME_MAX: usize = 255 - "_".len() * 2 - 19;
 
+/// The end of the names of outboxes.
+const OUTBOX: &str = ".outbox";
+
 /// What a name is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
@@ -76,18 +79,42 @@ pub(super) fn old_changelog(prefix: &str, consumer: &ConsumerId) -> Option<Strin
     prefix.contains('.').then(old)
 }
 
-/// The prefix, consumer and kind of a name, if it is one of ours.
+/// The name of an outbox in positions: `<prefix>.<consumer>/<outbox>.outbox`, with every dot of the
+/// prefix and every slash before the outbox doubled. It is not a stream.
+pub(super) fn outbox(prefix: &str, consumer: &ConsumerId, outbox: &str) -> String {
+    let before = format!("{}.{consumer}", prefix.replace('.', ".."));
+    format!("{}/{outbox}{OUTBOX}", before.replace('/', "//"))
+}
+
+/// The prefix and consumer of a name, if it is one of ours.
+pub(crate) fn owner(name: &str) -> Option<(String, ConsumerId)> {
+    if let Some((prefix, consumer, _)) = parse(name) {
+        return Some((prefix, consumer));
+    }
+    let (before, outbox) = cut(name.strip_suffix(OUTBOX)?, '/')?;
+    LogId::new(outbox).ok()?;
+    let (prefix, consumer) = cut(&before, '.')?;
+    Some((prefix, ConsumerId::new(consumer).ok()?))
+}
+
+/// The prefix, consumer and kind of a stream's name or of the log of all sent records.
 pub(crate) fn parse(name: &str) -> Option<(String, ConsumerId, Kind)> {
     let kind = Kind::ALL.into_iter().find(|kind| name.ends_with(kind.suffix()))?;
-    let name = &name[..name.len() - kind.suffix().len()];
+    let (prefix, consumer) = cut(name.strip_suffix(kind.suffix())?, '.')?;
+    Some((prefix, ConsumerId::new(consumer).ok()?, kind))
+}
+
+/// Cuts the text after the first run of marks with an odd length. What follows begins with another
+/// character, so the run's last mark is the separator, and all marks before it are doubled.
+fn cut(text: &str, mark: char) -> Option<(String, &str)> {
     let mut at = 0;
     loop {
-        at += name[at..].find('.')?;
-        let dots = name[at..].bytes().take_while(|byte| *byte == b'.').count();
-        at += dots;
-        if dots % 2 == 1 {
-            let prefix = name[..at - 1].replace("..", ".");
-            return Some((prefix, ConsumerId::new(&name[at..]).ok()?, kind));
+        at += text[at..].find(mark)?;
+        let marks = text[at..].chars().take_while(|char| *char == mark).count();
+        at += marks;
+        if marks % 2 == 1 {
+            let doubled = String::from_iter([mark, mark]);
+            return Some((text[..at - 1].replace(&doubled, &mark.to_string()), &text[at..]));
         }
     }
 }
@@ -101,6 +128,10 @@ mod tests {
     /// Names with few letters, so that many pairs collide. Some look like the suffixes.
     fn text() -> impl Strategy<Value = String> {
         "[ab](\\.{1,3}|[ab]|\\.changelog|\\.snapshots|\\.sent){0,5}"
+    }
+
+    fn slashed() -> impl Strategy<Value = String> {
+        "[ab]([./]{1,3}|[ab]|\\.outbox|\\.sent){0,6}"
     }
 
     fn kind() -> impl Strategy<Value = Kind> {
@@ -137,8 +168,59 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_text_never_panics(text in ".{0,30}(\\.changelog|\\.sent)?") {
-            let _ = parse(&text);
+        fn arbitrary_text_never_panics(text in ".{0,30}(\\.changelog|\\.sent|/a\\.outbox)?") {
+            let _ = owner(&text);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4_096, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn outboxes_have_names_of_their_own(texts in (slashed(), slashed(), slashed()), others in (slashed(), slashed(), slashed()), kind in kind()) {
+            let joined = |(prefix, id, label): &(String, String, String)| outbox(prefix, &consumer(id), label);
+            prop_assert_eq!(owner(&joined(&texts)), Some((texts.0.clone(), consumer(&texts.1))));
+            prop_assert_eq!(joined(&texts) == joined(&others), texts == others);
+            prop_assert!(joined(&texts) != name(&others.0, &consumer(&others.1), kind));
+        }
+
+        /// All ways to cut the same text in three.
+        #[test]
+        fn no_two_outboxes_share_a_name(whole in slashed()) {
+            let mut cuts = Vec::new();
+            for (dot, _) in whole.match_indices('.') {
+                for (slash, _) in whole.match_indices('/').filter(|(slash, _)| *slash > dot) {
+                    let parts = (&whole[..dot], ConsumerId::new(&whole[dot + 1..slash]), &whole[slash + 1..]);
+                    if let (prefix, Ok(consumer), label) = parts && LogId::new(label).is_ok() {
+                        cuts.push((prefix, consumer, label));
+                    }
+                }
+            }
+            let names: Vec<_> = cuts.iter().map(|(prefix, consumer, label)| outbox(prefix, consumer, label)).collect();
+            for (at, joined) in names.iter().enumerate() {
+                prop_assert!(!names[..at].contains(joined), "{} twice", joined);
+            }
+        }
+    }
+
+    #[test]
+    fn an_outbox_has_a_readable_name() {
+        assert_eq!(
+            outbox("shop", &consumer("shipping"), "billing"),
+            "shop.shipping/billing.outbox"
+        );
+        assert_eq!(
+            owner("shop.shipping/billing.outbox"),
+            Some(("shop".into(), consumer("shipping")))
+        );
+        assert_eq!(owner("shop.shipping.sent"), Some(("shop".into(), consumer("shipping"))));
+        for foreign in [
+            "billing.outbox",
+            "shop.shipping.outbox",
+            "shop/billing.outbox",
+            "shop.shipping/.outbox",
+        ] {
+            assert_eq!(owner(foreign), None, "{foreign}");
         }
     }
 

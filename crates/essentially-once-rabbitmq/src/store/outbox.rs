@@ -21,25 +21,38 @@ use super::{
 };
 use crate::{
     connection::{Connection, deliveries::Delivered, stream, tail::Tail},
-    log::{packed, reader::RabbitReader},
+    log::reader::RabbitReader,
 };
 
-/// The records sent by a consumer's commits; see [`RabbitStore::sent`](super::RabbitStore::sent).
+/// The records sent by a consumer's commits: those of one outbox
+/// ([`RabbitStore::sent_to`](super::RabbitStore::sent_to)), or all
+/// ([`RabbitStore::sent`](super::RabbitStore::sent)).
 ///
-/// - They are kept in the consumer's changelog as long as it keeps its entries: the last 512 MiB. A
-///   reader that is further behind gets [`Error::Truncated`] if it missed a record.
-/// - Offsets are those of the changelog's messages, with the index of the record in the commit.
+/// - They are kept in the consumer's changelog as long as it keeps its entries: the last 512 MiB,
+///   which marks, state and dead letters share with the records. The store does not know how far
+///   its readers are, so it does not wait for them. A reader that is further behind gets
+///   [`Error::Truncated`] if it missed a record. Watch the lag of a relay.
+/// - Each outbox belongs to one consumer. Two consumers that send to outboxes of the same name have
+///   two, with a producer each.
+/// - Offsets are those of the changelog's messages, with the index of the record in the commit. The
+///   offsets of an outbox have gaps, its [origins](essentially_once::Origin) have none.
+/// - Numbers are as durable as commits; see [`RabbitStore`](super::RabbitStore). If a power cut takes
+///   back commits that a relay has read, later records get the same numbers, and consumers drop them
+///   as duplicates.
 /// - Appending fails: only commits send.
 /// - To open a reader, the handle reads the consumer's state, as the store does.
 #[derive(Clone)]
 pub struct RabbitSent {
     changelog: Arc<Changelog>,
     id: LogId,
+    /// `None` for the records of all outboxes.
+    outbox: Option<Arc<str>>,
 }
 
 impl RabbitSent {
-    pub(super) fn new(changelog: Arc<Changelog>, id: LogId) -> Self {
-        Self { changelog, id }
+    pub(super) fn new(changelog: Arc<Changelog>, id: LogId, outbox: Option<&str>) -> Self {
+        let outbox = outbox.map(Arc::from);
+        Self { changelog, id, outbox }
     }
 
     /// Which entries from `start` up to the base's offset apply.
@@ -104,6 +117,8 @@ impl Links {
 struct Judge {
     scope: Arc<Scope>,
     log: LogId,
+    /// Skips the records of other outboxes.
+    outbox: Option<Arc<str>>,
     /// Those entries before the base that apply.
     applied: HashSet<u64>,
     fold: Fold<()>,
@@ -130,15 +145,20 @@ impl Judge {
         let Some(sent) = change.sent.filter(|_| applies) else {
             return Ok(vec![]);
         };
-        if sent.before > self.next {
+        let outbox = self.outbox.as_deref();
+        let Some((before, end)) = sent.ends(offset, outbox) else {
+            return Ok(vec![]);
+        };
+        if before > self.next {
             return Err(Error::Truncated {
                 log: self.log.clone(),
                 requested: self.next,
                 earliest: Offset::new(offset, 0),
             });
         }
-        self.next = Offset::new(offset, packed::count(&sent.packed));
-        packed::decode(offset, &sent.packed).map_err(|why| Error::failed(self.scope.on("read"), why))
+        self.next = end;
+        let records = sent.records(offset, outbox);
+        records.map_err(|why| Error::failed(self.scope.on("read"), why))
     }
 }
 
@@ -155,13 +175,13 @@ impl Log for RabbitSent {
         }
         Err(Error::failed(
             self.changelog.scope.on("append to the records sent by"),
-            "only its commits send; use `RabbitTx::send` in its handler",
+            "only its commits send; use `Outbox::send` in its handler",
         ))
     }
 
     async fn read(&self, from: Offset) -> Result<Box<dyn LogReader>, Error> {
         let (scope, log) = (&self.changelog.scope, self.id.clone());
-        let (base, end) = self.changelog.base().await?;
+        let (base, end) = self.changelog.base(self.outbox.as_deref()).await?;
         // A reader that starts too early learns it from the entries.
         Bounds {
             earliest: Offset::ZERO,
@@ -173,12 +193,21 @@ impl Log for RabbitSent {
             true => base.offset,
             false => {
                 let first = stream::bounds(&scope.server, &connection, &scope.stream).await?.first;
+                // The last record is gone, so no entry would tell what the reader missed.
+                if end.hi() < first {
+                    return Err(Error::Truncated {
+                        log,
+                        requested: from,
+                        earliest: end,
+                    });
+                }
                 from.hi().max(first)
             }
         };
         let mut judge = Judge {
             scope: Arc::clone(scope),
             log: log.clone(),
+            outbox: self.outbox.clone(),
             applied: self.applied(&connection, start, &base).await?,
             fold: base,
             next: from,
@@ -190,7 +219,7 @@ impl Log for RabbitSent {
 
     async fn bounds(&self) -> Result<Bounds, Error> {
         let scope = &self.changelog.scope;
-        let (_, end) = self.changelog.base().await?;
+        let (_, end) = self.changelog.base(self.outbox.as_deref()).await?;
         let asking = &scope.server.asking;
         let connection = asking.connection().await?;
         let range = stream::bounds(&scope.server, &connection, &scope.stream).await;

@@ -101,6 +101,23 @@ impl Scope {
         })
     }
 
+    /// The name of an outbox of this consumer in positions.
+    pub(super) fn outbox(&self, outbox: &str) -> Result<LogId, Error> {
+        LogId::new(outbox)?;
+        let name = names::outbox(&self.server.options.prefix, &self.consumer, outbox);
+        LogId::new(name).map_err(|error| match error {
+            Error::InvalidName { kind, reason, .. } => Error::InvalidName {
+                kind,
+                name: outbox.chars().take(60).collect(),
+                reason: format!(
+                    "together with the prefix and the name of consumer {}, {reason}; choose a shorter name",
+                    self.consumer
+                ),
+            },
+            error => error,
+        })
+    }
+
     /// The largest key, value or record that a commit can hold.
     pub(super) fn value_limit(&self) -> usize {
         self.limits.value.min(self.server.message_limit())

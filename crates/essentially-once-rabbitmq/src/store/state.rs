@@ -15,16 +15,16 @@ use tokio::sync::{Notify, futures::Notified};
 use super::{
     letter_index::{Letters, LettersChange},
     rule::{Change, Fold},
+    sending::{Outboxes, Sent},
 };
-use crate::log::packed;
 
 /// About what an item costs in memory besides its bytes.
-const OVERHEAD: usize = 96;
+pub(super) const OVERHEAD: usize = 96;
 
 /// The writes that a transaction has staged; `None` deletes.
 pub(super) type Writes = BTreeMap<Bytes, Option<Bytes>>;
 
-/// Windows, values and dead letters.
+/// Windows, values, dead letters and outboxes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct State {
     windows: HashMap<Numbering, Window>,
@@ -33,6 +33,7 @@ pub(super) struct State {
     pub(super) letters: Letters,
     /// The end of the sent records: one past the last.
     pub(super) sent_end: Offset,
+    pub(super) outboxes: Outboxes,
     /// About how much memory windows and values take.
     size: usize,
 }
@@ -52,12 +53,13 @@ impl State {
 
     /// About how much memory it takes.
     pub(super) fn size(&self) -> usize {
-        self.size + self.letters.size()
+        self.size + self.letters.size() + self.outboxes.size()
     }
 
     /// The size after the change.
     pub(super) fn size_after(&self, change: &StateChange) -> usize {
-        let mut size = self.size + self.letters.size_after(&change.letters);
+        let mut size = self.size + self.letters.size_after(&change.letters) + self.outboxes.size();
+        size += change.sent.as_ref().map_or(0, |sent| self.outboxes.growth(sent));
         for (numbering, _) in &change.windows {
             size += if self.windows.contains_key(numbering) {
                 0
@@ -138,21 +140,13 @@ pub(super) struct StateChange {
     pub(super) letters: LettersChange,
 }
 
-/// Records that a commit sends.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Sent {
-    /// The end of the records sent before. A reader that has read up to there misses nothing.
-    pub(super) before: Offset,
-    /// As in a packed message. It was checked when the entry was decoded.
-    pub(super) packed: Bytes,
-}
-
 impl Change for StateChange {
     type State = State;
 
     fn apply(self, offset: u64, state: &mut State) {
         if let Some(sent) = self.sent {
-            state.sent_end = Offset::new(offset, packed::count(&sent.packed));
+            state.sent_end = sent.end(offset);
+            state.outboxes.apply(offset, sent.parts);
         }
         for (numbering, window) in self.windows {
             state.set_window(numbering, window);
@@ -205,7 +199,7 @@ impl SharedFold {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::sending::tests::part, *};
 
     #[test]
     fn the_journal_counts() {
@@ -217,6 +211,26 @@ mod tests {
         let by = Operator::new("ann").because("größer");
         fold.journal = fold.journal.with(&by, OperatorAction::Pause);
         assert_eq!(fold.size(), fold.state.size() + 3 + 8 + OVERHEAD);
+    }
+
+    #[test]
+    fn outboxes_count() {
+        let mut state = State::default();
+        for (offset, outboxes) in [(0, ["a", "b"]), (1, ["b", "c"])] {
+            let sent = Sent {
+                before: Offset::ZERO,
+                packed: Bytes::new(),
+                parts: outboxes.iter().map(|outbox| part(outbox, &[0])).collect(),
+            };
+            let change = StateChange {
+                sent: Some(sent),
+                ..StateChange::default()
+            };
+            let expected = state.size_after(&change);
+            change.apply(offset, &mut state);
+            assert_eq!(state.size(), expected);
+        }
+        assert_eq!(state.size(), 3 * ("a".len() + "a@1".len() + OVERHEAD));
     }
 
     #[test]

@@ -5,16 +5,16 @@ use std::{fmt, sync::Arc};
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, KeyValue, NewRecord,
+    ConsumerId, Error, KeyValue, Outbox,
     backend::{Advance, DeadLetters, Revision, Transaction, check_entry_size},
 };
 
 use super::{
     changelog::Changelog,
     letters::StagedLetters,
+    sending::StagedRecords,
     state::{Writes, value_size},
 };
-use crate::log::packed;
 
 /// What a handler stages. Nothing leaves this process before the commit, and nothing is locked.
 ///
@@ -28,7 +28,7 @@ pub struct RabbitTx {
     /// By how much the writes make the state grow.
     growth: isize,
     /// About how many bytes of the commit's message the writes and the sent records take.
-    bytes: usize,
+    pub(super) bytes: usize,
     /// The first error of an operation.
     failure: Option<String>,
 }
@@ -38,7 +38,7 @@ pub struct RabbitTx {
 pub(super) struct Staged {
     pub(super) writes: Writes,
     pub(super) letters: StagedLetters,
-    pub(super) sent: Vec<NewRecord>,
+    pub(super) sent: StagedRecords,
 }
 
 impl RabbitTx {
@@ -56,24 +56,6 @@ impl RabbitTx {
     /// The consumer whose transaction this is.
     pub fn consumer(&self) -> &ConsumerId {
         &self.changelog.scope.consumer
-    }
-
-    /// Sends a record if this transaction commits. It is then in the log
-    /// [`RabbitStore::sent`](super::RabbitStore::sent) of this consumer, in the order of commits
-    /// and calls. Nobody sees a record of a transaction that did not commit, or that lost to
-    /// another.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] for a record over [`record_limit`](crate::RabbitOptions::record_limit),
-    /// and for one that no longer fits the transaction; see
-    /// [`RabbitStore`](super::RabbitStore). The transaction stays as it was.
-    pub fn send(&mut self, record: NewRecord) -> Result<(), Error> {
-        record.check_size(self.changelog.scope.value_limit())?;
-        let size = packed::size_bound(&record);
-        self.changelog.scope.check_staged_size(self.staged_bytes() + size)?;
-        self.bytes += size;
-        self.staged.sent.push(record);
-        Ok(())
     }
 
     fn read(&self, key: &[u8]) -> Option<Bytes> {
@@ -156,6 +138,10 @@ impl Transaction for RabbitTx {
     }
 
     fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
+    }
+
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
         Some(self)
     }
 

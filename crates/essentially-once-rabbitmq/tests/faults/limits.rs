@@ -7,8 +7,8 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, OffsetStore as _, Record,
-    async_trait,
+    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord, OffsetStore as _,
+    Outbox as _, Record, async_trait,
     backend::{Advance, DeadLetter, DeadLetters as _, LogId, Revision, Source, Transaction as _},
     consumer::{DeadLetterOptions, dead_letters},
 };
@@ -131,12 +131,12 @@ pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_settin
     );
     let mut tx = store.begin(&consumer).await?;
     tx.put(b"k", &[b'x'; 150_000]).await?;
-    let sent = tx.send(NewRecord::new(vec![b'x'; 60_000]));
+    let sent = tx.send("billing", NewRecord::new(vec![b'x'; 60_000])).await;
     ensure!(matches!(sent, Err(Error::TooLarge { limit: LIMIT, .. })), "{sent:?}");
     // The refused ones are not part of it, and another value of the same key replaces the first.
     tx.put(b"k", &[b'x'; 190_000]).await?;
     tx.delete(b"k").await?;
-    tx.send(NewRecord::new(vec![b'x'; 190_000]))?;
+    tx.send("billing", NewRecord::new(vec![b'x'; 190_000])).await?;
     tx.rollback().await?;
     let mut tx = store.begin(&consumer).await?;
     let value = tx.put(b"k", &[b'x'; 300_000]).await;
@@ -151,7 +151,7 @@ pub(crate) async fn a_commit_too_large_for_the_broker_is_refused_with_the_settin
         ),
         "{value:?}"
     );
-    let sent = tx.send(large());
+    let sent = tx.send("billing", large()).await;
     ensure!(matches!(sent, Err(Error::TooLarge { limit: LIMIT, .. })), "{sent:?}");
     drop(tx);
     let position = rabbit(&node).await?.store().position(&consumer).await?;

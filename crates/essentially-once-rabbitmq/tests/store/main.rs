@@ -10,12 +10,14 @@ mod fixture;
 mod hints;
 mod letters;
 mod names;
+mod outboxes;
 mod recovery;
 mod sent;
 mod support;
 mod version_1;
 mod version_2;
 mod version_3;
+mod version_4;
 
 /// How long a test may take. Only a stuck test takes this long.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -30,11 +32,13 @@ fn main() -> ExitCode {
     hints::add(&mut suite);
     letters::add(&mut suite);
     names::add(&mut suite);
+    outboxes::add(&mut suite);
     recovery::add(&mut suite);
     sent::add(&mut suite);
     version_1::add(&mut suite);
     version_2::add(&mut suite);
     version_3::add(&mut suite);
+    version_4::add(&mut suite);
     suite.suite.run()
 }
 

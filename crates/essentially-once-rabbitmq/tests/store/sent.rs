@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use essentially_once::{
-    Consumer, ConsumerId, Error, Handler, HandlerError, Log as _, NewRecord, Offset, OffsetStore as _, Record,
-    backend::Transaction as _,
+    Consumer, ConsumerId, Error, Handler, HandlerError, Log as _, NewRecord, Offset, OffsetStore as _, Outbox as _,
+    Record, backend::Transaction as _,
 };
 use essentially_once_rabbitmq::{LogOptions, RabbitSent, RabbitStore, RabbitTx};
 use essentially_once_testkit::{Check, Expectation, Ledger, Violation, read_ledger, read_log};
@@ -23,16 +23,17 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("sent::consumers_can_be_chained", chained);
 }
 
-/// Commits these records as the next revision.
-async fn send(store: &RabbitStore, payloads: &[&str], expected_revision: u64) -> Result<(), Error> {
+/// Commits these records as the next revision, each to the outbox of its first letter.
+pub(crate) async fn send(store: &RabbitStore, payloads: &[&str], expected_revision: u64) -> Result<(), Error> {
     let mut tx = store.begin(&shipping()).await?;
     for payload in payloads {
-        tx.send(NewRecord::new(payload.to_string()).key("k").header("h", "v"))?;
+        let record = NewRecord::new(payload.to_string()).key("k").header("h", "v");
+        tx.send(&payload[..1], record).await?;
     }
     tx.commit(advance(expected_revision + 1, expected_revision)).await
 }
 
-async fn payloads(sent: &RabbitSent) -> Result<Vec<String>, Error> {
+pub(crate) async fn payloads(sent: &RabbitSent) -> Result<Vec<String>, Error> {
     let records = read_log(sent).await?;
     Ok(records
         .into_iter()
@@ -45,14 +46,14 @@ async fn all_or_nothing() -> Result<(), Violation> {
     let (one, two) = (place.store().await?, place.store().await?);
     send(&one, &["a", "b"], 0).await?;
     let mut dropped = one.begin(&shipping()).await?;
-    dropped.send(NewRecord::new("dropped"))?;
+    dropped.send("d", NewRecord::new("dropped")).await?;
     drop(dropped);
     let mut rolled_back = one.begin(&shipping()).await?;
-    rolled_back.send(NewRecord::new("rolled back"))?;
+    rolled_back.send("r", NewRecord::new("rolled back")).await?;
     rolled_back.rollback().await?;
     // Both build on the first. The one that loses has sent nothing.
     let mut late = two.begin(&shipping()).await?;
-    late.send(NewRecord::new("late"))?;
+    late.send("l", NewRecord::new("late")).await?;
     put(&one, "k", "v", 1).await?;
     let result = late.commit(advance(2, 1)).await;
     assert!(matches!(result, Err(Error::Fenced { .. })), "{result:?}");
@@ -75,7 +76,7 @@ async fn all_or_nothing() -> Result<(), Violation> {
     assert_eq!(records[0].key.as_deref(), Some(&b"k"[..]));
     assert_eq!(records[0].header("h").map(|value| &value[..]), Some(&b"v"[..]));
     let too_large = NewRecord::new(vec![0; 17 * 1024 * 1024]);
-    let result = one.begin(&shipping()).await?.send(too_large);
+    let result = one.begin(&shipping()).await?.send("t", too_large).await;
     assert!(
         matches!(result, Err(Error::TooLarge { what: "record", .. })),
         "{result:?}"
@@ -212,7 +213,8 @@ impl Handler<RabbitTx> for Doubler {
     async fn handle(&mut self, record: &Record, tx: &mut RabbitTx) -> Result<(), HandlerError> {
         for part in ["a", "b"] {
             let payload = [&record.payload[..], part.as_bytes()].concat();
-            tx.send(NewRecord::new(payload).key(record.key.clone().unwrap_or_default()))?;
+            let part_of = NewRecord::new(payload).key(record.key.clone().unwrap_or_default());
+            tx.send(part, part_of).await?;
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Handler, HandlerError, KeyValue as _, Log, NewRecord, OffsetStore as _, Origin,
-    ProducerId, Record, async_trait,
+    Outbox as _, ProducerId, Record, async_trait,
     backend::{Revision, Window},
 };
 use essentially_once_rabbitmq::RabbitTx;
@@ -104,7 +104,7 @@ struct Put;
 impl Handler<RabbitTx> for Put {
     async fn handle(&mut self, record: &Record, tx: &mut RabbitTx) -> Result<(), HandlerError> {
         tx.put(b"last", &record.payload).await?;
-        tx.send(NewRecord::new(record.payload.clone()))?;
+        tx.send("billing", NewRecord::new(record.payload.clone())).await?;
         Ok(())
     }
 }

@@ -163,11 +163,11 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(outbox_numbers::o3_each_outbox_numbers_its_records, needs store, outbox),
         case!(outbox_numbers::o3_numbers_rise_after_truncation, needs store, outbox, truncate),
         case!(outbox_numbers::o3_numbers_rise_after_a_restart, needs store, outbox, restart),
-        case!(outbox_numbers::o3_concurrent_senders_share_no_number, needs store, outbox),
+        case!(outbox_numbers::o3_concurrent_senders_share_no_number, needs store, outbox, shared_outboxes),
         case!(outbox_numbers::o3_a_record_with_an_origin_is_refused, needs store, outbox),
         case!(outbox_numbers::o3_a_consumer_behind_a_relay_handles_each_record_once, needs store, outbox),
         case!(outbox::o4_no_reader_sees_a_record_before_its_commit, needs store, outbox),
-        case!(outbox::o5_consumers_share_an_outbox, needs store, outbox),
+        case!(outbox::o5_consumers_share_an_outbox, needs store, outbox, shared_outboxes),
     ]
 }
 
@@ -208,7 +208,8 @@ mod needs {
         malformed,
         foreign,
         damage_letter,
-        outbox
+        outbox,
+        shared_outboxes
     );
 
     pub(super) fn record_limit(capabilities: &Capabilities) -> Support {

@@ -68,9 +68,14 @@ pub(crate) fn outbox<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn Outbox, Er
     })
 }
 
-/// All records of an outbox, as a new handle reads them.
+/// Opens an outbox to which the consumer `shipping` sends.
+pub(super) async fn open<B: Backend>(backend: &B, name: &str) -> Result<Arc<dyn Log>, Error> {
+    backend.outbox_of(&consumer("shipping"), name).await
+}
+
+/// All its records, as a new handle reads them.
 pub(super) async fn all<B: Backend>(backend: &B, name: &str) -> Result<Vec<Record>, Error> {
-    read_all(&*backend.outbox(name).await?).await
+    read_all(&*open(backend, name).await?).await
 }
 
 async fn read_all(outbox: &dyn Log) -> Result<Vec<Record>, Error> {
@@ -85,8 +90,18 @@ async fn read_all(outbox: &dyn Log) -> Result<Vec<Record>, Error> {
     Ok(found)
 }
 
-pub(crate) async fn found<B: Backend>(backend: &B, name: &str) -> Result<Vec<Record>, Violation> {
-    Ok(soon(&format!("the records of outbox {name}"), all(backend, name)).await??)
+pub(super) async fn found<B: Backend>(backend: &B, name: &str) -> Result<Vec<Record>, Violation> {
+    found_of(backend, &consumer("shipping"), name).await
+}
+
+/// The records of an outbox to which this consumer sends.
+pub(crate) async fn found_of<B: Backend>(
+    backend: &B,
+    consumer: &ConsumerId,
+    name: &str,
+) -> Result<Vec<Record>, Violation> {
+    let reading = async { read_all(&*backend.outbox_of(consumer, name).await?).await };
+    Ok(soon(&format!("the records of outbox {name}"), reading).await??)
 }
 
 /// O1: the records, the state and the position of a commit are there together, for another handle
@@ -332,13 +347,13 @@ pub(super) async fn o4_no_reader_sees_a_record_before_its_commit<H: Harness>(
     );
     let name = backend.outbox_name("a");
     sender.commit(&[(&name, NewRecord::new("0"))]).await?;
-    let reading = backend.outbox("a").await?;
+    let reading = open(backend, "a").await?;
     let mut reader = reading.read(reading.bounds().await?.earliest).await?;
     let first = payloads(&soon("the first record", reader.next(10)).await??);
     ensure!(first == ["0"], "after one commit, a reader finds {first:?}");
     for n in 1..=3u64 {
         // Opened before the transaction, which may hold a lock that opening needs.
-        let others = backend.outbox("a").await?;
+        let others = open(backend, "a").await?;
         let (mut tx, advance) = sender.begin().await?;
         outbox(&mut tx)?.send(&name, NewRecord::new(n.to_string())).await?;
         if let Ok(early) = timeout(QUIET, reader.next(10)).await {

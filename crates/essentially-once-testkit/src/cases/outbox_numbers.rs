@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     common::{consumer, payloads, soon},
-    outbox::{Sender, all, found, outbox},
+    outbox::{Sender, all, found, open, outbox},
     restart::{once_ready, up},
 };
 use crate::{
@@ -55,12 +55,20 @@ fn continued(when: &str, last: Option<&Origin>, records: &[Record]) -> Result<Or
     last.ok_or_else(|| Violation::new(format!("{when}: the outbox is empty")))
 }
 
-/// O3: the numbers of an outbox rise within and across commits, handles and consumers. Each outbox
-/// has its own producer.
-pub(super) async fn o3_each_outbox_numbers_its_records<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+/// O3: the numbers of an outbox rise within and across commits, handles and, where they share it,
+/// consumers. Each outbox has its own producer.
+pub(super) async fn o3_each_outbox_numbers_its_records<H: Harness>(harness: &H, backend: &H::Backend) -> CaseResult {
     let names = ["a", "b"].map(|name| backend.outbox_name(name));
-    let open = async |consumer| Sender::open(backend, consumer).await;
-    let senders = [open("shipping").await?, open("billing").await?, open("shipping").await?];
+    let second = match harness.capabilities().shared_outboxes {
+        Support::Yes => "billing",
+        Support::No(_) => "shipping",
+    };
+    let sender = async |consumer| Sender::open(backend, consumer).await;
+    let senders = [
+        sender("shipping").await?,
+        sender(second).await?,
+        sender("shipping").await?,
+    ];
     for commit in 0..9 {
         // The third handle belongs to the consumer of the first.
         let sender = &senders[commit % 3];
@@ -98,7 +106,7 @@ pub(super) async fn o3_numbers_rise_after_truncation<H: Harness>(harness: &H, ba
         last = Some(one_more(backend, &sender, n, "after truncation", last.as_ref()).await?);
     }
     if harness.capabilities().truncate_all == Support::Yes {
-        let end = backend.outbox("a").await?.bounds().await?.end;
+        let end = open(backend, "a").await?.bounds().await?.end;
         backend.truncate("a", end).await?;
         for n in 5..7 {
             last = Some(one_more(backend, &sender, n, "after every record was removed", last.as_ref()).await?);
@@ -139,7 +147,7 @@ pub(super) async fn o3_numbers_rise_after_a_restart<H: Harness>(harness: &H, bac
             last = Some(one_more(backend, &sender, 2 * round + n, &when, last.as_ref()).await?);
         }
         if empties && round == 1 {
-            let end = backend.outbox("a").await?.bounds().await?.end;
+            let end = open(backend, "a").await?.bounds().await?.end;
             backend.truncate("a", end).await?;
         }
         backend.restart().await?;
@@ -298,7 +306,7 @@ pub(super) async fn o3_a_consumer_behind_a_relay_handles_each_record_once<H: Har
                 log: Arc::clone(&bus),
                 appends: AtomicUsize::default(),
             };
-            let (outbox, store) = (backend.outbox(name).await?, backend.store().await?);
+            let (outbox, store) = (open(backend, name).await?, backend.store().await?);
             let relay = Consumer::at_least_once(consumer(&format!("relay-{name}")), outbox, store, Relay::to(lossy))
                 .max_batch(3)
                 .min_backoff(Duration::ZERO)

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     cases::{
         common::payloads,
-        outbox::{found, outbox},
+        outbox::{found_of, outbox},
     },
     checker::{Applied, Check, Expectation, read_log},
     harness::Backend,
@@ -173,7 +173,8 @@ impl<B: Backend> Scene<'_, B> {
         if !self.sends || self.delivery != Expectation::EssentiallyOnce || applied.is_empty() {
             return Ok(());
         }
-        let sent = payloads(&found(self.backend, &self.outbox_name()).await?);
+        let consumer = ConsumerId::new(&self.name)?;
+        let sent = payloads(&found_of(self.backend, &consumer, &self.outbox_name()).await?);
         let applied: Vec<_> = applied.iter().map(|applied| applied.offset.to_string()).collect();
         match sent == applied {
             true => Ok(()),

@@ -70,6 +70,7 @@ impl Harness for ModelHarness {
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
         capabilities.outbox = Support::Yes;
+        capabilities.shared_outboxes = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(VALUE_LIMIT);
         capabilities.key_limit = Some(KEY_LIMIT);

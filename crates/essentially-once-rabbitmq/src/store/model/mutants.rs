@@ -144,3 +144,14 @@ fn mutant_a_reader_jumps_over_what_retention_removed() {
         "a writer knows a part of the truth",
     );
 }
+
+#[test]
+fn mutant_a_writer_numbers_what_it_tries_to_send() {
+    found(
+        System {
+            counts_tries: true,
+            ..System::sound()
+        },
+        "the numbers of sent records rise by one",
+    );
+}
