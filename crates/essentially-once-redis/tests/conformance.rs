@@ -159,8 +159,8 @@ impl Backend for Server {
         Ok(())
     }
 
-    /// Only an append contains the first pattern. A commit is sent as the second one once the server
-    /// knows its script.
+    /// Only an append contains the first pattern. A commit contains the second one, unless the
+    /// server does not know its script.
     async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
         let start = async || Proxy::start(self.server.port());
         let pattern: &[u8] = match request {

@@ -1,7 +1,7 @@
 //! The arguments of `commit.lua`: fields, lists, and the bounds of each list.
 //!
-//! A commit that sends records has one more list, behind which its bounds and a mark follow those of
-//! the others. Any other commit is the same as if it did not exist.
+//! A commit that sends records has one more list. Its bounds follow those of the others, and a mark
+//! follows them. All other commits are the same as if this list did not exist.
 //!
 //! This module alone knows their places. It writes the arguments and the bounds, and it generates
 //! the start of the script, which reads them into named variables. So Rust and Lua cannot disagree
