@@ -8,7 +8,8 @@
 //!   write them.
 //! - [`RedisStore`] keeps positions, state and dead letters, and documents their formats. A
 //!   handler's [`RedisTx`] offers portable [`KeyValue`](essentially_once::KeyValue) state. It also
-//!   takes Redis commands on your own keys and runs them in the same step.
+//!   takes Redis commands on your own keys, and [sends](essentially_once::Outbox) records to logs,
+//!   in the same step.
 //!
 //! Acknowledged writes survive a crash if the server syncs before it answers: `appendonly yes` and
 //! `appendfsync always`. A consumer refuses any other server and names the settings to change,

@@ -9,8 +9,8 @@ use std::{
 };
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, OffsetStore as _,
-    ReadState as _, Record, async_trait,
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log as _, NewRecord,
+    OffsetStore as _, Outbox as _, ReadState as _, Record, async_trait,
     backend::{Advance, DeadLetter, DeadLetters as _, Owner, Revision, Source, Transaction as _},
     consumer::{EssentiallyOnce, Report},
 };
@@ -18,7 +18,7 @@ use essentially_once_redis::{
     LogOptions, Redis, RedisLog, RedisOptions, RedisStore, RedisTx, Retention,
     redis::{Cmd, cmd},
 };
-use essentially_once_testkit::Ledger;
+use essentially_once_testkit::{Ledger, read_log};
 use test_servers::{RedisCluster, RedisServer, Reply};
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         logs_and_consumers_are_on_all_nodes,
         life_and_state_are_where_the_position_is,
         a_command_in_another_slot_is_refused,
+        an_outbox_is_in_the_slot_of_its_consumer,
         a_consumer_follows_its_slot,
         sender_and_reader_follow_the_slot_of_the_log,
         a_node_that_is_killed_comes_back,
@@ -300,6 +301,54 @@ async fn a_command_in_another_slot_is_refused() -> Outcome {
     // Another handler continues at the same record.
     stage.consumer(0, 0).0.run_until_caught_up().await?;
     stage.judge(0, 0, 1).await
+}
+
+async fn an_outbox_is_in_the_slot_of_its_consumer() -> Outcome {
+    let stage = Stage::start().await?;
+    let store = stage.redis.store();
+    for (index, consumer) in stage.consumers.iter().enumerate() {
+        let name = format!("{{{consumer}}}:shipped");
+        let mut revision = Revision::NONE;
+        for number in 0..2_u64 {
+            let mut tx = store.begin(consumer).await?;
+            let other = &stage.consumers[(index + 1) % 3];
+            for elsewhere in ["shipped".into(), format!("{{{other}}}:shipped"), consumer.to_string()] {
+                let refused = tx.send(&elsewhere, NewRecord::new("lost")).await;
+                let text = refused.as_ref().err().map(ToString::to_string).unwrap_or_default();
+                let advice = format!(
+                    "must contain {}; {elsewhere} does not; send to {}:",
+                    tx.hash_tag(),
+                    tx.hash_tag()
+                );
+                ensure!(
+                    matches!(refused, Err(Error::Failed { .. })) && text.contains(&advice),
+                    "{elsewhere}: {refused:?}"
+                );
+            }
+            tx.send(&name, NewRecord::new(number.to_string())).await?;
+            let next = revision.next_epoch();
+            let advance = Advance::new(stage.logs[0].id().clone(), (number + 1).into(), revision, next);
+            tx.commit(advance).await?;
+            revision = next;
+        }
+        let options = LogOptions::new().existing().stream(name.clone());
+        let records = read_log(&stage.redis.log_with("shipped", options).await?).await?;
+        let found: Vec<_> = records
+            .iter()
+            .map(|record| {
+                (
+                    record.payload.clone(),
+                    record.origin.as_ref().map(|origin| origin.sequence),
+                )
+            })
+            .collect();
+        ensure!(found == [("0".into(), Some(0)), ("1".into(), Some(1))], "{found:?}");
+        for key in [name.clone(), format!("essentially-once:{{{consumer}}}:outbox:{name}")] {
+            let exists = stage.node(index).command(&["EXISTS", &key])?;
+            ensure!(exists == Reply::Int(1), "{key} is not on node {index}");
+        }
+    }
+    Ok(())
 }
 
 async fn a_consumer_follows_its_slot() -> Outcome {

@@ -69,7 +69,8 @@ impl Harness for RedisHarness {
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.damage_letter = Support::Yes;
-        capabilities.outbox = Support::No("the adapter has no outboxes yet");
+        capabilities.outbox = Support::Yes;
+        capabilities.shared_outboxes = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
         capabilities
@@ -159,11 +160,12 @@ impl Backend for Server {
         Ok(())
     }
 
-    /// Only these scripts contain these bytes, and they are sent in no other form.
+    /// Only an append contains the first pattern. A commit contains the second one, unless the
+    /// server does not know its script.
     async fn cut_next(&self, request: Request, cut: Cut) -> Result<(), Source> {
         let start = async || Proxy::start(self.server.port());
         let pattern: &[u8] = match request {
-            Request::Append => b"'XADD'",
+            Request::Append => b"'NOMKSTREAM'",
             Request::Commit => b"EVALSHA",
         };
         self.proxy.get_or_try_init(start).await?.cut_at(pattern, cut);
@@ -172,6 +174,11 @@ impl Backend for Server {
 
     fn cuts(&self) -> usize {
         self.proxy.get().map_or(0, Proxy::fired)
+    }
+
+    /// An outbox is a log like any other.
+    async fn outbox(&self, log: &str) -> Result<Arc<dyn Log>, Error> {
+        self.log(log).await
     }
 
     async fn native_put(&self, tx: &mut RedisTx, name: &str) -> Result<(), Error> {

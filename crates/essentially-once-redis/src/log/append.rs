@@ -6,6 +6,7 @@ use essentially_once::{Error, NewRecord, Offset, backend::FetchBudget};
 use redis::{Cmd, Pipeline, RedisError, Value};
 
 use crate::{
+    connection::Link,
     error::write_failed,
     log::{
         codec::{arguments, encode, parse_id},
@@ -31,15 +32,7 @@ impl Stream {
         // Connecting finds out how large a value may be, which the checks below need.
         self.link.connection().await?;
         for record in records {
-            record.check_size(self.link.server.options.record_limit)?;
-            self.link.check_value(largest_value(record))?;
-            if record.headers.len() > MAX_HEADERS {
-                let why = format!(
-                    "a record has {} headers, and at most {MAX_HEADERS} are possible",
-                    record.headers.len()
-                );
-                return Err(Error::failed(self.on("append to"), why));
-            }
+            check(&self.link, record, || self.on("append to"))?;
         }
         let (mut last, mut appended) = (None, 0);
         while appended < records.len() {
@@ -135,13 +128,26 @@ impl Stream {
     }
 }
 
-/// The size that a record adds to a chunk.
-fn weight(record: &NewRecord) -> usize {
+/// Refuses a record that no stream can hold.
+pub(crate) fn check(link: &Link, record: &NewRecord, action: impl Fn() -> String) -> Result<(), Error> {
+    record.check_size(link.server.options.record_limit)?;
+    link.check_value(largest_value(record))?;
+    match record.headers.len() {
+        ..=MAX_HEADERS => Ok(()),
+        headers => {
+            let why = format!("a record has {headers} headers, and at most {MAX_HEADERS} are possible");
+            Err(Error::failed(action(), why))
+        }
+    }
+}
+
+/// The size that a record adds to a request.
+pub(crate) fn weight(record: &NewRecord) -> usize {
     record.size() + ARGUMENT_BYTES * arguments(record)
 }
 
 /// The size of the largest value in the entry of a record.
-fn largest_value(record: &NewRecord) -> usize {
+pub(crate) fn largest_value(record: &NewRecord) -> usize {
     let headers = record.headers.iter();
     // The field of a header is its name with a prefix of two bytes.
     let headers = headers.flat_map(|(name, value)| [name.len() + 2, value.len()]);

@@ -31,6 +31,12 @@ pub(crate) fn arguments(record: &NewRecord) -> usize {
     2 + key + origin + 2 * record.headers.len() + 2
 }
 
+/// The index of the producer among the fields and values of a record with an origin, from 0. Two
+/// after it is the sequence.
+pub(crate) fn producer_at(record: &NewRecord) -> usize {
+    if record.key.is_some() { 5 } else { 3 }
+}
+
 /// Passes the fields and values of a record's entry to `put`, in order.
 pub(crate) fn encode(record: &NewRecord, mut put: impl FnMut(&[u8])) {
     put(MARK);

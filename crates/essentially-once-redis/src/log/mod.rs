@@ -15,7 +15,10 @@ use essentially_once::{
     backend::{Bounds, Durability, LogId, LogReader},
 };
 
-pub(crate) use self::codec::shown;
+pub(crate) use self::{
+    append::{check, largest_value, weight},
+    codec::{arguments, encode, producer_at, shown},
+};
 use crate::{
     connection::{Server, durability},
     log::{reader::RedisReader, stream::Stream},
@@ -53,6 +56,72 @@ use crate::{
 /// sent, if the user may read that setting (`+config|get`). Otherwise the first such append fails
 /// midway and closes the connection, which other calls may be using. From then on the handle
 /// refuses values of that size.
+///
+/// # As an outbox
+/// A handler's [`RedisTx`](crate::RedisTx#sending) sends to any log of its server, and in a cluster
+/// to logs in the hash slot of its consumer. Open the log like any other to read it, or to
+/// [relay](essentially_once::relay::Relay) it to another log. `send` names the log by the key of
+/// its stream:
+///
+/// ```
+/// # use essentially_once::Error;
+/// # use essentially_once_redis::{LogOptions, Redis};
+/// use essentially_once::relay::Relay;
+/// use essentially_once::{Consumer, ConsumerId, NewRecord, Outbox, Record, handler_fn};
+/// use essentially_once_redis::RedisTx;
+///
+/// # async fn example(shop: Redis, bus: Redis) -> Result<(), Error> {
+/// let ship = handler_fn(|order: &Record, tx: &mut RedisTx| {
+///     Box::pin(async move {
+///         tx.send("{shipping}:shipped", NewRecord::new("shipped").key(order.payload.clone())).await?;
+///         Ok(())
+///     })
+/// });
+/// let shipping = ConsumerId::new("shipping")?;
+/// let orders = shop.log("orders").await?;
+/// let shipping = Consumer::essentially_once(shipping, orders, shop.store(), ship);
+///
+/// let options = LogOptions::new().stream("{shipping}:shipped");
+/// let outbox = shop.log_with("outbox", options).await?;
+/// let relay = Relay::to(bus.log("shipped").await?);
+/// let relay = Consumer::at_least_once(ConsumerId::new("relay")?, outbox, shop.store(), relay);
+/// let (shipping, relay) = tokio::join!(shipping.run(), relay.run());
+/// # (shipping?, relay?);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// The commit gives each record an [`Origin`](essentially_once::Origin) in the stable epoch. Its
+/// producer belongs to the log, and its sequence is the next number of the log. Both are in a hash:
+///
+/// | key | field | value |
+/// |---|---|---|
+/// | `<prefix>:{<tag>}:outbox:<stream>` | `producer` | drawn for the first record that was sent |
+/// | | `next` | the sequence of the next record |
+///
+/// The tag is the hash tag of the stream's key, or the whole key if it has none. The hash stays
+/// when records are removed and when the stream is deleted, so numbers are not used again. A commit
+/// that finds a damaged hash fails with [`Error::Failed`] and applies nothing.
+///
+/// Numbers are used again if the server loses acknowledged commits: after a failover to a replica
+/// that was behind, after a crash without `appendfsync always`, or when an older copy of the data
+/// is restored. Consumers behind a relay then drop new records as copies of those that the relay
+/// had passed on. Wait for replicas
+/// ([`RedisOptions::min_replicas`](crate::RedisOptions::min_replicas)) to make such a failover less
+/// likely. Before you start the processes on restored data, delete these hashes, and each outbox
+/// gets a new producer:
+///
+/// ```text
+/// redis-cli --scan --pattern 'essentially-once:{*}:outbox:*' | xargs redis-cli DEL
+/// ```
+///
+/// [`append`](Log::append) numbers nothing. A relay rejects the records that it leaves in an outbox
+/// without an origin.
+///
+/// A commit removes no old records. To limit an outbox, open it with a
+/// [retention](crate::LogOptions::retention) and call [`trim`](Self::trim) from time to time.
+/// Choose a `max_age` that is longer than the relay may be away. A relay from which records were
+/// removed ends with [`Error::Truncated`].
 ///
 /// # Removed records
 /// A stream reports how many entries were removed, but not which. After our own
@@ -93,6 +162,7 @@ use crate::{
 ///   which a reader cannot replace a lost connection.
 /// - Opening for the first time: `EVAL`, `XGROUP`.
 /// - Appending: `EVAL`, `XADD`, `XINFO`.
+/// - Sending to it as an outbox: see [`RedisStore`](crate::RedisStore#permissions).
 /// - Retention: also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`.
 /// - Keys: the stream, and `<prefix>:retention:*`.
 /// - [`durability`](Log::durability) uses `CONFIG GET`, and so does each new connection, to find

@@ -1,8 +1,8 @@
 -- Commits one transaction of a consumer. Redis never rolls back, so all checks come before the
 -- first write.
 --
--- KEYS: position, windows, state, each key that a native command names, and the keys of letters if
---   the commit changes any.
+-- KEYS: position, windows, state, each key that a native command names, the keys of letters if the
+--   commit changes any, and for each outbox its stream and the hash with its numbers.
 -- ARGV: `layout.rs` writes it, and generates the code above, which names its fields and
 --   the bounds of its lists. A missing log incarnation, owner or note is ''. So is a journal that
 --   the commit does not change; any other follows a byte. The `partial_revision` is that of a
@@ -69,6 +69,48 @@ if (deletes_first <= deletes_last or forgotten_first <= forgotten_last) and not 
   return {'refused', STATE, 'NOPERM the user may not run HDEL'}
 end
 
+-- Each outbox: its stream, the hash with its numbers, the producer that it gets if it is new, the
+-- number of records, and the number of arguments that they take. Each record: the number of its
+-- fields and values, the place of its producer among them, and these.
+local outboxes = {}
+at = sends_first
+while at <= sends_last do
+  local outbox = {stream = ARGV[at], hash = ARGV[at + 1], producer = ARGV[at + 2], number = 0, is_new = true}
+  outbox.first, outbox.last = at + 5, at + 4 + tonumber(ARGV[at + 4])
+  local stream, hash = outbox.stream, outbox.hash
+  if not redis.acl_check_cmd('XINFO', 'STREAM', stream) or not redis.acl_check_cmd('XADD', stream, '*', 'a', 'b') then
+    return {'refused', stream, 'NOPERM the user may not run XADD or XINFO STREAM'}
+  end
+  if not redis.acl_check_cmd('HMGET', hash, 'a') or not redis.acl_check_cmd('HSET', hash, 'a', 'b') then
+    return {'refused', hash, 'NOPERM the user may not run HMGET or HSET'}
+  end
+  local info = call('XINFO', 'STREAM', stream)
+  if info.err and not info.err:find('no such key', 1, true) then
+    return {'refused', stream, info.err}
+  end
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' and info[i + 1]:find('^18446744073709551615%-') then
+      return {'refused', stream, 'ERR the stream has no more ids; rename it'}
+    end
+  end
+  local kept = call('HMGET', hash, 'producer', 'next')
+  if kept.err then
+    return {'refused', hash, kept.err}
+  end
+  local producer, number = kept[1], kept[2]
+  if producer or number then
+    -- Lua counts exactly with 15 digits.
+    if not producer or #producer > 200 or not producer:find('^%w[%w._:/@+=-]*$')
+      or not number or #number > 15 or not number:find('^%d+$') then
+      return {'outbox', hash}
+    end
+    outbox.producer, outbox.number, outbox.is_new = producer, tonumber(number), false
+  end
+  outbox.stop = string.format('%.0f', outbox.number + tonumber(ARGV[at + 3]))
+  outboxes[#outboxes + 1] = outbox
+  at = outbox.last + 1
+end
+
 -- Writes
 
 local done = 0
@@ -108,6 +150,35 @@ while at <= commands_last do
       return failed(ARGV[i], ARGV[i + 1], reply.err)
     end
     done = done + 1
+  end
+end
+
+-- Behind the native commands, which may fail, and in front of writes that cannot fail.
+for i = 1, #outboxes do
+  local outbox = outboxes[i]
+  local stream, hash, producer, number = outbox.stream, outbox.hash, outbox.producer, outbox.number
+  local reply
+  if outbox.is_new then
+    reply = call('HSET', hash, 'producer', producer, 'next', outbox.stop)
+  else
+    reply = call('HSET', hash, 'next', outbox.stop)
+  end
+  if type(reply) == 'table' then
+    return failed('HSET', hash, reply.err)
+  end
+  done = done + 1
+  at = outbox.first
+  while at <= outbox.last do
+    local first = at + 2
+    local place, last = first + tonumber(ARGV[at + 1]), at + 1 + tonumber(ARGV[at])
+    ARGV[place], ARGV[place + 2] = producer, string.format('%.0f', number)
+    reply = call('XADD', stream, '*', unpack(ARGV, first, last))
+    if type(reply) == 'table' then
+      return failed('XADD', stream, reply.err)
+    end
+    done = done + 1
+    number = number + 1
+    at = last + 1
   end
 end
 

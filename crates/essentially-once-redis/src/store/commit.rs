@@ -21,6 +21,7 @@ use crate::{
         layout::{self, Fields, Items, Layout, List},
         letters::Letters,
         native::{Staged, Use},
+        outbox::Outgoing,
     },
 };
 
@@ -41,6 +42,7 @@ pub(crate) struct Commit {
     pub(crate) state: State,
     pub(crate) staged: Staged,
     pub(crate) letters: Letters,
+    pub(crate) outgoing: Outgoing,
     /// The size of the largest key, value or argument.
     pub(crate) largest: usize,
     pub(crate) advance: Advance,
@@ -97,12 +99,16 @@ impl Commit {
         } = self;
         let mut command = self.with_capacity(script);
         let letters = if self.letters.is_empty() { 0 } else { LetterKeys::COUNT };
-        command.arg(verb).arg(script).arg(3 + staged.keys.len() + letters);
+        let keys_count = 3 + staged.keys.len() + letters + self.outgoing.keys().count();
+        command.arg(verb).arg(script).arg(keys_count);
         command.arg(&keys.position).arg(&keys.windows).arg(&keys.state);
         for key in staged.keys.keys() {
             command.arg(&key[..]);
         }
         for key in &keys.letters.all()[..letters] {
+            command.arg(key);
+        }
+        for key in self.outgoing.keys() {
             command.arg(key);
         }
         let owner = advance.owner.map(|owner| owner.to_string());
@@ -128,6 +134,9 @@ impl Commit {
         self.lay_out_windows(&mut layout);
         self.lay_out_checks(&mut layout);
         self.lay_out_commands(&mut layout);
+        if !self.outgoing.is_empty() {
+            layout.sends(|items| self.outgoing.lay_out(items));
+        }
         layout.finish()
     }
 
@@ -137,6 +146,7 @@ impl Commit {
             state,
             staged,
             letters,
+            outgoing,
             advance,
             ..
         } = self;
@@ -144,8 +154,14 @@ impl Commit {
         let bytes = state.iter().map(size).sum::<usize>();
         let (windows, keys) = (advance.windows.len() + advance.forgotten.len(), staged.keys.len());
         Cmd::with_capacity(
-            40 + 2 * (state.len() + windows) + 4 * keys + staged.arguments + 12 * letters.len(),
-            script.len() + bytes + staged.bytes + letters.bytes() + 256 * (4 + windows + keys) + 8 * staged.arguments,
+            40 + 2 * (state.len() + windows) + 4 * keys + staged.arguments + 12 * letters.len() + outgoing.arguments(),
+            script.len()
+                + bytes
+                + staged.bytes
+                + letters.bytes()
+                + outgoing.bytes()
+                + 256 * (4 + windows + keys)
+                + 8 * staged.arguments,
         )
     }
 
@@ -315,6 +331,14 @@ impl Commit {
                     "{:?} in {:?} is incremented, but its value is not an integer; nothing was applied",
                     text(1),
                     text(2)
+                ),
+            ),
+            "outbox" => Error::failed(
+                self.action(),
+                format!(
+                    "key {} does not hold the producer and the next number of an outbox; nothing was applied; delete the \
+                     key, and the outbox gets a new producer",
+                    text(1)
                 ),
             ),
             _ => Error::indeterminate(self.action(), "the script sent an unexpected reply"),

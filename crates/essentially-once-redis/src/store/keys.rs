@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `<prefix>:{<consumer>}:position`, `:windows`, `:state` | a consumer's hashes |
 //! | `<prefix>:{<consumer>}:letters`, `:letters-by-offset`, `:letters-by-key`, `:letters-due` | its dead letters, and their indices |
+//! | `<prefix>:{<tag>}:outbox:<stream>` | the numbers of an outbox; the tag is that of the stream's key, or the whole key |
 //! | `<prefix>:retention:{<stream>}` | retention of a stream whose key has no braces |
 //! | `<prefix>:retention:<stream>` | retention of a stream whose key has braces |
 //! | `<prefix>:retention:}{<tag>}` | retention of the stream `{<tag>}`, whose key is all hash tag |
@@ -20,6 +21,7 @@ use std::fmt;
 use essentially_once::{ConsumerId, Error};
 
 const RETENTION: &str = "retention";
+const OUTBOX: &str = "outbox:";
 
 /// Refuses a prefix with which two keys could have one name.
 pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
@@ -97,6 +99,27 @@ impl Keys {
     }
 }
 
+/// The name of the hash with the numbers of an outbox, in the same cluster slot as its stream.
+pub(crate) fn outbox_numbers(prefix: &str, stream: &str) -> String {
+    let tag = slot_part(stream);
+    format!("{prefix}:{{{tag}}}:{OUTBOX}{stream}")
+}
+
+/// The part of a stream's key that the cluster hashes.
+fn slot_part(stream: &str) -> &str {
+    let tag = hash_tag(stream.as_bytes()).and_then(|tag| str::from_utf8(tag).ok());
+    tag.unwrap_or(stream)
+}
+
+/// The part of a key from which a cluster computes the slot: the text between the first brace and
+/// the next closing one. `None` if the cluster uses the whole key.
+pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
+    let open = key.iter().position(|byte| *byte == b'{')?;
+    let rest = &key[open + 1..];
+    let close = rest.iter().position(|byte| *byte == b'}')?;
+    (close > 0).then(|| &rest[..close])
+}
+
 /// The hashes in which our retention records what it removed from a stream.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct RetentionKeys {
@@ -147,6 +170,8 @@ impl RetentionKeys {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Ours {
     Consumer(ConsumerId, Kind),
+    /// Holds the key of the stream.
+    Outbox(String),
     /// Holds the key of the stream.
     Retention(Vec<u8>),
 }
@@ -204,6 +229,9 @@ impl Ours {
 
     fn parse_consumer(rest: &str) -> Option<Self> {
         let (consumer, kind) = rest.strip_prefix('{')?.split_once("}:")?;
+        if let Some(stream) = kind.strip_prefix(OUTBOX) {
+            return (slot_part(stream) == consumer).then(|| Self::Outbox(stream.into()));
+        }
         let kind = Kind::ALL.into_iter().find(|known| known.name() == kind)?;
         Some(Self::Consumer(ConsumerId::new(consumer).ok()?, kind))
     }
@@ -229,7 +257,7 @@ fn tag_of(stream: &[u8]) -> Option<&[u8]> {
 mod tests {
     use std::collections::HashMap;
 
-    use proptest::{collection::vec, prelude::*, sample::select};
+    use proptest::{collection::vec, option, prelude::*, sample::select};
 
     use super::*;
 
@@ -254,6 +282,17 @@ mod tests {
             let keys = RetentionKeys::new("p", stream.as_bytes()).expect("valid");
             assert_eq!(keys.now, now.as_bytes(), "{stream}");
             assert_eq!(keys.before.as_deref(), before.map(str::as_bytes), "{stream}");
+        }
+    }
+
+    #[test]
+    fn the_numbers_of_an_outbox_are_in_the_slot_of_its_stream() {
+        for (stream, key) in [
+            ("out", "p:{out}:outbox:out"),
+            ("{shipping}:out", "p:{shipping}:outbox:{shipping}:out"),
+            ("{shipping}", "p:{shipping}:outbox:{shipping}"),
+        ] {
+            assert_eq!(outbox_numbers("p", stream), key);
         }
     }
 
@@ -318,7 +357,7 @@ mod tests {
         streams.prop_filter("refused", |stream| RetentionKeys::new("p", stream).is_ok())
     }
 
-    fn named(prefix: &str, consumers: &[ConsumerId], streams: &[Vec<u8>]) -> Vec<(Vec<u8>, Ours)> {
+    fn named(prefix: &str, consumers: &[ConsumerId], streams: &[Vec<u8>], outboxes: &[String]) -> Vec<(Vec<u8>, Ours)> {
         let hashes = consumers.iter().flat_map(|consumer| {
             let keys = Keys::new(prefix, consumer);
             let of = |kind| Ours::Consumer(consumer.clone(), kind);
@@ -336,11 +375,24 @@ mod tests {
             let keys = RetentionKeys::new(prefix, stream).expect("a stream");
             (keys.now, Ours::Retention(stream.clone()))
         });
-        hashes.chain(retention).collect()
+        let numbers = outboxes.iter().map(|stream| {
+            let key = outbox_numbers(prefix, stream).into_bytes();
+            (key, Ours::Outbox(stream.clone()))
+        });
+        hashes.chain(retention).chain(numbers).collect()
+    }
+
+    /// The names of logs, some with a hash tag.
+    fn outbox() -> impl Strategy<Value = String> {
+        let pieces = &["a", ":outbox:", "outbox:a", ":position", ":retention:"];
+        (consumer(), option::of(text(pieces, 2)), text(pieces, 2)).prop_map(|(tag, before, after)| match before {
+            None => tag.to_string(),
+            Some(before) => format!("{before}{{{tag}}}{after}"),
+        })
     }
 
     /// The part of a key from which Redis Cluster computes the slot.
-    fn hash_tag(key: &[u8]) -> &[u8] {
+    fn hashed(key: &[u8]) -> &[u8] {
         let Some(open) = key.iter().position(|byte| *byte == b'{') else {
             return key;
         };
@@ -357,17 +409,19 @@ mod tests {
             prefixes in vec(prefix(), 1..20),
             consumers in vec(consumer(), 1..20),
             streams in vec(stream(), 1..40),
+            outboxes in vec(outbox(), 1..20),
         ) {
             let mut meaning = HashMap::new();
             for prefix in &prefixes {
-                for (key, ours) in named(prefix, &consumers, &streams) {
+                for (key, ours) in named(prefix, &consumers, &streams, &outboxes) {
                     let shown = String::from_utf8_lossy(&key).into_owned();
                     prop_assert_eq!(Ours::parse(prefix, &key), Some(ours.clone()), "{}", shown);
                     let tag = match &ours {
                         Ours::Consumer(consumer, _) => consumer.as_str().as_bytes(),
-                        Ours::Retention(stream) => hash_tag(stream),
+                        Ours::Outbox(stream) => hashed(stream.as_bytes()),
+                        Ours::Retention(stream) => hashed(stream),
                     };
-                    prop_assert_eq!(hash_tag(&key), tag, "{}", shown);
+                    prop_assert_eq!(hashed(&key), tag, "{}", shown);
                     let this = (prefix.clone(), ours);
                     let first = meaning.entry(key).or_insert_with(|| this.clone());
                     prop_assert_eq!(&*first, &this, "{}", shown);
@@ -383,6 +437,9 @@ mod tests {
             "p:{}:state",
             "p:{c}:state:x",
             "p:{c}:letters-",
+            "p:{c}:outbox:d",
+            "p:{c}:outbox:{d}:c",
+            "p:{c}:outbox:",
             "q:{c}:state",
             "p:x:{c}:state",
             "p:retention",

@@ -1,5 +1,8 @@
 //! The arguments of `commit.lua`: fields, lists, and the bounds of each list.
 //!
+//! A commit that sends records has one more list. Its bounds follow those of the others, and a mark
+//! follows them. All other commits are the same as if this list did not exist.
+//!
 //! This module alone knows their places. It writes the arguments and the bounds, and it generates
 //! the start of the script, which reads them into named variables. So Rust and Lua cannot disagree
 //! about where a list ends.
@@ -97,6 +100,9 @@ impl List {
     }
 }
 
+/// The mark behind the bounds of the records to send. Otherwise a number is the last argument.
+const SENDS: &str = "sends";
+
 /// The start of the script, which names the fields and the bounds.
 pub(crate) fn prologue() -> String {
     let mut lua = String::from("local ARGV = ARGV\n");
@@ -104,12 +110,20 @@ pub(crate) fn prologue() -> String {
     for ((name, _), index) in Fields::default().named().into_iter().zip(1..) {
         let _ = writeln!(lua, "local {name} = ARGV[{index}]");
     }
-    // The bounds are the last arguments, two for each list.
+    let _ = writeln!(
+        lua,
+        "local bounds_end, sends_first, sends_last = #ARGV, 1, 0\n\
+         if ARGV[bounds_end] == '{SENDS}' then\n\
+         \x20 bounds_end, sends_first, sends_last =\n\
+         \x20   bounds_end - 3, tonumber(ARGV[bounds_end - 2]), tonumber(ARGV[bounds_end - 1])\n\
+         end"
+    );
+    // The bounds come last, two for each list.
     for (list, before_end) in List::ALL.into_iter().zip((0..List::ALL.len()).rev()) {
         let (name, last) = (list.name(), 2 * before_end);
         let _ = writeln!(
             lua,
-            "local {name}_first, {name}_last = tonumber(ARGV[#ARGV - {}]), tonumber(ARGV[#ARGV - {last}])",
+            "local {name}_first, {name}_last = tonumber(ARGV[bounds_end - {}]), tonumber(ARGV[bounds_end - {last}])",
             last + 1
         );
     }
@@ -123,6 +137,7 @@ pub(crate) struct Layout {
     written: usize,
     /// The first and last index of each list. An empty list ends before it begins.
     bounds: [(usize, usize); List::ALL.len()],
+    sends: Option<(usize, usize)>,
 }
 
 impl Layout {
@@ -136,6 +151,7 @@ impl Layout {
             command,
             written: fields.len(),
             bounds: [(1, 0); List::ALL.len()],
+            sends: None,
         }
     }
 
@@ -146,10 +162,20 @@ impl Layout {
         self.bounds[list as usize] = (first, self.written);
     }
 
+    /// Writes the list of records to send.
+    pub(crate) fn sends(&mut self, write: impl FnOnce(&mut Items<'_>)) {
+        let first = self.written + 1;
+        write(&mut Items { layout: self });
+        self.sends = Some((first, self.written));
+    }
+
     /// Writes the bounds.
     pub(crate) fn finish(mut self) -> Cmd {
         for (first, last) in self.bounds {
             self.command.arg(first).arg(last);
+        }
+        if let Some((first, last)) = self.sends {
+            self.command.arg(first).arg(last).arg(SENDS);
         }
         self.command
     }
@@ -177,7 +203,7 @@ impl Items<'_> {
 mod tests {
     use std::collections::HashMap;
 
-    use proptest::{collection::vec, prelude::*, sample::subsequence};
+    use proptest::{collection::vec, option, prelude::*, sample::subsequence};
     use redis::Arg;
 
     use super::*;
@@ -199,16 +225,18 @@ mod tests {
     /// The value of each variable that the prologue declares, for these arguments.
     fn variables(arguments: &[String]) -> HashMap<String, String> {
         let mut variables = HashMap::new();
+        let sends = arguments.last().is_some_and(|last| last == SENDS);
+        let bounds_end = arguments.len() - if sends { 3 } else { 0 };
         for line in prologue().lines().skip(1) {
-            let (names, values) = line
-                .strip_prefix("local ")
-                .and_then(|line| line.split_once(" = "))
-                .expect("a line");
+            let assignment = line.strip_prefix("local ").and_then(|line| line.split_once(" = "));
+            let Some((names, values)) = assignment.filter(|(names, _)| !names.contains("bounds_end")) else {
+                continue;
+            };
             for (name, value) in names.split(", ").zip(values.split(", ")) {
                 let index = value.trim_start_matches("tonumber(").trim_start_matches("ARGV[");
                 let index = index.trim_end_matches(')').trim_end_matches(']');
-                let index = match index.strip_prefix("#ARGV - ") {
-                    Some(before_end) => arguments.len() - before_end.parse::<usize>().expect("a number"),
+                let index = match index.strip_prefix("bounds_end - ") {
+                    Some(before_end) => bounds_end - before_end.parse::<usize>().expect("a number"),
                     None => index.parse().expect("a number"),
                 };
                 variables.insert(name.to_owned(), arguments[index - 1].clone());
@@ -222,12 +250,20 @@ mod tests {
         fn the_script_finds_the_lists_that_were_written(
             lists in subsequence(List::ALL.to_vec(), 0..=List::ALL.len()).prop_shuffle(),
             lengths in vec(0_usize..5, List::ALL.len()),
+            sends in option::of(1_usize..5),
         ) {
             let mut layout = Layout::new(Cmd::new(), fields());
             for list in &lists {
                 layout.list(*list, |items| {
                     for number in 0..lengths[*list as usize] {
                         items.push(format!("{} {number}", list.name()));
+                    }
+                });
+            }
+            if let Some(sends) = sends {
+                layout.sends(|items| {
+                    for number in 0..sends {
+                        items.push(format!("sends {number}"));
                     }
                 });
             }
@@ -240,6 +276,19 @@ mod tests {
                 })
                 .collect();
             let variables = variables(&arguments);
+            let bounds = 2 * List::ALL.len();
+            match sends {
+                Some(sends) => {
+                    let [.., first, last, _] = &arguments[..] else { panic!("too short") };
+                    let (first, last): (usize, usize) = (first.parse().expect("a number"), last.parse().expect("a number"));
+                    let written: Vec<String> = (0..sends).map(|number| format!("sends {number}")).collect();
+                    prop_assert_eq!(&arguments[first - 1..last], written);
+                }
+                None => {
+                    let items: usize = lists.iter().map(|list| lengths[*list as usize]).sum();
+                    prop_assert_eq!(arguments.len(), fields().named().len() + items + bounds);
+                }
+            }
             for (name, value) in fields().named() {
                 prop_assert_eq!(variables[name].as_bytes(), value);
             }

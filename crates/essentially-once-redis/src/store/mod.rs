@@ -1,11 +1,12 @@
 //! The store: positions, windows and state, in three hashes per consumer, and dead letters in a
-//! fourth one with three indices.
+//! fourth one with three indices. An outbox has a hash with its numbers.
 
 mod commit;
 pub(crate) mod keys;
 mod layout;
 mod letters;
 mod native;
+mod outbox;
 mod tx;
 
 use std::{
@@ -94,6 +95,8 @@ const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.l
 /// - `+hlen +zcard`, with which each session of a consumer looks for dead letters; if it has any,
 ///   also `+zadd +zrem +zrange +zlexcount`;
 /// - `+config|get` to find out whether the server is durable, and how large a value may be;
+/// - to [send](RedisTx#sending) records, also `+xadd +xinfo|stream`, the stream of each outbox, and
+///   its hash `<prefix>:{<tag>}:outbox:<stream>`;
 /// - with [`min_replicas`](crate::RedisOptions::min_replicas), `+wait` and `+info`;
 /// - for [native commands](RedisTx::command), these commands and their keys, `+command|info
 ///   +command|getkeys`, and, for the checks before a commit, `+mget +hlen +llen +scard +zcard

@@ -9,7 +9,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
-    ConsumerId, Error, KeyValue,
+    ConsumerId, Error, KeyValue, Outbox,
     backend::{Advance, DeadLetters, Transaction, check_entry_size, check_size},
 };
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
@@ -19,9 +19,10 @@ use crate::{
     error::{printable, read_failed},
     store::{
         commit::{Commit, State},
-        keys::{Keys, Ours},
+        keys::{Keys, Ours, hash_tag},
         letters::Letters,
         native::{Catalog, Command, Staged, arguments, increment, refused},
+        outbox::Outgoing,
     },
 };
 
@@ -32,7 +33,17 @@ const MAX_BYTES: usize = 768 * 1024 * 1024;
 /// commits. It locks nothing, and dropping it costs nothing.
 ///
 /// Besides the portable [`KeyValue`] state it takes [commands](Self::command) on your own keys,
-/// which other consumers and programs can see as well.
+/// which other consumers and programs can see as well, and it [sends](essentially_once::Outbox)
+/// records to logs.
+///
+/// # Sending
+/// [`Outbox::send`] names a log by the key of its stream. The commit appends the records behind all
+/// that may fail, so they are not among the commands of a partial commit. A transaction cannot
+/// both send to a stream and run a command on it. [`RedisLog`](crate::RedisLog#as-an-outbox)
+/// describes origins, retention and keys.
+///
+/// In a cluster, the key must contain the [`hash_tag`](Self::hash_tag), as in
+/// `{shipping}:shipped`, like the keys of commands. So each consumer has outboxes of its own there.
 ///
 /// # When a command fails
 /// Redis never rolls back. The script therefore runs every possible check first: that the server
@@ -58,11 +69,12 @@ pub struct RedisTx {
     state: State,
     /// The values read so far, so that a transaction sees one value per key.
     read: BTreeMap<Vec<u8>, Option<Bytes>>,
-    staged: Staged,
+    pub(super) staged: Staged,
     pub(super) letters: Letters,
+    pub(super) outgoing: Outgoing,
     /// Most transactions repeat one command.
     last: Option<Arc<Command>>,
-    /// The size of `state`. `staged` and `letters` have theirs.
+    /// The size of `state`. `staged`, `letters` and `outgoing` have theirs.
     bytes: usize,
     /// The size of the largest key, value or argument.
     pub(super) largest: usize,
@@ -87,6 +99,7 @@ impl RedisTx {
             read: BTreeMap::new(),
             staged: Staged::default(),
             letters: Letters::default(),
+            outgoing: Outgoing::default(),
             last: None,
             bytes: 0,
             largest: 0,
@@ -117,8 +130,9 @@ impl RedisTx {
     /// can continue. After [`Error::Unavailable`] it can only be rolled back.
     ///
     /// - [`Error::Failed`] for a command that does not exist, has too many or too few arguments,
-    ///   does not write, may block, is not allowed in a script, names no key (`FLUSHALL`), or
-    ///   writes to a key of a store or log with this [prefix](crate::RedisOptions::prefix);
+    ///   does not write, may block, is not allowed in a script, names no key (`FLUSHALL`), names a
+    ///   stream that the transaction sends to, or writes to a key of a store or log with this
+    ///   [prefix](crate::RedisOptions::prefix);
     /// - [`Error::TooLarge`] if the transaction exceeds 768 MiB, or an argument the server's limit;
     /// - [`Error::Unavailable`] if the server could not be asked about the command.
     pub async fn command(&mut self, command: Cmd) -> Result<(), Error> {
@@ -149,7 +163,11 @@ impl RedisTx {
         for key in &keys {
             self.check_key(known.name(), key)?;
             let why = match Ours::parse(&link.server.options.prefix, key) {
+                _ if self.outgoing.is_open(key) => {
+                    "is a stream that this transaction sends to: run the command in another transaction"
+                }
                 Some(Ours::Consumer(..)) => "belongs to a store: change state with `put` and `delete`",
+                Some(Ours::Outbox(_)) => "holds the numbers of an outbox, and only commits may change it",
                 Some(Ours::Retention(_)) => "belongs to the retention of a log, and only the log may change it",
                 None => continue,
             };
@@ -239,7 +257,7 @@ impl RedisTx {
 
     /// In a cluster, refuses a key that may be on another node.
     fn check_key(&self, command: &str, key: &[u8]) -> Result<(), Error> {
-        if !self.link.server.is_cluster() || hash_tag(key) == Some(self.consumer.as_str().as_bytes()) {
+        if self.is_in_slot(key) {
             return Ok(());
         }
         let (key, tag) = (printable(key), self.hash_tag());
@@ -249,8 +267,13 @@ impl RedisTx {
         Err(refused(&self.link, command, why))
     }
 
+    /// Whether a key is certainly where the position is.
+    pub(super) fn is_in_slot(&self, key: &[u8]) -> bool {
+        !self.link.server.is_cluster() || hash_tag(key) == Some(self.consumer.as_str().as_bytes())
+    }
+
     pub(super) fn check_room(&self, more: usize) -> Result<(), Error> {
-        let bytes = self.bytes + self.staged.bytes + self.letters.bytes();
+        let bytes = self.bytes + self.staged.bytes + self.letters.bytes() + self.outgoing.bytes();
         check_size("transaction", bytes + more, MAX_BYTES)
     }
 
@@ -296,6 +319,7 @@ impl fmt::Debug for RedisTx {
             .field("keys", &self.state.len())
             .field("commands", &self.staged.commands.len())
             .field("letters", &self.letters.len())
+            .field("sent", &self.outgoing.len())
             .finish_non_exhaustive()
     }
 }
@@ -319,6 +343,7 @@ impl Transaction for RedisTx {
             state,
             staged,
             letters,
+            outgoing,
             largest,
             ..
         } = self;
@@ -329,6 +354,7 @@ impl Transaction for RedisTx {
             state,
             staged,
             letters,
+            outgoing,
             largest,
             advance,
         }
@@ -337,6 +363,10 @@ impl Transaction for RedisTx {
     }
 
     fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
+        Some(self)
+    }
+
+    fn outbox(&mut self) -> Option<&mut dyn Outbox> {
         Some(self)
     }
 
@@ -369,13 +399,4 @@ impl KeyValue for RedisTx {
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
         self.stage(key, None)
     }
-}
-
-/// The part of a key from which a cluster computes the slot: the text between the first brace and
-/// the next closing one. `None` if the cluster uses the whole key.
-fn hash_tag(key: &[u8]) -> Option<&[u8]> {
-    let open = key.iter().position(|byte| *byte == b'{')?;
-    let rest = &key[open + 1..];
-    let close = rest.iter().position(|byte| *byte == b'}')?;
-    (close > 0).then(|| &rest[..close])
 }

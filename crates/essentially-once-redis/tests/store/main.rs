@@ -4,6 +4,7 @@ mod committing;
 mod letters;
 mod lost;
 mod native;
+mod outbox;
 mod partial;
 mod pulse;
 mod reads;
@@ -87,6 +88,20 @@ fn main() -> ExitCode {
         letters::a_full_server_still_takes_removals,
         letters::a_commit_without_letters_names_none_of_their_keys,
         letters::commands_on_letters_are_refused,
+        outbox::an_entry_is_what_a_log_writes,
+        outbox::numbers_outlive_the_entries_and_the_stream,
+        outbox::a_deleted_counter_draws_a_new_producer,
+        outbox::a_key_that_is_no_outbox_is_refused_before_the_first_write,
+        outbox::a_missing_permission_is_refused_before_the_first_write,
+        outbox::the_documented_permissions_are_enough,
+        outbox::a_partial_commit_sends_nothing,
+        outbox::a_stream_takes_either_records_or_commands,
+        outbox::names_that_cannot_be_outboxes_are_refused,
+        outbox::records_over_a_limit_are_refused_and_harm_nothing,
+        outbox::large_transactions_are_sent,
+        outbox::a_full_server_sends_only_what_it_makes_room_for,
+        outbox::missing_replicas_leave_a_sending_commit_in_doubt,
+        outbox::a_commit_that_sends_nothing_is_as_before,
         reads::a_careless_handler_counts_every_record,
         reads::after_a_read_without_an_answer_nothing_is_committed,
         reads::after_a_refused_read_nothing_is_committed,
