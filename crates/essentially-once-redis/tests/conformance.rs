@@ -7,7 +7,7 @@ use essentially_once_redis::{LogOptions, Redis, RedisOptions, RedisStore, RedisT
 use essentially_once_testkit::{
     Backend, Capabilities, Cut, Harness, Proxy, Request, StateReader, Suite, Support, conformance_cases,
 };
-use test_servers::{RedisServer, Reply};
+use test_servers::{RedisServer, Reply, eventually};
 use tokio::sync::OnceCell;
 
 const RECORD_LIMIT: usize = 1024 * 1024;
@@ -105,6 +105,18 @@ impl Server {
     }
 }
 
+impl Server {
+    /// Its clock, in milliseconds.
+    fn now(&self) -> Result<u64, Source> {
+        let time = self.server.command(&["TIME"])?;
+        let parts: Result<Vec<u64>, _> = time.list().iter().map(|part| part.text().parse()).collect();
+        match parts?[..] {
+            [seconds, micros] => Ok(seconds * 1_000 + micros / 1_000),
+            _ => Err("TIME returned something else than two numbers".into()),
+        }
+    }
+}
+
 #[async_trait]
 impl Backend for Server {
     type Store = RedisStore;
@@ -132,7 +144,17 @@ impl Backend for Server {
         if kept == 0 {
             // A limit on records keeps at least one. A limit on age can remove all.
             let retention = Retention::new().max_age(Duration::from_millis(1));
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            let info = self.server.command(&["XINFO", "STREAM", log])?;
+            let last = info.field("last-generated-id").and_then(|id| id.text().split_once('-'));
+            let last: u64 = last.ok_or("the stream has no last id")?.0.parse()?;
+            // By the server's clock, which also makes the ids.
+            eventually(|| async {
+                Ok(match self.now()? {
+                    now if now > last + 1 => Ok(()),
+                    now => Err(format!("it is {now}, and the last record is of {last}")),
+                })
+            })
+            .await?;
             let options = LogOptions::new().retention(retention);
             self.open().await?.log_with(log, options).await?.trim().await?;
             return Ok(());

@@ -56,6 +56,7 @@
 //!   that somebody altered, inserted, or moved from another log never reaches a handler.
 
 pub mod backend;
+mod backoff;
 pub mod consumer;
 mod error;
 mod handler;

@@ -298,7 +298,7 @@ async fn a_record_that_is_too_large_stops_the_relay() {
     assert_eq!(handled(&memory, &bus).await, (0..10).collect::<Vec<_>>());
 }
 
-/// Holds its first records back until it is told to send them.
+/// Holds its first records back until the test wakes it.
 struct Frozen {
     log: MemoryLog,
     holds: Mutex<Option<(Arc<Notify>, Arc<Notify>)>>,

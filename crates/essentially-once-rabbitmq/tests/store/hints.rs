@@ -215,22 +215,23 @@ async fn polite() -> Result<(), Violation> {
     let place = Place::new();
     let store = place.store().await?;
     commit(&store, 0, OWNER).await?;
-    let pulse = store.pulse(&shipping()).await?;
-    let watching = {
-        let store = store.clone();
-        tokio::spawn(async move { store.watch(&shipping(), &pulse, Duration::from_secs(60)).await })
-    };
-    // It waits for an entry by now.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let started = Instant::now();
-    commit(&store, 1, OWNER).await?;
-    assert!(
-        started.elapsed() < Duration::from_secs(20),
-        "it waited {:?}",
-        started.elapsed()
-    );
-    let watched = watching.await.expect("no panic")?;
-    assert_eq!(watched.revision, Revision::new(0, 2));
+    // The watch goes on at once after each commit, so it waits during most of the next one.
+    for commits in 1..10 {
+        let pulse = store.pulse(&shipping()).await?;
+        let watching = {
+            let store = store.clone();
+            tokio::spawn(async move { store.watch(&shipping(), &pulse, Duration::from_secs(60)).await })
+        };
+        let started = Instant::now();
+        commit(&store, commits, OWNER).await?;
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "it waited {:?}",
+            started.elapsed()
+        );
+        let watched = watching.await.expect("no panic")?;
+        assert_eq!(watched.revision, Revision::new(0, commits + 1));
+    }
     Ok(())
 }
 

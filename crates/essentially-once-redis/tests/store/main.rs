@@ -2,6 +2,7 @@
 
 mod committing;
 mod letters;
+mod letters_unreadable;
 mod lost;
 mod native;
 mod outbox;
@@ -74,9 +75,9 @@ fn main() -> ExitCode {
         letters::letters_of_another_writer_are_read,
         letters::a_consumer_parks_and_retries_in_order,
         letters::an_operator_changes_letters_of_a_busy_consumer,
-        letters::a_letter_that_cannot_be_read_says_why_and_can_be_removed,
-        letters::the_values_of_letters_may_be_gone,
-        letters::many_due_letters_that_cannot_be_read_are_passed_over_quickly,
+        letters_unreadable::a_letter_that_cannot_be_read_says_why_and_can_be_removed,
+        letters_unreadable::the_values_of_letters_may_be_gone,
+        letters_unreadable::many_due_letters_that_cannot_be_read_are_passed_over_quickly,
         letters::indices_follow_every_change,
         letters::many_letters_are_read_in_pages,
         letters::a_letter_reads_the_same_before_and_after_the_commit,

@@ -8,6 +8,7 @@ mod fencing;
 mod history;
 mod journal;
 mod letters;
+mod letters_unreadable;
 mod limits;
 mod log;
 mod names;
@@ -39,7 +40,7 @@ macro_rules! case {
 
 /// A case that also needs a store that keeps dead letters.
 macro_rules! letters_case {
-    ($harness:ident, $name:ident $(, $capability:ident)*) => {
+    ($harness:ident, $module:ident::$name:ident $(, $capability:ident)*) => {
         Case {
             name: stringify!($name),
             needs: |capabilities| {
@@ -49,7 +50,7 @@ macro_rules! letters_case {
                     $(needs::$capability(capabilities)),*
                 ])
             },
-            run: |harness, backend| Box::pin(letters::$name(harness, backend)),
+            run: |harness, backend| Box::pin($module::$name(harness, backend)),
         }
     };
 }
@@ -144,15 +145,19 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(one_commit::s11_a_snapshot_keeps_the_order_of_keys, needs store, read_state),
         case!(one_commit::s11_a_snapshot_waits_for_no_transaction, needs store, read_state),
         case!(journal::s12_a_journal_is_part_of_the_commit, needs store),
-        letters_case!(H, d1_letters_are_applied_with_the_commit),
-        letters_case!(H, d1_what_is_not_committed_leaves_no_trace),
-        letters_case!(H, d1_every_read_agrees_with_the_reference),
-        letters_case!(H, d2_a_letter_comes_back_as_it_was_parked),
-        letters_case!(H, d2_the_largest_record_can_be_parked, record_limit),
-        letters_case!(H, d2_letters_survive_a_restart, restart),
-        letters_case!(H, d3_keys_are_compared_to_the_byte),
-        letters_case!(H, d4_consumers_do_not_see_each_others_letters),
-        letters_case!(H, d5_a_letter_that_cannot_be_read_hides_no_other, damage_letter),
+        letters_case!(H, letters::d1_letters_are_applied_with_the_commit),
+        letters_case!(H, letters::d1_what_is_not_committed_leaves_no_trace),
+        letters_case!(H, letters::d1_every_read_agrees_with_the_reference),
+        letters_case!(H, letters::d2_a_letter_comes_back_as_it_was_parked),
+        letters_case!(H, letters::d2_the_largest_record_can_be_parked, record_limit),
+        letters_case!(H, letters::d2_letters_survive_a_restart, restart),
+        letters_case!(H, letters::d3_keys_are_compared_to_the_byte),
+        letters_case!(H, letters::d4_consumers_do_not_see_each_others_letters),
+        letters_case!(
+            H,
+            letters_unreadable::d5_a_letter_that_cannot_be_read_hides_no_other,
+            damage_letter
+        ),
         case!(outbox::o1_records_are_sent_with_the_commit, needs store, outbox),
         case!(outbox::o1_what_is_not_committed_sends_nothing, needs store, outbox),
         case!(outbox::o1_a_restart_never_parts_records_from_the_position, needs store, outbox, restart),

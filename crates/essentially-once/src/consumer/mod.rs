@@ -267,7 +267,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     /// a commit.
     #[must_use]
     pub fn min_backoff(mut self, pause: Duration) -> Self {
-        self.settings.min_backoff = pause;
+        self.settings.backoff.shortest = pause;
         self
     }
 
@@ -275,7 +275,7 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     /// not be below [`min_backoff`](Self::min_backoff).
     #[must_use]
     pub fn max_backoff(mut self, pause: Duration) -> Self {
-        self.settings.max_backoff = pause;
+        self.settings.backoff.longest = pause;
         self
     }
 

@@ -7,7 +7,7 @@ use super::{
     policy::{OnFailure, OnTruncated, Rule},
     seek::StartAt,
 };
-use crate::Error;
+use crate::{Error, backoff::Backoff};
 
 pub(super) struct Settings {
     pub(super) start_at: StartAt,
@@ -21,8 +21,7 @@ pub(super) struct Settings {
     pub(super) on_failure: Option<Rule>,
     pub(super) on_truncated: OnTruncated,
     pub(super) letters: Option<DeadLetterOptions>,
-    pub(super) min_backoff: Duration,
-    pub(super) max_backoff: Duration,
+    pub(super) backoff: Backoff,
     pub(super) forget_producers_after: Duration,
     pub(super) batch_time_limit: Duration,
     pub(super) record_time_limit: Option<Duration>,
@@ -44,8 +43,7 @@ impl Default for Settings {
             on_failure: None,
             on_truncated: OnTruncated::default(),
             letters: None,
-            min_backoff: Duration::from_millis(10),
-            max_backoff: Duration::from_secs(10),
+            backoff: Backoff::default(),
             forget_producers_after: Duration::from_secs(7 * 24 * 60 * 60),
             batch_time_limit: Duration::from_millis(100),
             record_time_limit: None,
@@ -78,15 +76,7 @@ impl Settings {
         zero("read_ahead_records", self.read_ahead_records.unwrap_or(1))?;
         zero("max_deaths", self.max_deaths as usize)?;
         zero("read_ahead_bytes", self.read_ahead_bytes)?;
-        if self.min_backoff > self.max_backoff {
-            return Err(Error::InvalidSetting {
-                setting: "min_backoff",
-                reason: format!(
-                    "it is {:?} and must not exceed `max_backoff`, which is {:?}",
-                    self.min_backoff, self.max_backoff
-                ),
-            });
-        }
+        self.backoff.check()?;
         if let Some(letters) = &self.letters {
             letters.check()?;
         }

@@ -18,8 +18,8 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 /// that the consumer drops the record if it is sent again. A malformed record marks nothing. A
 /// running instance of the consumer continues from the new position.
 ///
-/// Pass the log as the consumer reads it, with its wrappers. A record that a
-/// signed log would refuse looks intact without them, and its origin may be forged.
+/// Pass the log as the consumer reads it, with its wrappers. A record that a signed log would
+/// refuse looks intact without them, and its origin may be forged.
 ///
 /// # Errors
 /// - [`Error::Failed`] if the consumer has no position, if `offset` is before the position, or if

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use backon::ExponentialBackoff;
 
 use super::{
     failure::Failure,
@@ -11,7 +11,7 @@ use super::{
     run::Run,
     settings::Settings,
 };
-use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset, Tried};
+use crate::{ConsumerId, Error, HandlerError, HandlerErrorKind, Log, Offset, Tried, backoff::Backoff};
 
 /// Decides after each failure between another try and the end of the run.
 pub(super) struct Supervisor {
@@ -22,7 +22,7 @@ pub(super) struct Supervisor {
     on_failure: Rule,
     on_truncated: OnTruncated,
     keeps_letters: bool,
-    backoff: ExponentialBuilder,
+    backoff: Backoff,
     pauses: ExponentialBackoff,
     restarts_without_commit: u32,
     /// The tries of the record that failed last.
@@ -33,11 +33,6 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     pub(super) fn new(id: &ConsumerId, log: &Arc<dyn Log>, settings: &Settings) -> Self {
-        let backoff = ExponentialBuilder::default()
-            .with_min_delay(settings.min_backoff)
-            .with_max_delay(settings.max_backoff)
-            .with_jitter()
-            .without_max_times();
         Self {
             id: id.clone(),
             log: Arc::clone(log),
@@ -46,8 +41,8 @@ impl Supervisor {
             on_failure: settings.on_failure(),
             on_truncated: settings.on_truncated,
             keeps_letters: settings.letters.is_some(),
-            backoff,
-            pauses: backoff.build(),
+            backoff: settings.backoff,
+            pauses: settings.backoff.pauses(),
             restarts_without_commit: 0,
             culprit: None,
             apart_until: None,
@@ -61,7 +56,7 @@ impl Supervisor {
     }
 
     pub(super) fn made_progress(&mut self) {
-        self.pauses = self.backoff.build();
+        self.pauses = self.backoff.pauses();
         self.restarts_without_commit = 0;
     }
 

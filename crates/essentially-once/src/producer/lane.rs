@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
-
 use super::{batch::Batch, queue::Queue, settings::Settings};
-use crate::{Error, Log};
+use crate::{Error, Log, backoff::Backoff};
 
 /// Takes one batch after the other and appends it until the log has confirmed or refused it.
 pub(super) struct Lane {
     log: Arc<dyn Log>,
-    backoff: ExponentialBuilder,
+    backoff: Backoff,
     /// Dropped behind the log, so that a closed producer no longer holds it.
     end: End,
 }
@@ -26,14 +24,9 @@ impl Drop for End {
 
 impl Lane {
     pub(super) fn new(log: Arc<dyn Log>, queue: Arc<Queue>, settings: &Settings) -> Self {
-        let backoff = ExponentialBuilder::default()
-            .with_min_delay(settings.min_backoff)
-            .with_max_delay(settings.max_backoff)
-            .with_jitter()
-            .without_max_times();
         Self {
             log,
-            backoff,
+            backoff: settings.backoff,
             end: End(queue),
         }
     }
@@ -65,7 +58,7 @@ impl Lane {
     /// Appends until the log confirms or refuses. A failed append may have appended any prefix, so
     /// the whole batch is appended again. Returns `None` if all its records were given up.
     async fn append(&self, batch: &mut Batch) -> Option<Result<(), Error>> {
-        let mut pauses = self.backoff.build();
+        let mut pauses = self.backoff.pauses();
         loop {
             let error = match batch.append(&*self.log).await? {
                 Err(error @ (Error::Indeterminate { .. } | Error::Unavailable { .. })) => error,

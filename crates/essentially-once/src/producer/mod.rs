@@ -143,14 +143,14 @@ impl Producer {
     /// exceed [`max_backoff`](Self::max_backoff). Pauses double, with up to 100 % jitter, and reset
     /// after an append that the log confirms or refuses.
     pub fn min_backoff(mut self, pause: Duration) -> Self {
-        self.settings.min_backoff = pause;
+        self.settings.backoff.shortest = pause;
         self
     }
 
     /// The longest pause before records are appended again, without jitter. The default is 10 s,
     /// and the value must not be below [`min_backoff`](Self::min_backoff).
     pub fn max_backoff(mut self, pause: Duration) -> Self {
-        self.settings.max_backoff = pause;
+        self.settings.backoff.longest = pause;
         self
     }
 

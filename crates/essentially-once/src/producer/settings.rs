@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{Error, Window};
+use crate::{Error, Window, backoff::Backoff};
 
 pub(super) struct Settings {
     /// How many appends may be in flight.
@@ -11,8 +11,7 @@ pub(super) struct Settings {
     pub(super) max_batch_bytes: usize,
     pub(super) queue_records: usize,
     pub(super) queue_bytes: usize,
-    pub(super) min_backoff: Duration,
-    pub(super) max_backoff: Duration,
+    pub(super) backoff: Backoff,
     pub(super) give_up_after: Option<Duration>,
 }
 
@@ -24,8 +23,7 @@ impl Default for Settings {
             max_batch_bytes: 1024 * 1024,
             queue_records: 8_192,
             queue_bytes: 4 * 1024 * 1024,
-            min_backoff: Duration::from_millis(10),
-            max_backoff: Duration::from_secs(10),
+            backoff: Backoff::default(),
             give_up_after: None,
         }
     }
@@ -56,15 +54,7 @@ impl Settings {
         within("max_batch_bytes", self.max_batch_bytes, u64::MAX)?;
         within("queue_records", self.queue_records, u32::MAX.into())?;
         within("queue_bytes", self.queue_bytes, u32::MAX.into())?;
-        if self.min_backoff > self.max_backoff {
-            return Err(Error::InvalidSetting {
-                setting: "min_backoff",
-                reason: format!(
-                    "it is {:?} and must not exceed `max_backoff`, which is {:?}",
-                    self.min_backoff, self.max_backoff
-                ),
-            });
-        }
+        self.backoff.check()?;
         if self.give_up_after == Some(Duration::ZERO) {
             return Err(Error::InvalidSetting {
                 setting: "give_up_after",

@@ -5,12 +5,12 @@ use std::sync::atomic::AtomicBool;
 use essentially_once::{
     Epoch, Origin,
     backend::{Bounds, Durability, LogId, LogReader},
-    consumer::{DeadLetterOptions, dead_letters},
+    consumer::{DeadLetterOptions, EssentiallyOnce, dead_letters},
     memory::MemoryLog,
 };
 
 use super::{
-    letters::{consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until},
+    letters::{Lists, consumer, effects, keyed, letters, next, parked, poisoned, retry_all, wait_until},
     *,
 };
 
@@ -88,6 +88,13 @@ impl LogReader for SealedReader {
     }
 }
 
+/// A consumer of the sealed log that keeps letters.
+fn reader(backend: &Backend, log: &Sealed, handler: Lists) -> Consumer<support::ScriptedStore, Lists, EssentiallyOnce> {
+    Consumer::essentially_once(shipping(), log.clone(), backend.store(), handler)
+        .dead_letters(DeadLetterOptions::new())
+        .accept_volatile()
+}
+
 #[tokio::test]
 async fn a_malformed_letter_is_decoded_again_when_it_is_tried() {
     let backend = keyed(Script::default()).await;
@@ -105,13 +112,7 @@ async fn a_malformed_letter_is_decoded_again_when_it_is_tried() {
         NewRecord::new("15").header("sealed", "c"),
     ];
     log.append(&more).await.unwrap();
-    let run = |poison: &[&'static str]| {
-        let handler = poisoned(&backend, poison);
-        Consumer::essentially_once(shipping(), log.clone(), backend.store(), handler)
-            .dead_letters(DeadLetterOptions::new())
-            .accept_volatile()
-            .run_until_caught_up()
-    };
+    let run = |poison: &[&'static str]| reader(&backend, &log, poisoned(&backend, poison)).run_until_caught_up();
     run(&[]).await.unwrap();
     assert_eq!(parked(&backend).await, [4, 8, 12, 13, 15]);
     assert_eq!(retry_all(&backend).await, 4);
@@ -149,12 +150,7 @@ async fn a_decoded_letter_whose_origin_is_too_old_waits_for_an_operator() {
         .map(|n| NewRecord::new("x").key("y").origin(numbered(n)))
         .collect();
     log.append(&more).await.unwrap();
-    let run = || {
-        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &[]))
-            .dead_letters(DeadLetterOptions::new())
-            .accept_volatile()
-            .run_until_caught_up()
-    };
+    let run = || reader(&backend, &log, poisoned(&backend, &[])).run_until_caught_up();
     run().await.unwrap();
     assert_eq!(parked(&backend).await, [RECORDS]);
     log.has_key.store(true, Ordering::Relaxed);
@@ -184,12 +180,7 @@ async fn a_decoder_that_panics_stops_neither_the_letters_nor_the_log() {
     let log = sealed(&backend, |_| panic!("the decoder has a fault"));
     log.has_key.store(true, Ordering::Relaxed);
     log.append(&[NewRecord::new("12").header("sealed", "b")]).await.unwrap();
-    let run = || {
-        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &[]))
-            .dead_letters(DeadLetterOptions::new())
-            .accept_volatile()
-            .run_until_caught_up()
-    };
+    let run = || reader(&backend, &log, poisoned(&backend, &[])).run_until_caught_up();
     run().await.unwrap();
     retry_all(&backend).await;
     log.append(&[NewRecord::new("13").key("b")]).await.unwrap();
@@ -206,11 +197,7 @@ async fn records_follow_a_letter_that_was_decoded_in_the_same_run() {
         record.origin = (record.payload == "twice").then(sender)
     });
     log.append(&[NewRecord::new("12").header("sealed", "z")]).await.unwrap();
-    let run = || {
-        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &["12"]))
-            .dead_letters(DeadLetterOptions::new())
-            .accept_volatile()
-    };
+    let run = || reader(&backend, &log, poisoned(&backend, &["12"]));
     run().run_until_caught_up().await.unwrap();
     log.has_key.store(true, Ordering::Relaxed);
     let run = tokio::spawn(run().run());
@@ -232,12 +219,7 @@ async fn a_letter_that_is_too_large_once_it_is_decoded_is_no_duplicate_of_itself
         record.origin = Some(sender());
     });
     log.append(&[NewRecord::new("12").header("sealed", "b")]).await.unwrap();
-    let run = || {
-        Consumer::essentially_once(shipping(), log.clone(), backend.store(), poisoned(&backend, &[]))
-            .dead_letters(DeadLetterOptions::new())
-            .accept_volatile()
-            .run_until_caught_up()
-    };
+    let run = || reader(&backend, &log, poisoned(&backend, &[])).run_until_caught_up();
     run().await.unwrap();
     log.has_key.store(true, Ordering::Relaxed);
     for n in 13..15 {
@@ -264,16 +246,10 @@ async fn a_letter_that_waits_for_an_operator_still_does_after_it_failed_behind_a
     let run = || {
         let handler = poisoned(&backend, &[]);
         handler.retried.lock().unwrap().push("13");
-        Consumer::essentially_once(shipping(), log.clone(), backend.store(), handler)
-            .retries(0)
-            .dead_letters(DeadLetterOptions::new())
-            .accept_volatile()
-            .run_until_caught_up()
+        reader(&backend, &log, handler).retries(0).run_until_caught_up()
     };
     run().await.unwrap();
     assert_eq!(parked(&backend).await, [12, 13]);
-    // The failure was long ago.
-    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     log.has_key.store(true, Ordering::Relaxed);
     dead_letters::retry(&shipping(), &backend.memory.store(), 12.into(), &ann())
         .await
@@ -281,4 +257,23 @@ async fn a_letter_that_waits_for_an_operator_still_does_after_it_failed_behind_a
     run().await.unwrap();
     let left = &letters(&backend).await[0];
     assert_eq!((left.record.offset, left.due), (13.into(), None), "{left:?}");
+}
+
+#[tokio::test]
+async fn a_copy_of_a_letter_that_was_decoded_is_a_duplicate() {
+    let backend = keyed(Script::default()).await;
+    let log = sealed(&backend, |record| record.origin = Some(sender()));
+    log.append(&[NewRecord::new("payment").header("sealed", "b")])
+        .await
+        .unwrap();
+    let run = || reader(&backend, &log, poisoned(&backend, &[])).run_until_caught_up();
+    run().await.unwrap();
+    log.has_key.store(true, Ordering::Relaxed);
+    retry_all(&backend).await;
+    run().await.unwrap();
+    // The sender was in doubt.
+    let copy = NewRecord::new("payment").key("b").origin(sender());
+    log.append(&[copy]).await.unwrap();
+    assert_eq!(run().await.unwrap().duplicates, 1);
+    assert_eq!(effects(&backend).await["b"], "1 3 6 9 payment ");
 }

@@ -129,3 +129,14 @@ async fn a_seek_reads_the_record_of_an_unreadable_letter_again() {
     assert!(parked(&backend).await.is_empty());
     assert_eq!(effects(&backend).await["a"], "0 2 4 8 ");
 }
+
+#[tokio::test]
+async fn a_discard_that_removes_nothing_is_an_error() {
+    let backend = with_damaged(2).await;
+    backend.script.keeps_letters.store(true, Ordering::SeqCst);
+    let letter = letters(&backend).await.remove(0);
+    let refused = dead_letters::discard(&shipping(), &backend.store(), &letter, &ann()).await;
+    assert!(refused.is_err());
+    let journal = backend.position(&shipping()).await.unwrap().journal;
+    assert!(journal.entries().is_empty(), "{journal:?}");
+}

@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -61,6 +61,8 @@ pub enum Fault {
 pub struct Script {
     /// How many letters one transaction takes; 0 for any number.
     pub letters_per_commit: Arc<AtomicU64>,
+    /// Whether letters that are there cannot be removed.
+    pub keeps_letters: Arc<AtomicBool>,
     faults: Arc<Mutex<VecDeque<(Step, u64, Fault)>>>,
     counts: Arc<[AtomicU64; 7]>,
 }
@@ -418,6 +420,9 @@ impl DeadLetters for ScriptedTx {
 
     async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
         self.check()?;
+        if self.script.keeps_letters.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
         self.inner.remove(offset).await
     }
 
