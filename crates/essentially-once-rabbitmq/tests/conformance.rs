@@ -126,7 +126,7 @@ impl Harness for RabbitHarness {
                 Ok::<_, Source>(Arc::clone(shared.as_ref().ok_or("started above")?))
             }
         });
-        let streams = Streams {
+        Ok(Streams {
             node: starting.await??,
             shared: OnceCell::new(),
             proxy: OnceCell::new(),
@@ -135,11 +135,7 @@ impl Harness for RabbitHarness {
             // RabbitMQ takes about 230 bytes.
             prefix: format!("{namespace:.6}-{:08x}-", fastrand::u32(..)),
             options: self.options.clone(),
-        };
-        if namespace == TRUNCATING_OUTBOX {
-            streams.shrink_segments().await?;
-        }
-        Ok(streams)
+        })
     }
 }
 
@@ -214,11 +210,15 @@ impl Streams {
         format!("{}.{SHIPPING}.changelog", self.prefix)
     }
 
-    /// Makes the broker fill a segment of the changelog with every message or two. The store
-    /// declares its streams itself, so a policy does it, before the stream exists.
-    async fn shrink_segments(&self) -> Result<(), Source> {
-        self.set_policy(&self.changelog(), r#"{"stream-max-segment-size-bytes": 200}"#)
-            .await
+    /// Fills segments of the changelog with messages that the store ignores. It declares its
+    /// streams itself, with segments of a size that no test fills with records.
+    async fn fill_segments(&self) -> Result<(), Source> {
+        let body = vec![0; 15 * 1024 * 1024];
+        for _ in 0..5 {
+            self.publish_to(&self.changelog(), &body, BasicProperties::default())
+                .await?;
+        }
+        Ok(())
     }
 
     /// Sets the stream's policy.
@@ -247,6 +247,11 @@ impl Streams {
             .sum();
         self.set_policy(stream, &format!(r#"{{"max-length-bytes": {kept}}}"#))
             .await?;
+        self.truncated(opened, earliest).await
+    }
+
+    /// Waits until `bounds` show that retention has removed records.
+    async fn truncated(&self, opened: &dyn Log, earliest: Offset) -> Result<(), Source> {
         // No event reports that retention has done its work.
         eventually(|| async {
             Ok(match opened.bounds().await?.earliest {
@@ -258,9 +263,9 @@ impl Streams {
     }
 
     /// What a client does that does not know this crate.
-    async fn publish(&self, log: &str, body: &[u8], properties: BasicProperties) -> Result<(), Source> {
+    async fn publish_to(&self, stream: &str, body: &[u8], properties: BasicProperties) -> Result<(), Source> {
         let (_connection, channel) = self.as_someone_else().await?;
-        let (stream, options) = (self.stream(log), BasicPublishOptions::default());
+        let options = BasicPublishOptions::default();
         let published = channel
             .basic_publish("".into(), stream.into(), options, body, properties)
             .await?;
@@ -317,7 +322,8 @@ impl Backend for Streams {
     }
 
     /// An outbox is a part of its consumer's changelog, of which a snapshot must cover the entries
-    /// that retention removes.
+    /// that retention removes. More than the records before `before` is removed there, since a
+    /// whole segment is.
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {
         if self.case != TRUNCATING_OUTBOX {
             return self
@@ -325,9 +331,12 @@ impl Backend for Streams {
                 .await;
         }
         let (store, consumer) = (self.store().await?, ConsumerId::new(SHIPPING)?);
+        let outbox = store.sent_to(&consumer, log)?;
+        let earliest = outbox.bounds().await?.earliest;
+        self.fill_segments().await?;
         store.snapshot(&consumer).await?;
-        self.truncate_stream(&self.changelog(), &store.sent_to(&consumer, log)?, before)
-            .await
+        self.set_policy(&self.changelog(), r#"{"max-length-bytes": 1}"#).await?;
+        self.truncated(&outbox, earliest).await
     }
 
     async fn outbox_of(&self, consumer: &ConsumerId, log: &str) -> Result<Arc<dyn Log>, Error> {
@@ -370,13 +379,18 @@ impl Backend for Streams {
         let body = b"\xFFpayload\0";
         let mut headers = FieldTable::default();
         headers.insert("essentially-once-sequence".into(), AMQPValue::LongString("many".into()));
-        self.publish(log, body, BasicProperties::default().with_headers(headers))
-            .await?;
+        self.publish_to(
+            &self.stream(log),
+            body,
+            BasicProperties::default().with_headers(headers),
+        )
+        .await?;
         Ok(body.into())
     }
 
     async fn append_foreign(&self, log: &str, payload: &[u8]) -> Result<(), Source> {
-        self.publish(log, payload, BasicProperties::default()).await
+        self.publish_to(&self.stream(log), payload, BasicProperties::default())
+            .await
     }
 }
 

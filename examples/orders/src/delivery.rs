@@ -2,10 +2,9 @@
 
 use std::fmt;
 
-use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[expect(
     clippy::enum_variant_names,
     reason = "the deliveries are only known by their full names"
@@ -21,7 +20,7 @@ impl Delivery {
     pub(crate) const ALL: [Self; 3] = [Self::AtMostOnce, Self::AtLeastOnce, Self::EssentiallyOnce];
 }
 
-/// Also used on the command line and in the JSON.
+/// Also used in the JSON and in the names of folders.
 impl fmt::Display for Delivery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {

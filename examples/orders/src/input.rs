@@ -4,6 +4,9 @@ use std::{fs, path::Path};
 
 use crate::order::Format;
 
+/// The number of the first order: that of its line in the file, behind the header.
+pub(crate) const FIRST_LINE: u32 = 2;
+
 /// The longest line, in bytes: half the size of a record that a log accepts by default.
 const LONGEST_LINE: usize = 8 * 1024 * 1024;
 

@@ -3,63 +3,88 @@
 use essentially_once::{
     ConsumerId, Error, OffsetStore,
     backend::{DeadLetter, DeadLetters},
-    consumer::{
-        Operator,
-        dead_letters::{self, LetterFilter},
-    },
+    consumer::{Operator, dead_letters},
 };
 use serde::Serialize;
 
-use crate::{
-    backend::{Backend, Place},
-    shipping,
-};
+use crate::{Failure, place::Place, settings::Settings, shipping};
 
-impl Backend {
-    /// All dead letters of the consumer, in the order of the log.
-    pub(crate) async fn letters(&self) -> Result<Vec<DeadLetter>, Error> {
-        let consumer = &self.consumer;
-        match &self.store {
-            Place::Sqlite => list_all(consumer, &self.sqlite().await?.store()).await,
+/// The dead letters of both services.
+pub(crate) struct Letters {
+    /// Lines that the shipping service could not read, and those that wait behind one.
+    pub(crate) rejected: Vec<DeadLetter>,
+    /// Records that were altered on the bus.
+    pub(crate) altered: Vec<DeadLetter>,
+    /// Anything else that the order service set aside. There should be none.
+    pub(crate) unexpected: Vec<DeadLetter>,
+}
+
+impl Settings {
+    /// Reads all dead letters, in the order of the logs.
+    pub(crate) async fn letters(&self) -> Result<Letters, Failure> {
+        let shipping = self.shipping()?;
+        let of_shipping = match &self.store {
+            Place::Sqlite => list_all(&shipping, &self.shipping_database().await?.store()).await?,
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let redis = essentially_once_redis::Redis::connect(url).await?;
-                list_all(consumer, &redis.store()).await
+                list_all(&shipping, &redis.store()).await?
             }
             #[cfg(feature = "rabbitmq")]
             Place::Rabbitmq(url) => {
                 let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                list_all(consumer, &rabbit.store()).await
+                list_all(&shipping, &rabbit.store()).await?
             }
-        }
+        };
+        let orders = self.consumer("orders")?;
+        let of_orders = list_all(&orders, &self.order_database().await?.store()).await?;
+        let (mut altered, rejected): (Vec<_>, Vec<_>) = of_shipping.into_iter().partition(is_altered);
+        let (more, unexpected): (Vec<_>, Vec<_>) = of_orders.into_iter().partition(is_altered);
+        altered.extend(more);
+        Ok(Letters {
+            rejected,
+            altered,
+            unexpected,
+        })
     }
 
-    /// Lets the next worker try every dead letter again. Returns how many it tries first. Letters
-    /// that wait behind one of these follow it.
-    pub(crate) async fn retry_letters(&self) -> Result<u64, Error> {
-        let consumer = &self.consumer;
+    /// Lets the next shipping service try each of these letters again. Returns how many it tries
+    /// first. Letters that wait behind one of these follow it.
+    pub(crate) async fn retry(&self, letters: &[DeadLetter]) -> Result<u64, Error> {
+        let shipping = self.shipping()?;
         match &self.store {
-            Place::Sqlite => retry_all(consumer, &self.sqlite().await?.store()).await,
+            Place::Sqlite => retry_each(&shipping, &self.shipping_database().await?.store(), letters).await,
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let redis = essentially_once_redis::Redis::connect(url).await?;
-                retry_all(consumer, &redis.store()).await
+                retry_each(&shipping, &redis.store(), letters).await
             }
             #[cfg(feature = "rabbitmq")]
             Place::Rabbitmq(url) => {
                 let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                retry_all(consumer, &rabbit.store()).await
+                retry_each(&shipping, &rabbit.store(), letters).await
             }
         }
     }
 }
 
-async fn retry_all<S>(consumer: &ConsumerId, store: &S) -> Result<u64, Error>
+/// The log of the bus yields a record as malformed if its signature is missing or wrong.
+fn is_altered(letter: &DeadLetter) -> bool {
+    letter.record.malformed.is_some()
+}
+
+async fn retry_each<S>(consumer: &ConsumerId, store: &S, letters: &[DeadLetter]) -> Result<u64, Error>
 where
     S: OffsetStore<Tx: DeadLetters>,
 {
     let by = Operator::new("orders --mend").because("the parser is mended");
-    dead_letters::retry_all(consumer, store, &LetterFilter::all(), &by).await
+    let mut retried = 0;
+    // Those that were never tried wait behind another one.
+    for letter in letters.iter().filter(|letter| letter.tries > 0) {
+        dead_letters::retry(consumer, store, letter.record.offset, &by).await?;
+        retried += 1;
+    }
+    Ok(retried)
 }
 
 async fn list_all<S>(consumer: &ConsumerId, store: &S) -> Result<Vec<DeadLetter>, Error>
@@ -92,7 +117,7 @@ impl From<DeadLetter> for Letter {
     fn from(letter: DeadLetter) -> Self {
         Self {
             offset: letter.record.offset.to_string(),
-            line: shipping::line_number(&letter.record),
+            line: shipping::order_number(&letter.record),
             text: shipping::text(&letter.record).into_owned(),
             reason: letter.last_reason,
         }

@@ -1,26 +1,39 @@
-//! Ships orders while the shipping worker is killed again and again, once for each delivery.
+//! Two services, each with its own database, and a message bus between them.
 //!
 //! ```text
 //! cargo run --release -p orders
-//! cargo run --release -p orders -- --input orders.csv --kills 50 --seed 7
+//! cargo run --release -p orders -- --input orders.csv --kills 100 --seed 7
 //! ```
 //!
-//! This program writes orders to a log. A worker process reads them and inserts one shipment per
-//! order. The program kills the worker at random moments (with SIGKILL, so it has no chance to
-//! clean up) and starts it again, until the log is drained. Then it counts in the database which
-//! orders were shipped once, more than once, or never.
+//! The order service stores each order and announces it, in one transaction. A relay moves the
+//! announcement to the bus. The shipping service writes a shipment and reports `packing` and
+//! `shipped`, in the transaction that commits its position. A second relay moves the reports to the
+//! bus, and the order service marks the order. No transaction spans two databases.
 //!
-//! It does this three times, on fresh files, with the same handler and the same kills:
+//! ```text
+//! order service ── outbox ── relay ──▶ bus: orders ──▶ shipping service
+//!       ▲                                                     │
+//!       └───────── bus: progress ◀── relay ── outbox ─────────┘
+//! ```
+//!
+//! This program kills the four processes at random moments (with SIGKILL, so they have no chance to
+//! clean up) and starts them again. Meanwhile the bus loses replies of appends that took effect,
+//! and alters records. A relay that gets no reply sends its records again. At the end the program
+//! counts in both databases: each order is placed, packed, shipped and confirmed once.
+//!
+//! Before that, the shipping service runs with two other deliveries, for comparison:
 //!
 //! - **at-most-once** commits the position, then ships. A kill loses the orders not yet shipped.
 //! - **at-least-once** ships, then commits the position. After a kill, orders not yet committed are
 //!   shipped again.
-//! - **essentially-once** ships in the transaction that commits the position. A kill cannot
-//!   separate the two.
 //!
-//! The handler rejects a line that is not a valid order. Essentially-once sets the line aside as a
-//! dead letter, with the reason, in the transaction that commits the position. A later line with
-//! the same order id waits behind it. The other deliveries keep no letters and pass over the line.
+//! Both ship outside the transaction that commits the position, so they have no outbox for the way
+//! back.
+//!
+//! The shipping service rejects a line that is not a valid order. Essentially-once sets the line
+//! aside as a dead letter, with the reason, in the transaction that commits the position. A later
+//! line with the same order id waits behind it. A record whose signature is wrong becomes a dead
+//! letter too. The other deliveries keep no letters and pass over such records.
 //!
 //! With `--mend` the program retries the letters afterwards, with a parser that accepts more:
 //!
@@ -28,51 +41,56 @@
 //! cargo run --release -p orders -- --mend --input examples/orders/tests/data/unquoted.csv
 //! ```
 //!
-//! Log and store are kept in SQLite files. With `--log` or `--store` they are kept on a Redis
-//! server (`--features redis`) or a RabbitMQ broker (`--features rabbitmq`).
+//! Everything is kept in SQLite files. With `--bus` or `--store` the bus or the shipping service is
+//! on a Redis server (`--features redis`) or a RabbitMQ broker (`--features rabbitmq`).
 //!
-//! Where to read on: `backend` opens log and store. `shipping` is the handler. `shop` is what it
-//! writes to. `worker` runs the consumer. `race` kills it. `letters` lists and retries the dead
-//! letters, and `tally` counts.
+//! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
+//! the relays, and `settings` opens the bus and the databases. `shop` is what the shipping service
+//! writes to. `letters`, `tally` and `report` show the result. `rig` does the harm.
 
 use std::{
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
+    sync::atomic::Ordering,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
 
-mod backend;
 mod delivery;
 mod input;
-mod leash;
+mod keys;
 mod letters;
 mod order;
-mod plan;
-mod race;
+mod order_service;
+mod place;
+mod processes;
+mod report;
+mod rig;
+mod settings;
 mod shipping;
 mod shop;
 mod tally;
-mod worker;
 
-use backend::{Backend, Place};
 use delivery::Delivery;
-use essentially_once::ConsumerId;
 use input::Input;
+use place::Place;
+use rig::{Plan, Race, Toll};
+use settings::Settings;
 use tally::{Mended, Tally};
 
 /// Any error that stops the program, as text for its user.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Ships orders while the shipping worker is killed again and again, once for each delivery, and
-/// counts what happened to them.
+/// Runs an order service and a shipping service with a message bus between them, kills both again
+/// and again, and counts what happened to the orders.
 #[derive(Parser)]
 #[command(
     version,
     args_conflicts_with_subcommands = true,
     disable_help_subcommand = true,
-    after_help = "Exit status: 0 if essentially-once lost and doubled nothing, 1 if it did or the run failed, 2 for bad usage or input."
+    after_help = "Exit status: 0 if under essentially-once each order was placed, packed, shipped and confirmed once, 1 if not or if the run failed, 2 for bad usage or input."
 )]
 struct Cli {
     #[command(flatten)]
@@ -83,9 +101,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The shipping worker, which this program starts itself.
+    /// One of the four processes, which this program starts itself.
     #[command(hide = true)]
-    Worker(worker::WorkerArgs),
+    Process,
 }
 
 #[derive(clap::Args)]
@@ -97,10 +115,17 @@ struct RunArgs {
     /// How many orders to generate without FILE.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     orders: u32,
-    /// How often to kill the worker, for each delivery.
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(..=10_000))]
+    /// How often to kill a process, for each delivery. The kills are spread over all processes.
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(..=10_000))]
     kills: u32,
-    /// How many orders the worker takes at a time.
+    /// How many replies of the bus to lose, for each delivery, after the append took effect.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
+    lose: u32,
+    /// How many records to alter on their way to the bus, for each delivery. The reply of the append
+    /// is lost as well, so that the relay sends the record again.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
+    tamper: u32,
+    /// The most records that one commit covers.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_batch: u32,
     /// Then retry the dead letters of essentially-once, with a parser that accepts an unquoted
@@ -110,17 +135,34 @@ struct RunArgs {
     /// Repeat the generated orders and the kills of an earlier run.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Keep the databases and the data on servers. The databases go to this folder, which must not
-    /// hold any yet.
+    /// Keep the databases and the data on servers. The databases go to a folder for each delivery in
+    /// this one, which must not hold any yet.
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Where to keep the log: `sqlite`, redis://host:6379/0 (with `--features redis`) or
+    /// Where the bus is: `sqlite`, redis://host:6379/0 (with `--features redis`) or
     /// amqp://user:password@host/%2f (with `--features rabbitmq`).
-    #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::LOG_VARIABLE, hide_env_values = true)]
-    log: String,
-    /// Where to keep shipments and position. Takes the same values as `--log`.
-    #[arg(long, value_name = "PLACE", default_value = "sqlite", env = worker::STORE_VARIABLE, hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "PLACE",
+        default_value = "sqlite",
+        env = "ORDERS_BUS",
+        hide_env_values = true
+    )]
+    bus: String,
+    /// Where the shipping service keeps its shipments, its position and its outbox. Takes the same
+    /// values as `--bus`.
+    #[arg(
+        long,
+        value_name = "PLACE",
+        default_value = "sqlite",
+        env = "ORDERS_STORE",
+        hide_env_values = true
+    )]
     store: String,
+    /// Sign what is sent over the bus with the first key of this file, in place of a new key. Each
+    /// line is `<id> = <key>`, with a key from `openssl rand -hex 32`.
+    #[arg(long, value_name = "FILE")]
+    keys: Option<PathBuf>,
     /// Print the result as one JSON object.
     #[arg(long)]
     json: bool,
@@ -129,7 +171,7 @@ struct RunArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (done, bad_input) = match cli.command {
-        Some(Command::Worker(args)) => (worker::run(args).map(|()| true), 1),
+        Some(Command::Process) => (rig::run_process().map(|()| true), 1),
         None => match prepare(&cli.run) {
             Ok(prepared) => (run(&cli.run, prepared), 1),
             Err(error) => (Err(error), 2),
@@ -146,13 +188,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// Everything that is decided before anything is written.
+/// Everything that is decided before anything runs.
 struct Prepared {
     seed: u64,
     input: Input,
-    log: Place,
+    bus: Place,
     store: Place,
     folder: Folder,
+    keys: PathBuf,
 }
 
 fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
@@ -162,15 +205,24 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
         None => Input::made_up(args.orders as usize, seed),
     };
     // Parsed here because clap would print a bad value, including the password in a URL.
-    let log = args.log.parse().map_err(|error| format!("--log: {error}"))?;
+    let bus = args.bus.parse().map_err(|error| format!("--bus: {error}"))?;
     let store = args.store.parse().map_err(|error| format!("--store: {error}"))?;
+    if let Some(path) = &args.keys {
+        keys::check(path)?;
+    }
     let folder = Folder::open(args.dir.as_deref())?;
+    let keys = match &args.keys {
+        // The processes run in the same folder as this one.
+        Some(path) => path.clone(),
+        None => keys::create(folder.path())?,
+    };
     Ok(Prepared {
         seed,
         input,
-        log,
+        bus,
         store,
         folder,
+        keys,
     })
 }
 
@@ -179,38 +231,46 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     let Prepared {
         seed,
         input,
-        log,
+        bus,
         store,
         folder,
+        keys,
     } = prepared;
     let orders = input.lines.len();
     let _ = writeln!(
         io::stderr(),
-        "{orders} orders, {} kills for each delivery (--seed {seed} repeats them)",
-        args.kills
+        "{orders} orders; {} kills, {} lost replies and {} altered records for each delivery (--seed {seed} repeats them)",
+        args.kills,
+        args.lose,
+        args.tamper
     );
-    let kills = plan::kills(seed, orders, args.kills as usize);
     // Independent of the seed, because a repeated run must not reuse an earlier run's names on a
     // server.
     let run = fastrand::Rng::new().u32(..);
     let mut tallies = Vec::new();
     let mut mended = None;
     for delivery in Delivery::ALL {
-        let race = race::Race {
+        let settings = Settings {
             delivery,
-            backend: Backend {
-                log: log.clone(),
-                store: store.clone(),
-                database: folder.database(delivery),
-                consumer: ConsumerId::new(format!("shipping-{run:08x}-{delivery}"))?,
-            },
+            run: format!("{run:08x}-{delivery}"),
+            bus: bus.clone(),
+            store: store.clone(),
+            folder: folder.of(delivery),
+            keys: keys.clone(),
+            format: input.format,
+            max_batch: args.max_batch as usize,
+        };
+        std::fs::create_dir(&settings.folder)
+            .map_err(|error| format!("cannot make the folder {}: {error}", settings.folder.display()))?;
+        let [kills, lose, tamper] = [args.kills, args.lose, args.tamper].map(|count| count as usize);
+        let race = Race {
+            settings: &settings,
             input: &input,
-            kills: &kills,
-            max_batch: args.max_batch,
+            plan: &Plan::draw(delivery, seed, orders, kills, lose, tamper),
         };
         let outcome = run_and_mend(&race, args.mend);
         if let Folder::Temporary(_) = &folder
-            && let Err(error) = runtime()?.block_on(race.backend.remove())
+            && let Err(error) = runtime()?.block_on(settings.remove())
         {
             // Only reported, because an error of the run itself is more important.
             let _ = writeln!(io::stderr(), "cannot remove the data of this run: {error}");
@@ -220,8 +280,8 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
         mended = mended.or(retried);
     }
     let shown = match args.json {
-        true => tally::json(&tallies, mended.as_ref())?,
-        false => tally::table(&tallies, mended.as_ref()),
+        true => report::json(&tallies, mended.as_ref())?,
+        false => report::table(&tallies, mended.as_ref()),
     };
     io::stdout().lock().write_all(shown.as_bytes())?;
     if let Folder::Kept(path) = &folder {
@@ -234,13 +294,27 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
         .all(Tally::each_took_effect_once))
 }
 
-fn run_and_mend(race: &race::Race<'_>, mend: bool) -> Result<(Tally, Option<Mended>), Failure> {
-    let tally = race.run()?;
-    let mended = match mend && !tally.dead_letters.is_empty() {
-        true => Some(race.mend()?),
-        false => None,
-    };
-    Ok((tally, mended))
+fn run_and_mend(race: &Race<'_>, mend: bool) -> Result<(Tally, Option<Mended>), Failure> {
+    let (toll, time) = race.run()?;
+    let tally = count(race, &toll, time)?;
+    if !mend || tally.dead_letters.is_empty() {
+        return Ok((tally, None));
+    }
+    let runtime = runtime()?;
+    let letters = runtime.block_on(race.settings.letters())?.rejected;
+    let retried = runtime.block_on(race.settings.retry(&letters))?;
+    let time = race.mend()?;
+    let mended = count(race, &Toll::default(), time)?;
+    Ok((tally, Some(Mended { retried, tally: mended })))
+}
+
+fn count(race: &Race<'_>, toll: &Toll, time: Duration) -> Result<Tally, Failure> {
+    let orders = u32::try_from(race.input.lines.len())?;
+    let mut tally = runtime()?.block_on(tally::count(race.settings, orders))?;
+    tally.kills = toll.kills.load(Ordering::Relaxed);
+    tally.lost_replies = toll.lost.load(Ordering::Relaxed);
+    tally.seconds = (time.as_secs_f64() * 1_000.0).round() / 1_000.0;
+    Ok(tally)
 }
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
@@ -255,7 +329,7 @@ enum Folder {
 
 impl Folder {
     /// Refuses a folder that holds databases, because two runs in one file would be counted as one.
-    fn open(kept: Option<&std::path::Path>) -> Result<Self, Failure> {
+    fn open(kept: Option<&Path>) -> Result<Self, Failure> {
         let Some(path) = kept else {
             let folder = tempfile::Builder::new()
                 .prefix("orders-")
@@ -266,20 +340,24 @@ impl Folder {
         std::fs::create_dir_all(path).map_err(|error| format!("cannot use the folder {}: {error}", path.display()))?;
         let folder = Self::Kept(path.to_path_buf());
         for delivery in Delivery::ALL {
-            let database = folder.database(delivery);
-            if database.exists() {
-                let shown = database.display();
+            let of_delivery = folder.of(delivery);
+            if of_delivery.exists() {
+                let shown = of_delivery.display();
                 return Err(format!("{shown} already exists: remove it or choose another folder").into());
             }
         }
         Ok(folder)
     }
 
-    fn database(&self, delivery: Delivery) -> PathBuf {
-        let folder = match self {
+    fn path(&self) -> &Path {
+        match self {
             Self::Kept(path) => path,
             Self::Temporary(folder) => folder.path(),
-        };
-        folder.join(format!("{delivery}.db"))
+        }
+    }
+
+    /// The folder of a delivery's databases.
+    fn of(&self, delivery: Delivery) -> PathBuf {
+        self.path().join(delivery.to_string())
     }
 }

@@ -1,7 +1,12 @@
 //! Parses orders.
 
+use serde::{Deserialize, Serialize};
+
+/// The header that names the order a record is about: the number of its line in the file.
+pub(crate) const ORDER_HEADER: &str = "order";
+
 /// The format of a file's lines.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Format {
     /// The number of fields in every line.
     pub(crate) fields: usize,

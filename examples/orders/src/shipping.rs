@@ -1,13 +1,14 @@
-//! Handles an order, with the same code for every delivery and every store.
+//! The shipping service: ships orders and reports it, with the same code for every delivery and
+//! every store.
 
 use std::borrow::Cow;
 
 use async_trait::async_trait;
-use essentially_once::{Handler, HandlerError, Record};
+use essentially_once::{Handler, HandlerError, NewRecord, Record};
 
 use crate::{
-    leash::Leash,
-    order::Format,
+    order::{Format, ORDER_HEADER},
+    order_service::{Progress, Status},
     shop::{Shipment, Shop},
 };
 
@@ -15,33 +16,34 @@ use crate::{
 pub(crate) struct Shipping<D> {
     pub(crate) desk: D,
     pub(crate) format: Format,
-    pub(crate) leash: Leash,
 }
 
 #[async_trait]
 impl<Tx: Send, D: Desk<Tx>> Handler<Tx> for Shipping<D> {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
-        let line = line_number(record)
-            .ok_or_else(|| HandlerError::fatal("the record has no header `line`: another program wrote it"))?;
-        let outcome = match self.format.parse(&text(record)) {
-            Ok(order) => {
-                let offset = record.offset.to_string();
-                self.desk.shop(tx).ship(&Shipment { offset, order: &order }).await
-            }
-            // No retry would help. The consumer sets the record aside or passes over it.
-            Err(reason) => Err(HandlerError::reject(reason)),
-        };
-        self.leash.reached(line).map_err(HandlerError::fatal)?;
-        outcome
+        let number = order_number(record)
+            .ok_or_else(|| HandlerError::fatal("the record names no order: another program wrote it"))?;
+        // No retry would help. The consumer sets the record aside or passes over it.
+        let order = self.format.parse(&text(record)).map_err(HandlerError::reject)?;
+        let shop = self.desk.shop(tx);
+        shop.report(progress(number, Status::Packing)?).await?;
+        shop.ship(&Shipment { number, order: &order }).await?;
+        shop.report(progress(number, Status::Shipped)?).await
     }
 }
 
-/// The line of the file that the record came from, as the writer noted it.
-pub(crate) fn line_number(record: &Record) -> Option<u32> {
-    std::str::from_utf8(record.header("line")?).ok()?.parse().ok()
+fn progress(order: u32, status: Status) -> Result<NewRecord, HandlerError> {
+    let record = NewRecord::json(&Progress { order, status })?;
+    let number = order.to_string();
+    Ok(record.header(ORDER_HEADER, number.clone()).key(number))
 }
 
-/// The text of that line.
+/// The number of the order that the record is about.
+pub(crate) fn order_number(record: &Record) -> Option<u32> {
+    std::str::from_utf8(record.header(ORDER_HEADER)?).ok()?.parse().ok()
+}
+
+/// The line of the file that the order came from.
 pub(crate) fn text(record: &Record) -> Cow<'_, str> {
     String::from_utf8_lossy(&record.payload)
 }

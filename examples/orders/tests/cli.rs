@@ -52,17 +52,35 @@ fn refused(arguments: &[&str], folder: &Path) -> String {
     String::from_utf8(output.stderr).expect("UTF-8")
 }
 
+/// The databases of essentially-once in a folder that a run has kept.
+fn database(kept: &str, name: &str) -> Connection {
+    Connection::open(Path::new(kept).join("essentially-once").join(name)).expect("kept")
+}
+
+/// Counts in a database, without the program's own count.
+fn count_in(kept: &str, name: &str, query: &str) -> u64 {
+    let count: i64 = database(kept, name)
+        .query_row(query, [], |row| row.get(0))
+        .expect("a count");
+    count.unsigned_abs()
+}
+
 #[test]
-fn kills_lose_and_double_nothing_under_essentially_once() {
-    let deliveries = deliveries(&["--orders", "2000", "--kills", "20", "--seed", "1"]);
+fn kills_lost_replies_and_altered_records_lose_and_double_nothing_under_essentially_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let kept = folder.path().join("kept").to_string_lossy().into_owned();
+    let deliveries = deliveries(&["--orders", "2000", "--kills", "40", "--seed", "1", "--dir", &kept]);
     for delivery in &deliveries {
         assert_eq!(number(delivery, "orders"), 2_000);
-        assert_eq!(number(delivery, "kills"), 20);
+        assert_eq!(number(delivery, "placed"), 2_000);
+        assert_eq!(number(delivery, "kills"), 40);
         let sum: u64 = ["shipped_once", "shipped_more", "never_shipped", "rejected"]
             .iter()
             .map(|name| number(delivery, name))
             .sum();
         assert_eq!(sum, 2_000, "{delivery}");
+        assert!(number(delivery, "lost_replies") >= 10, "{delivery}");
+        assert!(number(delivery, "duplicates_on_bus") >= 20, "{delivery}");
         assert!(delivery["seconds"].is_number());
     }
     let [at_most_once, at_least_once, essentially_once] = &deliveries[..] else {
@@ -70,11 +88,35 @@ fn kills_lose_and_double_nothing_under_essentially_once() {
     };
     assert_eq!(number(at_most_once, "shipped_more"), 0);
     assert_eq!(number(at_least_once, "never_shipped"), 0);
-    assert_eq!(number(essentially_once, "shipped_more"), 0);
-    assert_eq!(number(essentially_once, "never_shipped"), 0);
-    // If all twenty kills miss a batch in progress, they do not fall into the work.
+    // If all kills of the shipping service miss a batch in progress, they do not fall into the work.
     assert!(number(at_most_once, "never_shipped") > 0, "{at_most_once}");
     assert!(number(at_least_once, "shipped_more") > 0, "{at_least_once}");
+    for without_outbox in [at_most_once, at_least_once] {
+        for name in ["packed", "confirmed", "tampered_rejected"] {
+            assert!(without_outbox[name].is_null(), "{without_outbox}");
+        }
+    }
+
+    let shipped = number(essentially_once, "shipped_once");
+    assert_eq!(shipped + number(essentially_once, "rejected"), 2_000);
+    for name in ["packed", "confirmed"] {
+        assert_eq!(number(essentially_once, name), shipped, "{name}");
+    }
+    assert!(
+        number(essentially_once, "tampered_rejected") >= 10,
+        "{essentially_once}"
+    );
+    // The same in the databases.
+    let shipments = "SELECT count(*) FROM shipments";
+    assert_eq!(count_in(&kept, "shipping.db", shipments), shipped);
+    let distinct = "SELECT count(DISTINCT order_number) FROM shipments";
+    assert_eq!(count_in(&kept, "shipping.db", distinct), shipped);
+    let confirmed = "SELECT count(*) FROM orders WHERE status = 'shipped'";
+    assert_eq!(count_in(&kept, "orders.db", confirmed), shipped);
+    let letters = "SELECT count(*) FROM essentially_once_letters";
+    let set_aside = count_in(&kept, "shipping.db", letters) + count_in(&kept, "orders.db", letters);
+    let expected = number(essentially_once, "rejected") + number(essentially_once, "tampered_rejected");
+    assert_eq!(set_aside, expected);
 }
 
 /// The line, reason and text of each dead letter.
@@ -101,7 +143,8 @@ fn malformed_lines_are_dead_letters_with_their_reason() {
         1,32.38,Ann";
     fs::write(&input, lines).expect("written");
     let (input, kept) = (input.to_string_lossy(), kept.to_string_lossy());
-    let deliveries = deliveries(&["--input", &input, "--kills", "0", "--dir", &kept]);
+    let harmless = ["--kills", "0", "--lose", "0", "--tamper", "0"];
+    let deliveries = deliveries(&[&["--input", &input, "--dir", &kept], &harmless[..]].concat());
     for delivery in &deliveries {
         assert_eq!(number(delivery, "orders"), 8);
         assert_eq!(number(delivery, "shipped_once"), 3);
@@ -161,7 +204,7 @@ fn a_mended_parser_ships_every_dead_letter_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let kept = folder.path().join("kept").to_string_lossy().into_owned();
     let report = report(&[
-        "--input", UNQUOTED, "--kills", "20", "--seed", "1", "--mend", "--dir", &kept,
+        "--input", UNQUOTED, "--kills", "20", "--tamper", "0", "--seed", "1", "--mend", "--dir", &kept,
     ]);
     let (raced, mended) = (&report["deliveries"][2], &report["mended"]);
     assert_eq!(number(raced, "kills"), 20);
@@ -177,6 +220,7 @@ fn a_mended_parser_ships_every_dead_letter_once() {
 
     assert_eq!(number(mended, "retried"), 40);
     assert_eq!(number(mended, "shipped_once"), 200);
+    assert_eq!(number(mended, "confirmed"), 200);
     assert_eq!(number(mended, "rejected"), 0);
     assert!(letters(mended).is_empty());
     // The same in the database, without the program's own count.
@@ -226,21 +270,14 @@ fn a_few_dead_letters_are_shown_and_how_to_retry_them() {
     assert!(mended.contains("40 shipped, 0 left\n"), "{mended}");
 }
 
-/// The database of essentially-once in a folder that a run has kept.
-fn database(kept: &str) -> Connection {
-    Connection::open(Path::new(kept).join("essentially-once.db")).expect("kept")
-}
-
-/// How many dead letters it holds.
+/// How many dead letters the shipping service has.
 fn letters_in(kept: &str) -> u64 {
-    let count = "SELECT count(*) FROM essentially_once_letters";
-    let count: i64 = database(kept).query_row(count, [], |row| row.get(0)).expect("a table");
-    count.unsigned_abs()
+    count_in(kept, "shipping.db", "SELECT count(*) FROM essentially_once_letters")
 }
 
-/// The ids of the orders that it holds as shipped.
+/// The ids of the orders that it has shipped.
 fn shipped_in(kept: &str) -> Vec<String> {
-    let database = database(kept);
+    let database = database(kept, "shipping.db");
     let mut ids = database.prepare("SELECT order_id FROM shipments").expect("a table");
     let ids = ids.query_map([], |row| row.get(0)).expect("rows");
     ids.collect::<Result<_, _>>().expect("ids")
@@ -297,6 +334,40 @@ fn bad_input_is_refused_before_anything_is_written() {
 }
 
 #[test]
+fn unusable_keys_are_refused_before_anything_is_written() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let key = "4fd0eb4cb2ea83d97d6d22a1d07d4e4b8b1b5ed4d9f38f8ea9d6d1d4dd2bb5a7";
+    let file = |name: &str, text: String, mode: u32| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("chmod");
+        path.to_string_lossy().into_owned()
+    };
+    let missing = folder.path().join("missing").to_string_lossy().into_owned();
+    for (path, reason) in [
+        (missing, "there is no such file"),
+        (
+            file("short", format!("a = {}", &key[..62]), 0o600),
+            "the key has 31 bytes",
+        ),
+        (file("open", format!("a = {key}"), 0o644), "chmod 600"),
+    ] {
+        let error = refused(&["--keys", &path], folder.path());
+        assert!(error.contains(reason), "{error}");
+        assert!(error.contains(&path), "the error does not name the file: {error}");
+        assert!(!error.contains(&key[..8]), "the error shows a key: {error}");
+    }
+    let usable = file("usable", format!("a = {key}"), 0o600);
+    let deliveries = deliveries(&["--orders", "100", "--kills", "0", "--keys", &usable]);
+    assert_eq!(
+        number(&deliveries[2], "confirmed"),
+        number(&deliveries[2], "shipped_once")
+    );
+}
+
+#[test]
 fn bad_usage_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     for arguments in [
@@ -305,6 +376,10 @@ fn bad_usage_is_refused() {
         &["--kills", "-1"],
         &["--max-batch", "0"],
         &["--orders", "5", "--input", "orders.csv"],
+        &["--tamper", "-1"],
+        &["--lose", "few"],
+        &["--bus", "kafka://localhost"],
+        &["--store", "nowhere"],
         &["--unknown"],
         &["positional"],
     ] {

@@ -1,4 +1,4 @@
-//! Runs the program as its users do, with log, store or both on a private server.
+//! Runs the program as its users do, with the bus, the shipping service or both on a private server.
 
 use std::process::{Command, ExitCode, Output};
 
@@ -10,18 +10,18 @@ fn main() -> ExitCode {
         "errors_name_the_server_and_no_password",
         errors_name_the_server_and_no_password,
     );
-    for (name, log, store) in [("log", true, false), ("store", false, true), ("both", true, true)] {
+    for (name, bus, store) in [("bus", true, false), ("store", false, true), ("both", true, true)] {
         suite = match test_servers::redis_server() {
             Err(why) => suite.ignored(&format!("{name}_on_redis"), &why),
             Ok(_) => suite.test(&format!("{name}_on_redis"), move || {
-                kills_lose_and_double_nothing(RedisServer::durable().start(), log, store, 2_000, 20)
+                kills_lose_and_double_nothing(RedisServer::durable().start(), bus, store, 2_000, 40)
             }),
         };
         suite = match test_servers::rabbitmq_server() {
             Err(why) => suite.ignored(&format!("{name}_on_rabbitmq"), &why),
-            // A worker takes longer to start there.
+            // A process takes longer to start there.
             Ok(_) => suite.test(&format!("{name}_on_rabbitmq"), move || {
-                kills_lose_and_double_nothing(RabbitNode::start(), log, store, 1_000, 8)
+                kills_lose_and_double_nothing(RabbitNode::start(), bus, store, 1_000, 24)
             }),
         };
     }
@@ -90,7 +90,7 @@ fn report(arguments: &[&str]) -> Result<serde_json::Value, Violation> {
 
 fn kills_lose_and_double_nothing(
     server: Result<impl Server, Error>,
-    log: bool,
+    bus: bool,
     store: bool,
     count: u64,
     kills: u64,
@@ -101,7 +101,7 @@ fn kills_lose_and_double_nothing(
     let place = |on_server| if on_server { url.as_str() } else { "sqlite" };
     let (count_text, kills_text) = (count.to_string(), kills.to_string());
     let arguments = ["--orders", &count_text, "--kills", &kills_text, "--seed", "1", "--json"];
-    let places = ["--log", place(log), "--store", place(store)];
+    let places = ["--bus", place(bus), "--store", place(store)];
     let report = report(&[&arguments[..], &places].concat())?;
     let [at_most_once, at_least_once, essentially_once] =
         &report["deliveries"].as_array().cloned().unwrap_or_default()[..]
@@ -127,6 +127,19 @@ fn kills_lose_and_double_nothing(
             return Err(violation(format!("not {count} orders and {kills} kills: {delivery}")));
         }
     }
+    let number = |name: &str| essentially_once[name].as_u64().unwrap_or_default();
+    let shipped = number("shipped_once");
+    if shipped + number("rejected") != count
+        || number("packed") != shipped
+        || number("confirmed") != shipped
+        || number("tampered_rejected") < 10
+        || number("lost_replies") < 10
+        || number("duplicates_on_bus") < 20
+    {
+        return Err(violation(format!(
+            "the order service does not know all: {essentially_once}"
+        )));
+    }
     check_that_nothing_is_left(&server)
 }
 
@@ -148,8 +161,10 @@ fn a_mended_parser_ships_every_dead_letter_once(
         "1",
         "--json",
         "--mend",
+        "--tamper",
+        "0",
     ];
-    let report = report(&[&arguments[..], &["--log", &url, "--store", &url]].concat())?;
+    let report = report(&[&arguments[..], &["--bus", &url, "--store", &url]].concat())?;
     let (raced, mended) = (&report["deliveries"][2], &report["mended"]);
     let letters = |run: &serde_json::Value| run["dead_letters"].as_array().map(Vec::len);
     let of_a_comma = raced["dead_letters"].as_array().into_iter().flatten().filter(|letter| {
@@ -164,6 +179,7 @@ fn a_mended_parser_ships_every_dead_letter_once(
         (of_a_comma.count() == 40, "that each has its reason"),
         (mended["retried"] == 40, "40 retried"),
         (mended["shipped_once"] == 200, "200 lines shipped after"),
+        (mended["confirmed"] == 200, "200 lines confirmed after"),
         (letters(mended) == Some(0), "no dead letter left"),
     ] {
         if !is_met {
@@ -193,7 +209,7 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
         format!("amqps://shop:{SECRET}@127.0.0.1:1"),
         format!("postgres://shop:{SECRET}@127.0.0.1/shop"),
     ] {
-        for option in ["--log", "--store"] {
+        for option in ["--bus", "--store"] {
             let output = orders(&["--orders", "5", option, &url])?;
             let stderr = String::from_utf8_lossy(&output.stderr);
             if output.status.success() || stderr.contains(SECRET) {

@@ -8,11 +8,14 @@ mod rabbitmq;
 #[cfg(feature = "redis")]
 mod redis;
 
-use essentially_once::Offset;
+use std::sync::Arc;
+
+use essentially_once::Log;
 
 use crate::{
     Failure,
-    backend::{Backend, Place},
+    place::Place,
+    settings::{OUTBOX, Settings},
 };
 
 #[cfg(feature = "rabbitmq")]
@@ -24,37 +27,59 @@ pub(crate) use self::{
     sqlite::own_connection,
 };
 
-impl Backend {
+impl Settings {
     /// Creates everything that the shop needs before the first shipment.
     pub(crate) fn create_shop(&self) -> Result<(), Failure> {
         match self.store {
-            Place::Sqlite => Ok(sqlite::create_table(&self.database)?),
+            Place::Sqlite => Ok(sqlite::create_table(&self.file("shipping.db"))?),
             #[cfg(any(feature = "redis", feature = "rabbitmq"))]
             _ => Ok(()),
         }
     }
 
-    /// Counts the shipments of the records at these offsets, as stored on disk.
-    pub(crate) async fn shipments(&self, offsets: &[Offset]) -> Result<Shipments, Failure> {
-        let _ = offsets;
+    /// Opens the outbox to which the shop's transactions send.
+    pub(crate) async fn shop_outbox(&self) -> Result<Arc<dyn Log>, Failure> {
         match &self.store {
-            Place::Sqlite => Ok(sqlite::count(&own_connection(&self.database)?)?),
+            Place::Sqlite => Ok(Arc::new(self.shipping_database().await?.log(OUTBOX).await?)),
             #[cfg(feature = "redis")]
-            Place::Redis(url) => RedisShop::connect(url, &self.consumer).await?.count().await,
+            Place::Redis(url) => {
+                let outbox = redis::outbox(&self.shipping()?);
+                let options = essentially_once_redis::LogOptions::new().stream(outbox);
+                let redis = essentially_once_redis::Redis::connect(url).await?;
+                Ok(Arc::new(redis.log_with(OUTBOX, options).await?))
+            }
             #[cfg(feature = "rabbitmq")]
-            Place::Rabbitmq(url) => RabbitShop::connect(url, &self.consumer).await?.count(offsets).await,
+            Place::Rabbitmq(url) => {
+                let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
+                Ok(Arc::new(rabbit.store().sent_to(&self.shipping()?, OUTBOX)?))
+            }
+        }
+    }
+
+    /// Counts the shipments of the orders with these numbers, as stored on disk.
+    pub(crate) async fn shipments(&self, numbers: &[u32]) -> Result<Shipments, Failure> {
+        let _ = numbers;
+        match &self.store {
+            Place::Sqlite => Ok(sqlite::count(&own_connection(&self.file("shipping.db"))?)?),
+            #[cfg(feature = "redis")]
+            Place::Redis(url) => RedisShop::connect(url, &self.shipping()?).await?.count().await,
+            #[cfg(feature = "rabbitmq")]
+            Place::Rabbitmq(url) => RabbitShop::connect(url, &self.shipping()?).await?.count(numbers).await,
         }
     }
 
     /// Removes this run's data from a shared server.
     pub(crate) async fn remove(&self) -> Result<(), Failure> {
-        for place in [&self.log, &self.store] {
+        for place in [&self.bus, &self.store] {
             match place {
                 Place::Sqlite => {}
                 #[cfg(feature = "redis")]
-                Place::Redis(url) => RedisShop::connect(url, &self.consumer).await?.remove().await?,
+                Place::Redis(url) => {
+                    let mut shop = RedisShop::connect(url, &self.shipping()?).await?;
+                    shop.remove(&self.run).await?;
+                }
                 #[cfg(feature = "rabbitmq")]
-                Place::Rabbitmq(url) => rabbitmq::remove(url, &self.consumer).await?,
+                Place::Rabbitmq(url) => rabbitmq::remove(url, self).await?,
             }
         }
         Ok(())

@@ -1,14 +1,14 @@
 //! The shop on a RabbitMQ broker: in the consumer's state, or in a separate stream.
 
 use async_trait::async_trait;
-use essentially_once::{ConsumerId, HandlerError, KeyValue, Log, NewRecord, Offset, OffsetStore};
+use essentially_once::{ConsumerId, HandlerError, KeyValue, Log, NewRecord, OffsetStore, Outbox as _};
 use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitTx};
 use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 
 use super::{Shipment, Shipments, Shop};
 use crate::{
     Failure,
-    backend::{order_stream, read_all},
+    settings::{OUTBOX, Settings, Topic, read_all},
 };
 
 /// In the transaction that commits the position. The state has no lists, so each shipment is a key,
@@ -16,11 +16,15 @@ use crate::{
 #[async_trait]
 impl Shop for RabbitTx {
     async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
-        let key = key(&shipment.offset);
+        let key = key(shipment.number);
         let times = times(self.get(key.as_bytes()).await.map_err(HandlerError::fatal)?);
         let value = (times + 1).to_string();
         let put = self.put(key.as_bytes(), value.as_bytes());
         put.await.map_err(HandlerError::fatal)
+    }
+
+    async fn report(&mut self, record: NewRecord) -> Result<(), HandlerError> {
+        Ok(self.send(OUTBOX, record).await?)
     }
 }
 
@@ -33,10 +37,14 @@ pub(crate) struct RabbitShop {
 
 #[async_trait]
 impl Shop for RabbitShop {
-    async fn ship(&mut self, Shipment { offset, order }: &Shipment<'_>) -> Result<(), HandlerError> {
-        let shipment = NewRecord::new(format!("{},{}", order.id, order.freight)).key(offset.clone());
+    async fn ship(&mut self, Shipment { number, order }: &Shipment<'_>) -> Result<(), HandlerError> {
+        let shipment = NewRecord::new(format!("{},{}", order.id, order.freight)).key(number.to_string());
         let published = self.shipments.append(&[shipment]).await;
         published.map(|_| ()).map_err(HandlerError::fatal)
+    }
+
+    async fn report(&mut self, _: NewRecord) -> Result<(), HandlerError> {
+        Ok(())
     }
 }
 
@@ -50,18 +58,18 @@ impl RabbitShop {
         })
     }
 
-    /// Counts the shipments of the records at these offsets.
-    pub(super) async fn count(&mut self, offsets: &[Offset]) -> Result<Shipments, Failure> {
+    /// Counts the shipments of the orders with these numbers.
+    pub(super) async fn count(&mut self, numbers: &[u32]) -> Result<Shipments, Failure> {
         let mut counts = Shipments::new();
         for record in read_all(&self.shipments).await? {
-            let offset = String::from_utf8_lossy(&record.key.unwrap_or_default()).into_owned();
-            *counts.entry(offset).or_default() += 1;
+            let number = String::from_utf8_lossy(&record.key.unwrap_or_default()).parse()?;
+            *counts.entry(number).or_default() += 1;
         }
         let mut state = self.rabbit.store().begin(&self.consumer).await?;
-        for offset in offsets.iter().map(Offset::to_string) {
-            let committed = times(state.get(key(&offset).as_bytes()).await?);
+        for number in numbers {
+            let committed = times(state.get(key(*number).as_bytes()).await?);
             if committed > 0 {
-                *counts.entry(offset).or_default() += committed;
+                *counts.entry(*number).or_default() += committed;
             }
         }
         Ok(counts)
@@ -72,13 +80,18 @@ fn shipments(consumer: &ConsumerId) -> String {
     format!("{consumer}.shipments")
 }
 
-/// Deletes the streams of this run, and the store's streams for its consumer.
-pub(super) async fn remove(url: &str, consumer: &ConsumerId) -> Result<(), Failure> {
+/// Deletes the streams of a run, and those of the store for its consumers.
+pub(super) async fn remove(url: &str, settings: &Settings) -> Result<(), Failure> {
     let connection = Connection::connect(url, ConnectionProperties::default()).await?;
     let channel = connection.create_channel().await?;
-    let store =
-        ["changelog", "snapshots.a", "snapshots.b"].map(|stream| format!("essentially-once.{consumer}.{stream}"));
-    for stream in [order_stream(consumer), shipments(consumer)].into_iter().chain(store) {
+    let shipping = settings.shipping()?;
+    let mut streams = vec![shipments(&shipping)];
+    streams.extend(Topic::ALL.map(|topic| settings.bus_stream(topic)));
+    for consumer in [shipping, settings.shipping_relay()?] {
+        let store = ["changelog", "snapshots.a", "snapshots.b"];
+        streams.extend(store.map(|stream| format!("essentially-once.{consumer}.{stream}")));
+    }
+    for stream in streams {
         // Deleting a missing stream succeeds.
         channel
             .queue_delete(stream.into(), QueueDeleteOptions::default())
@@ -89,8 +102,8 @@ pub(super) async fn remove(url: &str, consumer: &ConsumerId) -> Result<(), Failu
 }
 
 /// The key of the state under which a shipment is counted.
-fn key(offset: &str) -> String {
-    format!("shipped/{offset}")
+fn key(number: u32) -> String {
+    format!("shipped/{number}")
 }
 
 fn times(value: Option<impl AsRef<[u8]>>) -> u64 {

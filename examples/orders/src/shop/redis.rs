@@ -1,14 +1,14 @@
 //! The shop's list of shipments on a Redis server.
 
 use async_trait::async_trait;
-use essentially_once::{ConsumerId, HandlerError};
+use essentially_once::{ConsumerId, HandlerError, NewRecord, Outbox as _};
 use essentially_once_redis::{
     RedisTx,
     redis::{AsyncConnectionConfig, Client, Cmd, RedisResult, aio::MultiplexedConnection, cmd},
 };
 
 use super::{Shipment, Shipments, Shop};
-use crate::Failure;
+use crate::{Failure, settings::OUTBOX};
 
 /// In the transaction that commits the position. The push happens in the same step or not at all.
 #[async_trait]
@@ -16,6 +16,11 @@ impl Shop for RedisTx {
     async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
         let push = push(self.consumer(), shipment);
         self.command(push).await.map_err(HandlerError::fatal)
+    }
+
+    async fn report(&mut self, record: NewRecord) -> Result<(), HandlerError> {
+        let outbox = outbox(self.consumer());
+        Ok(self.send(&outbox, record).await?)
     }
 }
 
@@ -32,6 +37,10 @@ impl Shop for RedisShop {
         let pushed: RedisResult<u64> = push.query_async(&mut self.connection).await;
         pushed.map(|_| ()).map_err(HandlerError::fatal)
     }
+
+    async fn report(&mut self, _: NewRecord) -> Result<(), HandlerError> {
+        Ok(())
+    }
 }
 
 impl RedisShop {
@@ -46,7 +55,7 @@ impl RedisShop {
         })
     }
 
-    /// Counts the shipments of each offset. An entry begins with its offset.
+    /// Counts the shipments of each order. An entry begins with its number.
     pub(super) async fn count(&mut self) -> Result<Shipments, Failure> {
         const AT_A_TIME: usize = 10_000;
         let key = list(&self.consumer);
@@ -55,8 +64,8 @@ impl RedisShop {
             let range = cmd("LRANGE").arg(&key).arg(first).arg(first + AT_A_TIME - 1).to_owned();
             let entries: Vec<String> = range.query_async(&mut self.connection).await?;
             for entry in &entries {
-                let offset = entry.split(',').next().unwrap_or_default();
-                *times.entry(offset.to_owned()).or_default() += 1;
+                let number = entry.split(',').next().unwrap_or_default();
+                *times.entry(number.parse()?).or_default() += 1;
             }
             if entries.len() < AT_A_TIME {
                 break;
@@ -65,15 +74,14 @@ impl RedisShop {
         Ok(times)
     }
 
-    /// Deletes all keys that begin with the consumer's hash tag, and the store's own keys for this
-    /// consumer.
-    pub(super) async fn remove(&mut self) -> Result<(), Failure> {
+    /// Deletes all keys of a run.
+    pub(super) async fn remove(&mut self, run: &str) -> Result<(), Failure> {
         let mut cursor = 0_u64;
         loop {
             let scan = cmd("SCAN")
                 .arg(cursor)
                 .arg("MATCH")
-                .arg(format!("*{{{}}}*", self.consumer))
+                .arg(format!("*{run}*"))
                 .arg("COUNT")
                 .arg(1_000)
                 .to_owned();
@@ -89,14 +97,18 @@ impl RedisShop {
     }
 }
 
-/// The key has the consumer's hash tag, so that one step can write it together with the position,
-/// even in a cluster.
+/// Both keys have the consumer's hash tag, so that one step can write them together with the
+/// position, even in a cluster.
+pub(crate) fn outbox(consumer: &ConsumerId) -> String {
+    format!("{{{consumer}}}:{OUTBOX}")
+}
+
 fn list(consumer: &ConsumerId) -> String {
     format!("{{{consumer}}}:shipments")
 }
 
 /// A push that runs twice leaves two entries, so a doubled shipment is visible.
-fn push(consumer: &ConsumerId, Shipment { offset, order }: &Shipment<'_>) -> Cmd {
-    let entry = format!("{offset},{},{}", order.id, order.freight);
+fn push(consumer: &ConsumerId, Shipment { number, order }: &Shipment<'_>) -> Cmd {
+    let entry = format!("{number},{},{}", order.id, order.freight);
     cmd("RPUSH").arg(list(consumer)).arg(entry).to_owned()
 }

@@ -3,21 +3,26 @@
 use std::{path::Path, time::Duration};
 
 use async_trait::async_trait;
-use essentially_once::HandlerError;
+use essentially_once::{HandlerError, NewRecord, Outbox as _};
 use essentially_once_sqlite::{
     SqliteTx,
     rusqlite::{self, Connection, params},
 };
 
 use super::{Shipment, Shipments, Shop};
+use crate::settings::OUTBOX;
 
 /// In the transaction that commits the position.
 #[async_trait]
 impl Shop for SqliteTx {
     async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
-        let Shipment { offset, order } = shipment;
-        let done = self.execute(INSERT, params![offset, order.id, order.freight]);
+        let Shipment { number, order } = shipment;
+        let done = self.execute(INSERT, params![number, order.id, order.freight]);
         done.map(|_| ()).map_err(HandlerError::fatal)
+    }
+
+    async fn report(&mut self, record: NewRecord) -> Result<(), HandlerError> {
+        Ok(self.send(OUTBOX, record).await?)
     }
 }
 
@@ -25,19 +30,23 @@ impl Shop for SqliteTx {
 #[async_trait]
 impl Shop for Connection {
     async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
-        let Shipment { offset, order } = shipment;
+        let Shipment { number, order } = shipment;
         let insert = self.prepare_cached(INSERT);
-        let done = insert.and_then(|mut insert| insert.execute(params![offset, order.id, order.freight]));
+        let done = insert.and_then(|mut insert| insert.execute(params![number, order.id, order.freight]));
         done.map(|_| ()).map_err(HandlerError::fatal)
+    }
+
+    async fn report(&mut self, _: NewRecord) -> Result<(), HandlerError> {
+        Ok(())
     }
 }
 
-const INSERT: &str = "INSERT INTO shipments (log_offset, order_id, freight) VALUES (?1, ?2, ?3)";
+const INSERT: &str = "INSERT INTO shipments (order_number, order_id, freight) VALUES (?1, ?2, ?3)";
 
 /// The table has no unique constraint, which would hide doubled shipments.
 pub(super) fn create_table(path: &Path) -> rusqlite::Result<()> {
     Connection::open(path)?.execute_batch(
-        "CREATE TABLE shipments (log_offset TEXT NOT NULL, order_id TEXT NOT NULL, freight REAL NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS shipments (order_number INTEGER NOT NULL, order_id TEXT NOT NULL, freight REAL NOT NULL)",
     )
 }
 
@@ -52,7 +61,7 @@ pub(crate) fn own_connection(path: &Path) -> rusqlite::Result<Connection> {
 }
 
 pub(super) fn count(shop: &Connection) -> rusqlite::Result<Shipments> {
-    let mut counts = shop.prepare("SELECT log_offset, count(*) FROM shipments GROUP BY log_offset")?;
+    let mut counts = shop.prepare("SELECT order_number, count(*) FROM shipments GROUP BY order_number")?;
     let counts = counts.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)? as u64)))?;
     counts.collect()
 }

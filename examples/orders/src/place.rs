@@ -1,0 +1,64 @@
+//! The backends that the bus and the shipping service can be on.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// A backend. It has no `Debug`, because a URL may hold a password.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) enum Place {
+    /// SQLite files.
+    Sqlite,
+    /// The Redis server with this URL.
+    #[cfg(feature = "redis")]
+    Redis(String),
+    /// The RabbitMQ broker with this URL.
+    #[cfg(feature = "rabbitmq")]
+    Rabbitmq(String),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let scheme = text.split_once(':').map(|(scheme, _)| scheme);
+        match scheme {
+            None if text == "sqlite" => Ok(Self::Sqlite),
+            #[cfg(feature = "redis")]
+            Some("redis" | "rediss" | "redis+unix" | "unix") => Ok(Self::Redis(text.into())),
+            #[cfg(not(feature = "redis"))]
+            Some("redis" | "rediss" | "redis+unix" | "unix") => {
+                Err("this program was built without Redis: run it with `--features redis`".into())
+            }
+            #[cfg(feature = "rabbitmq")]
+            Some("amqp" | "amqps") => Ok(Self::Rabbitmq(text.into())),
+            #[cfg(not(feature = "rabbitmq"))]
+            Some("amqp" | "amqps") => {
+                Err("this program was built without RabbitMQ: run it with `--features rabbitmq`".into())
+            }
+            _ => Err("expected `sqlite` or a URL that begins with redis://, rediss://, amqp:// or amqps://".into()),
+        }
+    }
+}
+
+impl TryFrom<String> for Place {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// The text that [`FromStr`] accepts. It includes the password.
+impl From<Place> for String {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::Sqlite => "sqlite".into(),
+            #[cfg(feature = "redis")]
+            Place::Redis(url) => url,
+            #[cfg(feature = "rabbitmq")]
+            Place::Rabbitmq(url) => url,
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Where everything is kept and what it is called. The backends of bus and shipping service are
+//! chosen here.
+
+use std::{fmt, path::PathBuf, sync::Arc};
+
+use essentially_once::{
+    ConsumerId, Error, Log, Record,
+    signed::{Keys, Signed, Signer},
+};
+use essentially_once_sqlite::Sqlite;
+use serde::{Deserialize, Serialize};
+
+use crate::{Failure, delivery::Delivery, order::Format, place::Place};
+
+/// The settings that all four processes share.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) delivery: Delivery,
+    /// Other programs and earlier runs use the same servers, so all names there contain this one.
+    pub(crate) run: String,
+    pub(crate) bus: Place,
+    /// Where the shipping service keeps its shipments, its position and its outbox.
+    pub(crate) store: Place,
+    /// The folder of the SQLite files. Each service has one, and so does a bus on SQLite.
+    pub(crate) folder: PathBuf,
+    /// The file of the keys that sign what is sent over the bus.
+    pub(crate) keys: PathBuf,
+    pub(crate) format: Format,
+    /// The most records that one commit covers.
+    pub(crate) max_batch: usize,
+}
+
+/// A log on the bus.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Topic {
+    /// From the order service to the shipping service.
+    Orders,
+    /// From the shipping service to the order service.
+    Progress,
+}
+
+impl Topic {
+    pub(crate) const ALL: [Self; 2] = [Self::Orders, Self::Progress];
+}
+
+impl fmt::Display for Topic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Orders => "orders",
+            Self::Progress => "progress",
+        })
+    }
+}
+
+/// The outbox of either service.
+pub(crate) const OUTBOX: &str = "outbox";
+
+impl Settings {
+    /// Opens a log of the bus without signatures, and creates it if it is missing.
+    pub(crate) async fn bus(&self, topic: Topic) -> Result<Arc<dyn Log>, Error> {
+        match &self.bus {
+            Place::Sqlite => {
+                let sqlite = Sqlite::open(self.file("bus.db")).await?;
+                Ok(Arc::new(sqlite.log(&topic.to_string()).await?))
+            }
+            #[cfg(feature = "redis")]
+            Place::Redis(url) => {
+                let options = essentially_once_redis::LogOptions::new().stream(format!("{}:{topic}", self.run));
+                let redis = essentially_once_redis::Redis::connect(url).await?;
+                Ok(Arc::new(redis.log_with(&topic.to_string(), options).await?))
+            }
+            #[cfg(feature = "rabbitmq")]
+            Place::Rabbitmq(url) => {
+                let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
+                Ok(Arc::new(rabbit.log(&self.bus_stream(topic)).await?))
+            }
+        }
+    }
+
+    /// Signs what is appended to a log of the bus, and verifies what is read.
+    pub(crate) fn signed<L: Log>(&self, topic: Topic, bus: L) -> Result<Signed<L>, Error> {
+        let keys = Keys::from_file(&self.keys)?;
+        Ok(Signed::new(bus, Signer::new(topic.to_string(), keys)?))
+    }
+
+    /// Opens the file of the order service, and creates it if it is missing.
+    pub(crate) async fn order_database(&self) -> Result<Sqlite, Error> {
+        Sqlite::open(self.file("orders.db")).await
+    }
+
+    /// Opens the file of a shipping service on SQLite, and creates it if it is missing.
+    pub(crate) async fn shipping_database(&self) -> Result<Sqlite, Error> {
+        Sqlite::open(self.file("shipping.db")).await
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// A name that no other run uses for its consumer.
+    pub(crate) fn consumer(&self, name: &str) -> Result<ConsumerId, Error> {
+        ConsumerId::new(format!("{name}-{}", self.run))
+    }
+
+    pub(crate) fn shipping(&self) -> Result<ConsumerId, Error> {
+        self.consumer("shipping")
+    }
+
+    pub(crate) fn shipping_relay(&self) -> Result<ConsumerId, Error> {
+        self.consumer("shipping-relay")
+    }
+
+    /// The stream of a topic on a RabbitMQ broker.
+    #[cfg(feature = "rabbitmq")]
+    pub(crate) fn bus_stream(&self, topic: Topic) -> String {
+        format!("{}.{topic}", self.run)
+    }
+}
+
+/// Reads all records that the log holds now.
+pub(crate) async fn read_all(log: &dyn Log) -> Result<Vec<Record>, Failure> {
+    const AT_A_TIME: usize = 1_000;
+    let bounds = log.bounds().await?;
+    let (mut records, mut next) = (Vec::<Record>::new(), bounds.earliest);
+    if next < bounds.end {
+        let mut reader = log.read(next).await?;
+        while next < bounds.end {
+            records.extend(reader.next(AT_A_TIME).await?);
+            next = records.last().map_or(bounds.end, |last| last.offset.successor());
+        }
+    }
+    Ok(records)
+}
