@@ -213,6 +213,7 @@ impl Streams {
     /// Fills segments of the changelog with messages that the store ignores. It declares its
     /// streams itself, with segments of a size that no test fills with records.
     async fn fill_segments(&self) -> Result<(), Source> {
+        // One fills most of a segment, which has 16 MiB.
         let body = vec![0; 15 * 1024 * 1024];
         for _ in 0..5 {
             self.publish_to(&self.changelog(), &body, BasicProperties::default())
@@ -335,6 +336,7 @@ impl Backend for Streams {
         let earliest = outbox.bounds().await?.earliest;
         self.fill_segments().await?;
         store.snapshot(&consumer).await?;
+        // The last segment is not full, so it stays.
         self.set_policy(&self.changelog(), r#"{"max-length-bytes": 1}"#).await?;
         self.truncated(&outbox, earliest).await
     }

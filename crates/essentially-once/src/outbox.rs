@@ -24,6 +24,10 @@ use crate::{Error, NewRecord, ProducerId, backend::unique};
 /// - **O5** Consumers share an outbox, unless the backend documents that each consumer has outboxes
 ///   of its own. Sending to an outbox that does not exist creates it.
 ///
+/// Send to a few fixed outboxes, and let the relay's [route](crate::relay::Relay::routed) tell
+/// records apart. An outbox for each customer would leave each of them in the position of every
+/// receiver forever, since the producer of an outbox is never forgotten.
+///
 /// # Examples
 /// ```
 /// use essentially_once::memory::{Memory, MemoryTx};

@@ -188,6 +188,8 @@ impl Changelog {
 
     pub(super) async fn snapshot(&self) -> Result<(), Error> {
         let mut slot = self.replica().await?;
+        // Others may have committed since this handle last read.
+        self.refresh(&mut slot).await?;
         self.loaded(&mut slot).await?.policy.write_now().await
     }
 

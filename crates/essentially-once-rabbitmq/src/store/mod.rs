@@ -123,7 +123,8 @@ impl RabbitStore {
     }
 
     /// The most state that a consumer may have, in bytes of memory: keys, values, windows, and
-    /// about 96 bytes for each, dead letters with their edits, and the journal of operators. At
+    /// about 96 bytes for each, dead letters with their edits, the journal of operators, and the
+    /// names of outboxes, which are never removed. At
     /// most 256 MiB, which is the default. A `put`, letter or commit that would exceed it fails
     /// with [`Error::Failed`], unless only the journal grows. State that is already larger can
     /// still be read and deleted.
@@ -151,8 +152,8 @@ impl RabbitStore {
         self.with_limits()
     }
 
-    /// Writes a snapshot of a consumer's state now, for instance before a planned restart, and
-    /// returns when it is complete. This is optional, since
+    /// Writes a snapshot of a consumer's state now, with the commits of all handles and processes,
+    /// for instance before a planned restart, and returns when it is complete. This is optional, since
     /// [`snapshot_after`](Self::snapshot_after) triggers snapshots.
     ///
     /// # Errors

@@ -31,7 +31,8 @@ use crate::{
 /// - They are kept in the consumer's changelog as long as it keeps its entries: the last 512 MiB,
 ///   which marks, state and dead letters share with the records. The store does not know how far
 ///   its readers are, so it does not wait for them. A reader that is further behind gets
-///   [`Error::Truncated`] if it missed a record. Watch the lag of a relay.
+///   [`Error::Truncated`]: if it missed a record, and also if it was open while 512 MiB passed that
+///   it did not read. In the second case a new reader goes on. Watch the lag of a relay.
 /// - Each outbox belongs to one consumer. Two consumers that send to outboxes of the same name have
 ///   two, with a producer each.
 /// - Offsets are those of the changelog's messages, with the index of the record in the commit. The

@@ -145,7 +145,7 @@ impl Scope {
                 self.on("change the state of"),
                 format!(
                     "it would take about {after} bytes of memory, over the limit of {limit} \
-                     (`RabbitStore::state_limit`); delete keys that are not needed, or keep the state in a database \
+                     (`RabbitStore::state_limit`); delete keys and dead letters that are not needed, or keep the state in a database \
                      with a store of its own"
                 ),
             )),

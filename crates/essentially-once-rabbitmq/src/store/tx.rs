@@ -18,8 +18,9 @@ use super::{
 
 /// What a handler stages. Nothing leaves this process before the commit, and nothing is locked.
 ///
-/// After an error other than [`Error::TooLarge`], the transaction can only be rolled back. A commit
-/// then fails with that error and applies nothing, even if the handler ignored it.
+/// After an error of its state, other than [`Error::TooLarge`], the transaction can only be rolled
+/// back. A commit then fails with that error and applies nothing, even if the handler ignored it. A
+/// record that [`send`](Outbox::send) refuses is not staged, and the transaction can go on.
 pub struct RabbitTx {
     pub(super) changelog: Arc<Changelog>,
     /// The revision that it reads.

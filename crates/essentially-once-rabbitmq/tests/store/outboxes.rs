@@ -10,6 +10,7 @@ use essentially_once::{
 };
 use essentially_once_rabbitmq::{LogOptions, RabbitStore};
 use essentially_once_testkit::{Violation, read_log};
+use test_servers::eventually;
 
 use crate::{
     Tests,
@@ -151,7 +152,15 @@ async fn fill_and_trim(place: &Place, store: &RabbitStore, mut revision: u64, go
     let changelog = place.options().prefix("another").connect(&place.url).await?;
     let existing = LogOptions::new().existing();
     let changelog = changelog.log_with(&place.changelog(), existing).await?;
-    while changelog.bounds().await?.earliest <= gone {}
+    eventually(|| async {
+        Ok(match changelog.bounds().await {
+            Ok(bounds) if bounds.earliest > gone => Ok(()),
+            Ok(bounds) => Err(format!("the entry at {}", bounds.earliest)),
+            Err(error) => Err(error.to_string()),
+        })
+    })
+    .await
+    .map_err(|error| Violation::new(error.to_string()))?;
     Ok(revision)
 }
 

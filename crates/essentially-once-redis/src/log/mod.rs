@@ -99,6 +99,9 @@ use crate::{
 /// | `<prefix>:{<tag>}:outbox:<stream>` | `producer` | drawn for the first record that was sent |
 /// | | `next` | the sequence of the next record |
 ///
+/// Services that send to one stream need the same [prefix](crate::RedisOptions::prefix), or the
+/// stream gets a producer for each of them.
+///
 /// The tag is the hash tag of the stream's key, or the whole key if it has none. The hash stays
 /// when records are removed and when the stream is deleted, so numbers are not used again. A commit
 /// that finds a damaged hash fails with [`Error::Failed`] and applies nothing.
@@ -108,8 +111,8 @@ use crate::{
 /// is restored. Consumers behind a relay then drop new records as copies of those that the relay
 /// had passed on. Wait for replicas
 /// ([`RedisOptions::min_replicas`](crate::RedisOptions::min_replicas)) to make such a failover less
-/// likely. Before you start the processes on restored data, delete these hashes, and each outbox
-/// gets a new producer:
+/// likely. Before you start the processes on restored data, delete these hashes on each master of a
+/// cluster, with your prefix, and each outbox gets a new producer:
 ///
 /// ```text
 /// redis-cli --scan --pattern 'essentially-once:{*}:outbox:*' | xargs redis-cli DEL

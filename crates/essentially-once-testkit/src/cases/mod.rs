@@ -15,7 +15,7 @@ mod names;
 mod native;
 mod one_commit;
 pub(crate) mod outbox;
-mod outbox_numbers;
+pub(crate) mod outbox_numbers;
 mod pulse;
 mod refusals;
 mod restart;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, Epoch, Error, KeyValue, Log, NewRecord, OffsetStore, Origin, ProducerId, Record, async_trait,
+    Consumer, Epoch, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Origin, ProducerId, Record, async_trait,
     backend::Transaction,
     relay::{Destination, Relay},
 };
@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Checks that the origins of the records continue those up to `last`. Returns the last one.
-fn continued(when: &str, last: Option<&Origin>, records: &[Record]) -> Result<Origin, Violation> {
+pub(crate) fn continued(when: &str, last: Option<&Origin>, records: &[Record]) -> Result<Origin, Violation> {
     let mut last = last.cloned();
     for record in records {
         let Some(origin) = &record.origin else {
@@ -100,18 +100,30 @@ pub(super) async fn o3_numbers_rise_after_truncation<H: Harness>(harness: &H, ba
         last = Some(one_more(backend, &sender, n, "at first", last.as_ref()).await?);
     }
     if let Some(newest) = found(backend, "a").await?.last() {
-        backend.truncate("a", newest.offset).await?;
+        truncated(backend, newest.offset).await?;
     }
     for n in 3..5 {
         last = Some(one_more(backend, &sender, n, "after truncation", last.as_ref()).await?);
     }
     if harness.capabilities().truncate_all == Support::Yes {
         let end = open(backend, "a").await?.bounds().await?.end;
-        backend.truncate("a", end).await?;
+        truncated(backend, end).await?;
         for n in 5..7 {
             last = Some(one_more(backend, &sender, n, "after every record was removed", last.as_ref()).await?);
         }
     }
+    Ok(())
+}
+
+/// Lets retention remove records of the outbox.
+async fn truncated<B: Backend>(backend: &B, before: Offset) -> CaseResult {
+    let earliest = open(backend, "a").await?.bounds().await?.earliest;
+    backend.truncate("a", before).await?;
+    let now = open(backend, "a").await?.bounds().await?.earliest;
+    ensure!(
+        now > earliest,
+        "the harness was to remove the records before {before}, but the earliest record is still at {earliest}"
+    );
     Ok(())
 }
 

@@ -91,8 +91,27 @@ pub(super) async fn o1_a_lost_reply_neither_loses_nor_doubles_records<H: Harness
             &format!("cut {round} ({cut:?}), after which the commit returned {result:?}"),
         )
         .await?;
+        go_on(&sender, &name).await?;
+        agree(
+            backend,
+            &format!("after a commit on the handle of cut {round} ({cut:?})"),
+        )
+        .await?;
     }
     Ok(())
+}
+
+/// Sends once more on a handle whose connection was cut. It may notice that late.
+async fn go_on<S: OffsetStore<Tx: KeyValue>>(sender: &Sender<S>, name: &str) -> CaseResult {
+    let going_on = async {
+        loop {
+            match send_next(sender, name).await {
+                Err(error) if error.is_transient() => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+                done => return done,
+            }
+        }
+    };
+    Ok(soon("a commit on a handle whose connection was cut", going_on).await??)
 }
 
 /// Reads the position, retrying until the backend answers again.

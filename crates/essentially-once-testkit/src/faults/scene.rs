@@ -18,6 +18,7 @@ use crate::{
     cases::{
         common::payloads,
         outbox::{found_of, outbox},
+        outbox_numbers::continued,
     },
     checker::{Applied, Check, Expectation, read_log},
     harness::Backend,
@@ -174,10 +175,11 @@ impl<B: Backend> Scene<'_, B> {
             return Ok(());
         }
         let consumer = ConsumerId::new(&self.name)?;
-        let sent = payloads(&found_of(self.backend, &consumer, &self.outbox_name()).await?);
+        let records = found_of(self.backend, &consumer, &self.outbox_name()).await?;
+        let sent = payloads(&records);
         let applied: Vec<_> = applied.iter().map(|applied| applied.offset.to_string()).collect();
         match sent == applied {
-            true => Ok(()),
+            true => continued("in the outbox", None, &records).map(drop),
             false => Err(Violation::new(format!(
                 "sent records and state differ: {applied:?} were applied, and {sent:?} were sent"
             ))),

@@ -635,6 +635,8 @@ wrong {
     SentApartFromTheCommit,
     /// After a lost reply, the records of the commit are sent again.
     SentAgainAfterLostReply,
+    /// After a lost reply, the numbers of the commit are used again.
+    LostReplyTakesNumbersBack,
     /// The records go to the backend ahead of the commit that they belong to.
     SentInAnEarlierRequest,
     /// The records of a commit are sent in reverse order.

@@ -230,6 +230,18 @@ pub(crate) fn not_committed(tx: &ModelTx, state: &mut State, sends: Defect) {
     }
 }
 
+/// Called for a commit whose reply was lost.
+pub(crate) fn reply_lost(tx: &ModelTx, state: &mut State) {
+    if tx.shared.is(Defect::LostReplyTakesNumbersBack) {
+        for one in &tx.sent {
+            let next = state.logs.get_mut(&one.log).map(|log| &mut log.numbers.next);
+            if let Some(next) = next.and_then(|next| next.get_mut("")) {
+                *next = next.saturating_sub(1);
+            }
+        }
+    }
+}
+
 /// Appends the records outside the commit, if the transaction is broken that way.
 pub(crate) fn send_if(tx: &ModelTx, state: &mut State, sends: Defect) {
     if tx.shared.is(sends) {

@@ -547,6 +547,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     o1_a_lost_reply_neither_loses_nor_doubles_records {
         SentAgainAfterLostReply => "(BeforeReply)",
+        LostReplyTakesNumbersBack => "which is no higher",
         SentInAnEarlierRequest => "(BeforeRequest)",
     }
     o2_records_keep_their_order {

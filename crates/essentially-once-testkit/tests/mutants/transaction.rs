@@ -346,6 +346,7 @@ impl Transaction for ModelTx {
         let mut replied = self.shared.travel(self.generation, Stage::Reply).await;
         if cut == Some(Cut::BeforeReply) {
             outbox::send_if(&self, &mut self.shared.state(), Defect::SentAgainAfterLostReply);
+            outbox::reply_lost(&self, &mut self.shared.state());
         }
         if cut == Some(Cut::BeforeReply) && !self.shared.is(Defect::LostRepliesLookedUp) {
             replied = Err(lost());
