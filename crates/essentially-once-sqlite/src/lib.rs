@@ -73,8 +73,7 @@
 //!
 //! A handler sends records to the logs of its own file with
 //! [`Outbox::send`](essentially_once::Outbox::send). It cannot append to them, because the append
-//! would wait for the handler's own lock. The append fails after the `busy_timeout` with an error
-//! that says so.
+//! would wait for the handler's own lock. It fails at once, with an error that says so.
 //!
 //! # Backing up and restoring
 //!

@@ -11,6 +11,7 @@ use std::{
     thread::{self, ThreadId},
 };
 
+use essentially_once::backend::{Owner, current_run};
 use tokio::{sync::watch, task};
 
 use super::{lock::lock, turnstile::Turnstile};
@@ -34,19 +35,31 @@ pub(crate) struct OpenFile {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Holder {
     number: u64,
+    errand: Errand,
     began: Runner,
 }
 
-/// What polls a future: a task, or a thread in `block_on`.
+/// The purpose of a write transaction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Errand {
+    /// An append. A handler that holds the lock may be the one that waits for it.
+    Append,
+    Other,
+}
+
+/// What polls a future: a run of a consumer, a task, or a thread in `block_on`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Runner {
+    Consumer(Owner),
     Task(task::Id),
     Thread(ThreadId),
 }
 
 impl Runner {
     fn current() -> Self {
-        task::try_id().map_or_else(|| Self::Thread(thread::current().id()), Self::Task)
+        let in_task = || task::try_id().map(Self::Task);
+        let run = current_run().map(Self::Consumer).or_else(in_task);
+        run.unwrap_or_else(|| Self::Thread(thread::current().id()))
     }
 }
 
@@ -85,9 +98,10 @@ impl OpenFile {
     }
 
     /// Records that the current task has begun a transaction, until [`ended`](Self::ended).
-    pub(crate) fn began(&self) -> Holder {
+    pub(crate) fn began(&self, errand: Errand) -> Holder {
         let holder = Holder {
             number: self.transactions.fetch_add(1, Ordering::Relaxed),
+            errand,
             began: Runner::current(),
         };
         *lock(&self.holder) = Some(holder);
@@ -108,9 +122,15 @@ impl OpenFile {
 }
 
 impl Holder {
-    /// Whether the current task began the transaction.
-    pub(crate) fn is_this_task(self) -> bool {
+    /// Whether what runs now began the transaction.
+    pub(crate) fn is_this_runner(self) -> bool {
         self.began == Runner::current()
+    }
+
+    /// Whether it is the transaction of the handler that calls, which ends only after the handler.
+    /// An append that the handler gave up on still ends on its own.
+    pub(crate) fn is_of_this_handler(self) -> bool {
+        self.errand == Errand::Other && matches!(self.began, Runner::Consumer(_)) && self.is_this_runner()
     }
 }
 
@@ -136,12 +156,12 @@ mod tests {
     async fn a_transaction_knows_its_task() {
         let folder = tempfile::tempdir().expect("folder");
         let file = OpenFile::of(&folder.path().join("a.db"));
-        let first = file.began();
-        assert!(first.is_this_task());
-        let elsewhere = tokio::spawn(async move { first.is_this_task() });
+        let first = file.began(Errand::Other);
+        assert!(first.is_this_runner());
+        let elsewhere = tokio::spawn(async move { first.is_this_runner() });
         assert!(!elsewhere.await.expect("no panic"));
         file.ended(first);
-        let second = file.began();
+        let second = file.began(Errand::Other);
         file.ended(first);
         assert_eq!(file.holder(), Some(second), "the end of an earlier one changes nothing");
     }

@@ -25,11 +25,11 @@ use tokio::time::Instant;
 
 pub(crate) use self::transaction::WriteTx;
 use self::{
-    file::OpenFile,
+    file::{Errand, OpenFile},
     lock::lock,
     retry::{LONGEST_PAUSE, SHORTEST_PAUSE, retry_busy},
     thread::on_a_thread,
-    writer::{Errand, Writer},
+    writer::Writer,
 };
 use crate::{
     error::{classify, closed, on},

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::{
-    file::{Holder, OpenFile},
+    file::{Errand, Holder, OpenFile},
     open,
     prepared::Prepared,
     retry::SHORTEST_PAUSE,
@@ -34,9 +34,9 @@ pub(crate) struct WriteTx {
 
 impl WriteTx {
     /// The transaction that was just begun on the connection.
-    pub(super) fn new(connection: Held, file: Arc<OpenFile>) -> Self {
+    pub(super) fn new(connection: Held, file: Arc<OpenFile>, errand: Errand) -> Self {
         Self {
-            holder: file.began(),
+            holder: file.began(errand),
             file,
             connection,
         }

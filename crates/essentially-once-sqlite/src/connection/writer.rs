@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    file::{Holder, OpenFile},
+    file::{Errand, Holder, OpenFile},
     open,
     prepared::Prepared,
     retry::retry_busy,
@@ -57,14 +57,6 @@ pub(super) struct Writer {
     connection: Arc<Mutex<Option<WriteConnection>>>,
 }
 
-/// The purpose of a write transaction.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Errand {
-    /// An append. A handler that holds the lock may be the one that waits for it.
-    Append,
-    Other,
-}
-
 impl Writer {
     /// Opens the file. It blocks the thread, also while it waits for locks, until `given_up` is
     /// set.
@@ -95,6 +87,13 @@ impl Writer {
     pub(super) async fn begin(&self, errand: Errand, action: impl Fn() -> String) -> Result<WriteTx, Error> {
         let deadline = Instant::now() + self.options.busy_timeout;
         let held = self.file.holder();
+        if errand == Errand::Append && held.is_some_and(Holder::is_of_this_handler) {
+            return Err(Error::failed(
+                self.on(action()),
+                "this handler waits for itself, since its own transaction has the write lock of the file; send the \
+                 record with `Outbox::send` in that transaction, or append to a log in another file",
+            ));
+        }
         let Ok(connection) = time::timeout_at(deadline, Arc::clone(&self.connection).lock_owned()).await else {
             return Err(self.kept_waiting(errand, action(), held, None));
         };
@@ -106,7 +105,7 @@ impl Writer {
             connection.reopen(&self.path, &self.options).await?;
         }
         match self.lock_file(&mut connection, deadline).await {
-            Ok(()) => Ok(WriteTx::new(connection, Arc::clone(&self.file))),
+            Ok(()) => Ok(WriteTx::new(connection, Arc::clone(&self.file), errand)),
             Err(error) if is_busy(&error) => Err(self.kept_waiting(errand, action(), held, Some(error))),
             Err(error) => Err(classify(self.on(action()), error)),
         }
@@ -124,7 +123,7 @@ impl Writer {
             return Ok(None);
         }
         match connection.begin() {
-            Ok(()) => Ok(Some(WriteTx::new(connection, Arc::clone(&self.file)))),
+            Ok(()) => Ok(Some(WriteTx::new(connection, Arc::clone(&self.file), Errand::Other))),
             Err(error) if is_busy(&error) => Ok(None),
             Err(error) => Err(classify(self.on(action()), error)),
         }
@@ -168,9 +167,8 @@ impl Writer {
     /// Builds the error for a writer that did not get the lock in time. `held` is the transaction
     /// that was open when the wait began.
     ///
-    /// A task that waits for itself would do so at every attempt. But one task may also run two
-    /// consumers concurrently (`join!`), where one waits for the other's slow handler. So only an
-    /// append fails permanently.
+    /// A task that waits for itself would do so at every attempt. But it may also wait for another
+    /// one of the futures that it polls concurrently (`join!`). So only an append fails permanently.
     fn kept_waiting(
         &self,
         errand: Errand,
@@ -180,7 +178,7 @@ impl Writer {
     ) -> Error {
         let (action, timeout) = (self.on(action), self.options.busy_timeout);
         match (self.file.holder().filter(|holder| held == Some(*holder)), error) {
-            (Some(holder), _) if errand == Errand::Append && holder.is_this_task() => Error::failed(
+            (Some(holder), _) if errand == Errand::Append && holder.is_this_runner() => Error::failed(
                 action,
                 format!(
                     "this task waits for itself: its own open transaction on the same file has held the write lock \

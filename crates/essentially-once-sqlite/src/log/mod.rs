@@ -46,8 +46,9 @@ const TRIM_CHUNK: u64 = 10_000;
 ///
 /// An append is one transaction, so a failed append leaves no records behind.
 ///
-/// An append within a handler on the same file waits for the handler's own lock. It ends with
-/// [`Error::Failed`] after the `busy_timeout`. Such a handler sends its records with
+/// An append within a handler on the same file would wait for the handler's own lock, and fails at
+/// once with [`Error::Failed`]. In a task that the handler has spawned, it ends after the
+/// `busy_timeout`. Such a handler sends its records with
 /// [`Outbox::send`](essentially_once::Outbox::send) instead.
 ///
 /// # As an outbox

@@ -15,7 +15,7 @@ use essentially_once_sqlite::{Sqlite, SqliteOptions, SqliteTx, rusqlite::Connect
 use super::{advance, open, shipping, staged};
 
 #[tokio::test]
-async fn an_append_within_a_handler_ends_with_an_explanation() {
+async fn an_append_beside_an_open_transaction_of_its_task_ends_with_an_explanation() {
     let folder = tempfile::tempdir().expect("folder");
     let options = SqliteOptions::new().busy_timeout(Duration::from_millis(100));
     let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
@@ -45,29 +45,35 @@ async fn an_append_within_a_handler_ends_with_an_explanation() {
     log.append(&[NewRecord::new("y")]).await.expect("the lock is free");
 }
 
+/// The handler appends through a handle of its own or through that of its store.
 #[tokio::test]
-async fn a_consumer_whose_handler_appends_to_its_own_file_ends_and_says_why() {
+async fn an_append_within_a_handler_to_its_own_file_fails_at_once_and_names_send() {
     let folder = tempfile::tempdir().expect("folder");
-    let options = SqliteOptions::new().busy_timeout(Duration::from_millis(50));
-    let sqlite = options.open(folder.path().join("a.db")).await.expect("open");
+    let path = folder.path().join("a.db");
+    let options = SqliteOptions::new().busy_timeout(Duration::from_secs(60));
+    let sqlite = options.open(&path).await.expect("open");
     let log = sqlite.log("orders").await.expect("log");
     log.append(&[NewRecord::new("x")]).await.expect("append");
-    let results = sqlite.log("results").await.expect("log");
-    let handler = handler_fn(move |_: &Record, _: &mut SqliteTx| {
-        let results = results.clone();
-        Box::pin(async move {
-            results.append(&[NewRecord::new("y")]).await?;
-            Ok(())
-        })
-    });
-    let consumer = Consumer::essentially_once(shipping(), log, sqlite.store(), handler)
-        .min_backoff(Duration::from_millis(1))
-        .max_backoff(Duration::from_millis(1));
-    let ended = tokio::time::timeout(Duration::from_secs(20), consumer.run()).await;
-    let error = ended
-        .expect("the run does not retry forever")
-        .expect_err("the append can never succeed");
-    assert!(error.to_string().contains("waits for itself"), "{error}");
+    let other = options.open(&path).await.expect("open");
+    for handle in [&sqlite, &other] {
+        let results = handle.log("results").await.expect("log");
+        let handler = handler_fn(move |_: &Record, _: &mut SqliteTx| {
+            let results = results.clone();
+            Box::pin(async move {
+                results.append(&[NewRecord::new("y")]).await?;
+                Ok(())
+            })
+        });
+        let consumer = Consumer::essentially_once(shipping(), log.clone(), sqlite.store(), handler).retries(0);
+        let began = std::time::Instant::now();
+        let error = consumer.run().await.expect_err("the append can never succeed");
+        let text = error.to_string();
+        assert!(
+            text.contains("waits for itself") && text.contains("`Outbox::send`"),
+            "{text}"
+        );
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    }
 }
 
 #[tokio::test]

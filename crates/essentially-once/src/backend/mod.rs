@@ -15,6 +15,7 @@
 //!   producer's name once for a run of its records.
 
 mod byte_reader;
+mod current_run;
 mod fetch_budget;
 mod numbering_cache;
 mod retention;
@@ -22,11 +23,13 @@ mod unique;
 
 pub use self::{
     byte_reader::{ByteReader, CutShort},
+    current_run::current_run,
     fetch_budget::FetchBudget,
     numbering_cache::NumberingCache,
     retention::Retention,
     unique::unique,
 };
+pub(crate) use self::current_run::within_run;
 use crate::Error;
 pub use crate::{
     error::Source,

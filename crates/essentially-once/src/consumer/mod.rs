@@ -62,7 +62,7 @@ pub use self::{
     skip::skip,
 };
 use crate::{
-    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, letters::DeadLetters, note::InHand, rt,
+    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, backend::within_run, letters::DeadLetters, note::InHand, rt,
     window::Windows,
 };
 pub use crate::{
@@ -412,7 +412,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         let owner = Owner::draw();
         let heart = Heart::spawn(&self.store, &self.id, owner, self.settings.standby_after);
         let mut run = Run::default();
-        let result = self.run_sessions(&mut run, owner, &heart, stop, until_caught_up).await;
+        let sessions = self.run_sessions(&mut run, owner, &heart, stop, until_caught_up);
+        let result = within_run(owner, sessions).await;
         run.end_reading().await;
         heart.end().await;
         if let (Err(Error::Unhandled { .. }), Some(revision)) = (&result, run.revision()) {
