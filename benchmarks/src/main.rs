@@ -11,6 +11,7 @@ mod letters;
 mod rabbitmq;
 mod recovery;
 mod redis;
+mod relay;
 mod sqlite;
 
 use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
@@ -50,6 +51,11 @@ enum Backend {
     /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
     /// plain and packed. Ignores batch sizes.
     Rabbitmq,
+    /// A relay from an outbox on SQLite to a bus, or past a million records that were relayed.
+    Relay {
+        /// Where the relay sends records, or `behind`.
+        bus: relay::Bus,
+    },
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
@@ -106,6 +112,7 @@ fn main() -> Result<ExitCode> {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
+        Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
         Backend::Healthy(healthy) => return healthy::measure(healthy, folder.path()).map(|()| ExitCode::SUCCESS),
         Backend::Letters => return letters::measure(arguments.rounds, &folder).map(|()| ExitCode::SUCCESS),
         Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),

@@ -21,6 +21,7 @@ mod numbering_cache;
 mod retention;
 mod unique;
 
+pub(crate) use self::current_run::within_run;
 pub use self::{
     byte_reader::{ByteReader, CutShort},
     current_run::current_run,
@@ -29,7 +30,6 @@ pub use self::{
     retention::Retention,
     unique::unique,
 };
-pub(crate) use self::current_run::within_run;
 use crate::Error;
 pub use crate::{
     error::Source,

@@ -62,8 +62,8 @@ pub use self::{
     skip::skip,
 };
 use crate::{
-    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, backend::within_run, letters::DeadLetters, note::InHand, rt,
-    window::Windows,
+    ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, backend::within_run,
+    letters::DeadLetters, note::InHand, rt, window::Windows,
 };
 pub use crate::{
     handler::{HandlerErrorKind, HandlerFn, HandlerFuture},
