@@ -41,8 +41,16 @@ pub(crate) fn classify(action: impl Into<String>, error: rusqlite::Error) -> Err
     }
 }
 
-/// Classifies an error on a connection of the user, whose settings this crate does not choose.
-pub(crate) fn classify_on_theirs(action: String, error: rusqlite::Error) -> Error {
+/// Classifies an error on a connection of the user, whose transaction has the write lock.
+pub(crate) fn classify_with_lock(action: String, error: rusqlite::Error) -> Error {
+    match is_busy(&error) {
+        true => Error::failed(action, Cause::new(error, UNFINISHED)),
+        false => classify(action, error),
+    }
+}
+
+/// Classifies an error on a connection of the user, whose transaction does not have the write lock.
+pub(crate) fn classify_without_lock(action: String, error: rusqlite::Error) -> Error {
     match is_busy(&error) {
         true => Error::unavailable(action, Cause::new(error, NOT_IMMEDIATE)),
         false => classify(action, error),
@@ -120,7 +128,8 @@ fn judge(extended: i32, is_out_of_descriptors: fn() -> bool) -> Verdict {
     }
 }
 
-const NOT_IMMEDIATE: &str = "the transaction does not hold the file's write lock and did not get it; begin it with \
+const UNFINISHED: &str = "another statement of this transaction is still writing; finish reading its rows first";
+const NOT_IMMEDIATE: &str = "the transaction could not get the file's write lock; begin it with \
      `TransactionBehavior::Immediate`, set a `busy_timeout` on the connection, and run it again";
 const HELD: &str = "another process or connection holds the lock; raise `busy_timeout` to wait longer";
 const FULL: &str = "the disk is full, or the file has reached max_page_count; make room, then try again";

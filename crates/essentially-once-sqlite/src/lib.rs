@@ -71,9 +71,9 @@
 //! programs write to the database without it, everything still works, but a busy consumer may make
 //! others wait up to their [`busy_timeout`](SqliteOptions::busy_timeout).
 //!
-//! A handler sends records to the logs of its own file with
+//! An essentially-once handler sends records to the logs of its own file with
 //! [`Outbox::send`](essentially_once::Outbox::send). It cannot append to them, because the append
-//! would wait for the handler's own lock. It fails at once, with an error that says so.
+//! would wait for the handler's own lock. Such an append fails at once, with an error that says so.
 //!
 //! # Backing up and restoring
 //!
@@ -117,7 +117,8 @@
 //!
 //! SQLite can also restore into an open file (`.restore` in its shell) while processes keep
 //! running. A run whose position went back ends with [`Error::PositionLost`], unless the log went
-//! back with it and has not grown since. Start the run again.
+//! back with it and has not grown since. Start the run again. If transactions send to a log of the
+//! file, update the copy before you restore it, or a running handler uses old numbers meanwhile.
 
 mod connection;
 mod error;

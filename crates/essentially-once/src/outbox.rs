@@ -18,8 +18,8 @@ use crate::{Error, NewRecord, ProducerId, backend::unique};
 ///   those of an earlier commit before those of a later one.
 /// - **O3** The commit gives each record an [`Origin`](crate::Origin). Its producer belongs to this
 ///   one outbox, its epoch is the stable one, and its sequence is greater than that of every record
-///   before it, also of those that were removed since. What takes the record on keeps the origin,
-///   so that consumers recognize a copy, wherever it came along.
+///   before it, including those removed since. What passes the record on keeps the origin, so that
+///   consumers recognize a copy, whichever way it came.
 /// - **O4** No reader sees a record before the commit is made.
 /// - **O5** Consumers share an outbox, unless the backend documents that each consumer has outboxes
 ///   of its own. Sending to an outbox that does not exist creates it.
@@ -79,8 +79,8 @@ pub fn check_unnumbered(log: &str, record: &NewRecord) -> Result<(), Error> {
         Some(origin) => Err(Error::failed(
             format!("send a record to {log}"),
             format!(
-                "it has the origin {origin}, and the commit gives it one; leave it out, or pass the record on with a \
-                 `Relay`"
+                "it already has the origin {origin}, but the commit assigns one; remove the origin, or pass the record \
+                 on with a `Relay`"
             ),
         )),
     }

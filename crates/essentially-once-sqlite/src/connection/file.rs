@@ -44,6 +44,8 @@ pub(crate) struct Holder {
 pub(crate) enum Errand {
     /// An append. A handler that holds the lock may be the one that waits for it.
     Append,
+    /// A transaction of the store, such as that of a handler.
+    Store,
     Other,
 }
 
@@ -128,9 +130,9 @@ impl Holder {
     }
 
     /// Whether it is the transaction of the handler that calls, which ends only after the handler.
-    /// An append that the handler gave up on still ends on its own.
+    /// An append or a trim that the handler gave up on ends on its own.
     pub(crate) fn is_of_this_handler(self) -> bool {
-        self.errand == Errand::Other && matches!(self.began, Runner::Consumer(_)) && self.is_this_runner()
+        self.errand == Errand::Store && matches!(self.began, Runner::Consumer(_)) && self.is_this_runner()
     }
 }
 

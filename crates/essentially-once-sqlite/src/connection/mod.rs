@@ -101,6 +101,11 @@ impl Connections {
         self.writer.begin(Errand::Other, action).await
     }
 
+    /// Like [`begin`](Self::begin), for a transaction of the store.
+    pub(crate) async fn begin_for_store(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {
+        self.writer.begin(Errand::Store, action).await
+    }
+
     /// Like [`begin`](Self::begin), for an append. A handler that holds the lock may be the one
     /// that waits.
     pub(crate) async fn begin_append(&self, action: impl Fn() -> String) -> Result<WriteTx, Error> {

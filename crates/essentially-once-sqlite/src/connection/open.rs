@@ -154,6 +154,11 @@ pub(crate) fn durability(connection: &Connection) -> rusqlite::Result<Durability
     })
 }
 
+/// Whether a sync reaches the disk on macOS.
+pub(crate) fn full_fsync(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.query_row("PRAGMA fullfsync", [], |row| row.get(0))
+}
+
 fn install(authorizer: &Authorizer, connection: &mut Connection, path: &Path) -> Result<(), Error> {
     authorizer
         .install(connection)

@@ -90,7 +90,7 @@ impl Writer {
         if errand == Errand::Append && held.is_some_and(Holder::is_of_this_handler) {
             return Err(Error::failed(
                 self.on(action()),
-                "this handler waits for itself, since its own transaction has the write lock of the file; send the \
+                "this handler would wait for itself, since its own transaction has the write lock of the file; send the \
                  record with `Outbox::send` in that transaction, or append to a log in another file",
             ));
         }
@@ -191,7 +191,7 @@ impl Writer {
                 format!(
                     "another transaction of this process has held the write lock for {timeout:?}; check whether a \
                      handler waits for itself because another task appends to a log of this file or opens a second \
-                     transaction; a handler sends records with `Outbox::send`"
+                     transaction; inside a handler, send records with `Outbox::send`"
                 ),
             ),
             (None, Some(error)) => classify(action, error),

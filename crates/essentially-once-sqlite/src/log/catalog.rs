@@ -1,6 +1,5 @@
 //! The row of each log in `essentially_once_logs`.
 
-use essentially_once::backend::LogId;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::retention::{RetentionColumns, from_columns};
@@ -69,16 +68,6 @@ pub(super) fn find_or_create(connection: &Connection, name: &str) -> rusqlite::R
         Some(found) => Ok(found),
         None => create(connection, name),
     }
-}
-
-/// Stores who sends the records of a log's transactions.
-pub(super) fn set_sender(connection: &Connection, log: &LogId, sender: &str) -> rusqlite::Result<()> {
-    connection
-        .execute(
-            "UPDATE main.essentially_once_logs SET sender = ?1 WHERE name = ?2 AND incarnation = ?3",
-            (sender, log.name(), log.incarnation()),
-        )
-        .map(drop)
 }
 
 fn create(connection: &Connection, name: &str) -> rusqlite::Result<Found> {

@@ -46,10 +46,10 @@ const TRIM_CHUNK: u64 = 10_000;
 ///
 /// An append is one transaction, so a failed append leaves no records behind.
 ///
-/// An append within a handler on the same file would wait for the handler's own lock, and fails at
-/// once with [`Error::Failed`]. In a task that the handler has spawned, it ends after the
-/// `busy_timeout`. Such a handler sends its records with
-/// [`Outbox::send`](essentially_once::Outbox::send) instead.
+/// Under essentially-once, an append within a handler on the same file would wait for the handler's
+/// own lock, so it fails at once with [`Error::Failed`], and the record counts as failed. In a task
+/// that the handler has spawned, the append ends after the `busy_timeout`. Such a handler sends its
+/// records with [`Outbox::send`](essentially_once::Outbox::send) instead.
 ///
 /// # As an outbox
 ///
@@ -141,8 +141,12 @@ impl SqliteLog {
     /// The connection must have [`Sqlite::path`](crate::Sqlite::path) open as its main database,
     /// with `synchronous` at `FULL`, which is SQLite's default. Begin the transaction with
     /// `TransactionBehavior::Immediate`, and set a `busy_timeout` on the connection. No consumer
-    /// commits to the file until your transaction ends. The statements of this call take six places
-    /// in the connection's statement cache.
+    /// commits to the file until your transaction ends. Your connection does not queue for the lock
+    /// with [the others](crate#several-processes), and blocks its thread while it waits, so use it on
+    /// a thread of its own, for instance with `tokio::task::spawn_blocking`. The statements of this
+    /// call take about six places in the connection's statement cache.
+    ///
+    /// The call changes what SQLite's `last_insert_rowid` and `changes` return. Read them before.
     ///
     /// ```
     /// # use essentially_once::{Log, NewRecord};
@@ -168,16 +172,16 @@ impl SqliteLog {
     /// ```
     ///
     /// # Errors
-    /// After an error, none of the records is in the transaction, which can go on unless SQLite
-    /// rolled it back.
+    /// After an error, none of the records is in the transaction. It can go on, unless SQLite rolled
+    /// it back or it did not get the write lock.
     ///
     /// - [`Error::TooLarge`] for a record over the
     ///   [`record_limit`](crate::SqliteOptions::record_limit).
     /// - [`Error::Unavailable`] if the transaction does not get the file's write lock. Begin it
     ///   again.
     /// - [`Error::Failed`] if a record has an origin, if the connection has another file open or
-    ///   other settings, if the log was deleted or recreated after this handle opened it, or if
-    ///   SQLite refuses the rows.
+    ///   other settings, if a statement of yours is still writing, if the log was deleted or
+    ///   recreated after this handle opened it, or if SQLite refuses the rows.
     pub fn append_in(&self, tx: &Transaction<'_>, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
         let table = &self.table;
         for record in records {

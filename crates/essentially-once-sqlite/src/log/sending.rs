@@ -11,16 +11,20 @@ use essentially_once::{
     Epoch, Error, NewRecord, Offset,
     backend::{Durability, LogId, Numbering, new_producer},
 };
-use rusqlite::Connection;
+use rusqlite::{Connection, TransactionState};
 
 use super::{
-    catalog::{find_or_create, set_sender},
+    catalog::find_or_create,
     retention::now_millis,
     table::{Batch, Table, explain_insert},
 };
 use crate::{
-    connection::{Connections, WriteTx, lock::lock, open::durability},
-    error::{classify, classify_on_theirs},
+    connection::{
+        Connections, WriteTx,
+        lock::lock,
+        open::{durability, full_fsync},
+    },
+    error::{classify, classify_with_lock, classify_without_lock},
 };
 
 /// The cache drops all tables when it reaches this number. Otherwise handlers that send to ever new
@@ -199,7 +203,7 @@ impl Table {
             Some(sender) => sender.clone(),
             None => {
                 let sender = Numbering::new(new_producer(self.id.name())?, Epoch::STABLE).to_string();
-                set_sender(connection, &self.id, &sender).map_err(failed)?;
+                self.set_sender(connection, &sender).map_err(failed)?;
                 sender
             }
         };
@@ -210,13 +214,17 @@ impl Table {
     pub(super) fn append_in(&self, theirs: &Connection, records: &[NewRecord]) -> Result<Offset, Error> {
         let action = || {
             self.connections
-                .on(format!("append to log {} in a transaction of yours", self.id))
+                .on(format!("append to log {} in your transaction", self.id))
         };
-        let failed = |error| classify_on_theirs(action(), error);
+        let classify = match theirs.transaction_state(Some("main")) {
+            Ok(TransactionState::Write) => classify_with_lock,
+            _ => classify_without_lock,
+        };
+        let failed = |error| classify(action(), error);
         let run = |sql| theirs.prepare_cached(sql)?.execute([]);
         self.check_connection(theirs, action)?;
         run("SAVEPOINT essentially_once_append").map_err(failed)?;
-        let appended = self.append_numbered(theirs, records, action);
+        let appended = self.append_numbered(theirs, records, action, classify);
         if appended.is_err() {
             // It fails only if SQLite has rolled back the whole transaction.
             let _ = run("ROLLBACK TO essentially_once_append");
@@ -230,8 +238,9 @@ impl Table {
         theirs: &Connection,
         records: &[NewRecord],
         action: impl Fn() -> String,
+        classify: fn(String, rusqlite::Error) -> Error,
     ) -> Result<Offset, Error> {
-        let failed = |error| classify_on_theirs(action(), error);
+        let failed = |error| classify(action(), error);
         // Takes the write lock before the first read. A transaction that has read cannot get the
         // lock any more once another one has committed.
         theirs
@@ -241,7 +250,7 @@ impl Table {
         let Some(batch) = self.number(theirs, failed)? else {
             return Err(self.gone(action()));
         };
-        let end = self.insert(theirs, batch, records, action, classify_on_theirs)?;
+        let end = self.insert(theirs, batch, records, action, classify)?;
         Ok((end - 1).into())
     }
 
@@ -265,7 +274,13 @@ impl Table {
                          full disk); begin a new one";
             return Err(Error::failed(action(), cause));
         }
-        match durability(theirs).map_err(|error| classify_on_theirs(action(), error))? {
+        let failed = |error| classify(action(), error);
+        if cfg!(target_os = "macos") && !full_fsync(theirs).map_err(failed)? {
+            let cause = "on macOS, a power failure could take back the commit and use the record's number again; run \
+                         `PRAGMA fullfsync = 1` on the connection";
+            return Err(Error::failed(action(), cause));
+        }
+        match durability(theirs).map_err(failed)? {
             // Someone may have passed on a record before a power failure takes it back, and the
             // next record would have the same origin.
             Durability::Volatile(why) => Err(Error::failed(

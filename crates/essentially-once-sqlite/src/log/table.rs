@@ -6,7 +6,7 @@ use essentially_once::{
     Error, NewRecord, Offset,
     backend::{Bounds, LogId, Retention},
 };
-use rusqlite::{Connection, OptionalExtension, Statement};
+use rusqlite::{Connection, OptionalExtension, Statement, ToSql};
 use tokio::sync::watch;
 
 use super::{
@@ -31,6 +31,8 @@ pub(crate) struct Table {
 struct Statements {
     insert: String,
     status: String,
+    set_end: String,
+    set_sender: String,
     fetch: String,
     trim: TrimStatements,
 }
@@ -38,6 +40,8 @@ struct Statements {
 impl Statements {
     fn new(log: i64) -> Self {
         let table = format!("main.essentially_once_log_{log}");
+        let update = "UPDATE main.essentially_once_logs";
+        let row = format!("id = {log} AND incarnation = ?2");
         Self {
             insert: format!("INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
             status: format!(
@@ -46,6 +50,8 @@ impl Statements {
                      sender
                  FROM main.essentially_once_logs WHERE id = {log} AND incarnation = ?1"
             ),
+            set_end: format!("{update} SET next = ?1 WHERE {row}"),
+            set_sender: format!("{update} SET sender = ?1 WHERE {row}"),
             // Checks the log's row once per fetch, so that a recreated log is not read as the old
             // one.
             fetch: format!(
@@ -243,9 +249,7 @@ impl Table {
     /// Stores where the log ends after a batch, and removes some of the expired records: more than
     /// the `added` ones, so that a backlog shrinks, but not all, so that appends stay fast.
     pub(super) fn finish(&self, connection: &Connection, batch: &Batch, added: u64, now: i64) -> rusqlite::Result<()> {
-        connection
-            .prepare_cached("UPDATE main.essentially_once_logs SET next = ?1 WHERE name = ?2 AND incarnation = ?3")?
-            .execute((batch.end as i64, self.id.name(), self.incarnation()))?;
+        self.set_end(connection, batch.end)?;
         let before = &batch.before;
         if before.retention != Retention::default() {
             let limit = 2 * added + 64;
@@ -255,15 +259,36 @@ impl Table {
         Ok(())
     }
 
+    /// Stores where the log ends.
+    fn set_end(&self, connection: &Connection, end: u64) -> rusqlite::Result<()> {
+        self.set(connection, &self.sql.set_end, end as i64)
+    }
+
+    /// Stores who sends the records of the log's transactions.
+    pub(super) fn set_sender(&self, connection: &Connection, sender: &str) -> rusqlite::Result<()> {
+        self.set(connection, &self.sql.set_sender, sender)
+    }
+
+    /// Changes the log's row. A change that was not made would use numbers again.
+    fn set(&self, connection: &Connection, sql: &str, value: impl ToSql) -> rusqlite::Result<()> {
+        match connection.prepare_cached(sql)?.execute((value, self.incarnation()))? {
+            1 => Ok(()),
+            rows => Err(rusqlite::Error::StatementChangedRows(rows)),
+        }
+    }
+
     /// Removes up to `limit` expired records in the open transaction, and commits it.
     pub(super) fn trim(&self, tx: WriteTx, limit: u64) -> Result<u64, Error> {
         let action = || format!("trim log {}", self.id);
         let status = self.require(tx.connection(), action)?;
         let held = status.earliest..status.end;
+        // The end also counts rows that were inserted by hand, and may be removed now.
         let removed = self
-            .sql
-            .trim
-            .trim(tx.connection(), status.retention, held, now_millis(), limit)
+            .set_end(tx.connection(), status.end)
+            .and_then(|()| {
+                let trim = &self.sql.trim;
+                trim.trim(tx.connection(), status.retention, held, now_millis(), limit)
+            })
             .map_err(|error| classify(self.connections.on(action()), error))?;
         tx.commit(|| self.connections.on(action()))?;
         Ok(removed)

@@ -86,7 +86,7 @@ impl OffsetStore for SqliteStore {
     async fn begin(&self, consumer: &ConsumerId) -> Result<SqliteTx, Error> {
         let tx = self
             .connections
-            .begin(|| format!("begin a transaction of consumer {consumer}"))
+            .begin_for_store(|| format!("begin a transaction of consumer {consumer}"))
             .await?;
         let (connections, outboxes) = (Arc::clone(&self.connections), Arc::clone(&self.outboxes));
         Ok(SqliteTx::new(tx, connections, consumer.clone(), outboxes))

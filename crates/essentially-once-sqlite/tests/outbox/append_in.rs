@@ -319,3 +319,25 @@ async fn retention_applies_and_numbers_go_on() {
     assert_eq!(out.append_in(&tx, &records(&["d"])).expect("append"), Some(12.into()));
     tx.commit().expect("commit");
 }
+
+#[tokio::test]
+async fn a_statement_that_is_still_writing_is_named_and_not_waited_for() {
+    let (_folder, _sqlite, out, mut user) = out().await;
+    let tx = immediate(&mut user);
+    {
+        let mut insert = tx
+            .prepare("INSERT INTO orders VALUES (1), (2) RETURNING id")
+            .expect("prepare");
+        let mut rows = insert.query([]).expect("insert");
+        rows.next().expect("a row");
+        let error = out.append_in(&tx, &records(&["a"])).expect_err("in progress");
+        assert!(
+            matches!(error, Error::Failed { .. }),
+            "another try would fail too: {error:?}"
+        );
+        assert!(error.to_string().contains("still writing"), "{error}");
+    }
+    out.append_in(&tx, &records(&["a"])).expect("append");
+    tx.commit().expect("commit");
+    assert_eq!(numbered(&out).await.0, ["a"]);
+}

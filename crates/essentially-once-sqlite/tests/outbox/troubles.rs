@@ -1,7 +1,9 @@
 //! Logs that were deleted, edited or restored, and triggers on them.
 
+use std::time::Duration;
+
 use essentially_once::{Error, Log, NewRecord, OffsetStore, Outbox, backend::Transaction};
-use essentially_once_sqlite::Sqlite;
+use essentially_once_sqlite::{LogOptions, Retention, Sqlite};
 
 use super::{advance, begin, existing, numbered, open, send, send_alone, shipping, users};
 
@@ -71,6 +73,40 @@ async fn records_appended_without_a_number_leave_a_gap_in_the_sequence() {
         .map(|record| record.origin.map(|origin| origin.sequence))
         .collect();
     assert_eq!(sequences, [None, None, Some(2), None, None, Some(5)]);
+}
+
+#[tokio::test]
+async fn the_number_of_a_row_inserted_by_hand_is_not_used_again_when_retention_has_removed_it() {
+    let (_folder, sqlite) = open().await;
+    let day = Retention::new().max_age(Duration::from_secs(86_400));
+    let out = sqlite.log_with("out", LogOptions::new().retention(day)).await;
+    let out = out.expect("log");
+    users(&sqlite)
+        .execute(
+            "INSERT INTO essentially_once_log_1 (appended_at, payload) VALUES (0, 'old')",
+            [],
+        )
+        .expect("by hand");
+    assert_eq!(out.trim().await.expect("trim"), 1);
+    // SQLite gives the first row of an empty table the number 1.
+    assert_eq!(out.bounds().await.expect("bounds").end, 2.into());
+    send_alone(&sqlite, "out", "new", 0).await;
+    assert_eq!(numbered(&out).await.0, ["new"]);
+}
+
+/// Otherwise the next transaction would draw another producer, and use numbers again.
+#[tokio::test]
+async fn a_change_of_the_logs_row_that_is_not_made_is_an_error() {
+    let (_folder, sqlite) = open().await;
+    send_alone(&sqlite, "out", "0", 0).await;
+    users(&sqlite)
+        .execute_batch("CREATE TRIGGER keep BEFORE UPDATE ON essentially_once_logs BEGIN SELECT RAISE(IGNORE); END")
+        .expect("trigger");
+    let mut tx = begin(&sqlite).await;
+    send(&mut tx, "out", "1").await;
+    let error = tx.commit(advance(1, 1)).await.expect_err("the end is not stored");
+    assert!(matches!(error, Error::Failed { .. }), "{error:?}");
+    assert_eq!(numbered(&existing(&sqlite, "out").await).await.0, ["0"]);
 }
 
 #[tokio::test]

@@ -64,7 +64,9 @@ async fn an_append_within_a_handler_to_its_own_file_fails_at_once_and_names_send
                 Ok(())
             })
         });
-        let consumer = Consumer::essentially_once(shipping(), log.clone(), sqlite.store(), handler).retries(0);
+        let consumer = Consumer::essentially_once(shipping(), log.clone(), sqlite.store(), handler)
+            .min_backoff(Duration::from_millis(1))
+            .max_backoff(Duration::from_millis(1));
         let began = std::time::Instant::now();
         let error = consumer.run().await.expect_err("the append can never succeed");
         let text = error.to_string();
@@ -74,6 +76,30 @@ async fn an_append_within_a_handler_to_its_own_file_fails_at_once_and_names_send
         );
         assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     }
+}
+
+/// Under at-least-once, a handler has no transaction, and what it begins itself ends.
+#[tokio::test]
+async fn a_handler_that_trims_and_appends_at_once_does_not_wait_for_itself() {
+    let folder = tempfile::tempdir().expect("folder");
+    let sqlite = Sqlite::open(folder.path().join("a.db")).await.expect("open");
+    let log = sqlite.log("orders").await.expect("log");
+    log.append(&[NewRecord::new("x")]).await.expect("append");
+    let results = sqlite.log("results").await.expect("log");
+    let trimmed = results.clone();
+    let handler = handler_fn(move |_: &Record, (): &mut ()| {
+        let trimmed = trimmed.clone();
+        Box::pin(async move {
+            let record = [NewRecord::new("y")];
+            let (removed, appended) = tokio::join!(trimmed.trim(), trimmed.append(&record));
+            removed?;
+            appended?;
+            Ok(())
+        })
+    });
+    let consumer = Consumer::at_least_once(shipping(), log, sqlite.store(), handler).retries(0);
+    assert_eq!(consumer.run_until_caught_up().await.expect("handled").handled, 1);
+    assert_eq!(results.bounds().await.expect("bounds").end, 1.into());
 }
 
 #[tokio::test]
