@@ -71,7 +71,7 @@ async fn an_append_within_a_handler_to_its_own_file_fails_at_once_and_names_send
         let error = consumer.run().await.expect_err("the append can never succeed");
         let text = error.to_string();
         assert!(
-            text.contains("waits for itself") && text.contains("`Outbox::send`"),
+            text.contains("wait for itself") && text.contains("`Outbox::send`"),
             "{text}"
         );
         assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
