@@ -126,14 +126,7 @@ impl Contest for Node {
 /// Publishes with a bounded number of outstanding confirms, and accepts only a plain
 /// acknowledgement.
 async fn publish(channel: &Channel, stream: &str, records: u64, with_time: bool) -> Result<Duration> {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
-    let durable = QueueDeclareOptions {
-        durable: true,
-        ..QueueDeclareOptions::default()
-    };
-    channel.queue_declare(stream.into(), durable, arguments).await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    prepare(channel, stream).await?;
     let started = Instant::now();
     let mandatory = BasicPublishOptions {
         mandatory: true,
@@ -159,6 +152,19 @@ async fn publish(channel: &Channel, stream: &str, records: u64, with_time: bool)
         left -= count;
     }
     Ok(started.elapsed())
+}
+
+/// Declares a stream, and lets the channel confirm what is published.
+pub(crate) async fn prepare(channel: &Channel, stream: &str) -> Result<()> {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+    let durable = QueueDeclareOptions {
+        durable: true,
+        ..QueueDeclareOptions::default()
+    };
+    channel.queue_declare(stream.into(), durable, arguments).await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    Ok(())
 }
 
 fn now() -> Result<FieldTable> {

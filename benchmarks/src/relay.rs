@@ -24,14 +24,14 @@ use essentially_once_sqlite::{
 };
 use lapin::{
     BasicProperties, Channel, Confirmation,
-    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    options::BasicPublishOptions,
     types::{AMQPValue, FieldTable},
 };
 use tempfile::TempDir;
 use test_servers::{RabbitNode, RedisServer};
 use tokio::runtime::Runtime;
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch};
+use crate::{Contest, PAYLOAD, Result, Row, by_batch, rabbitmq::prepare};
 
 /// Records per append when the outbox is filled.
 const FILL: usize = 10_000;
@@ -246,14 +246,7 @@ impl ByHand {
     async fn rabbitmq(url: &str, stream: &str) -> Result<Self> {
         let connection = lapin::Connection::connect(url, Default::default()).await?;
         let channel = connection.create_channel().await?;
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
-        let durable = QueueDeclareOptions {
-            durable: true,
-            ..QueueDeclareOptions::default()
-        };
-        channel.queue_declare(stream.into(), durable, arguments).await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        prepare(&channel, stream).await?;
         Ok(Self::Rabbitmq {
             _connection: connection,
             channel,
