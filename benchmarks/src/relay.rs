@@ -224,7 +224,7 @@ enum ByHand {
     Sqlite(Connection),
     Redis(MultiplexedConnection, String),
     Rabbitmq {
-        _connection: lapin::Connection,
+        _connection: Box<lapin::Connection>,
         channel: Channel,
         stream: String,
     },
@@ -248,7 +248,7 @@ impl ByHand {
         let channel = connection.create_channel().await?;
         prepare(&channel, stream).await?;
         Ok(Self::Rabbitmq {
-            _connection: connection,
+            _connection: Box::new(connection),
             channel,
             stream: stream.into(),
         })

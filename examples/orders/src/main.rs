@@ -121,8 +121,8 @@ struct RunArgs {
     /// How many replies of the bus to lose, for each delivery, after the append took effect.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
     lose: u32,
-    /// How many records to alter on their way to the bus, for each delivery. The reply of the append
-    /// is lost as well, so that the relay sends the record again.
+    /// How many records to alter on their way to the bus, for each delivery. The reply of the
+    /// append is lost as well, so that the relay sends the record again.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
     tamper: u32,
     /// The most records that one commit covers.
@@ -135,8 +135,8 @@ struct RunArgs {
     /// Repeat the generated orders and the kills of an earlier run.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Keep the databases and the data on servers. The databases go to a folder for each delivery in
-    /// this one, which must not hold any yet.
+    /// Keep the databases and the data on servers. The databases go to a folder for each delivery
+    /// in this one, which must not hold any yet.
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Where the bus is: `sqlite`, redis://host:6379/0 (with `--features redis`) or

@@ -123,8 +123,13 @@ fn numbers(orders: u32) -> impl Iterator<Item = u32> {
 pub(crate) async fn count(settings: &Settings, orders: u32) -> Result<Tally, Failure> {
     let book = OrderBook::open(settings).await?;
     let mut bus = Bus::default();
-    let announced = bus.look(settings, Topic::Orders).await?;
-    bus.look(settings, Topic::Progress).await?;
+    let mut announced = Vec::new();
+    for topic in Topic::ALL {
+        let records = bus.look(settings, topic).await?;
+        if topic == Topic::Orders {
+            announced = records;
+        }
+    }
     let letters = settings.letters().await?;
     let is_back = settings.delivery == Delivery::EssentiallyOnce;
     let rejected = match is_back {

@@ -88,7 +88,8 @@ fn kills_lost_replies_and_altered_records_lose_and_double_nothing_under_essentia
     };
     assert_eq!(number(at_most_once, "shipped_more"), 0);
     assert_eq!(number(at_least_once, "never_shipped"), 0);
-    // If all kills of the shipping service miss a batch in progress, they do not fall into the work.
+    // If all kills of the shipping service miss a batch in progress, they do not fall into the
+    // work.
     assert!(number(at_most_once, "never_shipped") > 0, "{at_most_once}");
     assert!(number(at_least_once, "shipped_more") > 0, "{at_least_once}");
     for without_outbox in [at_most_once, at_least_once] {

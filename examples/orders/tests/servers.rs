@@ -1,4 +1,5 @@
-//! Runs the program as its users do, with the bus, the shipping service or both on a private server.
+//! Runs the program as its users do, with the bus, the shipping service or both on a private
+//! server.
 
 use std::process::{Command, ExitCode, Output};
 

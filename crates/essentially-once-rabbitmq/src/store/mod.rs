@@ -153,8 +153,8 @@ impl RabbitStore {
     }
 
     /// Writes a snapshot of a consumer's state now, with the commits of all handles and processes,
-    /// for instance before a planned restart, and returns when it is complete. This is optional, since
-    /// [`snapshot_after`](Self::snapshot_after) triggers snapshots.
+    /// for instance before a planned restart, and returns when it is complete. This is optional,
+    /// since [`snapshot_after`](Self::snapshot_after) triggers snapshots.
     ///
     /// # Errors
     /// [`Error::Unavailable`] and [`Error::Failed`]. The state does not change.

@@ -37,9 +37,9 @@ use crate::{
 ///   two, with a producer each.
 /// - Offsets are those of the changelog's messages, with the index of the record in the commit. The
 ///   offsets of an outbox have gaps, its [origins](essentially_once::Origin) have none.
-/// - Numbers are as durable as commits; see [`RabbitStore`](super::RabbitStore). If a power cut takes
-///   back commits that a relay has read, later records get the same numbers, and consumers drop them
-///   as duplicates.
+/// - Numbers are as durable as commits; see [`RabbitStore`](super::RabbitStore). If a power cut
+///   takes back commits that a relay has read, later records get the same numbers, and consumers
+///   drop them as duplicates.
 /// - Appending fails: only commits send.
 /// - To open a reader, the handle reads the consumer's state, as the store does.
 #[derive(Clone)]

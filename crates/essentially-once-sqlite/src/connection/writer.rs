@@ -168,7 +168,8 @@ impl Writer {
     /// that was open when the wait began.
     ///
     /// A task that waits for itself would do so at every attempt. But it may also wait for another
-    /// one of the futures that it polls concurrently (`join!`). So only an append fails permanently.
+    /// one of the futures that it polls concurrently (`join!`). So only an append fails
+    /// permanently.
     fn kept_waiting(
         &self,
         errand: Errand,

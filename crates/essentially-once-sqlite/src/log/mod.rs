@@ -142,9 +142,9 @@ impl SqliteLog {
     /// with `synchronous` at `FULL`, which is SQLite's default. Begin the transaction with
     /// `TransactionBehavior::Immediate`, and set a `busy_timeout` on the connection. No consumer
     /// commits to the file until your transaction ends. Your connection does not queue for the lock
-    /// with [the others](crate#several-processes), and blocks its thread while it waits, so use it on
-    /// a thread of its own, for instance with `tokio::task::spawn_blocking`. The statements of this
-    /// call take about six places in the connection's statement cache.
+    /// with [the others](crate#several-processes), and blocks its thread while it waits, so use it
+    /// on a thread of its own, for instance with `tokio::task::spawn_blocking`. The statements of
+    /// this call take about six places in the connection's statement cache.
     ///
     /// The call changes what SQLite's `last_insert_rowid` and `changes` return. Read them before.
     ///
@@ -172,8 +172,8 @@ impl SqliteLog {
     /// ```
     ///
     /// # Errors
-    /// After an error, none of the records is in the transaction. It can go on, unless SQLite rolled
-    /// it back or it did not get the write lock.
+    /// After an error, none of the records is in the transaction. It can go on, unless SQLite
+    /// rolled it back or it did not get the write lock.
     ///
     /// - [`Error::TooLarge`] for a record over the
     ///   [`record_limit`](crate::SqliteOptions::record_limit).

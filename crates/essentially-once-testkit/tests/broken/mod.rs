@@ -13,7 +13,7 @@ use std::{
 };
 
 use essentially_once::{
-    ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Outbox, async_trait,
+    ConsumerId, Epoch, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Origin, Outbox, ProducerId, async_trait,
     backend::{Advance, Bounds, Durability, LogId, LogReader, Position, Revision, Source, Transaction},
     memory::{Memory, MemoryStore, MemoryTx},
 };
@@ -190,9 +190,13 @@ pub(crate) struct BrokenTx {
     sent: Vec<(String, NewRecord)>,
 }
 
+/// Numbers the records, but appends them apart from the commit.
 async fn append(memory: &Memory, sent: Vec<(String, NewRecord)>) -> Result<(), Error> {
     for (log, record) in sent {
-        memory.log(&log)?.append(&[record]).await?;
+        let log = memory.log(&log)?;
+        let number = log.bounds().await?.end.lo();
+        let origin = Origin::new(ProducerId::new(log.id().name())?, Epoch::STABLE, number);
+        log.append(&[record.origin(origin)]).await?;
     }
     Ok(())
 }
