@@ -6,7 +6,7 @@
 use std::{
     cell::Cell,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use clap::ValueEnum;
@@ -124,13 +124,13 @@ impl Relays {
         let (path, bus_path) = (self.path(), self.path());
         let connection = open(&path)?;
         connection.execute_batch(
-            "CREATE TABLE outbox (number INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+            "CREATE TABLE outbox (number INTEGER PRIMARY KEY, key BLOB, headers BLOB, payload BLOB NOT NULL);
              CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER NOT NULL);
              INSERT INTO position VALUES (1, 0);",
         )?;
         for first in (0..row.records).step_by(FILL) {
             connection.execute_batch("BEGIN IMMEDIATE")?;
-            let mut insert = connection.prepare_cached("INSERT INTO outbox VALUES (?1, ?2)")?;
+            let mut insert = connection.prepare_cached("INSERT INTO outbox VALUES (?1, NULL, NULL, ?2)")?;
             for number in first..row.records.min(first + FILL as u64) {
                 insert.execute(params![number as i64, PAYLOAD])?;
             }
@@ -143,16 +143,23 @@ impl Relays {
         };
 
         let started = Instant::now();
-        let mut select = connection.prepare("SELECT number, payload FROM outbox WHERE number >= ?1 LIMIT ?2")?;
+        let mut select = connection.prepare("SELECT * FROM outbox WHERE number >= ?1 LIMIT ?2")?;
         let mut advance = connection.prepare("UPDATE position SET next = ?1 WHERE id = 1")?;
         let mut next: i64 = 0;
         loop {
-            let rows = select.query_map(params![next, row.batch as i64], |row| Ok((row.get(0)?, row.get(1)?)))?;
-            let rows: Vec<(i64, Vec<u8>)> = rows.collect::<std::result::Result<_, _>>()?;
-            let Some((last, _)) = rows.last() else {
+            let rows = select.query_map(params![next, row.batch as i64], |row| {
+                Ok(Sent {
+                    number: row.get(0)?,
+                    key: row.get(1)?,
+                    headers: row.get(2)?,
+                    payload: row.get(3)?,
+                })
+            })?;
+            let rows: Vec<Sent> = rows.collect::<std::result::Result<_, _>>()?;
+            let Some(last) = rows.last() else {
                 break;
             };
-            next = last + 1;
+            next = last.number + 1;
             bus.append(rows).await?;
             // A commit of its own.
             advance.execute([next])?;
@@ -219,6 +226,14 @@ async fn fill(outbox: &SqliteLog, records: u64) -> Result<()> {
     Ok(())
 }
 
+/// A row of an outbox.
+struct Sent {
+    number: i64,
+    key: Option<Vec<u8>>,
+    headers: Option<Vec<u8>>,
+    payload: Vec<u8>,
+}
+
 /// A bus to which a user appends without a library.
 enum ByHand {
     Sqlite(Connection),
@@ -234,7 +249,8 @@ impl ByHand {
     fn sqlite(path: &Path) -> Result<Self> {
         let connection = open(path)?;
         connection.execute_batch(
-            "CREATE TABLE bus (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL, producer TEXT, number INTEGER)",
+            "CREATE TABLE bus (\"offset\" INTEGER PRIMARY KEY, appended_at INTEGER NOT NULL, key BLOB, headers BLOB,
+                 payload BLOB NOT NULL, producer TEXT, number INTEGER)",
         )?;
         Ok(Self::Sqlite(connection))
     }
@@ -255,22 +271,23 @@ impl ByHand {
     }
 
     /// Appends a batch, and returns when all of it is stored.
-    async fn append(&mut self, rows: Vec<(i64, Vec<u8>)>) -> Result<()> {
+    async fn append(&mut self, rows: Vec<Sent>) -> Result<()> {
         match self {
             Self::Sqlite(connection) => {
                 let tx = connection.transaction()?;
                 {
-                    let insert = "INSERT INTO bus (payload, producer, number) VALUES (?1, 'outbox', ?2)";
-                    let mut insert = tx.prepare_cached(insert)?;
-                    for (number, payload) in rows {
-                        insert.execute(params![payload, number])?;
+                    let mut insert =
+                        tx.prepare_cached("INSERT INTO bus VALUES (NULL, ?1, ?2, ?3, ?4, 'outbox', ?5)")?;
+                    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as i64;
+                    for sent in rows {
+                        insert.execute(params![now, sent.key, sent.headers, sent.payload, sent.number])?;
                     }
                 }
                 tx.commit()?;
             }
             Self::Redis(connection, stream) => {
                 let mut append = pipe();
-                for (number, payload) in rows {
+                for Sent { number, payload, .. } in rows {
                     let add = append.cmd("XADD").arg(&*stream).arg("*").arg("payload").arg(payload);
                     add.arg("producer").arg("outbox").arg("number").arg(number).ignore();
                 }
@@ -282,7 +299,7 @@ impl ByHand {
                     ..BasicPublishOptions::default()
                 };
                 let mut confirms = Vec::with_capacity(rows.len());
-                for (number, payload) in rows {
+                for Sent { number, payload, .. } in rows {
                     let mut headers = FieldTable::default();
                     headers.insert("producer".into(), AMQPValue::LongString("outbox".into()));
                     headers.insert("number".into(), AMQPValue::LongLongInt(number));

@@ -216,12 +216,15 @@ impl Process<'_> {
         D: ConsumerDelivery<S>,
     {
         /// Limits the restarts, so that the process fails if a backend stays unavailable.
-        const RESTARTS: u32 = 20;
+        const RESTARTS: u32 = 40;
+        /// The bus loses one reply after another here, and is there again at once.
+        const LONGEST_PAUSE: Duration = Duration::from_millis(250);
         /// The previous process is dead, as the rig has seen. Nobody needs to wait for it.
         const NO_STANDBY: Duration = Duration::ZERO;
         let consumer = consumer
             .max_batch(self.settings.max_batch)
             .restart_limit(RESTARTS)
+            .max_backoff(LONGEST_PAUSE)
             .standby_after(NO_STANDBY);
         match self.until {
             Until::Stopped => consumer.run_until(self.leash.stopped().clone()).await?,
