@@ -63,7 +63,7 @@ impl Role {
 /// When a process ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Until {
-    /// When it is told to.
+    /// When its parent stops it.
     Stopped,
     /// When it has handled everything that has arrived before it started.
     CaughtUp,
