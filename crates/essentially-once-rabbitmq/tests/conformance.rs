@@ -100,6 +100,7 @@ impl Harness for RabbitHarness {
         capabilities.beats = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.tail = Support::Yes;
         capabilities.damage_letter =
             Support::No("a letter is a part of an entry, and the store stops at one that it cannot read");
         capabilities.outbox = Support::Yes;
@@ -447,6 +448,10 @@ impl Log for OneByOne {
 
     async fn bounds(&self) -> Result<Bounds, Error> {
         self.0.bounds().await
+    }
+
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        self.0.tail(count).await
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

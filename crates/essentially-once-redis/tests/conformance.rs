@@ -68,6 +68,7 @@ impl Harness for RedisHarness {
         capabilities.paced_rounds = 500;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.tail = Support::Yes;
         capabilities.damage_letter = Support::Yes;
         capabilities.outbox = Support::Yes;
         capabilities.shared_outboxes = Support::Yes;

@@ -40,6 +40,7 @@ impl Harness for SqliteHarness {
         capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.tail = Support::Yes;
         capabilities.damage_letter = Support::Yes;
         capabilities.outbox = Support::Yes;
         capabilities.shared_outboxes = Support::Yes;

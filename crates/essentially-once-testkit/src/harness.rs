@@ -284,6 +284,8 @@ pub struct Capabilities {
     pub malformed: Support,
     /// [`Backend::append_foreign`] works.
     pub foreign: Support,
+    /// The log can tell where its last records begin: [`Log::tail`] does not return `None`.
+    pub tail: Support,
     /// [`Backend::damage_letter`] works.
     pub damage_letter: Support,
     /// The store's transactions send records: [`Transaction::outbox`] returns something, and
@@ -338,6 +340,7 @@ impl Capabilities {
             commits_are_cheap: no,
             malformed: no,
             foreign: no,
+            tail: no,
             damage_letter: no,
             outbox: no,
             shared_outboxes: no,

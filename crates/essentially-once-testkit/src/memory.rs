@@ -25,6 +25,7 @@ impl Harness for MemoryHarness {
             malformed: Support::No("the in-memory backend stores records, which need no decoding"),
             damage_letter: Support::No("the in-memory backend stores letters, which need no decoding"),
             foreign: Support::No("other programs cannot reach the in-memory backend"),
+            tail: Support::Yes,
             delete: Support::No("the in-memory backend does not delete logs"),
             delete_record: Support::No("the in-memory backend deletes only from the front"),
             refuse: Support::No("the in-memory backend refuses records only for their size"),

@@ -79,6 +79,8 @@ pub enum Durability {
 ///   the handle fails, or its records are deleted with the log. The append never recreates the log,
 ///   and its records never show in a later log of the same name. A backend without incarnations
 ///   cannot distinguish the two logs and is exempt. Its documentation says so.
+/// - **L12** From the offset that `tail(n)` returns, a reader yields the last `n` records, or all
+///   if the log holds fewer. A log that cannot tell returns `None`.
 ///
 /// # Examples
 /// ```
@@ -158,6 +160,20 @@ pub trait Log: Send + Sync {
         Ok(None)
     }
 
+    /// Where the last `count` records begin, or the earliest record if the log holds fewer; the end
+    /// for a `count` of 0. Records that were deleted individually, and several records in one
+    /// message, make the number of records from there on inexact.
+    ///
+    /// A [`Relay`](crate::relay::Relay) uses it to compare what it sends with what the log holds.
+    /// The default returns `None`: the log cannot tell without reading all of it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Failed`].
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        let _ = count;
+        Ok(None)
+    }
+
     /// Decodes a malformed record again that this log has yielded, when its dead letter is tried
     /// again. Returns the record with the same offset, or `None` if it still cannot be decoded.
     ///
@@ -219,6 +235,10 @@ impl<L: Log + ?Sized> Log for Arc<L> {
 
     async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
         (**self).count_from(from).await
+    }
+
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        (**self).tail(count).await
     }
 
     fn decode(&self, malformed: &Record) -> Option<Record> {

@@ -244,6 +244,12 @@ impl Log for MemoryLog {
         Ok(Some(records.end().saturating_sub(from.lo().max(records.earliest))))
     }
 
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        let records = lock(&self.records);
+        let from = records.end().saturating_sub(count).max(records.earliest);
+        Ok(Some(from.into()))
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         Ok(volatile())
     }

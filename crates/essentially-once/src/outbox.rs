@@ -89,6 +89,11 @@ pub fn check_unnumbered(log: &str, record: &NewRecord) -> Result<(), Error> {
 /// Draws the producer of a new outbox. The name of the log is a part of it, for people; the rest is
 /// random, so that no two outboxes have the same.
 pub fn new_producer(log: &str) -> Result<ProducerId, Error> {
-    let name = &log[..log.floor_char_boundary(160)];
-    ProducerId::new(format!("{name}@{:032x}", unique()))
+    named(log, unique())
+}
+
+/// The producer of an outbox: a name for people, and a number that makes it differ from all others.
+pub(crate) fn named(name: &str, number: u128) -> Result<ProducerId, Error> {
+    let name = &name[..name.floor_char_boundary(160)];
+    ProducerId::new(format!("{name}@{number:032x}"))
 }

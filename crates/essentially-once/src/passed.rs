@@ -2,9 +2,10 @@
 
 use std::time::UNIX_EPOCH;
 
+use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{Offset, Record};
+use crate::{Offset, Record, record::Header};
 
 /// The last record that a position passed: its offset, and a digest of its content.
 ///
@@ -77,11 +78,6 @@ impl Passed {
 
 fn digest(record: &Record) -> u128 {
     let mut hasher = Xxh3Default::new();
-    let number = |hasher: &mut Xxh3Default, number: u64| hasher.update(&number.to_be_bytes());
-    let bytes = |hasher: &mut Xxh3Default, bytes: &[u8]| {
-        number(hasher, bytes.len() as u64);
-        hasher.update(bytes);
-    };
     number(&mut hasher, record.offset.hi());
     number(&mut hasher, record.offset.lo());
     let millis = record
@@ -95,17 +91,37 @@ fn digest(record: &Record) -> u128 {
         number(&mut hasher, origin.numbering.epoch().get());
         number(&mut hasher, origin.sequence);
     }
-    number(&mut hasher, record.key.is_some().into());
-    if let Some(key) = &record.key {
-        bytes(&mut hasher, key);
-    }
-    number(&mut hasher, record.headers.len() as u64);
-    for (name, value) in &record.headers {
-        bytes(&mut hasher, name.as_bytes());
-        bytes(&mut hasher, value);
-    }
-    bytes(&mut hasher, &record.payload);
+    update_content(&mut hasher, record.key.as_ref(), &record.headers, &record.payload);
     hasher.digest128()
+}
+
+/// A digest of what a record says, wherever it is and whoever sent it.
+pub(crate) fn content_digest(key: Option<&Bytes>, headers: &[Header], payload: &[u8]) -> u128 {
+    let mut hasher = Xxh3Default::new();
+    update_content(&mut hasher, key, headers, payload);
+    hasher.digest128()
+}
+
+fn update_content(hasher: &mut Xxh3Default, key: Option<&Bytes>, headers: &[Header], payload: &[u8]) {
+    number(hasher, key.is_some().into());
+    if let Some(key) = key {
+        bytes(hasher, key);
+    }
+    number(hasher, headers.len() as u64);
+    for (name, value) in headers {
+        bytes(hasher, name.as_bytes());
+        bytes(hasher, value);
+    }
+    bytes(hasher, payload);
+}
+
+fn number(hasher: &mut Xxh3Default, number: u64) {
+    hasher.update(&number.to_be_bytes());
+}
+
+fn bytes(hasher: &mut Xxh3Default, bytes: &[u8]) {
+    number(hasher, bytes.len() as u64);
+    hasher.update(bytes);
 }
 
 #[cfg(test)]

@@ -64,6 +64,9 @@ impl Destination for Lossy {
     }
 }
 
+#[path = "relay/restored.rs"]
+mod restored;
+
 fn origin(sequence: u64) -> Origin {
     Origin::new(ProducerId::new("orders").unwrap(), Epoch::STABLE, sequence)
 }

@@ -24,6 +24,12 @@ const END: &str = concat!(
     include_str!("end.lua")
 );
 
+const TAIL: &str = concat!(
+    include_str!("incarnation.lua"),
+    include_str!("extent.lua"),
+    include_str!("tail.lua")
+);
+
 /// Asks for an [`Extent`].
 pub(crate) fn ask(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(EXTENT, stream, retention)
@@ -40,6 +46,13 @@ pub(crate) fn read(stream: &[u8], retention: &RetentionKeys, from: &str, entries
 /// Asks for an [`Extent`] and the id of the last entry in the stream.
 pub(crate) fn ask_end(stream: &[u8], retention: &RetentionKeys) -> Cmd {
     script(END, stream, retention)
+}
+
+/// Asks for an [`Extent`], for the first of the last entries up to an id, and for their number.
+pub(crate) fn ask_tail(stream: &[u8], retention: &RetentionKeys, before: &str, entries: u64) -> Cmd {
+    let mut tail = script(TAIL, stream, retention);
+    tail.arg(before).arg(entries);
+    tail
 }
 
 /// A read-only script. Unlike `MULTI`, it also runs while the server is out of memory, which must

@@ -5,6 +5,7 @@ mod codec;
 mod extent;
 mod reader;
 mod stream;
+mod tail;
 mod trim;
 
 use std::sync::Arc;
@@ -217,6 +218,10 @@ impl Log for RedisLog {
 
     async fn readable_end(&self) -> Result<Offset, Error> {
         self.stream.readable_end().await
+    }
+
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        self.stream.tail(count).await.map(Some)
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

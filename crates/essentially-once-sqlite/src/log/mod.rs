@@ -291,6 +291,11 @@ impl Log for SqliteLog {
         Ok(Some(status.end.saturating_sub(from.max(status.earliest))))
     }
 
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        let status = self.table.current_status("find the last records of").await?;
+        Ok(Some(status.end.saturating_sub(count).max(status.earliest).into()))
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         let action = || format!("read durability of log {}", self.table.id);
         self.table.connections.read(action, open::durability).await

@@ -21,6 +21,7 @@ mod refusals;
 mod restart;
 mod state;
 mod store;
+mod tail;
 mod wire;
 
 use crate::{
@@ -94,6 +95,8 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(limits::l8_a_record_over_the_limit_is_refused_before_any_is_appended, needs log, record_limit),
         case!(limits::l9_a_malformed_entry_is_yielded_in_its_place, needs log, malformed),
         case!(refusals::l10_an_old_handle_never_appends_to_a_new_log, needs log, delete),
+        case!(tail::l12_the_tail_holds_the_last_records, needs log, tail),
+        case!(tail::l12_the_tail_is_what_retention_left, needs log, tail, truncate),
         case!(store::s1_a_commit_applies_state_and_position, needs store),
         case!(store::s1_windows_are_kept_whole_with_the_position, needs store),
         case!(store::s1_forgotten_windows_are_removed, needs store),
@@ -212,6 +215,7 @@ mod needs {
         commits_are_cheap,
         malformed,
         foreign,
+        tail,
         damage_letter,
         outbox,
         shared_outboxes

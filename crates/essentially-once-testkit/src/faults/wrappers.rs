@@ -55,6 +55,11 @@ impl<L: Log> Log for FaultyLog<L> {
         ask(&self.process, Operation::ReadableEnd, self.inner.readable_end()).await
     }
 
+    /// Consumers never ask for it, so no fault strikes here.
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        self.inner.tail(count).await
+    }
+
     fn decode(&self, malformed: &Record) -> Option<Record> {
         self.inner.decode(malformed)
     }

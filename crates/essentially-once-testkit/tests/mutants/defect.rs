@@ -177,6 +177,16 @@ wrong {
     MalformedWithoutReason,
     /// A damaged entry comes back empty.
     MalformedBytesLost,
+    /// The tail has one record too few.
+    TailIsOneShort,
+    /// The tail has one record too many.
+    TailIsOneLong,
+    /// The tail is the whole log.
+    TailIsAll,
+    /// The tail begins at a record that retention removed.
+    TailIgnoresRetention,
+    /// The log does not tell its tail.
+    TailIsUnknown,
     /// A log fails to report its durability.
     LogDurabilityFails,
     /// A log reports another durability the second time.

@@ -522,6 +522,24 @@ impl Log for ModelLog {
         self.with(|log| Ok(log.readable_end(&self.shared)))
     }
 
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        self.with(|log| {
+            let held = log.entries.len() as u64;
+            let count = match self.shared.defect {
+                Defect::TailIsOneShort => count.saturating_sub(1),
+                Defect::TailIsOneLong => count.saturating_add(1),
+                Defect::TailIsAll if count > 0 => held,
+                _ => count,
+            };
+            let entry = log.entries.get((held - count.min(held)) as usize);
+            Ok(match self.shared.defect {
+                Defect::TailIgnoresRetention if count >= held => Some(Offset::ZERO),
+                Defect::TailIsUnknown => None,
+                _ => Some(entry.map_or(log.end, |entry| entry.offset)),
+            })
+        })
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         self.shared.durability([
             Defect::LogDurabilityFails,

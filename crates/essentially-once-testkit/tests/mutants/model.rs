@@ -68,6 +68,7 @@ impl Harness for ModelHarness {
         capabilities.commits_are_cheap = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
+        capabilities.tail = Support::Yes;
         capabilities.damage_letter = Support::Yes;
         capabilities.outbox = Support::Yes;
         capabilities.shared_outboxes = Support::Yes;

@@ -218,6 +218,15 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         PayloadReadAsText => "the payload holds",
         ReaderStartsOneEarly => "reading at a malformed entry",
     }
+    l12_the_tail_holds_the_last_records {
+        TailIsOneShort => "those records begin at",
+        TailIsOneLong => "the tail of 1 is",
+        TailIsAll => "the tail of 1 is",
+        TailIsUnknown => "does not tell its tail",
+    }
+    l12_the_tail_is_what_retention_left {
+        TailIgnoresRetention => "is before the earliest",
+    }
     s1_a_commit_applies_state_and_position {
         FreshStoreHasAPosition => "a fresh store has a position",
         PositionNotCommitted => "after two commits",

@@ -224,6 +224,10 @@ impl<L: Log> Log for Signed<L> {
         self.log.count_from(from).await
     }
 
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        self.log.tail(count).await
+    }
+
     /// Verifies a record again that the wrapper refused. If the wrapped log could not decode the
     /// record, it decodes it again first.
     fn decode(&self, malformed: &Record) -> Option<Record> {

@@ -90,6 +90,10 @@ impl<L: Log> Log for Messenger<L> {
         self.log.count_from(from).await
     }
 
+    async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
+        self.log.tail(count).await
+    }
+
     fn decode(&self, malformed: &Record) -> Option<Record> {
         self.log.decode(malformed)
     }

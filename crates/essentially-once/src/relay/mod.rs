@@ -1,10 +1,14 @@
 //! Moving records from one log to others.
 
+mod comparison;
+mod new_producers;
+
 use std::fmt;
 
 use async_trait::async_trait;
 
-use crate::{Error, Handler, HandlerError, Log, NewRecord, Record};
+use self::{comparison::Comparison, new_producers::NewProducers};
+use crate::{Error, Handler, HandlerError, Log, NewRecord, Offset, Record};
 
 /// Where a [`Relay`] sends records: a [`Log`], or something that can only be written to, such as a
 /// queue, an exchange or a webhook.
@@ -17,12 +21,22 @@ pub trait Destination: Send + Sync {
     /// # Errors
     /// As for [`Log::append`]. After [`Error::Indeterminate`], the relay sends the records again.
     async fn send(&self, records: &[NewRecord]) -> Result<(), Error>;
+
+    /// The log that the records go to, if it can be read, so that the relay can compare what it
+    /// sends with what the log holds. The default returns `None`.
+    fn log(&self) -> Option<&dyn Log> {
+        None
+    }
 }
 
 #[async_trait]
-impl<L: Log + ?Sized> Destination for L {
+impl<L: Log> Destination for L {
     async fn send(&self, records: &[NewRecord]) -> Result<(), Error> {
         self.append(records).await.map(drop)
+    }
+
+    fn log(&self) -> Option<&dyn Log> {
+        Some(self)
     }
 }
 
@@ -47,6 +61,31 @@ type Route = Box<dyn Fn(&Record) -> Option<usize> + Send + Sync>;
 /// letter that is sent late is lost to them. Let the relay stop at the record, which is the
 /// default, and mend the destination.
 ///
+/// # A restored outbox
+/// An outbox that was restored from an older copy gives numbers to new records that it had given to
+/// others, and receivers would drop the new ones as duplicates. So before a relay sends the first
+/// records of an outbox, and again after each failure, it reads back in the destination to the
+/// lowest number that it is about to send. If the destination holds the same record, the relay
+/// sends it again. If it holds another record under that number, the run ends, with the offset of
+/// the record. Then either
+///
+/// - give the records from that offset on a new producer, with
+///   [`new_producer_from`](Self::new_producer_from), or
+/// - if what the outbox holds was sent before, move the relay past it with
+///   [`seek`](crate::consumer::seek).
+///
+/// The relay reads the last 1,024 records of the destination, and more only if it finds records of
+/// this outbox among them that are all newer. It cannot compare with a destination that is no
+/// [`Log`], that it may not read, or whose log does not implement [`Log::tail`], and finds nothing
+/// if more than 1,024 records of others came after those of the outbox, or if retention removed
+/// them. So draw a new producer *before* you start anything on restored data. The documentation of
+/// each adapter says how.
+///
+/// # Cycles
+/// Logs that relays connect in a circle are not supported. A record that comes back to a relay that
+/// has passed it is dropped as a duplicate, as long as the relay's window reaches back to it.
+///
+/// # Report
 /// The consumer's report and metrics are the relay's: how many records it has moved (`handled`),
 /// how many wait, and for how long.
 ///
@@ -82,6 +121,12 @@ pub struct Relay<D> {
     /// The destination to send to first: the one that failed last, so that the others do not get
     /// the batch again for as long as it does.
     first: usize,
+    /// What the destinations hold, as far as it matters.
+    comparisons: Vec<Comparison>,
+    /// Whether a comparison has just found a conflict in a batch. The consumer then tries the
+    /// records alone, which needs no second look.
+    has_conflict: bool,
+    new_producers: NewProducers,
 }
 
 impl<D: Destination> Relay<D> {
@@ -99,10 +144,13 @@ impl<D: Destination> Relay<D> {
     pub fn routed(destinations: Vec<D>, route: impl Fn(&Record) -> Option<usize> + Send + Sync + 'static) -> Self {
         Self {
             gathered: destinations.iter().map(|_| Vec::new()).collect(),
+            comparisons: destinations.iter().map(|_| Comparison::default()).collect(),
             destinations,
             route: Box::new(route),
             sends_anonymous: false,
             first: 0,
+            has_conflict: false,
+            new_producers: NewProducers::default(),
         }
     }
 
@@ -113,6 +161,22 @@ impl<D: Destination> Relay<D> {
     #[must_use]
     pub fn send_without_origin(mut self) -> Self {
         self.sends_anonymous = true;
+        self
+    }
+
+    /// Gives the records at or after `offset` of the outbox another producer on their way, so that
+    /// receivers do not take them for the records that had their numbers before the outbox was
+    /// [restored](Self#a-restored-outbox).
+    ///
+    /// The new producer is computed from the old one and the offset. So the relay sends a record
+    /// with the same origin each time, also after a crash. Keep the call in the program for as long
+    /// as the outbox has that producer. After another restore, add a second call with a higher
+    /// offset. Each record gets its producer from the highest offset that is not above its own.
+    ///
+    /// Records with a [fresh](crate::Epoch::fresh) epoch keep their origin.
+    #[must_use]
+    pub fn new_producer_from(mut self, offset: Offset) -> Self {
+        self.new_producers.add(offset);
         self
     }
 }
@@ -135,7 +199,11 @@ impl<D: Destination> Handler<()> for Relay<D> {
                 "its route is destination {index}, and the relay has {count} of them"
             ))
         })?;
-        gathered.push(record.into());
+        let mut outgoing = NewRecord::from(record);
+        if let Some(origin) = &mut outgoing.origin {
+            self.new_producers.apply(record.offset, origin)?;
+        }
+        gathered.push(outgoing);
         Ok(())
     }
 
@@ -147,7 +215,18 @@ impl<D: Destination> Handler<()> for Relay<D> {
             if gathered.is_empty() {
                 continue;
             }
-            if let Err(error) = self.destinations[index].send(gathered).await {
+            let (destination, comparison) = (&self.destinations[index], &mut self.comparisons[index]);
+            if let Some(log) = destination.log() {
+                comparison.look(log, gathered).await?;
+                if let Err(conflict) = comparison.check(log.id(), gathered) {
+                    self.has_conflict = records > 1;
+                    return Err(match self.has_conflict {
+                        true => HandlerError::reject(conflict),
+                        false => HandlerError::fatal(conflict),
+                    });
+                }
+            }
+            if let Err(error) = destination.send(gathered).await {
                 self.first = index;
                 return Err(match error {
                     Error::TooLarge { .. } => HandlerError::reject(error),
@@ -158,6 +237,7 @@ impl<D: Destination> Handler<()> for Relay<D> {
                     error => error.into(),
                 });
             }
+            comparison.passed(gathered);
             gathered.clear();
         }
         Ok(())
@@ -165,6 +245,9 @@ impl<D: Destination> Handler<()> for Relay<D> {
 
     async fn reset(&mut self) {
         self.gathered.iter_mut().for_each(Vec::clear);
+        if !std::mem::take(&mut self.has_conflict) {
+            self.comparisons.fill_with(Comparison::default);
+        }
     }
 }
 

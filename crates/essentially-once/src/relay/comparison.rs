@@ -1,0 +1,201 @@
+//! Whether a destination holds other records under the numbers that a relay is about to send.
+//!
+//! An outbox that was restored from an older copy gives old numbers to new records. Receivers would
+//! drop those as duplicates. So the relay looks at what the destination holds of these numbers: the
+//! same record is one that it sent before a crash, another one ends the run.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+};
+
+use crate::{
+    Epoch, Error, Log, NewRecord, Offset, Origin,
+    backend::{LogId, Numbering, Window},
+    passed::content_digest,
+};
+
+/// How many of the destination's last records the first look reads. It finds what this outbox sent
+/// last unless so many records of others came since.
+const FIRST_LOOK: u64 = 1_024;
+
+/// By how much each further look is longer.
+const GROWTH: u64 = 8;
+
+/// What a destination holds of the numbers not yet passed.
+#[derive(Default)]
+pub(super) struct Comparison {
+    /// A numbering is here once it was looked for, even if nothing was found.
+    held: Found,
+}
+
+/// Why a record must not be sent.
+#[derive(Debug)]
+pub(super) struct Conflict {
+    origin: Origin,
+    log: LogId,
+    /// Far above the number; `None` if the number itself has another record.
+    highest: Option<u64>,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { origin, log, highest } = self;
+        match highest {
+            None => write!(f, "log {log} holds another record with the origin {origin}")?,
+            Some(highest) => write!(
+                f,
+                "log {log} holds number {highest} of its producer and not {origin}, so receivers would take the record \
+                 for a duplicate"
+            )?,
+        }
+        f.write_str(
+            "; the outbox was probably restored from an older copy, or the relay was set back: give the records from \
+             this offset on a new producer with `Relay::new_producer_from`, or have the relay skip those that the log \
+             already has",
+        )
+    }
+}
+
+impl std::error::Error for Conflict {}
+
+impl Comparison {
+    /// Looks for the numbers of these records, unless that was done for their numberings before.
+    ///
+    /// A log that may be written but not read cannot be compared.
+    ///
+    /// # Errors
+    /// Those of the log that a later look may not have. They say nothing about the records.
+    pub(super) async fn look(&mut self, log: &dyn Log, records: &[NewRecord]) -> Result<(), Error> {
+        let mut lowest: HashMap<&Numbering, u64> = HashMap::new();
+        for origin in records.iter().filter_map(|record| record.origin.as_ref()) {
+            // A fresh epoch was never used before.
+            if origin.numbering.epoch() == Epoch::STABLE && !self.held.contains_key(&origin.numbering) {
+                let lowest = lowest.entry(&origin.numbering).or_insert(origin.sequence);
+                *lowest = origin.sequence.min(*lowest);
+            }
+        }
+        if lowest.is_empty() {
+            return Ok(());
+        }
+        let found = match find(log, &lowest).await {
+            // Retention was faster than the reader.
+            Err(error @ (Error::Truncated { .. } | Error::OutOfRange { .. })) => {
+                return Err(Error::unavailable(format!("compare with log {}", log.id()), error));
+            }
+            Err(error @ Error::Failed { .. }) => {
+                tracing::warn!(log = %log.id(), %error, "the relay cannot read its destination, so it sends without \
+                    comparing; if its outbox was restored from an older copy, receivers will drop new records");
+                nothing(&lowest)
+            }
+            found => found?,
+        };
+        self.held.extend(found);
+        Ok(())
+    }
+
+    /// Checks the records against what was found.
+    pub(super) fn check(&self, log: &LogId, records: &[NewRecord]) -> Result<(), Conflict> {
+        records.iter().try_for_each(|record| {
+            let Some(origin) = &record.origin else { return Ok(()) };
+            let Some(held) = self.held.get(&origin.numbering) else {
+                return Ok(());
+            };
+            let conflict = |highest| {
+                Err(Conflict {
+                    origin: origin.clone(),
+                    log: log.clone(),
+                    highest,
+                })
+            };
+            let digest = || content_digest(record.key.as_ref(), &record.headers, &record.payload);
+            let number = origin.sequence;
+            match (held.digests.get(&number), held.digests.last_key_value(), held.reach) {
+                (Some(held), ..) if *held != digest() => conflict(None),
+                (None, Some((highest, _)), Some(reach))
+                    if reach <= number && highest.saturating_sub(number) > Window::SIZE =>
+                {
+                    conflict(Some(*highest))
+                }
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// Forgets the numbers of records that were sent.
+    pub(super) fn passed(&mut self, records: &[NewRecord]) {
+        for origin in records.iter().filter_map(|record| record.origin.as_ref()) {
+            if let Some(held) = self.held.get_mut(&origin.numbering)
+                && !held.digests.is_empty()
+            {
+                held.digests = held.digests.split_off(&origin.sequence.saturating_add(1));
+            }
+        }
+    }
+}
+
+type Found = HashMap<Numbering, Held>;
+
+/// What was found of one numbering.
+#[derive(Default)]
+struct Held {
+    /// The digests of the records, by number.
+    digests: BTreeMap<u64, u128>,
+    /// The lowest number seen. Retention may have removed those below.
+    reach: Option<u64>,
+}
+
+fn nothing(lowest: &HashMap<&Numbering, u64>) -> Found {
+    let numberings = lowest.keys().map(|numbering| (*numbering).clone());
+    numberings.map(|numbering| (numbering, Held::default())).collect()
+}
+
+/// Reads back until the lowest number of each numbering was found, or a lower one.
+///
+/// A numbering of which the first look finds nothing is taken for new to this log, so that a relay
+/// does not read a whole log before it sends its first record.
+async fn find(log: &dyn Log, lowest: &HashMap<&Numbering, u64>) -> Result<Found, Error> {
+    let mut count = FIRST_LOOK;
+    loop {
+        let Some(from) = log.tail(count).await? else {
+            tracing::debug!(log = %log.id(), "the log cannot tell where its last records begin, so the relay does not \
+                compare what it sends with them");
+            return Ok(nothing(lowest));
+        };
+        let (found, is_complete) = read(log, from, lowest).await?;
+        if is_complete || from <= log.bounds().await?.earliest {
+            return Ok(found);
+        }
+        count = count.saturating_mul(GROWTH);
+    }
+}
+
+/// What the log holds from an offset on, and whether that is all that `find` needs.
+async fn read(log: &dyn Log, from: Offset, lowest: &HashMap<&Numbering, u64>) -> Result<(Found, bool), Error> {
+    let mut found = nothing(lowest);
+    let (mut next, end) = (from, log.readable_end().await?);
+    if next < end {
+        let mut reader = log.read(from).await?;
+        while next < end {
+            for record in reader.next(1_000).await? {
+                next = record.offset.successor();
+                let Some(origin) = record.origin.as_ref().filter(|_| record.malformed.is_none()) else {
+                    continue;
+                };
+                let (Some(lowest), Some(held)) = (lowest.get(&origin.numbering), found.get_mut(&origin.numbering))
+                else {
+                    continue;
+                };
+                held.reach = Some(held.reach.map_or(origin.sequence, |reach| reach.min(origin.sequence)));
+                if origin.sequence >= *lowest {
+                    // Of several copies, receivers handled the first one.
+                    let digest = || content_digest(record.key.as_ref(), &record.headers, &record.payload);
+                    held.digests.entry(origin.sequence).or_insert_with(digest);
+                }
+            }
+        }
+    }
+    let reaches = |(numbering, held): (&Numbering, &Held)| held.reach.is_none_or(|reach| reach <= lowest[numbering]);
+    let is_complete = found.iter().all(reaches);
+    Ok((found, is_complete))
+}
