@@ -80,7 +80,8 @@ pub enum Durability {
 ///   and its records never show in a later log of the same name. A backend without incarnations
 ///   cannot distinguish the two logs and is exempt. Its documentation says so.
 /// - **L12** From the offset that `tail(n)` returns, a reader yields the last `n` records, or all
-///   if the log holds fewer. A log that cannot tell returns `None`.
+///   if the log holds fewer. Where offsets are not dense, the number may be inexact. A log that
+///   cannot tell returns `None`.
 ///
 /// # Examples
 /// ```
@@ -161,8 +162,8 @@ pub trait Log: Send + Sync {
     }
 
     /// Where the last `count` records begin, or the earliest record if the log holds fewer; the end
-    /// for a `count` of 0. Records that were deleted individually, and several records in one
-    /// message, make the number of records from there on inexact.
+    /// for a `count` of 0. The number is inexact where records were deleted individually, where
+    /// one message holds several, and where the backend leaves out offsets.
     ///
     /// A [`Relay`](crate::relay::Relay) uses it to compare what it sends with what the log holds.
     /// The default returns `None`: the log cannot tell without reading all of it.

@@ -196,7 +196,8 @@ impl Log for RabbitLog {
         Ok(bounds_of(ends.as_ref()))
     }
 
-    /// Counts messages, so a packed log yields more records than asked for.
+    /// Counts offsets. A packed log yields more records than asked for. The broker leaves out an
+    /// offset here and there, such as at the end of a segment, and the log then yields fewer.
     async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {
         let Bounds { earliest, end } = self.bounds().await?;
         Ok(Some(match count {

@@ -42,23 +42,23 @@ pub(super) async fn l12_the_tail_is_what_retention_left<H: Harness>(_: &H, backe
     let log = backend.log("orders").await?;
     let earliest = log.bounds().await?.earliest;
     let left: Vec<_> = all.into_iter().filter(|record| record.offset >= earliest).collect();
-    for count in [1, 5, 15, 20, u64::MAX] {
-        check(&*log, count, &left).await?;
+    // The backend may have left out offsets, so that the number is inexact.
+    let last = left[left.len() - 1].offset;
+    for count in [1, 5, 15, 20] {
+        let from = within(&*log, count).await?;
+        ensure!(
+            from <= last,
+            "the tail of {count} is {from}, but the last record is at {last}"
+        );
     }
-    Ok(())
+    check(&*log, u64::MAX, &left).await
 }
 
 async fn check(log: &dyn Log, count: u64, all: &[Record]) -> CaseResult {
-    let from = tail(log, count).await?;
+    let from = within(log, count).await?;
     let count = usize::try_from(count).unwrap_or(usize::MAX).min(all.len());
     let last = &all[all.len() - count..];
-    let bounds = log.bounds().await?;
-    ensure!(
-        from >= bounds.earliest,
-        "the tail of {count} is {from}, which is before the earliest offset {}",
-        bounds.earliest
-    );
-    let expected = last.first().map_or(bounds.end, |first| first.offset);
+    let expected = last.first().map_or(log.bounds().await?.end, |first| first.offset);
     // An offset between two records is as good.
     let before = all.len().checked_sub(count + 1).map(|place| all[place].offset);
     ensure!(
@@ -73,6 +73,16 @@ async fn check(log: &dyn Log, count: u64, all: &[Record]) -> CaseResult {
         payloads(last)
     );
     Ok(())
+}
+
+/// The tail, which must be within the bounds.
+async fn within(log: &dyn Log, count: u64) -> Result<Offset, Violation> {
+    let (from, bounds) = (tail(log, count).await?, log.bounds().await?);
+    ensure!(
+        (bounds.earliest..=bounds.end).contains(&from),
+        "the tail of {count} is {from}, which is outside of {bounds:?}"
+    );
+    Ok(from)
 }
 
 async fn tail(log: &dyn Log, count: u64) -> Result<Offset, Violation> {

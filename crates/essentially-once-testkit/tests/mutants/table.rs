@@ -220,12 +220,12 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     l12_the_tail_holds_the_last_records {
         TailIsOneShort => "those records begin at",
-        TailIsOneLong => "the tail of 1 is",
+        TailIsOneLong => "the tail of 0 is",
         TailIsAll => "the tail of 1 is",
         TailIsUnknown => "does not tell its tail",
     }
     l12_the_tail_is_what_retention_left {
-        TailIgnoresRetention => "is before the earliest",
+        TailIgnoresRetention => "which is outside of",
     }
     s1_a_commit_applies_state_and_position {
         FreshStoreHasAPosition => "a fresh store has a position",
