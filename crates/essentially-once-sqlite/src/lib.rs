@@ -115,6 +115,9 @@
 //! UPDATE essentially_once_logs SET sender = NULL;
 //! ```
 //!
+//! If it was forgotten, the relay [stops](essentially_once::relay::Relay#a-restored-outbox) before
+//! the first record that consumers would drop, in most cases.
+//!
 //! SQLite can also restore into an open file (`.restore` in its shell) while processes keep
 //! running. A run whose position went back ends with [`Error::PositionLost`], unless the log went
 //! back with it and has not grown since. Start the run again. If transactions send to a log of the

@@ -39,7 +39,10 @@ use crate::{
 ///   offsets of an outbox have gaps, its [origins](essentially_once::Origin) have none.
 /// - Numbers are as durable as commits; see [`RabbitStore`](super::RabbitStore). If a power cut
 ///   takes back commits that a relay has read, later records get the same numbers, and consumers
-///   drop them as duplicates.
+///   would drop them as duplicates. In most cases, the relay
+///   [stops](essentially_once::relay::Relay#a-restored-outbox) before the first of them. After you
+///   restore a broker's data, give the records from [`bounds`](Log::bounds)`().end` on [a new
+///   producer](essentially_once::relay::Relay::new_producer_from).
 /// - Appending fails: only commits send.
 /// - To open a reader, the handle reads the consumer's state, as the store does.
 #[derive(Clone)]

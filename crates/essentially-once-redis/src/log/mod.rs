@@ -119,6 +119,10 @@ use crate::{
 /// redis-cli --scan --pattern 'essentially-once:{*}:outbox:*' | xargs redis-cli DEL
 /// ```
 ///
+/// If it was forgotten, and after a failover, the relay
+/// [stops](essentially_once::relay::Relay#a-restored-outbox) before the first record that consumers
+/// would drop, in most cases.
+///
 /// [`append`](Log::append) numbers nothing. A relay rejects the records that it leaves in an outbox
 /// without an origin.
 ///
