@@ -187,6 +187,8 @@ wrong {
     TailIgnoresRetention,
     /// The log does not tell its tail.
     TailIsUnknown,
+    /// After retention, the tail is the end.
+    TailEmptyAfterRetention,
     /// A log fails to report its durability.
     LogDurabilityFails,
     /// A log reports another durability the second time.
@@ -735,6 +737,8 @@ sound {
     ClockOfTheServer,
     /// Names are stored as digests.
     NamesKeptAsDigests,
+    /// The tail begins between two records.
+    TailBetweenRecords,
     /// Readers poll, and appends do not wake them.
     PollsForRecords,
     /// Offsets jump ahead after retention and restarts.

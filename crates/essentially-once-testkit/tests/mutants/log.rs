@@ -535,6 +535,12 @@ impl Log for ModelLog {
             Ok(match self.shared.defect {
                 Defect::TailIgnoresRetention if count >= held => Some(Offset::ZERO),
                 Defect::TailIsUnknown => None,
+                Defect::TailEmptyAfterRetention if log.earliest > Offset::ZERO => Some(log.end),
+                Defect::TailBetweenRecords => {
+                    let before = (held - count.min(held)).checked_sub(1);
+                    let before = before.map(|place| log.entries[place as usize].offset.successor());
+                    Some(before.unwrap_or(log.earliest))
+                }
                 _ => Some(entry.map_or(log.end, |entry| entry.offset)),
             })
         })

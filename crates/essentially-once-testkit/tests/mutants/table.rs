@@ -226,6 +226,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
     }
     l12_the_tail_is_what_retention_left {
         TailIgnoresRetention => "which is outside of",
+        TailEmptyAfterRetention => "but the last record is at",
     }
     s1_a_commit_applies_state_and_position {
         FreshStoreHasAPosition => "a fresh store has a position",
@@ -657,6 +658,8 @@ pub(crate) const SOUND: &[Sound] = sound! {
     l7_a_refusal_within_a_batch_reports_its_outcome { RefusedMiddleInDoubt }
     l7_concurrent_appends_have_their_own_outcomes { AppendsTakeTurns }
     l10_an_old_handle_never_appends_to_a_new_log { OldHandleAppendsVanish }
+    l12_the_tail_holds_the_last_records { TailBetweenRecords }
+    l12_the_tail_is_what_retention_left { TailBetweenRecords }
     s1_hundreds_of_commits_keep_everything { CompactsEvery100Commits }
     s1_tens_of_thousands_of_commits_keep_everything { CompactsEvery100Commits }
     s1_windows_of_similar_producers_are_independent { WindowsInAnyOrder }
