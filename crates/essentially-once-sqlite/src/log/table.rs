@@ -1,10 +1,10 @@
 //! The table of one log: its state, its SQL statements, and appends.
 
-use std::{borrow::Cow, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use essentially_once::{
-    Error, NewRecord, Offset,
-    backend::{Bounds, LogId, Retention},
+    Error, NewRecord, Offset, Origin,
+    backend::{Bounds, LogId, Numbering, Retention},
 };
 use rusqlite::{Connection, OptionalExtension, Statement, ToSql};
 use tokio::sync::watch;
@@ -304,6 +304,9 @@ pub(super) struct Batch {
     /// The producer of all records. Their sequences are their offsets. `None` if each record keeps
     /// its own origin.
     sender: Option<String>,
+    /// The numbering of the last record that kept its own, as text. Most records have that of the
+    /// one before.
+    numbering: Option<(Numbering, String)>,
 }
 
 impl Batch {
@@ -313,6 +316,7 @@ impl Batch {
             end: before.end,
             before,
             sender: None,
+            numbering: None,
         }
     }
 
@@ -352,8 +356,19 @@ impl Batch {
         record: &NewRecord,
     ) -> rusqlite::Result<()> {
         let (producer, sequence) = match (&self.sender, &record.origin) {
-            (Some(sender), _) => (Some(Cow::Borrowed(&**sender)), Some(self.end)),
-            (None, Some(origin)) => (Some(Cow::Owned(origin.numbering.to_string())), Some(origin.sequence)),
+            (Some(sender), _) => (Some(&**sender), Some(self.end)),
+            (
+                None,
+                Some(Origin {
+                    numbering, sequence, ..
+                }),
+            ) => {
+                let shown = self.numbering.take().filter(|(shown, _)| shown == numbering);
+                let (_, text) = self
+                    .numbering
+                    .insert(shown.unwrap_or_else(|| (numbering.clone(), numbering.to_string())));
+                (Some(&**text), Some(*sequence))
+            }
             (None, None) => (None, None),
         };
         let inserted = statement.execute((

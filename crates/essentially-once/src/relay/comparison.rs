@@ -68,11 +68,12 @@ impl Comparison {
     /// Those of the log that a later look may not have. They say nothing about the records.
     pub(super) async fn look(&mut self, log: &dyn Log, records: &[NewRecord]) -> Result<(), Error> {
         let mut lowest: HashMap<&Numbering, u64> = HashMap::new();
-        for origin in records.iter().filter_map(|record| record.origin.as_ref()) {
+        for (numbering, records) in by_numbering(records) {
             // A fresh epoch was never used before.
-            if origin.numbering.epoch() == Epoch::STABLE && !self.held.contains_key(&origin.numbering) {
-                let lowest = lowest.entry(&origin.numbering).or_insert(origin.sequence);
-                *lowest = origin.sequence.min(*lowest);
+            if numbering.epoch() == Epoch::STABLE && !self.held.contains_key(numbering) {
+                let least = numbers(records).min().unwrap_or(u64::MAX);
+                let lowest = lowest.entry(numbering).or_insert(least);
+                *lowest = least.min(*lowest);
             }
         }
         if lowest.is_empty() {
@@ -96,42 +97,62 @@ impl Comparison {
 
     /// Checks the records against what was found.
     pub(super) fn check(&self, log: &LogId, records: &[NewRecord]) -> Result<(), Conflict> {
-        records.iter().try_for_each(|record| {
-            let Some(origin) = &record.origin else { return Ok(()) };
-            let Some(held) = self.held.get(&origin.numbering) else {
-                return Ok(());
+        for (numbering, records) in by_numbering(records) {
+            let Some(held) = self.held.get(numbering) else { continue };
+            let Some((highest, _)) = held.digests.last_key_value() else {
+                continue;
             };
-            let conflict = |highest| {
-                Err(Conflict {
-                    origin: origin.clone(),
-                    log: log.clone(),
-                    highest,
-                })
-            };
-            let digest = || content_digest(record.key.as_ref(), &record.headers, &record.payload);
-            let number = origin.sequence;
-            match (held.digests.get(&number), held.digests.last_key_value(), held.reach) {
-                (Some(held), ..) if *held != digest() => conflict(None),
-                (None, Some((highest, _)), Some(reach))
-                    if reach <= number && highest.saturating_sub(number) > Window::SIZE =>
-                {
-                    conflict(Some(*highest))
+            for (record, number) in records.iter().zip(numbers(records)) {
+                let conflict = |highest| {
+                    Err(Conflict {
+                        origin: Origin::of(numbering.clone(), number),
+                        log: log.clone(),
+                        highest,
+                    })
+                };
+                match held.digests.get(&number) {
+                    Some(digest) if *digest != digest_of(record) => return conflict(None),
+                    None if held.reach.is_some_and(|reach| reach <= number)
+                        && highest.saturating_sub(number) > Window::SIZE =>
+                    {
+                        return conflict(Some(*highest));
+                    }
+                    _ => {}
                 }
-                _ => Ok(()),
             }
-        })
+        }
+        Ok(())
     }
 
     /// Forgets the numbers of records that were sent.
     pub(super) fn passed(&mut self, records: &[NewRecord]) {
-        for origin in records.iter().filter_map(|record| record.origin.as_ref()) {
-            if let Some(held) = self.held.get_mut(&origin.numbering)
+        for (numbering, records) in by_numbering(records) {
+            if let Some(held) = self.held.get_mut(numbering)
                 && !held.digests.is_empty()
+                && let Some(next) = numbers(records).max().and_then(|last| last.checked_add(1))
             {
-                held.digests = held.digests.split_off(&origin.sequence.saturating_add(1));
+                held.digests = held.digests.split_off(&next);
             }
         }
     }
+}
+
+/// The records in their order, those in a row that have one numbering together, and none without.
+fn by_numbering(records: &[NewRecord]) -> impl Iterator<Item = (&Numbering, &[NewRecord])> {
+    let runs = records.chunk_by(|one, next| numbering(one) == numbering(next));
+    runs.filter_map(|run| Some((numbering(run.first()?)?, run)))
+}
+
+fn numbering(record: &NewRecord) -> Option<&Numbering> {
+    record.origin.as_ref().map(|origin| &origin.numbering)
+}
+
+fn numbers(run: &[NewRecord]) -> impl Iterator<Item = u64> {
+    run.iter().filter_map(|record| Some(record.origin.as_ref()?.sequence))
+}
+
+fn digest_of(record: &NewRecord) -> u128 {
+    content_digest(record.key.as_ref(), &record.headers, &record.payload)
 }
 
 type Found = HashMap<Numbering, Held>;
