@@ -22,6 +22,7 @@ use tokio::{
 
 use super::{
     entry::{MARK_LEN, encode_commit, encode_mark},
+    guard::{Guard, Guards},
     hints::Hints,
     replica::Replica,
     rule::{Commit, Fold, Hint, Token, Verdict},
@@ -41,6 +42,7 @@ pub(super) struct Changelog {
     pub(super) fold: SharedFold,
     publisher: Arc<Publisher>,
     hints: Hints,
+    pub(super) guards: Arc<Guards>,
     snapshots: Arc<Snapshots>,
     /// The reader of the stream; `None` before the first use and after an error.
     replica: Mutex<Option<Replica>>,
@@ -50,13 +52,14 @@ pub(super) struct Changelog {
 }
 
 impl Changelog {
-    pub(super) fn new(scope: Scope) -> Self {
+    pub(super) fn new(scope: Scope, guards: Vec<Guard>) -> Self {
         let scope = Arc::new(scope);
         let publisher = Publisher::sharing(Arc::clone(&scope.server), scope.stream.clone());
         let publisher = Arc::new(publisher);
         Self {
             fold: SharedFold::default(),
             hints: Hints::new(&scope, &publisher),
+            guards: Arc::new(Guards::new(guards, scope.limits.unrelayed)),
             publisher,
             snapshots: Arc::new(Snapshots::new(&scope.server, &scope.consumer)),
             replica: Mutex::new(None),
@@ -283,7 +286,7 @@ impl Changelog {
         let replica = match slot.take() {
             Some(replica) => replica,
             None => {
-                let replica = Replica::load(&self.scope, &self.snapshots, &self.fold).await?;
+                let replica = Replica::load(&self.scope, &self.snapshots, &self.fold, &self.guards).await?;
                 self.has_loaded.store(true, Ordering::Relaxed);
                 self.fold.notify();
                 replica

@@ -6,8 +6,10 @@
 //! in the stream applies, for every reader (`rule.rs`). A writer reads its own entry back to learn
 //! which one it was.
 
+mod backlog;
 mod changelog;
 mod entry;
+mod guard;
 mod hints;
 mod image;
 mod letter;
@@ -43,6 +45,7 @@ use essentially_once::{
 
 use self::{
     changelog::Changelog,
+    guard::Guard,
     names::Kind,
     scope::{Limits, Scope},
 };
@@ -109,6 +112,7 @@ use crate::connection::server::Server;
 pub struct RabbitStore {
     server: Arc<Server>,
     limits: Limits,
+    guards: Vec<Guard>,
     consumers: Arc<Mutex<HashMap<ConsumerId, Arc<Changelog>>>>,
 }
 
@@ -118,6 +122,7 @@ impl RabbitStore {
         Self {
             server,
             limits,
+            guards: Vec::new(),
             consumers: Arc::default(),
         }
     }
@@ -186,7 +191,77 @@ impl RabbitStore {
         Ok(RabbitSent::new(self.changelog(consumer)?, LogId::new(name)?, None))
     }
 
-    /// Starts with no changelogs: the limits apply to those opened from now on.
+    /// Refuses commits of a consumer before the broker's retention reaches a record of this outbox
+    /// that its relay has not passed on. `relays` is the store, of any backend, in which the relay
+    /// keeps its position.
+    ///
+    /// The changelog keeps its last 512 MiB, whatever a relay has read. A guard counts the bytes of
+    /// changelog that follow the first record that the relay has not passed on: all messages, with
+    /// a kilobyte more for each than its size. The broker stores less than that and removes whole
+    /// segments, so the count is on the safe side. Above
+    /// [`unrelayed_limit`](Self::unrelayed_limit), a commit that sends to the outbox fails with
+    /// [`Error::Unavailable`], and nothing is published. The consumer goes back to its position,
+    /// counts no failed try, and goes on by itself once the relay has caught up. Commits that do
+    /// not send to the outbox fail at one and a half times the limit, because they bring retention
+    /// closer, too.
+    ///
+    /// - Name the guard on each handle that commits. A handle without it refuses nothing.
+    /// - An outbox with several relays takes a guard for each. A relay may also read
+    ///   [`sent`](Self::sent). A relay that has no position yet has passed nothing on.
+    /// - The handle reads the relay's position at its first commit, whenever another eighth of the
+    ///   limit was written, and before it refuses a commit. It logs a warning if the relay is
+    ///   further behind than half the limit.
+    /// - If the position cannot be read, the handle logs a warning and counts from the last known
+    ///   one, or from the first record if it knows none. A refusal then includes the reason.
+    /// - If the relay is behind the snapshot with which the handle starts, the first commit reads
+    ///   the changelog from the relay's position on. That is at most 512 MiB, and 200 MB took 4
+    ///   seconds in a build without optimization.
+    /// - Marks are not refused, since a relay cannot read without them. Beats,
+    ///   [`position`](OffsetStore::position) and [`read_state`](ReadState::read_state) write one
+    ///   each, of 200 to 400 bytes. At least 100 MiB are left for them, which one mark a second
+    ///   fills in three days. Bring the relay back before.
+    ///
+    /// A commit fails with [`Error::WrongLog`] if the relay's position belongs to another log.
+    ///
+    /// Call it before the handle is used. Afterwards, the handle reads the state again.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] and [`Error::InvalidName`] as for [`sent_to`](Self::sent_to).
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # use essentially_once::{ConsumerId, OffsetStore};
+    /// # use essentially_once_rabbitmq::Rabbit;
+    /// # fn open(rabbit: &Rabbit, relays: impl OffsetStore) -> Result<(), essentially_once::Error> {
+    /// let (orders, relay) = (ConsumerId::new("orders")?, ConsumerId::new("orders-relay")?);
+    /// let store = rabbit.store().guard_outbox(&orders, "events", relay, relays)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn guard_outbox(
+        mut self,
+        consumer: &ConsumerId,
+        outbox: &str,
+        relay: ConsumerId,
+        relays: impl OffsetStore,
+    ) -> Result<Self, Error> {
+        let logs = [self.sent_to(consumer, outbox)?.id, self.sent(consumer)?.id];
+        self.guards.push(Guard::new(consumer, outbox, logs, relay, relays));
+        Ok(self.with_limits())
+    }
+
+    /// How many bytes of changelog may follow a record of a
+    /// [guarded outbox](Self::guard_outbox) that its relay has not passed on. From 1 to 256 MiB.
+    /// The default is 256 MiB.
+    ///
+    /// With another limit, every call fails with [`Error::InvalidSetting`].
+    #[must_use]
+    pub fn unrelayed_limit(mut self, bytes: u64) -> Self {
+        self.limits.unrelayed = bytes;
+        self.with_limits()
+    }
+
+    /// Starts with no changelogs: limits and guards apply to those opened from now on.
     fn with_limits(mut self) -> Self {
         self.consumers = Arc::default();
         self
@@ -196,7 +271,11 @@ impl RabbitStore {
         self.limits.check()?;
         names::check_length(&self.server.options.prefix, self.server.vhost(), consumer)?;
         let mut consumers = self.consumers.lock().unwrap_or_else(PoisonError::into_inner);
-        let changelog = || Arc::new(Changelog::new(Scope::new(&self.server, consumer, self.limits)));
+        let changelog = || {
+            let guards = self.guards.iter().filter(|guard| guard.consumer == *consumer);
+            let scope = Scope::new(&self.server, consumer, self.limits);
+            Arc::new(Changelog::new(scope, guards.cloned().collect()))
+        };
         Ok(Arc::clone(consumers.entry(consumer.clone()).or_insert_with(changelog)))
     }
 }

@@ -32,7 +32,9 @@ use crate::{
 ///   which marks, state and dead letters share with the records. The store does not know how far
 ///   its readers are, so it does not wait for them. A reader that is further behind gets
 ///   [`Error::Truncated`]: if it missed a record, and also if it was open while 512 MiB passed that
-///   it did not read. In the second case a new reader goes on. Watch the lag of a relay.
+///   it did not read. In the second case a new reader goes on. Watch the lag of a relay, or let
+///   [`RabbitStore::guard_outbox`](super::RabbitStore::guard_outbox) refuse commits before a relay
+///   can miss a record.
 /// - Each outbox belongs to one consumer. Two consumers that send to outboxes of the same name have
 ///   two, with a producer each.
 /// - Offsets are those of the changelog's messages, with the index of the record in the commit. The
@@ -48,7 +50,7 @@ use crate::{
 #[derive(Clone)]
 pub struct RabbitSent {
     changelog: Arc<Changelog>,
-    id: LogId,
+    pub(super) id: LogId,
     /// `None` for the records of all outboxes.
     outbox: Option<Arc<str>>,
 }

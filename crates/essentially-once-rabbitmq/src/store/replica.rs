@@ -7,6 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     entry::{Entry, Parsed, parse},
+    guard::Guards,
     names,
     rule::{Fold, Token, Verdict},
     scope::Scope,
@@ -24,6 +25,7 @@ use crate::connection::{
 pub(super) struct Replica {
     scope: Arc<Scope>,
     fold: SharedFold,
+    guards: Arc<Guards>,
     tail: Tail,
     pub(super) policy: SnapshotPolicy,
     /// Whether the fold holds what this handle's last `position` or `commit` returned, and no
@@ -37,6 +39,7 @@ impl Replica {
         scope: &Arc<Scope>,
         snapshots: &Arc<Snapshots>,
         shared: &SharedFold,
+        guards: &Arc<Guards>,
     ) -> Result<Self, Error> {
         let (server, stream) = (&scope.server, &scope.stream);
         // Not a shared connection: a missing snapshot stream is an error on it.
@@ -65,18 +68,23 @@ impl Replica {
         let mut replica = Self {
             scope: Arc::clone(scope),
             fold: shared.clone(),
+            guards: Arc::clone(guards),
             tail: server.reading.used(&connection, attached).await?,
             policy: SnapshotPolicy::new(scope, snapshots, shared, target),
             fresh: false,
         };
+        guards.begin(&fold);
         while fold.offset < range.end {
             let next = replica.tail.next(usize::MAX);
             let read = scope.within_limit(async { next.await.map_err(|error| scope.read_error(error)) });
             for delivered in read.await? {
-                replica.policy.count(delivered.body.len());
+                let (offset, bytes) = (delivered.offset, delivered.body.len());
+                replica.policy.count(bytes);
                 take(scope, &mut fold, delivered, 0)?;
+                guards.count(&fold, offset, bytes);
             }
         }
+        guards.have_read(&fold);
         *shared.write() = fold;
         Ok(replica)
     }
@@ -139,8 +147,10 @@ impl Replica {
         {
             let mut fold = self.fold.write();
             for delivered in delivered {
-                self.policy.count(delivered.body.len());
+                let (offset, bytes) = (delivered.offset, delivered.body.len());
+                self.policy.count(bytes);
                 own = take(&self.scope, &mut fold, delivered, token)?.or(own);
+                self.guards.count(&fold, offset, bytes);
             }
         }
         self.fold.notify();

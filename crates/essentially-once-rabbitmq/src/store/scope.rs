@@ -10,6 +10,7 @@ use essentially_once::{
 use super::{
     names::{self, Kind},
     rule::Missing,
+    snapshot_policy::{LENGTH, SEGMENT},
 };
 use crate::connection::server::Server;
 
@@ -25,6 +26,13 @@ const SNAPSHOT_AFTER_MAX: u64 = 64 * MIB as u64;
 /// more, the commit fails.
 const HEAD: usize = 1024;
 
+/// The most bytes of changelog behind a record that a relay has not passed on. Commits that do not
+/// send to its outbox may take half as much again. The rest up to the changelog's length is room
+/// for entries of other writers, and for marks, which are not refused.
+const UNRELAYED_MAX: u64 = 256 * MIB as u64;
+
+const UNRELAYED_MIN: u64 = MIB as u64;
+
 /// The largest entry. The changelog's retention relies on it.
 const ENTRY_MAX: usize = 32 * MIB;
 
@@ -38,6 +46,7 @@ pub(super) struct Limits {
     entry: usize,
     pub(super) state: usize,
     pub(super) snapshot_after: u64,
+    pub(super) unrelayed: u64,
 }
 
 impl Limits {
@@ -48,21 +57,27 @@ impl Limits {
             entry: (value + BESIDE_VALUE).max(8 * MIB),
             state: STATE_MAX,
             snapshot_after: 8 * MIB as u64,
+            unrelayed: UNRELAYED_MAX,
         }
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        let (setting, limit) = if self.state > STATE_MAX {
-            ("state_limit", STATE_MAX as u64)
+        let (setting, reason) = if self.state > STATE_MAX {
+            ("state_limit", format!("it must be at most {STATE_MAX} bytes"))
         } else if self.snapshot_after > SNAPSHOT_AFTER_MAX {
-            ("snapshot_after", SNAPSHOT_AFTER_MAX)
+            (
+                "snapshot_after",
+                format!("it must be at most {SNAPSHOT_AFTER_MAX} bytes"),
+            )
+        } else if !(UNRELAYED_MIN..=UNRELAYED_MAX).contains(&self.unrelayed) {
+            (
+                "unrelayed_limit",
+                format!("it must be from {UNRELAYED_MIN} to {UNRELAYED_MAX} bytes"),
+            )
         } else {
             return Ok(());
         };
-        Err(Error::InvalidSetting {
-            setting,
-            reason: format!("it must be at most {limit} bytes"),
-        })
+        Err(Error::InvalidSetting { setting, reason })
     }
 }
 
@@ -221,6 +236,8 @@ pub(super) fn nothing_done(error: Error) -> Error {
     }
 }
 
+const _: () = assert!(UNRELAYED_MAX + UNRELAYED_MAX / 2 + 3 * ENTRY_MAX as u64 + SEGMENT <= LENGTH);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,7 +254,13 @@ mod tests {
             snapshot_after: SNAPSHOT_AFTER_MAX + 1,
             ..limits
         };
-        for (limits, wrong) in [(state, "state_limit"), (snapshots, "snapshot_after")] {
+        let [less, more] = [UNRELAYED_MIN - 1, UNRELAYED_MAX + 1].map(|unrelayed| Limits { unrelayed, ..limits });
+        for (limits, wrong) in [
+            (state, "state_limit"),
+            (snapshots, "snapshot_after"),
+            (less, "unrelayed_limit"),
+            (more, "unrelayed_limit"),
+        ] {
             let refused = limits.check();
             assert!(
                 matches!(refused, Err(Error::InvalidSetting { setting, .. }) if setting == wrong),

@@ -30,6 +30,10 @@ const PART: usize = 256;
 /// [`RabbitStore::sent_to`](super::RabbitStore::sent_to). Its name, the consumer's and the prefix
 /// are together limited to about 190 bytes.
 ///
+/// The changelog keeps its last 512 MiB, whether or not a relay has read them.
+/// [`RabbitStore::guard_outbox`](super::RabbitStore::guard_outbox) makes a commit fail before that
+/// costs a record.
+///
 /// A record over [`record_limit`](crate::RabbitOptions::record_limit) is [`Error::TooLarge`], and
 /// so is one that no longer fits the commit; see [`RabbitStore`](super::RabbitStore).
 #[async_trait]
@@ -60,6 +64,11 @@ pub(super) struct StagedRecords {
 }
 
 impl StagedRecords {
+    /// Whether a record is for that outbox.
+    pub(super) fn are_for(&self, outbox: &str) -> bool {
+        self.outboxes.contains_key(outbox)
+    }
+
     fn stage(&mut self, outbox: &str, record: NewRecord) {
         let index = self.records.len() as u32;
         match self.outboxes.get_mut(outbox) {

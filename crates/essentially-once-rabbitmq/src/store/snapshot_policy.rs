@@ -32,7 +32,7 @@ pub(super) const SEGMENT: u64 = 16 * MIB;
 const UNCOVERED: u64 = 128 * MIB;
 
 /// More than a message takes in the stream besides its body: its own chunk, names, properties.
-const OVERHEAD: u64 = 1024;
+pub(super) const OVERHEAD: u64 = 1024;
 
 /// Keeps snapshots ahead of retention, for one reader of the changelog.
 pub(super) struct SnapshotPolicy {

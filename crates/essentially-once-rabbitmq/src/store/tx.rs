@@ -135,6 +135,12 @@ impl Transaction for RabbitTx {
                 format!("nothing was applied because an operation in the transaction failed: {failure}"),
             ));
         }
+        // Before the commit takes the changelog, since the relay's position may take a while.
+        let sent = &self.staged.sent;
+        changelog
+            .guards
+            .check(&changelog.scope, |outbox| sent.are_for(outbox))
+            .await?;
         changelog.commit(based_on, self.staged, advance).await
     }
 

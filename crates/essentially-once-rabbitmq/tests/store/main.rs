@@ -7,6 +7,7 @@ use essentially_once_testkit::{Suite, Violation};
 mod commits;
 mod doubt;
 mod fixture;
+mod guards;
 mod hints;
 mod letters;
 mod names;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     };
     commits::add(&mut suite);
     doubt::add(&mut suite);
+    guards::add(&mut suite);
     hints::add(&mut suite);
     letters::add(&mut suite);
     names::add(&mut suite);
