@@ -166,7 +166,8 @@ pub trait Log: Send + Sync {
     /// one message holds several, and where the backend leaves out offsets.
     ///
     /// A [`Relay`](crate::relay::Relay) uses it to compare what it sends with what the log holds.
-    /// The default returns `None`: the log cannot tell without reading all of it.
+    /// The default returns `None`: the log cannot tell without reading all of it. A wrapper that
+    /// yields other records than were appended through it also returns `None`.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
