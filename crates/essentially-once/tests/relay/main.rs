@@ -2,6 +2,8 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
+mod histories;
+
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex},
