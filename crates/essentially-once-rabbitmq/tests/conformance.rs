@@ -89,6 +89,7 @@ impl Harness for RabbitHarness {
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::No("a stream has no incarnation, so one of the same name is the same log");
         capabilities.delete_record = Support::No("a stream is removed from its front only");
+        capabilities.remove_before = Support::No("a stream removes records only by its retention");
         capabilities.refuse = Support::No("a broker that is short of disk or memory refuses connections, not messages");
         capabilities.wire = Support::Yes;
         capabilities.native =

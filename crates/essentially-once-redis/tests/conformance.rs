@@ -59,6 +59,7 @@ impl Harness for RedisHarness {
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::Yes;
         capabilities.delete_record = Support::Yes;
+        capabilities.remove_before = Support::Yes;
         capabilities.refuse = Support::No("an append is one script, which Redis refuses before its first write");
         capabilities.wire = Support::Yes;
         capabilities.native = Support::Yes;

@@ -32,6 +32,7 @@ impl Harness for SqliteHarness {
         capabilities.recreate = Support::Yes;
         capabilities.delete = Support::Yes;
         capabilities.delete_record = Support::No("records are removed from the front only, and a hole is `Truncated`");
+        capabilities.remove_before = Support::Yes;
         capabilities.refuse = Support::Yes;
         capabilities.wire = Support::No("this process opens the file itself, without a wire");
         capabilities.native = Support::Yes;

@@ -267,6 +267,8 @@ pub struct Capabilities {
     pub delete: Support,
     /// [`Backend::delete_record`] works.
     pub delete_record: Support,
+    /// The log implements [`Log::remove_before`].
+    pub remove_before: Support,
     /// [`Backend::refuse`] works.
     pub refuse: Support,
     /// [`Backend::cut_next`] works.
@@ -332,6 +334,7 @@ impl Capabilities {
             recreate: no,
             delete: no,
             delete_record: no,
+            remove_before: no,
             refuse: no,
             wire: no,
             native: no,

@@ -28,6 +28,7 @@ impl Harness for MemoryHarness {
             tail: Support::Yes,
             delete: Support::No("the in-memory backend does not delete logs"),
             delete_record: Support::No("the in-memory backend deletes only from the front"),
+            remove_before: Support::Yes,
             refuse: Support::No("the in-memory backend refuses records only for their size"),
             wire: Support::No("the in-memory backend uses no network"),
             native: Support::No("the in-memory backend has no native data"),

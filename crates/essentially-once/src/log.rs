@@ -79,6 +79,10 @@ pub enum Durability {
 ///   the handle fails, or its records are deleted with the log. The append never recreates the log,
 ///   and its records never show in a later log of the same name. A backend without incarnations
 ///   cannot distinguish the two logs and is exempt. Its documentation says so.
+/// - **L11** `remove_before(o)` removes the records before `o`, and never one at or after it. From
+///   then on, reading at a removed record or before one fails with [`Error::Truncated`]. No later
+///   record gets an offset that a removed record had, and an outbox uses no number again. A log
+///   that removes records only by its retention is exempt.
 /// - **L12** From the offset that `tail(n)` returns, a reader yields the last `n` records, or all
 ///   if the log holds fewer. Where offsets are not dense, the number may be inexact. A log that
 ///   cannot tell returns `None`.
@@ -187,6 +191,29 @@ pub trait Log: Send + Sync {
         None
     }
 
+    /// Removes the records before `offset`, which need not be a record's offset, and returns how
+    /// many it removed. For an outbox, [`remove_passed`](crate::consumer::remove_passed) finds the
+    /// offset.
+    ///
+    /// - Removes nothing if `offset` is at or below the earliest record.
+    /// - Removes bounded numbers of records at a time, so that appends and reads go on meanwhile,
+    ///   and looks only at the records that it removes.
+    /// - Dropping the future may leave some of the records in place. Call it again to remove them.
+    ///
+    /// The default is for logs that cannot do this. It fails with [`Error::Failed`]. A wrapper must
+    /// pass the call on.
+    ///
+    /// # Errors
+    /// - [`Error::OutOfRange`] if `offset` is past the end. Nothing was removed.
+    /// - [`Error::Unavailable`], [`Error::Failed`] and [`Error::Indeterminate`]. Some of the
+    ///   records may have been removed.
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        Err(Error::failed(
+            format!("remove the records before {offset} from log {}", self.id()),
+            "this log removes records only by its retention; set a retention that keeps what its readers need",
+        ))
+    }
+
     /// Whether appended records survive a crash, with the backend's current settings.
     ///
     /// # Errors
@@ -245,6 +272,10 @@ impl<L: Log + ?Sized> Log for Arc<L> {
 
     fn decode(&self, malformed: &Record) -> Option<Record> {
         (**self).decode(malformed)
+    }
+
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        (**self).remove_before(offset).await
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

@@ -23,6 +23,9 @@ use crate::{
 /// The largest record, key or value that the backend accepts, in bytes.
 pub const SIZE_LIMIT: usize = 16 * 1024 * 1024;
 
+/// Records that [`Log::remove_before`] removes while it holds the lock.
+const REMOVE_CHUNK: u64 = 10_000;
+
 /// A letter has two reasons in addition to its record.
 const LETTER_LIMIT: usize = SIZE_LIMIT + 2 * DeadLetter::REASON_LIMIT;
 
@@ -133,6 +136,15 @@ impl Records {
         }
     }
 
+    /// Removes the records before `earliest`, and returns their number.
+    fn remove_before(&mut self, earliest: u64) -> u64 {
+        let earliest = earliest.clamp(self.earliest, self.end());
+        let removed = earliest - self.earliest;
+        self.retained.drain(..removed as usize);
+        self.earliest = earliest;
+        removed
+    }
+
     /// Appends records, which keep their origins unless `number` gives them one.
     fn push(&mut self, new: &[NewRecord], number: impl Fn(u64) -> Option<Origin>) {
         let appended_at = SystemTime::now();
@@ -158,10 +170,7 @@ impl MemoryLog {
     /// Removes all records before `earliest`, as retention does.
     pub fn truncate(&self, earliest: Offset) {
         let mut records = lock(&self.records);
-        let earliest = earliest.lo().clamp(records.earliest, records.end());
-        let removed = (earliest - records.earliest) as usize;
-        records.retained.drain(..removed);
-        records.earliest = earliest;
+        records.remove_before(earliest.lo());
     }
 
     /// Appends records of a commit.
@@ -242,6 +251,21 @@ impl Log for MemoryLog {
     async fn count_from(&self, from: Offset) -> Result<Option<u64>, Error> {
         let records = lock(&self.records);
         Ok(Some(records.end().saturating_sub(from.lo().max(records.earliest))))
+    }
+
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        let mut total = 0;
+        loop {
+            let mut records = lock(&self.records);
+            let bounds = records.bounds();
+            // The end never goes back, so this fails before anything is removed.
+            bounds.check(&self.id, offset.max(bounds.earliest))?;
+            let chunk = records.earliest.saturating_add(REMOVE_CHUNK);
+            total += records.remove_before(offset.lo().min(chunk));
+            if chunk >= offset.lo() {
+                return Ok(total);
+            }
+        }
     }
 
     async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {

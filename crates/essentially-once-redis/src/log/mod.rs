@@ -129,15 +129,18 @@ use crate::{
 /// A commit removes no old records. To limit an outbox, open it with a
 /// [retention](crate::LogOptions::retention) and call [`trim`](Self::trim) from time to time.
 /// Choose a `max_age` that is longer than the relay may be away. A relay from which records were
-/// removed ends with [`Error::Truncated`].
+/// removed ends with [`Error::Truncated`]. Or call
+/// [`remove_passed`](essentially_once::consumer::remove_passed) from time to time. It removes the
+/// records that the relay has passed, and no others.
 ///
 /// # Removed records
 /// A stream reports how many entries were removed, but not which. After our own
-/// [retention](crate::LogOptions::retention), a reader knows exactly. After `XTRIM`, `XADD …
-/// MAXLEN` or `XDEL` by another program, [`Error::Truncated`] may be a false alarm, if the last
-/// record that a stopped consumer has read is also the last one removed. The opposite error never
-/// happens. A reader that was online has counted the entries, and is exact. Readers silently pass
-/// over entries deleted from the middle of a stream (`XDEL`).
+/// [retention](crate::LogOptions::retention) or [`remove_before`](Log::remove_before), a reader
+/// knows exactly. After `XTRIM`, `XADD … MAXLEN` or `XDEL` by another program,
+/// [`Error::Truncated`] may be a false alarm, if the last record that a stopped consumer has read
+/// is also the last one removed. The opposite error never happens. A reader that was online has
+/// counted the entries, and is exact. Readers silently pass over entries deleted from the middle of
+/// a stream (`XDEL`).
 ///
 /// Redis before 7.0 did not count removed entries. If a newer Redis loads such data, entries that
 /// were removed earlier go unnoticed.
@@ -171,7 +174,8 @@ use crate::{
 /// - Opening for the first time: `EVAL`, `XGROUP`.
 /// - Appending: `EVAL`, `XADD`, `XINFO`.
 /// - Sending to it as an outbox: see [`RedisStore`](crate::RedisStore#permissions).
-/// - Retention: also `XTRIM`, `XRANGE`, `XREVRANGE`, `XLEN`, `TIME`, `HMGET`, `HSET`.
+/// - Retention and [`remove_before`](Log::remove_before): also `XTRIM`, `XRANGE`, `XREVRANGE`,
+///   `XLEN`, `TIME`, `HMGET`, `HSET`.
 /// - Keys: the stream, and `<prefix>:retention:*`.
 /// - [`durability`](Log::durability) uses `CONFIG GET`, and so does each new connection, to find
 ///   the largest value.
@@ -222,6 +226,15 @@ impl Log for RedisLog {
 
     async fn readable_end(&self) -> Result<Offset, Error> {
         self.stream.readable_end().await
+    }
+
+    /// Removes up to about 100,000 entries per step. Readers know exactly what was removed, as
+    /// after our own [retention](RedisLog#removed-records).
+    ///
+    /// A log without an [incarnation](RedisLog#incarnation) removes nothing and returns
+    /// [`Error::Failed`].
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.stream.remove_before(offset).await
     }
 
     async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {

@@ -298,7 +298,7 @@ async fn connect(log: &Stream) -> Result<(Connection, Option<Origin>), Error> {
 const LAST: Offset = Offset::new(u64::MAX, u64::MAX);
 
 /// A stream id as text. Unlike an offset, it always has both numbers.
-fn id(offset: Offset) -> String {
+pub(super) fn id(offset: Offset) -> String {
     format!("{}-{}", offset.hi(), offset.lo())
 }
 

@@ -1,7 +1,7 @@
--- Removes the entries that retention no longer keeps.
+-- Removes the entries that retention no longer keeps, or those before an id.
 --
 -- KEYS: stream, hash of its retention.
--- ARGV: incarnation, records to keep or '', milliseconds to keep or ''.
+-- ARGV: incarnation, records to keep or '', milliseconds to keep or '', the first id to keep or ''.
 -- Returns the number of entries removed, and 1 if there are more; nil if the stream was deleted or
 -- created again.
 local stream = KEYS[1]
@@ -26,15 +26,19 @@ end
 local records = tonumber(ARGV[2])
 if records and redis.call('XLEN', stream) > records then cut('MAXLEN', records + 1) end
 
+local function cut_before(id)
+  local last = redis.call('XREVRANGE', stream, '(' .. id, '-', 'COUNT', 1)[1]
+  if last then cut('MINID', last[1]) end
+end
+
 local age = tonumber(ARGV[3])
 if age then
   local time = redis.call('TIME')
   local first_kept = time[1] * 1000 + math.floor(time[2] / 1000) - age
-  if first_kept > 0 then
-    local last = redis.call('XREVRANGE', stream, string.format('(%.0f-0', first_kept), '-', 'COUNT', 1)[1]
-    if last then cut('MINID', last[1]) end
-  end
+  if first_kept > 0 then cut_before(string.format('%.0f-0', first_kept)) end
 end
+
+if ARGV[4] ~= '' then cut_before(ARGV[4]) end
 
 if mark then
   local info = redis.call('XINFO', 'STREAM', stream)

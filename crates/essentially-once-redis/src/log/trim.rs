@@ -1,14 +1,17 @@
-//! Removes the records that a log's retention no longer keeps.
+//! Removes the records that a log's retention no longer keeps, or those before an offset.
 
 use std::{
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
-use essentially_once::{Error, backend::Retention};
+use essentially_once::{Error, Offset, backend::Retention};
 use redis::Value;
 
-use crate::{error::write_failed, log::stream::Stream};
+use crate::{
+    error::write_failed,
+    log::{reader::id, stream::Stream},
+};
 
 /// It frees memory and records what it removed, so it must also run while memory is full.
 const TRIM: &str = concat!(
@@ -22,26 +25,42 @@ const TRIM_EVERY: Duration = Duration::from_secs(1);
 
 impl Stream {
     pub(crate) async fn trim(&self) -> Result<u64, Error> {
-        const VERB: &str = "trim";
         if self.options.retention == Retention::default() {
             return Ok(0);
         }
+        let [records, age] = trim_arguments(&self.options.retention);
+        self.remove("trim", [records, age, String::new()]).await
+    }
+
+    /// Removes the entries before an id, and returns their number.
+    pub(crate) async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        const VERB: &str = "remove records from";
+        let bounds = self.require(self.extent(VERB).await?, VERB)?.bounds();
+        bounds.check(&self.id, offset.max(bounds.earliest))?;
+        if offset <= bounds.earliest {
+            return Ok(0);
+        }
+        self.remove(VERB, [String::new(), String::new(), id(offset)]).await
+    }
+
+    /// Runs the script until nothing is left to remove.
+    async fn remove(&self, verb: &str, limits: [String; 3]) -> Result<u64, Error> {
         let Some(incarnation) = self.id.incarnation() else {
             let why = "the log has no incarnation: grant the user XGROUP CREATE, and open it again";
-            return Err(Error::failed(self.on(VERB), why));
+            return Err(Error::failed(self.on(verb), why));
         };
         let mut total = 0;
         loop {
             let mut trim = redis::cmd("EVAL");
             trim.arg(TRIM).arg(2).arg(&self.key[..]).arg(&self.kept.now);
             trim.arg(incarnation);
-            trim.arg(&trim_arguments(&self.options.retention));
+            trim.arg(&limits);
             let answer = self
                 .ask(&trim)
                 .await?
-                .map_err(|error| write_failed(self.on(VERB), error))?;
+                .map_err(|error| write_failed(self.on(verb), error))?;
             match answer {
-                Value::Nil => return Err(self.gone(VERB)),
+                Value::Nil => return Err(self.gone(verb)),
                 Value::Array(parts) => match parts[..] {
                     [Value::Int(removed), Value::Int(more)] => {
                         total += u64::try_from(removed).unwrap_or(0);
@@ -49,9 +68,9 @@ impl Stream {
                             return Ok(total);
                         }
                     }
-                    _ => return Err(self.not_understood(VERB)),
+                    _ => return Err(self.not_understood(verb)),
                 },
-                _ => return Err(self.not_understood(VERB)),
+                _ => return Err(self.not_understood(verb)),
             }
         }
     }

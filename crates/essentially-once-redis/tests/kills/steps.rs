@@ -157,6 +157,10 @@ impl<L: Log> Log for Counted<L> {
         self.steps.step("bounds", self.inner.bounds()).await
     }
 
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.steps.step("remove_before", self.inner.remove_before(offset)).await
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         self.steps.step("durability", self.inner.durability()).await
     }

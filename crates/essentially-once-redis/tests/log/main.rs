@@ -75,6 +75,8 @@ fn main() -> ExitCode {
         retention::an_emptied_stream,
         retention::a_deleted_middle_is_passed_over,
         retention::a_trim_by_others_before_ours_is_forgotten,
+        retention::removed_records_are_known_exactly_in_steps_of_any_number,
+        retention::an_old_handle_removes_nothing_from_a_recreated_stream,
         retention::a_stream_and_its_namesake_in_braces_are_separate,
         retention::the_retention_hash_of_an_earlier_version_is_used,
     };

@@ -296,3 +296,48 @@ pub(crate) async fn the_retention_hash_of_an_earlier_version_is_used() {
     let error = read_error(&log, Offset::new(13, 1)).await;
     assert!(matches!(error, Error::Truncated { .. }), "{error}");
 }
+
+pub(crate) async fn removed_records_are_known_exactly_in_steps_of_any_number() {
+    let (server, redis, log) = orders().await;
+    add_spread(&server, 1, 0..1_000);
+    let all = read(&log, Offset::ZERO, 1_000).await;
+    // Within one of the stream's nodes, between two ids, and nothing.
+    assert_eq!(log.remove_before(all[549].offset).await.expect("removed"), 549);
+    assert_eq!(log.remove_before(after(&all[553])).await.expect("removed"), 5);
+    for nothing in [Offset::ZERO, all[3].offset, all[554].offset] {
+        assert_eq!(log.remove_before(nothing).await.expect("removed"), 0, "{nothing}");
+    }
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (all[554].offset, after(&all[999])));
+    // A reader that has read all removed records has lost none, although none of them is left.
+    let other = redis.log("orders").await.expect("log");
+    assert_eq!(read(&other, after(&all[553]), 446).await, all[554..]);
+    let lost = all[553].offset;
+    assert!(is_truncated(&read_error(&other, lost).await, lost, all[554].offset));
+    let past = log
+        .remove_before(bounds.end.successor())
+        .await
+        .expect_err("past the end");
+    assert!(matches!(past, Error::OutOfRange { .. }), "{past}");
+    // This is more than one step of the script removes.
+    for _ in 0..12 {
+        log.append(&numbered(0..10_000)).await.expect("append");
+    }
+    let end = log.bounds().await.expect("bounds").end;
+    assert_eq!(log.remove_before(end).await.expect("removed"), 446 + 120_000);
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (end, end));
+    assert_waits(&mut *log.read(end).await.expect("read")).await;
+}
+
+pub(crate) async fn an_old_handle_removes_nothing_from_a_recreated_stream() {
+    let (server, redis, log) = orders().await;
+    log.append(&numbered(0..5)).await.expect("append");
+    admin(&server, &["DEL", "orders"]);
+    let new = redis.log("orders").await.expect("log");
+    new.append(&numbered(0..5)).await.expect("append");
+    let end = new.bounds().await.expect("bounds").end;
+    let error = log.remove_before(end).await.expect_err("another stream");
+    assert!(error.to_string().contains("deleted or created again"), "{error}");
+    assert_eq!(admin(&server, &["XLEN", "orders"]), Reply::Int(5));
+}

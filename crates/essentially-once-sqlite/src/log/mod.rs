@@ -31,8 +31,8 @@ use crate::{
 const INLINE_RECORDS: usize = 256;
 const INLINE_BYTES: usize = 1024 * 1024;
 
-/// Records that [`SqliteLog::trim`] removes per transaction. The bound keeps other writers from
-/// waiting long.
+/// Records that [`SqliteLog::trim`] and [`Log::remove_before`] remove per transaction. The bound
+/// keeps other writers from waiting long.
 const TRIM_CHUNK: u64 = 10_000;
 
 /// A log in a SQLite file. See [`Sqlite::log`](crate::Sqlite::log). Offsets are dense, begin at 0
@@ -94,7 +94,9 @@ const TRIM_CHUNK: u64 = 10_000;
 /// A log that a transaction creates keeps every record. If it must not grow forever, set a
 /// `max_age` that is longer than the longest time for which the relay may be away. `max_records`
 /// also counts the records of one large transaction. A relay from which retention removed records
-/// ends with [`Error::Truncated`].
+/// ends with [`Error::Truncated`]. Instead of a retention, call
+/// [`remove_passed`](essentially_once::consumer::remove_passed) from time to time. It removes the
+/// records that the relay has passed, and no others. SQLite uses their space in the file again.
 #[derive(Clone, Debug)]
 pub struct SqliteLog {
     table: Arc<Table>,
@@ -289,6 +291,23 @@ impl Log for SqliteLog {
         let status = self.table.current_status("count records of").await?;
         let from = if from.hi() == 0 { from.lo() } else { u64::MAX };
         Ok(Some(status.end.saturating_sub(from.max(status.earliest))))
+    }
+
+    /// Removes up to 10,000 records per transaction. Appends and commits go on in between.
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        const VERB: &str = "remove records from";
+        let mut total = 0;
+        // Only a log that holds such records takes the write lock.
+        while self
+            .table
+            .holds_before(offset, &self.table.current_status(VERB).await?)?
+        {
+            let action = || format!("{VERB} log {}", self.table.id);
+            let tx = self.table.connections.begin(action).await?;
+            let table = Arc::clone(&self.table);
+            total += run_on_thread(self, VERB, move || table.remove_before(tx, offset, TRIM_CHUNK)).await?;
+        }
+        Ok(total)
     }
 
     async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {

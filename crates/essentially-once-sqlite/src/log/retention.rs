@@ -81,6 +81,11 @@ impl TrimStatements {
         if cut == held.start {
             return Ok(0);
         }
+        self.remove_before(connection, cut)
+    }
+
+    /// Removes the records before `cut`, and returns their number.
+    pub(super) fn remove_before(&self, connection: &Connection, cut: u64) -> rusqlite::Result<u64> {
         let removed = connection.prepare_cached(&self.delete_before)?.execute([cut as i64])?;
         Ok(removed as u64)
     }

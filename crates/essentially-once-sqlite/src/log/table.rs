@@ -293,6 +293,34 @@ impl Table {
         tx.commit(|| self.connections.on(action()))?;
         Ok(removed)
     }
+
+    /// Whether the log holds records before `offset`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] past the end.
+    pub(super) fn holds_before(&self, offset: Offset, status: &Status) -> Result<bool, Error> {
+        let bounds = status.bounds();
+        bounds.check(&self.id, offset.max(bounds.earliest))?;
+        Ok(offset > bounds.earliest)
+    }
+
+    /// Removes records before `offset` in the open transaction, up to `limit` offsets, and commits
+    /// it.
+    pub(super) fn remove_before(&self, tx: WriteTx, offset: Offset, limit: u64) -> Result<u64, Error> {
+        let action = || format!("remove records from log {}", self.id);
+        let status = self.require(tx.connection(), action)?;
+        if !self.holds_before(offset, &status)? {
+            return Ok(0);
+        }
+        let cut = offset.lo().min(status.earliest.saturating_add(limit));
+        // As in `trim`.
+        let removed = self
+            .set_end(tx.connection(), status.end)
+            .and_then(|()| self.sql.trim.remove_before(tx.connection(), cut))
+            .map_err(|error| classify(self.connections.on(action()), error))?;
+        tx.commit(|| self.connections.on(action()))?;
+        Ok(removed)
+    }
 }
 
 /// Records that an open transaction appends to one log.

@@ -131,3 +131,60 @@ async fn retention_is_stored_in_the_file_until_it_is_set_again() {
         .await
         .expect_err("it was not created");
 }
+
+#[tokio::test]
+async fn records_are_removed_in_steps_past_holes_and_rows_of_others() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..25_000)).await.expect("append");
+    let edit = Connection::open(sqlite.path()).expect("open");
+    // A hole of more than one step, and a row past the stored end.
+    edit.execute_batch(
+        "DELETE FROM essentially_once_log_1 WHERE \"offset\" BETWEEN 100 AND 21000;
+         INSERT INTO essentially_once_log_1 (\"offset\", appended_at, payload) VALUES (25000, 0, 'by hand')",
+    )
+    .expect("edit");
+    assert_eq!(log.remove_before(24_000.into()).await.expect("removed"), 100 + 2_999);
+    let bounds = log.bounds().await.expect("bounds");
+    assert_eq!((bounds.earliest, bounds.end), (24_000.into(), 25_001.into()));
+    let past = log.remove_before(25_002.into()).await.expect_err("past the end");
+    assert!(matches!(past, Error::OutOfRange { .. }), "{past}");
+    assert_eq!(log.remove_before(25_001.into()).await.expect("removed"), 1_001);
+    assert_eq!(log.append(&numbered(0..1)).await.expect("append"), Some(25_001.into()));
+}
+
+#[tokio::test]
+async fn appends_go_on_between_the_steps_of_a_removal() {
+    let (_folder, _sqlite, log) = orders().await;
+    for _ in 0..5 {
+        log.append(&numbered(0..20_000)).await.expect("append");
+    }
+    let removal = log.remove_before(100_000.into());
+    let mut earliest = Vec::new();
+    let appends = async {
+        // Each append waits for one step at most, since the writers take turns.
+        while earliest.last() != Some(&100_000) {
+            log.append(&numbered(0..1)).await.expect("append");
+            earliest.push(log.bounds().await.expect("bounds").earliest.lo());
+        }
+    };
+    let (removed, ()) = tokio::join!(removal, appends);
+    assert_eq!(removed.expect("removed"), 100_000);
+    assert!(
+        earliest.iter().any(|earliest| (1..100_000).contains(earliest)),
+        "{earliest:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_deleted_log_removes_nothing() {
+    let (_folder, sqlite, log) = orders().await;
+    log.append(&numbered(0..5)).await.expect("append");
+    let edit = Connection::open(sqlite.path()).expect("open");
+    edit.execute_batch("DELETE FROM essentially_once_logs; DROP TABLE essentially_once_log_1")
+        .expect("delete");
+    let new = sqlite.log("orders").await.expect("created again");
+    new.append(&numbered(0..5)).await.expect("append");
+    let error = log.remove_before(3.into()).await.expect_err("another log");
+    assert!(error.to_string().contains("deleted or recreated"), "{error}");
+    assert_eq!(new.bounds().await.expect("bounds").earliest, Offset::ZERO);
+}

@@ -1,6 +1,6 @@
 //! Cases for the records that a log holds and has lost, [L5](essentially_once::Log#contract).
 
-use essentially_once::{Error, Log, Offset};
+use essentially_once::{Error, Log, Offset, Record, backend::LogReader};
 
 use super::{
     common::{QUIET, payloads, read, read_all, records, soon},
@@ -99,7 +99,7 @@ pub(super) async fn l5_below_the_earliest_record_is_truncated<H: Harness>(_: &H,
 }
 
 /// The error of reading at `from`, from `read` or from the first `next`.
-async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
+pub(super) async fn first_error(log: &dyn Log, from: Offset) -> Result<Error, Violation> {
     let attempt = async {
         match log.read(from).await {
             Ok(mut reader) => reader.next(1).await,
@@ -126,8 +126,14 @@ pub(super) async fn l5_retention_that_overtakes_a_reader_is_reported<H: Harness>
     ensure!(first == all[..1], "the first record is {first:?}");
     backend.truncate("orders", all[15].offset).await?;
     let earliest = log.bounds().await?.earliest;
+    overtaken_stops(&mut *reader, &all[1..], earliest).await
+}
+
+/// Checks that an overtaken reader leaves nothing out before its error. `following` are the records
+/// from its place on.
+pub(super) async fn overtaken_stops(reader: &mut dyn LogReader, following: &[Record], earliest: Offset) -> CaseResult {
     // It may still yield records that it already holds. Then it must stop.
-    let mut expected = all[1..].iter();
+    let mut expected = following.iter();
     loop {
         match soon("a record or an error", reader.next(1)).await? {
             Ok(records) => {
@@ -192,13 +198,13 @@ pub(super) async fn l5_retention_of_everything_keeps_the_end<H: Harness>(_: &H, 
     Ok(())
 }
 
-/// Checks the bounds of a log that retention emptied, on a new handle.
-async fn emptied(backend: &impl Backend, end: Offset) -> CaseResult {
+/// Checks the bounds of a log that was emptied, on a new handle.
+pub(super) async fn emptied(backend: &impl Backend, end: Offset) -> CaseResult {
     let log = backend.log("orders").await?;
     let bounds = log.bounds().await?;
     ensure!(
         bounds.earliest == bounds.end && bounds.end == end,
-        "retention emptied a log that ended at {end}, now its bounds are {bounds:?}"
+        "a log that ended at {end} was emptied, now its bounds are {bounds:?}"
     );
     let waiting = async { log.read(end).await?.next(1).await };
     let early = tokio::time::timeout(QUIET, waiting).await;

@@ -18,6 +18,7 @@ pub(crate) mod outbox;
 pub(crate) mod outbox_numbers;
 mod pulse;
 mod refusals;
+mod removal;
 mod restart;
 mod state;
 mod store;
@@ -95,6 +96,11 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(limits::l8_a_record_over_the_limit_is_refused_before_any_is_appended, needs log, record_limit),
         case!(limits::l9_a_malformed_entry_is_yielded_in_its_place, needs log, malformed),
         case!(refusals::l10_an_old_handle_never_appends_to_a_new_log, needs log, delete),
+        case!(removal::l11_the_records_before_an_offset_are_removed, needs log, remove_before),
+        case!(removal::l11_nothing_is_removed_past_the_end, needs log, remove_before),
+        case!(removal::l11_offsets_of_removed_records_are_not_reused, needs log, remove_before),
+        case!(removal::l11_offsets_are_not_reused_after_a_restart, needs log, remove_before, restart),
+        case!(removal::l11_records_appended_meanwhile_stay, needs log, remove_before),
         case!(tail::l12_the_tail_holds_the_last_records, needs log, tail),
         case!(tail::l12_the_tail_is_what_retention_left, needs log, tail, truncate),
         case!(store::s1_a_commit_applies_state_and_position, needs store),
@@ -170,6 +176,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(outbox::o2_a_record_over_the_limit_is_refused_and_stages_nothing, needs store, outbox, record_limit),
         case!(outbox_numbers::o3_each_outbox_numbers_its_records, needs store, outbox),
         case!(outbox_numbers::o3_numbers_rise_after_truncation, needs store, outbox, truncate),
+        case!(outbox_numbers::o3_numbers_rise_after_records_were_removed, needs store, outbox, remove_before),
         case!(outbox_numbers::o3_numbers_rise_after_a_restart, needs store, outbox, restart),
         case!(outbox_numbers::o3_concurrent_senders_share_no_number, needs store, outbox, shared_outboxes),
         case!(outbox_numbers::o3_a_record_with_an_origin_is_refused, needs store, outbox),
@@ -207,6 +214,7 @@ mod needs {
         recreate,
         delete,
         delete_record,
+        remove_before,
         refuse,
         wire,
         native,

@@ -115,6 +115,28 @@ pub(super) async fn o3_numbers_rise_after_truncation<H: Harness>(harness: &H, ba
     Ok(())
 }
 
+/// O3: a number is never used again, even if [`Log::remove_before`] has removed the record that had
+/// it.
+pub(super) async fn o3_numbers_rise_after_records_were_removed<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+    let sender = Sender::open(backend, "shipping").await?;
+    let mut last = None;
+    for round in 0..3u64 {
+        for n in 0..3 {
+            let when = format!("after everything was removed {round} times");
+            last = Some(one_more(backend, &sender, 3 * round + n, &when, last.as_ref()).await?);
+        }
+        let outbox = open(backend, "a").await?;
+        let end = outbox.bounds().await?.end;
+        let removed = outbox.remove_before(end).await?;
+        let earliest = outbox.bounds().await?.earliest;
+        ensure!(
+            (removed, earliest) == (3, end),
+            "round {round}: of 3 records before {end}, {removed} were removed, and the earliest is at {earliest}"
+        );
+    }
+    Ok(())
+}
+
 /// Lets retention remove records of the outbox.
 async fn truncated<B: Backend>(backend: &B, before: Offset) -> CaseResult {
     let earliest = open(backend, "a").await?.bounds().await?.earliest;

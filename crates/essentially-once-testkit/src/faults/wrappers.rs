@@ -64,6 +64,11 @@ impl<L: Log> Log for FaultyLog<L> {
         self.inner.decode(malformed)
     }
 
+    /// Consumers never remove records, so no fault strikes here.
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.inner.remove_before(offset).await
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         ask(&self.process, Operation::Durability, self.inner.durability()).await
     }

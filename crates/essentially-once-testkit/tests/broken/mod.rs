@@ -296,6 +296,10 @@ impl<L: Log> Log for SkippingLog<L> {
         self.0.bounds().await
     }
 
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.0.remove_before(offset).await
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         self.0.durability().await
     }

@@ -437,6 +437,24 @@ wrong {
     OldHandleAppendsToNewLog,
     /// The handle of a deleted log creates it again.
     OldHandleCreatesTheLog,
+    /// A removal takes the record at its offset too.
+    RemovalTakesOneTooMany,
+    /// A removal leaves the last of its records in place, and reports it as removed.
+    RemovalLeavesTheLast,
+    /// A removal reports the difference of offsets as the number of removed records.
+    RemovalCountsOffsets,
+    /// A removal below the earliest record fails.
+    RemovalBelowTheEarliestRefused,
+    /// A removal past the end removes everything and succeeds.
+    RemovalPastTheEndAccepted,
+    /// A removal past the end removes everything and then fails.
+    RemovalPastTheEndEmptiesTheLog,
+    /// A removal past the end is reported as a general failure.
+    RemovalPastTheEndToldAsFailure,
+    /// A removal rewrites the log without what was appended meanwhile.
+    RemovalDropsAppendsMeanwhile,
+    /// A removal keeps as many records as there were to be kept when it began.
+    RemovalKeepsACount,
 
     // More of the store.
     /// After 256 commits, a consumer appears to have made none.

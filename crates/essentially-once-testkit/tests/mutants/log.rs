@@ -193,6 +193,53 @@ impl LogState {
         }
     }
 
+    /// Removes the records before `offset`. `kept` are the records that were to be kept when the
+    /// removal began.
+    fn remove_before(&mut self, shared: &Shared, id: &LogId, offset: Offset, kept: &[Record]) -> Result<u64, Error> {
+        let (log, end) = (id.clone(), self.end);
+        let past = Error::OutOfRange {
+            log: log.clone(),
+            requested: offset,
+            end,
+        };
+        match shared.defect {
+            _ if offset <= end => {}
+            Defect::RemovalPastTheEndAccepted => {}
+            Defect::RemovalPastTheEndEmptiesTheLog => {
+                self.truncate(shared, end);
+                return Err(past);
+            }
+            Defect::RemovalPastTheEndToldAsFailure => return Err(Error::failed("remove records", "no such record")),
+            _ => return Err(past),
+        }
+        if offset < self.earliest && shared.is(Defect::RemovalBelowTheEarliestRefused) {
+            return Err(Error::Truncated {
+                log,
+                requested: offset,
+                earliest: self.earliest,
+            });
+        }
+        let earliest = self.earliest;
+        let removed = self.index(offset);
+        let before = match shared.defect {
+            Defect::RemovalTakesOneTooMany => self.entries.get(removed).map_or(offset, |kept| kept.offset.successor()),
+            Defect::RemovalLeavesTheLast if removed > 0 => self.entries[removed - 1].offset,
+            Defect::RemovalKeepsACount => {
+                let surplus = self.entries.len().saturating_sub(kept.len());
+                self.entries.get(surplus).map_or(end, |kept| kept.offset)
+            }
+            _ => offset,
+        };
+        self.truncate(shared, before);
+        if shared.is(Defect::RemovalDropsAppendsMeanwhile) {
+            self.entries = kept.to_vec();
+        }
+        Ok(match shared.defect {
+            Defect::RemovalCountsOffsets => offset.lo().saturating_sub(earliest.lo()),
+            _ => removed as u64,
+        })
+    }
+
     /// Returns the error of reading at `requested`, if there is one.
     pub(crate) fn check(&self, shared: &Shared, log: &LogId, requested: Offset) -> Result<(), Error> {
         let (log, earliest, end) = (log.clone(), self.earliest, self.end);
@@ -520,6 +567,15 @@ impl Log for ModelLog {
 
     async fn readable_end(&self) -> Result<Offset, Error> {
         self.with(|log| Ok(log.readable_end(&self.shared)))
+    }
+
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.shared.travel(self.generation, Stage::Request).await?;
+        let kept = self.with(|log| Ok(log.entries[log.index(offset)..].to_vec()))?;
+        self.shared.pause(Stage::Idle).await;
+        let removed = self.with(|log| log.remove_before(&self.shared, &self.id, offset, &kept))?;
+        self.shared.changes.send_replace(());
+        Ok(removed)
     }
 
     async fn tail(&self, count: u64) -> Result<Option<Offset>, Error> {

@@ -60,6 +60,7 @@ impl Harness for ModelHarness {
         capabilities.truncate_all = Support::Yes;
         capabilities.delete = Support::Yes;
         capabilities.delete_record = Support::Yes;
+        capabilities.remove_before = Support::Yes;
         capabilities.refuse = Support::Yes;
         capabilities.wire = Support::Yes;
         capabilities.native = Support::Yes;

@@ -218,6 +218,35 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         PayloadReadAsText => "the payload holds",
         ReaderStartsOneEarly => "reading at a malformed entry",
     }
+    l11_the_records_before_an_offset_are_removed {
+        RemovalTakesOneTooMany => "the bounds are",
+        RemovalLeavesTheLast => "the bounds are",
+        RemovalCountsOffsets => "were removed, not 7",
+        RemovalBelowTheEarliestRefused => "unexpected error",
+        TruncationSilent => "reading at 7-3 found",
+        TruncatedToldAsFailure => "reading the removed record",
+        RetentionLosesAppendTimes => "the removal changed",
+        OvertakenReaderMovesOn => "went on at",
+        OvertakenReaderWaits => STUCK,
+    }
+    l11_nothing_is_removed_past_the_end {
+        RemovalPastTheEndAccepted => "returned Ok(5)",
+        RemovalPastTheEndEmptiesTheLog => "the bounds are",
+        RemovalPastTheEndToldAsFailure => "returned Err(Failed",
+    }
+    l11_offsets_of_removed_records_are_not_reused {
+        OffsetsStartOverWhenEmptied => "is past the end",
+        EndForgottenWhenEmptied => "now its bounds are",
+        EmptiedLogRefusesItsEnd => "did not wait",
+    }
+    l11_offsets_are_not_reused_after_a_restart {
+        OffsetsRecountedAtRestart => "is past the end",
+        EndForgottenAtRestart => "now its bounds are",
+    }
+    l11_records_appended_meanwhile_stay {
+        RemovalDropsAppendsMeanwhile => STUCK,
+        RemovalKeepsACount => "unexpected error",
+    }
     l12_the_tail_holds_the_last_records {
         TailIsOneShort => "those records begin at",
         TailIsOneLong => "the tail of 0 is",
@@ -599,6 +628,13 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         NumbersStartOverWhenEmptied => "after every record was removed",
         ProducerRedrawnWhenEmptied => "of another producer",
     }
+    o3_numbers_rise_after_records_were_removed {
+        NumberedByTheRetained => "after everything was removed 1 times",
+        NumberedAfterTheLastRecord => "after everything was removed 1 times",
+        NumbersStartOverWhenEmptied => "after everything was removed 1 times",
+        ProducerRedrawnWhenEmptied => "of another producer",
+        RemovalLeavesTheLast => "the earliest is at",
+    }
     o3_numbers_rise_after_a_restart {
         NumbersStartOverAtRestart => "after 1 restarts",
         NumbersRecountedAtRestart => "after 2 restarts",
@@ -658,6 +694,11 @@ pub(crate) const SOUND: &[Sound] = sound! {
     l7_a_refusal_within_a_batch_reports_its_outcome { RefusedMiddleInDoubt }
     l7_concurrent_appends_have_their_own_outcomes { AppendsTakeTurns }
     l10_an_old_handle_never_appends_to_a_new_log { OldHandleAppendsVanish }
+    l11_the_records_before_an_offset_are_removed { OffsetsLeapAfterRetention, FetchesOneByOne }
+    l11_nothing_is_removed_past_the_end { OffsetsLeapAfterRetention }
+    l11_offsets_of_removed_records_are_not_reused { OffsetsLeapAfterRetention, PollsForRecords }
+    l11_offsets_are_not_reused_after_a_restart { OffsetsLeapAfterRetention }
+    l11_records_appended_meanwhile_stay { OffsetsLeapAfterRetention, PollsForRecords }
     l12_the_tail_holds_the_last_records { TailBetweenRecords }
     l12_the_tail_is_what_retention_left { TailBetweenRecords }
     s1_hundreds_of_commits_keep_everything { CompactsEvery100Commits }
@@ -704,6 +745,7 @@ pub(crate) const SOUND: &[Sound] = sound! {
     o2_a_record_over_the_limit_is_refused_and_stages_nothing { SentNumbersHaveGaps }
     o3_each_outbox_numbers_its_records { SentNumbersHaveGaps, OutboxesShareACounter }
     o3_numbers_rise_after_truncation { SentNumbersHaveGaps }
+    o3_numbers_rise_after_records_were_removed { SentNumbersHaveGaps, OffsetsLeapAfterRetention }
     o3_numbers_rise_after_a_restart { SentNumbersHaveGaps }
     o3_concurrent_senders_share_no_number { SentNumbersHaveGaps, OutboxesShareACounter }
     o3_a_record_with_an_origin_is_refused { SentNumbersHaveGaps }

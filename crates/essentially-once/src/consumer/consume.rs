@@ -87,7 +87,9 @@ impl<S: OffsetStore> Session<'_, S> {
         if until.is_some_and(|until| self.place.next >= until) {
             self.deliver_all_letters::<H, D>(handler).await?;
             // Without a read, nothing else would detect a replaced log.
-            return self.or_stop(compare(self.log, self.id, self.place.note.passed())).await;
+            return self
+                .or_stop(compare(&**self.log, self.id, self.place.note.passed()))
+                .await;
         }
         self.consume::<H, D>(handler, ahead, &mut until).await
     }
@@ -106,7 +108,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 true => match self.next_batch(ahead, until).await {
                     Ok(Some(batch)) => batch,
                     Ok(None) => break,
-                    Err(failure) => return Err(self.explain_start(failure)),
+                    Err(failure) => return Err(self.explain_truncated(failure).await),
                 },
                 false => mem::take(&mut left),
             };

@@ -145,7 +145,8 @@ impl<S: OffsetStore> Session<'_, S> {
             {
                 return self.skip_to(earliest).await;
             }
-            reader => reader?,
+            Err(failure) => return Err(self.explain_truncated(failure).await),
+            Ok(reader) => reader,
         };
         if has_stood_by {
             let tx = self.begin().await?;
@@ -269,14 +270,23 @@ impl<S: OffsetStore> Session<'_, S> {
     }
 
     /// A new consumer that retention overtakes before its first record starts over, because it
-    /// asked for the earliest one.
-    pub(super) fn explain_start(&mut self, failure: Failure) -> Failure {
-        match failure {
-            Failure::Backend(error @ Error::Truncated { .. }) if self.is_at_start() => {
-                self.run.is_overtaken = true;
-                Failure::Backend(Error::unavailable("begin at the earliest record", error))
-            }
-            failure => failure,
+    /// asked for the earliest one. An instance that was displaced has lost nothing if another one
+    /// has passed the records that are gone.
+    pub(super) async fn explain_truncated(&mut self, failure: Failure) -> Failure {
+        let Failure::Backend(error @ Error::Truncated { .. }) = failure else {
+            return failure;
+        };
+        if self.is_at_start() {
+            self.run.is_overtaken = true;
+            return Failure::Backend(Error::unavailable("begin at the earliest record", error));
+        }
+        match self.or_stop(self.store.position(self.id)).await {
+            Ok(Some(position)) if position.next > self.place.next => Failure::Backend(Error::Fenced {
+                consumer: self.id.clone(),
+                expected: self.place.revision,
+            }),
+            Ok(_) => Failure::Backend(error),
+            Err(failure) => failure,
         }
     }
 

@@ -19,6 +19,7 @@ mod load;
 mod pausing;
 mod policy;
 mod read_ahead;
+mod remove_passed;
 mod report;
 mod resume;
 mod run;
@@ -57,6 +58,7 @@ pub use self::{
     letters::DeadLetterOptions,
     pausing::{pause, resume},
     policy::{FailedRecord, OnFailure, OnTruncated},
+    remove_passed::remove_passed,
     report::Report,
     seek::{SeekPlan, StartAt, plan_seek, seek},
     skip::skip,

@@ -40,7 +40,7 @@ pub(super) async fn resume(
 }
 
 /// Compares the record that the position passed last, without reading on.
-pub(super) async fn compare(log: &Arc<dyn Log>, consumer: &ConsumerId, passed: Option<Passed>) -> Result<(), Error> {
+pub(super) async fn compare(log: &dyn Log, consumer: &ConsumerId, passed: Option<Passed>) -> Result<(), Error> {
     let Some(passed) = passed else {
         return Ok(());
     };

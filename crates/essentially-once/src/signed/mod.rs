@@ -247,6 +247,10 @@ impl<L: Log> Log for Signed<L> {
         Some(verified)
     }
 
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.log.remove_before(offset).await
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         self.log.durability().await
     }

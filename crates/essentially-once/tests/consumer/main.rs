@@ -25,6 +25,7 @@ mod lost;
 mod operators;
 mod policies;
 mod records;
+mod remove_passed;
 mod running;
 #[cfg(feature = "signed")]
 mod signed;

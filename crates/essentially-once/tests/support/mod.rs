@@ -247,6 +247,10 @@ impl Log for ScriptedLog {
         Ok(end.lo().saturating_sub(self.deleted.load(Ordering::SeqCst)).into())
     }
 
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.inner.remove_before(offset).await
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         Ok(Durability::Durable)
     }

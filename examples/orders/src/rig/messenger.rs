@@ -98,6 +98,10 @@ impl<L: Log> Log for Messenger<L> {
         self.log.decode(malformed)
     }
 
+    async fn remove_before(&self, offset: Offset) -> Result<u64, Error> {
+        self.log.remove_before(offset).await
+    }
+
     async fn durability(&self) -> Result<Durability, Error> {
         self.log.durability().await
     }

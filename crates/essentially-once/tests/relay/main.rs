@@ -2,6 +2,9 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
+mod histories;
+mod restored;
+
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex},
@@ -63,9 +66,6 @@ impl Destination for Lossy {
         }
     }
 }
-
-#[path = "relay/restored.rs"]
-mod restored;
 
 fn origin(sequence: u64) -> Origin {
     Origin::new(ProducerId::new("orders").unwrap(), Epoch::STABLE, sequence)
