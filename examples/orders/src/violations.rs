@@ -206,7 +206,9 @@ mod tests {
             run.found()
         };
         assert_eq!(
-            found(&|run| drop(run.statuses.remove(&13))),
+            found(&|run| {
+                run.statuses.remove(&13);
+            }),
             ["1 order lost by the order service: id13 (line 13)"]
         );
         assert_eq!(
@@ -230,11 +232,15 @@ mod tests {
             ["1 order in the wrong order: shipped behind a later order: id5 (line 5)"]
         );
         assert_eq!(
-            found(&|run| drop(run.statuses.insert(3, Some(Status::Packing)))),
+            found(&|run| {
+                run.statuses.insert(3, Some(Status::Packing));
+            }),
             ["1 order shipped, but not marked so by the order service: id3 (line 3)"]
         );
         assert_eq!(
-            found(&|run| drop(run.statuses.insert(13, Some(Status::Packing)))),
+            found(&|run| {
+                run.statuses.insert(13, Some(Status::Packing));
+            }),
             ["1 order not shipped, but marked as packing or shipped by the order service: id13 (line 13)"]
         );
         assert_eq!(

@@ -353,3 +353,19 @@ fn bar(delivery: Delivery, roles: &[Role], orders: usize) -> ProgressBar {
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         .with_prefix(delivery.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_that_panics_lets_the_others_give_up() {
+        let (sender, events) = mpsc::channel();
+        let panics = thread::spawn(move || {
+            let _alarm = Alarm(vec![sender]);
+            panic!("as a supervisor that has a bug");
+        });
+        assert!(panics.join().is_err());
+        assert!(matches!(events.recv(), Ok(Event::GiveUp)));
+    }
+}
