@@ -19,7 +19,8 @@
 //! This program kills the four processes at random moments (with SIGKILL, so they have no chance to
 //! clean up) and starts them again. Meanwhile the bus loses replies of appends that took effect,
 //! and alters records. A relay that gets no reply sends its records again. At the end the program
-//! counts in both databases: each order is placed, packed, shipped and confirmed once.
+//! counts in both databases: each order is placed, packed, shipped and confirmed once. If not, it
+//! names the orders that were lost, doubled or shipped out of their turn.
 //!
 //! Before that, the shipping service runs with two other deliveries, for comparison:
 //!
@@ -46,7 +47,8 @@
 //!
 //! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
 //! the relays, and `settings` opens the bus and the databases. `shop` is what the shipping service
-//! writes to. `letters`, `tally` and `report` show the result. `rig` does the harm.
+//! writes to. `letters`, `tally` and `report` show the result, and `violations` judges it. `rig` does
+//! the harm.
 
 use std::{
     collections::HashSet,
