@@ -157,7 +157,11 @@ pub(crate) fn classify_commit(action: impl Into<String>, error: rusqlite::Error)
             // A deferred foreign key is still violated.
             | ErrorCode::ConstraintViolation,
         ) => classify(action, error),
-        _ => Error::indeterminate(action, error),
+        _ => match error.sqlite_error().map(|failure| judge(failure.extended_code, is_out_of_descriptors)) {
+            Some(Verdict::Stays(hint)) if !hint.is_empty() => Error::indeterminate(action, Cause::new(error, hint)),
+            // A hint for an error that passes may say that nothing happened.
+            _ => Error::indeterminate(action, error),
+        },
     }
 }
 

@@ -19,6 +19,26 @@ pub(crate) struct Letters {
     pub(crate) unexpected: Vec<DeadLetter>,
 }
 
+impl Letters {
+    /// What does not follow from the records on the bus, of which `altered_on_bus` were altered.
+    pub(crate) fn violations(&self, altered_on_bus: u64) -> Vec<String> {
+        let mut violations = Vec::new();
+        let altered = self.altered.len() as u64;
+        if altered != altered_on_bus {
+            violations.push(format!(
+                "{altered_on_bus} records were altered on the bus, and {altered} of them were set aside"
+            ));
+        }
+        for letter in self.unexpected.iter().take(10) {
+            violations.push(format!(
+                "the order service set a report aside, at offset {}: {}",
+                letter.record.offset, letter.last_reason
+            ));
+        }
+        violations
+    }
+}
+
 impl Settings {
     /// Reads all dead letters, in the order of the logs.
     pub(crate) async fn letters(&self) -> Result<Letters, Failure> {
@@ -107,10 +127,10 @@ where
 /// A dead letter as the program shows it.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub(crate) struct Letter {
-    offset: String,
-    line: Option<u32>,
-    text: String,
-    reason: String,
+    pub(crate) offset: String,
+    pub(crate) line: Option<u32>,
+    pub(crate) text: String,
+    pub(crate) reason: String,
 }
 
 impl From<DeadLetter> for Letter {
@@ -122,26 +142,4 @@ impl From<DeadLetter> for Letter {
             reason: letter.last_reason,
         }
     }
-}
-
-/// A few of the letters, two lines for each.
-pub(crate) fn few(letters: &[Letter]) -> String {
-    const FEW: usize = 3;
-    const LONGEST: usize = 100;
-    let mut list = String::new();
-    for letter in letters.iter().take(FEW) {
-        let line = letter.line.map_or_else(|| "?".into(), |line| line.to_string());
-        // A terminal must not obey a control character of the file.
-        let shown = letter.text.chars().take(LONGEST);
-        let shown: String = shown.map(|char| if char.is_control() { ' ' } else { char }).collect();
-        list += &format!(
-            "  offset {}, line {line}: {}\n    {shown}\n",
-            letter.offset, letter.reason
-        );
-    }
-    match letters.len().saturating_sub(FEW) {
-        0 => {}
-        more => list += &format!("  and {more} more\n"),
-    }
-    list
 }

@@ -19,7 +19,8 @@
 //! This program kills the four processes at random moments (with SIGKILL, so they have no chance to
 //! clean up) and starts them again. Meanwhile the bus loses replies of appends that took effect,
 //! and alters records. A relay that gets no reply sends its records again. At the end the program
-//! counts in both databases: each order is placed, packed, shipped and confirmed once.
+//! counts in both databases: each order is placed, packed, shipped and confirmed once. If not, it
+//! names the orders that were lost, doubled or shipped out of their turn.
 //!
 //! Before that, the shipping service runs with two other deliveries, for comparison:
 //!
@@ -46,9 +47,11 @@
 //!
 //! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
 //! the relays, and `settings` opens the bus and the databases. `shop` is what the shipping service
-//! writes to. `letters`, `tally` and `report` show the result. `rig` does the harm.
+//! writes to. `letters`, `tally` and `report` show the result, and `violations` judges it. `rig` does
+//! the harm.
 
 use std::{
+    collections::HashSet,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -57,7 +60,9 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+use essentially_once::Error;
 
+mod database;
 mod delivery;
 mod input;
 mod keys;
@@ -72,6 +77,7 @@ mod settings;
 mod shipping;
 mod shop;
 mod tally;
+mod violations;
 
 use delivery::Delivery;
 use input::Input;
@@ -79,6 +85,7 @@ use place::Place;
 use rig::{Plan, Race, Toll};
 use settings::Settings;
 use tally::{Mended, Tally};
+use violations::Orders;
 
 /// Any error that stops the program, as text for its user.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -90,7 +97,7 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
     version,
     args_conflicts_with_subcommands = true,
     disable_help_subcommand = true,
-    after_help = "Exit status: 0 if under essentially-once each order was placed, packed, shipped and confirmed once, 1 if not or if the run failed, 2 for bad usage or input."
+    after_help = "Exit status: 0 if under essentially-once each order was placed, packed, shipped and confirmed once, 1 if not or if the run failed, 2 for bad usage or input, before anything is written."
 )]
 struct Cli {
     #[command(flatten)]
@@ -210,6 +217,9 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
     if let Some(path) = &args.keys {
         keys::check(path)?;
     }
+    for (option, place) in [("--bus", &bus), ("--store", &store)] {
+        reach(option, place)?;
+    }
     let folder = Folder::open(args.dir.as_deref())?;
     let keys = match &args.keys {
         // The processes run in the same folder as this one.
@@ -223,6 +233,15 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
         store,
         folder,
         keys,
+    })
+}
+
+/// Checks that a server is there.
+fn reach(option: &str, place: &Place) -> Result<(), Failure> {
+    let reached = runtime()?.block_on(place.reach());
+    reached.map_err(|error| match error {
+        Error::Unavailable { .. } => format!("{option}: {error}; start the server, or correct the URL").into(),
+        error => format!("{option}: {error}").into(),
     })
 }
 
@@ -287,16 +306,21 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     if let Folder::Kept(path) = &folder {
         let _ = writeln!(io::stderr(), "the databases are in {}", path.display());
     }
-    Ok(tallies
-        .iter()
-        .filter(|tally| tally.delivery == Delivery::EssentiallyOnce)
-        .chain(mended.as_ref().map(|Mended { tally, .. }| tally))
-        .all(Tally::each_took_effect_once))
+    let mended = mended.iter().map(|Mended { tally, .. }| ("mended".to_owned(), tally));
+    let judged = tallies.iter().map(|tally| (tally.delivery.to_string(), tally));
+    let mut is_kept = true;
+    for (run, tally) in judged.chain(mended) {
+        for violation in &tally.violations {
+            is_kept = false;
+            let _ = writeln!(io::stderr(), "orders: {run}: {violation}");
+        }
+    }
+    Ok(is_kept)
 }
 
 fn run_and_mend(race: &Race<'_>, mend: bool) -> Result<(Tally, Option<Mended>), Failure> {
     let (toll, time) = race.run()?;
-    let tally = count(race, &toll, time)?;
+    let tally = count(race, &toll, time, &HashSet::new())?;
     if !mend || tally.dead_letters.is_empty() {
         return Ok((tally, None));
     }
@@ -304,13 +328,20 @@ fn run_and_mend(race: &Race<'_>, mend: bool) -> Result<(Tally, Option<Mended>), 
     let letters = runtime.block_on(race.settings.letters())?.rejected;
     let retried = runtime.block_on(race.settings.retry(&letters))?;
     let time = race.mend()?;
-    let mended = count(race, &Toll::default(), time)?;
+    let lines = letters
+        .iter()
+        .filter_map(|letter| shipping::order_number(&letter.record));
+    let mended = count(race, &Toll::default(), time, &lines.collect())?;
     Ok((tally, Some(Mended { retried, tally: mended })))
 }
 
-fn count(race: &Race<'_>, toll: &Toll, time: Duration) -> Result<Tally, Failure> {
-    let orders = u32::try_from(race.input.lines.len())?;
-    let mut tally = runtime()?.block_on(tally::count(race.settings, orders))?;
+fn count(race: &Race<'_>, toll: &Toll, time: Duration, retried: &HashSet<u32>) -> Result<Tally, Failure> {
+    let orders = Orders {
+        lines: &race.input.lines,
+        altered: &race.plan.altered(),
+        retried,
+    };
+    let mut tally = runtime()?.block_on(tally::count(race.settings, &orders))?;
     tally.kills = toll.kills.load(Ordering::Relaxed);
     tally.lost_replies = toll.lost.load(Ordering::Relaxed);
     tally.seconds = (time.as_secs_f64() * 1_000.0).round() / 1_000.0;

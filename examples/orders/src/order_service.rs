@@ -1,17 +1,17 @@
 //! The order service: takes orders, announces them, and follows what becomes of them.
 
-use std::time::Duration;
+use std::{collections::HashMap, path::PathBuf};
 
 use async_trait::async_trait;
 use essentially_once::{Handler, HandlerError, NewRecord, Record, json};
 use essentially_once_sqlite::{
     SqliteLog, SqliteTx,
-    rusqlite::{self, Connection, TransactionBehavior, params},
+    rusqlite::{Connection, TransactionBehavior, params},
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Failure,
+    Failure, database,
     order::{self, ORDER_HEADER},
     settings::{OUTBOX, Settings},
 };
@@ -34,6 +34,7 @@ pub(crate) struct Progress {
 /// The table of orders, and the outbox in the same file.
 pub(crate) struct OrderBook {
     connection: Connection,
+    path: PathBuf,
     outbox: SqliteLog,
 }
 
@@ -42,54 +43,69 @@ impl OrderBook {
     pub(crate) async fn open(settings: &Settings) -> Result<Self, Failure> {
         let sqlite = settings.order_database().await?;
         let outbox = sqlite.log(OUTBOX).await?;
-        let connection = Connection::open(sqlite.path())?;
-        // The consumer of this service commits to the same file.
-        connection.busy_timeout(Duration::from_secs(10))?;
-        connection.execute_batch(
+        let path = sqlite.path().to_owned();
+        let connection = database::open(&path)?;
+        let created = connection.execute_batch(
             "CREATE TABLE IF NOT EXISTS orders \
              (number INTEGER PRIMARY KEY, line TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'placed', \
              early INTEGER NOT NULL DEFAULT 0)",
-        )?;
-        Ok(Self { connection, outbox })
+        );
+        created.map_err(|error| database::explain("create the table of orders", &path, error))?;
+        Ok(Self {
+            connection,
+            path,
+            outbox,
+        })
     }
 
     /// Stores orders and announces them, in one transaction.
     pub(crate) fn place(&mut self, orders: &[(u32, &str)]) -> Result<(), Failure> {
+        let explain = |error| database::explain("store new orders", &self.path, error);
         let tx = self
             .connection
-            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .map_err(explain)?;
         let mut announcements = Vec::with_capacity(orders.len());
         for (number, line) in orders {
-            tx.execute(
-                "INSERT INTO orders (number, line) VALUES (?1, ?2)",
-                params![number, line],
-            )?;
+            let insert = "INSERT INTO orders (number, line) VALUES (?1, ?2)";
+            tx.execute(insert, params![number, line]).map_err(explain)?;
             announcements.push(announcement(*number, line));
         }
         self.outbox.append_in(&tx, &announcements)?;
-        Ok(tx.commit()?)
+        tx.commit().map_err(explain)
     }
 
     /// The number of the last order.
-    pub(crate) fn last(&self) -> rusqlite::Result<Option<u32>> {
-        self.connection
-            .query_row("SELECT max(number) FROM orders", [], |row| row.get(0))
+    pub(crate) fn last(&self) -> Result<Option<u32>, Failure> {
+        let last = self
+            .connection
+            .query_row("SELECT max(number) FROM orders", [], |row| row.get(0));
+        last.map_err(|error| database::explain("read the last order", &self.path, error))
     }
 
     /// How many orders were reported as shipped before they were reported as packing.
-    pub(crate) fn early(&self) -> rusqlite::Result<u64> {
-        let count: i64 = self
-            .connection
-            .query_row("SELECT sum(early) FROM orders", [], |row| row.get::<_, Option<i64>>(0))?
-            .unwrap_or_default();
+    pub(crate) fn early(&self) -> Result<u64, Failure> {
+        let count = "SELECT count(*) FROM orders WHERE early";
+        let count = self.connection.query_row(count, [], |row| row.get::<_, i64>(0));
+        let count = count.map_err(|error| database::explain("count early reports", &self.path, error))?;
         Ok(count.unsigned_abs())
     }
 
-    /// How many orders have this status.
-    pub(crate) fn count(&self, status: &str) -> rusqlite::Result<u64> {
-        let count = "SELECT count(*) FROM orders WHERE status = ?1";
-        let count: i64 = self.connection.query_row(count, [status], |row| row.get(0))?;
-        Ok(count.unsigned_abs())
+    /// What was last reported about each order, by its number.
+    pub(crate) fn statuses(&self) -> Result<HashMap<u32, Option<Status>>, Failure> {
+        let select = self.connection.prepare("SELECT number, status FROM orders");
+        let statuses = select.and_then(|mut select| {
+            let rows = select.query_map([], |row| {
+                let status = match row.get_ref(1)?.as_str()? {
+                    "packing" => Some(Status::Packing),
+                    "shipped" => Some(Status::Shipped),
+                    _ => None,
+                };
+                Ok((row.get(0)?, status))
+            })?;
+            rows.collect()
+        });
+        statuses.map_err(|error| database::explain("read the orders", &self.path, error))
     }
 }
 

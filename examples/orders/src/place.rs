@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use essentially_once::Error;
 use serde::{Deserialize, Serialize};
 
 /// A backend. It has no `Debug`, because a URL may hold a password.
@@ -16,6 +17,20 @@ pub(crate) enum Place {
     /// The RabbitMQ broker with this URL.
     #[cfg(feature = "rabbitmq")]
     Rabbitmq(String),
+}
+
+impl Place {
+    /// Connects once, so that a wrong URL and a missing server are refused before anything is
+    /// written.
+    pub(crate) async fn reach(&self) -> Result<(), Error> {
+        match self {
+            Self::Sqlite => Ok(()),
+            #[cfg(feature = "redis")]
+            Self::Redis(url) => essentially_once_redis::Redis::connect(url).await.map(drop),
+            #[cfg(feature = "rabbitmq")]
+            Self::Rabbitmq(url) => essentially_once_rabbitmq::Rabbit::connect(url).await.map(drop),
+        }
+    }
 }
 
 impl FromStr for Place {

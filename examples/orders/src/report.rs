@@ -3,7 +3,8 @@
 use serde::Serialize;
 
 use crate::{
-    Failure, letters,
+    Failure,
+    letters::Letter,
     tally::{Mended, Tally},
 };
 
@@ -47,14 +48,14 @@ pub(crate) fn table(tallies: &[Tally], mended: Option<&Mended>) -> String {
             "\nDead letters of {}: {}\n{}",
             tally.delivery,
             letters.len(),
-            letters::few(letters)
+            few(letters)
         );
         table += &match mended {
             None => "`--mend` retries them with a parser that accepts an unquoted comma before a space.\n".to_owned(),
             Some(Mended { tally, .. }) => {
                 let left = &tally.dead_letters;
                 let shipped = letters.len().saturating_sub(left.len());
-                let few = letters::few(left);
+                let few = few(left);
                 format!(
                     "Retried with a mended parser: {shipped} shipped, {} left\n{few}",
                     left.len()
@@ -63,6 +64,28 @@ pub(crate) fn table(tallies: &[Tally], mended: Option<&Mended>) -> String {
         };
     }
     table
+}
+
+/// A few of the letters, two lines for each.
+fn few(letters: &[Letter]) -> String {
+    const FEW: usize = 3;
+    const LONGEST: usize = 100;
+    let mut list = String::new();
+    for letter in letters.iter().take(FEW) {
+        let line = letter.line.map_or_else(|| "?".into(), |line| line.to_string());
+        // A terminal must not obey a control character of the file.
+        let shown = letter.text.chars().take(LONGEST);
+        let shown: String = shown.map(|char| if char.is_control() { ' ' } else { char }).collect();
+        list += &format!(
+            "  offset {}, line {line}: {}\n    {shown}\n",
+            letter.offset, letter.reason
+        );
+    }
+    match letters.len().saturating_sub(FEW) {
+        0 => {}
+        more => list += &format!("  and {more} more\n"),
+    }
+    list
 }
 
 /// One object with a list `deliveries`, and with `mended` if dead letters were retried.

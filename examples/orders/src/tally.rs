@@ -1,6 +1,6 @@
 //! Counts what happened to the orders, as stored on disk.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use essentially_once::{Log, Record};
 use serde::Serialize;
@@ -8,12 +8,11 @@ use serde::Serialize;
 use crate::{
     Failure,
     delivery::Delivery,
-    input::FIRST_LINE,
     letters::Letter,
-    order_service::OrderBook,
+    order_service::{OrderBook, Status},
     settings::{Settings, Topic, read_all},
     shipping,
-    shop::Shipments,
+    violations::{Orders, Stored},
 };
 
 /// What happened to the orders of one run. Each is counted under its number, because an id may be
@@ -45,22 +44,16 @@ pub(crate) struct Tally {
     pub(crate) lost_replies: u64,
     pub(crate) seconds: f64,
     pub(crate) dead_letters: Vec<Letter>,
-    /// Altered records on the bus.
+    /// What essentially-once does not allow. The other deliveries promise less.
     #[serde(skip)]
-    altered_on_bus: u64,
-    /// Dead letters that nobody expects.
-    #[serde(skip)]
-    unexpected: u64,
-    /// Shipments and rejected lines, doubles included.
-    #[serde(skip)]
-    effects: u64,
+    pub(crate) violations: Vec<String>,
 }
 
 impl Tally {
-    fn new(delivery: Delivery, orders: u32, shipments: &Shipments, rejected: &HashSet<u32>) -> Self {
+    fn new(delivery: Delivery, orders: &Orders<'_>, shipments: &[u32], rejected: &HashSet<u32>) -> Self {
         let mut tally = Self {
             delivery,
-            orders: u64::from(orders),
+            orders: orders.lines.len() as u64,
             placed: 0,
             packed: None,
             shipped_once: 0,
@@ -75,12 +68,14 @@ impl Tally {
             lost_replies: 0,
             seconds: 0.0,
             dead_letters: Vec::new(),
-            altered_on_bus: 0,
-            unexpected: 0,
-            effects: shipments.values().sum::<u64>() + rejected.len() as u64,
+            violations: Vec::new(),
         };
-        for number in numbers(orders) {
-            match shipments.get(&number) {
+        let mut times: HashMap<u32, u64> = HashMap::new();
+        for number in shipments {
+            *times.entry(*number).or_default() += 1;
+        }
+        for number in orders.numbers() {
+            match times.get(&number) {
                 Some(1) => tally.shipped_once += 1,
                 Some(_) => tally.shipped_more += 1,
                 None if rejected.contains(&number) => tally.rejected += 1,
@@ -88,18 +83,6 @@ impl Tally {
             }
         }
         tally
-    }
-
-    /// Whether each line was shipped once or is a dead letter, but not both, whether there are no
-    /// other shipments and letters, and whether the order service knows all of it.
-    pub(crate) fn each_took_effect_once(&self) -> bool {
-        self.placed == self.orders
-            && self.shipped_once + self.rejected == self.orders
-            && self.effects == self.orders
-            && self.packed == Some(self.shipped_once)
-            && self.confirmed == Some(self.shipped_once)
-            && self.tampered_rejected == Some(self.altered_on_bus)
-            && self.unexpected == 0
     }
 }
 
@@ -112,15 +95,11 @@ pub(crate) struct Mended {
     pub(crate) tally: Tally,
 }
 
-fn numbers(orders: u32) -> impl Iterator<Item = u32> {
-    (FIRST_LINE..).take(orders as usize)
-}
-
 /// Counts in the databases of both services, on the bus and among the dead letters.
 ///
 /// The other deliveries keep nothing of an invalid line. So it counts as rejected also if
 /// at-most-once lost it to a kill, which makes no difference.
-pub(crate) async fn count(settings: &Settings, orders: u32) -> Result<Tally, Failure> {
+pub(crate) async fn count(settings: &Settings, orders: &Orders<'_>) -> Result<Tally, Failure> {
     let book = OrderBook::open(settings).await?;
     let mut bus = Bus::default();
     let mut announced = Vec::new();
@@ -131,33 +110,38 @@ pub(crate) async fn count(settings: &Settings, orders: u32) -> Result<Tally, Fai
         }
     }
     let letters = settings.letters().await?;
-    let is_back = settings.delivery == Delivery::EssentiallyOnce;
-    let rejected = match is_back {
-        true => letters
-            .rejected
-            .iter()
-            .filter_map(|letter| shipping::order_number(&letter.record))
-            .collect(),
-        false => {
-            let format = settings.format;
-            let intact = announced.iter().filter(|record| record.malformed.is_none());
-            let invalid = intact.filter(|record| format.parse(&shipping::text(record)).is_err());
-            invalid.filter_map(shipping::order_number).collect()
-        }
-    };
-    let shipments = settings.shipments(&numbers(orders).collect::<Vec<_>>()).await?;
-    let (placed, packing, shipped) = (book.count("placed")?, book.count("packing")?, book.count("shipped")?);
-    Ok(Tally {
-        placed: placed + packing + shipped,
-        packed: is_back.then_some(packing + shipped),
-        confirmed: is_back.then_some(shipped),
-        early_reports: book.early()?,
+    let (shipments, statuses) = (settings.shipments().await?, book.statuses()?);
+    let with_status = |is_one: fn(&Option<Status>) -> bool| statuses.values().filter(|one| is_one(one)).count() as u64;
+    let tally = |rejected: &HashSet<u32>| Tally {
+        placed: statuses.len() as u64,
         duplicates_on_bus: bus.duplicates,
-        tampered_rejected: is_back.then_some(letters.altered.len() as u64),
-        altered_on_bus: bus.altered,
-        unexpected: letters.unexpected.len() as u64,
+        ..Tally::new(settings.delivery, orders, &shipments, rejected)
+    };
+    if settings.delivery != Delivery::EssentiallyOnce {
+        let intact = announced.iter().filter(|record| record.malformed.is_none());
+        let invalid = intact.filter(|record| settings.format.parse(&shipping::text(record)).is_err());
+        return Ok(tally(&invalid.filter_map(shipping::order_number).collect()));
+    }
+    let rejected: Vec<u32> = letters
+        .rejected
+        .iter()
+        .filter_map(|letter| shipping::order_number(&letter.record))
+        .collect();
+    let found = orders.violations(&Stored {
+        statuses: &statuses,
+        shipments: &shipments,
+        rejected: &rejected,
+    });
+    let mut violations: Vec<String> = found.iter().map(|one| orders.describe(one).to_string()).collect();
+    violations.extend(letters.violations(bus.altered));
+    Ok(Tally {
+        packed: Some(with_status(Option::is_some)),
+        confirmed: Some(with_status(|status| *status == Some(Status::Shipped))),
+        early_reports: book.early()?,
+        tampered_rejected: Some(letters.altered.len() as u64),
+        violations,
         dead_letters: letters.rejected.into_iter().map(Letter::from).collect(),
-        ..Tally::new(settings.delivery, orders, &shipments, &rejected)
+        ..tally(&rejected.into_iter().collect())
     })
 }
 
@@ -182,77 +166,5 @@ impl Bus {
             }
         }
         Ok(records)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Whether three lines with these shipments and letters took effect once.
-    fn once(shipments: &[(u32, u64)], letters: &[u32]) -> bool {
-        let tally = Tally::new(
-            Delivery::EssentiallyOnce,
-            3,
-            &shipments.iter().copied().collect(),
-            &letters.iter().copied().collect(),
-        );
-        Tally {
-            placed: 3,
-            packed: Some(tally.shipped_once),
-            confirmed: Some(tally.shipped_once),
-            tampered_rejected: Some(0),
-            ..tally
-        }
-        .each_took_effect_once()
-    }
-
-    #[test]
-    fn each_line_must_be_shipped_once_or_be_a_letter() {
-        assert!(once(&[(2, 1), (3, 1)], &[4]));
-        assert!(once(&[(2, 1), (3, 1), (4, 1)], &[]));
-        assert!(once(&[], &[2, 3, 4]));
-        assert!(!once(&[(2, 1), (3, 1)], &[]), "lost");
-        assert!(!once(&[(2, 1), (3, 2)], &[4]), "doubled");
-        assert!(!once(&[(2, 1), (3, 2)], &[]), "one lost, one doubled");
-        assert!(
-            !once(&[(2, 1), (3, 1), (4, 1)], &[4]),
-            "shipped, and a letter all the same"
-        );
-        assert!(!once(&[(2, 1), (3, 1), (4, 1), (9, 1)], &[]), "shipped from nowhere");
-    }
-
-    #[test]
-    fn the_order_service_must_know_all_of_it() {
-        let tally = Tally {
-            placed: 1,
-            packed: Some(1),
-            confirmed: Some(1),
-            tampered_rejected: Some(2),
-            altered_on_bus: 2,
-            ..Tally::new(Delivery::EssentiallyOnce, 1, &[(2, 1)].into(), &HashSet::new())
-        };
-        assert!(tally.each_took_effect_once());
-        for wrong in [
-            Tally {
-                placed: 0,
-                ..tally.clone()
-            },
-            Tally {
-                packed: Some(0),
-                ..tally.clone()
-            },
-            Tally {
-                confirmed: Some(0),
-                ..tally.clone()
-            },
-            Tally {
-                tampered_rejected: Some(1),
-                ..tally.clone()
-            },
-            Tally { unexpected: 1, ..tally },
-        ] {
-            assert!(!wrong.each_took_effect_once(), "{wrong:?}");
-        }
     }
 }

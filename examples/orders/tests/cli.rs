@@ -3,10 +3,12 @@
 use std::{
     fs,
     path::Path,
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
-use essentially_once_sqlite::rusqlite::Connection;
+use essentially_once_sqlite::rusqlite::{Connection, OpenFlags};
 use serde_json::Value;
 
 fn orders(arguments: &[&str]) -> Output {
@@ -42,27 +44,25 @@ fn number(delivery: &Value, name: &str) -> u64 {
         .unwrap_or_else(|| panic!("{name} in {delivery}"))
 }
 
-/// Runs a bad command line, and returns the error. The program must not write anything.
-fn refused(arguments: &[&str], folder: &Path) -> String {
-    let untouched = folder.join("untouched");
-    let output = orders(&[arguments, &["--dir", &untouched.to_string_lossy()]].concat());
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}");
-    assert!(output.stdout.is_empty(), "{arguments:?}");
-    assert!(!untouched.exists(), "{arguments:?}");
-    String::from_utf8(output.stderr).expect("UTF-8")
-}
-
-/// The databases of essentially-once in a folder that a run has kept.
-fn database(kept: &str, name: &str) -> Connection {
-    Connection::open(Path::new(kept).join("essentially-once").join(name)).expect("kept")
+/// A database of a delivery in a folder that a run has kept.
+fn database(kept: &str, delivery: &str, name: &str) -> Connection {
+    Connection::open(Path::new(kept).join(delivery).join(name)).expect("kept")
 }
 
 /// Counts in a database, without the program's own count.
-fn count_in(kept: &str, name: &str, query: &str) -> u64 {
-    let count: i64 = database(kept, name)
+fn count_in(kept: &str, delivery: &str, name: &str, query: &str) -> u64 {
+    let count: i64 = database(kept, delivery, name)
         .query_row(query, [], |row| row.get(0))
         .expect("a count");
     count.unsigned_abs()
+}
+
+/// A column of a database of essentially-once.
+fn column(kept: &str, name: &str, query: &str) -> Vec<String> {
+    let database = database(kept, "essentially-once", name);
+    let mut rows = database.prepare(query).expect("a table");
+    let rows = rows.query_map([], |row| row.get(0)).expect("rows");
+    rows.collect::<Result<_, _>>().expect("texts")
 }
 
 #[test]
@@ -74,14 +74,20 @@ fn kills_lost_replies_and_altered_records_lose_and_double_nothing_under_essentia
         assert_eq!(number(delivery, "orders"), 2_000);
         assert_eq!(number(delivery, "placed"), 2_000);
         assert_eq!(number(delivery, "kills"), 40);
-        let sum: u64 = ["shipped_once", "shipped_more", "never_shipped", "rejected"]
-            .iter()
-            .map(|name| number(delivery, name))
-            .sum();
-        assert_eq!(sum, 2_000, "{delivery}");
         assert!(number(delivery, "lost_replies") >= 10, "{delivery}");
         assert!(number(delivery, "duplicates_on_bus") >= 20, "{delivery}");
         assert!(delivery["seconds"].is_number());
+        // The same in the databases.
+        let name = delivery["delivery"].as_str().expect("a name");
+        let count = |file, query| count_in(&kept, name, file, query);
+        assert_eq!(count("orders.db", "SELECT count(DISTINCT line) FROM orders"), 2_000);
+        let distinct = count("shipping.db", "SELECT count(DISTINCT order_number) FROM shipments");
+        let again = count("shipping.db", "SELECT count(*) FROM shipments") - distinct;
+        let shipped = number(delivery, "shipped_once") + number(delivery, "shipped_more");
+        assert_eq!(distinct, shipped, "{delivery}");
+        assert_eq!(again > 0, number(delivery, "shipped_more") > 0, "{delivery}");
+        let unshipped = number(delivery, "never_shipped") + number(delivery, "rejected");
+        assert_eq!(2_000 - distinct, unshipped, "{delivery}");
     }
     let [at_most_once, at_least_once, essentially_once] = &deliveries[..] else {
         panic!("{deliveries:?}");
@@ -107,15 +113,11 @@ fn kills_lost_replies_and_altered_records_lose_and_double_nothing_under_essentia
         number(essentially_once, "tampered_rejected") >= 10,
         "{essentially_once}"
     );
-    // The same in the databases.
-    let shipments = "SELECT count(*) FROM shipments";
-    assert_eq!(count_in(&kept, "shipping.db", shipments), shipped);
-    let distinct = "SELECT count(DISTINCT order_number) FROM shipments";
-    assert_eq!(count_in(&kept, "shipping.db", distinct), shipped);
+    let count = |file, query| count_in(&kept, "essentially-once", file, query);
     let confirmed = "SELECT count(*) FROM orders WHERE status = 'shipped'";
-    assert_eq!(count_in(&kept, "orders.db", confirmed), shipped);
+    assert_eq!(count("orders.db", confirmed), shipped);
     let letters = "SELECT count(*) FROM essentially_once_letters";
-    let set_aside = count_in(&kept, "shipping.db", letters) + count_in(&kept, "orders.db", letters);
+    let set_aside = count("shipping.db", letters) + count("orders.db", letters);
     let expected = number(essentially_once, "rejected") + number(essentially_once, "tampered_rejected");
     assert_eq!(set_aside, expected);
 }
@@ -227,7 +229,7 @@ fn a_mended_parser_ships_every_dead_letter_once() {
     // The same in the database, without the program's own count.
     assert_eq!(letters_in(&kept), 0);
     let mut ids: Vec<_> = lines.iter().map(|(line, _)| line[..5].to_owned()).collect();
-    let mut shipped = shipped_in(&kept);
+    let mut shipped = column(&kept, "shipping.db", "SELECT order_id FROM shipments");
     ids.sort();
     shipped.sort();
     assert_eq!(shipped, ids);
@@ -276,15 +278,8 @@ fn a_few_dead_letters_are_shown_and_how_to_retry_them() {
 
 /// How many dead letters the shipping service has.
 fn letters_in(kept: &str) -> u64 {
-    count_in(kept, "shipping.db", "SELECT count(*) FROM essentially_once_letters")
-}
-
-/// The ids of the orders that it has shipped.
-fn shipped_in(kept: &str) -> Vec<String> {
-    let database = database(kept, "shipping.db");
-    let mut ids = database.prepare("SELECT order_id FROM shipments").expect("a table");
-    let ids = ids.query_map([], |row| row.get(0)).expect("rows");
-    ids.collect::<Result<_, _>>().expect("ids")
+    let letters = "SELECT count(*) FROM essentially_once_letters";
+    count_in(kept, "essentially-once", "shipping.db", letters)
 }
 
 #[test]
@@ -302,91 +297,128 @@ fn more_kills_than_orders_end_all_the_same() {
 
 #[test]
 fn a_seed_repeats_the_made_up_orders() {
-    let rejected = |seed| {
-        let deliveries = deliveries(&["--orders", "2000", "--kills", "1", "--seed", seed]);
-        number(&deliveries[2], "rejected")
+    let folder = tempfile::tempdir().expect("a folder");
+    let lines = |seed, name| {
+        let kept = folder.path().join(name).to_string_lossy().into_owned();
+        deliveries(&["--orders", "200", "--kills", "1", "--seed", seed, "--dir", &kept]);
+        column(&kept, "orders.db", "SELECT line FROM orders ORDER BY number")
     };
-    assert_eq!(rejected("3"), rejected("3"));
+    let first = lines("3", "first");
+    assert_eq!(first.len(), 200);
+    assert_eq!(lines("3", "again"), first);
+    assert_ne!(lines("4", "another"), first);
 }
 
-#[test]
-fn bad_input_is_refused_before_anything_is_written() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = |name: &str, content: &[u8]| {
-        let path = folder.path().join(name);
-        fs::write(&path, content).expect("written");
-        path.to_string_lossy().into_owned()
-    };
-    for (input, reason) in [
-        (
-            folder.path().join("nowhere.csv").to_string_lossy().into_owned(),
-            "cannot read",
-        ),
-        (folder.path().to_string_lossy().into_owned(), "cannot read"),
-        (file("empty.csv", b""), "empty"),
-        (file("header.csv", b"id,freight\n"), "no orders"),
-        (file("columns.csv", b"id,weight\n1,2\n"), "id, weight"),
-        (
-            file("latin.csv", b"id,freight\n1,2\nM\xfcller,3\n"),
-            "line 3 is not UTF-8",
-        ),
-    ] {
-        let error = refused(&["--input", &input], folder.path());
-        assert!(error.contains(reason), "{error}");
-        assert!(error.contains(&input), "the error does not name the file: {error}");
+/// Starts a run that nothing disturbs, and kills it if the test fails.
+struct Run(Option<Child>);
+
+impl Run {
+    fn start(arguments: &[&str]) -> Self {
+        let harmless = ["--kills", "0", "--lose", "0", "--tamper", "0"];
+        let run = Command::new(env!("CARGO_BIN_EXE_orders"))
+            .args([arguments, &harmless].concat())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Self(Some(run.expect("the program starts")))
+    }
+
+    fn id(&self) -> u32 {
+        self.0.as_ref().expect("running").id()
+    }
+
+    /// The output of a run that must fail.
+    fn fail(mut self) -> (String, String) {
+        let output = self.0.take().expect("running").wait_with_output().expect("it ends");
+        let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).expect("UTF-8"));
+        assert_eq!(output.status.code(), Some(1), "{stdout}{stderr}");
+        (stdout, stderr)
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if let Some(run) = &mut self.0 {
+            let _ = run.kill();
+            let _ = run.wait();
+        }
+    }
+}
+
+/// Waits until something is there.
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "it never comes");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn unusable_keys_are_refused_before_anything_is_written() {
-    use std::os::unix::fs::PermissionsExt as _;
-
+fn lost_doubled_and_reordered_orders_are_named_and_fail_the_run() {
     let folder = tempfile::tempdir().expect("a folder");
-    let key = "4fd0eb4cb2ea83d97d6d22a1d07d4e4b8b1b5ed4d9f38f8ea9d6d1d4dd2bb5a7";
-    let file = |name: &str, text: String, mode: u32| {
-        let path = folder.path().join(name);
-        fs::write(&path, text).expect("written");
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("chmod");
-        path.to_string_lossy().into_owned()
-    };
-    let missing = folder.path().join("missing").to_string_lossy().into_owned();
-    for (path, reason) in [
-        (missing, "there is no such file"),
-        (
-            file("short", format!("a = {}", &key[..62]), 0o600),
-            "the key has 31 bytes",
-        ),
-        (file("open", format!("a = {key}"), 0o644), "chmod 600"),
+    let kept = folder.path().join("kept").to_string_lossy().into_owned();
+    // One line each, and no malformed one.
+    let input = folder.path().join("orders.csv");
+    let lines: String = (2..3_002).map(|line| format!("id{line},1.00\n")).collect();
+    fs::write(&input, format!("id,freight\n{lines}")).expect("written");
+    let run = Run::start(&["--input", &input.to_string_lossy(), "--dir", &kept, "--json"]);
+    // The table is there before the first process starts, and the last orders are shipped last.
+    let path = Path::new(&kept).join("essentially-once").join("shipping.db");
+    wait_for(|| {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE;
+        let database = Connection::open_with_flags(&path, flags).ok()?;
+        let harm = "CREATE TRIGGER lose AFTER INSERT ON shipments WHEN NEW.order_number BETWEEN 2900 AND 2911
+            BEGIN DELETE FROM shipments WHERE order_number = NEW.order_number; END;
+            CREATE TRIGGER double AFTER INSERT ON shipments WHEN NEW.order_number = 2920
+            BEGIN INSERT INTO shipments VALUES (2920, 'id2920', 1.0); END;
+            CREATE TRIGGER hold AFTER INSERT ON shipments WHEN NEW.order_number = 2930
+            BEGIN UPDATE shipments SET order_number = 2931 WHERE order_number = 2930; END;
+            CREATE TRIGGER swap AFTER INSERT ON shipments WHEN NEW.order_number = 2931
+            BEGIN UPDATE shipments SET order_number = 2930 WHERE rowid = NEW.rowid; END;";
+        database.execute_batch(&format!("BEGIN IMMEDIATE; {harm} COMMIT")).ok()
+    });
+    let (stdout, stderr) = run.fail();
+    for violation in [
+        "12 orders lost: neither shipped nor set aside: id2900 (line 2900), ",
+        " id2909 (line 2909) and 2 more\n",
+        "1 order doubled: shipped more than once: id2920 (line 2920)\n",
+        "1 order in the wrong order: shipped behind a later order: id2930 (line 2930)\n",
     ] {
-        let error = refused(&["--keys", &path], folder.path());
-        assert!(error.contains(reason), "{error}");
-        assert!(error.contains(&path), "the error does not name the file: {error}");
-        assert!(!error.contains(&key[..8]), "the error shows a key: {error}");
+        assert!(stderr.contains(violation), "{violation} is not in {stderr}");
     }
-    let usable = file("usable", format!("a = {key}"), 0o600);
-    let deliveries = deliveries(&["--orders", "100", "--kills", "0", "--keys", &usable]);
-    assert_eq!(
-        number(&deliveries[2], "confirmed"),
-        number(&deliveries[2], "shipped_once")
+    let report: Value = serde_json::from_str(&stdout).expect("JSON");
+    let [lost, doubled] = ["never_shipped", "shipped_more"].map(|name| number(&report["deliveries"][2], name));
+    assert_eq!((lost, doubled), (12, 1));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_process_that_somebody_else_kills_fails_the_run_and_is_named() {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    let run = Run::start(&["--orders", "100000"]);
+    let parent = run.id().to_string();
+    let child = wait_for(|| {
+        let processes = fs::read_dir("/proc").ok()?.flatten();
+        let numbers = processes.filter_map(|process| process.file_name().to_str()?.parse::<i32>().ok());
+        let mut children = numbers.filter(|process| {
+            // After the name, which may contain spaces: state, parent, ...
+            let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            let after_name = stat.rsplit(')').next().unwrap_or_default();
+            after_name.split_whitespace().nth(1) == Some(&parent)
+        });
+        children.next()
+    });
+    kill_process(Pid::from_raw(child).expect("not zero"), Signal::KILL).expect("it runs");
+    let (_, stderr) = run.fail();
+    let error = stderr.lines().last().unwrap_or_default();
+    assert!(error.starts_with("orders: the "), "{stderr}");
+    assert!(
+        error.contains("of at-most-once ended on its own, signal: 9"),
+        "{stderr}"
     );
-}
-
-#[test]
-fn bad_usage_is_refused() {
-    let folder = tempfile::tempdir().expect("a folder");
-    for arguments in [
-        &["--orders", "0"][..],
-        &["--orders", "many"],
-        &["--kills", "-1"],
-        &["--max-batch", "0"],
-        &["--orders", "5", "--input", "orders.csv"],
-        &["--tamper", "-1"],
-        &["--lose", "few"],
-        &["--bus", "kafka://localhost"],
-        &["--store", "nowhere"],
-        &["--unknown"],
-        &["positional"],
-    ] {
-        assert!(!refused(arguments, folder.path()).is_empty());
-    }
 }

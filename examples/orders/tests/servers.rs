@@ -20,9 +20,9 @@ fn main() -> ExitCode {
         };
         suite = match test_servers::rabbitmq_server() {
             Err(why) => suite.ignored(&format!("{name}_on_rabbitmq"), &why),
-            // A process takes longer to start there.
+            // A process takes longer to start there. With 40 kills this takes about a minute.
             Ok(_) => suite.test(&format!("{name}_on_rabbitmq"), move || {
-                kills_lose_and_double_nothing(RabbitNode::start(), bus, store, 1_000, 24)
+                kills_lose_and_double_nothing(RabbitNode::start(), bus, store, 1_000, 40)
             }),
         };
     }

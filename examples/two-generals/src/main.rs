@@ -35,13 +35,15 @@ const BATTLES: u32 = 100_000;
 const ORDERS: u32 = 1_000;
 
 fn main() -> ExitCode {
-    let seed = match env::args().nth(1).map(|seed| seed.parse()) {
-        None => fastrand::u64(..1_000_000),
-        Some(Ok(seed)) => seed,
-        Some(Err(error)) => {
-            eprintln!("the seed is not a number: {error}");
-            return ExitCode::from(2);
-        }
+    let arguments: Vec<_> = env::args_os().skip(1).collect();
+    let seed = match arguments.as_slice() {
+        [] => Some(fastrand::u64(..1_000_000)),
+        [seed] => seed.to_str().and_then(|seed| seed.parse().ok()),
+        _ => None,
+    };
+    let Some(seed) = seed else {
+        eprintln!("two-generals: {arguments:?} is not a seed: give one whole number, or nothing");
+        return ExitCode::from(2);
     };
     println!("seed {seed}; one message in five is lost\n");
     let mut rng = fastrand::Rng::with_seed(seed);
@@ -147,8 +149,16 @@ async fn orders(mut rng: fastrand::Rng) -> Result<bool, Error> {
 
     let mut shipped = shipping.store().begin(&id).await?;
     let mut once = 0;
+    let mut wrong = Vec::new();
     for number in 1..=ORDERS {
-        once += u32::from(times(shipped.get(number.to_string().as_bytes()).await?) == 1);
+        match times(shipped.get(number.to_string().as_bytes()).await?) {
+            1 => once += 1,
+            times => wrong.push(format!("order {number}, {times} times")),
+        }
+    }
+    if !wrong.is_empty() {
+        let few = &wrong[..wrong.len().min(10)];
+        eprintln!("two-generals: {} orders were not shipped once: {few:?}", wrong.len());
     }
     let Toll {
         sent,

@@ -56,10 +56,21 @@ type Route = Box<dyn Fn(&Record) -> Option<usize> + Send + Sync>;
 /// [rejected](HandlerError::reject), so that the relay stops before that record. A destination that
 /// never answers holds up even a stop, so give it a timeout.
 ///
-/// **Keep no dead letters in a relay.** Consumers take a record for a duplicate if it is more than
-/// [`Window::SIZE`](crate::backend::Window::SIZE) numbers behind another one of its producer. A
-/// letter that is sent late is lost to them. Let the relay stop at the record, which is the
-/// default, and mend the destination.
+/// # Parking a record
+/// By default, the relay stops at a record that is too large. Mend the destination, and start the
+/// relay again. With [`Consumer::dead_letters`](crate::Consumer::dead_letters), that is with
+/// [`OnFailure::DeadLetter`](crate::consumer::OnFailure::DeadLetter), the relay parks the record
+/// and goes on. A parked record is not sent. It stays in the relay's store with the reason, and
+/// later records of its key wait behind it. [`dead_letters::retry`] sends them, once the
+/// destination accepts the record.
+///
+/// **A record that is sent late can be lost.** Consumers take a record for a duplicate if it is
+/// more than [`Window::SIZE`](crate::backend::Window::SIZE) numbers behind another one of its
+/// producer. They drop it then, and nothing reports that. So retry a parked record before its
+/// producer has sent that many more, or put its content into the outbox again, as a new record,
+/// and [discard](crate::consumer::dead_letters::discard) the letter.
+///
+/// [`dead_letters::retry`]: crate::consumer::dead_letters::retry
 ///
 /// # A restored outbox
 /// An outbox that was restored from an older copy gives numbers to new records that it had given to

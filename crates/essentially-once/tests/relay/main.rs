@@ -13,8 +13,8 @@ use std::{
 
 use essentially_once::{
     Consumer, ConsumerId, Epoch, Error, KeyValue, Log, NewRecord, OffsetStore, Origin, ProducerId, Record, async_trait,
-    backend::Window,
-    consumer::{AtLeastOnce, OnFailure, Report},
+    backend::{DeadLetter, Window},
+    consumer::{AtLeastOnce, DeadLetterOptions, OnFailure, Operator, Report, dead_letters},
     handler_fn,
     memory::{Memory, MemoryLog, MemoryStore, MemoryTx},
     relay::{Destination, Relay},
@@ -274,14 +274,14 @@ async fn a_record_without_an_origin_is_only_sent_if_that_is_asked_for() {
     assert_eq!(handled(&memory, &bus).await, [0, 1]);
 }
 
-/// Refuses records of more than four bytes.
-struct Narrow(MemoryLog);
+/// Refuses records of more bytes than this.
+struct Narrow(MemoryLog, usize);
 
 #[async_trait]
 impl Destination for Narrow {
     async fn send(&self, records: &[NewRecord]) -> Result<(), Error> {
         for record in records {
-            record.check_size(4)?;
+            record.check_size(self.1)?;
         }
         self.0.append(records).await.map(drop)
     }
@@ -291,13 +291,112 @@ impl Destination for Narrow {
 async fn a_record_that_is_too_large_stops_the_relay() {
     let (memory, bus) = outbox(12).await;
     // Key, header and payload of the record 9 make four bytes, and those of 10 make six.
-    let run = consumer(&memory, Relay::to(Narrow(bus.clone())));
+    let run = consumer(&memory, Relay::to(Narrow(bus.clone(), 4)));
     let error = run.run_until_caught_up().await.unwrap_err();
     assert!(
         matches!(&error, Error::Unhandled { offset, .. } if *offset == 10.into()),
         "{error}"
     );
     assert!(error.to_string().contains("over the limit of 4 bytes"), "{error}");
+    assert_eq!(handled(&memory, &bus).await, (0..10).collect::<Vec<_>>());
+}
+
+/// An outbox with a large record `0` of the key `a`, then this many small ones, of the keys `b` and
+/// `a` in turn.
+async fn outbox_with_a_large_record(small: u64) -> (Memory, MemoryLog) {
+    let memory = Memory::new();
+    let record = |n: u64| {
+        let record = NewRecord::new(n.to_string()).origin(origin(n));
+        match n {
+            0 => record.key("a").header("large", [b'x'; 100].as_slice()),
+            n => record.key(if n % 2 == 0 { "a" } else { "b" }),
+        }
+    };
+    let records: Vec<_> = (0..=small).map(record).collect();
+    memory.log("outbox").unwrap().append(&records).await.unwrap();
+    let bus = memory.log("bus").unwrap();
+    (memory, bus)
+}
+
+/// Runs a relay that parks what its destination refuses as too large, and returns the letters.
+async fn run_and_park(memory: &Memory, bus: &MemoryLog) -> Vec<DeadLetter> {
+    let relay = Relay::to(Narrow(bus.clone(), 50));
+    let run = consumer(memory, relay).dead_letters(DeadLetterOptions::new());
+    run.run_until_caught_up().await.unwrap();
+    let id = ConsumerId::new("relay").unwrap();
+    dead_letters::list(&id, &memory.store(), None, 1_000).await.unwrap()
+}
+
+/// Retries the first letter, with a destination that accepts it now.
+async fn retry(memory: &Memory, bus: &MemoryLog, letters: &[DeadLetter]) {
+    let (id, store) = (ConsumerId::new("relay").unwrap(), memory.store());
+    let first = letters[0].record.offset;
+    dead_letters::retry(&id, &store, first, &Operator::new("ann"))
+        .await
+        .unwrap();
+    let relay = Relay::to(bus.clone());
+    consumer(memory, relay).run_until_caught_up().await.unwrap();
+    assert!(dead_letters::list(&id, &store, None, 1).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_parked_record_holds_up_only_its_key_and_is_sent_once_the_destination_accepts_it() {
+    let (memory, bus) = outbox_with_a_large_record(6).await;
+    let stopped = consumer(&memory, Relay::to(Narrow(bus.clone(), 50)));
+    let error = stopped.run_until_caught_up().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Unhandled { offset, .. } if *offset == 0.into()),
+        "{error}"
+    );
+
+    let letters = run_and_park(&memory, &bus).await;
+    let parked: Vec<u64> = letters.iter().map(|letter| letter.record.offset.lo()).collect();
+    assert_eq!(parked, [0, 2, 4, 6]);
+    let reason = &letters[0].last_reason;
+    assert!(reason.contains("over the limit of 50 bytes"), "{reason}");
+    assert_eq!(payloads(read(&bus).await), ["1", "3", "5"]);
+
+    retry(&memory, &bus, &letters).await;
+    assert_eq!(handled(&memory, &bus).await, [1, 3, 5, 0, 2, 4, 6]);
+}
+
+#[tokio::test]
+async fn consumers_drop_a_parked_record_that_is_sent_a_window_later() {
+    let (memory, bus) = outbox_with_a_large_record(2 * Window::SIZE).await;
+    let letters = run_and_park(&memory, &bus).await;
+    retry(&memory, &bus, &letters).await;
+    let sent: Vec<_> = payloads(read(&bus).await);
+    let handled = handled(&memory, &bus).await;
+    assert!(sent.contains(&"0".into()) && !handled.contains(&0));
+    assert!(handled.contains(&(2 * Window::SIZE)));
+}
+
+/// A log that does not exist.
+struct Missing;
+
+#[async_trait]
+impl Destination for Missing {
+    async fn send(&self, _: &[NewRecord]) -> Result<(), Error> {
+        Err(Error::failed(
+            "append to log bus",
+            "the log does not exist; create it, or correct its name",
+        ))
+    }
+}
+
+#[tokio::test]
+async fn a_relay_to_a_log_that_does_not_exist_stops_and_goes_on_once_it_exists() {
+    let (memory, bus) = outbox(10).await;
+    let run = consumer(&memory, Relay::to(Missing)).on_failure(OnFailure::Skip);
+    let error = run.run_until_caught_up().await.unwrap_err().to_string();
+    for part in ["append to log bus", "the log does not exist; create it"] {
+        assert!(error.contains(part), "{part} is not in {error}");
+    }
+    let report = consumer(&memory, Relay::to(bus.clone()))
+        .run_until_caught_up()
+        .await
+        .unwrap();
+    assert_eq!(report.handled, 10, "no record was passed over");
     assert_eq!(handled(&memory, &bus).await, (0..10).collect::<Vec<_>>());
 }
 

@@ -1,9 +1,10 @@
 //! One life of a process, from its start to its end or its death.
 
 use std::{
+    collections::VecDeque,
     fmt,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    io::{BufRead as _, BufReader, Write as _},
+    process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     str::FromStr,
     sync::mpsc::Sender,
     thread::{self, JoinHandle},
@@ -95,10 +96,9 @@ pub(crate) fn run_process() -> Result<(), Failure> {
                 None => Ok(()),
             }
         };
-        let outcome = tokio::try_join!(processes::run(task, leash.clone()), customers);
-        // The end of the runtime waits for the customers.
-        leash.stopped().cancel();
-        outcome.map(|_| ())
+        // The end of the runtime waits for the customers, also after a panic.
+        let _stop = leash.stopped().clone().drop_guard();
+        tokio::try_join!(processes::run(task, leash.clone()), customers).map(|_| ())
     })
 }
 
@@ -106,12 +106,13 @@ pub(crate) fn run_process() -> Result<(), Failure> {
 pub(super) struct Life {
     process: Child,
     listener: Option<JoinHandle<()>>,
+    words: Option<JoinHandle<String>>,
 }
 
 /// How a process has ended.
 pub(super) struct End {
     pub(super) status: ExitStatus,
-    /// What it wrote to stderr.
+    /// The last lines that it wrote to stderr.
     pub(super) words: String,
 }
 
@@ -126,9 +127,11 @@ impl Life {
             .spawn()
             .map_err(|error| format!("cannot start the {}: {error}", task.role.name()))?;
         let stdout = process.stdout.take().ok_or("a process has no stdout")?;
+        let stderr = process.stderr.take().ok_or("a process has no stderr")?;
         let mut life = Self {
             process,
             listener: Some(listen(stdout, events)),
+            words: Some(thread::spawn(|| last_lines(stderr))),
         };
         let mut line = serde_json::to_string(task)?;
         line.push('\n');
@@ -139,6 +142,11 @@ impl Life {
     /// Lets the process continue for the length of its leash.
     pub(super) fn give_slack(&mut self) {
         self.write(&[SLACK]);
+    }
+
+    /// Whether the process has not ended yet.
+    pub(super) fn is_running(&mut self) -> Result<bool, Failure> {
+        Ok(self.process.try_wait()?.is_none())
     }
 
     /// Asks the process to stop.
@@ -154,14 +162,14 @@ impl Life {
 
     /// Waits for the end of the process. All that it reported has arrived afterwards.
     pub(super) fn wait(mut self) -> Result<End, Failure> {
-        let mut words = String::new();
-        if let Some(mut stderr) = self.process.stderr.take() {
-            stderr.read_to_string(&mut words)?;
-        }
         let status = self.process.wait()?;
         if let Some(listener) = self.listener.take() {
             listener.join().map_err(|_| "the rig panicked")?;
         }
+        let words = match self.words.take() {
+            Some(words) => words.join().map_err(|_| "the rig panicked")?,
+            None => String::new(),
+        };
         Ok(End { status, words })
     }
 
@@ -179,6 +187,19 @@ impl Drop for Life {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Reads to the end, so that the process never waits for its reader.
+fn last_lines(stderr: ChildStderr) -> String {
+    const MOST: usize = 10;
+    let mut last = VecDeque::new();
+    for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+        if last.len() == MOST {
+            last.pop_front();
+        }
+        last.push_back(String::from_utf8_lossy(&line).trim_end().to_owned());
+    }
+    Vec::from(last).join("\n")
 }
 
 fn listen(stdout: ChildStdout, events: Sender<Event>) -> JoinHandle<()> {

@@ -1,6 +1,6 @@
 //! Chooses when processes are killed, and what happens to appends.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,13 @@ impl Plan {
 
     pub(super) fn faults(&self, role: Role) -> Vec<Fault> {
         of(role, &self.faults)
+    }
+
+    /// The orders that are altered on their way to the shipping service.
+    pub(crate) fn altered(&self) -> HashSet<u32> {
+        let faults = self.faults(Role::OrderRelay).into_iter();
+        let altered = faults.filter(|fault| fault.kind == FaultKind::Alter);
+        altered.map(|fault| fault.order).collect()
     }
 }
 

@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     customers,
-    life::{Life, Report, Task},
+    life::{End, Life, Report, Task},
     plan::{Plan, total},
 };
 use crate::{
@@ -29,9 +29,13 @@ use crate::{
 /// The file from which the order service takes the orders.
 const INPUT: &str = "orders.csv";
 
+/// One delivery's way through all orders: its processes race against the kills of a plan.
 pub(crate) struct Race<'a> {
+    /// What the processes share, and where they keep it.
     pub(crate) settings: &'a Settings,
+    /// The orders to place.
     pub(crate) input: &'a Input,
+    /// When processes are killed, and what goes wrong on the bus.
     pub(crate) plan: &'a Plan,
 }
 
@@ -100,14 +104,11 @@ impl Race<'_> {
                     watched: Watched::default(),
                     reports_back: delivery == Delivery::EssentiallyOnce,
                 };
-                let all = senders.clone();
+                let mut alarm = Alarm(senders.clone());
                 scope.spawn(move || {
                     let outcome = supervisor.run();
-                    if outcome.is_err() {
-                        for one in &all {
-                            // A supervisor that is done no longer listens.
-                            let _ = one.send(Event::GiveUp);
-                        }
+                    if outcome.is_ok() {
+                        alarm.0.clear();
                     }
                     outcome
                 })
@@ -123,6 +124,18 @@ impl Race<'_> {
         })?;
         bar.finish();
         Ok((toll, started.elapsed()))
+    }
+}
+
+/// Lets all supervisors give up when it is dropped, so that none waits for one that panicked.
+struct Alarm(Vec<Sender<Event>>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        for one in &self.0 {
+            // A supervisor that is done no longer listens.
+            let _ = one.send(Event::GiveUp);
+        }
     }
 }
 
@@ -158,8 +171,8 @@ struct Watched {
 impl Supervisor<'_> {
     fn run(&mut self) -> Result<(), Failure> {
         for kill in self.plan.kills(self.role) {
-            let mut life = self.start(Until::Stopped)?;
-            self.follow(&mut life, |watched| {
+            let life = self.start(Until::Stopped)?;
+            let mut life = self.follow(life, |watched| {
                 watched.is_complete || watched.placed + watched.handled >= kill.after
             })?;
             // A process that had to wait meanwhile would always be killed at the same place.
@@ -168,8 +181,11 @@ impl Supervisor<'_> {
             self.kill(life)?;
         }
         if !self.watched.is_complete {
-            let mut life = self.start(Until::Stopped)?;
-            self.follow(&mut life, |watched| watched.is_complete)?;
+            let life = self.start(Until::Stopped)?;
+            let mut life = self.follow(life, |watched| watched.is_complete)?;
+            if !life.is_running()? {
+                return Err(self.ended_early(life));
+            }
             life.stop();
             self.end(life)?;
         }
@@ -201,11 +217,14 @@ impl Supervisor<'_> {
     }
 
     /// Listens to a process until something is the case. A process that ends before is a failure.
-    fn follow(&mut self, life: &mut Life, is_reached: impl Fn(&Watched) -> bool) -> Result<(), Failure> {
-        while !is_reached(&self.watched) && !self.watched.has_ended {
-            self.listen(life)?;
+    fn follow(&mut self, mut life: Life, is_reached: impl Fn(&Watched) -> bool) -> Result<Life, Failure> {
+        while !is_reached(&self.watched) {
+            if self.watched.has_ended {
+                return Err(self.ended_early(life));
+            }
+            self.listen(&mut life)?;
         }
-        Ok(())
+        Ok(life)
     }
 
     fn listen(&mut self, life: &mut Life) -> Result<(), Failure> {
@@ -264,12 +283,16 @@ impl Supervisor<'_> {
     }
 
     fn kill(&mut self, mut life: Life) -> Result<(), Failure> {
+        // Another program may kill it too, and that kill is not in the plan.
+        if !life.is_running()? {
+            return Err(self.ended_early(life));
+        }
         life.kill();
         let end = life.wait()?;
         self.settle()?;
         // A killed process has no exit code and writes nothing to stderr.
         if end.status.code().is_some() || !end.words.is_empty() {
-            return Err(self.failed(&end.words, &end.status.to_string()));
+            return Err(self.failed(&end));
         }
         let kills = self.toll.kills.fetch_add(1, Ordering::Relaxed) + 1;
         self.bar.set_message(format!("{kills} kills"));
@@ -284,7 +307,7 @@ impl Supervisor<'_> {
         let end = life.wait()?;
         match end.status.success() {
             true => Ok(()),
-            false => Err(self.failed(&end.words, &end.status.to_string())),
+            false => Err(self.failed(&end)),
         }
     }
 
@@ -296,12 +319,17 @@ impl Supervisor<'_> {
         Ok(())
     }
 
-    fn failed(&self, words: &str, status: &str) -> Failure {
+    fn ended_early(&self, life: Life) -> Failure {
+        life.wait().map_or_else(|error| error, |end| self.failed(&end))
+    }
+
+    fn failed(&self, end: &End) -> Failure {
         let (role, delivery) = (self.role.name(), self.settings.delivery);
-        format!(
-            "the {role} of {delivery} ended on its own, {status}: {}",
-            words.trim_end()
-        )
+        let failed = format!("the {role} of {delivery} ended on its own, {}", end.status);
+        match end.words.trim_end() {
+            "" => format!("{failed}, and wrote nothing to stderr"),
+            words => format!("{failed}: {}", words.strip_prefix("orders: ").unwrap_or(words)),
+        }
         .into()
     }
 }
@@ -324,4 +352,20 @@ fn bar(delivery: Delivery, roles: &[Role], orders: usize) -> ProgressBar {
     ProgressBar::new(steps)
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         .with_prefix(delivery.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_that_panics_lets_the_others_give_up() {
+        let (sender, events) = mpsc::channel();
+        let panics = thread::spawn(move || {
+            let _alarm = Alarm(vec![sender]);
+            panic!("as a supervisor that has a bug");
+        });
+        assert!(panics.join().is_err());
+        assert!(matches!(events.recv(), Ok(Event::GiveUp)));
+    }
 }

@@ -23,7 +23,7 @@ pub(crate) use self::rabbitmq::RabbitShop;
 #[cfg(feature = "redis")]
 pub(crate) use self::redis::RedisShop;
 pub(crate) use self::{
-    shipment::{Shipment, Shipments, Shop},
+    shipment::{Shipment, Shop},
     sqlite::own_connection,
 };
 
@@ -31,7 +31,7 @@ impl Settings {
     /// Creates everything that the shop needs before the first shipment.
     pub(crate) fn create_shop(&self) -> Result<(), Failure> {
         match self.store {
-            Place::Sqlite => Ok(sqlite::create_table(&self.file("shipping.db"))?),
+            Place::Sqlite => sqlite::create_table(&self.file("shipping.db")),
             #[cfg(any(feature = "redis", feature = "rabbitmq"))]
             _ => Ok(()),
         }
@@ -56,15 +56,14 @@ impl Settings {
         }
     }
 
-    /// Counts the shipments of the orders with these numbers, as stored on disk.
-    pub(crate) async fn shipments(&self, numbers: &[u32]) -> Result<Shipments, Failure> {
-        let _ = numbers;
+    /// The numbers of the shipped orders, in the order of the shipments, as stored on disk.
+    pub(crate) async fn shipments(&self) -> Result<Vec<u32>, Failure> {
         match &self.store {
-            Place::Sqlite => Ok(sqlite::count(&own_connection(&self.file("shipping.db"))?)?),
+            Place::Sqlite => sqlite::list(&self.file("shipping.db")),
             #[cfg(feature = "redis")]
-            Place::Redis(url) => RedisShop::connect(url, &self.shipping()?).await?.count().await,
+            Place::Redis(url) => RedisShop::connect(url, &self.shipping()?).await?.list().await,
             #[cfg(feature = "rabbitmq")]
-            Place::Rabbitmq(url) => RabbitShop::connect(url, &self.shipping()?).await?.count(numbers).await,
+            Place::Rabbitmq(url) => RabbitShop::connect(url, &self.shipping()?).await?.list().await,
         }
     }
 

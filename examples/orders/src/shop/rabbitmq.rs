@@ -5,21 +5,23 @@ use essentially_once::{ConsumerId, HandlerError, KeyValue, Log, NewRecord, Offse
 use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitTx};
 use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 
-use super::{Shipment, Shipments, Shop};
+use super::{Shipment, Shop};
 use crate::{
     Failure,
     settings::{OUTBOX, Settings, Topic, read_all},
 };
 
-/// In the transaction that commits the position. The state has no lists, so each shipment is a key,
-/// and its value counts how often it was written.
+/// In the transaction that commits the position. The state has no lists, so each place of a list is
+/// a key, and another key holds the length.
 #[async_trait]
 impl Shop for RabbitTx {
     async fn ship(&mut self, shipment: &Shipment<'_>) -> Result<(), HandlerError> {
-        let key = key(shipment.number);
-        let times = times(self.get(key.as_bytes()).await.map_err(HandlerError::fatal)?);
-        let value = (times + 1).to_string();
-        let put = self.put(key.as_bytes(), value.as_bytes());
+        let length = length(self).await.map_err(HandlerError::fatal)?;
+        let (place, number) = (place(length), shipment.number.to_string());
+        let put = self.put(place.as_bytes(), number.as_bytes());
+        put.await.map_err(HandlerError::fatal)?;
+        let length = (length + 1).to_string();
+        let put = self.put(LENGTH, length.as_bytes());
         put.await.map_err(HandlerError::fatal)
     }
 
@@ -58,21 +60,17 @@ impl RabbitShop {
         })
     }
 
-    /// Counts the shipments of the orders with these numbers.
-    pub(super) async fn count(&mut self, numbers: &[u32]) -> Result<Shipments, Failure> {
-        let mut counts = Shipments::new();
+    /// The numbers of the shipped orders, in the order of the shipments.
+    pub(super) async fn list(&mut self) -> Result<Vec<u32>, Failure> {
+        let mut numbers = Vec::new();
         for record in read_all(&self.shipments).await? {
-            let number = String::from_utf8_lossy(&record.key.unwrap_or_default()).parse()?;
-            *counts.entry(number).or_default() += 1;
+            numbers.push(String::from_utf8_lossy(&record.key.unwrap_or_default()).parse()?);
         }
         let mut state = self.rabbit.store().begin(&self.consumer).await?;
-        for number in numbers {
-            let committed = times(state.get(key(*number).as_bytes()).await?);
-            if committed > 0 {
-                *counts.entry(*number).or_default() += committed;
-            }
+        for index in 0..length(&mut state).await? {
+            numbers.push(number(state.get(place(index).as_bytes()).await?)?);
         }
-        Ok(counts)
+        Ok(numbers)
     }
 }
 
@@ -101,12 +99,22 @@ pub(super) async fn remove(url: &str, settings: &Settings) -> Result<(), Failure
     Ok(())
 }
 
-/// The key of the state under which a shipment is counted.
-fn key(number: u32) -> String {
-    format!("shipped/{number}")
+/// The key of the state that holds how many shipments there are.
+const LENGTH: &[u8] = b"shipments";
+
+/// The key of the state that holds the order's number of a shipment.
+fn place(index: u32) -> String {
+    format!("shipments/{index}")
 }
 
-fn times(value: Option<impl AsRef<[u8]>>) -> u64 {
-    let text = value.map(|value| String::from_utf8_lossy(value.as_ref()).into_owned());
-    text.and_then(|text| text.parse().ok()).unwrap_or(0)
+async fn length(state: &mut RabbitTx) -> Result<u32, Failure> {
+    match state.get(LENGTH).await? {
+        Some(length) => number(Some(length)),
+        None => Ok(0),
+    }
+}
+
+fn number(value: Option<impl AsRef<[u8]>>) -> Result<u32, Failure> {
+    let value = value.ok_or("a shipment is missing in the state")?;
+    Ok(std::str::from_utf8(value.as_ref())?.parse()?)
 }

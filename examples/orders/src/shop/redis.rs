@@ -7,7 +7,7 @@ use essentially_once_redis::{
     redis::{AsyncConnectionConfig, Client, Cmd, RedisResult, aio::MultiplexedConnection, cmd},
 };
 
-use super::{Shipment, Shipments, Shop};
+use super::{Shipment, Shop};
 use crate::{Failure, settings::OUTBOX};
 
 /// In the transaction that commits the position. The push happens in the same step or not at all.
@@ -55,23 +55,23 @@ impl RedisShop {
         })
     }
 
-    /// Counts the shipments of each order. An entry begins with its number.
-    pub(super) async fn count(&mut self) -> Result<Shipments, Failure> {
+    /// The numbers of the shipped orders, in the order of the shipments. An entry begins with its
+    /// number.
+    pub(super) async fn list(&mut self) -> Result<Vec<u32>, Failure> {
         const AT_A_TIME: usize = 10_000;
         let key = list(&self.consumer);
-        let mut times = Shipments::new();
+        let mut numbers = Vec::new();
         for first in (0..).step_by(AT_A_TIME) {
             let range = cmd("LRANGE").arg(&key).arg(first).arg(first + AT_A_TIME - 1).to_owned();
             let entries: Vec<String> = range.query_async(&mut self.connection).await?;
             for entry in &entries {
-                let number = entry.split(',').next().unwrap_or_default();
-                *times.entry(number.parse()?).or_default() += 1;
+                numbers.push(entry.split(',').next().unwrap_or_default().parse()?);
             }
             if entries.len() < AT_A_TIME {
                 break;
             }
         }
-        Ok(times)
+        Ok(numbers)
     }
 
     /// Deletes all keys of a run.

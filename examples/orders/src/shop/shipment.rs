@@ -1,7 +1,5 @@
 //! What the shop writes and counts.
 
-use std::collections::HashMap;
-
 use async_trait::async_trait;
 use essentially_once::{HandlerError, NewRecord};
 
@@ -25,6 +23,3 @@ pub(crate) trait Shop: Send {
     /// nothing would hold for a record that it sent. It sends none.
     async fn report(&mut self, record: NewRecord) -> Result<(), HandlerError>;
 }
-
-/// How often each order was shipped.
-pub(crate) type Shipments = HashMap<u32, u64>;
