@@ -34,26 +34,35 @@ pub(super) struct Comparison {
 pub(super) struct Conflict {
     origin: Origin,
     log: LogId,
-    /// Far above the number; `None` if the number itself has another record.
+    /// A number far above this one that was sent before; `None` if this number itself has another
+    /// record.
     highest: Option<u64>,
+}
+
+impl Conflict {
+    /// Whether the record comes too late for receivers to take it.
+    pub(super) fn is_late(&self) -> bool {
+        self.highest.is_some()
+    }
 }
 
 impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { origin, log, highest } = self;
         match highest {
-            None => write!(f, "log {log} holds another record with the origin {origin}")?,
+            None => write!(
+                f,
+                "log {log} holds another record with the origin {origin}; the outbox was probably restored from an \
+                 older copy. Give the records from this offset on a new producer with `Relay::new_producer_from`, or \
+                 `seek` past those that were sent before"
+            ),
             Some(highest) => write!(
                 f,
-                "log {log} holds number {highest} of its producer and not {origin}, so receivers would take the record \
-                 for a duplicate"
-            )?,
+                "log {log} was sent number {highest} of its producer before {origin}, so receivers would drop the \
+                 record as a duplicate; send its content as a new record, or, if the outbox was restored from an older \
+                 copy, give the records from this offset on a new producer with `Relay::new_producer_from`"
+            ),
         }
-        f.write_str(
-            "; the outbox was probably restored from an older copy, or the relay was set back: give the records from \
-             this offset on a new producer with `Relay::new_producer_from`, or have the relay skip those that the log \
-             already has",
-        )
     }
 }
 
@@ -99,41 +108,43 @@ impl Comparison {
     pub(super) fn check(&self, log: &LogId, records: &[NewRecord]) -> Result<(), Conflict> {
         for (numbering, records) in by_numbering(records) {
             let Some(held) = self.held.get(numbering) else { continue };
-            let Some((highest, _)) = held.digests.last_key_value() else {
-                continue;
-            };
             for (record, number) in records.iter().zip(numbers(records)) {
-                let conflict = |highest| {
-                    Err(Conflict {
-                        origin: Origin::of(numbering.clone(), number),
-                        log: log.clone(),
-                        highest,
-                    })
+                let is_late = |highest: &u64| highest.saturating_sub(number) > Window::SIZE;
+                let highest = match held.digests.get(&number) {
+                    Some(digest) if *digest == digest_of(record) => continue,
+                    Some(_) => None,
+                    None => match held.highest(number).filter(is_late) {
+                        None => continue,
+                        highest => highest,
+                    },
                 };
-                match held.digests.get(&number) {
-                    Some(digest) if *digest != digest_of(record) => return conflict(None),
-                    None if held.reach.is_some_and(|reach| reach <= number)
-                        && highest.saturating_sub(number) > Window::SIZE =>
-                    {
-                        return conflict(Some(*highest));
-                    }
-                    _ => {}
-                }
+                return Err(Conflict {
+                    origin: Origin::of(numbering.clone(), number),
+                    log: log.clone(),
+                    highest,
+                });
             }
         }
         Ok(())
     }
 
-    /// Forgets the numbers of records that were sent.
-    pub(super) fn passed(&mut self, records: &[NewRecord]) {
+    /// Notes that the records were sent.
+    pub(super) fn sent(&mut self, records: &[NewRecord]) {
         for (numbering, records) in by_numbering(records) {
             if let Some(held) = self.held.get_mut(numbering)
-                && !held.digests.is_empty()
-                && let Some(next) = numbers(records).max().and_then(|last| last.checked_add(1))
+                && let Some(last) = numbers(records).max()
             {
-                held.digests = held.digests.split_off(&next);
+                held.sent = held.sent.max(Some(last));
+                if !held.digests.is_empty() {
+                    held.digests = held.digests.split_off(&last.saturating_add(1));
+                }
             }
         }
+    }
+
+    /// The records of the last batch come again, one by one.
+    pub(super) fn go_back(&mut self) {
+        self.held.values_mut().for_each(|held| held.sent = None);
     }
 }
 
@@ -164,6 +175,18 @@ struct Held {
     digests: BTreeMap<u64, u128>,
     /// The lowest number seen. Retention may have removed those below.
     reach: Option<u64>,
+    /// The highest number that this relay has sent since.
+    sent: Option<u64>,
+}
+
+impl Held {
+    /// The highest number that receivers may have seen instead of this one, which was not found.
+    fn highest(&self, number: u64) -> Option<u64> {
+        let found = self.digests.last_key_value().map(|(highest, _)| *highest);
+        found
+            .filter(|_| self.reach.is_some_and(|reach| reach <= number))
+            .max(self.sent)
+    }
 }
 
 fn nothing(lowest: &HashMap<&Numbering, u64>) -> Found {

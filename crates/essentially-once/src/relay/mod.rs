@@ -64,11 +64,11 @@ type Route = Box<dyn Fn(&Record) -> Option<usize> + Send + Sync>;
 /// later records of its key wait behind it. [`dead_letters::retry`] sends them, once the
 /// destination accepts the record.
 ///
-/// **A record that is sent late can be lost.** Consumers take a record for a duplicate if it is
-/// more than [`Window::SIZE`](crate::backend::Window::SIZE) numbers behind another one of its
-/// producer. They drop it then, and nothing reports that. So retry a parked record before its
-/// producer has sent that many more, or put its content into the outbox again, as a new record,
-/// and [discard](crate::consumer::dead_letters::discard) the letter.
+/// Consumers take a record for a duplicate if it is more than
+/// [`Window::SIZE`](crate::backend::Window::SIZE) numbers behind another one of its producer. So a
+/// retry fails if the relay has sent that many more to the destination, or finds them there, and
+/// the letter stays. Put its content into the outbox again, as a new record, and
+/// [discard](crate::consumer::dead_letters::discard) the letter.
 ///
 /// [`dead_letters::retry`]: crate::consumer::dead_letters::retry
 ///
@@ -231,7 +231,8 @@ impl<D: Destination> Handler<()> for Relay<D> {
                 comparison.look(log, gathered).await?;
                 if let Err(conflict) = comparison.check(log.id(), gathered) {
                     self.has_conflict = records > 1;
-                    return Err(match self.has_conflict {
+                    // One of several is to blame. The consumer then tries each of them alone.
+                    return Err(match self.has_conflict || conflict.is_late() {
                         true => HandlerError::reject(conflict),
                         false => HandlerError::fatal(conflict),
                     });
@@ -248,7 +249,7 @@ impl<D: Destination> Handler<()> for Relay<D> {
                     error => error.into(),
                 });
             }
-            comparison.passed(gathered);
+            comparison.sent(gathered);
             gathered.clear();
         }
         Ok(())
@@ -256,8 +257,9 @@ impl<D: Destination> Handler<()> for Relay<D> {
 
     async fn reset(&mut self) {
         self.gathered.iter_mut().for_each(Vec::clear);
-        if !std::mem::take(&mut self.has_conflict) {
-            self.comparisons.fill_with(Comparison::default);
+        match std::mem::take(&mut self.has_conflict) {
+            true => self.comparisons.iter_mut().for_each(Comparison::go_back),
+            false => self.comparisons.fill_with(Comparison::default),
         }
     }
 }
