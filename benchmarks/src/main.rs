@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 mod healthy;
+mod latency;
 mod letters;
 mod rabbitmq;
 mod recovery;
@@ -56,6 +57,9 @@ enum Backend {
         /// Where the relay sends records, or `behind`.
         bus: relay::Bus,
     },
+    /// How long an order takes from its commit, with an outbox on SQLite, to a bus, at 100 orders
+    /// per second. Ignores batch sizes and `--require`.
+    Latency(latency::LatencyArguments),
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
@@ -113,6 +117,9 @@ fn main() -> Result<ExitCode> {
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
         Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
+        Backend::Latency(latency) => {
+            return latency::measure(latency, arguments.rounds, folder).map(|()| ExitCode::SUCCESS);
+        }
         Backend::Healthy(healthy) => return healthy::measure(healthy, folder.path()).map(|()| ExitCode::SUCCESS),
         Backend::Letters => return letters::measure(arguments.rounds, &folder).map(|()| ExitCode::SUCCESS),
         Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),

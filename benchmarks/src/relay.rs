@@ -6,6 +6,7 @@
 use std::{
     cell::Cell,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -20,7 +21,7 @@ use essentially_once_redis::{
 };
 use essentially_once_sqlite::{
     Sqlite, SqliteLog,
-    rusqlite::{Connection, params},
+    rusqlite::{self, Connection, params},
 };
 use lapin::{
     BasicProperties, Channel, Confirmation,
@@ -85,9 +86,32 @@ impl Relays {
         })
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// A path that nothing used before.
+    pub(crate) fn path(&self) -> PathBuf {
         self.used.set(self.used.get() + 1);
         self.folder.path().join(format!("{}.db", self.used.get()))
+    }
+
+    /// Opens a new log on the bus.
+    pub(crate) async fn bus(&self, name: &str, path: &Path) -> Result<Arc<dyn Log>> {
+        Ok(match &self.bus {
+            Running::Sqlite => Arc::new(Sqlite::open(path).await?.log("bus").await?),
+            Running::Redis(server) => Arc::new(Redis::connect(&server.url()).await?.log(name).await?),
+            Running::Rabbitmq(node) => Arc::new(Rabbit::connect(&node.url()).await?.log(name).await?),
+        })
+    }
+
+    /// Opens a new bus for a loop by hand.
+    pub(crate) async fn bus_by_hand(&self, name: &str, path: &Path) -> Result<ByHand> {
+        match &self.bus {
+            Running::Sqlite => ByHand::sqlite(path),
+            Running::Redis(server) => ByHand::redis(&server.url(), name).await,
+            Running::Rabbitmq(node) => ByHand::rabbitmq(&node.url(), name).await,
+        }
     }
 
     /// Fills an outbox, and relays what is behind `behind` records.
@@ -96,12 +120,7 @@ impl Relays {
         let outbox = Sqlite::open(&path).await?;
         let log = outbox.log("outbox").await?;
         fill(&log, behind + row.records).await?;
-        let bus: Box<dyn Log> = match &self.bus {
-            Running::Sqlite => Box::new(Sqlite::open(&bus_path).await?.log("bus").await?),
-            Running::Redis(server) => Box::new(Redis::connect(&server.url()).await?.log(name).await?),
-            Running::Rabbitmq(node) => Box::new(Rabbit::connect(&node.url()).await?.log(name).await?),
-        };
-        let bus = std::sync::Arc::<dyn Log>::from(bus);
+        let bus = self.bus(name, &bus_path).await?;
         let started = Instant::now();
         let relay = Consumer::at_least_once(ConsumerId::new("relay")?, log, outbox.store(), Relay::to(bus.clone()));
         let relay = relay
@@ -136,25 +155,14 @@ impl Relays {
             }
             connection.execute_batch("COMMIT")?;
         }
-        let mut bus = match &self.bus {
-            Running::Sqlite => ByHand::sqlite(&bus_path)?,
-            Running::Redis(server) => ByHand::redis(&server.url(), name).await?,
-            Running::Rabbitmq(node) => ByHand::rabbitmq(&node.url(), name).await?,
-        };
+        let mut bus = self.bus_by_hand(name, &bus_path).await?;
 
         let started = Instant::now();
         let mut select = connection.prepare("SELECT * FROM outbox WHERE number >= ?1 LIMIT ?2")?;
         let mut advance = connection.prepare("UPDATE position SET next = ?1 WHERE id = 1")?;
         let mut next: i64 = 0;
         loop {
-            let rows = select.query_map(params![next, row.batch as i64], |row| {
-                Ok(Sent {
-                    number: row.get(0)?,
-                    key: row.get(1)?,
-                    headers: row.get(2)?,
-                    payload: row.get(3)?,
-                })
-            })?;
+            let rows = select.query_map(params![next, row.batch as i64], Sent::from_row)?;
             let rows: Vec<Sent> = rows.collect::<std::result::Result<_, _>>()?;
             let Some(last) = rows.last() else {
                 break;
@@ -173,7 +181,7 @@ impl Relays {
     }
 
     /// Keeps a server as empty for the next round.
-    async fn clear(&self, name: &str) -> Result<()> {
+    pub(crate) async fn clear(&self, name: &str) -> Result<()> {
         match &self.bus {
             Running::Sqlite => {}
             Running::Redis(server) => {
@@ -227,15 +235,26 @@ async fn fill(outbox: &SqliteLog, records: u64) -> Result<()> {
 }
 
 /// A row of an outbox.
-struct Sent {
-    number: i64,
+pub(crate) struct Sent {
+    pub(crate) number: i64,
     key: Option<Vec<u8>>,
     headers: Option<Vec<u8>>,
-    payload: Vec<u8>,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Sent {
+    pub(crate) fn from_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            number: row.get(0)?,
+            key: row.get(1)?,
+            headers: row.get(2)?,
+            payload: row.get(3)?,
+        })
+    }
 }
 
 /// A bus to which a user appends without a library.
-enum ByHand {
+pub(crate) enum ByHand {
     Sqlite(Connection),
     Redis(MultiplexedConnection, String),
     Rabbitmq {
@@ -271,7 +290,7 @@ impl ByHand {
     }
 
     /// Appends a batch, and returns when all of it is stored.
-    async fn append(&mut self, rows: Vec<Sent>) -> Result<()> {
+    pub(crate) async fn append(&mut self, rows: Vec<Sent>) -> Result<()> {
         match self {
             Self::Sqlite(connection) => {
                 let tx = connection.transaction()?;
@@ -322,7 +341,7 @@ impl ByHand {
     }
 }
 
-fn open(path: &Path) -> Result<Connection> {
+pub(crate) fn open(path: &Path) -> Result<Connection> {
     let connection = Connection::open(path)?;
     connection.pragma_update(None, "journal_mode", "wal")?;
     connection.pragma_update(None, "synchronous", "full")?;
@@ -343,7 +362,7 @@ fn check(moved: u64, records: u64) -> Result<()> {
 }
 
 /// Removes a database if there is one. The connection that leaves the WAL behind may still be open.
-fn remove(path: &Path) -> Result<()> {
+pub(crate) fn remove(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),
