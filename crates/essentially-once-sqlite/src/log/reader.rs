@@ -40,6 +40,13 @@ const POOL_PATIENCE: Duration = Duration::from_millis(20);
 /// How often to check whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
 
+/// How often to check while records arrive, so that each of them is found soon. A check takes a few
+/// microseconds.
+const POLL_BUSY: Duration = Duration::from_millis(1);
+
+/// How long after a record others are expected to arrive.
+const BUSY: Duration = Duration::from_secs(1);
+
 /// A fetch of at least this many records indicates a backlog, so the next fetch runs on another
 /// thread.
 const BACKLOG: usize = 64;
@@ -55,6 +62,8 @@ pub(super) struct SqliteReader {
     wake: watch::Receiver<()>,
     next: u64,
     has_backlog: bool,
+    /// When a record was last found.
+    found: Option<Instant>,
 }
 
 /// The half that queries SQLite. It does not store the reader's position, so an abandoned fetch
@@ -169,6 +178,7 @@ impl SqliteReader {
             log,
             next,
             has_backlog: false,
+            found: None,
         }
     }
 
@@ -214,7 +224,11 @@ impl SqliteReader {
     async fn changed(&mut self) -> Result<(), Error> {
         loop {
             // The log holds the sender, so `Ok` always means an append.
-            if time::timeout(POLL, self.wake.changed()).await.is_ok() {
+            let poll = match self.found {
+                Some(found) if found.elapsed() < BUSY => POLL_BUSY,
+                _ => POLL,
+            };
+            if time::timeout(poll, self.wake.changed()).await.is_ok() {
                 return Ok(());
             }
             let cursor = lock(&self.cursor);
@@ -244,6 +258,7 @@ impl LogReader for SqliteReader {
             match self.look(max).await? {
                 Found::Records(records) => {
                     self.has_backlog = records.len() >= BACKLOG;
+                    self.found = Some(Instant::now());
                     // No await follows this change, so a dropped call loses no record.
                     self.next += records.len() as u64;
                     return Ok(records);
