@@ -47,8 +47,8 @@
 //!
 //! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
 //! the relays, and `settings` opens the bus and the databases. `shop` is what the shipping service
-//! writes to. `letters`, `tally` and `report` show the result, and `violations` judges it. `rig` does
-//! the harm.
+//! writes to. `letters`, `tally` and `report` show the result, and `violations` judges it. `rig`
+//! does the harm.
 
 use std::{
     collections::HashSet,
