@@ -40,9 +40,9 @@ const POOL_PATIENCE: Duration = Duration::from_millis(20);
 /// How often to check whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
 
-/// How often to check while records arrive, so that each of them is found soon. A check takes a few
-/// microseconds.
-const POLL_BUSY: Duration = Duration::from_millis(1);
+/// How long to wait before the next check while records arrive. Tokio's timer rounds it up, so that
+/// there is about one check per millisecond. It takes a few microseconds.
+const POLL_BUSY: Duration = Duration::from_micros(100);
 
 /// How long after a record others are expected to arrive.
 const BUSY: Duration = Duration::from_secs(1);

@@ -301,7 +301,7 @@ async fn a_record_that_is_too_large_stops_the_relay() {
     assert_eq!(handled(&memory, &bus).await, (0..10).collect::<Vec<_>>());
 }
 
-/// An outbox with records from `0` to `last`, of the keys `a` and `b` in turn. One of them is large.
+/// An outbox with records from `0` to `last`, of the keys `a` and `b` in turn. One is large.
 async fn outbox_with_a_large_record(large: u64, last: u64) -> (Memory, MemoryLog) {
     let memory = Memory::new();
     let record = |n: u64| {
