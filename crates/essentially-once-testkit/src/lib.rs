@@ -4,6 +4,7 @@
 //!   sample of faults.
 //! - [`faults`] runs a consumer with a fault at every operation, and at every pair of operations.
 //!   With dead letters, handlers also get into trouble, and operators act at any operation.
+//! - [`crash_test`] does that to a handler of yours: every fault must lead to the same result.
 //! - A [`Check`] compares a log with the applied records, and names records that were lost, doubled
 //!   or reordered. [`Ledger`] and [`MemoryLedger`] are handlers that journal the records they
 //!   apply.
@@ -67,6 +68,9 @@ mod violation;
 pub use crate::{
     case::Case,
     checker::{Applied, Check, Doubled, Expectation, Findings, Reordered, read_log},
+    faults::crash::{
+        CrashFinding, CrashFindings, CrashReport, CrashTest, CrashTx, Difference, Mistake, Probe, crash_test,
+    },
     harness::{Backend, Capabilities, Harness, Request, StateReader, Support},
     ledger::{Ledger, MemoryLedger, read_ledger},
     proxy::{Cut, Proxy},

@@ -136,9 +136,9 @@ impl SqliteLog {
     /// once the transaction is committed, or `None` for no records.
     ///
     /// Each record gets an origin, as described [above](SqliteLog#as-an-outbox). All readers, also
-    /// those of this process, find the records as if another process had appended them: within about
-    /// 10 ms after the commit, or 2 ms if they have found others within the last second. The log's
-    /// retention applies, as with [`append`](Log::append).
+    /// those of this process, find the records as if another process had appended them: within
+    /// about 10 ms after the commit, or 2 ms if they have found others within the last second. The
+    /// log's retention applies, as with [`append`](Log::append).
     ///
     /// The connection must have [`Sqlite::path`](crate::Sqlite::path) open as its main database,
     /// with `synchronous` at `FULL`, which is SQLite's default. Begin the transaction with

@@ -1,13 +1,15 @@
 //! Counts the operations of all consumers in a run, and injects the planned faults.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     fmt,
     future::{Future, pending},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::Waker,
 };
 
+use bytes::Bytes;
 use tokio::{sync::Notify, task::yield_now};
 
 use super::{
@@ -64,6 +66,18 @@ pub enum Operation {
     Send,
     /// `Handler::handle`.
     Handle,
+    /// `Handler::flush`, in a [crash test](crate::CrashTest).
+    Flush,
+}
+
+/// What another program does once in a run.
+pub(super) type Act = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Where a run's transactions wrote, whether or not they were committed.
+#[derive(Clone, Default)]
+pub(super) struct Touched {
+    pub(super) keys: BTreeSet<Bytes>,
+    pub(super) outboxes: BTreeSet<String>,
 }
 
 /// The plan and the operation count of a run. All its wrappers share them, and so do clones.
@@ -118,6 +132,9 @@ struct State {
     slow: Vec<(usize, usize)>,
     is_race: bool,
     takes_turns: bool,
+    tests_handler: bool,
+    touched: Touched,
+    act: Option<(usize, Act)>,
     events: VecDeque<Event>,
     driver: Option<Waker>,
 }
@@ -140,6 +157,9 @@ impl Faults {
             slow: Vec::new(),
             is_race: false,
             takes_turns: false,
+            tests_handler: false,
+            touched: Touched::default(),
+            act: None,
             events: VecDeque::new(),
             driver: None,
         };
@@ -192,6 +212,23 @@ impl Faults {
         self
     }
 
+    /// Tests a handler and not a backend. Flushes then count as operations, and a transaction in
+    /// which a read or write failed does not commit (S6), as the handler may rely on.
+    pub(super) fn test_handler(self) -> Self {
+        self.lock().tests_handler = true;
+        self
+    }
+
+    /// Lets another program act before that operation.
+    pub(super) fn with_act(self, operation: usize, act: Act) -> Self {
+        self.lock().act = Some((operation, act));
+        self
+    }
+
+    pub(super) fn touched(&self) -> Touched {
+        self.lock().touched.clone()
+    }
+
     /// Resumes a frozen process, or its slow operation.
     pub(super) fn wake(&self, process: usize) {
         let mut state = self.lock();
@@ -237,6 +274,9 @@ impl Process {
             self.passes_gate().await;
         }
         let number = self.count(operation);
+        if let Some(act) = self.act_at(number) {
+            act.await;
+        }
         self.passes_gate().await;
         let reply = match self.strike(number) {
             None => act.await,
@@ -281,6 +321,30 @@ impl Process {
             state.report(Event::Called(self.number, call.verb));
         }
         number
+    }
+
+    fn act_at(&self, number: usize) -> Option<Act> {
+        let mut state = self.faults.lock();
+        let due = state.act.take_if(|(operation, _)| *operation == number);
+        due.map(|(_, act)| act)
+    }
+
+    pub(super) fn touch_key(&self, key: &[u8]) {
+        let keys = &mut self.faults.lock().touched.keys;
+        if !keys.contains(key) {
+            keys.insert(Bytes::copy_from_slice(key));
+        }
+    }
+
+    pub(super) fn touch_outbox(&self, log: &str) {
+        let outboxes = &mut self.faults.lock().touched.outboxes;
+        if !outboxes.contains(log) {
+            outboxes.insert(log.to_owned());
+        }
+    }
+
+    pub(super) fn tests_handler(&self) -> bool {
+        self.faults.lock().tests_handler
     }
 
     fn strike(&self, number: usize) -> Option<FaultKind> {

@@ -1,6 +1,6 @@
 //! Chooses which plans to run, and reports the findings.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use essentially_once::backend::Source;
 use tokio::{
@@ -24,7 +24,7 @@ use crate::{
 /// The time limit of a plan on a backend that does I/O.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// How long a consumer stays frozen or slow at most. Another one may need a lock that it holds.
-const PATIENCE: Duration = Duration::from_millis(500);
+pub(super) const PATIENCE: Duration = Duration::from_millis(500);
 /// The same with dead letters, where operators need that lock, too, and often.
 const PATIENCE_WITH_OPERATORS: Duration = Duration::from_millis(100);
 /// How long a handler may take for a record if one hangs.
@@ -46,10 +46,10 @@ pub struct Explorer<'h, H> {
 }
 
 /// What a run did, and how it ended.
-struct Outcome {
+pub(super) struct Outcome<T = ()> {
     /// The operations of the run, until the consumers had caught up.
-    trace: Vec<Step>,
-    verdict: Result<(), Violation>,
+    pub(super) trace: Vec<Step>,
+    pub(super) verdict: Result<T, Violation>,
 }
 
 /// The size of an exploration that found nothing.
@@ -151,7 +151,7 @@ impl<'h, H: Harness> Explorer<'h, H> {
             let plan = Plan::new([first]);
             let trace = run(&plan)?;
             explored.count(&plan, &trace);
-            pairs.extend(faults(first.operation + 1..=trace.len()).map(|second| Plan::new([first, second])));
+            pairs.extend(pairs_from(first, trace.len()));
         }
         for plan in pairs {
             let trace = run(&plan)?;
@@ -249,19 +249,13 @@ impl<'h, H: Harness> Explorer<'h, H> {
             true => Faults::new(plan.clone()).take_turns(),
             false => Faults::new(plan.clone()),
         };
-        // Under paused time, the limit expires at once if all consumers wait for each other.
-        let verdict = timeout(TIME_LIMIT, async {
+        within_limit(&faults, async {
             match self.has_letters {
                 true => self.letter_scene(backend, name).play(&faults, plan).await,
                 false => self.scene(backend, name).play(&faults).await,
             }
         })
         .await
-        .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {TIME_LIMIT:?}"))));
-        // Lets the tasks of dropped consumers end, so that they do not become part of the next run.
-        yield_now().await;
-        let trace = faults.trace();
-        Outcome { trace, verdict }
     }
 
     fn scene<'b>(&self, backend: &'b H::Backend, name: String) -> Scene<'b, H::Backend> {
@@ -292,22 +286,11 @@ impl<'h, H: Harness> Explorer<'h, H> {
     }
 
     fn pauses(&self) -> (Duration, Duration) {
-        match self.is_real_time {
-            true => (Duration::from_millis(1), Duration::from_millis(20)),
-            false => (Duration::ZERO, Duration::ZERO),
-        }
+        pauses(self.is_real_time)
     }
 
-    /// Under paused time it has no I/O driver, because polling one would take most of the time.
     fn runtime(&self, plan: &Plan) -> Result<Runtime, Box<Counterexample>> {
-        let mut builder = Builder::new_current_thread();
-        match self.is_real_time {
-            true => builder.enable_all(),
-            false => builder.enable_time().start_paused(true),
-        };
-        builder
-            .build()
-            .map_err(|error| self.failed_to_start(plan, error.into()))
+        new_runtime(self.is_real_time).map_err(|error| self.failed_to_start(plan, error.into()))
     }
 
     fn namespace(&self) -> String {
@@ -330,25 +313,19 @@ impl<'h, H: Harness> Explorer<'h, H> {
     }
 
     fn counterexample(&self, plan: &Plan, trace: &[Step], finding: Violation) -> Box<Counterexample> {
-        let place = |number: usize| match trace.get(number - 1) {
-            Some(Step { operation, process }) => format!("{number} is {operation:?} by consumer {process}"),
-            None => format!("{number} was not reached"),
-        };
-        let faults = plan.faults().iter().map(|fault| fault.operation);
-        let calls = plan.calls().iter().map(|call| call.operation);
         Box::new(Counterexample {
             plan: plan.clone(),
             delivery: self.delivery,
             max_batch: self.max_batch,
             seed: None,
-            places: faults.chain(calls).map(place).collect(),
+            places: places(plan, trace),
             finding,
         })
     }
 }
 
 impl Explored {
-    fn new(operations: usize) -> Self {
+    pub(super) fn new(operations: usize) -> Self {
         Self {
             plans: 1,
             faults: 0,
@@ -357,7 +334,7 @@ impl Explored {
     }
 
     /// Counts a plan that was run. Returns how many of its faults struck.
-    fn count(&mut self, plan: &Plan, trace: &[Step]) -> usize {
+    pub(super) fn count(&mut self, plan: &Plan, trace: &[Step]) -> usize {
         let faults = plan.faults().iter();
         let struck = faults.filter(|fault| fault.operation <= trace.len()).count();
         self.plans += 1;
@@ -397,13 +374,63 @@ impl From<Box<Counterexample>> for Violation {
     }
 }
 
+/// Plays a run, and ends it if it gets stuck.
+pub(super) async fn within_limit<T>(faults: &Faults, run: impl Future<Output = Result<T, Violation>>) -> Outcome<T> {
+    // Under paused time, the limit expires at once if all consumers wait for each other.
+    let verdict = timeout(TIME_LIMIT, run)
+        .await
+        .unwrap_or_else(|_| Err(Violation::new(format!("still waiting after {TIME_LIMIT:?}"))));
+    // Lets the tasks of dropped consumers end, so that they do not become part of the next run.
+    yield_now().await;
+    let trace = faults.trace();
+    Outcome { trace, verdict }
+}
+
+/// A consumer's shortest and longest backoff.
+pub(super) fn pauses(is_real_time: bool) -> (Duration, Duration) {
+    match is_real_time {
+        true => (Duration::from_millis(1), Duration::from_millis(20)),
+        false => (Duration::ZERO, Duration::ZERO),
+    }
+}
+
+/// Under paused time it has no I/O driver, because polling one would take most of the time.
+pub(super) fn new_runtime(is_real_time: bool) -> io::Result<Runtime> {
+    let mut builder = Builder::new_current_thread();
+    match is_real_time {
+        true => builder.enable_all(),
+        false => builder.enable_time().start_paused(true),
+    };
+    builder.build()
+}
+
+/// Where the events of a plan struck.
+pub(super) fn places(plan: &Plan, trace: &[Step]) -> Vec<String> {
+    let faults = plan.faults().iter().map(|fault| fault.operation);
+    let calls = plan.calls().iter().map(|call| call.operation);
+    faults.chain(calls).map(|number| place(number, trace)).collect()
+}
+
+/// What the operation with this number is.
+pub(super) fn place(number: usize, trace: &[Step]) -> String {
+    match trace.get(number - 1) {
+        Some(Step { operation, process }) => format!("{number} is {operation:?} by consumer {process}"),
+        None => format!("{number} was not reached"),
+    }
+}
+
 /// Tasks left behind by a stuck backend must not hold up the caller.
-fn release(runtime: Runtime) {
+pub(super) fn release(runtime: Runtime) {
     runtime.shutdown_timeout(Duration::from_secs(1));
 }
 
+/// This fault and every later one, in a run of that many operations.
+pub(super) fn pairs_from(first: Fault, operations: usize) -> impl Iterator<Item = Plan> {
+    faults(first.operation + 1..=operations).map(move |second| Plan::new([first, second]))
+}
+
 /// Every kind of fault at each of these operations.
-fn faults(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Fault> {
+pub(super) fn faults(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Fault> {
     operations.flat_map(|operation| FaultKind::ALL.map(|kind| Fault { operation, kind }))
 }
 
@@ -414,7 +441,7 @@ fn calls(operations: impl Iterator<Item = usize>) -> impl Iterator<Item = Call> 
 
 /// One or two faults. The second may strike an operation that exists only because of the first,
 /// which makes the run longer.
-fn random_plan(rng: &mut fastrand::Rng, operations: usize) -> Plan {
+pub(super) fn random_plan(rng: &mut fastrand::Rng, operations: usize) -> Plan {
     let mut fault = |range: std::ops::RangeInclusive<usize>| Fault {
         operation: rng.usize(range),
         kind: FaultKind::ALL[rng.usize(..FaultKind::ALL.len())],

@@ -30,6 +30,7 @@
 //! findings: `ESSENTIALLY_ONCE_PLAN` runs one plan, `ESSENTIALLY_ONCE_SEED` the whole sample.
 
 mod control;
+pub(crate) mod crash;
 mod driver;
 mod explorer;
 mod letters;

@@ -107,17 +107,7 @@ impl<B: Backend> Scene<'_, B> {
         D: Delivery<S>,
         H: Handler<D::Tx>,
     {
-        let (first, longest) = self.pauses;
-        let mut consumer = consumer
-            .max_batch(self.max_batch)
-            // As small as possible, so that reading and handling alternate and more faults fall
-            // between them.
-            .read_ahead_records(self.max_batch)
-            .read_ahead_bytes(1024 * 1024)
-            .min_backoff(first)
-            .max_backoff(longest)
-            // Zombies should be fenced at their commits. Nobody should wait for them.
-            .standby_after(Duration::ZERO);
+        let mut consumer = tuned(consumer, self.max_batch, self.pauses);
         if stage.accept_volatile {
             consumer = consumer.accept_volatile();
         }
@@ -232,6 +222,29 @@ fn messages() -> Result<Vec<NewRecord>, Error> {
         NewRecord::new("0").key("a").origin(origin),
         NewRecord::new("3").key("a"),
     ])
+}
+
+/// Sets up a consumer whose faults strike in as many places as possible, and without waiting.
+pub(super) fn tuned<S, H, D>(
+    consumer: Consumer<S, H, D>,
+    max_batch: usize,
+    (first, longest): (Duration, Duration),
+) -> Consumer<S, H, D>
+where
+    S: OffsetStore,
+    D: Delivery<S>,
+    H: Handler<D::Tx>,
+{
+    consumer
+        .max_batch(max_batch)
+        // As small as possible, so that reading and handling alternate and more faults fall between
+        // them.
+        .read_ahead_records(max_batch)
+        .read_ahead_bytes(1024 * 1024)
+        .min_backoff(first)
+        .max_backoff(longest)
+        // Zombies should be fenced at their commits. Nobody should wait for them.
+        .standby_after(Duration::ZERO)
 }
 
 pub(super) fn is_volatile(durability: Durability) -> bool {

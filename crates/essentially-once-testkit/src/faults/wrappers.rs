@@ -114,6 +114,7 @@ impl<S: OffsetStore> OffsetStore for FaultyStore<S> {
         Ok(FaultyTx {
             inner,
             process: self.process.clone(),
+            has_failed: false,
         })
     }
 
@@ -152,12 +153,24 @@ impl<S: ReadState> ReadState for FaultyStore<S> {
 pub struct FaultyTx<T> {
     inner: T,
     process: Process,
+    /// Whether a read or write failed in a way that allows only a rollback.
+    has_failed: bool,
 }
 
 impl<T> FaultyTx<T> {
     /// Writes natively in the wrapped transaction.
     pub(super) async fn natively(&mut self, write: impl AsyncFnOnce(&mut T) -> Result<(), Error>) -> Result<(), Error> {
         ask(&self.process, Operation::Native, write(&mut self.inner)).await
+    }
+
+    /// The wrapped transaction, in which no fault strikes.
+    pub(super) fn inner_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+
+    fn noting_failure<V>(&mut self, result: Result<V, Error>) -> Result<V, Error> {
+        self.has_failed |= matches!(result, Err(Error::Unavailable { .. }));
+        result
     }
 }
 
@@ -174,6 +187,12 @@ impl<T: Transaction> Transaction for FaultyTx<T> {
     }
 
     async fn commit(self, advance: Advance) -> Result<(), Error> {
+        if self.has_failed && self.process.tests_handler() {
+            return Err(Error::unavailable(
+                "commit",
+                "a read or write of the transaction failed, so it can only be rolled back",
+            ));
+        }
         self.process
             .operate(Operation::Commit, self.inner.commit(advance), |failure| match failure {
                 Failure::NotDone => not_done(Operation::Commit),
@@ -192,7 +211,9 @@ impl<T: Transaction> Outbox for FaultyTx<T> {
     async fn send(&mut self, log: &str, record: NewRecord) -> Result<(), Error> {
         let outbox = self.inner.outbox();
         let outbox = outbox.ok_or_else(|| Error::failed("send", "the wrapped transaction has no outboxes"))?;
-        ask(&self.process, Operation::Send, outbox.send(log, record)).await
+        let sent = ask(&self.process, Operation::Send, outbox.send(log, record)).await;
+        self.process.touch_outbox(log);
+        self.noting_failure(sent)
     }
 }
 
@@ -252,15 +273,19 @@ fn letters<T: Transaction>(tx: &mut T) -> Result<&mut dyn DeadLetters, Error> {
 #[async_trait]
 impl<T: KeyValue> KeyValue for FaultyTx<T> {
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
-        ask(&self.process, Operation::Get, self.inner.get(key)).await
+        let value = ask(&self.process, Operation::Get, self.inner.get(key)).await;
+        self.noting_failure(value)
     }
 
     async fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        ask(&self.process, Operation::Put, self.inner.put(key, value)).await
+        let written = ask(&self.process, Operation::Put, self.inner.put(key, value)).await;
+        self.process.touch_key(key);
+        self.noting_failure(written)
     }
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
-        ask(&self.process, Operation::Delete, self.inner.delete(key)).await
+        let deleted = ask(&self.process, Operation::Delete, self.inner.delete(key)).await;
+        self.noting_failure(deleted)
     }
 }
 
@@ -282,22 +307,33 @@ impl<H> FaultyHandler<H> {
 #[async_trait]
 impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for FaultyHandler<H> {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        let act = self.inner.handle(record, tx);
         self.process
-            .operate(
-                Operation::Handle,
-                self.inner.handle(record, tx),
-                |failure| match failure {
-                    // The backend fails, and the handler notices it first.
-                    Failure::NotDone => not_done(Operation::Handle).into(),
-                    // The record itself fails, so the consumer handles it alone.
-                    Failure::ReplyLost => HandlerError::retry("a planned fault after the handler did its work"),
-                },
-            )
+            .operate(Operation::Handle, act, |failure| failed(Operation::Handle, failure))
+            .await
+    }
+
+    async fn flush(&mut self, tx: &mut Tx) -> Result<(), HandlerError> {
+        let act = self.inner.flush(tx);
+        if !self.process.tests_handler() {
+            return act.await;
+        }
+        self.process
+            .operate(Operation::Flush, act, |failure| failed(Operation::Flush, failure))
             .await
     }
 
     async fn reset(&mut self) {
         self.inner.reset().await;
+    }
+}
+
+fn failed(operation: Operation, failure: Failure) -> HandlerError {
+    match failure {
+        // The backend fails, and the handler notices it first.
+        Failure::NotDone => not_done(operation).into(),
+        // The record itself fails, so the consumer handles it alone.
+        Failure::ReplyLost => HandlerError::retry("a planned fault after the handler did its work"),
     }
 }
 

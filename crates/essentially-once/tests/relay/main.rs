@@ -306,7 +306,7 @@ async fn outbox_with_a_large_record(large: u64, last: u64) -> (Memory, MemoryLog
     let memory = Memory::new();
     let record = |n: u64| {
         let record = NewRecord::new(n.to_string()).origin(origin(n));
-        let record = record.key(if n % 2 == 0 { "a" } else { "b" });
+        let record = record.key(if n.is_multiple_of(2) { "a" } else { "b" });
         match n == large {
             true => record.header("large", [b'x'; 100].as_slice()),
             false => record,
