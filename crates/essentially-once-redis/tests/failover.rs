@@ -134,7 +134,12 @@ async fn a_consumer_goes_on_with_the_new_master() -> Outcome {
     let sending = tokio::spawn(send_until(redis.log("orders").await?, sent.clone()));
     until(&mut running.seen, |seen| seen.handled >= 30).await?;
     stage.master.kill()?;
+    let deadline = Instant::now() + LIMIT;
     while sentinel.master_port()? != stage.replica.port() {
+        ensure!(
+            Instant::now() < deadline,
+            "Sentinel has not made the replica the master"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let before = running.seen.borrow().handled;

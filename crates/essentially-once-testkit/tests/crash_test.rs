@@ -477,6 +477,13 @@ async fn rejected_records_are_compared_as_dead_letters() -> Result<(), CrashFind
 }
 
 #[tokio::test]
+async fn a_limit_of_no_plans_is_refused() {
+    let test = CrashTest::new(|_| Sound).records(orders()).limit(0);
+    let found = mistakes(test, &[Mistake::Stopped]).await;
+    says(&found, &["the limit is 0"]);
+}
+
+#[tokio::test]
 async fn a_test_without_anything_to_compare_fails() {
     let idle = |_: &Probe| handler_fn(|_: &Record, _: &mut CrashTx| Box::pin(async { Ok(()) }));
     mistakes(CrashTest::new(idle).records(orders()), &[Mistake::NothingToCompare]).await;

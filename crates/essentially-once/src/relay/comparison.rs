@@ -15,8 +15,8 @@ use crate::{
     passed::content_digest,
 };
 
-/// How many of the destination's last records the first look reads. It finds what this outbox sent
-/// last unless so many records of others came since.
+/// How many of the destination's last records the first look reads. If as many records of other
+/// senders follow those of this outbox, it does not find them.
 const FIRST_LOOK: u64 = 1_024;
 
 /// By how much each further look is longer.
@@ -242,4 +242,38 @@ async fn read(log: &dyn Log, from: Offset, lowest: &HashMap<&Numbering, u64>) ->
     let reaches = |(numbering, held): (&Numbering, &Held)| held.reach.is_none_or(|reach| reach <= lowest[numbering]);
     let is_complete = found.iter().all(reaches);
     Ok((found, is_complete))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ProducerId, memory::Memory};
+
+    fn records(numbers: std::ops::Range<u64>) -> Vec<NewRecord> {
+        let producer = ProducerId::new("orders").expect("name");
+        let record = |n: u64| NewRecord::new(n.to_string()).origin(Origin::new(producer.clone(), Epoch::STABLE, n));
+        numbers.map(record).collect()
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_meanwhile_makes_a_record_late() -> Result<(), Error> {
+        let log = Memory::new().log("bus")?;
+        let (id, mut comparison) = (log.id().clone(), Comparison::default());
+        let last = 5 + Window::SIZE;
+        comparison.look(&log, &records(6..7)).await?;
+        comparison.sent(&records(6..last + 1));
+        assert!(
+            comparison.check(&id, &records(5..6)).is_ok(),
+            "the window reaches back to it"
+        );
+        comparison.sent(&records(last + 1..last + 2));
+        let conflict = comparison.check(&id, &records(5..6)).expect_err("late");
+        assert_eq!((conflict.is_late(), conflict.highest), (true, Some(last + 1)));
+        comparison.go_back();
+        assert!(
+            comparison.check(&id, &records(5..6)).is_ok(),
+            "a batch that comes again is not late"
+        );
+        Ok(())
+    }
 }

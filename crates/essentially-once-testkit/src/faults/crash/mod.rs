@@ -118,7 +118,7 @@ where
 /// # How long it takes
 /// In memory, time is paused, and a plan has the same result each time. The test runs up to 2,000
 /// plans, which take one to five seconds for five records in a debug build. If more plans exist, it
-/// runs every single fault, and a sample of the pairs. For all pairs, raise the
+/// runs the single faults first, and then a sample of the pairs. For all pairs, raise the
 /// [`limit`](Self::limit). The time of a plan grows with the records, and so does the number of
 /// plans, so give a few records that meet each branch of the handler.
 ///
@@ -130,7 +130,8 @@ pub struct CrashTest<H: Harness = MemoryHarness> {
     make: Make<TxOf<H>>,
     records: Vec<NewRecord>,
     max_batch: usize,
-    limit: usize,
+    /// `None` for the default.
+    limit: Option<usize>,
     seed: Option<u64>,
     only: Option<Plan>,
     idempotent: BTreeSet<String>,
@@ -152,7 +153,6 @@ impl CrashTest {
         K: Handler<CrashTx> + 'static,
     {
         let mut test = Self::on(MemoryHarness, make_handler);
-        test.limit = LIMIT;
         test.is_real_time = false;
         test
     }
@@ -171,7 +171,7 @@ impl<H: Harness> CrashTest<H> {
             make: Arc::new(move |probe| Box::new(make_handler(probe))),
             records: Vec::new(),
             max_batch: 2,
-            limit: LIMIT_IN_REAL_TIME,
+            limit: None,
             seed: None,
             only: None,
             idempotent: BTreeSet::new(),
@@ -208,11 +208,17 @@ impl<H: Harness> CrashTest<H> {
     }
 
     /// Sets how many plans to run at most. The default is 2,000, and 60 in real time. If more
-    /// exist, a random sample is run, and the report names its seed.
+    /// exist, a random sample is run, and the report names its seed. With 0, the test fails, because
+    /// it would run no faults.
     #[must_use]
     pub fn limit(mut self, plans: usize) -> Self {
-        self.limit = plans;
+        self.limit = Some(plans);
         self
+    }
+
+    fn most_plans(&self) -> usize {
+        let default = if self.is_real_time { LIMIT_IN_REAL_TIME } else { LIMIT };
+        self.limit.unwrap_or(default)
     }
 
     /// Repeats a sample. The default is a new seed for each test.
@@ -295,7 +301,6 @@ impl<H: Harness> CrashTest<H> {
     #[must_use]
     pub fn real_time(mut self) -> Self {
         self.is_real_time = true;
-        self.limit = self.limit.min(LIMIT_IN_REAL_TIME);
         self
     }
 

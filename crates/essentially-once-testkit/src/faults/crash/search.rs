@@ -57,6 +57,11 @@ pub(super) fn failed(details: String) -> CrashFindings {
 
 impl<'t, H: Harness> Search<'t, H> {
     pub(super) fn new(test: &'t CrashTest<H>, is_cancelled: &'t AtomicBool) -> Result<Self, CrashFindings> {
+        if test.most_plans() == 0 {
+            return Err(failed(
+                "the limit is 0, so no fault would be tried; raise `CrashTest::limit`".into(),
+            ));
+        }
         let runtime = new_runtime(test.is_real_time).map_err(|error| failed(error.to_string()))?;
         let log = Memory::new().log(NAME).map_err(|error| failed(error.to_string()))?;
         let appended = runtime.block_on(log.append(&test.records));
@@ -176,17 +181,17 @@ impl<'t, H: Harness> Search<'t, H> {
         let mut rng = fastrand::Rng::with_seed(self.seed);
         if self.test.is_real_time {
             self.is_sampled = true;
-            for _ in 0..self.test.limit {
+            for _ in 0..self.test.most_plans() {
                 let plan = random_plan(&mut rng, self.explored.operations);
                 self.run_plan(&plan);
             }
             return;
         }
         let mut singles: Vec<Fault> = faults(1..=self.explored.operations).collect();
-        if singles.len() > self.test.limit {
+        if singles.len() > self.test.most_plans() {
             self.is_sampled = true;
             rng.shuffle(&mut singles);
-            singles.truncate(self.test.limit);
+            singles.truncate(self.test.most_plans());
             singles.sort_by_key(|fault| fault.operation);
         }
         let mut firsts = Vec::new();
@@ -200,7 +205,7 @@ impl<'t, H: Harness> Search<'t, H> {
         if !self.findings.is_empty() {
             return;
         }
-        let room = self.test.limit.saturating_sub(firsts.len());
+        let room = self.test.most_plans().saturating_sub(firsts.len());
         let chosen: BTreeSet<usize> = if self.pairs > room {
             self.is_sampled = true;
             let mut chosen = BTreeSet::new();
