@@ -208,8 +208,8 @@ impl<H: Harness> CrashTest<H> {
     }
 
     /// Sets how many plans to run at most. The default is 2,000, and 60 in real time. If more
-    /// exist, a random sample is run, and the report names its seed. With 0, the test fails, because
-    /// it would run no faults.
+    /// exist, a random sample is run, and the report names its seed. With 0, the test fails,
+    /// because it would run no faults.
     #[must_use]
     pub fn limit(mut self, plans: usize) -> Self {
         self.limit = Some(plans);
