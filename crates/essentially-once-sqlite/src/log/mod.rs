@@ -6,6 +6,7 @@ mod reader;
 mod retention;
 pub(crate) mod sending;
 mod table;
+mod ticks;
 
 use std::sync::{Arc, Mutex};
 
@@ -137,7 +138,7 @@ impl SqliteLog {
     ///
     /// Each record gets an origin, as described [above](SqliteLog#as-an-outbox). All readers, also
     /// those of this process, find the records as if another process had appended them: within
-    /// about 10 ms after the commit, or 2 ms if they have found others within the last second. The
+    /// about 10 ms after the commit, or 1 ms if they have found others within the last second. The
     /// log's retention applies, as with [`append`](Log::append).
     ///
     /// The connection must have [`Sqlite::path`](crate::Sqlite::path) open as its main database,

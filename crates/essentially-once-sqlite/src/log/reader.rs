@@ -24,6 +24,7 @@ use tokio::{
 use super::{
     codec::{Columns, Decoder},
     table::{Standing, Table},
+    ticks::tick,
 };
 use crate::{
     connection::{
@@ -40,11 +41,8 @@ const POOL_PATIENCE: Duration = Duration::from_millis(20);
 /// How often to check whether another process wrote to the file.
 const POLL: Duration = Duration::from_millis(10);
 
-/// How long to wait before the next check while records arrive. Tokio's timer rounds it up, so that
-/// there is about one check per millisecond. It takes a few microseconds.
-const POLL_BUSY: Duration = Duration::from_micros(100);
-
-/// How long after a record others are expected to arrive.
+/// How long after a record others are expected to arrive, so that the reader checks with each
+/// [tick]. A check takes a few microseconds.
 const BUSY: Duration = Duration::from_secs(1);
 
 /// A fetch of at least this many records indicates a backlog, so the next fetch runs on another
@@ -224,12 +222,17 @@ impl SqliteReader {
     async fn changed(&mut self) -> Result<(), Error> {
         loop {
             // The log holds the sender, so `Ok` always means an append.
-            let poll = match self.found {
-                Some(found) if found.elapsed() < BUSY => POLL_BUSY,
-                _ => POLL,
+            let expects = self.found.is_some_and(|found| found.elapsed() < BUSY);
+            let pause = async {
+                match expects {
+                    true => tick().await,
+                    false => time::sleep(POLL).await,
+                }
             };
-            if time::timeout(poll, self.wake.changed()).await.is_ok() {
-                return Ok(());
+            tokio::select! {
+                biased;
+                Ok(()) = self.wake.changed() => return Ok(()),
+                () = pause => {}
             }
             let cursor = lock(&self.cursor);
             match cursor.data_version() {

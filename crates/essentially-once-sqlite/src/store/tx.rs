@@ -26,7 +26,7 @@ use crate::{
 ///
 /// It also [sends](Outbox) records to [logs of the file](crate::SqliteLog#as-an-outbox). Each
 /// record costs one insert. Readers of this process wake at the commit, and those of others find
-/// the records within about 10 ms, or 2 ms while records arrive. A rollback to a savepoint takes
+/// the records within about 10 ms, or 1 ms while records arrive. A rollback to a savepoint takes
 /// back the records that were sent since it was set.
 ///
 /// SQL may use savepoints and change the schema. It may not begin or end transactions, attach
