@@ -199,6 +199,10 @@ fn nothing(lowest: &HashMap<&Numbering, u64>) -> Found {
 /// A numbering of which the first look finds nothing is taken for new to this log, so that a relay
 /// does not read a whole log before it sends its first record.
 async fn find(log: &dyn Log, lowest: &HashMap<&Numbering, u64>) -> Result<Found, Error> {
+    // A broker may take long to tell that it holds nothing, so it is asked once.
+    if log.bounds().await?.end == Offset::ZERO {
+        return Ok(nothing(lowest));
+    }
     let mut count = FIRST_LOOK;
     loop {
         let Some(from) = log.tail(count).await? else {
