@@ -114,6 +114,12 @@ impl Redis {
         RedisLog::open(Arc::clone(&self.server), name, options).await
     }
 
+    /// Name and version of the server when this handle connected, such as `Redis 7.0.15`. `None` if
+    /// the server hides them.
+    pub fn version(&self) -> Option<&str> {
+        self.server.version.as_deref()
+    }
+
     /// The store of positions and state. Each call returns a store with its own connections. Clones
     /// share them.
     pub fn store(&self) -> RedisStore {

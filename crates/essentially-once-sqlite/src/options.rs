@@ -30,12 +30,14 @@ pub struct SqliteOptions {
     pub(crate) busy_timeout: Duration,
     pub(crate) record_limit: usize,
     pub(crate) wal_limit: u64,
+    pub(crate) existing: bool,
 }
 
 impl SqliteOptions {
     /// The defaults: a timeout of 10 seconds, records of up to 16 MiB, a WAL of 64 MiB.
     pub fn new() -> Self {
         Self {
+            existing: false,
             busy_timeout: Duration::from_secs(10),
             record_limit: 16 * 1024 * 1024,
             wal_limit: 64 * 1024 * 1024,
@@ -66,6 +68,15 @@ impl SqliteOptions {
     #[must_use]
     pub fn wal_limit(mut self, bytes: u64) -> Self {
         self.wal_limit = bytes;
+        self
+    }
+
+    /// Fails if the file does not exist, or was not made by this version of the crate, instead of
+    /// creating or migrating it. For programs that look after the data of others, and must not turn
+    /// a mistyped path into a file.
+    #[must_use]
+    pub fn existing(mut self) -> Self {
+        self.existing = true;
         self
     }
 

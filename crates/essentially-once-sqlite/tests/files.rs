@@ -85,6 +85,38 @@ async fn a_newer_schema_is_refused_and_unchanged() {
 
 #[cfg(unix)]
 #[tokio::test]
+async fn a_file_that_must_exist_is_neither_created_nor_migrated() {
+    let folder = tempfile::tempdir().expect("folder");
+    let refusal = async |path: &Path| {
+        let opened = SqliteOptions::new().existing().open(path).await;
+        opened.expect_err("refused").to_string()
+    };
+    let path = folder.path().join("a.db");
+    let text = refusal(&path).await;
+    assert!(text.contains("a.db") && text.contains("No such file"), "{text}");
+    assert!(names(folder.path()).is_empty());
+
+    Connection::open(&path)
+        .and_then(|connection| connection.execute_batch("CREATE TABLE orders (id)"))
+        .expect("the user's file");
+    let before = fs::read(&path).expect("read");
+    let text = refusal(&path).await;
+    assert!(text.contains("no essentially_once tables"), "{text}");
+    assert_eq!(fs::read(&path).expect("read"), before);
+
+    let old = folder.path().join("old.db");
+    fs::copy("tests/fixtures/schema-4.db", &old).expect("copy");
+    let before = fs::read(&old).expect("read");
+    let text = refusal(&old).await;
+    assert!(text.contains("schema version 4"), "{text}");
+    assert_eq!(fs::read(&old).expect("read"), before);
+
+    let made = folder.path().join("made.db");
+    drop(Sqlite::open(&made).await.expect("create"));
+    SqliteOptions::new().existing().open(&made).await.expect("open");
+}
+
+#[tokio::test]
 async fn a_read_only_file_is_refused() {
     use std::os::unix::fs::PermissionsExt;
 

@@ -30,6 +30,8 @@ pub(crate) struct Server {
     seeds: Vec<ConnectionInfo>,
     sentinels: Vec<ConnectionInfo>,
     kind: Kind,
+    /// Name and version of the server; `None` if it hides them.
+    pub(crate) version: Option<String>,
     #[cfg(feature = "tls")]
     tls: Option<Tls>,
     /// Set when the server has refused RESP3.
@@ -71,16 +73,17 @@ impl Server {
             seeds,
             sentinels,
             kind: Kind::Single,
+            version: None,
             #[cfg(feature = "tls")]
             tls,
             lacks_resp3: AtomicBool::new(false),
         };
-        server.kind = server.identify().await?;
+        (server.kind, server.version) = server.identify().await?;
         Ok(Arc::new(server))
     }
 
     /// Checks the version, and finds out whether the server is a node of a cluster.
-    async fn identify(&self) -> Result<Kind, Error> {
+    async fn identify(&self) -> Result<(Kind, Option<String>), Error> {
         let mut connection = self.connect_any().await?;
         let action = || self.on("ask for the version");
         let answer: RedisResult<String> = redis::cmd("INFO").query_async(&mut connection.inner).await;
@@ -89,7 +92,7 @@ impl Server {
             // Some cloud providers hide this command.
             Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
                 tracing::warn!(server = %self, %error, "the server refuses INFO: assuming a single server, Redis 7.0 or later");
-                return Ok(Kind::Single);
+                return Ok((Kind::Single, None));
             }
             Err(error) => return Err(read_failed(action(), error)),
         };
@@ -107,10 +110,14 @@ impl Server {
             );
             return Err(Error::failed(action(), why));
         }
-        match field("cluster_enabled") {
-            Some("1") => Ok(Kind::Cluster),
-            _ => Ok(Kind::Single),
-        }
+        let kind = match field("cluster_enabled") {
+            Some("1") => Kind::Cluster,
+            _ => Kind::Single,
+        };
+        // Valkey also names the Redis that it is compatible with.
+        let valkey = field("valkey_version").map(|version| format!("Valkey {version}"));
+        let version = valkey.or_else(|| Some(format!("Redis {}", field("redis_version")?)));
+        Ok((kind, version))
     }
 
     /// A new connection to the server that holds `key`. Dropping the future closes the connections

@@ -166,7 +166,15 @@ fn install(authorizer: &Authorizer, connection: &mut Connection, path: &Path) ->
 }
 
 fn create_once(path: &Path, authorizer: &Authorizer, options: &SqliteOptions) -> Result<Connection, Error> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    if options.existing {
+        // SQLite would only say that it cannot open the file.
+        if let Err(error) = fs::metadata(path) {
+            return Err(Error::failed(on("open SQLite file", path), error));
+        }
+    } else {
+        flags |= OpenFlags::SQLITE_OPEN_CREATE;
+    }
     let mut connection = connect(path, flags).map_err(|error| classify(on("open SQLite file", path), error))?;
     if connection.is_readonly("main").unwrap_or(false) {
         return Err(Error::failed(
@@ -177,6 +185,9 @@ fn create_once(path: &Path, authorizer: &Authorizer, options: &SqliteOptions) ->
     // Must come before the first write: the file may not be a database, or may be from a newer
     // version.
     schema::check(&connection, path)?;
+    if options.existing {
+        schema::require(&connection, path)?;
+    }
     configure(&connection, path, options)?;
     schema::migrate(&connection, path)?;
     install(authorizer, &mut connection, path)?;

@@ -119,6 +119,21 @@ pub(crate) fn check(connection: &Connection, path: &Path) -> Result<(), Error> {
     refuse_newer(version(connection).map_err(failed)?, path)
 }
 
+/// Refuses a file that this version of the crate did not make. Only reads.
+pub(crate) fn require(connection: &Connection, path: &Path) -> Result<(), Error> {
+    let action = || on("open SQLite file", path);
+    let reason = match version(connection).map_err(|error| classify(action(), error))? {
+        version if version == MIGRATIONS.len() as i64 => return Ok(()),
+        0 => "the file has no essentially_once tables; check the path".into(),
+        version => format!(
+            "the essentially_once tables have schema version {version}, and this program would have to migrate them to \
+             {}; upgrade the services that use the file first",
+            MIGRATIONS.len()
+        ),
+    };
+    Err(Error::failed(action(), reason))
+}
+
 /// Migrates the file to this crate's schema in one transaction. Several processes may do this
 /// concurrently.
 pub(crate) fn migrate(connection: &Connection, path: &Path) -> Result<(), Error> {
