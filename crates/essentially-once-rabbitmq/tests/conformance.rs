@@ -98,6 +98,7 @@ impl Harness for RabbitHarness {
         capabilities.paced_rounds = 300;
         capabilities.log_name_bytes = 180;
         capabilities.read_state = Support::Yes;
+        capabilities.consumers = Support::No("AMQP has no command that lists streams");
         capabilities.beats = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         life_and_state_are_where_the_position_is,
         a_command_in_another_slot_is_refused,
         an_outbox_is_in_the_slot_of_its_consumer,
+        consumers_on_all_nodes_are_listed,
         a_consumer_follows_its_slot,
         sender_and_reader_follow_the_slot_of_the_log,
         a_node_that_is_killed_comes_back,
@@ -348,6 +349,29 @@ async fn an_outbox_is_in_the_slot_of_its_consumer() -> Outcome {
             ensure!(exists == Reply::Int(1), "{key} is not on node {index}");
         }
     }
+    Ok(())
+}
+
+async fn consumers_on_all_nodes_are_listed() -> Outcome {
+    let stage = Stage::start().await?;
+    let store = stage.redis.store();
+    for consumer in &stage.consumers {
+        let first = Revision::NONE.next_epoch();
+        let advance = Advance::new(stage.logs[0].id().clone(), 0.into(), Revision::NONE, first);
+        store.begin(consumer).await?.commit(advance).await?;
+    }
+    let mut all = stage.consumers.to_vec();
+    all.sort_unstable();
+    ensure!(store.consumers().await? == Some(all.clone()), "not all are listed");
+    let slot = slot_of(&stage.cluster, &position_key(stage.consumers[0].as_str()))?.to_string();
+    stage.begin_move(&slot, 0, 2)?;
+    while stage.move_keys(&slot, 0, 2, 10)? > 0 {}
+    ensure!(
+        store.consumers().await? == Some(all.clone()),
+        "one left out amid a move"
+    );
+    stage.end_move(&slot, 2)?;
+    ensure!(store.consumers().await? == Some(all), "one left out after a move");
     Ok(())
 }
 

@@ -64,6 +64,7 @@ impl Harness for RedisHarness {
         capabilities.wire = Support::Yes;
         capabilities.native = Support::Yes;
         capabilities.read_state = Support::Yes;
+        capabilities.consumers = Support::Yes;
         capabilities.beats = Support::Yes;
         capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.paced_rounds = 500;

@@ -37,6 +37,7 @@ impl Harness for SqliteHarness {
         capabilities.wire = Support::No("this process opens the file itself, without a wire");
         capabilities.native = Support::Yes;
         capabilities.read_state = Support::Yes;
+        capabilities.consumers = Support::Yes;
         capabilities.beats = Support::Yes;
         capabilities.commits_are_cheap = Support::No("each commit is synced to the disk");
         capabilities.malformed = Support::Yes;

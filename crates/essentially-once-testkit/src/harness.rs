@@ -278,6 +278,8 @@ pub struct Capabilities {
     pub native: Support,
     /// [`Backend::state_reader`] works.
     pub read_state: Support,
+    /// The store lists its consumers: [`OffsetStore::consumers`] does not return `None`.
+    pub consumers: Support,
     /// The store keeps beats: it implements [`OffsetStore::beat`] and [`OffsetStore::release`].
     pub beats: Support,
     /// A commit takes a few microseconds, so a case may make more than 65,536 of them.
@@ -339,6 +341,7 @@ impl Capabilities {
             wire: no,
             native: no,
             read_state: no,
+            consumers: no,
             beats: no,
             commits_are_cheap: no,
             malformed: no,

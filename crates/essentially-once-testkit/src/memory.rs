@@ -33,6 +33,7 @@ impl Harness for MemoryHarness {
             wire: Support::No("the in-memory backend uses no network"),
             native: Support::No("the in-memory backend has no native data"),
             read_state: Support::Yes,
+            consumers: Support::Yes,
             beats: Support::Yes,
             commits_are_cheap: Support::Yes,
             outbox: Support::Yes,

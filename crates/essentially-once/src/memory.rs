@@ -338,6 +338,14 @@ impl OffsetStore for MemoryStore {
         Ok(volatile())
     }
 
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        let consumers = lock(&self.shared.consumers);
+        let with_position = consumers.iter().filter(|(_, stored)| stored.position.is_some());
+        let mut names: Vec<_> = with_position.map(|(consumer, _)| consumer.clone()).collect();
+        names.sort_unstable();
+        Ok(Some(names))
+    }
+
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
         let consumers = lock(&self.shared.consumers);
         Ok(consumers.get(consumer).map_or_else(Pulse::default, |stored| {

@@ -182,6 +182,9 @@ impl Advance {
 ///   one acknowledged before the call, and waits for no open transaction.
 /// - **S12** An advance without a journal keeps the stored one, and one with a journal replaces it,
 ///   in the same commit as everything else.
+/// - **S13** If `consumers` returns a list, the list has every consumer with a position once, in
+///   the order of their names. It has each consumer whose first commit was acknowledged before the
+///   call, and none that never committed. The call waits for no open transaction.
 ///
 /// # Isolation
 /// The backend decides what a transaction sees of commits by other instances of its consumer: a
@@ -293,6 +296,19 @@ pub trait OffsetStore: Send + Sync + 'static {
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Failed`].
     async fn durability(&self) -> Result<Durability, Error>;
+
+    /// The consumers that have a position in this store, sorted by name; `None` if the store cannot
+    /// list them, which is the default.
+    ///
+    /// For operators and monitoring. It may read a name for each consumer. Dropping the future has
+    /// no effect.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`]. [`Error::Failed`], also if a stored name is not a valid
+    /// [`ConsumerId`], which the error names.
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        Ok(None)
+    }
 
     /// Shows whether the owner of the position is alive. A standby calls it about ten times a
     /// second.
@@ -502,6 +518,10 @@ impl<S: OffsetStore + ?Sized> OffsetStore for Arc<S> {
 
     async fn durability(&self) -> Result<Durability, Error> {
         (**self).durability().await
+    }
+
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        (**self).consumers().await
     }
 
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {

@@ -103,6 +103,10 @@ use crate::connection::server::Server;
 /// position. If another handle commits later, the transaction has read outdated values, and its
 /// commit is `Fenced`.
 ///
+/// # Listing consumers
+/// AMQP has no command that lists streams, so [`consumers`](OffsetStore::consumers) returns `None`.
+/// The management interface of the broker shows the changelogs, one per consumer.
+///
 /// # Foreign and damaged messages
 /// The store ignores a message in a changelog that does not begin like an entry of this crate, and
 /// logs a warning. A message that begins like one but cannot be read (because it is damaged or of a

@@ -1,6 +1,6 @@
 //! Addresses: URLs, and the addresses that servers report.
 
-use std::net::Ipv6Addr;
+use std::{net::Ipv6Addr, ops::RangeInclusive};
 
 use essentially_once::Error;
 use redis::{ConnectionAddr, ConnectionInfo, ProtocolVersion, Value};
@@ -57,9 +57,18 @@ pub(crate) fn at(settings: &ConnectionInfo, host: Option<String>, port: u16) -> 
     settings.clone().set_addr(addr)
 }
 
-/// Host and port of the master, if this range of `CLUSTER SLOTS` contains the slot: `[first, last,
-/// [host, port, …], replicas…]`.
+/// The number of slots of a cluster.
+pub(crate) const SLOTS: usize = 16_384;
+
+/// Host and port of the master, if this range of `CLUSTER SLOTS` contains the slot.
 pub(crate) fn master_of(range: &[Value], slot: u64) -> Option<(String, u16)> {
+    let (slots, master) = slots_of(range)?;
+    slots.contains(&slot).then_some(master)
+}
+
+/// The slots of a range of `CLUSTER SLOTS`, and host and port of their master: `[first, last,
+/// [host, port, …], replicas…]`.
+pub(crate) fn slots_of(range: &[Value]) -> Option<(RangeInclusive<u64>, (String, u16))> {
     let number = |value: &Value| match value {
         Value::Int(number) => u64::try_from(*number).ok(),
         _ => None,
@@ -67,15 +76,13 @@ pub(crate) fn master_of(range: &[Value], slot: u64) -> Option<(String, u16)> {
     let [first, last, Value::Array(master), ..] = range else {
         return None;
     };
-    if !(number(first)?..=number(last)?).contains(&slot) {
-        return None;
-    }
     let host = match master.first()? {
         Value::BulkString(host) => String::from_utf8_lossy(host).into_owned(),
         Value::SimpleString(host) => host.clone(),
         _ => String::new(),
     };
-    Some((host, u16::try_from(number(master.get(1)?)?).ok()?))
+    let port = u16::try_from(number(master.get(1)?)?).ok()?;
+    Some((number(first)?..=number(last)?, (host, port)))
 }
 
 pub(crate) fn is_tls(node: &ConnectionInfo) -> bool {

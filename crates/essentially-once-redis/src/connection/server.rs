@@ -1,6 +1,7 @@
 //! Finding the server that holds a key, and connecting to it.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     str::FromStr as _,
     sync::{
@@ -17,7 +18,7 @@ use redis::{AsyncConnectionConfig, Client, ConnectionInfo, ProtocolVersion, Redi
 use crate::connection::tls::Tls;
 use crate::{
     connection::{
-        address::{at, is_tls, master_of, parse, shown},
+        address::{SLOTS, at, is_tls, master_of, parse, shown, slots_of},
         live::{Connection, Ended, SharedConnection},
     },
     error::{connect_failed, lacks_resp3, read_failed},
@@ -163,21 +164,48 @@ impl Server {
             .query_async(&mut connection.inner)
             .await
             .map_err(failed)?;
-        let ranges: Vec<Vec<Value>> = redis::cmd("CLUSTER")
-            .arg("SLOTS")
-            .query_async(&mut connection.inner)
-            .await
-            .map_err(failed)?;
+        let ranges = ask_ranges(&mut connection).await.map_err(failed)?;
         match ranges.iter().find_map(|range| master_of(range, slot)) {
-            Some((host, port)) => {
-                // An empty host means the node that answered.
-                let node = at(&self.seeds[0], (!host.is_empty()).then_some(host), port);
-                let connected = self.connect_to(&node).await;
-                connected
-                    .map_err(|error| connect_failed(format!("connect to {}", shown(node.addr())), error, is_tls(&node)))
-            }
+            Some(node) => self.connect_to_node(node).await,
             None => Err(Error::unavailable(action(), format!("no node serves slot {slot} now"))),
         }
+    }
+
+    /// A new connection to the server, or to each master of a cluster.
+    pub(crate) async fn open_masters(&self) -> Result<Vec<Connection>, Error> {
+        let limit = self.connect_limit();
+        let mut connection = self.within(limit, "connect", self.connect_any()).await?;
+        if self.kind == Kind::Single {
+            return Ok(vec![connection]);
+        }
+        let action = || self.on("find the masters of the cluster");
+        let ranges = ask_ranges(&mut connection)
+            .await
+            .map_err(|error| read_failed(action(), error))?;
+        let mut masters = BTreeSet::new();
+        let mut served = 0;
+        for (slots, node) in ranges.iter().filter_map(|range| slots_of(range)) {
+            served += slots.count();
+            masters.insert(node);
+        }
+        if served != SLOTS {
+            return Err(Error::unavailable(
+                action(),
+                format!("nodes serve {served} of {SLOTS} slots now"),
+            ));
+        }
+        let mut connections = Vec::new();
+        for node in masters {
+            connections.push(self.within(limit, "connect", self.connect_to_node(node)).await?);
+        }
+        Ok(connections)
+    }
+
+    /// Connects to a node of the cluster. An empty host means the node that was asked.
+    async fn connect_to_node(&self, (host, port): (String, u16)) -> Result<Connection, Error> {
+        let node = at(&self.seeds[0], (!host.is_empty()).then_some(host), port);
+        let connected = self.connect_to(&node).await;
+        connected.map_err(|error| connect_failed(format!("connect to {}", shown(node.addr())), error, is_tls(&node)))
     }
 
     /// Whether keys are spread over several nodes.
@@ -305,6 +333,14 @@ impl Server {
         let connection = Box::pin(connecting).await?;
         Ok(connection.into())
     }
+}
+
+/// The ranges of slots, each with its nodes.
+async fn ask_ranges(connection: &mut Connection) -> RedisResult<Vec<Vec<Value>>> {
+    redis::cmd("CLUSTER")
+        .arg("SLOTS")
+        .query_async(&mut connection.inner)
+        .await
 }
 
 /// Shows the first address, and never the user or password.

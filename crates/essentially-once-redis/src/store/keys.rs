@@ -55,6 +55,30 @@ pub(crate) struct Keys {
     pub(crate) letters: LetterKeys,
 }
 
+/// The pattern, for `SCAN`, of the keys of all positions with this prefix. Keys of outboxes can
+/// match it too.
+pub(crate) fn position_pattern(prefix: &str) -> String {
+    let mut pattern = String::with_capacity(prefix.len() + 16);
+    for c in prefix.chars() {
+        if matches!(c, '*' | '?' | '[' | ']' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(c);
+    }
+    pattern + ":{*}:position"
+}
+
+/// The consumer whose position has this key; `None` if the key is of another kind.
+///
+/// # Errors
+/// [`Error::InvalidName`] if no consumer can have that name.
+pub(crate) fn consumer_of_position(prefix: &str, key: &[u8]) -> Option<Result<ConsumerId, Error>> {
+    let rest = key.strip_prefix(prefix.as_bytes())?.strip_prefix(b":{")?;
+    let end = rest.windows(2).position(|bytes| bytes == b"}:")?;
+    let (name, kind) = (&rest[..end], &rest[end + 2..]);
+    (kind == Kind::Position.name().as_bytes()).then(|| ConsumerId::new(String::from_utf8_lossy(name)))
+}
+
 /// The names of a consumer's keys for dead letters.
 #[derive(Debug)]
 pub(crate) struct LetterKeys {
@@ -283,6 +307,39 @@ mod tests {
             assert_eq!(keys.now, now.as_bytes(), "{stream}");
             assert_eq!(keys.before.as_deref(), before.map(str::as_bytes), "{stream}");
         }
+    }
+
+    #[test]
+    fn the_pattern_of_positions_takes_the_prefix_literally() {
+        assert_eq!(position_pattern("shop:eu"), "shop:eu:{*}:position");
+        assert_eq!(position_pattern(r"a*b?[c-d]\e^"), r"a\*b\?\[c-d\]\\e^:{*}:position");
+    }
+
+    #[test]
+    fn a_position_names_its_consumer() {
+        let of = |key: &str| consumer_of_position("p", key.as_bytes());
+        for name in ["billing", "a:position", "a/b-1"] {
+            let found = of(&format!("p:{{{name}}}:position"))
+                .expect("a position")
+                .expect("valid");
+            assert_eq!(found.as_str(), name);
+        }
+        for other in [
+            "p:{a}:state",
+            "p:{a}:position:x",
+            "q:{a}:position",
+            "p:{y}:outbox:x{y}:position",
+        ] {
+            assert!(of(other).is_none(), "{other}");
+        }
+        for odd in ["p:{}:position", "p:{a b}:position", "p:{a}b}:position"] {
+            assert!(of(odd).expect("a position").is_err(), "{odd}");
+        }
+        assert!(
+            consumer_of_position("p", b"p:{\xff}:position")
+                .expect("a position")
+                .is_err()
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod outbox;
 mod tx;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -24,10 +24,16 @@ use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
 pub use self::tx::RedisTx;
 use crate::{
-    connection::{Link, Server, durability},
+    connection::{Link, Server, SharedConnection, durability},
     error::{partially_applied, printable, read_failed, write_failed},
-    store::{keys::Keys, native::Catalog},
+    store::{
+        keys::{Keys, consumer_of_position, position_pattern},
+        native::Catalog,
+    },
 };
+
+/// How many keys the server looks at in one step of a scan.
+const SCAN_COUNT: u32 = 1_000;
 
 /// Reads all of them at one moment. The server would refuse a `MULTI` while it is out of memory,
 /// which must not make a position unreadable.
@@ -94,6 +100,7 @@ const RELEASE: &str = concat!("#!lua flags=allow-oom\n", include_str!("release.l
 /// - these keys, and `+evalsha +eval +hget +hgetall +hmget +hset +hdel`;
 /// - `+hlen +zcard`, with which each session of a consumer looks for dead letters; if it has any,
 ///   also `+zadd +zrem +zrange +zlexcount`;
+/// - `+scan` to [list](OffsetStore::consumers) the consumers. It shows the names of all keys;
 /// - `+config|get` to find out whether the server is durable, and how large a value may be;
 /// - to [send](RedisTx#sending) records, also `+xadd +xinfo|stream`, the stream of each outbox, and
 ///   its hash `<prefix>:{<tag>}:outbox:<stream>`;
@@ -215,6 +222,33 @@ impl RedisStore {
         })
     }
 
+    /// Adds the consumers whose positions this server holds. A cursor means nothing to another
+    /// server, so it needs the same connection throughout.
+    async fn scan(&self, connection: &mut SharedConnection, consumers: &mut BTreeSet<ConsumerId>) -> Result<(), Error> {
+        let server = &self.shared.server;
+        let action = || server.on("list the consumers (SCAN)");
+        let prefix = &server.options.prefix;
+        let pattern = position_pattern(prefix);
+        let mut cursor = "0".to_owned();
+        loop {
+            let mut scan = redis::cmd("SCAN");
+            scan.arg(&cursor)
+                .arg("MATCH")
+                .arg(&pattern)
+                .arg("COUNT")
+                .arg(SCAN_COUNT);
+            let answer: RedisResult<(String, Vec<Vec<u8>>)> = scan.query_async(connection).await;
+            let (next, keys) = answer.map_err(|error| read_failed(action(), error))?;
+            for consumer in keys.iter().filter_map(|key| consumer_of_position(prefix, key)) {
+                consumers.insert(consumer.map_err(|error| Error::failed(action(), error))?);
+            }
+            if next == "0" {
+                return Ok(());
+            }
+            cursor = next;
+        }
+    }
+
     fn consumer(&self, consumer: &ConsumerId) -> Consumer {
         // A panic elsewhere leaves the map whole.
         let mut consumers = self.shared.consumers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -256,6 +290,26 @@ impl OffsetStore for RedisStore {
 
     async fn durability(&self) -> Result<Durability, Error> {
         durability(&self.shared.link).await
+    }
+
+    /// Runs `SCAN` over all keys of the server, so it takes time where the server holds many others.
+    ///
+    /// On a cluster it scans the master of each slot, twice, since a key of a slot that moves
+    /// meanwhile can be on neither node at the moment of its scan. It leaves a consumer out only if
+    /// the slot of the consumer moves more than once during the call.
+    ///
+    /// A consumer whose first transaction was [partially applied](Error::PartiallyApplied) is
+    /// listed too.
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        let server = &self.shared.server;
+        let mut consumers = BTreeSet::new();
+        let passes = if server.is_cluster() { 2 } else { 1 };
+        for _ in 0..passes {
+            for mut connection in server.open_masters().await? {
+                self.scan(&mut connection.inner, &mut consumers).await?;
+            }
+        }
+        Ok(Some(consumers.into_iter().collect()))
     }
 
     /// Runs one `HMGET`. Fails with [`Error::PartiallyApplied`] like

@@ -3,6 +3,7 @@
 mod committing;
 mod letters;
 mod letters_unreadable;
+mod listing;
 mod lost;
 mod native;
 mod outbox;
@@ -89,6 +90,10 @@ fn main() -> ExitCode {
         letters::a_full_server_still_takes_removals,
         letters::a_commit_without_letters_names_none_of_their_keys,
         letters::commands_on_letters_are_refused,
+        listing::consumers_are_found_among_many_other_keys,
+        listing::a_prefix_is_not_a_pattern,
+        listing::a_name_that_no_consumer_can_have_is_an_error_that_names_it,
+        listing::the_documented_permissions_are_enough,
         outbox::an_entry_is_what_a_log_writes,
         outbox::numbers_outlive_the_entries_and_the_stream,
         outbox::a_deleted_counter_draws_a_new_producer,

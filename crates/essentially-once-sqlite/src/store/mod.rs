@@ -98,6 +98,15 @@ impl OffsetStore for SqliteStore {
             .await
     }
 
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        let action = || "list the consumers".into();
+        let names = self.connections.read(action, statements::consumer_names).await?;
+        let consumers: Result<_, _> = names.into_iter().map(ConsumerId::new).collect();
+        consumers
+            .map(Some)
+            .map_err(|error| Error::failed(self.connections.on(action()), error))
+    }
+
     /// A write lock that one transaction holds counts as a beat, because an owner that handles a
     /// record for long holds it and cannot write one.
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {

@@ -5,7 +5,7 @@ use essentially_once::{
     ConsumerId, Error, Offset,
     backend::{Journal, LogId, Note, Position, Revision, Source},
 };
-use rusqlite::{Connection, OptionalExtension, Row};
+use rusqlite::{Connection, OptionalExtension, Row, types::ValueRef};
 
 /// Stores a first position. Changes no row if the consumer has a position.
 pub(super) const INSERT_POSITION: &str = "INSERT INTO main.essentially_once_consumers \
@@ -92,6 +92,21 @@ pub(super) fn position_row(connection: &Connection, consumer: &ConsumerId) -> ru
             })
         })
         .optional()
+}
+
+/// The names of all consumers that have a position, in the order of their bytes. A value that is not
+/// text comes back in a form that no name has.
+pub(super) fn consumer_names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+    connection
+        .prepare_cached("SELECT consumer FROM main.essentially_once_consumers ORDER BY consumer")?
+        .query_map((), |row| {
+            let name = row.get_ref(0)?;
+            Ok(match name {
+                ValueRef::Text(name) => String::from_utf8_lossy(name).into_owned(),
+                other => format!("{other:?}"),
+            })
+        })?
+        .collect()
 }
 
 /// A position and its windows, not decoded yet.

@@ -59,6 +59,21 @@ async fn late_writer_is_fenced() {
     assert!(matches!(tx.commit(advance(1, 1)).await, Err(Error::Fenced { .. })));
 }
 
+#[tokio::test]
+async fn a_stored_name_that_no_consumer_can_have_is_an_error_that_names_it() {
+    let (_folder, sqlite, store) = open().await;
+    staged(&store, "1").await.commit(advance(1, 0)).await.expect("commit");
+    assert_eq!(store.consumers().await.expect("list"), Some(vec![shipping()]));
+    let user = Connection::open(sqlite.path()).expect("the user's connection");
+    for (name, shown) in [("'not a name'", "not a name"), ("''", "is empty"), ("x'6162'", "Blob")] {
+        user.execute(&format!("UPDATE essentially_once_consumers SET consumer = {name}"), [])
+            .expect("an edit by hand");
+        let error = store.consumers().await.expect_err(name);
+        assert!(matches!(error, Error::Failed { .. }), "{error:?}");
+        assert!(error.to_string().contains(shown), "{error}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_revision_has_one_winner_when_two_handles_race() {
     let (_folder, sqlite, store) = open().await;

@@ -10,6 +10,7 @@ mod journal;
 mod letters;
 mod letters_unreadable;
 mod limits;
+mod listing;
 mod log;
 mod names;
 mod native;
@@ -154,6 +155,10 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(one_commit::s11_a_snapshot_keeps_the_order_of_keys, needs store, read_state),
         case!(one_commit::s11_a_snapshot_waits_for_no_transaction, needs store, read_state),
         case!(journal::s12_a_journal_is_part_of_the_commit, needs store),
+        case!(listing::s13_every_consumer_with_a_position_is_listed, needs store, consumers),
+        case!(listing::s13_a_consumer_that_never_committed_is_not_listed, needs store, consumers),
+        case!(listing::s13_consumers_with_similar_names_are_listed, needs store, consumers),
+        case!(listing::s13_consumers_are_listed_while_others_commit, needs store, consumers),
         letters_case!(H, letters::d1_letters_are_applied_with_the_commit),
         letters_case!(H, letters::d1_what_is_not_committed_leaves_no_trace),
         letters_case!(H, letters::d1_every_read_agrees_with_the_reference),
@@ -219,6 +224,7 @@ mod needs {
         wire,
         native,
         read_state,
+        consumers,
         beats,
         commits_are_cheap,
         malformed,

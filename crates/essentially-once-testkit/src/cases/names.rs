@@ -17,10 +17,10 @@ use crate::{
 };
 
 /// The longest name that the core accepts.
-const LONGEST: usize = 200;
+pub(super) const LONGEST: usize = 200;
 
 /// Distinct names of up to `longest` bytes that a careless backend confuses.
-fn similar(longest: usize) -> Vec<String> {
+pub(super) fn similar(longest: usize) -> Vec<String> {
     let stem = "n".repeat(longest - 1);
     let separated = ['.', '-', '_', ':', '/', '@', '+', '='].map(|separator| format!("a{separator}b"));
     let alike = [

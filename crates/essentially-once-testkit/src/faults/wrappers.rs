@@ -122,6 +122,11 @@ impl<S: OffsetStore> OffsetStore for FaultyStore<S> {
         ask(&self.process, Operation::Durability, self.inner.durability()).await
     }
 
+    /// Consumers never list consumers, so no fault strikes here.
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        self.inner.consumers().await
+    }
+
     async fn pulse(&self, consumer: &ConsumerId) -> Result<Pulse, Error> {
         ask(&self.process, Operation::Pulse, self.inner.pulse(consumer)).await
     }

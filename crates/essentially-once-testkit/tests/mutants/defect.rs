@@ -225,6 +225,24 @@ wrong {
     JournalNotFenced,
     /// A journal of more than 4 KiB is lost.
     JournalsOver4KibLost,
+    /// The store does not list its consumers.
+    ConsumersUnknown,
+    /// The consumer that comes last is not listed.
+    LastConsumerNotListed,
+    /// A consumer is listed once for each of its commits.
+    ConsumersListedPerCommit,
+    /// Consumers are not listed in the order of their names.
+    ConsumersListedBackwards,
+    /// A handle lists the consumers that its first list had.
+    ConsumersListedOnce,
+    /// A consumer is listed from its first transaction on.
+    ConsumersListedFromBegin,
+    /// A rollback lists its consumer.
+    RolledBackConsumersListed,
+    /// A fenced first commit lists its consumer.
+    FencedConsumersListed,
+    /// A list waits until no transaction is open.
+    ConsumersWaitForTransactions,
     /// State is kept in the handle, and other handles do not see it.
     StateKeptInTheHandle,
     /// Deletes are not committed.

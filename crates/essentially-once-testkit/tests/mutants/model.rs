@@ -65,6 +65,7 @@ impl Harness for ModelHarness {
         capabilities.wire = Support::Yes;
         capabilities.native = Support::Yes;
         capabilities.read_state = Support::Yes;
+        capabilities.consumers = Support::Yes;
         capabilities.beats = Support::Yes;
         capabilities.commits_are_cheap = Support::Yes;
         capabilities.malformed = Support::Yes;

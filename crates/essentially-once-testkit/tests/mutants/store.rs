@@ -47,6 +47,8 @@ const SHARED_WINDOWS: &str = "*";
 /// The data of one consumer.
 #[derive(Clone, Default)]
 pub(crate) struct Stored {
+    /// The consumer that committed first, with its full name.
+    pub(crate) consumer: Option<ConsumerId>,
     pub(crate) position: Option<Position>,
     pub(crate) windows: BTreeMap<Numbering, Window>,
     /// The number of its commits.
@@ -204,6 +206,9 @@ impl StoreState {
                 Defect::FencedToldAsFailure => return Err(Error::failed("commit", "constraint violated")),
                 _ => {}
             }
+            if shared.is(Defect::FencedConsumersListed) {
+                self.list(consumer);
+            }
             let expected = if shared.is(Defect::FencedTellsWrongRevision) {
                 revision
             } else {
@@ -220,6 +225,12 @@ impl StoreState {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Lists a consumer that has no position.
+    pub(crate) fn list(&mut self, consumer: &ConsumerId) {
+        let stored = self.live.consumers.entry(consumer.as_str().to_owned()).or_default();
+        stored.consumer.get_or_insert_with(|| consumer.clone());
     }
 
     fn refuse_log(
@@ -286,6 +297,7 @@ impl StoreState {
             shared.windows.extend(advance.windows.iter().cloned());
         }
         let stored = self.live.consumers.entry(position_key(defect, consumer)).or_default();
+        stored.consumer.get_or_insert_with(|| consumer.clone());
         stored.changes();
         stored.commits += 1;
         if defect == Defect::BeatsStartOverAtCommits {
@@ -483,6 +495,8 @@ pub(crate) struct Handle {
     /// The next numbers of outboxes, where a defect keeps them here.
     pub(crate) numbers: Mutex<HashMap<String, u64>>,
     pulses: Mutex<HashMap<String, Pulse>>,
+    /// The first list of consumers, where a defect keeps it.
+    consumers: Mutex<Option<Vec<ConsumerId>>>,
     beats: AtomicU64,
     /// Wakes watches on this handle.
     pub(crate) own_commits: watch::Sender<()>,
@@ -584,6 +598,23 @@ impl ModelStore {
             }
             _ => store.live.state.get(&place).cloned(),
         }
+    }
+
+    fn consumers_now(&self) -> Result<Vec<ConsumerId>, Error> {
+        let state = self.connected()?;
+        let stored = state.store.live.consumers.values();
+        let mut listed: Vec<_> = stored
+            .filter_map(|stored| {
+                let times = match self.shared.defect {
+                    Defect::ConsumersListedPerCommit => stored.commits as usize,
+                    _ => 1,
+                };
+                stored.consumer.clone().map(|consumer| vec![consumer; times])
+            })
+            .flatten()
+            .collect();
+        listed.sort_unstable();
+        Ok(listed)
     }
 
     /// Changes the stored position, if there is one, outside any commit.
@@ -697,6 +728,7 @@ impl OffsetStore for ModelStore {
                 .entry(position_key(defect, consumer))
                 .or_default();
             if stored.position.is_none() {
+                stored.consumer = Some(consumer.clone());
                 stored.position = Some(Position::new(LogId::new("unknown")?, Offset::ZERO, Revision::NONE));
             }
         }
@@ -748,6 +780,30 @@ impl OffsetStore for ModelStore {
             ))),
             found => Ok(found),
         }
+    }
+
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        self.shared.travel(self.generation, Stage::Idle).await?;
+        while self.shared.is(Defect::ConsumersWaitForTransactions) && self.connected()?.store.open > 0 {
+            sleep(BETWEEN_PARTS).await;
+        }
+        let mut listed = self.consumers_now()?;
+        match self.shared.defect {
+            Defect::ConsumersUnknown => return Ok(None),
+            Defect::LastConsumerNotListed => drop(listed.pop()),
+            Defect::ConsumersListedBackwards => listed.reverse(),
+            Defect::ConsumersListedOnce => {
+                let mut kept = self.handle.consumers.lock().unwrap_or_else(PoisonError::into_inner);
+                return Ok(Some(kept.get_or_insert(listed).clone()));
+            }
+            Defect::PositionReadFromACopy => {
+                for _ in 0..3 {
+                    yield_now().await;
+                }
+            }
+            _ => {}
+        }
+        Ok(Some(listed))
     }
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<ModelTx, Error> {

@@ -516,6 +516,30 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         JournalNotFenced => "after transactions that were fenced",
         JournalsOver4KibLost => "after commit 4 of shipping: its number of entries",
     }
+    s13_every_consumer_with_a_position_is_listed {
+        ConsumersUnknown => "does not list its consumers",
+        LastConsumerNotListed => "after a store with four consumers",
+        ConsumersListedPerCommit => "after a store with four consumers",
+        ConsumersListedBackwards => "after a store with four consumers",
+        ConsumersListedOnce => "after a store with four consumers",
+    }
+    s13_a_consumer_that_never_committed_is_not_listed {
+        ConsumersListedFromBegin => "after an open transaction",
+        ConsumersWaitForTransactions => STUCK,
+        RolledBackConsumersListed => "after a transaction that was rolled back",
+        FencedConsumersListed => "after a fenced first commit",
+        BeatCreatesAPosition => "after a beat and a release",
+    }
+    s13_consumers_with_similar_names_are_listed {
+        ConsumerNamesIgnoreCase => "after a store with similar names",
+        ConsumerNamesCut => "after a store with similar names",
+        ConsumerSeparatorsFallTogether => "after a store with similar names",
+    }
+    s13_consumers_are_listed_while_others_commit {
+        ConsumersListedOnce => "the list leaves out",
+        LastConsumerNotListed => "the list left out",
+        CommitAppliedAfterReply => "the list left out",
+    }
     d1_letters_are_applied_with_the_commit {
         LettersNotCommitted => "after commit 1",
         LetterRemovalsNotCommitted => "after commit 2",
@@ -727,6 +751,10 @@ pub(crate) const SOUND: &[Sound] = sound! {
     s11_a_snapshot_keeps_the_order_of_keys { SnapshotFromACopy }
     s11_a_snapshot_waits_for_no_transaction { SnapshotFromACopy }
     s12_a_journal_is_part_of_the_commit { PositionReadFromACopy }
+    s13_every_consumer_with_a_position_is_listed { NamesKeptAsDigests, PositionReadFromACopy }
+    s13_a_consumer_that_never_committed_is_not_listed { PositionReadFromACopy }
+    s13_consumers_with_similar_names_are_listed { NamesKeptAsDigests }
+    s13_consumers_are_listed_while_others_commit { NamesKeptAsDigests, PositionReadFromACopy }
     d1_letters_are_applied_with_the_commit { LetterKeysKeptAsDigests }
     d1_what_is_not_committed_leaves_no_trace { LetterKeysKeptAsDigests }
     d1_every_read_agrees_with_the_reference { LetterKeysKeptAsDigests }

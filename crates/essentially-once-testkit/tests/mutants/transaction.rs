@@ -70,6 +70,9 @@ impl ModelTx {
         }
         let begun = {
             let mut state = shared.state();
+            if shared.is(Defect::ConsumersListedFromBegin) {
+                state.store.list(consumer);
+            }
             state.store.open += 1;
             (state.store.beats, state.store.snapshots, state.store.positions)
         };
@@ -370,6 +373,9 @@ impl Transaction for ModelTx {
         let mut state = self.connected()?;
         state.store.locked = false;
         outbox::not_committed(&self, &mut state, Defect::SentAlthoughRolledBack);
+        if self.shared.is(Defect::RolledBackConsumersListed) {
+            state.store.list(&self.consumer);
+        }
         if self.shared.is(Defect::RollbackApplied) {
             state.store.write_state(&self.shared, &self.consumer, &self.staged);
         }

@@ -122,6 +122,10 @@ impl<S: OffsetStore<Tx: KeyValue>> OffsetStore for NotingStore<S> {
     async fn durability(&self) -> Result<Durability, Error> {
         self.0.durability().await
     }
+
+    async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error> {
+        self.0.consumers().await
+    }
 }
 
 #[async_trait]
