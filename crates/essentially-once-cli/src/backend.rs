@@ -1,0 +1,220 @@
+//! Finds the backend that a URL names.
+
+use std::sync::Arc;
+
+use essentially_once::Log;
+#[cfg(feature = "rabbitmq")]
+use essentially_once_rabbitmq::{Rabbit, RabbitOptions};
+#[cfg(feature = "redis")]
+use essentially_once_redis::{Redis, RedisOptions};
+#[cfg(feature = "sqlite")]
+use essentially_once_sqlite::{Sqlite, SqliteOptions};
+
+use crate::{failure::Failure, store::Store};
+
+/// A URL without the name of the log.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Address {
+    url: String,
+    kind: Kind,
+    pub(crate) log: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Sqlite,
+    Redis,
+    Rabbitmq,
+}
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Sqlite => "SQLite",
+            Self::Redis => "Redis",
+            Self::Rabbitmq => "RabbitMQ",
+        }
+    }
+}
+
+impl Address {
+    /// Splits a URL. `option` is the argument that it was given for. A message never repeats the
+    /// URL, since it may hold a password.
+    pub(crate) fn parse(url: &str, option: &str) -> Result<Self, Failure> {
+        let (url, log) = match url.split_once('#') {
+            Some((_, "")) => {
+                return Err(Failure::usage(format!(
+                    "{option}: there is no name of a log after the `#`"
+                )));
+            }
+            Some((url, log)) => (url, Some(log.to_owned())),
+            None => (url, None),
+        };
+        let Some((scheme, rest)) = url.split_once(':') else {
+            return Err(Failure::usage(format!(
+                "{option}: the URL must begin with `sqlite:`, `redis:`, `rediss:`, `redis+unix:`, `amqp:` or `amqps:`"
+            )));
+        };
+        let (kind, url) = match scheme {
+            // `sqlite:///a/b.db` and `sqlite:/a/b.db` are the same file.
+            "sqlite" => (Kind::Sqlite, rest.strip_prefix("//").unwrap_or(rest)),
+            "redis" | "rediss" | "redis+unix" | "valkey" | "valkeys" => (Kind::Redis, url),
+            "amqp" | "amqps" => (Kind::Rabbitmq, url),
+            // The scheme itself may be the beginning of something secret.
+            _ => {
+                return Err(Failure::usage(format!(
+                    "{option}: no backend has this scheme; the URL must begin with `sqlite:`, `redis:`, `rediss:`, \
+                     `redis+unix:`, `amqp:` or `amqps:`"
+                )));
+            }
+        };
+        Ok(Self {
+            url: url.to_owned(),
+            kind,
+            log,
+        })
+    }
+
+    /// Connects, and creates nothing.
+    pub(crate) async fn open(&self, prefix: Option<&str>) -> Result<Backend, Failure> {
+        match self.kind {
+            #[cfg(feature = "sqlite")]
+            Kind::Sqlite => match prefix {
+                None => Ok(Backend::Sqlite(SqliteOptions::new().existing().open(&self.url).await?)),
+                Some(_) => Err(Failure::usage("a SQLite file has no prefix: leave `--prefix` out")),
+            },
+            #[cfg(feature = "redis")]
+            Kind::Redis => {
+                let mut options = RedisOptions::new();
+                if let Some(prefix) = prefix {
+                    options = options.prefix(prefix);
+                }
+                Ok(Backend::Redis(options.connect(&self.url).await?))
+            }
+            #[cfg(feature = "rabbitmq")]
+            Kind::Rabbitmq => {
+                let mut options = RabbitOptions::new();
+                if let Some(prefix) = prefix {
+                    options = options.prefix(prefix);
+                }
+                Ok(Backend::Rabbitmq(options.connect(&self.url).await?))
+            }
+            #[allow(unreachable_patterns, reason = "with all features, every kind is above")]
+            kind => Err(Failure::usage(format!(
+                "this program was built without {}: install it with that feature",
+                kind.name()
+            ))),
+        }
+    }
+
+    /// What to call the backend. It shows no password.
+    pub(crate) fn shown(&self) -> String {
+        match self.kind {
+            Kind::Sqlite => format!("SQLite file {}", self.url),
+            Kind::Redis | Kind::Rabbitmq => {
+                let server = self.url.rsplit_once('@').map_or_else(
+                    || self.url.split_once("//").map_or("", |(_, server)| server),
+                    |(_, server)| server,
+                );
+                let server = server.split(['?', '/']).next().unwrap_or(server);
+                format!("{} at {server}", self.kind.name())
+            }
+        }
+    }
+}
+
+/// A backend that answers.
+pub(crate) enum Backend {
+    #[cfg(feature = "sqlite")]
+    Sqlite(Sqlite),
+    #[cfg(feature = "redis")]
+    Redis(Redis),
+    #[cfg(feature = "rabbitmq")]
+    Rabbitmq(Rabbit),
+}
+
+impl Backend {
+    /// Opens a log that must exist.
+    pub(crate) async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Failure> {
+        Ok(match self {
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(sqlite) => {
+                let options = essentially_once_sqlite::LogOptions::new().existing();
+                Arc::new(sqlite.log_with(name, options).await?)
+            }
+            #[cfg(feature = "redis")]
+            Self::Redis(redis) => {
+                let options = essentially_once_redis::LogOptions::new().existing();
+                Arc::new(redis.log_with(name, options).await?)
+            }
+            #[cfg(feature = "rabbitmq")]
+            Self::Rabbitmq(rabbit) => {
+                let options = essentially_once_rabbitmq::LogOptions::new().existing();
+                Arc::new(rabbit.log_with(name, options).await?)
+            }
+        })
+    }
+
+    pub(crate) fn store(&self) -> Box<dyn Store> {
+        match self {
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(sqlite) => Box::new(sqlite.store()),
+            #[cfg(feature = "redis")]
+            Self::Redis(redis) => Box::new(redis.store()),
+            #[cfg(feature = "rabbitmq")]
+            Self::Rabbitmq(rabbit) => Box::new(rabbit.store()),
+        }
+    }
+
+    /// Name and version of the server or library; `None` if it does not tell.
+    pub(crate) fn version(&self) -> Option<String> {
+        match self {
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(_) => Some(format!("SQLite {}", essentially_once_sqlite::rusqlite::version())),
+            #[cfg(feature = "redis")]
+            Self::Redis(redis) => redis.version().map(str::to_owned),
+            // The client library hides what the broker says when it connects.
+            #[cfg(feature = "rabbitmq")]
+            Self::Rabbitmq(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(url: &str) -> Address {
+        Address::parse(url, "--log").unwrap_or_else(|_| panic!("{url}"))
+    }
+
+    #[test]
+    fn a_url_names_a_backend_and_a_log() {
+        for (url, shown, log) in [
+            ("sqlite:a.db", "SQLite file a.db", None),
+            ("sqlite:///var/a.db#orders", "SQLite file /var/a.db", Some("orders")),
+            ("sqlite:/var/a.db", "SQLite file /var/a.db", None),
+            ("redis://h:6379/0#orders", "Redis at h:6379", Some("orders")),
+            ("rediss://ann:s3cret@h/?protocol=resp2", "Redis at h", None),
+            ("amqp://ann:s3c@ret@h/%2f#a/b", "RabbitMQ at h", Some("a/b")),
+        ] {
+            let address = parsed(url);
+            assert_eq!(
+                (address.shown().as_str(), address.log.as_deref()),
+                (shown, log),
+                "{url}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_url_is_refused_without_repeating_it() {
+        for url in ["", "a.db", "http://ann:s3cret@h/", "redis://h#", "s3cret:x"] {
+            let Err(failure) = Address::parse(url, "--store") else {
+                panic!("{url} was taken");
+            };
+            let text = failure.to_string();
+            assert!(text.contains("--store") && !text.contains("s3cret"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The program `essentially-once`. See its `--help`, and the README of this crate.
+
+#![expect(clippy::print_stdout, reason = "this is a program")]
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{CommandFactory as _, Parser as _};
+
+use crate::{
+    arguments::{Cli, Letters, Relay, Verb},
+    failure::Failure,
+    session::Session,
+};
+
+mod arguments;
+mod backend;
+mod failure;
+mod output;
+mod session;
+mod store;
+mod verbs;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("essentially-once: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(&cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if !matches!(failure, Failure::ClosedOutput) {
+                eprintln!("essentially-once: {failure}");
+            }
+            failure.status()
+        }
+    }
+}
+
+async fn run(cli: &Cli) -> Result<(), Failure> {
+    if let Verb::Completions { shell } = cli.verb {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "essentially-once", &mut script);
+        return Ok(io::stdout().write_all(&script)?);
+    }
+    let session = Session::new(cli)?;
+    if cli.verb.needs_consumer() {
+        session.consumer()?;
+    }
+    let Some(seconds) = cli.watch else {
+        return show(&session).await;
+    };
+    if !cli.verb.can_be_watched() {
+        return Err(Failure::usage(
+            "`--watch` shows a state again and again; it goes with doctor, status, lag, positions, journal, \
+             dead-letters list and relay status",
+        ));
+    }
+    loop {
+        if io::stdout().is_terminal() && !cli.json {
+            // Clears the screen (ECMA-48).
+            print!("\x1b[2J\x1b[H");
+        }
+        show(&session).await?;
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+    }
+}
+
+async fn show(session: &Session<'_>) -> Result<(), Failure> {
+    match &session.cli.verb {
+        Verb::Doctor => verbs::doctor::doctor(session).await,
+        Verb::Status => verbs::status::status(session).await,
+        Verb::Lag { max } => verbs::status::lag(session, *max).await,
+        Verb::Positions { consumers } => verbs::positions::positions(session, consumers).await,
+        Verb::Tail { lines, from, follow } => verbs::tail::tail(session, *lines, *from, *follow).await,
+        Verb::DeadLetters(letters) => verbs::letters::letters(session, letters).await,
+        Verb::Skip { offset, change } => verbs::moving::skip(session, *offset, change).await,
+        Verb::Seek { to, change } => verbs::moving::seek(session, *to, change).await,
+        Verb::Pause { change } => verbs::pausing::pause(session, change).await,
+        Verb::Resume { change } => verbs::pausing::resume(session, change).await,
+        Verb::Relay(Relay::Status) => verbs::status::status(session).await,
+        Verb::Relay(Relay::NewEpoch) => verbs::relay::new_epoch(session).await,
+        Verb::Journal => verbs::journal::journal(session).await,
+        // Needs no backend.
+        Verb::Completions { .. } => Ok(()),
+    }
+}
+
+impl Verb {
+    fn needs_consumer(&self) -> bool {
+        !matches!(
+            self,
+            Self::Doctor | Self::Positions { .. } | Self::Tail { .. } | Self::Completions { .. }
+        )
+    }
+
+    fn can_be_watched(&self) -> bool {
+        matches!(
+            self,
+            Self::Doctor
+                | Self::Status
+                | Self::Lag { .. }
+                | Self::Positions { .. }
+                | Self::Journal
+                | Self::DeadLetters(Letters::List { .. })
+                | Self::Relay(Relay::Status)
+        )
+    }
+}

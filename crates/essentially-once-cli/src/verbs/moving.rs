@@ -1,0 +1,85 @@
+//! `skip` and `seek`.
+
+use essentially_once::{Offset, StartAt, consumer::SeekPlan};
+use serde_json::json;
+
+use crate::{
+    arguments::Change,
+    failure::Failure,
+    output::{done, is_wanted},
+    session::Session,
+};
+
+pub(crate) async fn skip(session: &Session<'_>, offset: Offset, change: &Change) -> Result<(), Failure> {
+    let store = session.open_store().await?;
+    let position = session.position(&*store).await?;
+    let log = session.open_log(Some(&position)).await?;
+    let consumer = session.consumer()?;
+    let what = format!("pass the record at {offset} for consumer {consumer}, without its effects");
+    if !is_wanted(session, change, &what, 1)? {
+        return Ok(());
+    }
+    let next = store.skip(consumer, &*log, offset, &change.operator()).await?;
+    let text = format!("passed the record at {offset}; consumer {consumer} continues at {next}");
+    done(
+        session,
+        &text,
+        &json!({ "skipped": offset.to_string(), "next": next.to_string() }),
+    )
+}
+
+pub(crate) async fn seek(session: &Session<'_>, to: StartAt, change: &Change) -> Result<(), Failure> {
+    let store = session.open_store().await?;
+    let position = session.position(&*store).await?;
+    let log = session.open_log(Some(&position)).await?;
+    let consumer = session.consumer()?;
+    let plan = store.plan_seek(consumer, &*log, to).await?;
+    let what = format!(
+        "move consumer {consumer} from {} to {}: {}",
+        position.next,
+        plan.to,
+        effects(&plan)
+    );
+    // A log that cannot count may hold any number of records.
+    let records = plan.records.unwrap_or(u64::MAX);
+    if !is_wanted(session, change, &what, records.saturating_add(plan.letters_removed))? {
+        return Ok(());
+    }
+    // The answer may have come late.
+    let now = store.plan_seek(consumer, &*log, StartAt::Offset(plan.to)).await?;
+    let is_forward = |plan: &SeekPlan| plan.from.is_none_or(|from| from <= plan.to);
+    if !change.yes && (is_forward(&now), now.letters_removed) != (is_forward(&plan), plan.letters_removed) {
+        return Err(Failure::refused(format!(
+            "consumer {consumer} has moved meanwhile, and this would {} now; nothing was changed",
+            effects(&now)
+        )));
+    }
+    let next = store
+        .seek(consumer, &*log, StartAt::Offset(plan.to), &change.operator())
+        .await?;
+    let text = format!("consumer {consumer} continues at {next}");
+    let value =
+        json!({ "from": position.next.to_string(), "next": next.to_string(), "letters_removed": plan.letters_removed });
+    done(session, &text, &value)
+}
+
+/// What moving would do, after "this would".
+fn effects(plan: &SeekPlan) -> String {
+    let records = match plan.records {
+        Some(1) => "1 record".into(),
+        Some(records) => format!("about {records} records"),
+        None => "the records in between".into(),
+    };
+    let mut effects = match plan.from {
+        Some(from) if plan.to < from => format!("handle {records} again"),
+        Some(from) if plan.to > from => format!("pass {records} without handling them"),
+        _ => "leave it where it is".into(),
+    };
+    if plan.letters_removed > 0 {
+        effects += &format!(
+            ", and remove {} dead letters, whose records are handled again",
+            plan.letters_removed
+        );
+    }
+    effects
+}

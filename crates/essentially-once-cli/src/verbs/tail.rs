@@ -1,0 +1,101 @@
+//! `tail`: records of a log.
+
+use essentially_once::{Log, Offset, Record};
+use serde::Serialize;
+use tokio::time::{Duration, timeout};
+
+use crate::{
+    failure::Failure,
+    output::{full, json, line, short, time},
+    session::Session,
+};
+
+/// How many records to read at once.
+const PAGE: usize = 100;
+
+/// How long to wait for records that existed a moment ago.
+const READ_LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(Serialize)]
+struct Row {
+    offset: String,
+    appended_at: String,
+    key: Option<String>,
+    origin: Option<String>,
+    headers: Vec<(String, String)>,
+    payload: String,
+    malformed: Option<String>,
+}
+
+pub(crate) async fn tail(session: &Session<'_>, lines: u64, from: Option<Offset>, follow: bool) -> Result<(), Failure> {
+    let position = match (&session.log.log, &session.cli.consumer) {
+        (None, Some(_)) => Some(session.position(&*session.open_store().await?).await?),
+        _ => None,
+    };
+    let log = session.open_log(position.as_ref()).await?;
+    let end = log.readable_end().await?;
+    let mut next = match from {
+        Some(from) => from,
+        None => log.tail(lines).await?.ok_or_else(|| {
+            Failure::refused("this log cannot tell where its last records begin; give `--from OFFSET`")
+        })?,
+    };
+    let mut reader = log.read(next).await?;
+    let mut left = lines;
+    while follow || (left > 0 && next < end) {
+        let records = match follow {
+            true => reader.next(PAGE).await?,
+            false => match timeout(READ_LIMIT, reader.next(PAGE)).await {
+                Ok(records) => records?,
+                Err(_) => {
+                    return Err(Failure::refused(
+                        "no record arrived within 10 s; the last ones may have been deleted",
+                    ));
+                }
+            },
+        };
+        for record in records {
+            if !follow && (left == 0 || record.offset >= end) {
+                return Ok(());
+            }
+            next = record.offset.successor();
+            left = left.saturating_sub(1);
+            print(session, &record)?;
+        }
+    }
+    Ok(())
+}
+
+fn print(session: &Session<'_>, record: &Record) -> Result<(), Failure> {
+    if session.cli.json {
+        return json(&Row {
+            offset: record.offset.to_string(),
+            appended_at: time(record.appended_at),
+            key: record.key.as_deref().map(full),
+            origin: record.origin.as_ref().map(ToString::to_string),
+            headers: record
+                .headers
+                .iter()
+                .map(|(name, value)| (name.clone(), full(value)))
+                .collect(),
+            payload: full(&record.payload),
+            malformed: record.malformed.as_deref().map(str::to_owned),
+        });
+    }
+    let key = record
+        .key
+        .as_deref()
+        .map(|key| format!(" [{}]", short(key)))
+        .unwrap_or_default();
+    let malformed = record
+        .malformed
+        .as_deref()
+        .map(|why| format!(" (malformed: {why})"))
+        .unwrap_or_default();
+    let payload = short(&record.payload);
+    line(&format!(
+        "{}  {}{key} {payload}{malformed}",
+        record.offset,
+        time(record.appended_at)
+    ))
+}

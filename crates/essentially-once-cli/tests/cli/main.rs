@@ -1,0 +1,7 @@
+//! The program on a SQLite file.
+
+mod bad_input;
+mod changing;
+mod reading;
+mod support;
+mod transcript;

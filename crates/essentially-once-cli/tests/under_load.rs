@@ -1,0 +1,290 @@
+//! Each verb against a running consumer under load, on every store: it takes effect, and loses,
+//! doubles or reorders nothing. Prints how long each effect took.
+
+use std::{
+    collections::BTreeMap,
+    process::{Command, ExitCode, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use essentially_once::{
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore,
+    Record, async_trait,
+    backend::{DeadLetters, Source},
+    consumer::DeadLetterOptions,
+};
+use essentially_once_rabbitmq::Rabbit;
+use essentially_once_redis::Redis;
+use essentially_once_sqlite::Sqlite;
+use essentially_once_testkit::Suite;
+use serde_json::Value;
+use test_servers::{RabbitNode, RedisServer};
+
+/// How long to wait for an effect. On an idle machine, each comes within two seconds.
+const SOON: Duration = Duration::from_secs(30);
+
+/// How long a test may take.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// The time between two records.
+const INTERVAL: Duration = Duration::from_millis(1);
+
+const KEYS: u64 = 10;
+const SHIPPING: &str = "shipping";
+
+/// Orders that are poison until the handler is mended.
+const POISON: [u64; 4] = [100, 200, 300, 400];
+
+fn main() -> ExitCode {
+    let suite = Suite::new().async_test("sqlite::every_verb_takes_effect", LIMIT, sqlite);
+    let name = "redis::every_verb_takes_effect";
+    let suite = match test_servers::redis_server() {
+        Ok(_) => suite.async_test(name, LIMIT, redis),
+        Err(why) => suite.ignored(name, &why),
+    };
+    let name = "rabbitmq::every_verb_takes_effect";
+    let suite = match test_servers::rabbitmq_server() {
+        Ok(_) => suite.async_test(name, LIMIT, rabbitmq),
+        Err(why) => suite.ignored(name, &why),
+    };
+    suite.run()
+}
+
+async fn sqlite() -> Result<(), Source> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("shop.db");
+    let sqlite = Sqlite::open(&path).await?;
+    let log = sqlite.log("orders").await?;
+    every_verb(log, sqlite.store(), format!("sqlite:{}", path.display()), true).await
+}
+
+async fn redis() -> Result<(), Source> {
+    let server = RedisServer::durable().start()?;
+    let redis = Redis::connect(&server.url()).await?;
+    let log = redis.log("orders").await?;
+    every_verb(log, redis.store(), server.url(), true).await
+}
+
+async fn rabbitmq() -> Result<(), Source> {
+    let node = RabbitNode::start()?;
+    let rabbit = Rabbit::connect(&node.url()).await?;
+    let log = rabbit.log("orders").await?;
+    every_verb(log, rabbit.store(), node.url(), false).await
+}
+
+/// Notes each order under its key, in the order in which they are handled.
+struct Ship {
+    is_mended: Arc<AtomicBool>,
+}
+
+#[async_trait]
+impl<Tx: KeyValue> Handler<Tx> for Ship {
+    async fn handle(&mut self, order: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        let number: u64 = str::from_utf8(&order.payload)?.parse().map_err(HandlerError::reject)?;
+        if POISON.contains(&number) && !self.is_mended.load(Ordering::Relaxed) {
+            return Err(HandlerError::reject("poison"));
+        }
+        let key = (number % KEYS).to_string();
+        let mut handled = tx.get(key.as_bytes()).await?.unwrap_or_default().to_vec();
+        handled.extend_from_slice(format!("{number} ").as_bytes());
+        tx.put(key.as_bytes(), &handled).await?;
+        Ok(())
+    }
+}
+
+async fn every_verb<L, S>(log: L, store: S, url: String, can_list: bool) -> Result<(), Source>
+where
+    L: Log + Clone + 'static,
+    S: OffsetStore + Clone,
+    S::Tx: KeyValue + DeadLetters,
+{
+    let (is_mended, stop) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
+    let ship = Ship {
+        is_mended: Arc::clone(&is_mended),
+    };
+    let id = ConsumerId::new(SHIPPING)?;
+    let consumer = Consumer::essentially_once(id.clone(), log.clone(), store.clone(), ship)
+        .dead_letters(DeadLetterOptions::new())
+        // A commit for each record.
+        .max_batch(1);
+    let consumer = tokio::spawn(consumer.run_until(stop.clone()));
+    let (load, ended) = (log.clone(), CancellationToken::new());
+    let until = ended.clone();
+    let load = tokio::spawn(async move {
+        let mut appended = 0;
+        while !until.is_cancelled() {
+            let record = NewRecord::new(appended.to_string()).key((appended % KEYS).to_string());
+            load.append(&[record]).await?;
+            appended += 1;
+            tokio::time::sleep(INTERVAL).await;
+        }
+        Ok::<u64, Error>(appended)
+    });
+    let verbs = tokio::task::spawn_blocking(move || Verbs { url }.all(&is_mended, can_list));
+    let skipped = verbs.await?;
+    ended.cancel();
+    let appended = load.await??;
+
+    let caught_up = async {
+        loop {
+            let position = store.position(&id).await?.ok_or("no position")?;
+            let lag = log.count_from(position.next).await?;
+            if position.next >= log.bounds().await?.end && lag.is_none_or(|lag| lag == 0) {
+                return Ok::<(), Source>(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    caught_up.await?;
+    stop.cancel();
+    consumer.await??;
+
+    let mut expected: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+    // The last poison order is discarded.
+    for number in (0..appended).filter(|number| !skipped.contains(number) && *number != POISON[3]) {
+        expected.entry(number % KEYS).or_default().push(number);
+    }
+    let mut tx = store.begin(&id).await?;
+    for (key, expected) in expected {
+        let handled = tx.get(key.to_string().as_bytes()).await?.unwrap_or_default();
+        let handled = String::from_utf8(handled.into())?;
+        let handled: Vec<u64> = handled
+            .split_whitespace()
+            .map(|number| number.parse().expect("number"))
+            .collect();
+        assert_eq!(handled, expected, "key {key}");
+    }
+    Ok(())
+}
+
+/// Calls the program.
+struct Verbs {
+    url: String,
+}
+
+impl Verbs {
+    /// Calls each verb, and waits for its effect. Returns the orders that were skipped.
+    fn all(&self, is_mended: &AtomicBool, can_list: bool) -> Vec<u64> {
+        self.soon("the poison orders are set aside", || {
+            self.letters().len() >= POISON.len()
+        });
+        self.lines(&["doctor"]);
+        assert!(self.status()["next"].is_string());
+        self.lines(&["lag"]);
+        self.lines(&["relay", "status"]);
+        match can_list {
+            true => assert_eq!(self.lines(&["positions"])[0]["consumer"], SHIPPING),
+            false => {
+                let refused = self.call(&["positions"]);
+                assert_eq!(refused.status.code(), Some(2));
+                assert_eq!(self.lines(&["positions", SHIPPING]).len(), 1);
+            }
+        }
+        assert_eq!(self.lines(&["tail", "-n", "3"]).len(), 3);
+
+        self.lines(&["pause"]);
+        let (mut next, mut still) = (self.next(), 0);
+        self.soon("the consumer pauses", || {
+            let now = self.next();
+            still = if now == next { still + 1 } else { 0 };
+            next = now;
+            still == 2
+        });
+        let skipped = self.tail_from(&next);
+        self.lines(&["skip", &next]);
+        let after = self.next();
+        self.lines(&["seek", &after, "--yes"]);
+        assert_eq!(self.next(), after);
+        self.lines(&["resume"]);
+        self.soon("the consumer resumes", || self.next() != after);
+
+        is_mended.store(true, Ordering::Relaxed);
+        let letter = |number: u64| {
+            let letters = self.letters();
+            let found = letters.iter().find(|letter| letter["payload"] == number.to_string());
+            found.expect("a letter")["offset"].as_str().expect("text").to_owned()
+        };
+        let [first, .., last] = POISON;
+        self.lines(&["dead-letters", "show", &letter(first)]);
+        self.lines(&["dead-letters", "edit", &letter(last), "--payload", "400 broken"]);
+        self.lines(&["dead-letters", "retry", &letter(first)]);
+        self.soon("the first letter is handled", || {
+            self.letters()
+                .iter()
+                .all(|letter| letter["payload"] != first.to_string())
+        });
+        let broken = || {
+            let letters = self.letters();
+            letters.iter().find(|letter| letter["payload"] == "400 broken").cloned()
+        };
+        self.soon("the edited letter was tried", || {
+            broken().is_some_and(|letter| letter["state"] != "due")
+        });
+        let broken = broken().expect("still there")["offset"]
+            .as_str()
+            .expect("text")
+            .to_owned();
+        self.lines(&["dead-letters", "discard", &broken]);
+        self.lines(&["dead-letters", "retry", "--all", "--yes"]);
+        self.soon("all letters are handled", || self.letters().is_empty());
+        let journal = self.lines(&["journal"]);
+        assert!(journal.len() >= 8, "{journal:?}");
+        vec![skipped]
+    }
+
+    fn status(&self) -> Value {
+        self.lines(&["status"]).remove(0)
+    }
+
+    fn next(&self) -> String {
+        self.status()["next"].as_str().expect("text").to_owned()
+    }
+
+    fn letters(&self) -> Vec<Value> {
+        // Orders of the same key pile up behind the poison.
+        self.lines(&["dead-letters", "list", "--limit", "100000"])
+    }
+
+    /// The order at an offset.
+    fn tail_from(&self, offset: &str) -> u64 {
+        let record = &self.lines(&["tail", "--from", offset, "-n", "1"])[0];
+        record["payload"].as_str().expect("text").parse().expect("number")
+    }
+
+    /// Waits for an effect of the last call.
+    fn soon(&self, what: &str, mut is_done: impl FnMut() -> bool) {
+        let started = Instant::now();
+        while !is_done() {
+            assert!(started.elapsed() < SOON, "{what}: not within {SOON:?}");
+        }
+        let took = started.elapsed();
+        println!("{what} after {took:?}");
+    }
+
+    /// The lines of JSON of a call that must succeed.
+    fn lines(&self, arguments: &[&str]) -> Vec<Value> {
+        let called = self.call(&[arguments, &["--json"]].concat());
+        let error = String::from_utf8_lossy(&called.stderr);
+        assert_eq!(called.status.code(), Some(0), "{arguments:?}: {error}");
+        let output = String::from_utf8(called.stdout).expect("UTF-8");
+        output
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"))
+            .collect()
+    }
+
+    fn call(&self, arguments: &[&str]) -> std::process::Output {
+        Command::new(env!("CARGO_BIN_EXE_essentially-once"))
+            .args(arguments)
+            .env("ESSENTIALLY_ONCE_LOG", format!("{}#orders", self.url))
+            .env("ESSENTIALLY_ONCE_STORE", &self.url)
+            .env("ESSENTIALLY_ONCE_CONSUMER", SHIPPING)
+            .stdin(Stdio::null())
+            .output()
+            .expect("start")
+    }
+}
