@@ -101,8 +101,13 @@ pub enum OperatorAction {
         /// How many.
         letters: u64,
     },
-    /// Removed the dead letter at this offset.
-    Discard(Offset),
+    /// Removed dead letters.
+    Discard {
+        /// The first of them.
+        first: Offset,
+        /// How many.
+        letters: u64,
+    },
     /// Changed the dead letter at this offset.
     Edit(Offset),
 }
@@ -148,15 +153,10 @@ impl Journal {
     #[must_use]
     pub(crate) fn continued(&self, by: &Operator, action: OperatorAction) -> Self {
         let mut before = self.clone();
-        let last = before.entries.pop();
-        match (last.map(|last| (last.by, last.action)), action) {
-            (Some((name, OperatorAction::Retry { first, letters })), OperatorAction::Retry { letters: more, .. })
-                if name == by.name =>
-            {
-                let letters = letters.saturating_add(more);
-                before.with(by, OperatorAction::Retry { first, letters })
-            }
-            _ => self.with(by, action),
+        let last = before.entries.pop().filter(|last| last.by == by.name);
+        match last.and_then(|last| last.action.joined_with(action)) {
+            Some(joined) => before.with(by, joined),
+            None => self.with(by, action),
         }
     }
 
@@ -235,7 +235,8 @@ impl fmt::Display for OperatorAction {
             Self::Skip(offset) => write!(f, "skipped the record at {offset}"),
             Self::Retry { first, letters: 1 } => write!(f, "retried the letter at {first}"),
             Self::Retry { first, letters } => write!(f, "retried {letters} letters from {first} on"),
-            Self::Discard(offset) => write!(f, "discarded the letter at {offset}"),
+            Self::Discard { first, letters: 1 } => write!(f, "discarded the letter at {first}"),
+            Self::Discard { first, letters } => write!(f, "discarded {letters} letters from {first} on"),
             Self::Edit(offset) => write!(f, "edited the letter at {offset}"),
         }
     }
@@ -244,6 +245,21 @@ impl fmt::Display for OperatorAction {
 impl OperatorAction {
     const fn is_about_pausing(self) -> bool {
         matches!(self, Self::Pause | Self::Resume)
+    }
+
+    /// One action for both, if both change letters in the same way.
+    fn joined_with(self, other: Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Retry { first, letters }, Self::Retry { first: f, letters: l }) => Some(Self::Retry {
+                first: first.min(f),
+                letters: letters.saturating_add(l),
+            }),
+            (Self::Discard { first, letters }, Self::Discard { first: f, letters: l }) => Some(Self::Discard {
+                first: first.min(f),
+                letters: letters.saturating_add(l),
+            }),
+            _ => None,
+        }
     }
 
     const fn parts(self) -> (u8, [Offset; 2], u64) {
@@ -258,7 +274,7 @@ impl OperatorAction {
             } => (3, [from, to], letters_removed),
             Self::Skip(offset) => (4, [offset, none], 0),
             Self::Retry { first, letters } => (5, [first, none], letters),
-            Self::Discard(offset) => (6, [offset, none], 0),
+            Self::Discard { first, letters } => (6, [first, none], letters),
             Self::Edit(offset) => (7, [offset, none], 0),
         }
     }
@@ -274,7 +290,11 @@ impl OperatorAction {
             },
             4 => Self::Skip(first),
             5 => Self::Retry { first, letters: count },
-            6 => Self::Discard(first),
+            // Before 0.2 was released, an entry was about one letter and had no count.
+            6 => Self::Discard {
+                first,
+                letters: if count == 0 { 1 } else { count },
+            },
             7 => Self::Edit(first),
             _ => return Err("the journal has an action that this program does not know; use a newer one"),
         })
@@ -329,6 +349,11 @@ mod tests {
         Operator::new("ann").because("größer")
     }
 
+    fn discard(first: u64, letters: u64) -> OperatorAction {
+        let first = first.into();
+        OperatorAction::Discard { first, letters }
+    }
+
     fn actions() -> [OperatorAction; 7] {
         let offset = Offset::new(1, u64::MAX);
         [
@@ -344,7 +369,10 @@ mod tests {
                 first: offset,
                 letters: 2,
             },
-            OperatorAction::Discard(offset),
+            OperatorAction::Discard {
+                first: offset,
+                letters: 4,
+            },
             OperatorAction::Edit(offset),
         ]
     }
@@ -371,13 +399,35 @@ mod tests {
     #[test]
     fn entries_can_be_read() {
         let entries = Journal::default()
-            .with(&ann(), OperatorAction::Discard(7.into()))
+            .with(&ann(), discard(7, 1))
+            .with(&Operator::new("bob"), discard(8, 20))
             .with(&Operator::new("bob"), OperatorAction::Pause);
         let texts: Vec<_> = entries.entries.iter().map(ToString::to_string).collect();
         assert_eq!(
             texts,
-            ["ann discarded the letter at 7: größer", "bob paused the consumer"]
+            [
+                "ann discarded the letter at 7: größer",
+                "bob discarded 20 letters from 8 on",
+                "bob paused the consumer"
+            ]
         );
+    }
+
+    #[test]
+    fn a_discard_without_a_count_is_of_one_letter() {
+        let mut stored = vec![VERSION];
+        stored.extend(1_700_000_000_000u64.to_be_bytes());
+        stored.push(6);
+        stored.extend([0; 8]);
+        stored.extend(7u64.to_be_bytes());
+        // No second offset, and no count.
+        stored.extend([0; 24]);
+        stored.extend(b"\0\0\0\x03ann\0\0\0\0");
+        let journal = Journal::decode(stored).expect("an entry of an earlier program");
+        let [entry] = journal.entries() else {
+            panic!("{journal:?}")
+        };
+        assert_eq!((entry.action, &*entry.by), (discard(7, 1), "ann"));
     }
 
     #[test]
@@ -394,20 +444,20 @@ mod tests {
         let mut journal = Journal::default().with(&ann(), OperatorAction::Skip(0.into()));
         journal = journal.with(&ann(), OperatorAction::Pause);
         for offset in 0..2 * Journal::LIMIT as u64 {
-            journal = journal.with(&ann(), OperatorAction::Discard(offset.into()));
+            journal = journal.with(&ann(), discard(offset, 1));
             assert!(journal.paused().is_some());
         }
         assert_eq!(journal.entries.len(), Journal::LIMIT);
         assert_eq!(journal.entries[0].action, OperatorAction::Pause);
-        assert_eq!(journal.entries[1].action, OperatorAction::Discard(101.into()));
+        assert_eq!(journal.entries[1].action, discard(101, 1));
         journal = journal.with(&ann(), OperatorAction::Resume);
         assert_eq!(journal.paused(), None);
         journal = journal.with(&ann(), OperatorAction::Skip(0.into()));
-        assert_eq!(journal.entries[0].action, OperatorAction::Discard(102.into()));
+        assert_eq!(journal.entries[0].action, discard(102, 1));
     }
 
     #[test]
-    fn a_retry_of_many_letters_is_one_entry() {
+    fn a_change_of_many_letters_is_one_entry() {
         let retry = |first: u64, letters| OperatorAction::Retry {
             first: first.into(),
             letters,
@@ -424,6 +474,15 @@ mod tests {
             actions,
             [retry(3, 1_500), retry(9, 1), OperatorAction::Pause, retry(11, 1)]
         );
+        // Later parts may begin before earlier ones.
+        let journal = Journal::default()
+            .with(&ann(), discard(51, 50))
+            .continued(&ann(), discard(2, 49))
+            .continued(&ann(), retry(1, 1));
+        let actions: Vec<_> = journal.entries.iter().map(|entry| entry.action).collect();
+        assert_eq!(actions, [discard(2, 99), retry(1, 1)]);
+        let of_another = journal.continued(&Operator::new("bob"), retry(2, 1));
+        assert_eq!(of_another.entries.len(), 3);
     }
 
     #[test]

@@ -78,7 +78,11 @@ fn full_journal() -> Journal {
     for n in 0..Journal::LIMIT as u64 {
         let by = Operator::new(format!("{n:0>width$}", width = Operator::TEXT_LIMIT));
         let by = by.because("ü".repeat(Operator::TEXT_LIMIT / 2));
-        journal = journal.with(&by, OperatorAction::Discard(n.into()));
+        let action = OperatorAction::Discard {
+            first: n.into(),
+            letters: n + 1,
+        };
+        journal = journal.with(&by, action);
     }
     journal
 }

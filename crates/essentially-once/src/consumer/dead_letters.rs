@@ -62,24 +62,18 @@
 //! # }
 //! ```
 
-use std::{collections::HashSet, time::Duration};
+use std::collections::HashSet;
 
 pub use super::letter_filter::LetterFilter;
 use super::{
-    letter_verbs::{Discard, EditLetter, NOW, Retry, RetryHeads},
+    letter_sweeps::{DiscardAll, RetryAll, sweep},
+    letter_verbs::{Discard, EditLetter, Retry},
     verbs::{PATIENCE, change},
 };
 use crate::{
     ConsumerId, Error, NewRecord, Offset, OffsetStore, Operator, Transaction,
-    consumer::OperatorAction,
     letters::{DeadLetter, DeadLetters},
 };
-
-/// For how long many letters are changed at once, before fewer are tried.
-const PATIENCE_FOR_MANY: Duration = Duration::from_millis(300);
-
-/// How many letters one page of [`retry_all`] holds.
-const PAGE: usize = 100;
 
 /// How many letters to read at once in search of others.
 const SEARCHED_AT_ONCE: usize = 100;
@@ -181,38 +175,8 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let (mut after, mut total) = (None, 0);
-    let mut seen = HashSet::new();
-    loop {
-        let page = list(consumer, store, after, PAGE).await?;
-        let Some(last) = page.last() else { return Ok(total) };
-        after = Some(last.record.offset);
-        let heads = page
-            .iter()
-            .filter(|letter| letter.key().is_none_or(|key| seen.insert(key.clone())));
-        let waiting = heads.filter(|letter| letter.due != Some(NOW) && filter.matches(letter));
-        let offsets: Vec<_> = waiting.map(|letter| letter.record.offset).collect();
-        let (mut left, mut at_once) = (&offsets[..], offsets.len());
-        while !left.is_empty() {
-            let (some, others) = left.split_at(at_once.clamp(1, left.len()));
-            let patience = if some.len() > 1 { PATIENCE_FOR_MANY } else { PATIENCE };
-            let heads = RetryHeads {
-                offsets: some,
-                continues: total > 0,
-            };
-            match change(consumer, store, &heads, by, patience).await {
-                // A busy instance commits while this one still looks at the letters. Or they are
-                // too large for one transaction.
-                Err(Error::Fenced { .. } | Error::TooLarge { .. }) if some.len() > 1 => at_once = some.len() / 2,
-                retried => {
-                    if let Some(OperatorAction::Retry { letters, .. }) = retried? {
-                        total += letters;
-                    }
-                    left = others;
-                }
-            }
-        }
-    }
+    let seen = HashSet::new();
+    sweep(consumer, store, RetryAll { filter, seen }, by).await
 }
 
 /// Removes a letter for good, without its effects. The next letter of its key is due at once.
@@ -231,6 +195,37 @@ where
     change(consumer, store, &discard, by, PATIENCE).await?;
     tracing::warn!(%consumer, offset = %letter.record.offset, "discarded a dead letter by hand");
     Ok(())
+}
+
+/// Removes every letter for good that the filter selects, without its effects. Returns the number of
+/// letters removed.
+///
+/// If the first letter of a key is removed and the next one stays, that one is due at once. A letter
+/// that changes after this function has read it stays. So does one that a running instance sets
+/// aside after this function has passed its place.
+///
+/// It reads every letter, and commits once per hundred letters if some of them go, or more often
+/// next to a busy instance. If it fails, some letters may be gone. The
+/// [journal](crate::backend::Position::journal) has one entry for the whole call.
+///
+/// # Errors
+/// As for [`retry_all`].
+pub async fn discard_all<S>(
+    consumer: &ConsumerId,
+    store: &S,
+    filter: &LetterFilter,
+    by: &Operator,
+) -> Result<u64, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let page_ends = Offset::ZERO;
+    let removed = sweep(consumer, store, DiscardAll { filter, page_ends }, by).await?;
+    if removed > 0 {
+        tracing::warn!(%consumer, letters = removed, "discarded dead letters by hand");
+    }
+    Ok(removed)
 }
 
 /// Replaces the record of a letter, and makes the letter due if it comes first for its key. The

@@ -22,12 +22,6 @@ pub(super) struct Retry<'a> {
     pub(super) offset: Offset,
 }
 
-/// Makes those of these letters due now that come first for their key.
-pub(super) struct RetryHeads<'a> {
-    pub(super) offsets: &'a [Offset],
-    pub(super) continues: bool,
-}
-
 /// Removes a letter.
 pub(super) struct Discard<'a> {
     pub(super) consumer: &'a ConsumerId,
@@ -74,30 +68,6 @@ impl<Tx: DeadLetters> Change<Tx> for Retry<'_> {
 }
 
 #[async_trait]
-impl<Tx: DeadLetters> Change<Tx> for RetryHeads<'_> {
-    fn continues(&self) -> bool {
-        self.continues
-    }
-
-    async fn stage(&self, tx: &mut Tx, _: &Position, advance: &mut Advance) -> Result<Option<OperatorAction>, Error> {
-        let mut due: Option<(Offset, u64)> = None;
-        for &offset in self.offsets {
-            // The consumer may have handled it since.
-            let Some(letter) = tx.letter(offset).await? else {
-                continue;
-            };
-            let head = head_of(tx, &letter).await?;
-            if !letter.unreadable && head.is_none_or(|head| head.record.offset == offset) {
-                make_due(tx, letter).await?;
-                clear_mark(advance, offset);
-                due = Some(due.map_or((offset, 1), |(first, letters)| (first, letters + 1)));
-            }
-        }
-        Ok(due.map(|(first, letters)| OperatorAction::Retry { first, letters }))
-    }
-}
-
-#[async_trait]
 impl<Tx: DeadLetters> Change<Tx> for Discard<'_> {
     async fn stage(&self, tx: &mut Tx, _: &Position, _: &mut Advance) -> Result<Option<OperatorAction>, Error> {
         let stored = unchanged(tx, self.seen, "discard", self.consumer).await?;
@@ -113,7 +83,8 @@ impl<Tx: DeadLetters> Change<Tx> for Discard<'_> {
         {
             make_due(tx, next).await?;
         }
-        Ok(Some(OperatorAction::Discard(offset)))
+        let letters = 1;
+        Ok(Some(OperatorAction::Discard { first: offset, letters }))
     }
 }
 
@@ -214,7 +185,7 @@ pub(super) async fn join_key(tx: &mut (impl DeadLetters + ?Sized), mut letter: D
 
 /// Makes the deaths of the letter at `offset` count from zero, since its record or its handler may
 /// be mended.
-fn clear_mark(advance: &mut Advance, offset: Offset) {
+pub(super) fn clear_mark(advance: &mut Advance, offset: Offset) {
     let in_hand = advance.note.in_hand();
     if in_hand.letter.is_some_and(|mark| mark.offset == offset) {
         advance.note = advance.note.with_in_hand(InHand {
@@ -224,13 +195,13 @@ fn clear_mark(advance: &mut Advance, offset: Offset) {
     }
 }
 
-async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {
+pub(super) async fn make_due<Tx: DeadLetters>(tx: &mut Tx, mut letter: DeadLetter) -> Result<(), Error> {
     letter.set_due(Some(NOW));
     tx.park(&letter).await
 }
 
 /// The first letter of the key of this one.
-async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Option<DeadLetter>, Error> {
+pub(super) async fn head_of<Tx: DeadLetters>(tx: &mut Tx, letter: &DeadLetter) -> Result<Option<DeadLetter>, Error> {
     match letter.key() {
         Some(key) => tx.head(key).await,
         None => Ok(None),

@@ -11,6 +11,7 @@ mod heart;
 mod key_filter;
 mod letter_decoding;
 mod letter_filter;
+mod letter_sweeps;
 mod letter_tries;
 mod letter_verbs;
 mod letters;

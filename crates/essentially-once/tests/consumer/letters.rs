@@ -294,12 +294,9 @@ fn verbs_can_be_spawned() {
     let store = Memory::new().store();
     is_send(dead_letters::list(&shipping(), &store, None, 1));
     is_send(dead_letters::retry(&shipping(), &store, 0.into(), &ann()));
-    is_send(dead_letters::retry_all(
-        &shipping(),
-        &store,
-        &LetterFilter::all(),
-        &ann(),
-    ));
+    let all = LetterFilter::all();
+    is_send(dead_letters::retry_all(&shipping(), &store, &all, &ann()));
+    is_send(dead_letters::discard_all(&shipping(), &store, &all, &ann()));
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@
 
 mod blame;
 mod deaths;
+mod discard_all;
 mod duplicates;
 mod faults;
 #[cfg(feature = "json")]

@@ -61,9 +61,9 @@ async fn text(tx: &mut impl KeyValue) -> Result<String, Error> {
 }
 
 impl Done {
+    /// What an action did; `None` if it did nothing to records, or removed letters.
     fn of(action: OperatorAction) -> Option<Self> {
         match action {
-            OperatorAction::Discard(offset) => Some(Self::Discarded(offset)),
             OperatorAction::Edit(offset) => Some(Self::Edited(offset)),
             OperatorAction::Skip(offset) => Some(Self::Skipped(offset)),
             OperatorAction::Seek { from, to, .. } => Some(Self::Moved { from, to }),
@@ -105,7 +105,11 @@ impl Done {
 pub(super) struct NotingStore<S>(pub(super) S);
 
 /// A transaction of a [`NotingStore`].
-pub(super) struct NotingTx<T>(T);
+pub(super) struct NotingTx<T> {
+    inner: T,
+    /// The letters that it removed one by one.
+    removed: Vec<Offset>,
+}
 
 #[async_trait]
 impl<S: OffsetStore<Tx: KeyValue>> OffsetStore for NotingStore<S> {
@@ -116,7 +120,10 @@ impl<S: OffsetStore<Tx: KeyValue>> OffsetStore for NotingStore<S> {
     }
 
     async fn begin(&self, consumer: &ConsumerId) -> Result<Self::Tx, Error> {
-        Ok(NotingTx(self.0.begin(consumer).await?))
+        Ok(NotingTx {
+            inner: self.0.begin(consumer).await?,
+            removed: Vec::new(),
+        })
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
@@ -133,57 +140,64 @@ impl<T: Transaction + KeyValue> Transaction for NotingTx<T> {
     const KEEPS_DEAD_LETTERS: bool = T::KEEPS_DEAD_LETTERS;
 
     fn dead_letters(&mut self) -> Option<&mut dyn DeadLetters> {
-        self.0.dead_letters()
+        self.inner.dead_letters()
     }
 
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         let newest = advance.journal.as_ref().and_then(|journal| journal.entries().last());
-        if let Some(done) = newest.and_then(|entry| Done::of(entry.action)) {
-            note(&mut self.0, &done).await?;
+        for offset in std::mem::take(&mut self.removed) {
+            note(&mut self.inner, &Done::Discarded(offset)).await?;
         }
-        self.0.commit(advance).await
+        if let Some(done) = newest.and_then(|entry| Done::of(entry.action)) {
+            note(&mut self.inner, &done).await?;
+        }
+        self.inner.commit(advance).await
     }
 
     async fn rollback(self) -> Result<(), Error> {
-        self.0.rollback().await
+        self.inner.rollback().await
     }
 }
 
 #[async_trait]
 impl<T: DeadLetters> DeadLetters for NotingTx<T> {
     async fn park(&mut self, letter: &DeadLetter) -> Result<(), Error> {
-        self.0.park(letter).await
+        self.inner.park(letter).await
     }
 
     async fn remove(&mut self, offset: Offset) -> Result<bool, Error> {
-        self.0.remove(offset).await
+        let existed = self.inner.remove(offset).await?;
+        if existed {
+            self.removed.push(offset);
+        }
+        Ok(existed)
     }
 
     async fn remove_from(&mut self, offset: Offset) -> Result<u64, Error> {
-        self.0.remove_from(offset).await
+        self.inner.remove_from(offset).await
     }
 
     async fn letter(&mut self, offset: Offset) -> Result<Option<DeadLetter>, Error> {
-        self.0.letter(offset).await
+        self.inner.letter(offset).await
     }
 
     async fn head(&mut self, key: &[u8]) -> Result<Option<DeadLetter>, Error> {
-        self.0.head(key).await
+        self.inner.head(key).await
     }
 
     async fn first_due(&mut self) -> Result<Option<DeadLetter>, Error> {
-        self.0.first_due().await
+        self.inner.first_due().await
     }
 
     async fn list(&mut self, after: Option<Offset>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
-        self.0.list(after, limit).await
+        self.inner.list(after, limit).await
     }
 
     async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
-        self.0.counts(after, limit).await
+        self.inner.counts(after, limit).await
     }
 
     async fn total(&mut self) -> Result<u64, Error> {
-        self.0.total().await
+        self.inner.total().await
     }
 }

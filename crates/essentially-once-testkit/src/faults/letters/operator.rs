@@ -9,6 +9,8 @@ use essentially_once::{
     seek, skip,
 };
 
+use super::trouble::TROUBLE;
+
 /// What an operator does.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
@@ -21,6 +23,8 @@ pub enum Verb {
     Discard,
     /// Discards the last letter, which may wait behind others of its key.
     DiscardLast,
+    /// Discards all letters that failed, but not those behind them.
+    DiscardAll,
     /// Edits the first letter.
     Edit,
     /// Edits the last letter.
@@ -39,11 +43,12 @@ pub enum Verb {
 
 impl Verb {
     /// All verbs.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Retry,
         Self::RetryAll,
         Self::Discard,
         Self::DiscardLast,
+        Self::DiscardAll,
         Self::Edit,
         Self::EditLast,
         Self::Skip,
@@ -59,6 +64,7 @@ impl Verb {
             Self::RetryAll => "retry-all",
             Self::Discard => "discard",
             Self::DiscardLast => "discard-last",
+            Self::DiscardAll => "discard-all",
             Self::Edit => "edit",
             Self::EditLast => "edit-last",
             Self::Skip => "skip",
@@ -113,6 +119,10 @@ impl<S: OffsetStore<Tx: DeadLetters>> Desk<'_, S> {
                 Some(last) => dead_letters::discard(consumer, store, last, &by).await,
                 None => Ok(()),
             },
+            Verb::DiscardAll => {
+                let failed = LetterFilter::all().reason(TROUBLE);
+                dead_letters::discard_all(consumer, store, &failed, &by).await.map(drop)
+            }
             Verb::Edit => match self.letters().await?.first() {
                 Some(first) => dead_letters::edit(consumer, store, first, &edited(first), &by).await,
                 None => Ok(()),

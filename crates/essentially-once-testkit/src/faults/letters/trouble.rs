@@ -13,6 +13,9 @@ use essentially_once::{CancellationToken, Error, Handler, HandlerError, Offset, 
 
 use crate::faults::control::Process;
 
+/// Why a handler in trouble fails.
+pub(super) const TROUBLE: &str = "planned trouble";
+
 /// What the handler does with a record.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[non_exhaustive]
@@ -121,9 +124,9 @@ impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for TroubledHandler<H> {
         match trouble {
             None => Ok(()),
             Some(TroubleKind::Fails | TroubleKind::FailsTimes(_) | TroubleKind::FailsAgain) => {
-                Err(HandlerError::retry("planned trouble"))
+                Err(HandlerError::retry(TROUBLE))
             }
-            Some(TroubleKind::Rejects) => Err(HandlerError::reject("planned trouble")),
+            Some(TroubleKind::Rejects) => Err(HandlerError::reject(TROUBLE)),
             // Unlike `panic!`, it prints nothing.
             Some(TroubleKind::Panics) => resume_unwind(Box::new("planned trouble")),
             Some(TroubleKind::Hangs) => pending().await,
