@@ -12,6 +12,10 @@ use essentially_once_sqlite::{Sqlite, SqliteOptions};
 
 use crate::{failure::Failure, store::Store};
 
+/// How many messages a broker sends ahead.
+#[cfg(feature = "rabbitmq")]
+const PREFETCH: u16 = 500;
+
 /// A URL without the name of the log.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Address {
@@ -93,7 +97,8 @@ impl Address {
             }
             #[cfg(feature = "rabbitmq")]
             Kind::Rabbitmq => {
-                let mut options = RabbitOptions::new();
+                // One call reads a whole changelog, and the broker may be far away.
+                let mut options = RabbitOptions::new().prefetch(PREFETCH);
                 if let Some(prefix) = prefix {
                     options = options.prefix(prefix);
                 }

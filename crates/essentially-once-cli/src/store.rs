@@ -109,10 +109,7 @@ where
     }
 
     async fn discard_all(&self, consumer: &ConsumerId, filter: &LetterFilter, by: &Operator) -> Result<u64, Error> {
-        {
-            let _ = (consumer, filter, by);
-            Ok(0)
-        }
+        dead_letters::discard_all(consumer, self, filter, by).await
     }
 
     async fn edit(

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use essentially_once::{Log, Offset, backend::Position, consumer::dead_letters::LetterFilter};
+use essentially_once::{Log, Offset, Record, backend::Position, consumer::dead_letters::LetterFilter};
 use serde::Serialize;
 use tokio::time::timeout;
 
@@ -13,8 +13,15 @@ use crate::{
     store::Store,
 };
 
-/// How many letters are counted. More are shown as "more than".
+/// How many letters are counted, and how many records of a log that must be read for that. More are
+/// shown as "more than".
 const COUNTED: usize = 10_000;
+
+/// How many records `lag` reads.
+const READ: u64 = 1_000_000;
+
+/// How many records or letters to read at once.
+const PAGE: usize = 1_000;
 
 /// How long to wait for a record that should be there.
 const READ_LIMIT: Duration = Duration::from_secs(5);
@@ -25,8 +32,12 @@ struct Status {
     log: String,
     next: String,
     end: String,
-    /// Records that the consumer has not handled; `None` if the log cannot count them.
-    lag: Option<u64>,
+    /// Records that the consumer has not handled.
+    lag: u64,
+    /// Whether there are more.
+    is_lag_cut: bool,
+    /// The offset of the next record, which may be past the position. `None` if there is none yet.
+    next_record: Option<String>,
     /// How long the next record has been in the log.
     waits_seconds: Option<f64>,
     paused: Option<Paused>,
@@ -65,13 +76,18 @@ pub(crate) async fn status(session: &Session<'_>) -> Result<(), Failure> {
     let store = session.open_store().await?;
     let position = session.position(&*store).await?;
     let log = session.open_log(Some(&position)).await?;
+    let next_record = first_record(&*log, position.next).await?;
+    let waited = |record: &Record| SystemTime::now().duration_since(record.appended_at).unwrap_or_default();
+    let (lag, is_lag_cut) = count(&*log, position.next, COUNTED as u64).await?;
     let status = Status {
         consumer: session.consumer()?.to_string(),
         log: format!("{} in {}", log.id().name(), session.log.shown()),
         next: position.next.to_string(),
         end: log.readable_end().await?.to_string(),
-        lag: log.count_from(position.next).await?,
-        waits_seconds: waits(&*log, position.next).await?.map(|waits| waits.as_secs_f64()),
+        lag,
+        is_lag_cut,
+        next_record: next_record.as_ref().map(|record| record.offset.to_string()),
+        waits_seconds: next_record.as_ref().map(|record| waited(record).as_secs_f64()),
         paused: position.journal.paused().map(|paused| Paused {
             by: paused.by.clone(),
             reason: paused.reason.clone(),
@@ -91,15 +107,15 @@ pub(crate) async fn lag(session: &Session<'_>, max: Option<u64>) -> Result<(), F
     let store = session.open_store().await?;
     let position = session.position(&*store).await?;
     let log = session.open_log(Some(&position)).await?;
-    let Some(lag) = log.count_from(position.next).await? else {
-        return Err(Failure::refused(format!("log {} cannot count its records", log.id())));
-    };
+    let limit = max.map_or(READ, |max| max.saturating_add(1));
+    let (lag, is_cut) = count(&*log, position.next, limit).await?;
     match session.cli.json {
-        true => json(&serde_json::json!({ "lag": lag }))?,
+        true => json(&serde_json::json!({ "lag": lag, "is_cut": is_cut }))?,
+        false if is_cut => line(&format!("more than {lag}"))?,
         false => line(&lag.to_string())?,
     }
     match max {
-        Some(max) if lag > max => Err(Failure::refused(format!("the lag of {lag} records is more than {max}"))),
+        Some(max) if lag > max => Err(Failure::refused(format!("the lag is more than {max} records"))),
         _ => Ok(()),
     }
 }
@@ -111,11 +127,12 @@ fn show(status: &Status) -> Result<(), Failure> {
         ("position", format!("{}; the log ends at {}", status.next, status.end)),
     ];
     let lag = match (status.lag, status.waits_seconds) {
-        (Some(0), _) => "none; it has caught up".into(),
+        (0, _) => "none; it has caught up".into(),
         (lag, waits) => {
-            let lag = lag.map_or_else(|| "not counted by this log".into(), |lag| format!("{lag} records"));
-            let waits = waits.map(|waits| format!("; the next one has waited {waits:.1} s"));
-            lag + &waits.unwrap_or_default()
+            let more = if status.is_lag_cut { "more than " } else { "" };
+            let next = status.next_record.as_deref().zip(waits);
+            let next = next.map(|(offset, waits)| format!("; the next one, at {offset}, has waited {waits:.1} s"));
+            format!("{more}{lag} records{}", next.unwrap_or_default())
         }
     };
     rows.push(("lag", lag));
@@ -159,17 +176,41 @@ fn show(status: &Status) -> Result<(), Failure> {
     pairs(&rows)
 }
 
-/// How long the record at `next` has been in the log; `None` if the consumer has caught up.
-async fn waits(log: &dyn Log, next: Offset) -> Result<Option<Duration>, Failure> {
+/// How many records the log holds from `next` on, and whether there are more than that. A log that
+/// cannot count is read up to `limit`.
+async fn count(log: &dyn Log, mut next: Offset, limit: u64) -> Result<(u64, bool), Failure> {
+    if let Some(count) = log.count_from(next).await? {
+        return Ok((count, false));
+    }
+    let (end, mut count) = (log.readable_end().await?, 0);
+    if next >= end {
+        return Ok((0, false));
+    }
+    let mut reader = log.read(next).await?;
+    while count < limit && next < end {
+        // If the last records are deleted at this moment, none may ever arrive.
+        let Ok(records) = timeout(READ_LIMIT, reader.next(PAGE)).await else {
+            break;
+        };
+        for record in records?.iter().filter(|record| record.offset < end) {
+            next = record.offset.successor();
+            count += 1;
+        }
+    }
+    Ok((count, count >= limit && next < end))
+}
+
+/// The first record at or after `next`; `None` if there is none yet.
+async fn first_record(log: &dyn Log, next: Offset) -> Result<Option<Record>, Failure> {
     if next >= log.readable_end().await? {
         return Ok(None);
     }
     let mut reader = log.read(next).await?;
-    let Ok(records) = timeout(READ_LIMIT, reader.next(1)).await else {
-        return Ok(None);
-    };
-    let appended = records?.first().map(|record| record.appended_at);
-    Ok(appended.map(|appended| SystemTime::now().duration_since(appended).unwrap_or_default()))
+    match timeout(READ_LIMIT, reader.next(1)).await {
+        Ok(records) => Ok(records?.into_iter().next()),
+        // It was deleted at this moment.
+        Err(_) => Ok(None),
+    }
 }
 
 fn failing(position: &Position) -> Option<Failing> {
@@ -187,7 +228,7 @@ async fn letters(session: &Session<'_>, store: &dyn Store) -> Result<Letters, Fa
     let mut after = None;
     while letters.count < COUNTED {
         let page = store
-            .letters(session.consumer()?, &LetterFilter::all(), after, 1_000)
+            .letters(session.consumer()?, &LetterFilter::all(), after, PAGE)
             .await?;
         let Some(last) = page.last() else {
             return Ok(letters);

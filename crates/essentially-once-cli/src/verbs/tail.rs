@@ -33,13 +33,14 @@ pub(crate) async fn tail(session: &Session<'_>, lines: u64, from: Option<Offset>
         _ => None,
     };
     let log = session.open_log(position.as_ref()).await?;
-    let end = log.readable_end().await?;
     let mut next = match from {
         Some(from) => from,
         None => log.tail(lines).await?.ok_or_else(|| {
             Failure::refused("this log cannot tell where its last records begin; give `--from OFFSET`")
         })?,
     };
+    // Last, so that the log holds as many records before it.
+    let end = log.readable_end().await?;
     let mut reader = log.read(next).await?;
     let mut left = lines;
     while follow || (left > 0 && next < end) {

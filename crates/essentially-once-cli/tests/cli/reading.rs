@@ -16,7 +16,7 @@ fn status_shows_position_lag_and_letters() {
     shop.place(&[("Chile", "7.00"), ("Chile", "8.00")]);
     let shown = shop.call(&["status"]);
     assert!(
-        shown.output.contains("2 records; the next one has waited"),
+        shown.output.contains("2 records; the next one, at 5, has waited"),
         "{}",
         shown.output
     );
@@ -33,7 +33,8 @@ fn lag_is_a_number_with_a_limit() {
     shop.place(&[("Chile", "7.00"), ("Chile", "8.00")]);
     assert_eq!(shop.call(&["lag"]).output, "2\n");
     assert_eq!(shop.call(&["lag", "--max", "2"]).status, Some(0));
-    shop.call(&["lag", "--max", "1"]).failed(1, "2 records is more than 1");
+    shop.call(&["lag", "--max", "1"])
+        .failed(1, "the lag is more than 1 records");
 }
 
 #[test]

@@ -35,8 +35,7 @@ fn the_transcript_in_the_documentation_is_what_the_program_prints() {
         )
     };
     say(
-        "An order with a decimal comma arrives, and the handler rejects it. The later order of the same key waits \
-         behind it:",
+        "An order with a decimal comma arrives, and the handler rejects it. The later order of the same\nkey waits behind it:",
     );
     say(&show(&["status"]));
     say(&show(&["dead-letters", "list"]));
