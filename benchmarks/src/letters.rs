@@ -1,5 +1,5 @@
-//! The price of dead letters on SQLite: of records that are parked, and of many letters in the
-//! file.
+//! The price of dead letters on SQLite: of records that are parked, of many letters in the file,
+//! and of what an operator does to many of them.
 
 use std::{
     path::Path,
@@ -8,8 +8,12 @@ use std::{
 };
 
 use essentially_once::{
-    Consumer, ConsumerId, Handler, HandlerError, Log as _, NewRecord, Record, async_trait,
-    consumer::{DeadLetterOptions, Report},
+    Consumer, ConsumerId, Handler, HandlerError, Log as _, NewRecord, Record, StartAt, async_trait,
+    consumer::{
+        DeadLetterOptions, Operator, Report,
+        dead_letters::{self, LetterFilter},
+    },
+    seek,
 };
 use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
 use tempfile::TempDir;
@@ -24,6 +28,9 @@ const WAITING: [u64; 3] = [0, 10_000, 1_000_000];
 
 /// Records that such a consumer then handles.
 const RECORDS: u64 = 20_000;
+
+/// Letters that an operator retries and discards, next to as many that the filter leaves out.
+const SELECTED: u64 = 100_000;
 
 /// Counts records, and rejects some.
 struct Count {
@@ -97,6 +104,51 @@ pub(crate) fn measure(rounds: u32, folder: &TempDir) -> Result<()> {
         let (start, rate) = (median(&mut starts), median(&mut rates));
         println!("| {letters} | {start:.2} | {rate:.0} |");
     }
+    println!();
+    println!("| {SELECTED} of {} letters, by a filter | s, median |", 2 * SELECTED);
+    println!("|---|---:|");
+    let (mut retried, mut discarded) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let path = folder.path().join(format!("selected-{round}.db"));
+        let (retry, discard) = runtime.block_on(change_many(&path))?;
+        retried.push(retry);
+        discarded.push(discard);
+    }
+    println!("| retried | {:.2} |", median(&mut retried));
+    println!("| discarded | {:.2} |", median(&mut discarded));
+    Ok(())
+}
+
+/// Retries and then discards the letters with one reason. Returns how long each took, in seconds.
+async fn change_many(path: &Path) -> Result<(f64, f64)> {
+    let sqlite = Sqlite::open(path).await?;
+    let (log, store) = (sqlite.log("orders").await?, sqlite.store());
+    let (shipping, by) = (ConsumerId::new("shipping")?, Operator::new("benchmark"));
+    // Its first position.
+    seek(&shipping, &log, &store, StartAt::Earliest, &by).await?;
+    add_letters(&Connection::open(path)?, 2 * SELECTED)?;
+    let odd = LetterFilter::all().reason("odd");
+    let started = Instant::now();
+    let retried = dead_letters::retry_all(&shipping, &store, &odd, &by).await?;
+    let retry = started.elapsed().as_secs_f64();
+    let started = Instant::now();
+    let discarded = dead_letters::discard_all(&shipping, &store, &odd, &by).await?;
+    let discard = started.elapsed().as_secs_f64();
+    if (retried, discarded) != (SELECTED, SELECTED) {
+        return Err(format!("{retried} letters were retried, and {discarded} discarded").into());
+    }
+    Ok((retry, discard))
+}
+
+/// Adds letters at offsets that the log never reaches, each with a key that no record has.
+fn add_letters(user: &Connection, letters: u64) -> Result<()> {
+    user.execute(
+        "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?1)
+         INSERT INTO essentially_once_letters
+             SELECT 'shipping', unhex(printf('%016X%016X', 1, n)), 1, n, 0, CAST('letter ' || n AS BLOB), NULL, x'00',
+                 NULL, NULL, NULL, 1, iif(n % 2, 'odd', 'even'), 'why', 0, 0, NULL, 1, x'' FROM n",
+        [letters as i64],
+    )?;
     Ok(())
 }
 
@@ -116,14 +168,7 @@ async fn consume(path: &Path, records: u64, rejects_every: Option<u64>, letters:
         log.append(&records).await?;
     }
     if letters > 0 {
-        // Offsets that the log never reaches, and keys that no record has.
-        user.execute(
-            "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?1)
-             INSERT INTO essentially_once_letters
-                 SELECT 'shipping', unhex(printf('%016X%016X', 1, n)), 1, n, 0, CAST('letter ' || n AS BLOB), NULL, x'00',
-                     NULL, NULL, NULL, 1, 'why', 'why', 0, 0, NULL, 1, x'' FROM n",
-            [letters as i64],
-        )?;
+        add_letters(&user, letters)?;
     }
     let came = Arc::default();
     let handler = Count {

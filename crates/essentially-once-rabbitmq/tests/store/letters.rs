@@ -36,7 +36,10 @@ pub(crate) fn add(tests: &mut Tests) {
         pause_in_full_state,
     );
     tests.add("letters::another_try_does_not_repeat_the_record", another_try);
-    tests.add("letters::more_than_a_commit_holds_are_retried_at_once", retry_all);
+    tests.add(
+        "letters::more_than_a_commit_holds_are_retried_and_discarded_at_once",
+        retry_all,
+    );
     tests.add(
         "letters::one_that_does_not_fit_leaves_the_transaction_as_it_was",
         too_large,
@@ -246,6 +249,12 @@ async fn retry_all() -> Result<(), Violation> {
         LETTERS
     );
     assert!(letters.iter().all(|letter| letter.record.payload.len() == MIB));
+    assert_eq!(
+        dead_letters::discard_all(&shipping(), &store, &LetterFilter::all(), &Operator::new("test")).await?,
+        LETTERS
+    );
+    let left = dead_letters::list(&shipping(), &place.store().await?, None, 100).await?;
+    assert!(left.is_empty());
     Ok(())
 }
 

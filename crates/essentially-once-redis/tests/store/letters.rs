@@ -611,6 +611,13 @@ pub(crate) async fn an_operator_changes_letters_of_a_busy_consumer() -> Outcome 
     }
     let retried = dead_letters::retry_all(&stage.consumer, &operator, &LetterFilter::all(), &by).await?;
     assert!(retried >= POISON - 3, "{retried} letters are due");
+    let discarded = dead_letters::discard_all(&stage.consumer, &operator, &LetterFilter::all(), &by).await?;
+    // A letter that failed again after it was read has stayed.
+    let left = dead_letters::list(&stage.consumer, &operator, None, 1_000).await?.len() as u64;
+    assert!(
+        discarded > 0 && discarded + left == POISON,
+        "{discarded} discarded, {left} left"
+    );
     stop.cancel();
     run.await??;
     Ok(())

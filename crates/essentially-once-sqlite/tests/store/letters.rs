@@ -148,6 +148,10 @@ async fn a_letter_that_cannot_be_read_says_what_is_wrong_with_its_row() {
             .expect("retry"),
         1
     );
+    let discarded = dead_letters::discard_all(&shipping(), &store, &all, &test).await;
+    assert_eq!(discarded.expect("discard"), 5);
+    let left = dead_letters::list(&shipping(), &store, None, 10).await;
+    assert!(left.expect("list").is_empty());
 }
 
 #[tokio::test]
