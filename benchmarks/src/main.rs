@@ -63,8 +63,8 @@ enum Backend {
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
-    /// The price of dead letters on SQLite: of records that are parked, of many letters in the file,
-    /// and of what an operator does to many of them. Ignores batch sizes.
+    /// The price of dead letters on SQLite: of records that are parked, of many letters in the
+    /// file, and of what an operator does to many of them. Ignores batch sizes.
     Letters,
     /// What the option to keep dead letters costs a record that is handled. Needs Valgrind, and
     /// ignores all other options.

@@ -131,6 +131,17 @@ fn ci(servers: &Variables) -> Done {
             &[],
         )?;
     }
+    // Each backend of the program can be built alone.
+    for backend in ["sqlite", "redis", "rabbitmq"] {
+        let alone = [
+            "--package",
+            "essentially-once-cli",
+            "--no-default-features",
+            "--features",
+            backend,
+        ];
+        cargo(&[&["clippy"][..], &alone, &deny].concat(), &[])?;
+    }
     cargo(
         &["doc", "--workspace", "--no-deps", "--all-features"],
         &[("RUSTDOCFLAGS", "-D warnings".into())],

@@ -2,6 +2,9 @@
 
 #![expect(clippy::print_stdout, reason = "this is a program")]
 
+#[cfg(not(any(feature = "sqlite", feature = "redis", feature = "rabbitmq")))]
+compile_error!("without a backend there is nothing to look after: enable `sqlite`, `redis` or `rabbitmq`");
+
 use std::{
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,

@@ -1,5 +1,7 @@
 //! Each verb against a running consumer under load, on every store: it takes effect, and loses,
-//! doubles or reorders nothing. Prints how long each effect took.
+//! doubles or reorders nothing. Prints how long each call and each effect took.
+
+#![expect(clippy::print_stdout, reason = "shown if a test fails, and with --nocapture")]
 
 use std::{
     collections::BTreeMap,
@@ -171,6 +173,11 @@ where
     Ok(())
 }
 
+/// The order that a letter or a record holds.
+fn order_of(shown: &Value) -> Option<u64> {
+    shown["payload"].as_str()?.parse().ok()
+}
+
 /// Calls the program.
 struct Verbs {
     url: String,
@@ -183,9 +190,7 @@ impl Verbs {
             self.call(&["positions", SHIPPING]).status.success()
         });
         self.soon("the poison orders are set aside", || {
-            self.letters()
-                .iter()
-                .any(|letter| letter["payload"] == POISON[3].to_string())
+            self.letters().iter().any(|letter| order_of(letter) == Some(POISON[3]))
         });
         self.lines(&["doctor"]);
         assert!(self.status()["next"].is_string());
@@ -220,7 +225,7 @@ impl Verbs {
         is_mended.store(true, Ordering::Relaxed);
         let letter = |number: u64| {
             let letters = self.letters();
-            let found = letters.iter().find(|letter| letter["payload"] == number.to_string());
+            let found = letters.iter().find(|letter| order_of(letter) == Some(number));
             found.expect("a letter")["offset"].as_str().expect("text").to_owned()
         };
         let [first, .., last] = POISON;
@@ -228,9 +233,7 @@ impl Verbs {
         self.lines(&["dead-letters", "edit", &letter(last), "--payload", "400 broken"]);
         self.lines(&["dead-letters", "retry", &letter(first)]);
         self.soon("the first letter is handled", || {
-            self.letters()
-                .iter()
-                .all(|letter| letter["payload"] != first.to_string())
+            self.letters().iter().all(|letter| order_of(letter) != Some(first))
         });
         let broken = || {
             let letters = self.letters();
@@ -269,7 +272,7 @@ impl Verbs {
         let next = self.status()["next_record"].as_str().expect("a record").to_owned();
         let record = &self.lines(&["tail", "--from", &next, "-n", "1"])[0];
         assert_eq!(record["offset"], next);
-        (next, record["payload"].as_str().expect("text").parse().expect("number"))
+        (next, order_of(record).expect("a number"))
     }
 
     /// Waits for an effect of the last call.

@@ -31,13 +31,16 @@ pub(super) fn workspace_version(manifest: &str) -> Option<&str> {
     value(manifest, "[workspace.package]", "version")
 }
 
-/// The names of the adapter crates. The test kit shares their prefix but is not an adapter.
+/// The names of the adapter crates. The test kit and the program share their prefix but are none.
 pub(super) fn adapters(files: &[PathBuf]) -> impl Iterator<Item = &str> {
     files
         .iter()
         .filter(|path| path.ends_with("Cargo.toml"))
         .filter_map(|path| path.parent().and_then(Path::file_name)?.to_str())
-        .filter(|name| name.starts_with("essentially-once-") && *name != "essentially-once-testkit")
+        .filter(|name| {
+            name.starts_with("essentially-once-")
+                && !["essentially-once-testkit", "essentially-once-cli"].contains(name)
+        })
 }
 
 /// Packages are members unless they open their own workspace.

@@ -292,7 +292,8 @@ impl OffsetStore for RedisStore {
         durability(&self.shared.link).await
     }
 
-    /// Runs `SCAN` over all keys of the server, so it takes time where the server holds many others.
+    /// Runs `SCAN` over all keys of the server, so it takes time where the server holds many
+    /// others.
     ///
     /// On a cluster it scans the master of each slot, twice, since a key of a slot that moves
     /// meanwhile can be on neither node at the moment of its scan. It leaves a consumer out only if

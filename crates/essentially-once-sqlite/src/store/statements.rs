@@ -94,8 +94,8 @@ pub(super) fn position_row(connection: &Connection, consumer: &ConsumerId) -> ru
         .optional()
 }
 
-/// The names of all consumers that have a position, in the order of their bytes. A value that is not
-/// text comes back in a form that no name has.
+/// The names of all consumers that have a position, in the order of their bytes. A value that is
+/// not text comes back in a form that no name has.
 pub(super) fn consumer_names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
     connection
         .prepare_cached("SELECT consumer FROM main.essentially_once_consumers ORDER BY consumer")?

@@ -197,12 +197,12 @@ where
     Ok(())
 }
 
-/// Removes every letter for good that the filter selects, without its effects. Returns the number of
-/// letters removed.
+/// Removes every letter for good that the filter selects, without its effects. Returns the number
+/// of letters removed.
 ///
-/// If the first letter of a key is removed and the next one stays, that one is due at once. A letter
-/// that changes after this function has read it stays. So does one that a running instance sets
-/// aside after this function has passed its place.
+/// If the first letter of a key is removed and the next one stays, that one is due at once. A
+/// letter that changes after this function has read it stays. So does one that a running instance
+/// sets aside after this function has passed its place.
 ///
 /// It reads every letter, and commits once per hundred letters if some of them go, or more often
 /// next to a busy instance. If it fails, some letters may be gone. The

@@ -190,8 +190,8 @@ impl<Tx: DeadLetters> Sweep<Tx> for DiscardAll<'_> {
                 && let Some(mut next) = tx.head(key).await?
                 && !next.unreadable
             {
-                // A later page removes this letter. Until then it is due when the first one was: the
-                // consumer does not try it earlier, and tries it if this call ends too soon.
+                // A later page removes this letter. Until then it is due when the first one was:
+                // the consumer does not try it earlier, and tries it if this call ends too soon.
                 let is_to_go = next.record.offset > self.page_ends && self.filter.matches(&next);
                 let due = if is_to_go { head.due } else { Some(NOW) };
                 if next.due != due {
