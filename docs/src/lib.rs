@@ -25,3 +25,21 @@ pages! {
     Sqlite: "crates/essentially-once-sqlite/README.md",
     Testkit: "crates/essentially-once-testkit/README.md",
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn alerts_name_metrics_that_exist() {
+        let alerts = include_str!("../alerts.yml");
+        let source = include_str!("../../crates/essentially-once/src/consumer/report.rs");
+        let words = alerts.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let metrics: Vec<_> = words.filter(|word| word.starts_with("essentially_once_")).collect();
+        assert!(metrics.len() >= 7, "{metrics:?}");
+        for metric in metrics {
+            assert!(
+                source.contains(&format!("\"{metric}\"")),
+                "no metric is called {metric}"
+            );
+        }
+    }
+}

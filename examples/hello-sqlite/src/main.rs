@@ -6,12 +6,17 @@
 //! ```
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
+#[cfg(test)]
+mod crash_test;
+
 use std::{env, path::PathBuf, process::ExitCode};
 
 use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
 use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS shipments (country TEXT NOT NULL)";
 
 struct Ship;
 
@@ -28,7 +33,7 @@ impl Handler<SqliteTx> for Ship {
 async fn run(path: PathBuf) -> Result<(), Failure> {
     println!("opening {}", path.display());
     let shop = Connection::open(&path)?;
-    shop.execute_batch("CREATE TABLE IF NOT EXISTS shipments (country TEXT NOT NULL)")?;
+    shop.execute_batch(TABLE)?;
     let sqlite = Sqlite::open(&path).await?;
     let orders = sqlite.log("orders").await?;
     let last = orders

@@ -31,6 +31,7 @@ mod tests {
         Consumer, ConsumerId, Error, Log, NewRecord, Offset, OffsetStore, ReadState, consumer::HandlerErrorKind,
         memory::Memory,
     };
+    use essentially_once_testkit::{CrashFindings, crash_test};
 
     use super::*;
 
@@ -58,6 +59,17 @@ mod tests {
             .await
             .expect_err("no country");
         assert_eq!(error.kind(), HandlerErrorKind::Reject);
+        Ok(())
+    }
+
+    /// With a crash, a lost reply or a second instance at each step, and at each pair of steps.
+    #[tokio::test]
+    async fn nothing_is_lost_or_counted_twice_whatever_fails() -> Result<(), CrashFindings> {
+        crash_test(
+            |_| CountByCountry,
+            ["Brazil", "", "Chile", "Brazil"].map(NewRecord::new),
+        )
+        .await?;
         Ok(())
     }
 
