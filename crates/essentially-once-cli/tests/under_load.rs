@@ -222,6 +222,12 @@ impl Verbs {
         self.lines(&["resume"]);
         self.soon("the consumer resumes", || self.next() != after);
 
+        // In vain, since the handler is not mended yet.
+        self.lines(&["dead-letters", "retry", "--all", "--yes"]);
+        self.soon("the first letter is tried again", || {
+            let letters = self.letters();
+            letters[0]["tries"].as_u64() >= Some(2) && letters[0]["state"] != "due"
+        });
         is_mended.store(true, Ordering::Relaxed);
         let letter = |number: u64| {
             let letters = self.letters();
@@ -247,10 +253,9 @@ impl Verbs {
             .expect("text")
             .to_owned();
         self.lines(&["dead-letters", "discard", &broken]);
-        self.lines(&["dead-letters", "retry", "--all", "--yes"]);
         self.soon("all letters are handled", || self.letters().is_empty());
         let journal = self.lines(&["journal"]);
-        assert!(journal.len() >= 7, "{journal:?}");
+        assert_eq!(journal.len(), 8, "{journal:?}");
         vec![skipped]
     }
 

@@ -1,4 +1,5 @@
-//! Tests the handler on SQLite itself, with a crash, a lost reply or a second instance at each step:
+//! Tests the handler on SQLite itself, with a crash, a lost reply or a second instance at each
+//! step:
 //! `cargo test -p hello-sqlite`.
 
 use std::sync::Arc;
