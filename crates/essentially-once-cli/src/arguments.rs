@@ -53,7 +53,7 @@ pub(crate) struct Cli {
     /// Print JSON instead of text: one value per line.
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// Show it again every so many seconds, 2 by default, until interrupted.
+    /// Show it again at this interval, 2 seconds by default, until interrupted.
     #[arg(long, value_name = "SECONDS", global = true, num_args = 0..=1, default_missing_value = "2", require_equals = true,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) watch: Option<u64>,

@@ -76,8 +76,8 @@ fn printable(character: char) -> impl Iterator<Item = char> {
     escaped.into_iter().flatten().chain(plain)
 }
 
-/// Whether to make a change that concerns so many records or letters: asks if there are several,
-/// and only shows it with `--dry-run`.
+/// Whether to make a change. Asks first if it concerns more than one record or letter. With
+/// `--dry-run`, shows it and returns false.
 pub(crate) fn is_wanted(session: &Session<'_>, change: &Change, what: &str, records: u64) -> Result<bool, Failure> {
     if change.dry_run {
         match session.cli.json {

@@ -1,6 +1,6 @@
 //! The transcript in docs/operating.md, as the program prints it.
 //!
-//! To write it anew, set `ESSENTIALLY_ONCE_WRITE_TRANSCRIPT=1`.
+//! To update it, set `ESSENTIALLY_ONCE_WRITE_TRANSCRIPT=1`.
 
 use std::{env, fmt::Write as _, fs, path::Path};
 

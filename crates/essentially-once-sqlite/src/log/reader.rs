@@ -225,7 +225,8 @@ impl SqliteReader {
             let expects = self.found.is_some_and(|found| found.elapsed() < BUSY);
             let pause = async {
                 match expects {
-                    true => tick().await,
+                    // A thread that has stopped, such as after a fork, must not stop the reader.
+                    true => drop(time::timeout(POLL, tick()).await),
                     false => time::sleep(POLL).await,
                 }
             };
