@@ -494,6 +494,16 @@ async fn a_test_without_anything_to_compare_fails() {
 }
 
 #[tokio::test]
+async fn a_misspelled_name_beside_correct_ones_is_named() {
+    let test = || CrashTest::native(MemoryHarness, |_| Sound).records(orders());
+    let test_of = |key: &'static str, outbox: &str| test().key("Brazil").outbox("counts").key(key).outbox(outbox);
+    let found = mistakes(test_of("brazil", "counts"), &[Mistake::NothingToCompare]).await;
+    says(&found, &["without a value or record: key \"brazil\""]);
+    let found = mistakes(test_of("Brazil", "count"), &[Mistake::NothingToCompare]).await;
+    says(&found, &["without a value or record: outbox count"]);
+}
+
+#[tokio::test]
 async fn native_handlers_are_compared_by_what_the_test_names() -> Result<(), CrashFindings> {
     /// Works with this transaction only.
     struct Native(Cached);

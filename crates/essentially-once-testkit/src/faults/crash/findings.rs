@@ -78,7 +78,8 @@ pub enum Mistake {
     DependsOnBatches,
     /// The consumer ended with an error, or did not end.
     Stopped,
-    /// The undisturbed run has no effect that the test can see.
+    /// The undisturbed run has no effect that the test can see, or writes nothing under a name given
+    /// with [`key`](super::CrashTest::key) or [`outbox`](super::CrashTest::outbox).
     NothingToCompare,
 }
 
@@ -98,7 +99,7 @@ impl Mistake {
             Self::NotRepeatable => "two runs without faults differ",
             Self::DependsOnBatches => "the result depends on which records share a batch",
             Self::Stopped => "the consumer stopped",
-            Self::NothingToCompare => "the run without faults has no effect that the test can compare",
+            Self::NothingToCompare => "the run without faults leaves nothing that the test can compare",
         }
     }
 
@@ -139,8 +140,8 @@ impl Mistake {
                  is fatal."
             }
             Self::NothingToCompare => {
-                "Name what the handler writes with `CrashTest::key`, `outbox` or `observe`, report its calls to the \
-                 probe, and give records that it handles."
+                "Name what the handler writes with `CrashTest::key`, `outbox` or `observe`, spelled as it writes them, \
+                 report its calls to the probe, and give records that it handles."
             }
         }
     }

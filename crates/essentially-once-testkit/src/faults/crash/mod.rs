@@ -245,7 +245,8 @@ impl<H: Harness> CrashTest<H> {
 
     /// Compares the value of this key. Keys that a handler writes through
     /// [`KeyValue`](essentially_once::KeyValue) of its transaction are compared anyway, except with
-    /// [`native`](Self::native).
+    /// [`native`](Self::native). The test fails if the key has no value after the undisturbed run,
+    /// since it is probably misspelled.
     #[must_use]
     pub fn key(mut self, key: impl Into<Bytes>) -> Self {
         self.keys.insert(key.into());
@@ -254,7 +255,7 @@ impl<H: Harness> CrashTest<H> {
 
     /// Compares the records of this outbox. Outboxes that a handler sends to through
     /// [`Outbox`](essentially_once::Outbox) of its transaction are compared anyway, except with
-    /// [`native`](Self::native).
+    /// [`native`](Self::native). The test fails if the undisturbed run sends nothing to it.
     #[must_use]
     pub fn outbox(mut self, log: impl Into<String>) -> Self {
         self.outboxes.insert(log.into());

@@ -144,7 +144,7 @@ impl<H: Harness> Run<'_, H> {
         let mut tx = store.begin(consumer).await?;
         for key in touched.keys.union(&test.keys) {
             if let Some(value) = tx.get(key).await? {
-                effects.insert(format!("key {}", shown(key)), shown(&value));
+                effects.insert(key_effect(key), shown(&value));
             }
         }
         if TxOf::<H>::KEEPS_DEAD_LETTERS
@@ -160,7 +160,10 @@ impl<H: Harness> Run<'_, H> {
             let records = found_of(stage.backend, consumer, name).await?;
             for (key, sent) in received(records) {
                 let key = key.map_or("no key".into(), |key| format!("key {}", shown(&key)));
-                effects.insert(format!("outbox {name}, {key}"), format!("[{}]", sent.join(", ")));
+                effects.insert(
+                    format!("{}{key}", outbox_effects(name)),
+                    format!("[{}]", sent.join(", ")),
+                );
             }
         }
         if let Some(observe) = &test.observe {
@@ -168,6 +171,25 @@ impl<H: Harness> Run<'_, H> {
         }
         Ok(effects)
     }
+}
+
+/// The name of a key's value among the effects.
+fn key_effect(key: &[u8]) -> String {
+    format!("key {}", shown(key))
+}
+
+/// What the names of an outbox's records begin with among the effects.
+fn outbox_effects(outbox: &str) -> String {
+    format!("outbox {outbox}, ")
+}
+
+/// The keys and outboxes that the user names and that hold nothing, as the effects name them.
+pub(super) fn empty_names<H: Harness>(test: &CrashTest<H>, effects: &Effects) -> Vec<String> {
+    let keys = test.keys.iter().map(|key| key_effect(key));
+    let keys = keys.filter(|key| !effects.contains_key(key));
+    let is_empty = |outbox: &&String| !effects.keys().any(|name| name.starts_with(&outbox_effects(outbox)));
+    let outboxes = test.outboxes.iter().filter(is_empty);
+    keys.chain(outboxes.map(|outbox| format!("outbox {outbox}"))).collect()
 }
 
 /// The records of an outbox as a receiver handles them: each origin once, in the order of its key.

@@ -16,7 +16,7 @@ use super::{
     CrashFinding, CrashFindings, CrashReport, CrashTest, Difference, Mistake, TxOf,
     findings::differences,
     probe::Calls,
-    run::{NAME, Played, Run, Seen, Setup},
+    run::{NAME, Played, Run, Seen, Setup, empty_names},
 };
 use crate::{
     faults::{
@@ -117,6 +117,12 @@ impl<'t, H: Harness> Search<'t, H> {
             return self
                 .findings
                 .push(CrashFinding::new(Mistake::NothingToCompare, &Plan::none()));
+        }
+        let empty = empty_names(self.test, &expected.effects);
+        if !empty.is_empty() {
+            let mut finding = CrashFinding::new(Mistake::NothingToCompare, &Plan::none());
+            finding.details = format!("named, but without a value or record: {}", empty.join("; "));
+            return self.findings.push(finding);
         }
         self.expected = expected;
         self.run_again(Mistake::NotRepeatable, self.setup());
