@@ -6,6 +6,7 @@ use std::{
 };
 
 use comfy_table::{Table, presets};
+use essentially_once::Record;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -67,6 +68,22 @@ pub(crate) fn full(bytes: &[u8]) -> String {
         Ok(text) => text.chars().flat_map(printable).collect(),
         Err(_) => bytes.escape_ascii().to_string(),
     }
+}
+
+/// The headers of a record, printable.
+pub(crate) fn headers(record: &Record) -> Vec<(String, String)> {
+    let headers = record.headers.iter();
+    headers
+        .map(|(name, value)| (full(name.as_bytes()), full(value)))
+        .collect()
+}
+
+/// A record in one line: its key, if it has one, its payload, and what is wrong with it.
+pub(crate) fn brief(record: &Record) -> String {
+    let key = record.key.as_deref().map(|key| format!("[{}] ", short(key)));
+    let malformed = record.malformed.as_deref().map(|why| format!(" (malformed: {why})"));
+    let (key, malformed) = (key.unwrap_or_default(), malformed.unwrap_or_default());
+    format!("{key}{}{malformed}", short(&record.payload))
 }
 
 /// Control characters could change the terminal.

@@ -2,12 +2,12 @@
 
 use async_trait::async_trait;
 use essentially_once::{
-    ConsumerId, Error, Log, NewRecord, Offset, OffsetStore, StartAt,
+    ConsumerId, Error, Log, NewRecord, Offset, OffsetStore, Record, StartAt,
     backend::{DeadLetter, DeadLetters, Durability, Position},
     consumer::{
         Operator, SeekPlan,
         dead_letters::{self, LetterFilter},
-        pause, plan_seek, resume,
+        pause, plan_seek, plan_skip, resume,
     },
     seek, skip,
 };
@@ -20,6 +20,7 @@ pub(crate) trait Store: Send + Sync {
     async fn durability(&self) -> Result<Durability, Error>;
     async fn pause(&self, consumer: &ConsumerId, by: &Operator) -> Result<(), Error>;
     async fn resume(&self, consumer: &ConsumerId, by: &Operator) -> Result<(), Error>;
+    async fn plan_skip(&self, consumer: &ConsumerId, log: &dyn Log, offset: Offset) -> Result<Record, Error>;
     async fn skip(&self, consumer: &ConsumerId, log: &dyn Log, offset: Offset, by: &Operator) -> Result<Offset, Error>;
     async fn plan_seek(&self, consumer: &ConsumerId, log: &dyn Log, to: StartAt) -> Result<SeekPlan, Error>;
     async fn seek(&self, consumer: &ConsumerId, log: &dyn Log, to: StartAt, by: &Operator) -> Result<Offset, Error>;
@@ -68,6 +69,10 @@ where
 
     async fn resume(&self, consumer: &ConsumerId, by: &Operator) -> Result<(), Error> {
         resume(consumer, self, by).await
+    }
+
+    async fn plan_skip(&self, consumer: &ConsumerId, log: &dyn Log, offset: Offset) -> Result<Record, Error> {
+        plan_skip(consumer, log, self, offset).await
     }
 
     async fn skip(&self, consumer: &ConsumerId, log: &dyn Log, offset: Offset, by: &Operator) -> Result<Offset, Error> {

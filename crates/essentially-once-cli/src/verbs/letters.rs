@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::{
     arguments::{Change, Letters, Which},
     failure::Failure,
-    output::{done, full, is_wanted, json as print_json, line, pairs, short, table, time},
+    output::{done, full, headers, is_wanted, json as print_json, line, pairs, short, table, time},
     session::Session,
     store::Store,
 };
@@ -291,11 +291,7 @@ fn described(letter: &DeadLetter) -> Letter {
         last_failed_at: never(letter.last_failed_at),
         state: state(letter),
         origin: record.origin.as_ref().map(ToString::to_string),
-        headers: record
-            .headers
-            .iter()
-            .map(|(name, value)| (name.clone(), full(value)))
-            .collect(),
+        headers: headers(record),
         payload: full(&record.payload),
         malformed: record.malformed.as_deref().map(str::to_owned),
         edited_by: letter.edit.as_ref().map(|edit| match &*edit.reason {

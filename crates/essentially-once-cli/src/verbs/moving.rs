@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::{
     arguments::Change,
     failure::Failure,
-    output::{done, is_wanted},
+    output::{brief, done, is_wanted},
     session::Session,
 };
 
@@ -15,7 +15,11 @@ pub(crate) async fn skip(session: &Session<'_>, offset: Offset, change: &Change)
     let position = session.position(&*store).await?;
     let log = session.open_log(Some(&position)).await?;
     let consumer = session.consumer()?;
-    let what = format!("pass the record at {offset} for consumer {consumer}, without its effects");
+    let record = store.plan_skip(consumer, &*log, offset).await?;
+    let what = format!(
+        "pass the record at {offset} for consumer {consumer}, without its effects: {}",
+        brief(&record)
+    );
     if !is_wanted(session, change, &what, 1)? {
         return Ok(());
     }

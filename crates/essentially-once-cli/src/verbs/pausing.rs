@@ -13,41 +13,36 @@ pub(crate) async fn pause(session: &Session<'_>, change: &Change) -> Result<(), 
     let store = session.open_store().await?;
     let position = session.position(&*store).await?;
     let consumer = session.consumer()?;
-    if let (true, Some(paused)) = (change.dry_run, position.journal.paused()) {
+    if let Some(paused) = position.journal.paused() {
+        let by = &paused.by;
         return Err(Failure::refused(format!(
-            "consumer {consumer} is paused already, by {}",
-            paused.by
+            "consumer {consumer} is paused already, by {by}"
         )));
     }
-    if !is_wanted(
-        session,
-        change,
-        &format!("pause consumer {consumer} at {}", position.next),
-        1,
-    )? {
-        return Ok(());
+    let what = format!("pause consumer {consumer} at {}", position.next);
+    if is_wanted(session, change, &what, 1)? {
+        store.pause(consumer, &change.operator()).await?;
+        let text = format!("paused consumer {consumer}; `resume` lets it continue");
+        done(session, &text, &json!({ "paused": consumer.as_str() }))?;
     }
-    store.pause(consumer, &change.operator()).await?;
-    let text = format!("paused consumer {consumer}; `resume` lets it continue");
-    done(session, &text, &json!({ "paused": consumer.as_str() }))
+    Ok(())
 }
 
 pub(crate) async fn resume(session: &Session<'_>, change: &Change) -> Result<(), Failure> {
     let store = session.open_store().await?;
     let position = session.position(&*store).await?;
     let consumer = session.consumer()?;
-    if change.dry_run && position.journal.paused().is_none() {
+    if position.journal.paused().is_none() {
         return Err(Failure::refused(format!("consumer {consumer} is not paused")));
     }
-    if !is_wanted(
-        session,
-        change,
-        &format!("let consumer {consumer} continue at {}", position.next),
-        1,
-    )? {
-        return Ok(());
+    let what = format!("let consumer {consumer} continue at {}", position.next);
+    if is_wanted(session, change, &what, 1)? {
+        store.resume(consumer, &change.operator()).await?;
+        done(
+            session,
+            &format!("consumer {consumer} continues"),
+            &json!({ "resumed": consumer.as_str() }),
+        )?;
     }
-    store.resume(consumer, &change.operator()).await?;
-    let text = format!("consumer {consumer} continues");
-    done(session, &text, &json!({ "resumed": consumer.as_str() }))
+    Ok(())
 }

@@ -6,7 +6,7 @@ use tokio::time::{Duration, timeout};
 
 use crate::{
     failure::Failure,
-    output::{full, json, line, short, time},
+    output::{brief, full, headers, json, line, time},
     session::Session,
 };
 
@@ -74,29 +74,15 @@ fn print(session: &Session<'_>, record: &Record) -> Result<(), Failure> {
             appended_at: time(record.appended_at),
             key: record.key.as_deref().map(full),
             origin: record.origin.as_ref().map(ToString::to_string),
-            headers: record
-                .headers
-                .iter()
-                .map(|(name, value)| (name.clone(), full(value)))
-                .collect(),
+            headers: headers(record),
             payload: full(&record.payload),
             malformed: record.malformed.as_deref().map(str::to_owned),
         });
     }
-    let key = record
-        .key
-        .as_deref()
-        .map(|key| format!(" [{}]", short(key)))
-        .unwrap_or_default();
-    let malformed = record
-        .malformed
-        .as_deref()
-        .map(|why| format!(" (malformed: {why})"))
-        .unwrap_or_default();
-    let payload = short(&record.payload);
     line(&format!(
-        "{}  {}{key} {payload}{malformed}",
+        "{}  {} {}",
         record.offset,
-        time(record.appended_at)
+        time(record.appended_at),
+        brief(record)
     ))
 }

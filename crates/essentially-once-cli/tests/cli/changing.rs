@@ -105,9 +105,16 @@ fn a_consumer_is_paused_and_resumed() {
 fn a_position_moves_forward_and_back() {
     let shop = Shop::with_letters();
     shop.place(&[("Chile", "7.00"), ("Peru", "8.00"), ("Cuba", "9.00")]);
+    let planned = shop.json(&["skip", "5", "--dry-run"]);
+    assert_eq!(
+        planned[0]["dry_run"],
+        "pass the record at 5 for consumer shipping, without its effects: [Chile] 7.00"
+    );
     assert_eq!(shop.call(&["skip", "5"]).status, Some(0));
-    shop.call(&["skip", "7"])
-        .failed(1, "the next record of the consumer is at 6");
+    for arguments in [&["skip", "7"][..], &["skip", "7", "--dry-run"]] {
+        shop.call(arguments)
+            .failed(1, "the next record of the consumer is at 6");
+    }
     shop.call(&["seek", "latest"])
         .failed(1, "pass about 2 records without handling them");
     assert_eq!(shop.call(&["seek", "latest", "--yes"]).status, Some(0));

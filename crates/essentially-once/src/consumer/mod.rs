@@ -62,7 +62,7 @@ pub use self::{
     remove_passed::remove_passed,
     report::Report,
     seek::{SeekPlan, StartAt, plan_seek, seek},
-    skip::skip,
+    skip::{plan_skip, skip},
 };
 use crate::{
     ConsumerId, Error, Handler, Log, OffsetStore, Owner, Revision, Transaction, backend::within_run,

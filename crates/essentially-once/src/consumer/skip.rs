@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
-    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Transaction, consumer::OperatorAction,
-    note::InHand, rt, window::Windows,
+    Advance, ConsumerId, Error, Log, Note, Offset, OffsetStore, Operator, Position, Record, Transaction,
+    consumer::OperatorAction, note::InHand, rt, window::Windows,
 };
 
 /// How long to wait for the record.
@@ -19,7 +19,8 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 /// running instance of the consumer continues from the new position.
 ///
 /// Pass the log as the consumer reads it, with its wrappers. A record that a signed log would
-/// refuse looks intact without them, and its origin may be forged.
+/// refuse looks intact without them, and its origin may be forged. [`plan_skip`](super::plan_skip)
+/// shows the record beforehand.
 ///
 /// # Errors
 /// - [`Error::Failed`] if the consumer has no position, if `offset` is before the position, or if
@@ -74,6 +75,49 @@ pub async fn skip<S: OffsetStore>(
     offset: Offset,
     by: &Operator,
 ) -> Result<Offset, Error> {
+    let (position, record) = next_record(consumer, log, store, offset).await?;
+    let mut windows = Windows::new(position.windows);
+    if record.malformed.is_none() {
+        windows.mark(&record, SystemTime::now());
+    }
+    let next = offset.successor();
+    let expected = position.revision;
+    let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
+    advance.owner = position.owner;
+    // A letter that kills is not affected.
+    let in_hand = InHand {
+        record: None,
+        ..position.note.in_hand()
+    };
+    advance.note = Note::after(&record).with_in_hand(in_hand);
+    advance.journal = Some(position.journal.with(by, OperatorAction::Skip(offset)));
+    (advance.windows, advance.forgotten) = windows.take_changes();
+    store.begin(consumer).await?.commit(advance).await?;
+    tracing::warn!(%consumer, log = %log.id(), %offset, by = by.name(), "skipped a record by hand");
+    Ok(next)
+}
+
+/// The record that [`skip`] would pass over, without doing it.
+///
+/// # Errors
+/// As for [`skip`], except that it never fails with [`Error::Fenced`].
+pub async fn plan_skip<S: OffsetStore>(
+    consumer: &ConsumerId,
+    log: &dyn Log,
+    store: &S,
+    offset: Offset,
+) -> Result<Record, Error> {
+    let (_, record) = next_record(consumer, log, store, offset).await?;
+    Ok(record)
+}
+
+/// The consumer's position, and the record at `offset`, which must come next.
+async fn next_record<S: OffsetStore>(
+    consumer: &ConsumerId,
+    log: &dyn Log,
+    store: &S,
+    offset: Offset,
+) -> Result<(Position, Record), Error> {
     let refused = |reason: String| {
         Error::failed(
             format!(
@@ -111,7 +155,7 @@ pub async fn skip<S: OffsetStore>(
             "no record arrived within 10 s; the record may have been deleted".into(),
         ))
     })?;
-    let Some(record) = records.first() else {
+    let Some(record) = records.into_iter().next() else {
         return Err(Error::unavailable(
             format!("read log {}", log.id()),
             "the reader returned no record",
@@ -123,23 +167,5 @@ pub async fn skip<S: OffsetStore>(
             record.offset
         )));
     }
-    let mut windows = Windows::new(position.windows);
-    if record.malformed.is_none() {
-        windows.mark(record, SystemTime::now());
-    }
-    let next = offset.successor();
-    let expected = position.revision;
-    let mut advance = Advance::new(log.id().clone(), next, expected, expected.fresh_epoch());
-    advance.owner = position.owner;
-    // A letter that kills is not affected.
-    let in_hand = InHand {
-        record: None,
-        ..position.note.in_hand()
-    };
-    advance.note = Note::after(record).with_in_hand(in_hand);
-    advance.journal = Some(position.journal.with(by, OperatorAction::Skip(offset)));
-    (advance.windows, advance.forgotten) = windows.take_changes();
-    store.begin(consumer).await?.commit(advance).await?;
-    tracing::warn!(%consumer, log = %log.id(), %offset, by = by.name(), "skipped a record by hand");
-    Ok(next)
+    Ok((position, record))
 }
