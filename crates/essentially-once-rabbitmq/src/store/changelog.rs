@@ -25,7 +25,7 @@ use super::{
     guard::{Guard, Guards},
     hints::Hints,
     replica::Replica,
-    rule::{Commit, Fold, Hint, Token, Verdict},
+    rule::{Commit, Fold, Hint, Token, Verdict, wish_token},
     scope::{Scope, nothing_done},
     snapshots::Snapshots,
     state::{SharedFold, State, StateChange, journal_size},
@@ -48,6 +48,8 @@ pub(super) struct Changelog {
     replica: Mutex<Option<Replica>>,
     /// Whether the fold was loaded.
     has_loaded: AtomicBool,
+    /// Whether this handle's last commit came too late.
+    has_lost: AtomicBool,
     turns: Turns,
 }
 
@@ -64,6 +66,7 @@ impl Changelog {
             snapshots: Arc::new(Snapshots::new(&scope.server, &scope.consumer)),
             replica: Mutex::new(None),
             has_loaded: AtomicBool::new(false),
+            has_lost: AtomicBool::new(false),
             turns: Turns::default(),
             scope,
         }
@@ -166,9 +169,15 @@ impl Changelog {
     /// The revision that a transaction builds on.
     pub(super) async fn begin(&self) -> Result<Revision, Error> {
         let mut slot = self.replica().await?;
+        let has_lost = self.has_lost.swap(false, Ordering::Relaxed);
         let replica = self.loaded(&mut slot).await?;
         if !std::mem::take(&mut replica.fresh) {
-            self.refresh(&mut slot).await?;
+            let token = if has_lost {
+                wish_token(draw_token())
+            } else {
+                draw_token()
+            };
+            self.refresh_to(&mut slot, token).await?;
         }
         if let Some(replica) = slot.as_mut() {
             replica.fresh = false;
@@ -203,7 +212,11 @@ impl Changelog {
         replica.fresh = false;
         let expected = advance.expected;
         if based_on != expected {
-            return Err(self.scope.fenced(expected));
+            return Err(self.lost(expected));
+        }
+        if let Err(error) = replica.give_way().await {
+            self.discard(&mut slot).await;
+            return Err(nothing_done(error));
         }
         let given = advance.log.clone();
         let (token, entry) = self.prepare(staged, advance)?;
@@ -226,13 +239,20 @@ impl Changelog {
                 replica.policy.write_if_due();
                 Ok(())
             }
-            Verdict::Late => Err(self.scope.fenced(expected)),
+            Verdict::Late => Err(self.lost(expected)),
             Verdict::OtherLog => {
                 let fold = self.fold.read();
                 let stored = fold.place.as_ref().map_or(&given, |(log, _)| log);
                 Err(self.scope.wrong_log(stored.clone(), given))
             }
         }
+    }
+
+    /// The error of a commit that comes too late. The next transaction says that it wishes to
+    /// commit.
+    fn lost(&self, expected: Revision) -> Error {
+        self.has_lost.store(true, Ordering::Relaxed);
+        self.scope.fenced(expected)
     }
 
     /// Makes the entry, unless it would certainly not apply.
@@ -298,8 +318,13 @@ impl Changelog {
     /// Reads everything published before this call: a mark follows it, wherever the broker says
     /// that the stream ends.
     async fn refresh(&self, slot: &mut Option<Replica>) -> Result<(), Error> {
+        self.refresh_to(slot, draw_token()).await
+    }
+
+    /// As [`refresh`](Self::refresh), with a mark of that token.
+    async fn refresh_to(&self, slot: &mut Option<Replica>, token: Token) -> Result<(), Error> {
         let replica = self.loaded(slot).await?;
-        let refreshed = self.read_to_mark(replica).await;
+        let refreshed = self.read_to_mark(replica, token).await;
         match &refreshed {
             Ok(()) => replica.fresh = true,
             Err(_) => self.discard(slot).await,
@@ -307,8 +332,7 @@ impl Changelog {
         refreshed
     }
 
-    async fn read_to_mark(&self, replica: &mut Replica) -> Result<(), Error> {
-        let token = draw_token();
+    async fn read_to_mark(&self, replica: &mut Replica, token: Token) -> Result<(), Error> {
         let mark = encode_mark(token);
         replica.policy.make_room(mark.len()).await?;
         self.publisher

@@ -103,6 +103,11 @@ use crate::connection::server::Server;
 /// position. If another handle commits later, the transaction has read outdated values, and its
 /// commit is `Fenced`.
 ///
+/// # Operators beside a busy consumer
+/// Of two commits that are under way, only the first one counts. So that an operator gets through
+/// to a consumer that commits all the time, a handle whose commit came too late announces the next
+/// one with a mark, and the consumer waits for it, for at most 100 ms.
+///
 /// # Listing consumers
 /// AMQP has no command that lists streams, so [`consumers`](OffsetStore::consumers) returns `None`.
 /// The management interface of the broker shows the changelogs, one per consumer.

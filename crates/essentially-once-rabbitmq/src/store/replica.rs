@@ -1,15 +1,15 @@
 //! A reader of the changelog that folds what it reads, from the newest snapshot on.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc, time::Duration};
 
 use essentially_once::Error;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{
     entry::{Entry, Parsed, parse},
     guard::Guards,
     names,
-    rule::{Fold, Token, Verdict},
+    rule::{Fold, Token, Verdict, is_wish},
     scope::Scope,
     snapshot_policy::{LENGTH, SEGMENT, SnapshotPolicy},
     snapshots::Snapshots,
@@ -22,6 +22,9 @@ use crate::connection::{
     tail::{BEHIND, Tail},
 };
 
+/// How long to wait for the commit of a handle that wishes to make one.
+const TURN: Duration = Duration::from_millis(100);
+
 pub(super) struct Replica {
     scope: Arc<Scope>,
     fold: SharedFold,
@@ -31,6 +34,8 @@ pub(super) struct Replica {
     /// Whether the fold holds what this handle's last `position` or `commit` returned, and no
     /// transaction has begun since.
     pub(super) fresh: bool,
+    /// Whether another handle wishes to commit.
+    is_wished: bool,
 }
 
 impl Replica {
@@ -72,6 +77,7 @@ impl Replica {
             tail: server.reading.used(&connection, attached).await?,
             policy: SnapshotPolicy::new(scope, snapshots, shared, target),
             fresh: false,
+            is_wished: false,
         };
         guards.begin(&fold);
         while fold.offset < range.end {
@@ -136,6 +142,21 @@ impl Replica {
         Ok(verdict)
     }
 
+    /// If another handle wishes to commit, waits a little until it has done so.
+    pub(super) async fn give_way(&mut self) -> Result<(), Error> {
+        if !mem::take(&mut self.is_wished) {
+            return Ok(());
+        }
+        let (revision, deadline) = (self.fold.read().revision, Instant::now() + TURN);
+        while self.fold.read().revision == revision {
+            tokio::select! {
+                followed = self.follow() => followed?,
+                () = sleep_until(deadline) => break,
+            }
+        }
+        Ok(())
+    }
+
     /// Ends it after an error. Nothing new opens a channel on its connection.
     pub(super) async fn discard(self) {
         self.scope.server.reading.forget(&self.tail.connection).await;
@@ -149,7 +170,12 @@ impl Replica {
             for delivered in delivered {
                 let (offset, bytes) = (delivered.offset, delivered.body.len());
                 self.policy.count(bytes);
-                own = take(&self.scope, &mut fold, delivered, token)?.or(own);
+                let taken = take(&self.scope, &mut fold, delivered, token)?;
+                match taken {
+                    Taken::Own(verdict) => own = Some(verdict),
+                    Taken::Wish => self.is_wished = true,
+                    Taken::Other => {}
+                }
                 self.guards.count(&fold, offset, bytes);
             }
         }
@@ -158,20 +184,36 @@ impl Replica {
     }
 }
 
-/// Folds a message. Returns the verdict on it if it has that token.
-fn take(scope: &Scope, fold: &mut Fold<State>, delivered: Delivered, token: Token) -> Result<Option<Verdict>, Error> {
+/// What a folded message was.
+enum Taken {
+    /// The one with the token that was looked for.
+    Own(Verdict),
+    /// Another handle's wish to commit.
+    Wish,
+    Other,
+}
+
+/// Folds a message.
+fn take(scope: &Scope, fold: &mut Fold<State>, delivered: Delivered, token: Token) -> Result<Taken, Error> {
     let offset = delivered.offset;
     match parse(delivered.body.into()) {
         Parsed::Entry(Entry::Mark(found)) => {
             fold.mark(offset, found);
-            Ok((found == token).then_some(Verdict::Applied))
+            Ok(match found {
+                _ if found == token => Taken::Own(Verdict::Applied),
+                _ if is_wish(found) => Taken::Wish,
+                _ => Taken::Other,
+            })
         }
         Parsed::Entry(Entry::Commit(commit)) => {
             let found = commit.token;
             let verdict = fold
                 .apply(offset, commit)
                 .map_err(|missing| scope.missing(offset, missing))?;
-            Ok((found == token).then_some(verdict))
+            Ok(match found == token {
+                true => Taken::Own(verdict),
+                false => Taken::Other,
+            })
         }
         Parsed::Foreign => {
             tracing::warn!(
@@ -180,7 +222,7 @@ fn take(scope: &Scope, fold: &mut Fold<State>, delivered: Delivered, token: Toke
                 "ignored a message that is not an entry of this crate"
             );
             fold.pass(offset);
-            Ok(None)
+            Ok(Taken::Other)
         }
         Parsed::Unreadable(why) => Err(scope.unreadable(offset, why)),
     }

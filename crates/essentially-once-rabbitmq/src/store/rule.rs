@@ -127,6 +127,20 @@ impl Hint {
     }
 }
 
+/// The upper half of the token of a [wish](wish_token).
+const WISH: u64 = u64::from_be_bytes(*b"let me  ");
+
+/// A token for the mark of a handle that is about to commit, and whose last commit came too late. A
+/// handle that commits all the time waits a little when it reads such a mark. No rule depends on
+/// it.
+pub(super) fn wish_token(random: Token) -> Token {
+    Token::from(WISH) << 64 | random & Token::from(u64::MAX)
+}
+
+pub(super) fn is_wish(token: Token) -> bool {
+    token >> 64 == Token::from(WISH)
+}
+
 impl<S> Fold<S> {
     /// Judges the entry at that offset, and applies it if it won.
     pub(super) fn apply<C: Change<State = S>>(&mut self, offset: u64, commit: Commit<C>) -> Result<Verdict, Missing> {
@@ -325,6 +339,18 @@ mod tests {
             "it fences nobody"
         );
         assert_eq!(fold.owner, Some(Owner::new(2)));
+    }
+
+    #[test]
+    fn a_wish_is_a_mark_that_changes_nothing() {
+        let token = wish_token(Token::MAX);
+        assert!(is_wish(token) && !is_wish(Token::MAX) && !is_wish(7));
+        assert_ne!(token, wish_token(7));
+        let mut fold = Fold::default();
+        assert_eq!(fold.apply(0, entry(1, 0, 1, log(None))), Ok(Verdict::Applied));
+        let committed = fold.clone();
+        fold.mark(1, token);
+        assert_eq!(fold, Fold { offset: 2, ..committed });
     }
 
     #[test]
