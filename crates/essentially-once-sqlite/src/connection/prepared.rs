@@ -12,7 +12,7 @@
 
 use std::{collections::HashMap, ops::Deref, ptr::NonNull};
 
-use rusqlite::{Connection, Statement};
+use rusqlite::{Connection, Statement, types::Null};
 
 /// The cache drops all statements when it reaches this number. Otherwise SQL with values in its
 /// text would fill the memory.
@@ -126,8 +126,11 @@ struct Unbound<'a>(&'a mut Statement<'static>);
 
 impl Drop for Unbound<'_> {
     fn drop(&mut self) {
-        if self.0.parameter_count() > 0 {
-            self.0.clear_bindings();
+        // After `clear_bindings`, SQLite prepares many statements again, such as those with
+        // `ORDER BY`.
+        for parameter in 1..=self.0.parameter_count() {
+            // Fails only for a parameter that does not exist.
+            let _ = self.0.raw_bind_parameter(parameter, Null);
         }
     }
 }
@@ -154,6 +157,8 @@ impl Drop for Prepared {
 #[cfg(test)]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use rusqlite::{OptionalExtension as _, StatementStatus};
 
     use super::*;
 
@@ -244,6 +249,24 @@ mod tests {
             )
             .expect("select");
         assert_eq!(found, ("new".into(), None));
+    }
+
+    #[test]
+    fn a_statement_is_prepared_once() {
+        let mut prepared = prepared();
+        prepared
+            .execute_batch("CREATE TABLE u (a, b, PRIMARY KEY (a, b))")
+            .expect("table");
+        let select = "SELECT b FROM u WHERE a = ?1 AND b > ?2 ORDER BY b";
+        for value in 0..5_u8 {
+            prepared
+                .run_internal(select, |statement| {
+                    statement.query_row(("a", [value]), |_| Ok(())).optional()
+                })
+                .expect("select");
+        }
+        let again = prepared.run_internal(select, |statement| Ok(statement.get_status(StatementStatus::RePrepare)));
+        assert_eq!(again, Ok(0));
     }
 
     #[test]

@@ -165,8 +165,8 @@ where
 /// letters made due; those that this function or [`retry`] made due before, and that were not tried
 /// since, do not count.
 ///
-/// It reads every letter, and commits once per hundred letters if some of them change, or more
-/// often next to a busy instance or if they are large. If it fails, some letters may be due.
+/// It reads every letter, and commits once per 500 letters that change, or more often next to a
+/// busy instance or if they are large. If it fails, some letters may be due.
 ///
 /// # Errors
 /// As for [`retry`], except that it is no error if there are no letters.
@@ -204,8 +204,8 @@ where
 /// letter that changes after this function has read it stays. So does one that a running instance
 /// sets aside after this function has passed its place.
 ///
-/// It reads every letter, and commits once per hundred letters if some of them go, or more often
-/// next to a busy instance. If it fails, some letters may be gone. The
+/// It reads every letter, and commits once per 500 letters that go, or more often next to a busy
+/// instance or if they are large. If it fails, some letters may be gone. The
 /// [journal](crate::backend::Position::journal) has one entry for the whole call.
 ///
 /// # Errors
@@ -220,8 +220,8 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let page_ends = Offset::ZERO;
-    let removed = sweep(consumer, store, DiscardAll { filter, page_ends }, by).await?;
+    let pages_end = Offset::ZERO;
+    let removed = sweep(consumer, store, DiscardAll { filter, pages_end }, by).await?;
     if removed > 0 {
         tracing::warn!(%consumer, letters = removed, "discarded dead letters by hand");
     }

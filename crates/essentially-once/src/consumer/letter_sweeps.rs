@@ -1,4 +1,4 @@
-//! Changes of many letters, page by page, in commits that stay small.
+//! Changes of many letters, in commits that stay small.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,17 +23,28 @@ use crate::{
 /// For how long many letters are changed at once, before fewer are tried.
 const PATIENCE_FOR_MANY: Duration = Duration::from_millis(300);
 
-/// How many letters one page holds.
+/// How many letters are read at once.
 const PAGE: usize = 100;
+
+/// The most letters that one commit changes, but for those of one page.
+const AT_ONCE: usize = 500;
+
+/// From how many bytes on no further page is added to what one commit changes.
+const BYTES_AT_ONCE: usize = 1024 * 1024;
 
 /// A change of the letters that it selects.
 #[async_trait]
 pub(super) trait Sweep<Tx>: Sync {
-    /// Keeps the letters of a page that are to change, in the order in which to change them. No
-    /// page is empty.
+    /// Keeps the letters of a page that are to change.
     fn select(&mut self, page: &mut Vec<DeadLetter>);
 
-    /// Stages the change of some letters of the page, and says what was done; `None` if nothing is
+    /// Puts the selected letters of some pages into the order in which to change them. `last` is
+    /// the last letter of the last page.
+    fn arrange(&mut self, letters: &mut [DeadLetter], last: Offset) {
+        let _ = (letters, last);
+    }
+
+    /// Stages the change of some of these letters, and says what was done; `None` if nothing is
     /// left to change.
     async fn stage(
         &self,
@@ -43,7 +54,7 @@ pub(super) trait Sweep<Tx>: Sync {
     ) -> Result<Option<OperatorAction>, Error>;
 }
 
-/// Goes through all letters, and commits the changes of each page at once, or of fewer letters if
+/// Goes through all letters, and commits the changes of some pages at once, or of fewer letters if
 /// that fails. Returns the number of letters changed.
 pub(super) async fn sweep<S>(
     consumer: &ConsumerId,
@@ -55,15 +66,12 @@ where
     S: OffsetStore,
     S::Tx: DeadLetters,
 {
-    let (mut after, mut total) = (None, 0);
-    loop {
-        let mut page = list(consumer, store, after, PAGE).await?;
-        let Some(last) = page.last() else { return Ok(total) };
-        after = Some(last.record.offset);
-        sweep.select(&mut page);
-        let (mut left, mut at_once) = (&page[..], page.len());
+    let (mut after, mut total, mut at_once) = (None, 0, AT_ONCE);
+    while let Some((selected, last)) = selected(consumer, store, &mut sweep, after).await? {
+        after = Some(last);
+        let mut left = &selected[..];
         while !left.is_empty() {
-            let (letters, others) = left.split_at(at_once.clamp(1, left.len()));
+            let (letters, others) = left.split_at(at_once.min(left.len()));
             let patience = if letters.len() > 1 { PATIENCE_FOR_MANY } else { PATIENCE };
             let part = Part {
                 sweep: &sweep,
@@ -84,6 +92,39 @@ where
                 }
             }
         }
+        // The instance may be less busy by now.
+        at_once = AT_ONCE.min(2 * at_once);
+    }
+    Ok(total)
+}
+
+/// The letters to change on the next pages, and the last letter of these pages; `None` after the
+/// last page.
+async fn selected<S>(
+    consumer: &ConsumerId,
+    store: &S,
+    sweep: &mut impl Sweep<S::Tx>,
+    after: Option<Offset>,
+) -> Result<Option<(Vec<DeadLetter>, Offset)>, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let (mut selected, mut bytes, mut last) = (Vec::new(), 0, after);
+    while selected.len() + PAGE <= AT_ONCE && bytes < BYTES_AT_ONCE {
+        let mut page = list(consumer, store, last, PAGE).await?;
+        let Some(letter) = page.last() else { break };
+        last = Some(letter.record.offset);
+        sweep.select(&mut page);
+        bytes += page.iter().map(DeadLetter::size).sum::<usize>();
+        selected.append(&mut page);
+    }
+    match last {
+        Some(end) if last != after => {
+            sweep.arrange(&mut selected, end);
+            Ok(Some((selected, end)))
+        }
+        _ => Ok(None),
     }
 }
 
@@ -148,18 +189,21 @@ impl<Tx: DeadLetters> Sweep<Tx> for RetryAll<'_> {
 /// Removes the letters.
 pub(super) struct DiscardAll<'a> {
     pub(super) filter: &'a LetterFilter,
-    /// The last letter of the page.
-    pub(super) page_ends: Offset,
+    /// The last letter of the pages in hand.
+    pub(super) pages_end: Offset,
 }
 
 #[async_trait]
 impl<Tx: DeadLetters> Sweep<Tx> for DiscardAll<'_> {
-    /// The last letter comes first, so that no commit makes a letter due that a later commit of the
-    /// same page removes.
     fn select(&mut self, page: &mut Vec<DeadLetter>) {
-        self.page_ends = page.last().map_or(Offset::ZERO, |last| last.record.offset);
         page.retain(|letter| self.filter.matches(letter));
-        page.reverse();
+    }
+
+    /// The last letter comes first, so that no commit makes a letter due that a later commit of the
+    /// same pages removes.
+    fn arrange(&mut self, letters: &mut [DeadLetter], last: Offset) {
+        self.pages_end = last;
+        letters.reverse();
     }
 
     async fn stage(
@@ -192,7 +236,7 @@ impl<Tx: DeadLetters> Sweep<Tx> for DiscardAll<'_> {
             {
                 // A later page removes this letter. Until then it is due when the first one was:
                 // the consumer does not try it earlier, and tries it if this call ends too soon.
-                let is_to_go = next.record.offset > self.page_ends && self.filter.matches(&next);
+                let is_to_go = next.record.offset > self.pages_end && self.filter.matches(&next);
                 let due = if is_to_go { head.due } else { Some(NOW) };
                 if next.due != due {
                     next.set_due(due);

@@ -174,18 +174,18 @@ async fn between_two_pages_the_next_letter_waits_as_long_as_the_first_one_did() 
                 heads.lock().unwrap().extend(first);
             })
         });
-        let store = Meddling::new(many(250, due).await, meddle);
+        let store = Meddling::new(many(1_100, due).await, meddle);
         let all = LetterFilter::all();
         let gone = dead_letters::discard_all(&shipping(), &store, &all, &ann())
             .await
             .unwrap();
-        assert_eq!(gone, 250);
+        assert_eq!(gone, 1_100);
         let mut seen = std::mem::take(&mut *seen.lock().unwrap());
         seen.dedup();
-        assert_eq!(seen, [(0, due), (100, due), (200, due)]);
+        assert_eq!(seen, [(0, due), (500, due), (1_000, due)]);
         let position = store.position(&shipping()).await.unwrap().unwrap();
         let last = position.journal.entries().last().map(|entry| entry.action);
-        assert_eq!((last, position.journal.entries().len()), (Some(discarded(0, 250)), 2));
+        assert_eq!((last, position.journal.entries().len()), (Some(discarded(0, 1_100)), 2));
     }
 }
 
