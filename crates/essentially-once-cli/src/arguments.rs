@@ -45,7 +45,8 @@ pub(crate) struct Cli {
     )]
     pub(crate) store: Option<String>,
     /// The consumer.
-    #[arg(long, value_name = "NAME", global = true, env = "ESSENTIALLY_ONCE_CONSUMER")]
+    #[arg(long, value_name = "NAME", global = true, env = "ESSENTIALLY_ONCE_CONSUMER", hide_env_values = true,
+          value_parser = consumer)]
     pub(crate) consumer: Option<ConsumerId>,
     /// The prefix of the store's keys or streams, if the services set one.
     #[arg(long, value_name = "TEXT", global = true)]
@@ -76,6 +77,7 @@ pub(crate) enum Verb {
     /// Show the positions of all consumers of the store, or of those that are named.
     Positions {
         /// The consumers; needed if the store cannot list them.
+        #[arg(value_parser = consumer)]
         consumers: Vec<ConsumerId>,
     },
     /// Show records of the log, by default the last ones.
@@ -136,9 +138,9 @@ pub(crate) enum Letters {
         /// Begin after this offset.
         #[arg(long, value_name = "OFFSET")]
         after: Option<Offset>,
-        /// How many letters at most.
-        #[arg(long, default_value_t = 20)]
-        limit: usize,
+        /// How many letters at most: 20 by default, and all with `--json`.
+        #[arg(long, value_parser = letters)]
+        limit: Option<usize>,
     },
     /// Show one letter with its payload, its headers and all that is known of its tries.
     Show {
@@ -286,9 +288,26 @@ impl FromStr for Moment {
             return Ok(Self(time.into()));
         }
         let ago = text.parse::<SignedDuration>().ok();
-        ago.and_then(|ago| Timestamp::now().checked_sub(ago).ok())
+        // `2h ago` is negative, and means the same as `2h`.
+        ago.and_then(|ago| Timestamp::now().checked_sub(ago.abs()).ok())
             .map(|time| Self(time.into()))
             .ok_or_else(|| "it is neither a duration like `2h` nor a time like `2026-11-27T08:00:00Z`".into())
+    }
+}
+
+/// A name that looks like a URL may hold a password, which nothing may repeat.
+fn consumer(text: &str) -> Result<ConsumerId, String> {
+    match text.contains("://") {
+        true => Err("it is a URL and no name: give URLs with `--log` and `--store`".into()),
+        false => text.parse().map_err(|error: essentially_once::Error| error.to_string()),
+    }
+}
+
+fn letters(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("at least one letter must be shown".into()),
+        Ok(letters) => Ok(letters),
+        Err(error) => Err(format!("{error}")),
     }
 }
 

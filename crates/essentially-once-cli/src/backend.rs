@@ -54,6 +54,14 @@ impl Address {
             Some((url, log)) => (url, Some(log.to_owned())),
             None => (url, None),
         };
+        if let Some(log) = &log
+            && log.contains('@')
+            && !url.contains('@')
+        {
+            return Err(Failure::usage(format!(
+                "{option}: there is an `@` after the `#`; if the `#` belongs to a password, write it as `%23`"
+            )));
+        }
         let Some((scheme, rest)) = url.split_once(':') else {
             return Err(Failure::usage(format!(
                 "{option}: the URL must begin with `sqlite:`, `redis:`, `rediss:`, `redis+unix:`, `amqp:` or `amqps:`"
@@ -112,20 +120,41 @@ impl Address {
         }
     }
 
+    pub(crate) fn is_file(&self) -> bool {
+        self.kind == Kind::Sqlite
+    }
+
     /// What to call the backend. It shows no password.
     pub(crate) fn shown(&self) -> String {
         match self.kind {
             Kind::Sqlite => format!("SQLite file {}", self.url),
             Kind::Redis | Kind::Rabbitmq => {
-                let server = self.url.rsplit_once('@').map_or_else(
-                    || self.url.split_once("//").map_or("", |(_, server)| server),
-                    |(_, server)| server,
-                );
-                let server = server.split(['?', '/']).next().unwrap_or(server);
-                format!("{} at {server}", self.kind.name())
+                let (scheme, rest) = self.url.split_once("//").unwrap_or_default();
+                let rest = rest.split('?').next().unwrap_or_default();
+                // A socket's path has no password, which is in the query.
+                let is_socket = scheme.contains("unix");
+                let server = match rest.rsplit_once('@') {
+                    _ if is_socket => rest,
+                    Some((_, server)) => server.split('/').next().unwrap_or_default(),
+                    None => rest.split('/').next().unwrap_or_default(),
+                };
+                match is_socket || is_address(server) {
+                    true => format!("{} at {server}", self.kind.name()),
+                    false => self.kind.name().into(),
+                }
             }
         }
     }
+}
+
+/// Whether it is a host with or without a port, and not a part of something secret.
+fn is_address(server: &str) -> bool {
+    let (host, port) = match server.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, port),
+        _ => (server, ""),
+    };
+    let is_host = |c: char| c.is_ascii_alphanumeric() || ".:-_[]".contains(c);
+    host.chars().all(is_host) && port.chars().all(|c| c.is_ascii_digit())
 }
 
 /// A backend that answers.
@@ -153,10 +182,13 @@ impl Backend {
                 Arc::new(redis.log_with(name, options).await?)
             }
             #[cfg(feature = "rabbitmq")]
-            Self::Rabbitmq(rabbit) => {
-                let options = essentially_once_rabbitmq::LogOptions::new().existing();
-                Arc::new(rabbit.log_with(name, options).await?)
-            }
+            Self::Rabbitmq(rabbit) => match rabbit.store().sent_named(name)? {
+                Some(outbox) => Arc::new(outbox),
+                None => {
+                    let options = essentially_once_rabbitmq::LogOptions::new().existing();
+                    Arc::new(rabbit.log_with(name, options).await?)
+                }
+            },
         })
     }
 
@@ -202,6 +234,11 @@ mod tests {
             ("redis://h:6379/0#orders", "Redis at h:6379", Some("orders")),
             ("rediss://ann:s3cret@h/?protocol=resp2", "Redis at h", None),
             ("amqp://ann:s3c@ret@h/%2f#a/b", "RabbitMQ at h", Some("a/b")),
+            ("redis+unix:///run/r.sock?pass=s3@cret", "Redis at /run/r.sock", None),
+            ("redis://h/?pass=s3@cret", "Redis at h", None),
+            ("redis://[::1]:6379#orders", "Redis at [::1]:6379", Some("orders")),
+            ("redis://[::1]", "Redis at [::1]", None),
+            ("redis://ann:s3cret", "Redis", None),
         ] {
             let address = parsed(url);
             assert_eq!(
@@ -214,7 +251,14 @@ mod tests {
 
     #[test]
     fn a_bad_url_is_refused_without_repeating_it() {
-        for url in ["", "a.db", "http://ann:s3cret@h/", "redis://h#", "s3cret:x"] {
+        for url in [
+            "",
+            "a.db",
+            "http://ann:s3cret@h/",
+            "redis://h#",
+            "s3cret:x",
+            "redis://ann:s3cret#more@h/0#orders",
+        ] {
             let Err(failure) = Address::parse(url, "--store") else {
                 panic!("{url} was taken");
             };

@@ -6,6 +6,7 @@
 compile_error!("without a backend there is nothing to look after: enable `sqlite`, `redis` or `rabbitmq`");
 
 use std::{
+    env,
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
     time::Duration,
@@ -28,7 +29,10 @@ mod store;
 mod verbs;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -45,6 +49,22 @@ fn main() -> ExitCode {
             failure.status()
         }
     }
+}
+
+/// Shows what is wrong with the arguments, or the help. An argument that looks like a URL may hold a
+/// password, and is not repeated.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let urls = env::args().skip(1).filter(|argument| argument.contains("://"));
+    let urls: Vec<String> = urls.collect();
+    let text = error.to_string();
+    if !urls.iter().any(|url| text.contains(url)) {
+        // Fails only if nobody reads it.
+        let _ = error.print();
+        return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+    }
+    let text = urls.iter().fold(text, |text, url| text.replace(url, "<URL>"));
+    eprint!("{text}");
+    ExitCode::from(2)
 }
 
 async fn run(cli: &Cli) -> Result<(), Failure> {

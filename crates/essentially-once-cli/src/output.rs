@@ -5,10 +5,11 @@ use std::{
     time::SystemTime,
 };
 
+use bytes::Bytes;
 use comfy_table::{Table, presets};
 use essentially_once::Record;
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
 use crate::{arguments::Change, failure::Failure, session::Session};
 
@@ -62,6 +63,11 @@ pub(crate) fn short(bytes: &[u8]) -> String {
     }
 }
 
+/// Text in one line, with escapes for what cannot be printed.
+pub(crate) fn printed(text: &str) -> String {
+    full(text.as_bytes())
+}
+
 /// Bytes in one line, with escapes for what cannot be printed.
 pub(crate) fn full(bytes: &[u8]) -> String {
     match str::from_utf8(bytes) {
@@ -70,18 +76,35 @@ pub(crate) fn full(bytes: &[u8]) -> String {
     }
 }
 
-/// The headers of a record, printable.
-pub(crate) fn headers(record: &Record) -> Vec<(String, String)> {
+/// Bytes in JSON: a string if they are UTF-8, and otherwise `{"hex": ".."}`.
+pub(crate) struct Data(pub(crate) Bytes);
+
+impl Serialize for Data {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match str::from_utf8(&self.0) {
+            Ok(text) => serializer.serialize_str(text),
+            Err(_) => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("hex", &base16ct::lower::encode_string(&self.0))?;
+                map.end()
+            }
+        }
+    }
+}
+
+/// The headers of a record.
+pub(crate) fn headers(record: &Record) -> Vec<(String, Data)> {
     let headers = record.headers.iter();
     headers
-        .map(|(name, value)| (full(name.as_bytes()), full(value)))
+        .map(|(name, value)| (name.clone(), Data(value.clone())))
         .collect()
 }
 
 /// A record in one line: its key, if it has one, its payload, and what is wrong with it.
 pub(crate) fn brief(record: &Record) -> String {
     let key = record.key.as_deref().map(|key| format!("[{}] ", short(key)));
-    let malformed = record.malformed.as_deref().map(|why| format!(" (malformed: {why})"));
+    let malformed = record.malformed.as_deref().map(printed);
+    let malformed = malformed.map(|why| format!(" (malformed: {why})"));
     let (key, malformed) = (key.unwrap_or_default(), malformed.unwrap_or_default());
     format!("{key}{}{malformed}", short(&record.payload))
 }

@@ -58,7 +58,9 @@ impl<'a> Session<'a> {
     }
 
     pub(crate) async fn open(&self, address: &Address) -> Result<Backend, Failure> {
-        address.open(self.cli.prefix.as_deref()).await
+        // A SQLite file that holds only the log needs none.
+        let needs_prefix = *address == self.store || !address.is_file();
+        address.open(self.cli.prefix.as_deref().filter(|_| needs_prefix)).await
     }
 
     /// The position of the consumer, which must have one.

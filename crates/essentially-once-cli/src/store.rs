@@ -3,19 +3,20 @@
 use async_trait::async_trait;
 use essentially_once::{
     ConsumerId, Error, Log, NewRecord, Offset, OffsetStore, Record, StartAt,
-    backend::{DeadLetter, DeadLetters, Durability, Position},
+    backend::{DeadLetter, DeadLetters, Durability, Position, Pulse},
     consumer::{
         Operator, SeekPlan,
-        dead_letters::{self, LetterFilter},
-        pause, plan_seek, plan_skip, resume,
+        dead_letters::{self, LetterFilter, LetterPlan},
+        pause, plan_seek, plan_skip, resume, seek_as_planned,
     },
-    seek, skip,
+    skip,
 };
 
 /// The functions for operators, on a store whose transactions have any type.
 #[async_trait]
 pub(crate) trait Store: Send + Sync {
     async fn consumers(&self) -> Result<Option<Vec<ConsumerId>>, Error>;
+    /// The position. Unlike the function of the library, it creates nothing.
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error>;
     async fn durability(&self) -> Result<Durability, Error>;
     async fn pause(&self, consumer: &ConsumerId, by: &Operator) -> Result<(), Error>;
@@ -23,7 +24,8 @@ pub(crate) trait Store: Send + Sync {
     async fn plan_skip(&self, consumer: &ConsumerId, log: &dyn Log, offset: Offset) -> Result<Record, Error>;
     async fn skip(&self, consumer: &ConsumerId, log: &dyn Log, offset: Offset, by: &Operator) -> Result<Offset, Error>;
     async fn plan_seek(&self, consumer: &ConsumerId, log: &dyn Log, to: StartAt) -> Result<SeekPlan, Error>;
-    async fn seek(&self, consumer: &ConsumerId, log: &dyn Log, to: StartAt, by: &Operator) -> Result<Offset, Error>;
+    async fn seek(&self, consumer: &ConsumerId, log: &dyn Log, plan: &SeekPlan, by: &Operator)
+    -> Result<Offset, Error>;
     async fn letters(
         &self,
         consumer: &ConsumerId,
@@ -32,10 +34,14 @@ pub(crate) trait Store: Send + Sync {
         limit: usize,
     ) -> Result<Vec<DeadLetter>, Error>;
     async fn letter(&self, consumer: &ConsumerId, offset: Offset) -> Result<Option<DeadLetter>, Error>;
+    async fn plan_retry(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Error>;
     async fn retry(&self, consumer: &ConsumerId, offset: Offset, by: &Operator) -> Result<(), Error>;
+    async fn plan_retry_all(&self, consumer: &ConsumerId, filter: &LetterFilter) -> Result<LetterPlan, Error>;
     async fn retry_all(&self, consumer: &ConsumerId, filter: &LetterFilter, by: &Operator) -> Result<u64, Error>;
     async fn discard(&self, consumer: &ConsumerId, letter: &DeadLetter, by: &Operator) -> Result<(), Error>;
+    async fn plan_discard_all(&self, consumer: &ConsumerId, filter: &LetterFilter) -> Result<LetterPlan, Error>;
     async fn discard_all(&self, consumer: &ConsumerId, filter: &LetterFilter, by: &Operator) -> Result<u64, Error>;
+    async fn plan_edit(&self, consumer: &ConsumerId, letter: &DeadLetter, new: &NewRecord) -> Result<(), Error>;
     async fn edit(
         &self,
         consumer: &ConsumerId,
@@ -56,7 +62,10 @@ where
     }
 
     async fn position(&self, consumer: &ConsumerId) -> Result<Option<Position>, Error> {
-        OffsetStore::position(self, consumer).await
+        match self.pulse(consumer).await? {
+            pulse if pulse == Pulse::default() => Ok(None),
+            _ => OffsetStore::position(self, consumer).await,
+        }
     }
 
     async fn durability(&self) -> Result<Durability, Error> {
@@ -83,8 +92,14 @@ where
         plan_seek(consumer, log, self, to).await
     }
 
-    async fn seek(&self, consumer: &ConsumerId, log: &dyn Log, to: StartAt, by: &Operator) -> Result<Offset, Error> {
-        seek(consumer, log, self, to, by).await
+    async fn seek(
+        &self,
+        consumer: &ConsumerId,
+        log: &dyn Log,
+        plan: &SeekPlan,
+        by: &Operator,
+    ) -> Result<Offset, Error> {
+        seek_as_planned(consumer, log, self, plan, by).await
     }
 
     async fn letters(
@@ -101,8 +116,16 @@ where
         dead_letters::get(consumer, self, offset).await
     }
 
+    async fn plan_retry(&self, consumer: &ConsumerId, offset: Offset) -> Result<(), Error> {
+        dead_letters::plan_retry(consumer, self, offset).await
+    }
+
     async fn retry(&self, consumer: &ConsumerId, offset: Offset, by: &Operator) -> Result<(), Error> {
         dead_letters::retry(consumer, self, offset, by).await
+    }
+
+    async fn plan_retry_all(&self, consumer: &ConsumerId, filter: &LetterFilter) -> Result<LetterPlan, Error> {
+        dead_letters::plan_retry_all(consumer, self, filter).await
     }
 
     async fn retry_all(&self, consumer: &ConsumerId, filter: &LetterFilter, by: &Operator) -> Result<u64, Error> {
@@ -113,8 +136,16 @@ where
         dead_letters::discard(consumer, self, letter, by).await
     }
 
+    async fn plan_discard_all(&self, consumer: &ConsumerId, filter: &LetterFilter) -> Result<LetterPlan, Error> {
+        dead_letters::plan_discard_all(consumer, self, filter).await
+    }
+
     async fn discard_all(&self, consumer: &ConsumerId, filter: &LetterFilter, by: &Operator) -> Result<u64, Error> {
         dead_letters::discard_all(consumer, self, filter, by).await
+    }
+
+    async fn plan_edit(&self, consumer: &ConsumerId, letter: &DeadLetter, new: &NewRecord) -> Result<(), Error> {
+        dead_letters::plan_edit(consumer, self, letter, new).await
     }
 
     async fn edit(

@@ -15,11 +15,13 @@ use std::{
 
 use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, NewRecord, OffsetStore,
-    Record, async_trait,
+    Outbox as _, Record, async_trait,
     backend::{DeadLetters, Source},
     consumer::DeadLetterOptions,
+    handler_fn,
+    relay::Relay,
 };
-use essentially_once_rabbitmq::Rabbit;
+use essentially_once_rabbitmq::{Rabbit, RabbitTx};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use essentially_once_testkit::Suite;
@@ -56,6 +58,11 @@ fn main() -> ExitCode {
         Ok(_) => suite.async_test(name, LIMIT, rabbitmq),
         Err(why) => suite.ignored(name, &why),
     };
+    let name = "rabbitmq::looking_creates_nothing_and_shows_outboxes";
+    let suite = match test_servers::rabbitmq_server() {
+        Ok(_) => suite.async_test(name, LIMIT, rabbitmq_streams),
+        Err(why) => suite.ignored(name, &why),
+    };
     suite.run()
 }
 
@@ -79,6 +86,43 @@ async fn rabbitmq() -> Result<(), Source> {
     let rabbit = Rabbit::connect(&node.url()).await?;
     let log = rabbit.log("orders").await?;
     every_verb(log, rabbit.store(), node.url(), false).await
+}
+
+/// The store declares a stream for a consumer that commits, and an outbox is no stream.
+async fn rabbitmq_streams() -> Result<(), Source> {
+    let node = RabbitNode::start()?;
+    let rabbit = Rabbit::connect(&node.url()).await?;
+    let (orders, bus) = (rabbit.log("orders").await?, rabbit.log("bus").await?);
+    orders.append(&[NewRecord::new("10248")]).await?;
+    let (shipping, relay, store) = (ConsumerId::new(SHIPPING)?, ConsumerId::new("relay")?, rabbit.store());
+    let send = handler_fn(|order: &Record, tx: &mut RabbitTx| {
+        Box::pin(async move {
+            tx.send("events", NewRecord::new(order.payload.clone())).await?;
+            Ok(())
+        })
+    });
+    let consumer = Consumer::essentially_once(shipping.clone(), orders, store.clone(), send);
+    consumer.run_until_caught_up().await?;
+    let outbox = store.sent_to(&shipping, "events")?;
+    let relay = Consumer::at_least_once(relay, outbox, store, Relay::to(bus));
+    relay.run_until_caught_up().await?;
+    let looking = move || {
+        let url = node.url();
+        let verbs = Verbs { url: url.clone() };
+        let status = verbs.lines(&["relay", "status", "--consumer", "relay", "--log", &url]);
+        assert_eq!((&status[0]["lag"], &status[0]["next"]), (&0.into(), &status[0]["end"]));
+        for arguments in [&["positions", "shiping"][..], &["pause", "--consumer", "shiping"]] {
+            let refused = verbs.call(arguments);
+            assert_eq!(refused.status.code(), Some(1), "{arguments:?}");
+        }
+        let streams = node.ctl(&["list_queues", "name"])?;
+        assert!(
+            streams.contains("shipping") && !streams.contains("shiping"),
+            "{streams}"
+        );
+        Ok(())
+    };
+    tokio::task::spawn_blocking(looking).await?
 }
 
 /// Notes each order under its key, in the order in which they are handled.

@@ -559,6 +559,9 @@ async fn equal_seeds_find_the_same_and_a_plan_repeats_a_finding() -> Result<(), 
     assert_eq!(repeated.explored.plans, 2);
     // The same handler passes under a plan without faults.
     test().only(Plan::none()).run().await?;
+    // A plan that strikes nothing is no proof.
+    let late = mistakes(test().only("1000:crash-after".parse().unwrap()), &[Mistake::Stopped]).await;
+    says(&late, &["the fault at operation 1000 did not strike"]);
 
     let report = CrashTest::new(|_| Sound)
         .records(orders())

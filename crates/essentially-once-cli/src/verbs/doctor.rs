@@ -28,8 +28,8 @@ pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
     if session.log.log.is_some() {
         findings.push(log(session).await);
     }
-    if session.cli.json {
-        findings.iter().try_for_each(json)?;
+    let shown = if session.cli.json {
+        findings.iter().try_for_each(json)
     } else {
         let rows = findings.iter().map(|finding| {
             let version = finding.version.clone().unwrap_or_else(|| "not told".into());
@@ -43,10 +43,11 @@ pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
                 problem,
             ]
         });
-        table(&["part", "backend", "version", "durable", "problem"], rows)?;
-    }
+        table(&["part", "backend", "version", "durable", "problem"], rows)
+    };
+    // Also if nobody reads what is wrong.
     match findings.iter().filter(|finding| finding.problem.is_some()).count() {
-        0 => Ok(()),
+        0 => shown,
         1 => Err(Failure::refused("one backend has a problem")),
         _ => Err(Failure::refused("both backends have a problem")),
     }

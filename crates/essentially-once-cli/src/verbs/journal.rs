@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::{
     failure::Failure,
-    output::{json, line, table, time},
+    output::{json, line, printed, table, time},
     session::Session,
 };
 
@@ -36,7 +36,7 @@ pub(crate) async fn journal(session: &Session<'_>) -> Result<(), Failure> {
     let count = entries.len();
     let rows = entries
         .into_iter()
-        .map(|entry| vec![entry.at, entry.by.into(), entry.action, entry.reason.into()]);
+        .map(|entry| vec![entry.at, printed(entry.by), entry.action, printed(entry.reason)]);
     table(&["at", "by", "action", "reason"], rows)?;
     if count == Journal::LIMIT {
         line(&format!("A journal keeps the last {count} entries."))?;

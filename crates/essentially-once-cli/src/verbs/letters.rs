@@ -8,14 +8,18 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use essentially_once::{NewRecord, Offset, backend::DeadLetter, consumer::dead_letters::LetterFilter};
+use essentially_once::{
+    Error, NewRecord, Offset,
+    backend::DeadLetter,
+    consumer::dead_letters::{LetterFilter, LetterPlan},
+};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::{
     arguments::{Change, Letters, Which},
     failure::Failure,
-    output::{done, full, headers, is_wanted, json as print_json, line, pairs, short, table, time},
+    output::{Data, done, full, headers, is_wanted, json as print_json, line, pairs, printed, short, table, time},
     session::Session,
     store::Store,
 };
@@ -23,10 +27,13 @@ use crate::{
 /// How many letters to read at once.
 const PAGE: usize = 1_000;
 
+/// How many letters a table shows by default.
+const SHOWN: usize = 20;
+
 #[derive(Serialize)]
 struct Letter {
     offset: String,
-    key: Option<String>,
+    key: Option<Data>,
     tries: u32,
     first_reason: String,
     last_reason: String,
@@ -34,8 +41,8 @@ struct Letter {
     last_failed_at: String,
     state: String,
     origin: Option<String>,
-    headers: Vec<(String, String)>,
-    payload: String,
+    headers: Vec<(String, Data)>,
+    payload: Data,
     malformed: Option<String>,
     edited_by: Option<String>,
 }
@@ -45,7 +52,10 @@ pub(crate) async fn letters(session: &Session<'_>, verb: &Letters) -> Result<(),
     // A mistyped name would otherwise look like a consumer without letters.
     session.position(&*store).await?;
     match verb {
-        Letters::List { filter, after, limit } => list(session, &*store, &filter.to_library(), *after, *limit).await,
+        Letters::List { filter, after, limit } => {
+            let limit = limit.unwrap_or(if session.cli.json { usize::MAX } else { SHOWN });
+            list(session, &*store, &filter.to_library(), *after, limit).await
+        }
         Letters::Show { offset, payload } => show(session, &*store, *offset, payload.as_deref()).await,
         Letters::Retry { which, change } => retry(session, &*store, which, change).await,
         Letters::Discard { which, change } => discard(session, &*store, which, change).await,
@@ -73,10 +83,10 @@ async fn list(
     after: Option<Offset>,
     limit: usize,
 ) -> Result<(), Failure> {
-    let letters = store.letters(session.consumer()?, filter, after, limit).await?;
     if session.cli.json {
-        return letters.iter().try_for_each(|letter| print_json(&described(letter)));
+        return list_json(session, store, filter, after, limit).await;
     }
+    let letters = store.letters(session.consumer()?, filter, after, limit).await?;
     if letters.is_empty() {
         return line("no letters");
     }
@@ -98,6 +108,27 @@ async fn list(
         )),
         _ => Ok(()),
     }
+}
+
+/// One page after the other, since there may be more letters than fit into memory.
+async fn list_json(
+    session: &Session<'_>,
+    store: &dyn Store,
+    filter: &LetterFilter,
+    mut after: Option<Offset>,
+    limit: usize,
+) -> Result<(), Failure> {
+    let mut left = limit;
+    while left > 0 {
+        let page = store
+            .letters(session.consumer()?, filter, after, left.min(PAGE))
+            .await?;
+        let Some(last) = page.last() else { break };
+        after = Some(last.record.offset);
+        left -= page.len();
+        page.iter().try_for_each(|letter| print_json(&described(letter)))?;
+    }
+    Ok(())
 }
 
 async fn show(session: &Session<'_>, store: &dyn Store, offset: Offset, payload: Option<&Path>) -> Result<(), Failure> {
@@ -130,22 +161,22 @@ async fn show(session: &Session<'_>, store: &dyn Store, offset: Offset, payload:
         ("tries", tries.to_string()),
         ("set aside", parked_at),
         ("last failure", last_failed_at),
-        ("first reason", first_reason),
-        ("last reason", last_reason),
+        ("first reason", printed(&first_reason)),
+        ("last reason", printed(&last_reason)),
     ];
     let optional = [
-        ("key", key),
+        ("key", key.map(|key| full(&key.0))),
         ("origin", origin),
-        ("malformed", malformed),
-        ("edited by", edited_by),
+        ("malformed", malformed.map(|why| printed(&why))),
+        ("edited by", edited_by.map(|by| printed(&by))),
     ];
     rows.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
     rows.extend(
         headers
             .into_iter()
-            .map(|(name, value)| ("header", format!("{name}: {value}"))),
+            .map(|(name, value)| ("header", format!("{}: {}", printed(&name), full(&value.0)))),
     );
-    rows.push(("payload", payload));
+    rows.push(("payload", full(&payload.0)));
     pairs(&rows)
 }
 
@@ -153,6 +184,7 @@ async fn retry(session: &Session<'_>, store: &dyn Store, which: &Which, change: 
     let (consumer, by) = (session.consumer()?, change.operator());
     if let Some(offset) = which.offset {
         existing(session, store, offset).await?;
+        store.plan_retry(consumer, offset).await?;
         if !is_wanted(session, change, &format!("retry the letter at {offset}"), 1)? {
             return Ok(());
         }
@@ -161,13 +193,29 @@ async fn retry(session: &Session<'_>, store: &dyn Store, which: &Which, change: 
         return done(session, &text, &json!({ "retried": 1 }));
     }
     let filter = which.selected()?;
-    let count = selected(session, store, &filter).await?;
-    let what = format!("retry {}, each key's first one first", letters_of(count));
-    if !is_wanted(session, change, &what, count)? {
+    let plan = store.plan_retry_all(consumer, &filter).await?;
+    if plan.letters == 0 {
+        return Err(Failure::refused(
+            "no letter meets all conditions and can be retried; one that is due already, or waits behind another one of \
+             its key, cannot",
+        ));
+    }
+    let what = format!("retry {}, each the first one of its key", letters_of(plan.letters));
+    if !is_wanted(session, change, &what, plan.letters)? {
         return Ok(());
     }
-    let retried = store.retry_all(consumer, &filter, &by).await?;
-    let text = format!("{retried} letters are due now; those behind them follow as they succeed");
+    let retried = match store.retry_all(consumer, &plan.filter, &by).await {
+        Ok(retried) => retried,
+        Err(error) => {
+            let left = store.plan_retry_all(consumer, &plan.filter).await;
+            return Err(incomplete(error, "retried", plan.letters, left));
+        }
+    };
+    let are = if retried == 1 { "is" } else { "are" };
+    let text = format!(
+        "{} {are} due now; those behind follow as they succeed",
+        letters_of(retried)
+    );
     done(session, &text, &json!({ "retried": retried }))
 }
 
@@ -187,12 +235,21 @@ async fn discard(session: &Session<'_>, store: &dyn Store, which: &Which, change
         );
     }
     let filter = which.selected()?;
-    let count = selected(session, store, &filter).await?;
-    let what = format!("discard {} for good, without their effects", letters_of(count));
-    if !is_wanted(session, change, &what, count)? {
+    let plan = store.plan_discard_all(consumer, &filter).await?;
+    if plan.letters == 0 {
+        return Err(Failure::refused("no letter meets all conditions; nothing was changed"));
+    }
+    let what = format!("discard {} for good, without their effects", letters_of(plan.letters));
+    if !is_wanted(session, change, &what, plan.letters)? {
         return Ok(());
     }
-    let discarded = store.discard_all(consumer, &filter, &by).await?;
+    let discarded = match store.discard_all(consumer, &plan.filter, &by).await {
+        Ok(discarded) => discarded,
+        Err(error) => {
+            let left = store.plan_discard_all(consumer, &plan.filter).await;
+            return Err(incomplete(error, "discarded", plan.letters, left));
+        }
+    };
     done(
         session,
         &format!("discarded {}", letters_of(discarded)),
@@ -220,6 +277,7 @@ async fn edit(
         (false, Some(_)) => return Err(Failure::refused("the key of this letter must stay: leave `--key` out")),
         (false, None) => {}
     }
+    store.plan_edit(session.consumer()?, &letter, &new).await?;
     let what = format!(
         "replace the payload of the letter at {offset}, {} by {}",
         short(&letter.record.payload),
@@ -244,20 +302,16 @@ async fn existing(session: &Session<'_>, store: &dyn Store, offset: Offset) -> R
     })
 }
 
-/// How many letters the filter selects; none is an error.
-async fn selected(session: &Session<'_>, store: &dyn Store, filter: &LetterFilter) -> Result<u64, Failure> {
-    let (mut after, mut count) = (None, 0);
-    loop {
-        let page = store.letters(session.consumer()?, filter, after, PAGE).await?;
-        count += page.len() as u64;
-        match page.last() {
-            Some(last) if page.len() == PAGE => after = Some(last.record.offset),
-            _ => break,
-        }
-    }
-    match count {
-        0 => Err(Failure::refused("no letter meets all conditions; nothing was changed")),
-        count => Ok(count),
+/// Says how much was done before an error.
+fn incomplete(error: Error, verb: &str, planned: u64, left: Result<LetterPlan, Error>) -> Failure {
+    let all = letters_of(planned);
+    match left {
+        Ok(left) if left.letters == planned => error.into(),
+        Ok(left) => Failure::refused(format!(
+            "{} of {all} were {verb} before it failed: {error}",
+            planned - left.letters
+        )),
+        Err(_) => Failure::refused(format!("some of {all} may have been {verb} before it failed: {error}")),
     }
 }
 
@@ -283,16 +337,16 @@ fn described(letter: &DeadLetter) -> Letter {
     let never = |at: SystemTime| if at == UNIX_EPOCH { "never".into() } else { time(at) };
     Letter {
         offset: record.offset.to_string(),
-        key: letter.key().map(|key| full(key)),
+        key: letter.key().cloned().map(Data),
         tries: letter.tries,
-        first_reason: full(letter.first_reason.as_bytes()),
-        last_reason: full(letter.last_reason.as_bytes()),
+        first_reason: letter.first_reason.clone(),
+        last_reason: letter.last_reason.clone(),
         parked_at: time(letter.parked_at),
         last_failed_at: never(letter.last_failed_at),
         state: state(letter),
         origin: record.origin.as_ref().map(ToString::to_string),
         headers: headers(record),
-        payload: full(&record.payload),
+        payload: Data(record.payload.clone()),
         malformed: record.malformed.as_deref().map(str::to_owned),
         edited_by: letter.edit.as_ref().map(|edit| match &*edit.reason {
             "" => format!("{} at {}", edit.by, time(edit.at)),
@@ -314,7 +368,10 @@ fn read(file: &Path) -> Result<Vec<u8>, Failure> {
 
 fn write(file: &Path, bytes: &[u8]) -> Result<(), Failure> {
     match file.as_os_str() == "-" {
-        true => Ok(io::stdout().write_all(bytes)?),
+        true => {
+            let mut out = io::stdout();
+            Ok(out.write_all(bytes).and_then(|()| out.flush())?)
+        }
         false => fs::write(file, bytes)
             .map_err(|error| Failure::refused(format!("cannot write the payload to {}: {error}", file.display()))),
     }

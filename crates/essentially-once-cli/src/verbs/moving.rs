@@ -1,6 +1,6 @@
 //! `skip` and `seek`.
 
-use essentially_once::{Offset, StartAt, consumer::SeekPlan};
+use essentially_once::{Error, Offset, StartAt, consumer::SeekPlan};
 use serde_json::json;
 
 use crate::{
@@ -40,7 +40,7 @@ pub(crate) async fn seek(session: &Session<'_>, to: StartAt, change: &Change) ->
     let plan = store.plan_seek(consumer, &*log, to).await?;
     let what = format!(
         "move consumer {consumer} from {} to {}: {}",
-        position.next,
+        plan.from.unwrap_or(position.next),
         plan.to,
         effects(&plan)
     );
@@ -49,21 +49,17 @@ pub(crate) async fn seek(session: &Session<'_>, to: StartAt, change: &Change) ->
     if !is_wanted(session, change, &what, records.saturating_add(plan.letters_removed))? {
         return Ok(());
     }
-    // The answer may have come late.
-    let now = store.plan_seek(consumer, &*log, StartAt::Offset(plan.to)).await?;
-    let is_forward = |plan: &SeekPlan| plan.from.is_none_or(|from| from <= plan.to);
-    if !change.yes && (is_forward(&now), now.letters_removed) != (is_forward(&plan), plan.letters_removed) {
-        return Err(Failure::refused(format!(
-            "consumer {consumer} has moved meanwhile, and this would {} now; nothing was changed",
-            effects(&now)
-        )));
-    }
-    let next = store
-        .seek(consumer, &*log, StartAt::Offset(plan.to), &change.operator())
-        .await?;
+    let next = match store.seek(consumer, &*log, &plan, &change.operator()).await {
+        Err(Error::Fenced { .. }) => {
+            return Err(Failure::refused(format!(
+                "consumer {consumer} has committed meanwhile; nothing was changed: `pause` it first, and `resume` it \
+                 afterwards"
+            )));
+        }
+        sought => sought?,
+    };
     let text = format!("consumer {consumer} continues at {next}");
-    let value =
-        json!({ "from": position.next.to_string(), "next": next.to_string(), "letters_removed": plan.letters_removed });
+    let value = json!({ "from": plan.from.map(|from| from.to_string()), "next": next.to_string(), "letters_removed": plan.letters_removed });
     done(session, &text, &value)
 }
 

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use crate::{
     failure::Failure,
-    output::{json, line, pairs, time},
+    output::{json, line, pairs, printed, time},
     session::Session,
     store::Store,
 };
@@ -109,14 +109,15 @@ pub(crate) async fn lag(session: &Session<'_>, max: Option<u64>) -> Result<(), F
     let log = session.open_log(Some(&position)).await?;
     let limit = max.map_or(READ, |max| max.saturating_add(1));
     let (lag, is_cut) = count(&*log, position.next, limit).await?;
-    match session.cli.json {
-        true => json(&serde_json::json!({ "lag": lag, "is_cut": is_cut }))?,
-        false if is_cut => line(&format!("more than {lag}"))?,
-        false => line(&lag.to_string())?,
-    }
+    let shown = match session.cli.json {
+        true => json(&serde_json::json!({ "lag": lag, "is_cut": is_cut })),
+        false if is_cut => line(&format!("more than {lag}")),
+        false => line(&lag.to_string()),
+    };
     match max {
+        // Also if nobody reads how large it is.
         Some(max) if lag > max => Err(Failure::refused(format!("the lag is more than {max} records"))),
-        _ => Ok(()),
+        _ => shown,
     }
 }
 
@@ -152,7 +153,10 @@ fn show(status: &Status) -> Result<(), Failure> {
     {
         rows.push((
             "failing",
-            format!("the record at {offset}, {tries} times; at first: {first_reason}"),
+            format!(
+                "the record at {offset}, {tries} times; at first: {}",
+                printed(first_reason)
+            ),
         ));
     }
     let Letters {
@@ -166,12 +170,14 @@ fn show(status: &Status) -> Result<(), Failure> {
     rows.push((
         "dead letters",
         match (first, first_reason) {
-            (Some(first), Some(reason)) => format!("{more}{count}, {due} due; the first at {first}: {reason}"),
+            (Some(first), Some(reason)) => {
+                format!("{more}{count}, {due} due; the first at {first}: {}", printed(reason))
+            }
             _ => "none".into(),
         },
     ));
     if let Some(change) = &status.last_change {
-        rows.push(("last change", change.clone()));
+        rows.push(("last change", printed(change)));
     }
     pairs(&rows)
 }
@@ -179,18 +185,19 @@ fn show(status: &Status) -> Result<(), Failure> {
 /// How many records the log holds from `next` on, and whether there are more than that. A log that
 /// cannot count is read up to `limit`.
 async fn count(log: &dyn Log, mut next: Offset, limit: u64) -> Result<(u64, bool), Failure> {
+    // Fails if the log has no such place, as after it was restored from an older copy.
+    let mut reader = log.read(next).await?;
     if let Some(count) = log.count_from(next).await? {
         return Ok((count, false));
     }
     let (end, mut count) = (log.readable_end().await?, 0);
-    if next >= end {
-        return Ok((0, false));
-    }
-    let mut reader = log.read(next).await?;
     while count < limit && next < end {
-        // If the last records are deleted at this moment, none may ever arrive.
         let Ok(records) = timeout(READ_LIMIT, reader.next(PAGE)).await else {
-            break;
+            return Err(Failure::refused(format!(
+                "the log ends at {end}, and no record from {next} on arrived within {} s: the broker is slow, or the last \
+                 records were deleted",
+                READ_LIMIT.as_secs()
+            )));
         };
         for record in records?.iter().filter(|record| record.offset < end) {
             next = record.offset.successor();

@@ -6,7 +6,7 @@ use tokio::time::{Duration, timeout};
 
 use crate::{
     failure::Failure,
-    output::{brief, full, headers, json, line, time},
+    output::{Data, brief, headers, json, line, time},
     session::Session,
 };
 
@@ -20,10 +20,10 @@ const READ_LIMIT: Duration = Duration::from_secs(10);
 struct Row {
     offset: String,
     appended_at: String,
-    key: Option<String>,
+    key: Option<Data>,
     origin: Option<String>,
-    headers: Vec<(String, String)>,
-    payload: String,
+    headers: Vec<(String, Data)>,
+    payload: Data,
     malformed: Option<String>,
 }
 
@@ -72,10 +72,10 @@ fn print(session: &Session<'_>, record: &Record) -> Result<(), Failure> {
         return json(&Row {
             offset: record.offset.to_string(),
             appended_at: time(record.appended_at),
-            key: record.key.as_deref().map(full),
+            key: record.key.clone().map(Data),
             origin: record.origin.as_ref().map(ToString::to_string),
             headers: headers(record),
-            payload: full(&record.payload),
+            payload: Data(record.payload.clone()),
             malformed: record.malformed.as_deref().map(str::to_owned),
         });
     }

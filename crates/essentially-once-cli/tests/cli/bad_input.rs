@@ -27,6 +27,25 @@ fn a_backend_that_is_not_there_is_named_and_no_password_is_shown() {
 }
 
 #[test]
+fn a_url_in_the_wrong_place_is_not_repeated() {
+    let folder = tempfile::tempdir().expect("folder");
+    let url = "amqp://ann:s3cret@h/";
+    for arguments in [
+        &["status", url][..],
+        &[url, "status"],
+        &["--consumer", url, "status"],
+        &["--store", "sqlite:shop.db", "positions", url],
+        &["tail", "--from", url],
+        &["--store", "redis://ann:s3cret#more@h/0", "doctor"],
+    ] {
+        let called = call(folder.path(), arguments);
+        assert_eq!(called.status, Some(2), "{arguments:?}: {}", called.error);
+        let said = called.output + &called.error;
+        assert!(!said.contains("s3cret") && !said.contains("more@h"), "{said}");
+    }
+}
+
+#[test]
 fn what_does_not_exist_is_named() {
     let shop = Shop::with_letters();
     shop.call(&["status", "--consumer", "shiping"])

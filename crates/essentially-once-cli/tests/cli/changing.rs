@@ -69,7 +69,10 @@ fn a_dry_run_changes_nothing() {
             &["seek", "earliest"],
             "from 5 to 0: handle about 5 records again, and remove 3 dead letters",
         ),
-        (&["dead-letters", "retry", "--all"], "would retry 3 letters"),
+        (
+            &["dead-letters", "retry", "--all"],
+            "would retry 2 letters, each the first one of its key",
+        ),
         (&["dead-letters", "retry", "1"], "would retry the letter at 1"),
         (&["dead-letters", "discard", "--key", "Peru"], "would discard 1 letter"),
         (&["dead-letters", "discard", "3"], "would discard the letter at 3"),
@@ -81,6 +84,48 @@ fn a_dry_run_changes_nothing() {
     }
     assert_eq!((shop.json(&["status"]), shop.json(&["dead-letters", "list"])), before);
     assert!(shop.journal().is_empty());
+}
+
+#[test]
+fn a_dry_run_fails_where_the_verb_would() {
+    let shop = Shop::with_letters();
+    for (arguments, why) in [
+        (
+            &["dead-letters", "retry", "4"][..],
+            "the letter at 1 of the same key comes first",
+        ),
+        (
+            &["dead-letters", "edit", "3", "--payload", "n/a"],
+            "the record is the same",
+        ),
+        (
+            &["dead-letters", "discard", "--key", "Cuba"],
+            "no letter meets all conditions",
+        ),
+        (&["skip", "9"], "no such record"),
+        (&["resume"], "not paused"),
+    ] {
+        shop.call(&[arguments, &["--dry-run"]].concat()).failed(1, why);
+        shop.call(&[arguments, &["--yes"]].concat()).failed(1, why);
+    }
+    assert!(shop.journal().is_empty());
+    let retry = ["dead-letters", "retry", "--all", "--yes"];
+    assert!(shop.call(&retry).output.contains("2 letters are due now"));
+    shop.call(&retry).failed(1, "is due already");
+    assert_eq!(shop.journal().len(), 1);
+}
+
+#[test]
+fn a_time_ago_is_in_the_past() {
+    let shop = Shop::with_letters();
+    for before in ["2h", "2h ago", "-2h"] {
+        let before = format!("--before={before}");
+        shop.call(&["dead-letters", "discard", &before, "--yes"])
+            .failed(1, "no letter meets all conditions");
+        let since = before.replace("before", "since");
+        let called = shop.call(&["dead-letters", "discard", &since, "--dry-run"]);
+        assert!(called.output.contains("3 letters"), "{}", called.output);
+    }
 }
 
 #[test]

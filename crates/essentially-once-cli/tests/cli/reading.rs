@@ -1,5 +1,7 @@
 //! The verbs that only show something.
 
+use essentially_once::{Log as _, NewRecord};
+
 use crate::support::Shop;
 
 #[test]
@@ -25,6 +27,34 @@ fn status_shows_position_lag_and_letters() {
         "{}",
         shown.output
     );
+}
+
+#[test]
+fn json_holds_every_letter_and_every_byte() {
+    let shop = Shop::with_letters();
+    let payloads = ["{\n\"a\": 1}".as_bytes(), b"\xff\x00n", b"\\n"];
+    let records: Vec<_> = payloads
+        .iter()
+        .map(|payload| NewRecord::new(payload.to_vec()))
+        .collect();
+    let many = (0..30).map(|_| NewRecord::new("n/a"));
+    let records: Vec<_> = records.into_iter().chain(many).collect();
+    let append = async { shop.sqlite.log("orders").await?.append(&records).await };
+    shop.runtime.block_on(append).expect("append");
+    shop.consume(false);
+    let letters = shop.json(&["dead-letters", "list"]);
+    assert_eq!(letters.len(), 36);
+    let tail = shop.json(&["tail", "--from", "5", "-n", "3"]);
+    for rows in [&letters[3..6], &tail[..]] {
+        assert_eq!(rows[0]["payload"], "{\n\"a\": 1}");
+        assert_eq!(rows[1]["payload"]["hex"], "ff006e");
+        assert_eq!(rows[2]["payload"], "\\n");
+    }
+    assert_eq!(shop.json(&["dead-letters", "list", "--limit", "7"]).len(), 7);
+    let shown = shop.call(&["dead-letters", "list"]).output;
+    assert!(shown.contains("There may be more"), "{shown}");
+    shop.call(&["dead-letters", "list", "--limit", "0"])
+        .failed(2, "at least one");
 }
 
 #[test]

@@ -200,6 +200,24 @@ impl RabbitStore {
         Ok(RabbitSent::new(self.changelog(consumer)?, LogId::new(name)?, None))
     }
 
+    /// What [`sent_to`](Self::sent_to) or [`sent`](Self::sent) returns under this name, as a relay's
+    /// position has it; `None` if it is no such name with this store's prefix.
+    ///
+    /// # Errors
+    /// Those of these two.
+    pub fn sent_named(&self, log: &str) -> Result<Option<RabbitSent>, Error> {
+        let prefix = &self.server.options.prefix;
+        if let Some((found, consumer, Kind::Sent)) = names::parse(log)
+            && found == *prefix
+        {
+            return self.sent(&consumer).map(Some);
+        }
+        match names::parse_outbox(log) {
+            Some((found, consumer, outbox)) if found == *prefix => self.sent_to(&consumer, &outbox).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Refuses commits of a consumer before the broker's retention reaches a record of this outbox
     /// that its relay has not passed on. `relays` is the store, of any backend, in which the relay
     /// keeps its position.

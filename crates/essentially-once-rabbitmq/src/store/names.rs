@@ -91,10 +91,15 @@ pub(crate) fn owner(name: &str) -> Option<(String, ConsumerId)> {
     if let Some((prefix, consumer, _)) = parse(name) {
         return Some((prefix, consumer));
     }
+    parse_outbox(name).map(|(prefix, consumer, _)| (prefix, consumer))
+}
+
+/// The prefix, consumer and outbox of an outbox's name in positions.
+pub(super) fn parse_outbox(name: &str) -> Option<(String, ConsumerId, String)> {
     let (before, outbox) = cut(name.strip_suffix(OUTBOX)?, '/')?;
     LogId::new(outbox).ok()?;
     let (prefix, consumer) = cut(&before, '.')?;
-    Some((prefix, ConsumerId::new(consumer).ok()?))
+    Some((prefix, ConsumerId::new(consumer).ok()?, outbox.into()))
 }
 
 /// The prefix, consumer and kind of a stream's name or of the log of all sent records.

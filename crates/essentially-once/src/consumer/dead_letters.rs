@@ -62,13 +62,13 @@
 //! # }
 //! ```
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 pub use super::letter_filter::LetterFilter;
 use super::{
-    letter_sweeps::{DiscardAll, RetryAll, sweep},
+    letter_sweeps::{DiscardAll, RetryAll, plan, sweep},
     letter_verbs::{Discard, EditLetter, Retry},
-    verbs::{PATIENCE, change},
+    verbs::{PATIENCE, change, try_out},
 };
 use crate::{
     ConsumerId, Error, NewRecord, Offset, OffsetStore, Operator, Transaction,
@@ -160,6 +160,18 @@ where
     change(consumer, store, &retry, by, PATIENCE).await.map(|_| ())
 }
 
+/// Finds out whether [`retry`] would be refused, without making the letter due.
+///
+/// # Errors
+/// As for [`retry`], except that it never fails with [`Error::Fenced`].
+pub async fn plan_retry<S>(consumer: &ConsumerId, store: &S, offset: Offset) -> Result<(), Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    try_out(consumer, store, &Retry { consumer, offset }).await
+}
+
 /// Makes every letter due now that the filter selects and that comes first for its key, and every
 /// such letter without a key. The letters behind them follow as they succeed. Returns the number of
 /// letters made due; those that this function or [`retry`] made due before, and that were not tried
@@ -177,6 +189,56 @@ where
 {
     let seen = HashSet::new();
     sweep(consumer, store, RetryAll { filter, seen }, by).await
+}
+
+/// What [`retry_all`] or [`discard_all`] would change.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct LetterPlan {
+    /// How many letters it would change.
+    pub letters: u64,
+    /// Selects these letters and no other, as long as they do not change. With this filter, the
+    /// function does what the plan says, or less.
+    pub filter: LetterFilter,
+}
+
+impl LetterPlan {
+    fn new(filter: &LetterFilter, versions: HashMap<Offset, u64>) -> Self {
+        Self {
+            letters: versions.len() as u64,
+            filter: filter.clone().unchanged(versions),
+        }
+    }
+}
+
+/// Finds out which letters [`retry_all`] would make due, without doing it. It reads every letter,
+/// and takes 24 bytes of memory and more for each that it selects.
+///
+/// # Errors
+/// [`Error::Unavailable`], [`Error::Failed`].
+pub async fn plan_retry_all<S>(consumer: &ConsumerId, store: &S, filter: &LetterFilter) -> Result<LetterPlan, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let seen = HashSet::new();
+    let versions = plan(consumer, store, RetryAll { filter, seen }).await?;
+    Ok(LetterPlan::new(filter, versions))
+}
+
+/// Finds out which letters [`discard_all`] would remove, without doing it. It reads every letter,
+/// and takes 24 bytes of memory and more for each that it selects.
+///
+/// # Errors
+/// [`Error::Unavailable`], [`Error::Failed`].
+pub async fn plan_discard_all<S>(consumer: &ConsumerId, store: &S, filter: &LetterFilter) -> Result<LetterPlan, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let pages_end = Offset::ZERO;
+    let versions = plan(consumer, store, DiscardAll { filter, pages_end }).await?;
+    Ok(LetterPlan::new(filter, versions))
 }
 
 /// Removes a letter for good, without its effects. The next letter of its key is due at once.
@@ -262,6 +324,26 @@ where
         new,
     };
     change(consumer, store, &edit, by, PATIENCE).await.map(|_| ())
+}
+
+/// Finds out whether [`edit`] would be refused, without changing the letter.
+///
+/// # Errors
+/// As for [`edit`], except that it never fails with [`Error::Fenced`].
+pub async fn plan_edit<S>(consumer: &ConsumerId, store: &S, letter: &DeadLetter, new: &NewRecord) -> Result<(), Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let by = &Operator::new("nobody");
+    let seen = letter;
+    let edit = EditLetter {
+        consumer,
+        by,
+        seen,
+        new,
+    };
+    try_out(consumer, store, &edit).await
 }
 
 /// A transaction that sees every commit acknowledged before the call. It may otherwise see only

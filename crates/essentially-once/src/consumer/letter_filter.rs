@@ -1,10 +1,10 @@
 //! Which dead letters an operator is interested in.
 
-use std::time::SystemTime;
+use std::{collections::HashMap, time::SystemTime};
 
 use bytes::Bytes;
 
-use crate::letters::DeadLetter;
+use crate::{Offset, letters::DeadLetter};
 
 /// Selects dead letters by key, reason and time. A letter must meet all conditions.
 ///
@@ -20,6 +20,8 @@ pub struct LetterFilter {
     reason: Option<String>,
     parked_from: Option<SystemTime>,
     parked_before: Option<SystemTime>,
+    /// The versions of the letters at these offsets.
+    unchanged: Option<HashMap<Offset, u64>>,
 }
 
 impl LetterFilter {
@@ -56,12 +58,21 @@ impl LetterFilter {
         self
     }
 
+    /// The letters at these offsets, if each still has the [version](DeadLetter::version) given.
+    #[must_use]
+    pub fn unchanged(mut self, versions: impl IntoIterator<Item = (Offset, u64)>) -> Self {
+        self.unchanged = Some(versions.into_iter().collect());
+        self
+    }
+
     /// Whether the letter meets all conditions.
     pub fn matches(&self, letter: &DeadLetter) -> bool {
         let has_reason = |text: &String| letter.first_reason.contains(text) || letter.last_reason.contains(text);
+        let is_unchanged = |versions: &HashMap<_, _>| versions.get(&letter.record.offset) == Some(&letter.version);
         self.key.as_ref().is_none_or(|key| letter.key() == Some(key))
             && self.reason.as_ref().is_none_or(has_reason)
             && self.parked_from.is_none_or(|time| letter.parked_at >= time)
             && self.parked_before.is_none_or(|time| letter.parked_at < time)
+            && self.unchanged.as_ref().is_none_or(is_unchanged)
     }
 }

@@ -98,6 +98,26 @@ where
     Ok(total)
 }
 
+/// Finds out which letters a sweep would change, without changing them.
+pub(super) async fn plan<S>(
+    consumer: &ConsumerId,
+    store: &S,
+    mut sweep: impl Sweep<S::Tx>,
+) -> Result<HashMap<Offset, u64>, Error>
+where
+    S: OffsetStore,
+    S::Tx: DeadLetters,
+{
+    let (mut after, mut versions) = (None, HashMap::new());
+    loop {
+        let mut page = list(consumer, store, after, PAGE).await?;
+        let Some(last) = page.last() else { return Ok(versions) };
+        after = Some(last.record.offset);
+        sweep.select(&mut page);
+        versions.extend(page.iter().map(|letter| (letter.record.offset, letter.version)));
+    }
+}
+
 /// The letters to change on the next pages, and the last letter of these pages; `None` after the
 /// last page.
 async fn selected<S>(
@@ -158,7 +178,7 @@ impl<Tx: DeadLetters> Sweep<Tx> for RetryAll<'_> {
     fn select(&mut self, page: &mut Vec<DeadLetter>) {
         page.retain(|letter| {
             let is_first = letter.key().is_none_or(|key| self.seen.insert(key.clone()));
-            is_first && letter.due != Some(NOW) && self.filter.matches(letter)
+            is_first && letter.due != Some(NOW) && !letter.unreadable && self.filter.matches(letter)
         });
     }
 

@@ -61,7 +61,7 @@ pub use self::{
     policy::{FailedRecord, OnFailure, OnTruncated},
     remove_passed::remove_passed,
     report::Report,
-    seek::{SeekPlan, StartAt, plan_seek, seek},
+    seek::{SeekPlan, StartAt, plan_seek, seek, seek_as_planned},
     skip::{plan_skip, skip},
 };
 use crate::{

@@ -78,11 +78,49 @@ pub async fn seek<S: OffsetStore>(
     to: StartAt,
     by: &Operator,
 ) -> Result<Offset, Error> {
+    move_to(consumer, log, store, to, None, by).await
+}
+
+/// Does what [`plan_seek`](super::plan_seek) has said, unless the consumer has committed since.
+/// [`pause`](super::pause) a consumer that commits all the time.
+///
+/// # Errors
+/// As for [`seek`], and [`Error::Fenced`] if the consumer has committed since the plan was made.
+/// Nothing changes.
+pub async fn seek_as_planned<S: OffsetStore>(
+    consumer: &ConsumerId,
+    log: &dyn Log,
+    store: &S,
+    plan: &SeekPlan,
+    by: &Operator,
+) -> Result<Offset, Error> {
+    let to = StartAt::Offset(plan.to);
+    move_to(consumer, log, store, to, Some(plan.revision), by).await
+}
+
+/// Moves the position, if it still has the planned revision.
+async fn move_to<S: OffsetStore>(
+    consumer: &ConsumerId,
+    log: &dyn Log,
+    store: &S,
+    to: StartAt,
+    planned: Option<Revision>,
+    by: &Operator,
+) -> Result<Offset, Error> {
     let target = Target::find(log, to).await?;
     let mut tx = store.begin(consumer).await?;
     // A store that locks keeps a busy instance from committing from here on.
     let position = store.position(consumer).await?;
     let expected = position.as_ref().map_or(Revision::NONE, |position| position.revision);
+    if let Some(planned) = planned
+        && planned != expected
+    {
+        tx.rollback().await?;
+        return Err(Error::Fenced {
+            consumer: consumer.clone(),
+            expected: planned,
+        });
+    }
     // A new epoch, so that a commit in progress cannot apply after this one. The owner stays, so
     // that a running instance continues.
     let mut advance = Advance::new(log.id().clone(), target.next, expected, expected.fresh_epoch());
@@ -129,9 +167,12 @@ pub struct SeekPlan {
     pub records: Option<u64>,
     /// How many dead letters it would remove.
     pub letters_removed: u64,
+    /// The revision of the position that it is based on.
+    pub revision: Revision,
 }
 
-/// Finds out what [`seek`] would do, without doing it.
+/// Finds out what [`seek`] would do, without doing it. [`seek_as_planned`](super::seek_as_planned)
+/// then does that and nothing else.
 ///
 /// # Errors
 /// As for [`seek`], except that it never fails with [`Error::Fenced`].
@@ -166,6 +207,7 @@ pub async fn plan_seek<S: OffsetStore>(
     let mut tx = store.begin(consumer).await?;
     let position = store.position(consumer).await?;
     let from = position.as_ref().map(|position| position.next);
+    let revision = position.as_ref().map_or(Revision::NONE, |position| position.revision);
     if let Some(position) = position {
         check_log(&position, consumer, log)?;
     }
@@ -188,6 +230,7 @@ pub async fn plan_seek<S: OffsetStore>(
         to: target.next,
         records,
         letters_removed,
+        revision,
     })
 }
 

@@ -48,10 +48,7 @@ pub(super) async fn change<S: OffsetStore>(
         let mut tx = store.begin(consumer).await?;
         let Some(position) = store.position(consumer).await? else {
             tx.rollback().await?;
-            return Err(Error::failed(
-                format!("change consumer {consumer} by hand"),
-                "it has no position, so it never ran with this store; check its name",
-            ));
+            return Err(no_position(consumer));
         };
         let mut advance = unmoved(&position);
         let action = match change.stage(&mut tx, &position, &mut advance).await {
@@ -74,6 +71,31 @@ pub(super) async fn change<S: OffsetStore>(
             }
         }
     }
+}
+
+/// Finds out whether a change would be refused, without making it.
+pub(super) async fn try_out<S: OffsetStore>(
+    consumer: &ConsumerId,
+    store: &S,
+    change: &dyn Change<S::Tx>,
+) -> Result<(), Error> {
+    let mut tx = store.begin(consumer).await?;
+    let tried = match store.position(consumer).await? {
+        Some(position) => change
+            .stage(&mut tx, &position, &mut unmoved(&position))
+            .await
+            .map(|_| ()),
+        None => Err(no_position(consumer)),
+    };
+    tx.rollback().await?;
+    tried
+}
+
+fn no_position(consumer: &ConsumerId) -> Error {
+    Error::failed(
+        format!("change consumer {consumer} by hand"),
+        "it has no position, so it never ran with this store; check its name",
+    )
 }
 
 /// An advance that changes nothing but the revision.

@@ -230,3 +230,38 @@ async fn a_running_consumer_goes_on_after_its_letters_were_discarded() {
     assert_eq!(actions(&backend).await, [discarded(2, 2)]);
     run.abort();
 }
+
+#[tokio::test]
+async fn a_plan_covers_the_letters_that_were_there_and_have_not_changed() {
+    let store = many(5, None).await;
+    let all = LetterFilter::all();
+    let plan = dead_letters::plan_discard_all(&shipping(), &store, &all).await.unwrap();
+    assert_eq!(plan.letters, 5);
+    let retry = dead_letters::plan_retry_all(&shipping(), &store, &all).await.unwrap();
+    assert_eq!(retry.letters, 1, "the others wait behind it");
+    dead_letters::plan_retry(&shipping(), &store, 0.into()).await.unwrap();
+    let refused = dead_letters::plan_retry(&shipping(), &store, 1.into()).await;
+    assert!(refused.unwrap_err().to_string().contains("comes first"));
+
+    let letter = dead_letters::get(&shipping(), &store, 2.into()).await.unwrap().unwrap();
+    let mut new = NewRecord::from(&letter.record);
+    let same = dead_letters::plan_edit(&shipping(), &store, &letter, &new).await;
+    assert!(same.unwrap_err().to_string().contains("the record is the same"));
+    new.payload = "y".into();
+    dead_letters::plan_edit(&shipping(), &store, &letter, &new)
+        .await
+        .unwrap();
+    dead_letters::edit(&shipping(), &store, &letter, &new, &ann())
+        .await
+        .unwrap();
+    assert_eq!(
+        dead_letters::list(&shipping(), &store, None, 10).await.unwrap().len(),
+        5,
+        "plans change nothing"
+    );
+
+    let gone = dead_letters::discard_all(&shipping(), &store, &plan.filter, &ann()).await;
+    assert_eq!(gone.unwrap(), 4);
+    let left = dead_letters::list(&shipping(), &store, None, 10).await.unwrap();
+    assert_eq!((left.len(), left[0].record.offset), (1, 2.into()));
+}

@@ -7,7 +7,7 @@ use essentially_once::{
     consumer::{
         JournalEntry, OperatorAction,
         dead_letters::{self, LetterFilter},
-        pause, plan_seek, resume,
+        pause, plan_seek, resume, seek_as_planned,
     },
 };
 
@@ -376,6 +376,29 @@ async fn an_edited_malformed_letter_joins_its_key_and_marks_its_origin() {
         .unwrap();
     assert_eq!(report.duplicates, 1);
     assert_eq!(effects(&backend).await["a"], "0 2 early 4 8 late ");
+}
+
+#[tokio::test]
+async fn a_planned_seek_does_what_the_plan_said_or_nothing() {
+    let backend = keyed(Script::default()).await;
+    let consume = || consumer(&backend, poisoned(&backend, &[])).run_until_caught_up();
+    consume().await.unwrap();
+    let (log, store) = (backend.memory_log(), backend.memory.store());
+    // It would stay where it is, and would go back if the consumer committed meanwhile.
+    let plan = plan_seek(&shipping(), &log, &store, StartAt::Latest).await.unwrap();
+    log.append(&[NewRecord::new("12")]).await.unwrap();
+    consume().await.unwrap();
+    let sought = seek_as_planned(&shipping(), &log, &store, &plan, &ann()).await;
+    assert!(matches!(sought, Err(Error::Fenced { .. })), "{sought:?}");
+    assert_eq!(next(&backend).await, (RECORDS + 1).into());
+    assert_eq!(actions(&backend).await, []);
+
+    let plan = plan_seek(&shipping(), &log, &store, StartAt::Offset(2.into()))
+        .await
+        .unwrap();
+    let sought = seek_as_planned(&shipping(), &log, &store, &plan, &ann()).await;
+    assert_eq!(sought.unwrap(), 2.into());
+    assert_eq!(next(&backend).await, 2.into());
 }
 
 #[tokio::test]

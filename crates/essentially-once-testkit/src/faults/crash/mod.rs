@@ -228,7 +228,8 @@ impl<H: Harness> CrashTest<H> {
         self
     }
 
-    /// Runs only this plan, after the undisturbed runs: to look into a finding.
+    /// Runs only this plan, after the undisturbed runs: to look into a finding. The test fails if a
+    /// fault of the plan does not strike, because the run has become shorter.
     #[must_use]
     pub fn only(mut self, plan: Plan) -> Self {
         self.only = Some(plan);

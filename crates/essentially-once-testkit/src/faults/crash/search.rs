@@ -138,7 +138,7 @@ impl<'t, H: Harness> Search<'t, H> {
         }
         if self.test.meanwhile.is_some() {
             for act_before in 2..=self.explored.operations {
-                if !self.findings.is_empty() {
+                if !self.findings.is_empty() || self.is_cancelled.load(Ordering::Relaxed) {
                     break;
                 }
                 let trace = self.run_again(
@@ -150,7 +150,11 @@ impl<'t, H: Harness> Search<'t, H> {
                 );
                 if let Some(found) = self.findings.last_mut() {
                     let place = place(act_before, &trace);
-                    found.details = format!("without faults, when the other program acted before operation {place}");
+                    let when = format!("without faults, when the other program acted before operation {place}");
+                    found.details = match &*found.details {
+                        "" => when,
+                        why => format!("{when}: {why}"),
+                    };
                 }
             }
         }
@@ -181,7 +185,17 @@ impl<'t, H: Harness> Search<'t, H> {
 
     fn run_with_faults(&mut self) {
         if let Some(plan) = self.test.only.clone() {
-            self.run_plan(&plan);
+            let operations = self.run_plan(&plan);
+            let is_late = |fault: &&Fault| fault.operation > operations;
+            if let (true, Some(late)) = (self.findings.is_empty(), plan.faults().iter().find(is_late)) {
+                self.add(Mistake::Stopped, &plan, &[], Vec::new());
+                if let Some(found) = self.findings.last_mut() {
+                    found.details = format!(
+                        "the fault at operation {} did not strike: the run has {operations} operations",
+                        late.operation
+                    );
+                }
+            }
             return;
         }
         let mut rng = fastrand::Rng::with_seed(self.seed);
