@@ -89,7 +89,7 @@ where
     }
     stop.cancel();
     let report = consumer.await??;
-    println!("{report}; a pause took {:?} on average", taken / CALLS);
+    eprintln!("{report}; a pause took {:?} on average", taken / CALLS);
     match taken < CALLS * SOON {
         true => Ok(()),
         false => Err(format!("{CALLS} pauses took {taken:?}").into()),

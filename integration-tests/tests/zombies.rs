@@ -28,8 +28,8 @@ const PROBES: [(&str, u64, Disturbance); 4] = [
 /// The log's name.
 const LOG: &str = "orders";
 
-/// How long a probe may take. An idle machine needs 50 seconds at most, and one whose cores are kept
-/// busy by others several times that.
+/// How long a probe may take. An idle machine needs 50 seconds at most, and one whose cores are
+/// kept busy by others several times that.
 const LIMIT: Duration = Duration::from_secs(400);
 
 #[derive(Clone, Copy, PartialEq, Eq)]

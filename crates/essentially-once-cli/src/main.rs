@@ -51,8 +51,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Shows what is wrong with the arguments, or the help. An argument that looks like a URL may hold a
-/// password, and is not repeated.
+/// Shows what is wrong with the arguments, or the help. An argument that looks like a URL may hold
+/// a password, and is not repeated.
 fn refuse(error: &clap::Error) -> ExitCode {
     let urls = env::args().skip(1).filter(|argument| argument.contains("://"));
     let urls: Vec<String> = urls.collect();

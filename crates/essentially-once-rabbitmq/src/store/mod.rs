@@ -200,8 +200,8 @@ impl RabbitStore {
         Ok(RabbitSent::new(self.changelog(consumer)?, LogId::new(name)?, None))
     }
 
-    /// What [`sent_to`](Self::sent_to) or [`sent`](Self::sent) returns under this name, as a relay's
-    /// position has it; `None` if it is no such name with this store's prefix.
+    /// What [`sent_to`](Self::sent_to) or [`sent`](Self::sent) returns under this name, as a
+    /// relay's position has it; `None` if it is no such name with this store's prefix.
     ///
     /// # Errors
     /// Those of these two.

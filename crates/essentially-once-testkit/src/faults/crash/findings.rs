@@ -78,8 +78,8 @@ pub enum Mistake {
     DependsOnBatches,
     /// The consumer ended with an error, or did not end.
     Stopped,
-    /// The undisturbed run has no effect that the test can see, or writes nothing under a name given
-    /// with [`key`](super::CrashTest::key) or [`outbox`](super::CrashTest::outbox).
+    /// The undisturbed run has no effect that the test can see, or writes nothing under a name
+    /// given with [`key`](super::CrashTest::key) or [`outbox`](super::CrashTest::outbox).
     NothingToCompare,
 }
 
