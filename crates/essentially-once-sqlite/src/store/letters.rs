@@ -138,16 +138,19 @@ impl DeadLetters for SqliteTx {
 
     async fn counts(&mut self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Bytes, u64)>, Error> {
         self.check_usable("count dead letters")?;
+        // One condition for both cases would make SQLite read all keys before this page.
+        let page = if after.is_some() { "AND key > ?3" } else { "" };
         let sql = format!(
             "SELECT key, count(*) FROM main.essentially_once_letters \
-             WHERE consumer = ?1 AND {HAS_KEY} AND (?2 IS NULL OR key > ?2) GROUP BY key ORDER BY key LIMIT ?3"
+             WHERE consumer = ?1 AND {HAS_KEY} {page} GROUP BY key ORDER BY key LIMIT ?2"
         );
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         self.internal(&sql, "count dead letters", |statement, consumer| {
-            let counts = statement.query_map((consumer, after, limit), |row| {
-                Ok((bytes_of_first(row)?, unsigned(row, 1)?))
-            })?;
-            counts.collect()
+            let count = |row: &Row<'_>| Ok((bytes_of_first(row)?, unsigned(row, 1)?));
+            match after {
+                Some(after) => statement.query_map((consumer, limit, after), count)?.collect(),
+                None => statement.query_map((consumer, limit), count)?.collect(),
+            }
         })
     }
 
