@@ -14,7 +14,7 @@ use essentially_once::{
     backend::{Advance, Revision, Transaction},
     handler_fn,
 };
-use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite::Connection};
+use essentially_once_sqlite::{Sqlite, SqliteOptions, SqliteTx, rusqlite::Connection};
 use essentially_once_testkit::{Check, Expectation, Ledger, read_ledger, read_log};
 use tokio::time::sleep;
 
@@ -215,7 +215,10 @@ async fn two_consumers_of_one_name_count_each_record_once() {
     const RECORDS: u64 = 2000;
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("a.db");
-    let log = Sqlite::open(&path)
+    // The consumers try again after a time-out, and the appends below do not.
+    let log = SqliteOptions::new()
+        .busy_timeout(LONG)
+        .open(&path)
         .await
         .expect("open")
         .log("orders")
