@@ -51,11 +51,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Shows what is wrong with the arguments, or the help. An argument that looks like a URL may hold
-/// a password, and is not repeated.
+/// Shows what is wrong with the arguments, or the help. A value that looks like a URL may hold a
+/// password, and is not repeated.
 fn refuse(error: &clap::Error) -> ExitCode {
-    let urls = env::args().skip(1).filter(|argument| argument.contains("://"));
-    let urls: Vec<String> = urls.collect();
+    let values = env::args_os().skip(1).chain(env::var_os("ESSENTIALLY_ONCE_CONSUMER"));
+    let values = values.map(|value| value.to_string_lossy().into_owned());
+    let mut urls: Vec<String> = values.filter(|value| value.contains("://")).collect();
+    // In `--name=URL`, only the URL is a value.
+    let named = urls.iter().filter_map(|value| value.split_once('='));
+    let named: Vec<_> = named.map(|(_, url)| url.to_owned()).collect();
+    urls.extend(named.into_iter().filter(|url| url.contains("://")));
     let text = error.to_string();
     if !urls.iter().any(|url| text.contains(url)) {
         // Fails only if nobody reads it.

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{Shop, call};
+use crate::support::{Shop, call, program};
 
 #[test]
 fn a_backend_that_is_not_there_is_named_and_no_password_is_shown() {
@@ -34,6 +34,8 @@ fn a_url_in_the_wrong_place_is_not_repeated() {
         &["status", url][..],
         &[url, "status"],
         &["--consumer", url, "status"],
+        &["--consumer=amqp://ann:s3cret@h/", "status"],
+        &["--comsumer=amqp://ann:s3cret@h/", "status"],
         &["--store", "sqlite:shop.db", "positions", url],
         &["tail", "--from", url],
         &["--store", "redis://ann:s3cret#more@h/0", "doctor"],
@@ -42,6 +44,19 @@ fn a_url_in_the_wrong_place_is_not_repeated() {
         assert_eq!(called.status, Some(2), "{arguments:?}: {}", called.error);
         let said = called.output + &called.error;
         assert!(!said.contains("s3cret") && !said.contains("more@h"), "{said}");
+    }
+    let mut swapped = program(folder.path());
+    swapped.env("ESSENTIALLY_ONCE_CONSUMER", url).arg("status");
+    let swapped = swapped.output().expect("start");
+    let said = String::from_utf8_lossy(&swapped.stderr);
+    assert_eq!(swapped.status.code(), Some(2), "{said}");
+    assert!(said.contains("it is a URL") && !said.contains("s3cret"), "{said}");
+    #[cfg(unix)]
+    {
+        use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
+
+        let unreadable = program(folder.path()).arg(OsStr::from_bytes(b"\xff")).output();
+        assert_eq!(unreadable.expect("start").status.code(), Some(2));
     }
 }
 
