@@ -1,7 +1,7 @@
 //! The log: one table per log, and one row that records where the log ends.
 
 mod catalog;
-pub(crate) mod codec;
+mod codec;
 mod reader;
 mod retention;
 pub(crate) mod sending;

@@ -4,14 +4,14 @@ use std::{fmt, sync::Arc};
 
 use essentially_once::{
     Error, NewRecord, Offset, Origin,
-    backend::{Bounds, LogId, Numbering, Retention},
+    backend::{Bounds, LogId, Numbering, Retention, encode_headers},
 };
 use rusqlite::{Connection, OptionalExtension, Statement, ToSql};
 use tokio::sync::watch;
 
 use super::{
     catalog::find,
-    codec::{COLUMNS, encode_headers},
+    codec::COLUMNS,
     retention::{TrimStatements, from_columns, now_millis},
 };
 use crate::{

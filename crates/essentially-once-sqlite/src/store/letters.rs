@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use essentially_once::{
     Error, Offset, Origin, Record,
-    backend::{DeadLetter, DeadLetters, Edit, Source, check_size},
+    backend::{DeadLetter, DeadLetters, Edit, Source, check_size, decode_headers, encode_headers},
 };
 use rusqlite::{Row, ToSql, params_from_iter, types::ValueRef};
 
@@ -14,7 +14,6 @@ use super::{
     statements::{bytes_of_first, unsigned},
     tx::SqliteTx,
 };
-use crate::log::codec::{decode_headers, encode_headers};
 
 const COLUMNS: &str = "place, offset_hi, offset_lo, appended_at, key, headers, payload, producer, sequence, malformed, \
      tries, first_reason, last_reason, parked_at, last_failed_at, due_at, version, edit";

@@ -12,11 +12,13 @@
 //! - [`check_size`] refuses oversized records, keys and values.
 //! - [`unique`] draws the random part of tokens and incarnations.
 //! - [`ByteReader`] decodes stored bytes without copying them, and [`NumberingCache`] parses a
-//!   producer's name once for a run of its records.
+//!   producer's name once for a run of its records. [`encode_headers`] and [`decode_headers`] are for
+//!   stores that keep all headers of a record in one column.
 
 mod byte_reader;
 mod current_run;
 mod fetch_budget;
+mod headers;
 mod numbering_cache;
 mod retention;
 mod unique;
@@ -26,6 +28,7 @@ pub use self::{
     byte_reader::{ByteReader, CutShort},
     current_run::current_run,
     fetch_budget::FetchBudget,
+    headers::{decode_headers, encode_headers},
     numbering_cache::NumberingCache,
     retention::Retention,
     unique::unique,
