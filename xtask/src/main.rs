@@ -42,7 +42,8 @@ apt-get installs it, provided that this runs as root or sudo needs no password. 
 anything is built, and says how to install the program.
 
 ESSENTIALLY_ONCE_REDIS_SERVER selects another redis-server, or a Valkey. ESSENTIALLY_ONCE_RABBITMQ_SERVER selects
-another rabbitmq-server, with its rabbitmqctl in the same folder.";
+another rabbitmq-server, with its rabbitmqctl in the same folder. ESSENTIALLY_ONCE_POSTGRES_BIN selects another
+PostgreSQL: it is the folder of its postgres, initdb, psql and pg_basebackup.";
 
 #[derive(Args)]
 #[command(after_help = SERVERS)]

@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     path::PathBuf,
     process::{Command, Stdio},
 };
@@ -18,6 +19,8 @@ pub(crate) enum Server {
     Redis,
     /// `rabbitmq-server`, with `rabbitmqctl` in the same folder.
     Rabbitmq,
+    /// `postgres`, with `initdb`, `psql` and `pg_basebackup` in the same folder.
+    Postgres,
 }
 
 struct Facts {
@@ -25,13 +28,23 @@ struct Facts {
     program: &'static str,
     /// Names the program to the tests. If the user sets it, nothing is searched.
     variable: &'static str,
-    /// Searched before `PATH`, where a package may put something else under the program's name.
+    /// Whether the variable holds the program's folder instead, whose other programs tests use too.
+    whole_folder: bool,
+    /// Searched before `PATH`, where a package may put something else under the program's name. A
+    /// `*` stands for a version, of which the newest comes first.
     first: &'static [&'static str],
     /// Searched after `PATH`, because an ordinary user's often lacks `sbin`.
     folders: &'static [&'static str],
+    /// What the shell runs, as root, before the Debian package is installed.
+    before: Option<&'static str>,
     debian: &'static str,
     brew: &'static str,
 }
+
+/// Keeps Debian's package from creating and starting a server of the whole machine, which nobody
+/// asked for. A `policy-rc.d` would only keep it from starting until the next boot.
+const NO_CLUSTER: &str = "file=/etc/postgresql-common/createcluster.conf; \
+    test -e $file || { mkdir -p ${file%/*} && echo 'create_main_cluster = false' >$file; }";
 
 impl Server {
     fn facts(self) -> Facts {
@@ -40,8 +53,10 @@ impl Server {
                 name: "redis",
                 program: "redis-server",
                 variable: "ESSENTIALLY_ONCE_REDIS_SERVER",
+                whole_folder: false,
                 first: &[],
                 folders: &["/usr/bin", "/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"],
+                before: None,
                 debian: "redis-server",
                 brew: "redis",
             },
@@ -49,6 +64,7 @@ impl Server {
                 name: "rabbitmq",
                 program: "rabbitmq-server",
                 variable: "ESSENTIALLY_ONCE_RABBITMQ_SERVER",
+                whole_folder: false,
                 // Debian's `sbin` has a wrapper that changes the user.
                 first: &["/usr/lib/rabbitmq/bin"],
                 folders: &[
@@ -57,8 +73,27 @@ impl Server {
                     "/usr/local/opt/rabbitmq/sbin",
                     "/opt/homebrew/opt/rabbitmq/sbin",
                 ],
+                before: None,
                 debian: "rabbitmq-server",
                 brew: "rabbitmq",
+            },
+            Self::Postgres => Facts {
+                name: "postgres",
+                program: "postgres",
+                variable: "ESSENTIALLY_ONCE_POSTGRES_BIN",
+                whole_folder: true,
+                // Debian's `PATH` has wrappers of some of the programs.
+                first: &["/usr/lib/postgresql/*/bin"],
+                folders: &[
+                    "/usr/pgsql-*/bin",
+                    "/usr/local/bin",
+                    "/opt/homebrew/bin",
+                    "/usr/local/opt/postgresql@*/bin",
+                    "/opt/homebrew/opt/postgresql@*/bin",
+                ],
+                before: Some(NO_CLUSTER),
+                debian: "postgresql",
+                brew: "postgresql@17",
             },
         }
     }
@@ -87,10 +122,15 @@ fn find_or_install(server: &Facts) -> Result<PathBuf, String> {
     let (program, variable) = (server.program, server.variable);
     if let Some(given) = env::var_os(variable).filter(|given| !given.is_empty()) {
         let path = PathBuf::from(given);
-        return match path.is_file() {
+        let (exists, missing) = if server.whole_folder {
+            (path.join(program).is_file(), format!("the folder has no {program}"))
+        } else {
+            (path.is_file(), "the file does not exist".to_owned())
+        };
+        return match exists {
             // Tests run in other folders.
             true => std::path::absolute(&path).map_err(|error| format!("{variable}={}: {error}", path.display())),
-            false => Err(format!("{variable}={}: the file does not exist", path.display())),
+            false => Err(format!("{variable}={}: {missing}", path.display())),
         };
     }
     if let Some(path) = find(server) {
@@ -107,25 +147,46 @@ fn find_or_install(server: &Facts) -> Result<PathBuf, String> {
         "the tests need {program}, which is not installed: {why}\n  \
          Debian, Ubuntu:  sudo apt-get install {debian}\n  \
          macOS:           brew install {brew}\n  \
-         elsewhere:       set {variable} to its path\n  \
+         elsewhere:       set {variable} to its {place}\n  \
          or do without:   cargo xtask test --without {name}  (its cases then show as ignored)",
+        place = if server.whole_folder { "folder" } else { "path" },
         debian = server.debian,
         brew = server.brew,
         name = server.name,
     ))
 }
 
+/// The value of the server's variable.
 fn find(server: &Facts) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let first = server.first.iter().map(PathBuf::from);
-    let usual = server.folders.iter().map(PathBuf::from);
+    let first = server.first.iter().flat_map(|folder| versions(folder));
+    let usual = server.folders.iter().flat_map(|folder| versions(folder));
     // An empty or relative entry of PATH would mean another folder for each test.
     let path = env::split_paths(&path).filter(|folder| folder.is_absolute());
-    first
-        .chain(path)
-        .chain(usual)
-        .map(|folder| folder.join(server.program))
-        .find(|path| path.is_file())
+    let mut folders = first.chain(path).chain(usual);
+    let folder = folders.find(|folder| folder.join(server.program).is_file())?;
+    Some(if server.whole_folder {
+        folder
+    } else {
+        folder.join(server.program)
+    })
+}
+
+/// The folders that a path with a `*` for their version stands for, the newest first.
+fn versions(folder: &str) -> Vec<PathBuf> {
+    let Some((before, after)) = folder.split_once('*') else {
+        return vec![folder.into()];
+    };
+    let (parent, prefix) = before.rsplit_once('/').unwrap_or((".", before));
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let mut found: Vec<(u32, PathBuf)> = entries
+        .filter_map(|entry| {
+            let version = entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()?;
+            Some((version, format!("{before}{version}{after}").into()))
+        })
+        .collect();
+    found.sort_unstable_by(|one, other| other.cmp(one));
+    found.into_iter().map(|(_, folder)| folder).collect()
 }
 
 /// Installs the Debian package, as root or where `sudo` needs no password.
@@ -140,17 +201,22 @@ fn install(server: &Facts) -> Result<(), String> {
     } else {
         return Err("installing it needs root, or sudo without a password".into());
     };
+    if let Some(before) = server.before
+        && !as_root(sudo, &["sh", "-c", before])
+    {
+        return Err("preparing the installation failed, as shown above".into());
+    }
     // In two steps. Most machines have package lists, and refreshing them takes longer than the
     // installation.
     let install = ["apt-get", "install", "-y", "--no-install-recommends", server.debian];
-    if apt(sudo, &install) || apt(sudo, &["apt-get", "update"]) && apt(sudo, &install) {
+    if as_root(sudo, &install) || as_root(sudo, &["apt-get", "update"]) && as_root(sudo, &install) {
         Ok(())
     } else {
         Err("apt-get could not install it, as shown above".into())
     }
 }
 
-fn apt(sudo: &[&str], command: &[&str]) -> bool {
+fn as_root(sudo: &[&str], command: &[&str]) -> bool {
     // Through `env`, because sudo does not pass variables on. The frontend setting keeps apt from
     // asking questions.
     let words = [sudo, &["env", "DEBIAN_FRONTEND=noninteractive"], command].concat();
@@ -195,6 +261,22 @@ mod tests {
         let variables = variables(Server::value_variants()).expect("no server is needed");
         assert_eq!(variables.len(), Server::value_variants().len());
         assert!(variables.iter().all(|(_, path)| path.is_empty()));
+    }
+
+    #[test]
+    fn the_newest_version_comes_first() {
+        let parent = env::temp_dir().join(format!("essentially-once-versions-{}", std::process::id()));
+        for version in ["sql-9", "sql-15", "sql-17", "sql-old", "17"] {
+            fs::create_dir_all(parent.join(version)).expect("a folder");
+        }
+        let parent_text = parent.to_str().expect("UTF-8");
+        let found = versions(&format!("{parent_text}/sql-*/bin"));
+        fs::remove_dir_all(&parent).expect("removal");
+        assert_eq!(
+            found,
+            ["17", "15", "9"].map(|version| parent.join(format!("sql-{version}/bin")))
+        );
+        assert_eq!(versions("/usr/bin"), [Path::new("/usr/bin")]);
     }
 
     #[test]

@@ -3,17 +3,20 @@
 use std::{
     env,
     io::{BufRead as _, BufReader},
-    os::unix::process::CommandExt as _,
+    os::unix::{fs::chown, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
-use crate::Error;
+use crate::{Error, owner::Owner};
 
 /// Makes the folder, prints its path, and waits until its standard input ends, which means that the
-/// owner closed it or died. Then it kills the process group noted in the folder and removes the
-/// folder. It first moves the folder away, so that a server about to start can no longer note its
-/// group, and does not start.
+/// owner closed it or died. Then it kills the process group noted in the folder, with children that
+/// left the group, and removes the folder. It first moves the folder away, so that a server about
+/// to start can no longer note its group, and does not start.
+///
+/// A killed PostgreSQL leaves a piece of shared memory, which it notes in its data folder. If that
+/// folder outlives this one, another server may use it by now, so the noted process must be dead.
 const JANITOR: &str = r#"
 trap '' HUP INT TERM PIPE
 folder=$(mktemp -d "$1/$2.XXXXXX") || exit 1
@@ -21,13 +24,27 @@ echo "$folder"
 read -r line
 mv "$folder" "$folder.gone"
 folder=$folder.gone
-read -r group <"$folder/group" && kill -s KILL -- "-$group"
+if read -r group <"$folder/group"; then
+    kill -s STOP -- "-$group"
+    for stat in /proc/[0-9]*/stat; do
+        read -r line <"$stat" || continue
+        set -- ${line##*) }
+        [ "$2" != "$group" ] || kill -s KILL "${line%% *}"
+    done
+    kill -s KILL -- "-$group"
+fi
+notes=$folder/data/postmaster.pid
+if read -r first <"$notes" && { [ "$first" = "$group" ] || ! kill -s 0 "$first"; }; then
+    memory=$(sed -n 7p "$notes")
+    ipcrm -m "${memory##* }"
+fi
 rm -rf "$folder" || { sleep 1; rm -rf "$folder"; }
 "#;
 
 /// A temporary folder. A janitor process removes it when this value is dropped or its process dies.
 pub(crate) struct Folder {
     path: PathBuf,
+    owner: Option<Owner>,
     janitor: Child,
 }
 
@@ -58,7 +75,27 @@ impl Folder {
             )
             .into());
         }
-        Ok(Self { path, janitor })
+        Ok(Self {
+            path,
+            owner: None,
+            janitor,
+        })
+    }
+
+    /// A folder of another user, as whom its server runs. `None` means ourselves.
+    pub(crate) fn owned_by(owner: Option<Owner>, name: &str) -> Result<Self, Error> {
+        let mut folder = Self::new(name)?;
+        if let Some(owner) = owner {
+            owner.check_reach(&folder.path)?;
+            chown(&folder.path, Some(owner.user), Some(owner.group))?;
+        }
+        folder.owner = owner;
+        Ok(folder)
+    }
+
+    /// The user as whom its server runs, unless that is ourselves.
+    pub(crate) fn owner(&self) -> Option<Owner> {
+        self.owner
     }
 
     pub(crate) fn path(&self) -> &Path {

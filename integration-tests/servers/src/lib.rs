@@ -9,8 +9,11 @@ use std::{env, path::PathBuf};
 mod asking;
 mod authority;
 mod folder;
+mod owner;
 mod port;
+mod postgres;
 mod process;
+mod processes;
 mod rabbitmq;
 mod redis;
 mod stopped;
@@ -19,6 +22,7 @@ pub use asking::{eventually, insist, insist_and_count};
 pub use authority::{Authority, Pair};
 /// The kit's own proxy, re-exported for these tests.
 pub use essentially_once_testkit::{Cut, Proxy};
+pub use postgres::{PostgresBuilder, PostgresServer};
 pub use rabbitmq::{RabbitCluster, RabbitNode};
 pub use redis::{RedisBuilder, RedisCluster, RedisSentinel, RedisServer, Reply};
 pub use stopped::wait_until_stopped;
@@ -46,6 +50,17 @@ pub fn rabbitmq_server() -> Result<PathBuf, String> {
     const VARIABLE: &str = "ESSENTIALLY_ONCE_RABBITMQ_SERVER";
     program(VARIABLE)
         .ok_or_else(|| format!("needs rabbitmq-server: run `cargo xtask test`, or set {VARIABLE} to its path"))
+}
+
+/// The folder of the `postgres` to run, with `initdb`, `psql` and `pg_basebackup`: the value of
+/// `ESSENTIALLY_ONCE_POSTGRES_BIN`, which `cargo xtask test` sets.
+///
+/// # Errors
+/// The reason to show for tests that cannot run without it.
+pub fn postgres_bin() -> Result<PathBuf, String> {
+    const VARIABLE: &str = "ESSENTIALLY_ONCE_POSTGRES_BIN";
+    let missing = || format!("needs PostgreSQL: run `cargo xtask test`, or set {VARIABLE} to the folder of `postgres`");
+    program(VARIABLE).ok_or_else(missing)
 }
 
 fn program(variable: &str) -> Option<PathBuf> {

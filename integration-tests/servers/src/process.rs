@@ -10,15 +10,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Signal, kill_process_group};
 
-use crate::{Error, folder::Folder, stopped::wait_until_group_stopped};
+use crate::{
+    Error,
+    folder::Folder,
+    processes::{self, has_ended, pid, signal_each},
+    stopped::{stop_outsiders, wait_until_group_stopped},
+};
 
 /// How long a server may take to start on a busy machine.
 pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A running server and its children, in their own process group. The group is noted in the
-/// server's folder.
+/// server's folder. Children that leave the group, as those of PostgreSQL do, are stopped and
+/// killed with it.
 pub(crate) struct Process {
     child: Child,
     group: PathBuf,
@@ -34,8 +40,12 @@ impl Process {
         variables: &[(&str, OsString)],
     ) -> Result<Self, Error> {
         let log = File::options().create(true).append(true).open(folder.log())?;
+        let mut command = Command::new("sh");
+        if let Some(owner) = folder.owner() {
+            command.uid(owner.user).gid(owner.group);
+        }
         // The shell notes the group before it becomes the server, so the janitor can never miss it.
-        let child = Command::new("sh")
+        let child = command
             .args(["-c", r#"echo $$ >"$0" && exec "$@""#])
             .arg(folder.group())
             .arg(program)
@@ -53,6 +63,16 @@ impl Process {
             group: folder.group(),
             log: folder.log(),
         })
+    }
+
+    /// Runs a program to its end.
+    pub(crate) fn run(folder: &Folder, program: &Path, arguments: &[OsString]) -> Result<(), Error> {
+        let mut process = Self::spawn(folder, program, arguments, &[])?;
+        let status = process.child.wait()?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(format!("{} failed ({status}): {}", program.display(), log_tail(&process.log)).into())
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -81,33 +101,60 @@ impl Process {
 
     /// Sends a signal to the whole group. The group may already be gone, since it can end at any
     /// moment.
-    pub(crate) fn signal(&self, signal: Signal) {
-        let Some(group) = i32::try_from(self.id()).ok().and_then(Pid::from_raw) else {
+    fn signal(&self, signal: Signal) {
+        let Some(group) = pid(self.id()) else {
             return;
         };
         let _ = kill_process_group(group, signal);
     }
 
-    /// Stops the whole group with `SIGSTOP`, and waits until it stands still.
+    /// Stops the whole group with `SIGSTOP`, and waits until it and all its descendants stand
+    /// still.
     ///
     /// # Panics
     /// If it still runs after half a minute.
     pub(crate) fn freeze(&self) {
         self.signal(Signal::STOP);
         assert!(
-            wait_until_group_stopped(self.id()),
+            wait_until_group_stopped(self.id()) && stop_outsiders(self.id()),
             "process group {} still runs long after SIGSTOP",
             self.id()
         );
     }
 
+    /// Resumes what [`freeze`](Self::freeze) stopped.
+    pub(crate) fn thaw(&self) {
+        self.signal(Signal::CONT);
+        signal_each(&processes::outsiders(self.id()), Signal::CONT);
+    }
+
     /// Sends a signal that ends the server, and waits until it has ended.
     pub(crate) fn end(mut self, signal: Signal) -> Result<(), Error> {
+        if signal == Signal::KILL {
+            return self.kill();
+        }
         self.signal(signal);
         // A frozen process would not notice the signal.
-        self.signal(Signal::CONT);
+        self.thaw();
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Kills the whole group and its descendants, and waits until they have ended.
+    fn kill(&mut self) -> Result<(), Error> {
+        let mut outsiders = processes::outsiders(self.id());
+        if !outsiders.is_empty() {
+            // Only a living server tells who its children are, and a stopped one starts no more.
+            self.signal(Signal::STOP);
+            let _ = wait_until_group_stopped(self.id());
+            outsiders = processes::outsiders(self.id());
+            signal_each(&outsiders, Signal::KILL);
+        }
+        self.signal(Signal::KILL);
+        self.child.wait()?;
+        wait_until("the server's children have ended", START_LIMIT, || {
+            Ok(outsiders.iter().copied().all(has_ended))
+        })
     }
 }
 
@@ -115,8 +162,8 @@ impl Drop for Process {
     fn drop(&mut self) {
         // Only if nobody has waited for it. Otherwise another process may have its number by now.
         if let Ok(None) = self.child.try_wait() {
-            self.signal(Signal::KILL);
-            let _ = self.child.wait();
+            // An error cannot be reported here.
+            let _ = self.kill();
         }
         let _ = fs::remove_file(&self.group);
     }

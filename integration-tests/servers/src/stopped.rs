@@ -1,11 +1,13 @@
 //! Whether processes have stopped after `SIGSTOP`.
 
 use std::{
-    fs,
-    path::Path,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
+
+use rustix::process::Signal;
+
+use crate::processes::{members, outsiders, signal_each, status};
 
 /// How long that may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -26,6 +28,17 @@ pub(crate) fn wait_until_group_stopped(group: u32) -> bool {
     wait_until(|| members(group).into_iter().all(has_stopped))
 }
 
+/// Stops the descendants that left a group, and waits until they have stopped. The group itself
+/// must have stopped, or it could start others.
+#[must_use]
+pub(crate) fn stop_outsiders(group: u32) -> bool {
+    wait_until(|| {
+        let outsiders = outsiders(group);
+        signal_each(&outsiders, Signal::STOP);
+        outsiders.into_iter().all(has_stopped)
+    })
+}
+
 fn wait_until(condition: impl Fn() -> bool) -> bool {
     let deadline = Instant::now() + LIMIT;
     while !condition() {
@@ -41,26 +54,7 @@ fn wait_until(condition: impl Fn() -> bool) -> bool {
 fn has_stopped(process: u32) -> bool {
     let threads = fs::read_dir(format!("/proc/{process}/task"));
     threads.into_iter().flatten().flatten().all(|thread| {
-        let status = stat(&thread.path());
-        status.is_none_or(|(state, _)| matches!(state, 'T' | 't' | 'Z' | 'X'))
+        let status = status(&thread.path());
+        status.is_none_or(|status| matches!(status.state, 'T' | 't' | 'Z' | 'X'))
     })
-}
-
-fn members(group: u32) -> Vec<u32> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let members = processes.filter_map(|process| {
-        let id = process.file_name().to_str()?.parse().ok()?;
-        (stat(&process.path())?.1 == group).then_some(id)
-    });
-    members.collect()
-}
-
-/// The state and the group of a process or thread.
-fn stat(folder: &Path) -> Option<(char, u32)> {
-    let stat = fs::read_to_string(folder.join("stat")).ok()?;
-    // Its name may contain anything, and ends with the last parenthesis.
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut words = rest.split_whitespace();
-    let state = words.next()?.chars().next()?;
-    Some((state, words.nth(1)?.parse().ok()?))
 }

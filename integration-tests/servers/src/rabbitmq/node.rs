@@ -318,12 +318,8 @@ impl RabbitNode {
 
     /// Resumes a frozen node.
     pub fn thaw(&self) {
-        self.signal(Signal::CONT);
-    }
-
-    fn signal(&self, signal: Signal) {
         if let Some(process) = self.process().as_ref() {
-            process.signal(signal);
+            process.thaw();
         }
     }
 

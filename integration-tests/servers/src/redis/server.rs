@@ -157,12 +157,8 @@ impl RedisServer {
 
     /// Resumes a frozen server.
     pub fn thaw(&self) {
-        self.signal(Signal::CONT);
-    }
-
-    fn signal(&self, signal: Signal) {
         if let Some(process) = self.process().as_ref() {
-            process.signal(signal);
+            process.thaw();
         }
     }
 
