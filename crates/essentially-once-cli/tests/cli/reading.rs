@@ -1,5 +1,11 @@
 //! The verbs that only show something.
 
+#[cfg(unix)]
+use std::{
+    io::{BufRead as _, BufReader},
+    process::Stdio,
+};
+
 use essentially_once::{Log as _, NewRecord};
 
 use crate::support::Shop;
@@ -64,7 +70,7 @@ fn lag_is_a_number_with_a_limit() {
     assert_eq!(shop.call(&["lag"]).output, "2\n");
     assert_eq!(shop.call(&["lag", "--max", "2"]).status, Some(0));
     shop.call(&["lag", "--max", "1"])
-        .failed(1, "the lag is more than 1 records");
+        .failed(1, "the lag is more than 1 record\n");
 }
 
 #[test]
@@ -77,6 +83,7 @@ fn positions_lists_every_consumer() {
         (&"shipping".into(), &"orders".into(), &"5".into())
     );
     shop.call(&["positions", "shipping", "billing"]).failed(1, "billing");
+    assert_eq!(shop.json(&["positions", "--consumer", "shipping"]), rows);
 }
 
 #[test]
@@ -96,6 +103,23 @@ fn tail_shows_the_last_records_or_those_from_an_offset() {
         shown.starts_with("4  ") && shown.ends_with(" [Chile] 4.99\n"),
         "{shown}"
     );
+}
+
+#[cfg(unix)]
+#[test]
+fn following_an_idle_log_ends_when_nobody_reads() {
+    let shop = Shop::with_letters();
+    let mut child = shop
+        .command(&["tail", "--follow", "-n", "1"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start");
+    let mut output = BufReader::new(child.stdout.take().expect("piped"));
+    let mut first = String::new();
+    output.read_line(&mut first).expect("a record");
+    assert!(first.starts_with("4  "), "{first}");
+    drop(output);
+    assert_eq!(child.wait().expect("wait").code(), Some(0));
 }
 
 #[test]
@@ -129,7 +153,9 @@ fn letters_are_listed_by_filter_and_shown() {
 #[test]
 fn doctor_finds_nothing_wrong() {
     let shop = Shop::with_letters();
-    let findings = shop.json(&["doctor", "--log", "sqlite:shop.db#orders"]);
+    let findings = shop.json(&["doctor"]);
+    assert_eq!(findings[1]["log"], "orders", "the one that the consumer reads");
+    assert_eq!(findings, shop.json(&["doctor", "--log", "sqlite:shop.db#orders"]));
     let parts: Vec<_> = findings.iter().map(|finding| finding["part"].as_str()).collect();
     assert_eq!(parts, [Some("store"), Some("log")]);
     for finding in findings {
@@ -146,11 +172,18 @@ fn doctor_finds_nothing_wrong() {
 }
 
 #[test]
-fn a_relay_is_told_its_new_epoch() {
+fn a_new_epoch_begins_at_the_end_of_the_outbox() {
     let shop = Shop::with_letters();
+    // The relay is behind, as after it was restored together with its outbox.
+    shop.place(&[("Chile", "7.00"), ("Chile", "8.00")]);
     let shown = shop.call(&["relay", "new-epoch"]).output;
-    assert!(shown.contains("new_producer_from(Offset::from(5))"), "{shown}");
-    assert_eq!(shop.json(&["relay", "status"])[0]["lag"], 0);
+    assert!(shown.contains("new_producer_from(Offset::from(7))"), "{shown}");
+    let epoch = &shop.json(&["relay", "new-epoch"])[0];
+    assert_eq!(
+        (&epoch["new_producer_from"], &epoch["position"]),
+        (&"7".into(), &"5".into())
+    );
+    assert_eq!(shop.json(&["relay", "status"])[0]["lag"], 2);
 }
 
 #[test]
