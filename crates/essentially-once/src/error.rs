@@ -146,7 +146,7 @@ pub enum Error {
 
     /// It did not happen, but another try may succeed: busy, disconnected, or timed out before it
     /// was sent.
-    #[error("{action}: temporarily unavailable: {}", Chain(cause))]
+    #[error("{action}: unavailable: {}", Chain(cause))]
     Unavailable {
         /// What was attempted, and on what.
         action: String,
@@ -332,7 +332,7 @@ mod tests {
         assert!(error.cause().is_some_and(|cause| cause.is::<Terse>()));
 
         let outer = Error::unavailable("consume", error);
-        assert_eq!(outer.to_string(), format!("consume: temporarily unavailable: {shown}"));
+        assert_eq!(outer.to_string(), format!("consume: unavailable: {shown}"));
         assert!(outer.cause().is_some_and(|cause| cause.is::<Error>()));
     }
 }

@@ -228,10 +228,17 @@ impl fmt::Display for OperatorAction {
                 from,
                 to,
                 letters_removed,
-            } => write!(
-                f,
-                "moved the position from {from} to {to} and removed {letters_removed} letters"
-            ),
+            } => {
+                match from == to {
+                    true => write!(f, "set the position to {to} again")?,
+                    false => write!(f, "moved the position from {from} to {to}")?,
+                }
+                match letters_removed {
+                    0 => Ok(()),
+                    1 => f.write_str(" and removed 1 letter"),
+                    letters => write!(f, " and removed {letters} letters"),
+                }
+            }
             Self::Skip(offset) => write!(f, "skipped the record at {offset}"),
             Self::Retry { first, letters: 1 } => write!(f, "retried the letter at {first}"),
             Self::Retry { first, letters } => write!(f, "retried {letters} letters from {first} on"),
@@ -411,6 +418,20 @@ mod tests {
                 "bob paused the consumer"
             ]
         );
+        for (to, letters_removed, text) in [
+            (5, 0, "moved the position from 8 to 5"),
+            (5, 1, "moved the position from 8 to 5 and removed 1 letter"),
+            (5, 2, "moved the position from 8 to 5 and removed 2 letters"),
+            (8, 0, "set the position to 8 again"),
+        ] {
+            let (from, to) = (8.into(), Offset::from(to));
+            let seek = OperatorAction::Seek {
+                from,
+                to,
+                letters_removed,
+            };
+            assert_eq!(seek.to_string(), text);
+        }
     }
 
     #[test]

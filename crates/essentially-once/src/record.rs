@@ -78,7 +78,7 @@ impl FromStr for Offset {
         let number = |digits: &str| {
             digits.parse::<u64>().map_err(|error| Error::InvalidSetting {
                 setting: "offset",
-                reason: format!("{text:?} is not `lo` or `hi-lo`: {error}"),
+                reason: format!("{text:?} is not an offset such as 12 or 1795792176303-0: {error}"),
             })
         };
         match text.split_once('-') {

@@ -343,12 +343,17 @@ async fn ask_ranges(connection: &mut Connection) -> RedisResult<Vec<Vec<Value>>>
         .await
 }
 
-/// Shows the first address, and never the user or password.
+/// Shows the first address and the database, and never the user or password.
 impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let first = &self.seeds[0];
         match &self.options.sentinel {
-            Some(sentinel) => write!(f, "Redis master {}", sentinel.master),
-            None => write!(f, "Redis {}", shown(self.seeds[0].addr())),
+            Some(sentinel) => write!(f, "Redis master {}", sentinel.master)?,
+            None => write!(f, "Redis {}", shown(first.addr()))?,
+        }
+        match first.redis_settings().db() {
+            0 => Ok(()),
+            database => write!(f, " database {database}"),
         }
     }
 }

@@ -148,9 +148,10 @@ impl Stream {
 
     fn missing(&self) -> Error {
         let stream = printable(&self.key);
-        let why =
-            format!("stream {stream:?} does not exist; check the name, or remove `LogOptions::existing` to create it");
-        Error::failed(self.on("open"), why)
+        Error::failed(
+            self.on("open"),
+            format!("stream {stream:?} does not exist; check the name"),
+        )
     }
 
     pub(crate) fn gone(&self, verb: &str) -> Error {

@@ -109,14 +109,9 @@ pub(super) fn names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
 /// Explains that no log has the wanted name.
 pub(super) fn no_such_log(names: &[String]) -> String {
     if names.is_empty() {
-        return "no log has that name, and the file holds no other log; check the path, or open the log without \
-                `existing()` to create it"
-            .into();
+        return "no log has that name, and the file holds no other log; check the path and the name".into();
     }
     let rest = if names.len() > NAMED { " and others" } else { "" };
     let names = names[..names.len().min(NAMED)].join(", ");
-    format!(
-        "no log has that name; the file holds {names}{rest}; check the name, or open the log without \
-         `existing()` to create it"
-    )
+    format!("no log has that name; the file holds {names}{rest}; check the name")
 }

@@ -141,6 +141,7 @@ impl<S: OffsetStore> Session<'_, S> {
 fn by_whom(entry: &JournalEntry) -> String {
     match &*entry.reason {
         "" => format!("by {:?}", entry.by),
-        reason => format!("by {:?} because of {reason:?}", entry.by),
+        // A message is one line, whatever the operator typed.
+        reason => format!("by {:?}: {}", entry.by, reason.replace(char::is_control, " ")),
     }
 }
