@@ -1,8 +1,11 @@
 //! The arguments of the program.
 
-use std::{ffi::OsString, path::PathBuf, str::FromStr, time::SystemTime};
+use std::{env, ffi::OsString, path::PathBuf, str::FromStr, time::SystemTime};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{
+    Args, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, builder::Resettable,
+    parser::ValueSource,
+};
 use clap_complete::Shell;
 use essentially_once::{ConsumerId, Offset, StartAt, consumer::Operator, consumer::dead_letters::LetterFilter};
 use jiff::{SignedDuration, Timestamp};
@@ -18,6 +21,8 @@ A URL names a backend, and after a `#` a log on it:
 Without `--log`, the log is on the backend of `--store`, under the name that the consumer's position has. Without
 `--store`, the store is on the backend of `--log`. A URL with a password is safer in the environment than in the
 arguments, which every user of the machine can see.
+
+An empty variable of the environment counts as none.
 
 Exit status: 0 if it is done, 1 if it failed or was refused, 2 if the arguments are wrong.";
 
@@ -49,7 +54,13 @@ pub(crate) struct Cli {
           value_parser = consumer)]
     pub(crate) consumer: Option<ConsumerId>,
     /// The prefix of the store's keys or streams, if the services set one.
-    #[arg(long, value_name = "TEXT", global = true)]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        global = true,
+        env = "ESSENTIALLY_ONCE_PREFIX",
+        hide_env_values = true
+    )]
     pub(crate) prefix: Option<String>,
     /// Print JSON instead of text: one value per line.
     #[arg(long, global = true)]
@@ -60,6 +71,34 @@ pub(crate) struct Cli {
     pub(crate) watch: Option<u64>,
     #[command(subcommand)]
     pub(crate) verb: Verb,
+    /// Whether `--consumer` is an argument, and not only in the environment.
+    #[arg(skip)]
+    pub(crate) is_consumer_given: bool,
+}
+
+impl Cli {
+    /// Reads the arguments and the environment.
+    pub(crate) fn of_program() -> Result<Self, clap::Error> {
+        let matches = Self::program().try_get_matches()?;
+        let mut cli = Self::from_arg_matches(&matches)?;
+        cli.is_consumer_given = matches.value_source("consumer") == Some(ValueSource::CommandLine);
+        Ok(cli)
+    }
+
+    /// A service manager may set a variable to nothing, which clap takes for a value.
+    fn program() -> Command {
+        ["log", "store", "consumer", "prefix"]
+            .into_iter()
+            .fold(Self::command(), |program, name| {
+                program.mut_arg(name, |argument| {
+                    let value = argument.get_env().and_then(env::var_os);
+                    match value.is_some_and(|value| value.is_empty()) {
+                        true => argument.env(Resettable::Reset),
+                        false => argument,
+                    }
+                })
+            })
+    }
 }
 
 #[derive(Subcommand)]
@@ -74,7 +113,8 @@ pub(crate) enum Verb {
         #[arg(long, value_name = "RECORDS")]
         max: Option<u64>,
     },
-    /// Show the positions of all consumers of the store, or of those that are named.
+    /// Show the positions of all consumers of the store, or of those that are named here or with
+    /// `--consumer`.
     Positions {
         /// The consumers; needed if the store cannot list them.
         #[arg(value_parser = consumer)]
@@ -82,9 +122,9 @@ pub(crate) enum Verb {
     },
     /// Show records of the log, by default the last ones.
     Tail {
-        /// How many records.
-        #[arg(short = 'n', long, default_value_t = 10)]
-        lines: u64,
+        /// How many records: 10 by default.
+        #[arg(short = 'n', long)]
+        lines: Option<u64>,
         /// Begin at this offset instead.
         #[arg(long, value_name = "OFFSET")]
         from: Option<Offset>,
@@ -156,7 +196,8 @@ pub(crate) enum Letters {
         #[command(flatten)]
         change: Change,
     },
-    /// Remove letters for good, without their effects.
+    /// Remove letters for good, without their effects. One that is named by its offset is removed
+    /// without a question.
     Discard {
         #[command(flatten)]
         which: Which,
@@ -167,7 +208,7 @@ pub(crate) enum Letters {
     Edit {
         offset: Offset,
         /// The new payload.
-        #[arg(long, value_name = "TEXT", required_unless_present = "payload_file")]
+        #[arg(long, value_name = "TEXT")]
         payload: Option<OsString>,
         /// A file with the new payload; `-` for the input.
         #[arg(long, value_name = "FILE", conflicts_with = "payload")]
@@ -192,28 +233,37 @@ pub(crate) enum Relay {
 #[derive(Args)]
 pub(crate) struct Which {
     /// One letter, by its offset.
-    #[arg(conflicts_with_all = ["all", "filter"])]
     pub(crate) offset: Option<Offset>,
     /// All letters.
-    #[arg(long, conflicts_with = "filter")]
+    #[arg(long)]
     pub(crate) all: bool,
     #[command(flatten)]
     pub(crate) filter: Filter,
 }
 
+/// What [`Which`] selects.
+pub(crate) enum Selected {
+    One(Offset),
+    Many(LetterFilter),
+}
+
 impl Which {
-    /// The filter, if it is not one letter.
-    pub(crate) fn selected(&self) -> Result<LetterFilter, Failure> {
+    pub(crate) fn selected(&self) -> Result<Selected, Failure> {
         let filter = self.filter.to_library();
-        match self.all || filter != LetterFilter::all() {
-            true => Ok(filter),
-            false => Err(Failure::usage(
-                "which letters? Give the offset of one, or select several with `--key`, `--reason`, `--since`, `--before` \
-                 or `--all`",
-            )),
+        let is_filtered = filter != LetterFilter::all();
+        match (self.offset, self.all, is_filtered) {
+            (Some(offset), false, false) => Ok(Selected::One(offset)),
+            (None, true, false) | (None, false, true) => Ok(Selected::Many(filter)),
+            (None, false, false) => Err(Failure::usage(format!("which letters? {CHOICE}"))),
+            _ => Err(Failure::usage(format!(
+                "these select letters in several ways: {CHOICE}"
+            ))),
         }
     }
 }
+
+const CHOICE: &str =
+    "give the offset of one, or `--all`, or one or more of `--key`, `--reason`, `--since` and `--before`";
 
 /// Selects letters that meet all conditions.
 #[derive(Args, Default)]
@@ -272,7 +322,11 @@ pub(crate) struct Change {
 
 impl Change {
     pub(crate) fn operator(&self) -> Operator {
-        Operator::new(&self.by).because(&self.because)
+        let by = match self.by.trim() {
+            "" => "unknown",
+            by => by,
+        };
+        Operator::new(by).because(&self.because)
     }
 }
 
@@ -318,6 +372,6 @@ fn place(text: &str) -> Result<StartAt, String> {
         offset => offset
             .parse()
             .map(StartAt::Offset)
-            .map_err(|error| format!("{error}; or give `earliest` or `latest`")),
+            .map_err(|_| "give `earliest`, `latest`, or an offset such as 12 or 1795792176303-0".into()),
     }
 }

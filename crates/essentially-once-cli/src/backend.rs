@@ -93,7 +93,9 @@ impl Address {
             #[cfg(feature = "sqlite")]
             Kind::Sqlite => match prefix {
                 None => Ok(Backend::Sqlite(SqliteOptions::new().existing().open(&self.url).await?)),
-                Some(_) => Err(Failure::usage("a SQLite file has no prefix: leave `--prefix` out")),
+                Some(_) => Err(Failure::usage(
+                    "a SQLite file has no prefix: leave `--prefix` out, and ESSENTIALLY_ONCE_PREFIX unset",
+                )),
             },
             #[cfg(feature = "redis")]
             Kind::Redis => {
@@ -133,13 +135,17 @@ impl Address {
                 let rest = rest.split('?').next().unwrap_or_default();
                 // A socket's path has no password, which is in the query.
                 let is_socket = scheme.contains("unix");
-                let server = match rest.rsplit_once('@') {
-                    _ if is_socket => rest,
-                    Some((_, server)) => server.split('/').next().unwrap_or_default(),
-                    None => rest.split('/').next().unwrap_or_default(),
+                let (server, path) = match rest.rsplit_once('@') {
+                    _ if is_socket => (rest, ""),
+                    Some((_, server)) => server.split_once('/').unwrap_or((server, "")),
+                    None => rest.split_once('/').unwrap_or((rest, "")),
+                };
+                let database = match path.parse::<u32>() {
+                    Ok(number @ 1..) if self.kind == Kind::Redis => format!(", database {number}"),
+                    _ => String::new(),
                 };
                 match is_socket || is_address(server) {
-                    true => format!("{} at {server}", self.kind.name()),
+                    true => format!("{} at {server}{database}", self.kind.name()),
                     false => self.kind.name().into(),
                 }
             }
@@ -232,6 +238,7 @@ mod tests {
             ("sqlite:///var/a.db#orders", "SQLite file /var/a.db", Some("orders")),
             ("sqlite:/var/a.db", "SQLite file /var/a.db", None),
             ("redis://h:6379/0#orders", "Redis at h:6379", Some("orders")),
+            ("redis://ann:s3cret@h/2", "Redis at h, database 2", None),
             ("rediss://ann:s3cret@h/?protocol=resp2", "Redis at h", None),
             ("amqp://ann:s3c@ret@h/%2f#a/b", "RabbitMQ at h", Some("a/b")),
             ("redis+unix:///run/r.sock?pass=s3@cret", "Redis at /run/r.sock", None),

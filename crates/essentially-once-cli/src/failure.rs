@@ -23,6 +23,17 @@ impl Failure {
         Self::Usage(reason.into())
     }
 
+    /// The failure to go to a place that an operator named. The error of the library is about a
+    /// consumer whose log lost records.
+    pub(crate) fn of_place(error: Error) -> Self {
+        match error {
+            Error::OutOfRange { requested, end, .. } if requested > end => {
+                Self::refused(format!("offset {requested} does not exist; the log ends at {end}"))
+            }
+            error => error.into(),
+        }
+    }
+
     pub(crate) fn status(&self) -> ExitCode {
         match self {
             Self::Failed(_) => ExitCode::from(1),

@@ -1,7 +1,5 @@
 //! The program `essentially-once`. See its `--help`, and the README of this crate.
 
-#![expect(clippy::print_stdout, reason = "this is a program")]
-
 #[cfg(not(any(feature = "sqlite", feature = "redis", feature = "rabbitmq")))]
 compile_error!("without a backend there is nothing to look after: enable `sqlite`, `redis` or `rabbitmq`");
 
@@ -12,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{CommandFactory as _, Parser as _};
+use clap::CommandFactory as _;
 
 use crate::{
     arguments::{Cli, Letters, Relay, Verb},
@@ -29,14 +27,14 @@ mod store;
 mod verbs;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::of_program() {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("essentially-once: cannot start: {error}");
+            complain(&format!("essentially-once: cannot start: {error}\n"));
             return ExitCode::FAILURE;
         }
     };
@@ -44,7 +42,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if !matches!(failure, Failure::ClosedOutput) {
-                eprintln!("essentially-once: {failure}");
+                complain(&format!("essentially-once: {failure}\n"));
             }
             failure.status()
         }
@@ -68,8 +66,13 @@ fn refuse(error: &clap::Error) -> ExitCode {
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
     }
     let text = urls.iter().fold(text, |text, url| text.replace(url, "<URL>"));
-    eprint!("{text}");
+    complain(&text);
     ExitCode::from(2)
+}
+
+/// Says what is wrong. If nobody can read it, the exit status still says that something is.
+fn complain(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 async fn run(cli: &Cli) -> Result<(), Failure> {
@@ -94,7 +97,7 @@ async fn run(cli: &Cli) -> Result<(), Failure> {
     loop {
         if io::stdout().is_terminal() && !cli.json {
             // Clears the screen (ECMA-48).
-            print!("\x1b[2J\x1b[H");
+            write!(io::stdout(), "\x1b[2J\x1b[H")?;
         }
         show(&session).await?;
         tokio::time::sleep(Duration::from_secs(seconds)).await;

@@ -49,6 +49,14 @@ pub(crate) fn pairs(pairs: &[(&str, String)]) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A number with its noun.
+pub(crate) fn counted(count: u64, one: &str, several: &str) -> String {
+    match count {
+        1 => format!("1 {one}"),
+        count => format!("{count} {several}"),
+    }
+}
+
 /// A time in UTC (RFC 3339), to the millisecond.
 pub(crate) fn time(time: SystemTime) -> String {
     Timestamp::try_from(time).map_or_else(|_| "a time out of range".into(), |time| format!("{time:.3}"))

@@ -1,6 +1,6 @@
 //! `doctor`: whether the backends can be used.
 
-use essentially_once::{Log as _, backend::Durability};
+use essentially_once::backend::{Durability, Position};
 use serde::Serialize;
 
 use crate::{
@@ -24,9 +24,19 @@ struct Finding {
 }
 
 pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
-    let mut findings = vec![store(session).await];
-    if session.log.log.is_some() {
-        findings.push(log(session).await);
+    let (found, position) = store(session).await;
+    let mut findings = vec![found];
+    let mut unknown = None;
+    let position = match position {
+        Some(Ok(position)) => Some(position),
+        Some(Err(failure)) => {
+            unknown = Some(failure);
+            None
+        }
+        None => None,
+    };
+    if session.log.log.is_some() || position.is_some() {
+        findings.push(log(session, position.as_ref()).await);
     }
     let shown = if session.cli.json {
         findings.iter().try_for_each(json)
@@ -46,32 +56,46 @@ pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
         table(&["part", "backend", "version", "durable", "problem"], rows)
     };
     // Also if nobody reads what is wrong.
-    match findings.iter().filter(|finding| finding.problem.is_some()).count() {
-        0 => shown,
-        1 => Err(Failure::refused("one backend has a problem")),
-        _ => Err(Failure::refused("both backends have a problem")),
+    let problems = match findings.iter().filter(|finding| finding.problem.is_some()).count() {
+        0 => None,
+        1 => Some("one backend has a problem"),
+        _ => Some("both backends have a problem"),
+    };
+    match (problems, unknown) {
+        (None, None) => shown,
+        (Some(problems), None) => Err(Failure::refused(problems)),
+        (None, Some(unknown)) => Err(unknown),
+        (Some(problems), Some(unknown)) => Err(Failure::refused(format!("{problems}, and {unknown}"))),
     }
 }
 
-async fn store(session: &Session<'_>) -> Finding {
+/// Also returns the position of the consumer, if one is named and the store answers.
+async fn store(session: &Session<'_>) -> (Finding, Option<Result<Position, Failure>>) {
     let mut finding = Finding::new("store", session.store.shown());
+    let mut position = None;
     let found = async {
         let backend = session.open(&session.store).await?;
         finding.version = backend.version();
-        Ok(backend.store().durability().await?)
+        let store = backend.store();
+        let durability = store.durability().await?;
+        if session.cli.consumer.is_some() {
+            position = Some(session.position(&*store).await);
+        }
+        Ok(durability)
     };
     let found = found.await;
     finding.conclude(found);
-    finding
+    (finding, position)
 }
 
-async fn log(session: &Session<'_>) -> Finding {
+/// The log that is named, or else the one that the consumer reads.
+async fn log(session: &Session<'_>, position: Option<&Position>) -> Finding {
     let mut finding = Finding::new("log", session.log.shown());
-    finding.log.clone_from(&session.log.log);
+    let read = position.map(|position| position.log.name().to_owned());
+    finding.log = session.log.log.clone().or(read);
     let found = async {
-        let backend = session.open(&session.log).await?;
-        finding.version = backend.version();
-        let log = backend.log(session.log.log.as_deref().unwrap_or_default()).await?;
+        finding.version = session.open(&session.log).await?.version();
+        let log = session.open_log(position).await?;
         log.bounds().await?;
         Ok(log.durability().await?)
     };

@@ -17,9 +17,11 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::{
-    arguments::{Change, Letters, Which},
+    arguments::{Change, Letters, Selected, Which},
     failure::Failure,
-    output::{Data, done, full, headers, is_wanted, json as print_json, line, pairs, printed, short, table, time},
+    output::{
+        Data, counted, done, full, headers, is_wanted, json as print_json, line, pairs, printed, short, table, time,
+    },
     session::Session,
     store::Store,
 };
@@ -182,17 +184,19 @@ async fn show(session: &Session<'_>, store: &dyn Store, offset: Offset, payload:
 
 async fn retry(session: &Session<'_>, store: &dyn Store, which: &Which, change: &Change) -> Result<(), Failure> {
     let (consumer, by) = (session.consumer()?, change.operator());
-    if let Some(offset) = which.offset {
-        existing(session, store, offset).await?;
-        store.plan_retry(consumer, offset).await?;
-        if !is_wanted(session, change, &format!("retry the letter at {offset}"), 1)? {
-            return Ok(());
+    let filter = match which.selected()? {
+        Selected::One(offset) => {
+            existing(session, store, offset).await?;
+            store.plan_retry(consumer, offset).await?;
+            if !is_wanted(session, change, &format!("retry the letter at {offset}"), 1)? {
+                return Ok(());
+            }
+            store.retry(consumer, offset, &by).await?;
+            let text = format!("the letter at {offset} is due; the running consumer tries it next");
+            return done(session, &text, &json!({ "retried": 1 }));
         }
-        store.retry(consumer, offset, &by).await?;
-        let text = format!("the letter at {offset} is due; the running consumer tries it next");
-        return done(session, &text, &json!({ "retried": 1 }));
-    }
-    let filter = which.selected()?;
+        Selected::Many(filter) => filter,
+    };
     let plan = store.plan_retry_all(consumer, &filter).await?;
     if plan.letters == 0 {
         return Err(Failure::refused(
@@ -200,7 +204,12 @@ async fn retry(session: &Session<'_>, store: &dyn Store, which: &Which, change: 
              its key, cannot",
         ));
     }
-    let what = format!("retry {}, each the first one of its key", letters_of(plan.letters));
+    let first = if plan.letters == 1 {
+        "the first one of its key"
+    } else {
+        "each the first one of its key"
+    };
+    let what = format!("retry {}, {first}", letters_of(plan.letters));
     if !is_wanted(session, change, &what, plan.letters)? {
         return Ok(());
     }
@@ -221,25 +230,28 @@ async fn retry(session: &Session<'_>, store: &dyn Store, which: &Which, change: 
 
 async fn discard(session: &Session<'_>, store: &dyn Store, which: &Which, change: &Change) -> Result<(), Failure> {
     let (consumer, by) = (session.consumer()?, change.operator());
-    if let Some(offset) = which.offset {
-        let letter = existing(session, store, offset).await?;
-        let what = format!("discard the letter at {offset} for good, without its effects");
-        if !is_wanted(session, change, &what, 1)? {
-            return Ok(());
+    let filter = match which.selected()? {
+        Selected::One(offset) => {
+            let letter = existing(session, store, offset).await?;
+            let what = format!("discard the letter at {offset} for good, without its effects");
+            if !is_wanted(session, change, &what, 1)? {
+                return Ok(());
+            }
+            store.discard(consumer, &letter, &by).await?;
+            return done(
+                session,
+                &format!("discarded the letter at {offset}"),
+                &json!({ "discarded": 1 }),
+            );
         }
-        store.discard(consumer, &letter, &by).await?;
-        return done(
-            session,
-            &format!("discarded the letter at {offset}"),
-            &json!({ "discarded": 1 }),
-        );
-    }
-    let filter = which.selected()?;
+        Selected::Many(filter) => filter,
+    };
     let plan = store.plan_discard_all(consumer, &filter).await?;
     if plan.letters == 0 {
         return Err(Failure::refused("no letter meets all conditions; nothing was changed"));
     }
-    let what = format!("discard {} for good, without their effects", letters_of(plan.letters));
+    let their = if plan.letters == 1 { "its" } else { "their" };
+    let what = format!("discard {} for good, without {their} effects", letters_of(plan.letters));
     if !is_wanted(session, change, &what, plan.letters)? {
         return Ok(());
     }
@@ -307,19 +319,17 @@ fn incomplete(error: Error, verb: &str, planned: u64, left: Result<LetterPlan, E
     let all = letters_of(planned);
     match left {
         Ok(left) if left.letters == planned => error.into(),
-        Ok(left) => Failure::refused(format!(
-            "{} of {all} were {verb} before it failed: {error}",
-            planned - left.letters
-        )),
+        Ok(left) => {
+            let changed = planned - left.letters;
+            let were = if changed == 1 { "was" } else { "were" };
+            Failure::refused(format!("{changed} of {all} {were} {verb} before it failed: {error}"))
+        }
         Err(_) => Failure::refused(format!("some of {all} may have been {verb} before it failed: {error}")),
     }
 }
 
 fn letters_of(count: u64) -> String {
-    match count {
-        1 => "1 letter".into(),
-        count => format!("{count} letters"),
-    }
+    counted(count, "letter", "letters")
 }
 
 fn state(letter: &DeadLetter) -> String {
@@ -350,7 +360,7 @@ fn described(letter: &DeadLetter) -> Letter {
         malformed: record.malformed.as_deref().map(str::to_owned),
         edited_by: letter.edit.as_ref().map(|edit| match &*edit.reason {
             "" => format!("{} at {}", edit.by, time(edit.at)),
-            reason => format!("{} at {}, because of {reason:?}", edit.by, time(edit.at)),
+            reason => format!("{} at {}: {reason}", edit.by, time(edit.at)),
         }),
     }
 }

@@ -1,13 +1,16 @@
 //! `skip` and `seek`.
 
-use essentially_once::{Error, Offset, StartAt, consumer::SeekPlan};
+use std::fmt;
+
+use essentially_once::{Error, Log, Offset, StartAt, consumer::SeekPlan};
 use serde_json::json;
 
 use crate::{
     arguments::Change,
     failure::Failure,
-    output::{brief, done, is_wanted},
+    output::{brief, counted, done, is_wanted},
     session::Session,
+    verbs::status::count_between,
 };
 
 pub(crate) async fn skip(session: &Session<'_>, offset: Offset, change: &Change) -> Result<(), Failure> {
@@ -37,15 +40,21 @@ pub(crate) async fn seek(session: &Session<'_>, to: StartAt, change: &Change) ->
     let position = session.position(&*store).await?;
     let log = session.open_log(Some(&position)).await?;
     let consumer = session.consumer()?;
-    let plan = store.plan_seek(consumer, &*log, to).await?;
-    let what = format!(
-        "move consumer {consumer} from {} to {}: {}",
-        plan.from.unwrap_or(position.next),
-        plan.to,
-        effects(&plan)
-    );
-    // A log that cannot count may hold any number of records.
-    let records = plan.records.unwrap_or(u64::MAX);
+    let plan = store.plan_seek(consumer, &*log, to).await.map_err(Failure::of_place)?;
+    let from = plan.from.unwrap_or(position.next);
+    let between = Between::count(session, &*log, &plan, from).await;
+    let what = match from == plan.to {
+        // The note of the position goes, which repairs `Error::LogChanged`.
+        true => {
+            format!("set the position of consumer {consumer} to {from} again, and forget which record it passed last")
+        }
+        false => format!(
+            "move consumer {consumer} from {from} to {}: {}",
+            plan.to,
+            effects(&plan, from, between)
+        ),
+    };
+    let records = between.at_most();
     if !is_wanted(session, change, &what, records.saturating_add(plan.letters_removed))? {
         return Ok(());
     }
@@ -63,23 +72,64 @@ pub(crate) async fn seek(session: &Session<'_>, to: StartAt, change: &Change) ->
     done(session, &text, &value)
 }
 
+/// How many records are between two places.
+#[derive(Clone, Copy)]
+enum Between {
+    Exactly(u64),
+    About(u64),
+    MoreThan(u64),
+    Unknown,
+}
+
+impl Between {
+    /// A log that cannot count is read.
+    async fn count(session: &Session<'_>, log: &dyn Log, plan: &SeekPlan, from: Offset) -> Self {
+        match plan.records {
+            Some(records) if session.log.is_file() => Self::Exactly(records),
+            Some(records) => Self::About(records),
+            None => match count_between(log, from, plan.to).await {
+                Some((records, false)) => Self::Exactly(records),
+                Some((records, true)) => Self::MoreThan(records),
+                None => Self::Unknown,
+            },
+        }
+    }
+
+    const fn at_most(self) -> u64 {
+        match self {
+            Self::Exactly(records) | Self::About(records) => records,
+            Self::MoreThan(_) | Self::Unknown => u64::MAX,
+        }
+    }
+}
+
+impl fmt::Display for Between {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Exactly(records) => f.write_str(&counted(records, "record", "records")),
+            Self::About(records) => write!(f, "about {}", counted(records, "record", "records")),
+            Self::MoreThan(records) => write!(f, "more than {records} records"),
+            Self::Unknown => f.write_str("the records in between"),
+        }
+    }
+}
+
 /// What moving would do, after "this would".
-fn effects(plan: &SeekPlan) -> String {
-    let records = match plan.records {
-        Some(1) => "1 record".into(),
-        Some(records) => format!("about {records} records"),
-        None => "the records in between".into(),
-    };
-    let mut effects = match plan.from {
-        Some(from) if plan.to < from => format!("handle {records} again"),
-        Some(from) if plan.to > from => format!("pass {records} without handling them"),
-        _ => "leave it where it is".into(),
+fn effects(plan: &SeekPlan, from: Offset, between: Between) -> String {
+    let mut effects = match between {
+        Between::Exactly(0) => "no record is in between".into(),
+        between if plan.to < from => format!("handle {between} again"),
+        Between::Exactly(1) => "pass 1 record without handling it".into(),
+        between => format!("pass {between} without handling them"),
     };
     if plan.letters_removed > 0 {
-        effects += &format!(
-            ", and remove {} dead letters, whose records are handled again",
-            plan.letters_removed
-        );
+        let letters = counted(plan.letters_removed, "dead letter", "dead letters");
+        let whose = if plan.letters_removed == 1 {
+            "whose record is"
+        } else {
+            "whose records are"
+        };
+        effects += &format!(", and remove {letters}, {whose} handled again");
     }
     effects
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::{
     arguments::Change,
     failure::Failure,
-    output::{done, is_wanted},
+    output::{done, is_wanted, printed},
     session::Session,
 };
 
@@ -14,7 +14,7 @@ pub(crate) async fn pause(session: &Session<'_>, change: &Change) -> Result<(), 
     let position = session.position(&*store).await?;
     let consumer = session.consumer()?;
     if let Some(paused) = position.journal.paused() {
-        let by = &paused.by;
+        let by = printed(&paused.by);
         return Err(Failure::refused(format!(
             "consumer {consumer} is paused already, by {by}"
         )));

@@ -20,14 +20,17 @@ struct Row<'a> {
 
 pub(crate) async fn positions(session: &Session<'_>, consumers: &[ConsumerId]) -> Result<(), Failure> {
     let store = session.open_store().await?;
-    let listed = match consumers {
+    // The environment names the consumer for all other verbs, so only an argument counts here.
+    let given = session.cli.consumer.iter().filter(|_| session.cli.is_consumer_given);
+    let named: Vec<_> = given.chain(consumers).cloned().collect();
+    let listed = match &named[..] {
         [] => store.consumers().await?.ok_or_else(|| {
             Failure::usage(format!(
                 "{} cannot list its consumers: name them, as in `positions shipping billing`",
                 session.store.shown()
             ))
         })?,
-        named => named.to_vec(),
+        _ => named,
     };
     let mut found = Vec::new();
     let mut missing = Vec::new();

@@ -2,13 +2,17 @@
 
 use std::time::{Duration, SystemTime};
 
-use essentially_once::{Log, Offset, Record, backend::Position, consumer::dead_letters::LetterFilter};
+use essentially_once::{
+    Log, Offset, Record,
+    backend::{LogReader, Position},
+    consumer::dead_letters::LetterFilter,
+};
 use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::{
     failure::Failure,
-    output::{json, line, pairs, printed, time},
+    output::{counted, json, line, pairs, printed, time},
     session::Session,
     store::Store,
 };
@@ -116,7 +120,10 @@ pub(crate) async fn lag(session: &Session<'_>, max: Option<u64>) -> Result<(), F
     };
     match max {
         // Also if nobody reads how large it is.
-        Some(max) if lag > max => Err(Failure::refused(format!("the lag is more than {max} records"))),
+        Some(max) if lag > max => Err(Failure::refused(format!(
+            "the lag is more than {}",
+            counted(max, "record", "records")
+        ))),
         _ => shown,
     }
 }
@@ -133,17 +140,17 @@ fn show(status: &Status) -> Result<(), Failure> {
             let more = if status.is_lag_cut { "more than " } else { "" };
             let next = status.next_record.as_deref().zip(waits);
             let next = next.map(|(offset, waits)| format!("; the next one, at {offset}, has waited {waits:.1} s"));
-            format!("{more}{lag} records{}", next.unwrap_or_default())
+            let lag = counted(lag, "record", "records");
+            format!("{more}{lag}{}", next.unwrap_or_default())
         }
     };
     rows.push(("lag", lag));
     if let Some(Paused { by, reason, at }) = &status.paused {
-        let reason = if reason.is_empty() {
-            String::new()
-        } else {
-            format!(", because of {reason:?}")
+        let reason = match &**reason {
+            "" => String::new(),
+            reason => format!(": {}", printed(reason)),
         };
-        rows.push(("paused", format!("by {by:?} at {at}{reason}")));
+        rows.push(("paused", format!("by {} at {at}{reason}", printed(by))));
     }
     if let Some(Failing {
         offset,
@@ -154,7 +161,8 @@ fn show(status: &Status) -> Result<(), Failure> {
         rows.push((
             "failing",
             format!(
-                "the record at {offset}, {tries} times; at first: {}",
+                "the record at {offset}, {}; at first: {}",
+                counted((*tries).into(), "failed try", "failed tries"),
                 printed(first_reason)
             ),
         ));
@@ -184,13 +192,37 @@ fn show(status: &Status) -> Result<(), Failure> {
 
 /// How many records the log holds from `next` on, and whether there are more than that. A log that
 /// cannot count is read up to `limit`.
-async fn count(log: &dyn Log, mut next: Offset, limit: u64) -> Result<(u64, bool), Failure> {
+async fn count(log: &dyn Log, next: Offset, limit: u64) -> Result<(u64, bool), Failure> {
     // Fails if the log has no such place, as after it was restored from an older copy.
     let mut reader = log.read(next).await?;
     if let Some(count) = log.count_from(next).await? {
         return Ok((count, false));
     }
-    let (end, mut count) = (log.readable_end().await?, 0);
+    let end = log.readable_end().await?;
+    read_up_to(&mut *reader, next, end, limit).await
+}
+
+/// How many records the log holds between two places, if that can be found out, and whether there
+/// are more than that.
+pub(crate) async fn count_between(log: &dyn Log, one: Offset, other: Offset) -> Option<(u64, bool)> {
+    let bounds = log.bounds().await.ok()?;
+    let from = one.min(other).max(bounds.earliest);
+    let until = one.max(other).min(log.readable_end().await.ok()?);
+    if from >= until {
+        return Some((0, false));
+    }
+    let mut reader = log.read(from).await.ok()?;
+    read_up_to(&mut *reader, from, until, COUNTED as u64).await.ok()
+}
+
+/// Counts the records before `end` up to `limit`.
+async fn read_up_to(
+    reader: &mut dyn LogReader,
+    mut next: Offset,
+    end: Offset,
+    limit: u64,
+) -> Result<(u64, bool), Failure> {
+    let mut count = 0;
     while count < limit && next < end {
         let Ok(records) = timeout(READ_LIMIT, reader.next(PAGE)).await else {
             return Err(Failure::refused(format!(
@@ -199,9 +231,9 @@ async fn count(log: &dyn Log, mut next: Offset, limit: u64) -> Result<(u64, bool
                 READ_LIMIT.as_secs()
             )));
         };
-        for record in records?.iter().filter(|record| record.offset < end) {
+        for record in records? {
             next = record.offset.successor();
-            count += 1;
+            count += u64::from(record.offset < end);
         }
     }
     Ok((count, count >= limit && next < end))

@@ -1,5 +1,8 @@
 //! `tail`: records of a log.
 
+#[cfg(unix)]
+use std::io;
+
 use essentially_once::{Log, Offset, Record};
 use serde::Serialize;
 use tokio::time::{Duration, timeout};
@@ -27,7 +30,24 @@ struct Row {
     malformed: Option<String>,
 }
 
-pub(crate) async fn tail(session: &Session<'_>, lines: u64, from: Option<Offset>, follow: bool) -> Result<(), Failure> {
+/// How many records to show by default.
+const LINES: u64 = 10;
+
+/// How often to look whether anybody still reads the output while no record arrives.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+pub(crate) async fn tail(
+    session: &Session<'_>,
+    lines: Option<u64>,
+    from: Option<Offset>,
+    follow: bool,
+) -> Result<(), Failure> {
+    if follow && from.is_some() && lines.is_some() {
+        return Err(Failure::usage(
+            "`--follow` shows all records from `--from` on: leave `-n` or `--follow` out",
+        ));
+    }
+    let lines = lines.unwrap_or(LINES);
     let position = match (&session.log.log, &session.cli.consumer) {
         (None, Some(_)) => Some(session.position(&*session.open_store().await?).await?),
         _ => None,
@@ -41,11 +61,15 @@ pub(crate) async fn tail(session: &Session<'_>, lines: u64, from: Option<Offset>
     };
     // Last, so that the log holds as many records before it.
     let end = log.readable_end().await?;
-    let mut reader = log.read(next).await?;
+    let mut reader = log.read(next).await.map_err(Failure::of_place)?;
     let mut left = lines;
     while follow || (left > 0 && next < end) {
         let records = match follow {
-            true => reader.next(PAGE).await?,
+            true => match timeout(LOOK_EVERY, reader.next(PAGE)).await {
+                Ok(records) => records?,
+                Err(_) if is_output_closed() => return Err(Failure::ClosedOutput),
+                Err(_) => continue,
+            },
             false => match timeout(READ_LIMIT, reader.next(PAGE)).await {
                 Ok(records) => records?,
                 Err(_) => {
@@ -65,6 +89,23 @@ pub(crate) async fn tail(session: &Session<'_>, lines: u64, from: Option<Offset>
         }
     }
     Ok(())
+}
+
+/// Whether nobody reads the output any more. A write would say so too, but it needs a record.
+#[cfg(unix)]
+fn is_output_closed() -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    let stdout = io::stdout();
+    let mut output = [PollFd::new(&stdout, PollFlags::empty())];
+    let polled = poll(&mut output, Some(&Timespec::default()));
+    let closed = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
+    polled.is_ok() && output[0].revents().intersects(closed)
+}
+
+#[cfg(not(unix))]
+fn is_output_closed() -> bool {
+    false
 }
 
 fn print(session: &Session<'_>, record: &Record) -> Result<(), Failure> {

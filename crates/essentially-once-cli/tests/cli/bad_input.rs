@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{Shop, call, program};
+use crate::support::{Called, Shop, call, program};
 
 #[test]
 fn a_backend_that_is_not_there_is_named_and_no_password_is_shown() {
@@ -61,6 +61,25 @@ fn a_url_in_the_wrong_place_is_not_repeated() {
 }
 
 #[test]
+fn the_exit_status_does_not_depend_on_who_reads_the_errors() {
+    let folder = tempfile::tempdir().expect("folder");
+    for (arguments, status) in [
+        (
+            &["--store", "sqlite:none.db", "--consumer", "shipping", "status"][..],
+            1,
+        ),
+        (&["status"], 2),
+        (&["--comsumer=amqp://h/", "status"], 2),
+        (&["statsu"], 2),
+    ] {
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        drop(reader);
+        let called = program(folder.path()).args(arguments).stderr(writer).status();
+        assert_eq!(called.expect("start").code(), Some(status), "{arguments:?}");
+    }
+}
+
+#[test]
 fn what_does_not_exist_is_named() {
     let shop = Shop::with_letters();
     shop.call(&["status", "--consumer", "shiping"])
@@ -69,8 +88,14 @@ fn what_does_not_exist_is_named() {
         .failed(1, "never ran");
     shop.call(&["pause", "--consumer", "shiping"]).failed(1, "never ran");
     shop.call(&["tail", "--log", "sqlite:shop.db#ordres"])
-        .failed(1, "orders");
-    shop.call(&["tail", "--from", "99"]).failed(1, "99");
+        .failed(1, "the file holds orders; check the name\n");
+    let beyond = "offset 99 does not exist; the log ends at 5";
+    shop.call(&["tail", "--from", "99"]).failed(1, beyond);
+    shop.call(&["seek", "99"]).failed(1, beyond);
+    shop.call(&["doctor", "--consumer", "shiping"])
+        .failed(1, "these have one: shipping");
+    shop.call(&["positions", "--consumer", "shiping"])
+        .failed(1, "no position in SQLite file shop.db for shiping");
     shop.call(&["dead-letters", "show", "2"])
         .failed(1, "no dead letter at 2");
     shop.call(&["dead-letters", "retry", "2"])
@@ -79,7 +104,6 @@ fn what_does_not_exist_is_named() {
         .failed(1, "no letter meets all conditions");
     shop.call(&["skip", "3"]).failed(1, "past it");
     shop.call(&["skip", "99"]).failed(1, "no such record");
-    shop.call(&["seek", "99"]).failed(1, "99");
     shop.call(&["dead-letters", "retry", "4"])
         .failed(1, "the letter at 1 of the same key comes first");
     assert!(shop.journal().is_empty());
@@ -89,11 +113,23 @@ fn what_does_not_exist_is_named() {
 fn bad_arguments_are_refused_by_name() {
     let shop = Shop::with_letters();
     for (arguments, text) in [
-        (&["seek", "soon"][..], "earliest"),
+        (
+            &["seek", "soon"][..],
+            "give `earliest`, `latest`, or an offset such as 12 or 1795792176303-0",
+        ),
+        (&["skip", "soon"], "is not an offset such as 12"),
         (&["dead-letters", "list", "--since", "yesterday"], "2h"),
         (&["dead-letters", "retry"], "--all"),
-        (&["dead-letters", "retry", "1", "--all"], "cannot be used with"),
-        (&["dead-letters", "edit", "1"], "--payload"),
+        (&["dead-letters", "retry", "1", "--all"], "in several ways"),
+        (
+            &["dead-letters", "discard", "--key", "Chile", "--all"],
+            "in several ways",
+        ),
+        (&["dead-letters", "edit", "1"], "`--payload-file FILE`"),
+        (
+            &["tail", "--follow", "--from", "0", "-n", "3"],
+            "leave `-n` or `--follow` out",
+        ),
         (&["pause", "--watch"], "--watch"),
         (&["status", "--consumer", "a b"], "--consumer"),
         (&["status", "--prefix", "x"], "--prefix"),
@@ -101,6 +137,25 @@ fn bad_arguments_are_refused_by_name() {
         shop.call(arguments).failed(2, text);
     }
     assert!(shop.journal().is_empty());
+}
+
+#[test]
+fn an_empty_variable_counts_as_none() {
+    let shop = Shop::with_letters();
+    for (variable, arguments, status, text) in [
+        ("STORE", &["status"][..], 2, "no backend is named"),
+        ("CONSUMER", &["status"], 2, "no consumer is named"),
+        ("CONSUMER", &["positions"], 0, ""),
+        ("PREFIX", &["status"], 0, ""),
+        ("LOG", &["status"], 0, ""),
+    ] {
+        let mut command = shop.command(arguments);
+        command.env(format!("ESSENTIALLY_ONCE_{variable}"), "");
+        Called::of(command.output().expect("start")).failed(status, text);
+    }
+    let mut command = shop.command(&["status"]);
+    command.env("ESSENTIALLY_ONCE_PREFIX", "x");
+    Called::of(command.output().expect("start")).failed(2, "ESSENTIALLY_ONCE_PREFIX");
 }
 
 #[test]

@@ -67,7 +67,7 @@ fn a_dry_run_changes_nothing() {
         (&["pause"][..], "would pause consumer shipping at 5"),
         (
             &["seek", "earliest"],
-            "from 5 to 0: handle about 5 records again, and remove 3 dead letters",
+            "from 5 to 0: handle 5 records again, and remove 3 dead letters, whose records are",
         ),
         (
             &["dead-letters", "retry", "--all"],
@@ -161,7 +161,7 @@ fn a_position_moves_forward_and_back() {
             .failed(1, "the next record of the consumer is at 6");
     }
     shop.call(&["seek", "latest"])
-        .failed(1, "pass about 2 records without handling them");
+        .failed(1, "pass 2 records without handling them");
     assert_eq!(shop.call(&["seek", "latest", "--yes"]).status, Some(0));
     assert_eq!(shop.json(&["status"])[0]["next"], "8");
     assert_eq!(shop.call(&["seek", "7"]).status, Some(0), "one record needs no yes");
@@ -173,6 +173,56 @@ fn a_position_moves_forward_and_back() {
     );
     assert_eq!(shop.journal().len(), 4);
     assert_eq!(shop.consume(true).handled, 6, "all but one, and the one behind it");
+}
+
+#[test]
+fn counts_have_the_right_number() {
+    let shop = Shop::with_letters();
+    shop.place(&[("Peru", "7.00")]);
+    for (arguments, text) in [
+        (&["status"][..], "1 record; the next one, at 5"),
+        (
+            &["seek", "6", "--dry-run"],
+            "from 5 to 6: pass 1 record without handling it\n",
+        ),
+        (
+            &["seek", "4", "--dry-run"],
+            "handle 1 record again, and remove 1 dead letter, whose record is handled again",
+        ),
+        (&["seek", "5"], "set the position of consumer shipping to 5 again"),
+        (
+            &["dead-letters", "discard", "--key", "Peru", "--dry-run"],
+            "discard 1 letter for good, without its effects",
+        ),
+    ] {
+        let called = shop.call(arguments);
+        assert!(
+            called.output.contains(text),
+            "{text:?} is not in: {}{}",
+            called.output,
+            called.error
+        );
+    }
+    let [_, action, _] = &shop.journal()[0];
+    assert_eq!(action, "set the position to 5 again");
+    assert_eq!(
+        shop.call(&["seek", "4"]).status,
+        Some(1),
+        "a record and a letter need a yes"
+    );
+    assert_eq!(shop.call(&["seek", "4", "--yes"]).status, Some(0));
+    let [_, action, _] = &shop.journal()[1];
+    assert_eq!(action, "moved the position from 5 to 4 and removed 1 letter");
+}
+
+#[test]
+fn an_operator_without_a_name_is_unknown() {
+    let shop = Shop::with_letters();
+    shop.call(&["pause", "--by", ""]);
+    let mut command = shop.command(&["resume"]);
+    Called::of(command.env("USER", "").output().expect("start"));
+    let names: Vec<_> = shop.journal().into_iter().map(|[by, ..]| by).collect();
+    assert_eq!(names, ["unknown", "unknown"]);
 }
 
 #[test]

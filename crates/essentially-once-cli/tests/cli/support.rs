@@ -134,7 +134,7 @@ impl Shop {
 /// The program in a folder, without a backend.
 pub(crate) fn program(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_essentially-once"));
-    for variable in ["LOG", "STORE", "CONSUMER"] {
+    for variable in ["LOG", "STORE", "CONSUMER", "PREFIX"] {
         command.env_remove(format!("ESSENTIALLY_ONCE_{variable}"));
     }
     command.env("USER", "ann").current_dir(folder).stdin(Stdio::null());
@@ -162,7 +162,7 @@ impl Called {
         }
     }
 
-    /// The call must have failed with this status, and its error must contain this text.
+    /// The call must have ended with this status, and its error must contain this text.
     pub(crate) fn failed(&self, status: i32, text: &str) {
         assert_eq!(self.status, Some(status), "{}{}", self.output, self.error);
         assert!(self.error.contains(text), "{text:?} is not in: {}", self.error);
