@@ -140,9 +140,10 @@ impl Pool {
         }
         let mut session = Session::new(client, connection, Arc::clone(&self.schema), heard);
         let millis = |timeout: Duration| timeout.as_millis();
-        // A handler's commit is durable, whatever the default of the database or the user.
+        // A handler's commit is durable, and an append or a migration sees what was committed before
+        // it, whatever the default of the database or the user.
         let settings = format!(
-            "SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}; SET statement_timeout = {}; \
+            "SET default_transaction_isolation = 'read committed'; SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}; SET statement_timeout = {}; \
              SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
             millis(self.options.lock_timeout),
             millis(self.options.idle_timeout),
@@ -178,7 +179,7 @@ impl Pool {
         }
         let lasting = if cause.contains("server does not support TLS") {
             Some("remove `sslmode=require` from the URL, or configure the server's `ssl`")
-        } else if cause.contains("ertificate") {
+        } else if cause.contains("ertificate") || cause.contains("fatal alert") {
             Some(
                 "add the authority that signed the server's certificate with `add_root_certificate`, use the host name in \
                  that certificate, and set `client_certificate` and `client_key` if the server requires them",

@@ -124,7 +124,9 @@ pub(crate) async fn open(pool: &Arc<Pool>) -> Result<(), Error> {
             Found::Version(version) => usize::try_from(version).unwrap_or(0),
             _ => 0,
         };
-        pool.within(migrate(&mut session, version)).await.map_err(failed)
+        pool.within(migrate(&mut session, schema, version))
+            .await
+            .map_err(failed)
     }
     .await;
     match &migrated {
@@ -135,14 +137,15 @@ pub(crate) async fn open(pool: &Arc<Pool>) -> Result<(), Error> {
     migrated
 }
 
-async fn migrate(session: &mut Session, version: usize) -> Result<(), Fault> {
+async fn migrate(session: &mut Session, schema: &str, version: usize) -> Result<(), Fault> {
     if version == 0 {
-        session
-            .batch(
-                "CREATE SCHEMA IF NOT EXISTS {s};
-                 CREATE TABLE {s}.meta (name text COLLATE \"C\" PRIMARY KEY, value bigint NOT NULL)",
-            )
-            .await?;
+        // `IF NOT EXISTS` needs the right to create one even if it exists.
+        let count = "SELECT count(*) FROM pg_catalog.pg_namespace WHERE nspname = $1";
+        if session.query_own(count, &[&schema]).await?[0].get::<_, i64>(0) == 0 {
+            session.batch("CREATE SCHEMA {s}").await?;
+        }
+        let meta = "CREATE TABLE {s}.meta (name text COLLATE \"C\" PRIMARY KEY, value bigint NOT NULL)";
+        session.batch(meta).await?;
     }
     for migration in &MIGRATIONS[version.min(MIGRATIONS.len())..] {
         session.batch(migration).await?;

@@ -1,0 +1,239 @@
+//! Helpers for the tests: cases, a server with a handle, and what is asked of both.
+
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each target uses only some of it"
+)]
+
+mod ledger;
+
+use std::{
+    future::Future,
+    pin::Pin,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use essentially_once::{
+    ConsumerId, Error, KeyValue as _, Log, NewRecord, OffsetStore as _, Record,
+    backend::{Advance, LogId, Revision, Source},
+};
+use essentially_once_postgres::{
+    Pg, PgLog, PgOptions, PgStore, PgTx, postgres_error,
+    tokio_postgres::{self, Client, NoTls},
+};
+use essentially_once_testkit::Suite;
+use test_servers::PostgresServer;
+
+pub(crate) use self::ledger::{Seen, Watched, agree, judge, message, send, send_until, until};
+
+/// The limit for every wait. Only a stuck test reaches it.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+
+pub(crate) type Outcome = Result<(), Source>;
+pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
+
+macro_rules! cases {
+    ($($case:ident),+ $(,)?) => {
+        [$((stringify!($case), (|| Box::pin($case())) as $crate::common::Case)),+]
+    };
+    ($($module:ident::$case:ident),+ $(,)?) => {
+        [$((
+            concat!(stringify!($module), "::", stringify!($case)),
+            (|| Box::pin($module::$case())) as $crate::common::Case
+        )),+]
+    };
+}
+pub(crate) use cases;
+
+/// Runs each case as a test. Without a server, every case is ignored, with the reason.
+pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
+    let missing = test_servers::postgres_bin().err();
+    let mut suite = Suite::new();
+    for (name, case) in cases {
+        suite = match &missing {
+            Some(why) => suite.ignored(name, why),
+            None => suite.async_test(name, 2 * LIMIT, case),
+        };
+    }
+    suite.run()
+}
+
+/// Ends the case unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($finding:tt)+) => {
+        if !$condition {
+            return Err(format!($($finding)+).into());
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// Checks the kind of an error, and that its text contains these parts.
+macro_rules! assert_error {
+    ($result:expr, $kind:pat, $($text:expr),* $(,)?) => {{
+        let result = $result;
+        assert!(matches!(&result, Err($kind)), "{result:?}");
+        let _text = $crate::common::text_of(&result);
+        $(assert!(_text.contains($text), "{:?} is missing in {_text}", $text);)*
+    }};
+}
+pub(crate) use assert_error;
+
+/// What an error shows.
+#[track_caller]
+pub(crate) fn text_of<T>(result: &Result<T, Error>) -> String {
+    let Err(error) = result else { panic!("it did not fail") };
+    error.to_string()
+}
+
+/// Everything that an error and its causes can show.
+pub(crate) fn all_text_of(error: &Error) -> String {
+    let mut text = format!("{error} {error:?} {error:#?}");
+    let mut cause = error.cause().map(|cause| cause as &dyn std::error::Error);
+    while let Some(error) = cause {
+        text += &format!(" {error} {error:?}");
+        cause = error.source();
+    }
+    text
+}
+
+/// The code with which the server refused.
+pub(crate) fn code_of<T>(result: &Result<T, Error>) -> Option<&str> {
+    let error = result.as_ref().err().and_then(postgres_error)?;
+    error.code().map(|code| code.code())
+}
+
+/// A server and a handle to it.
+pub(crate) struct Stage {
+    pub(crate) server: PostgresServer,
+    pub(crate) pg: Pg,
+    pub(crate) store: PgStore,
+    pub(crate) consumer: ConsumerId,
+}
+
+impl Stage {
+    pub(crate) async fn start() -> Result<Self, Source> {
+        Self::with(PgOptions::new(), &[]).await
+    }
+
+    pub(crate) async fn with(options: PgOptions, settings: &[(&str, &str)]) -> Result<Self, Source> {
+        let server = PostgresServer::builder().with(settings).start()?;
+        let pg = options.connect(&server.url()).await?;
+        Ok(Self {
+            store: pg.store(),
+            pg,
+            server,
+            consumer: ConsumerId::new("shipping")?,
+        })
+    }
+
+    /// Runs SQL as an administrator.
+    pub(crate) fn sql(&self, sql: &str) -> Result<String, Source> {
+        Ok(self.server.run_sql(sql)?.trim().to_owned())
+    }
+
+    /// Another handle, as another process would have.
+    pub(crate) async fn other(&self) -> Result<Pg, Error> {
+        Pg::connect(&self.server.url()).await
+    }
+
+    pub(crate) async fn begin(&self) -> Result<PgTx, Error> {
+        self.store.begin(&self.consumer).await
+    }
+
+    /// The number of commits.
+    pub(crate) async fn commits(&self) -> Result<u64, Error> {
+        let position = self.store.position(&self.consumer).await?;
+        Ok(position.map_or(0, |position| position.revision.count()))
+    }
+
+    /// The stored value of a key.
+    pub(crate) async fn value(&self, key: &str) -> Result<Option<String>, Error> {
+        let value = self.begin().await?.get(key.as_bytes()).await?;
+        Ok(value.map(|value| String::from_utf8_lossy(&value).into_owned()))
+    }
+
+    /// A connection of a program that does not use this crate.
+    pub(crate) async fn client(&self) -> Result<Client, Source> {
+        client(&self.server.url()).await
+    }
+
+    /// Waits until this many statements wait for a lock.
+    pub(crate) async fn until_locked(&self, waiting: i64) -> Outcome {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'";
+        self.until_count(sql, waiting).await
+    }
+
+    /// Waits until a query that counts answers with this number.
+    pub(crate) async fn until_count(&self, sql: &str, wanted: i64) -> Outcome {
+        let client = self.client().await?;
+        let asked = test_servers::eventually(async || {
+            let count: i64 = client.query_one(sql, &[]).await?.get(0);
+            Ok(if count == wanted {
+                Ok(())
+            } else {
+                Err(format!("{count} instead of {wanted}: {sql}"))
+            })
+        });
+        asked.await
+    }
+}
+
+/// Connects without this crate.
+pub(crate) async fn client(url: &str) -> Result<Client, Source> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+    // It ends with the client, or with the server.
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(client)
+}
+
+/// A commit after this many, which moves the position of log `orders`.
+pub(crate) fn advance(commits: u64, next: u64) -> Advance {
+    let orders = LogId::new("orders").expect("a name");
+    let (expected, made) = (Revision::new(0, commits), Revision::new(0, commits + 1));
+    Advance::new(orders, next.into(), expected, made)
+}
+
+/// Reads every record of a log.
+pub(crate) async fn records(log: &PgLog) -> Result<Vec<Record>, Source> {
+    Ok(essentially_once_testkit::read_log(log).await?)
+}
+
+pub(crate) fn payloads(records: &[Record]) -> Vec<String> {
+    let text = |record: &Record| String::from_utf8_lossy(&record.payload).into_owned();
+    records.iter().map(text).collect()
+}
+
+pub(crate) fn numbered(range: std::ops::Range<usize>) -> Vec<NewRecord> {
+    range.map(|n| NewRecord::new(n.to_string())).collect()
+}
+
+/// Fails after a minute.
+pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> Result<T, Source> {
+    let waiting = tokio::time::timeout(Duration::from_secs(60), future).await;
+    waiting.map_err(|_| "it takes more than a minute".into())
+}
+
+/// The times that several rounds took.
+pub(crate) struct Times(Vec<Duration>);
+
+impl Times {
+    pub(crate) fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    pub(crate) fn since(&mut self, begun: Instant) {
+        self.0.push(begun.elapsed());
+    }
+
+    /// The time that this share of the rounds did not exceed.
+    pub(crate) fn quantile(&self, share: f64) -> Duration {
+        let mut times = self.0.clone();
+        times.sort_unstable();
+        let place = (times.len() as f64 * share).ceil() as usize;
+        times[place.clamp(1, times.len()) - 1]
+    }
+}
