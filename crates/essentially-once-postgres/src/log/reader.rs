@@ -48,6 +48,9 @@ pub(super) struct PgReader {
     /// A call that was dropped leaves its fetch to the next one.
     fetch: Option<Fetch>,
     fetched: VecDeque<Record>,
+    /// Whether the last fetch found nothing, although the log goes on: somebody may have deleted the
+    /// rows.
+    was_missing: bool,
     numberings: NumberingCache,
     bytes: usize,
 }
@@ -60,6 +63,7 @@ impl PgReader {
             next,
             fetch: None,
             fetched: VecDeque::new(),
+            was_missing: false,
             numberings: NumberingCache::new(),
             bytes: 0,
         }
@@ -139,12 +143,28 @@ impl LogReader for PgReader {
         let max = max.max(1);
         loop {
             if !self.fetched.is_empty() {
+                self.was_missing = false;
                 let taken = self.fetched.len().min(max);
                 return Ok(self.fetched.drain(..taken).collect());
             }
             self.look(max).await?;
-            if self.fetched.is_empty() && self.table.standing(self.next.into()).await? == Standing::AtEnd {
-                self.changed().await;
+            if !self.fetched.is_empty() {
+                continue;
+            }
+            match self.table.standing(self.next.into()).await? {
+                Standing::AtEnd => {
+                    self.was_missing = false;
+                    self.changed().await;
+                }
+                // They arrived after the fetch, unless the next one finds none either.
+                Standing::Readable(_) if !self.was_missing => self.was_missing = true,
+                Standing::Readable(end) => {
+                    return Err(Error::Truncated {
+                        log: self.table.id.clone(),
+                        requested: self.next.into(),
+                        earliest: end,
+                    });
+                }
             }
         }
     }

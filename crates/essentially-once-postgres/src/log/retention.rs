@@ -45,9 +45,10 @@ const EXPIRE: &str = "UPDATE {s}.logs AS l SET earliest = cut.place
      FROM (SELECT id, greatest(
              CASE WHEN keep_records IS NOT NULL THEN least(greatest(next - keep_records, earliest), earliest + $3) END,
              CASE WHEN keep_age_ms IS NOT NULL THEN coalesce(
-                 (SELECT min(\"offset\") FROM (SELECT \"offset\", appended_at FROM {s}.records
-                     WHERE log = $1 AND \"offset\" >= earliest AND \"offset\" < earliest + $3 ORDER BY \"offset\") AS first
-                     WHERE appended_at > clock_timestamp() - keep_age_ms * interval '1 millisecond'),
+                 (SELECT \"offset\" FROM {s}.records
+                     WHERE log = $1 AND \"offset\" >= earliest AND \"offset\" < earliest + $3
+                         AND appended_at > clock_timestamp() - keep_age_ms * interval '1 millisecond'
+                     ORDER BY \"offset\" LIMIT 1),
                  least(next, earliest + $3)) END
          ) AS place FROM {s}.logs WHERE id = $1 AND incarnation = $2) AS cut
      WHERE l.id = cut.id AND l.incarnation = $2 AND l.earliest < cut.place";

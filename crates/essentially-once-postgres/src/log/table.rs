@@ -51,8 +51,8 @@ impl Status {
 /// What a reader that found no record should do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Standing {
-    /// Read again: records arrived meanwhile.
-    Readable,
+    /// Read again: records arrived meanwhile. The log ends here.
+    Readable(Offset),
     /// Wait for an append.
     AtEnd,
 }
@@ -116,7 +116,7 @@ impl Table {
         bounds.check(&self.id, requested)?;
         Ok(match requested == bounds.end {
             true => Standing::AtEnd,
-            false => Standing::Readable,
+            false => Standing::Readable(bounds.end),
         })
     }
 

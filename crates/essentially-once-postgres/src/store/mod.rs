@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// How often to look whether another process has committed.
-const POLL: Duration = Duration::from_millis(20);
+const POLL: Duration = Duration::from_millis(50);
 
 /// Positions and state in a PostgreSQL database. See [`Pg::store`](crate::Pg::store).
 #[derive(Clone, Debug)]
@@ -57,11 +57,12 @@ impl PgStore {
         rows.map_err(|fault| fault.of_read(action()))
     }
 
+    /// Runs a statement whose effect is only a hint, so that it does not matter if it is in doubt.
     async fn hint(&self, sql: &'static str, action: impl Fn() -> String, params: &[Param<'_>]) -> Result<(), Error> {
         let action = || self.pool.on(action());
         let mut session = self.pool.take(action).await?;
         let changed = self.pool.within(session.execute_own(sql, params)).await;
-        changed.map(drop).map_err(|fault| fault.of_write(action()))
+        changed.map(drop).map_err(|fault| fault.of_read(action()))
     }
 }
 
@@ -103,7 +104,7 @@ impl OffsetStore for PgStore {
         Ok(pulse.unwrap_or_default())
     }
 
-    /// Looks every 20 ms.
+    /// Looks every 50 ms.
     async fn watch(&self, consumer: &ConsumerId, seen: &Pulse, interval: Duration) -> Result<Pulse, Error> {
         let begun = Instant::now();
         loop {
