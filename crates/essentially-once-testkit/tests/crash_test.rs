@@ -476,6 +476,58 @@ async fn rejected_records_are_compared_as_dead_letters() -> Result<(), CrashFind
     Ok(())
 }
 
+/// Fails at every record, in one of three ways.
+#[derive(Clone, Copy)]
+enum Failing {
+    Rejects,
+    Fails,
+    Panics,
+}
+
+#[async_trait]
+impl<Tx: KeyValue> Handler<Tx> for Failing {
+    async fn handle(&mut self, _: &Record, _: &mut Tx) -> Result<(), HandlerError> {
+        match self {
+            Self::Rejects => Err(HandlerError::reject("no such country")),
+            Self::Fails => Err(HandlerError::retry("no such country")),
+            Self::Panics => panic!("no such country"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_handler_that_fails_at_every_record_is_named() {
+    for failing in [Failing::Rejects, Failing::Fails, Failing::Panics] {
+        let test = CrashTest::new(move |_| failing).records(orders());
+        let found = mistakes(test, &[Mistake::NothingHandled]).await;
+        let text = found.to_string();
+        assert!(
+            text.contains("the first error was") && text.contains("no such country"),
+            "{text}"
+        );
+        assert_eq!(found.explored.plans, 1, "no fault was tried");
+    }
+}
+
+/// Counts in a field that it never loads.
+struct Forgetful(u64);
+
+#[async_trait]
+impl<Tx: KeyValue> Handler<Tx> for Forgetful {
+    async fn handle(&mut self, _: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+        self.0 += 1;
+        tx.put(TOTAL, self.0.to_string().as_bytes()).await?;
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_field_that_is_never_loaded_is_among_the_causes() {
+    let test = CrashTest::new(|_| Forgetful(0)).records(orders());
+    let found = mistakes(test, &[Mistake::KeptInMemory, Mistake::OutsideTransaction]).await;
+    assert!(found.to_string().contains("begins again after a restart"), "{found}");
+}
+
 #[tokio::test]
 async fn a_limit_of_no_plans_is_refused() {
     let test = CrashTest::new(|_| Sound).records(orders()).limit(0);
@@ -487,7 +539,8 @@ async fn a_limit_of_no_plans_is_refused() {
 async fn a_test_without_anything_to_compare_fails() {
     let idle = |_: &Probe| handler_fn(|_: &Record, _: &mut CrashTx| Box::pin(async { Ok(()) }));
     mistakes(CrashTest::new(idle).records(orders()), &[Mistake::NothingToCompare]).await;
-    mistakes(CrashTest::new(|_| Sound), &[Mistake::NothingToCompare]).await;
+    let empty = mistakes(CrashTest::new(|_| Sound), &[Mistake::NothingToCompare]).await;
+    assert!(empty.to_string().contains("there are no records"), "{empty}");
     // The handler writes, but the test cannot know where.
     let native = CrashTest::native(MemoryHarness, |_| Sound).records(orders());
     mistakes(native, &[Mistake::NothingToCompare]).await;

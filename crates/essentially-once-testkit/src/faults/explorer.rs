@@ -345,11 +345,9 @@ impl Explored {
 
 impl fmt::Display for Explored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} plans, {} faults, over {} operations",
-            self.plans, self.faults, self.operations
-        )
+        let counted = |count, noun| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
+        let (plans, faults) = (counted(self.plans, "plan"), counted(self.faults, "fault"));
+        write!(f, "{plans}, {faults}, over {}", counted(self.operations, "operation"))
     }
 }
 

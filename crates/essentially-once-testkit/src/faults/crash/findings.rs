@@ -78,9 +78,12 @@ pub enum Mistake {
     DependsOnBatches,
     /// The consumer ended with an error, or did not end.
     Stopped,
-    /// The undisturbed run has no effect that the test can see, or writes nothing under a name
-    /// given with [`key`](super::CrashTest::key) or [`outbox`](super::CrashTest::outbox).
+    /// The test has no records, or the undisturbed run has no effect that the test can see, or it
+    /// writes nothing under a name given with [`key`](super::CrashTest::key) or
+    /// [`outbox`](super::CrashTest::outbox).
     NothingToCompare,
+    /// The handler failed at every record of the undisturbed run.
+    NothingHandled,
 }
 
 /// Everything that is compared, by name.
@@ -100,6 +103,7 @@ impl Mistake {
             Self::DependsOnBatches => "the result depends on which records share a batch",
             Self::Stopped => "the consumer stopped",
             Self::NothingToCompare => "the run without faults leaves nothing that the test can compare",
+            Self::NothingHandled => "no record was handled, even without faults",
         }
     }
 
@@ -120,10 +124,11 @@ impl Mistake {
                  each record."
             }
             Self::OutsideTransaction => {
-                "A new handler after each rollback does not help. Look for another consumer's state, a second store \
-                 or connection, a static, or something that `make_handler` shares between instances: it is neither \
-                 rolled back nor read together with the state. Keep it in the transaction's own state, or put it in \
-                 the record."
+                "A new handler after each rollback does not help. Look for a field that begins again after a restart, \
+                 because the handler does not load it from the transaction. Or look for another consumer's state, a \
+                 second store or connection, a static, or something that `make_handler` shares between instances: it \
+                 is neither rolled back nor read together with the state. Keep it in the transaction's own state, or \
+                 put it in the record."
             }
             Self::NotRepeatable => {
                 "The result depends on something other than the records and the transaction: a clock, a random \
@@ -142,6 +147,10 @@ impl Mistake {
             Self::NothingToCompare => {
                 "Name what the handler writes with `CrashTest::key`, `outbox` or `observe`, spelled as it writes them, \
                  report its calls to the probe, and give records that it handles."
+            }
+            Self::NothingHandled => {
+                "Mend the handler, or give records that it handles too: with dead letters alone, no fault shows \
+                 anything."
             }
         }
     }
@@ -210,7 +219,8 @@ impl fmt::Display for CrashFinding {
 impl fmt::Display for CrashFindings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.findings.len();
-        write!(f, "the crash test found {count} in {}", self.explored)?;
+        let mistakes = if count == 1 { "mistake" } else { "mistakes" };
+        write!(f, "the crash test found {count} {mistakes} in {}", self.explored)?;
         if let Some(seed) = self.seed {
             write!(f, ", seed {seed}")?;
         }

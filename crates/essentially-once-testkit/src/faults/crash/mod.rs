@@ -120,7 +120,8 @@ where
 /// plans, which take one to five seconds for five records in a debug build. If more plans exist, it
 /// runs the single faults first, and then a sample of the pairs. For all pairs, raise the
 /// [`limit`](Self::limit). The time of a plan grows with the records, and so does the number of
-/// plans, so give a few records that meet each branch of the handler.
+/// plans, so give a few records that meet each branch of the handler. A handler that fails at every
+/// record ends the test before the first fault, in real time after the pauses between its tries.
 ///
 /// # What it cannot find
 /// Calls that are not reported to the probe, and data outside the transaction that stays the same

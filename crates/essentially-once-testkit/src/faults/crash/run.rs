@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{Mutex, PoisonError},
 };
 
 use bytes::Bytes;
@@ -62,10 +62,19 @@ pub(super) struct Seen {
     pub(super) calls: Calls,
 }
 
-/// A run, and whether a record that could not be handled ended it.
+/// A run, and what its consumers reported.
 pub(super) struct Played {
     pub(super) outcome: Outcome<Seen>,
-    pub(super) is_unhandled: bool,
+    pub(super) said: Said,
+}
+
+/// What the consumers of a run reported when they ended.
+#[derive(Default)]
+pub(super) struct Said {
+    /// The error of a record that could not be handled and ended a run.
+    pub(super) unhandled: Option<String>,
+    /// How many records and letters were handled.
+    pub(super) handled: u64,
 }
 
 /// What the consumers of a run share.
@@ -73,7 +82,7 @@ struct Stage<'s, B> {
     backend: &'s B,
     consumer: ConsumerId,
     probe: Probe,
-    is_unhandled: &'s AtomicBool,
+    said: &'s Mutex<Said>,
 }
 
 impl<H: Harness> Run<'_, H> {
@@ -88,19 +97,19 @@ impl<H: Harness> Run<'_, H> {
         if let Some(meanwhile) = &self.test.meanwhile {
             faults = faults.with_act(self.setup.act_before, meanwhile());
         }
-        let is_unhandled = AtomicBool::new(false);
-        let outcome = within_limit(&faults, self.consume_and_look(&faults, &is_unhandled)).await;
-        let is_unhandled = is_unhandled.into_inner();
-        Played { outcome, is_unhandled }
+        let said = Mutex::default();
+        let outcome = within_limit(&faults, self.consume_and_look(&faults, &said)).await;
+        let said = said.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Played { outcome, said }
     }
 
-    async fn consume_and_look(&self, faults: &Faults, is_unhandled: &AtomicBool) -> Result<Seen, Violation> {
+    async fn consume_and_look(&self, faults: &Faults, said: &Mutex<Said>) -> Result<Seen, Violation> {
         let backend = self.test.harness.start("crash_test").await?;
         let stage = Stage {
             backend: &backend,
             consumer: ConsumerId::new(NAME)?,
             probe: Probe::new(),
-            is_unhandled,
+            said,
         };
         drive(
             faults,
@@ -130,9 +139,13 @@ impl<H: Harness> Run<'_, H> {
             consumer = consumer.dead_letters(DeadLetterOptions::new());
         }
         let result = consumer.run_until_caught_up().await;
-        if let Err(Error::Unhandled { .. }) = result {
-            stage.is_unhandled.store(true, Ordering::Relaxed);
+        let mut said = stage.said.lock().unwrap_or_else(PoisonError::into_inner);
+        match &result {
+            Ok(report) => said.handled += report.handled,
+            Err(error @ Error::Unhandled { .. }) => said.unhandled = Some(error.to_string()),
+            Err(_) => {}
         }
+        drop(said);
         result.map(drop)
     }
 

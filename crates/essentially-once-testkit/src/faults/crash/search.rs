@@ -103,9 +103,17 @@ impl<'t, H: Harness> Search<'t, H> {
     }
 
     fn run_undisturbed(&mut self) {
+        if self.test.records.is_empty() {
+            return self.found_nothing(
+                Mistake::NothingToCompare,
+                "there are no records; give some to `CrashTest::records`".into(),
+            );
+        }
         let mut first = self.play(&Plan::none(), self.setup());
-        if first.is_unhandled && TxOf::<H>::KEEPS_DEAD_LETTERS {
+        let mut first_error = None;
+        if first.said.unhandled.is_some() && TxOf::<H>::KEEPS_DEAD_LETTERS {
             self.has_letters = true;
+            first_error = first.said.unhandled.take();
             first = self.play(&Plan::none(), self.setup());
         }
         self.explored = Explored::new(first.outcome.trace.len());
@@ -113,16 +121,18 @@ impl<'t, H: Harness> Search<'t, H> {
             Ok(seen) => seen,
             Err(violation) => return self.stopped(&Plan::none(), &[], &violation),
         };
+        if first.said.handled == 0
+            && let Some(error) = first_error
+        {
+            return self.found_nothing(Mistake::NothingHandled, format!("the first error was: {error}"));
+        }
         if expected.effects.is_empty() && expected.calls.is_empty() {
-            return self
-                .findings
-                .push(CrashFinding::new(Mistake::NothingToCompare, &Plan::none()));
+            return self.found_nothing(Mistake::NothingToCompare, String::new());
         }
         let empty = empty_names(self.test, &expected.effects);
         if !empty.is_empty() {
-            let mut finding = CrashFinding::new(Mistake::NothingToCompare, &Plan::none());
-            finding.details = format!("named, but without a value or record: {}", empty.join("; "));
-            return self.findings.push(finding);
+            let details = format!("named, but without a value or record: {}", empty.join("; "));
+            return self.found_nothing(Mistake::NothingToCompare, details);
         }
         self.expected = expected;
         self.run_again(Mistake::NotRepeatable, self.setup());
@@ -158,6 +168,13 @@ impl<'t, H: Harness> Search<'t, H> {
                 }
             }
         }
+    }
+
+    /// Adds a mistake that leaves nothing to try faults on.
+    fn found_nothing(&mut self, mistake: Mistake, details: String) {
+        let mut finding = CrashFinding::new(mistake, &Plan::none());
+        finding.details = details;
+        self.findings.push(finding);
     }
 
     /// Runs without faults, and finds this mistake if the result differs.
