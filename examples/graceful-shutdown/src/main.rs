@@ -47,7 +47,9 @@ impl<Tx: KeyValue> Handler<Tx> for Ship {
 
 async fn run(path: PathBuf, address: &str) -> Result<(), Failure> {
     let metrics = PrometheusBuilder::new().install_recorder()?;
-    let requests = TcpListener::bind(address).await?;
+    let requests = TcpListener::bind(address)
+        .await
+        .map_err(|error| format!("cannot listen on {address}: {error}"))?;
     let sqlite = Sqlite::open(&path).await?;
     let orders = sqlite.log("orders").await?;
     println!(

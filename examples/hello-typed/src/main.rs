@@ -117,7 +117,15 @@ async fn run(path: PathBuf) -> Result<(), Failure> {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let path = env::args_os().nth(1).map(PathBuf::from);
+    let argument = env::args_os().nth(1);
+    if argument
+        .as_ref()
+        .is_some_and(|text| text.as_encoded_bytes().starts_with(b"-"))
+    {
+        eprintln!("usage: hello-typed [FILE]");
+        return ExitCode::from(2);
+    }
+    let path = argument.map(PathBuf::from);
     let path = path.unwrap_or_else(|| env::temp_dir().join("essentially-once-typed.db"));
     match run(path).await {
         Ok(()) => ExitCode::SUCCESS,
