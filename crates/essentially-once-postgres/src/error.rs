@@ -51,12 +51,17 @@ impl Fault {
         }
     }
 
-    /// The code that the server answered with.
-    pub(crate) fn code(&self) -> Option<&SqlState> {
+    /// The server's answer.
+    fn answer(&self) -> Option<&DbError> {
         match self {
-            Self::Postgres { error, .. } => error.code(),
+            Self::Postgres { error, .. } => error.as_db_error(),
             _ => None,
         }
+    }
+
+    /// The code that the server answered with.
+    pub(crate) fn code(&self) -> Option<&SqlState> {
+        self.answer().map(DbError::code)
     }
 
     /// Whether the server answered, so that it is known what it did.
@@ -74,7 +79,7 @@ impl Fault {
         match self {
             Self::Postgres { error, .. } => match error.as_db_error() {
                 Some(answer) => {
-                    is_fatal(answer) || is_stale(answer.code()) || *answer.code() == SqlState::READ_ONLY_SQL_TRANSACTION
+                    is_fatal(answer) || is_stale(answer) || *answer.code() == SqlState::READ_ONLY_SQL_TRANSACTION
                 }
                 None => !is_local(error),
             },
@@ -116,8 +121,8 @@ impl Fault {
 
     /// The failure of a statement that the handler ran. It says whether the handler is to blame.
     fn of_answer(self, action: impl Into<String>) -> Error {
-        let (passes, advice) = match self.code() {
-            Some(code) => judge(code),
+        let (passes, advice) = match self.answer() {
+            Some(answer) => judge(answer),
             None => (false, ""),
         };
         let cause: Source = match advice {
@@ -142,12 +147,20 @@ fn is_fatal(answer: &DbError) -> bool {
 }
 
 /// Whether a prepared statement no longer fits: a table was altered, or the handler discarded it.
-fn is_stale(code: &SqlState) -> bool {
-    *code == SqlState::INVALID_SQL_STATEMENT_NAME || *code == SqlState::FEATURE_NOT_SUPPORTED
+fn is_stale(answer: &DbError) -> bool {
+    match *answer.code() {
+        SqlState::INVALID_SQL_STATEMENT_NAME => true,
+        // The code alone also says that PostgreSQL does not support what the handler wants.
+        SqlState::FEATURE_NOT_SUPPORTED => answer
+            .routine()
+            .is_none_or(|routine| routine == "RevalidateCachedQuery"),
+        _ => false,
+    }
 }
 
 /// Whether the condition can pass without a change to this service, and what to do about it.
-fn judge(code: &SqlState) -> (bool, &'static str) {
+fn judge(answer: &DbError) -> (bool, &'static str) {
+    let code = answer.code();
     match *code {
         SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => (true, ""),
         SqlState::LOCK_NOT_AVAILABLE => (
@@ -166,7 +179,7 @@ fn judge(code: &SqlState) -> (bool, &'static str) {
             "the server is a standby, or read-only; use the address of the primary, or list all hosts in the URL",
         ),
         SqlState::CANNOT_CONNECT_NOW => (true, "the server is starting or shutting down"),
-        SqlState::INVALID_SQL_STATEMENT_NAME | SqlState::FEATURE_NOT_SUPPORTED if is_stale(code) => (
+        SqlState::INVALID_SQL_STATEMENT_NAME | SqlState::FEATURE_NOT_SUPPORTED if is_stale(answer) => (
             true,
             "the tables have changed, or the session has lost its prepared statements; the next attempt prepares them again",
         ),
@@ -185,7 +198,8 @@ fn judge(code: &SqlState) -> (bool, &'static str) {
         ),
         _ => {
             let class = &code.code()[..2];
-            (matches!(class, "08" | "40" | "53" | "55" | "57" | "58"), "")
+            let passes = matches!(class, "08" | "40" | "53" | "57" | "58") || *code == SqlState::OBJECT_IN_USE;
+            (passes, "")
         }
     }
 }

@@ -123,16 +123,9 @@ impl Pg {
         PgStore::new(Arc::clone(&self.pool))
     }
 
-    /// The server's version, such as `PostgreSQL 15.18`.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`], [`Error::Failed`].
-    pub async fn version(&self) -> Result<String, Error> {
-        let settings = connection::settings(&self.pool).await?;
-        let version = settings
-            .get("server_version")
-            .map_or("of an unknown version", |version| version);
-        Ok(format!("PostgreSQL {version}"))
+    /// The server's version, such as `PostgreSQL 15.18`, of the server that answered first.
+    pub fn version(&self) -> Option<&str> {
+        self.pool.version.get().map(String::as_str)
     }
 
     /// The standbys that must confirm each commit: the server's `synchronous_standby_names`. Empty

@@ -32,6 +32,7 @@ pub struct PgOptions {
     pub(crate) record_limit: usize,
     pub(crate) schema: String,
     pub(crate) isolation: Isolation,
+    pub(crate) state_memory: usize,
     pub(crate) existing: bool,
     #[cfg(feature = "tls")]
     pub(crate) root_certificates: Vec<Vec<u8>>,
@@ -83,6 +84,7 @@ impl PgOptions {
             record_limit: 16 * 1024 * 1024,
             schema: "essentially_once".into(),
             isolation: Isolation::ReadCommitted,
+            state_memory: 16 * 1024 * 1024,
             existing: false,
             #[cfg(feature = "tls")]
             root_certificates: Vec::new(),
@@ -157,6 +159,19 @@ impl PgOptions {
     #[must_use]
     pub fn isolation(mut self, isolation: Isolation) -> Self {
         self.isolation = isolation;
+        self
+    }
+
+    /// Sets how much of each consumer's [`KeyValue`](essentially_once::KeyValue) state a store
+    /// remembers, in bytes; 16 MiB by default. With 0 it remembers nothing.
+    ///
+    /// A transaction that reads asks for the revision of the position first. If that is the one that
+    /// the store remembers the state of, or if there is at most 1 MiB of state, its reads take no
+    /// more round trips. The commit checks the same revision, so it never applies what was computed
+    /// from an older state. If you change the table `state` by hand, stop the consumer first.
+    #[must_use]
+    pub fn state_memory(mut self, bytes: usize) -> Self {
+        self.state_memory = bytes;
         self
     }
 
@@ -283,6 +298,7 @@ impl fmt::Debug for PgOptions {
             .field("record_limit", &self.record_limit)
             .field("schema", &self.schema)
             .field("isolation", &self.isolation)
+            .field("state_memory", &self.state_memory)
             .field("existing", &self.existing)
             .finish_non_exhaustive()
     }

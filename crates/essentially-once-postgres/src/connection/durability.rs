@@ -7,7 +7,7 @@ use essentially_once::{Error, backend::Durability};
 use super::Pool;
 
 const SETTINGS: &str = "SELECT name, setting FROM pg_catalog.pg_settings \
-     WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit', 'synchronous_standby_names', 'server_version')";
+     WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit', 'synchronous_standby_names')";
 
 /// The settings that decide about durability, by name.
 pub(crate) async fn settings(pool: &Arc<Pool>) -> Result<HashMap<String, String>, Error> {

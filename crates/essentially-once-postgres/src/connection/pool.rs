@@ -4,7 +4,7 @@ use std::{
     fmt,
     future::Future,
     ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -33,6 +33,8 @@ pub(crate) struct Pool {
     server: String,
     /// Quoted.
     schema: Arc<str>,
+    /// Of the server that answered first.
+    pub(crate) version: OnceLock<String>,
     idle: Mutex<Vec<Session>>,
     pub(crate) bell: Bell,
     #[cfg(feature = "tls")]
@@ -54,6 +56,7 @@ impl Pool {
             bell: Bell::new(&options.schema),
             options,
             config,
+            version: OnceLock::new(),
             idle: Mutex::default(),
             #[cfg(feature = "tls")]
             tls,
@@ -138,6 +141,7 @@ impl Pool {
                 "it is PostgreSQL {version}; upgrade to 13 or later"
             )));
         }
+        self.version.get_or_init(|| format!("PostgreSQL {version}"));
         let mut session = Session::new(client, connection, Arc::clone(&self.schema), heard);
         let millis = |timeout: Duration| timeout.as_millis();
         // A handler's commit is durable, and an append or a migration sees what was committed before

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     future::{Future, poll_fn},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -70,6 +70,8 @@ pub(crate) struct Session {
     is_in_transaction: bool,
     runtime: Option<Id>,
     used: Instant,
+    /// What the server said when it ended the connection while it owed no answer.
+    farewell: Arc<Mutex<Option<tokio_postgres::Error>>>,
     _driver: Driver,
 }
 
@@ -94,12 +96,16 @@ impl Session {
     where
         S: TlsStream + Unpin + Send + 'static,
     {
+        let farewell = Arc::<Mutex<_>>::default();
+        let said = Arc::clone(&farewell);
         let driver = tokio::spawn(async move {
             while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
                 match message {
                     Ok(message) => heard(message),
                     Err(error) => {
                         tracing::debug!(%error, "a connection to PostgreSQL was lost");
+                        // Before the requests find the connection closed.
+                        *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                         break;
                     }
                 }
@@ -114,6 +120,7 @@ impl Session {
             is_in_transaction: false,
             runtime: this_runtime(),
             used: Instant::now(),
+            farewell,
             _driver: Driver(driver.abort_handle()),
         }
     }
@@ -312,7 +319,11 @@ impl Session {
         Ok(())
     }
 
+    /// A request on a closed connection was not sent. What the server said before tells why.
     fn fault(&mut self, part: Option<Part>, error: tokio_postgres::Error) -> Fault {
+        let farewell = || self.farewell.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let said = error.is_closed().then(farewell).flatten();
+        let error = said.filter(|said| said.as_db_error().is_some()).unwrap_or(error);
         let fault = Fault::Postgres { part, error };
         if fault.ends_the_session() {
             self.is_spoilt = true;

@@ -1,7 +1,7 @@
 //! Appends: one statement that takes the numbers from the log's row and inserts the records.
 
 use essentially_once::{Error, NewRecord, backend::encode_headers};
-use tokio_postgres::{Row, Transaction, types::ToSql};
+use tokio_postgres::{Transaction, types::ToSql};
 
 use crate::error::Fault;
 
@@ -9,7 +9,8 @@ use crate::error::Fault;
 pub(super) const MOST_BYTES: usize = 512 * 1024 * 1024;
 
 /// Appends records that keep their origins. The lock on the log's row makes the order of the
-/// offsets that of the commits. Returns no row if the log was deleted or recreated.
+/// offsets that of the commits. Returns no row if the log was deleted or recreated. A handler may
+/// have changed the session's `synchronous_commit`.
 pub(super) const APPEND: &str = "WITH log AS (
          UPDATE {s}.logs SET next = next + $3 WHERE id = $1 AND incarnation = $2
          RETURNING next, keep_records IS NOT NULL OR keep_age_ms IS NOT NULL AS has_retention
@@ -19,7 +20,9 @@ pub(super) const APPEND: &str = "WITH log AS (
          FROM log, unnest($4::bytea[], $5::bytea[], $6::bytea[], $7::text[], $8::bigint[])
              WITH ORDINALITY AS r (key, headers, payload, producer, sequence, place)
      )
-     SELECT next, has_retention FROM log";
+     SELECT next, has_retention,
+         CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', true) END
+     FROM log";
 
 /// Appends records to which it gives origins: the log's sender, and the offset. Divides by zero if
 /// the log was deleted or recreated, so that the rest of the transaction is not applied.
@@ -33,16 +36,28 @@ pub(super) const SEND: &str = "WITH log AS (
      )
      SELECT 1 / count(*) FROM log";
 
-/// Like [`SEND`], for a transaction of the user.
+/// Like [`SEND`], for a transaction of the user. Appends nothing if the commit would not wait for the
+/// disk, and says so.
 const APPEND_IN: &str = "WITH log AS (
          UPDATE {s}.logs SET next = next + $3 WHERE id = $1 AND incarnation = $2 AND sender IS NOT NULL
+             AND current_setting('synchronous_commit') <> 'off'
          RETURNING next, sender
      ), added AS (
          INSERT INTO {s}.records (log, \"offset\", key, headers, payload, producer, sequence)
          SELECT $1, log.next - $3 + r.place - 1, r.key, r.headers, r.payload, log.sender, log.next - $3 + r.place - 1
          FROM log, unnest($4::bytea[], $5::bytea[], $6::bytea[]) WITH ORDINALITY AS r (key, headers, payload, place)
      )
-     SELECT next, current_setting('synchronous_commit') FROM log";
+     SELECT (SELECT next FROM log), current_setting('synchronous_commit') <> 'off'";
+
+/// What an append in a transaction of the user has done.
+pub(super) enum AppendedIn {
+    /// Appended, and this is one past the last offset.
+    Next(i64),
+    /// Refused, because the transaction's commit does not wait for the disk.
+    Volatile,
+    /// The log was not found.
+    NoLog,
+}
 
 /// The columns of some records, as arrays for one statement.
 pub(super) struct Columns<'a> {
@@ -110,13 +125,17 @@ pub(super) async fn append_in(
     row: i64,
     incarnation: &str,
     records: &[NewRecord],
-) -> Result<Option<Row>, Fault> {
+) -> Result<AppendedIn, Fault> {
     let columns = Columns::of(records);
     let sql = APPEND_IN.replace("{s}", &format!("\"{schema}\""));
     let [row, incarnation, count, keys, headers, payloads, ..] = columns.params(&row, &incarnation);
-    let rows = tx
-        .query(&sql, &[row, incarnation, count, keys, headers, payloads])
+    let row = tx
+        .query_one(&sql, &[row, incarnation, count, keys, headers, payloads])
         .await;
-    let rows = rows.map_err(|error| Fault::Postgres { part: None, error })?;
-    Ok(rows.into_iter().next())
+    let row = row.map_err(|error| Fault::Postgres { part: None, error })?;
+    Ok(match (row.get(0), row.get(1)) {
+        (_, false) => AppendedIn::Volatile,
+        (Some(next), true) => AppendedIn::Next(next),
+        (None, true) => AppendedIn::NoLog,
+    })
 }

@@ -18,7 +18,7 @@ use essentially_once::{
 };
 use tokio_postgres::Transaction;
 
-use self::{catalog::Wanted, reader::PgReader, table::Table};
+use self::{append::AppendedIn, catalog::Wanted, reader::PgReader, table::Table};
 use crate::{
     connection::{Pool, durability},
     options::LogOptions,
@@ -161,18 +161,18 @@ impl PgLog {
         }
         let schema = &table.pool.options.schema;
         let appended = append::append_in(tx, schema, table.row, table.incarnation(), records).await;
-        let appended = appended.map_err(|fault| fault.of_read(table.action(verb)))?;
-        let Some(row) = appended else {
-            let cause = "the connection is to another database, or the log was deleted or recreated after this handle opened \
-                         it; open it again";
-            return Err(Error::failed(table.action(verb), cause));
+        let cause = match appended.map_err(|fault| fault.of_read(table.action(verb)))? {
+            AppendedIn::Next(next) => return Ok(Some((next as u64 - 1).into())),
+            AppendedIn::Volatile => {
+                "a crash of the server could take back the commit and use the record's number again: set \
+                 `synchronous_commit = on` on the connection"
+            }
+            AppendedIn::NoLog => {
+                "the connection is to another database, or the log was deleted or recreated after this handle opened it; \
+                 open it again"
+            }
         };
-        if row.get::<_, &str>(1) == "off" {
-            let cause = "a crash of the server could take back the commit and use the record's number again: set \
-                         `synchronous_commit = on` on the connection";
-            return Err(Error::failed(table.action(verb), cause));
-        }
-        Ok(Some((row.get::<_, i64>(0) as u64 - 1).into()))
+        Err(Error::failed(table.action(verb), cause))
     }
 
     /// Returns what the log keeps.

@@ -40,14 +40,14 @@ pub(super) fn to_columns(retention: Retention) -> Result<RetentionColumns, Error
 pub(super) const STEP: i64 = 10_000;
 
 /// Moves the beginning of the log past expired records, by at most a step. Appends wait only for
-/// this row.
+/// this row. No record is 1,000 years old, and PostgreSQL's dates do not go back for ever.
 const EXPIRE: &str = "UPDATE {s}.logs AS l SET earliest = cut.place
      FROM (SELECT id, greatest(
              CASE WHEN keep_records IS NOT NULL THEN least(greatest(next - keep_records, earliest), earliest + $3) END,
              CASE WHEN keep_age_ms IS NOT NULL THEN coalesce(
                  (SELECT \"offset\" FROM {s}.records
                      WHERE log = $1 AND \"offset\" >= earliest AND \"offset\" < earliest + $3
-                         AND appended_at > clock_timestamp() - keep_age_ms * interval '1 millisecond'
+                         AND appended_at > clock_timestamp() - least(keep_age_ms, 31536000000000) * interval '1 millisecond'
                      ORDER BY \"offset\" LIMIT 1),
                  least(next, earliest + $3)) END
          ) AS place FROM {s}.logs WHERE id = $1 AND incarnation = $2) AS cut
@@ -57,10 +57,10 @@ const EXPIRE: &str = "UPDATE {s}.logs AS l SET earliest = cut.place
 const CUT: &str =
     "UPDATE {s}.logs SET earliest = $3 WHERE id = $1 AND incarnation = $2 AND earliest < $3 AND next >= $3";
 
-/// Deletes the rows before the beginning, by at most a step.
+/// Deletes the rows before the beginning, by at most a step. None if the log is another one now.
 const SWEEP: &str = "DELETE FROM {s}.records WHERE log = $1 AND \"offset\" < (
-         SELECT least((SELECT earliest FROM {s}.logs WHERE id = $1 AND incarnation = $2),
-             (SELECT min(\"offset\") FROM {s}.records WHERE log = $1) + $3))";
+         SELECT least(earliest, (SELECT min(\"offset\") FROM {s}.records WHERE log = $1) + $3)
+         FROM {s}.logs WHERE id = $1 AND incarnation = $2)";
 
 /// A log's row, to remove records from.
 #[derive(Clone, Debug)]

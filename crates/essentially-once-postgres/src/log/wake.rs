@@ -62,6 +62,13 @@ impl Shared {
             readers.send_replace(());
         }
     }
+
+    /// For those who notify without saying which log has grown.
+    fn wake_all(&self) {
+        for readers in lock(&self.logs).values() {
+            readers.send_replace(());
+        }
+    }
 }
 
 impl Bell {
@@ -151,10 +158,11 @@ async fn run(pool: Weak<Pool>, shared: Arc<Shared>, channel: String) {
 async fn serve(pool: &Weak<Pool>, shared: &Arc<Shared>, channel: &str) -> Result<(), String> {
     let heard = Arc::clone(shared);
     let wake = move |message| {
-        if let AsyncMessage::Notification(notification) = message
-            && let Ok(log) = notification.payload().parse()
-        {
-            heard.wake(log);
+        if let AsyncMessage::Notification(notification) = message {
+            match notification.payload().parse() {
+                Ok(log) => heard.wake(log),
+                Err(_) => heard.wake_all(),
+            }
         }
     };
     let connected = {

@@ -4,7 +4,7 @@ mod letters;
 mod native;
 mod outbox;
 pub(crate) mod schema;
-mod staged;
+mod state;
 mod statements;
 mod tx;
 
@@ -19,8 +19,8 @@ use essentially_once::{
 use tokio::time::{self, Instant};
 use tokio_postgres::Row;
 
-use self::statements::unsigned;
 pub use self::tx::PgTx;
+use self::{state::Memory, statements::unsigned};
 use crate::{
     connection::{Param, Pool, durability},
     log::sending::Outboxes,
@@ -34,11 +34,13 @@ const POLL: Duration = Duration::from_millis(50);
 pub struct PgStore {
     pool: Arc<Pool>,
     outboxes: Arc<Outboxes>,
+    memory: Arc<Memory>,
 }
 
 impl PgStore {
     pub(crate) fn new(pool: Arc<Pool>) -> Self {
         Self {
+            memory: Arc::new(Memory::new(pool.options.state_memory)),
             pool,
             outboxes: Arc::default(),
         }
@@ -79,8 +81,9 @@ impl OffsetStore for PgStore {
     async fn begin(&self, consumer: &ConsumerId) -> Result<PgTx, Error> {
         let action = || self.pool.on(format!("begin a transaction of consumer {consumer}"));
         let session = self.pool.take(action).await?;
-        let (pool, outboxes) = (Arc::clone(&self.pool), Arc::clone(&self.outboxes));
-        Ok(PgTx::new(session, pool, consumer.clone(), outboxes))
+        let (pool, memory) = (Arc::clone(&self.pool), Arc::clone(&self.memory));
+        let outboxes = Arc::clone(&self.outboxes);
+        Ok(PgTx::new(session, pool, consumer.clone(), memory, outboxes))
     }
 
     async fn durability(&self) -> Result<Durability, Error> {

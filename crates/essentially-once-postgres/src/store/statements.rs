@@ -36,6 +36,17 @@ pub(super) const PUT_WINDOWS: &str = "INSERT INTO {s}.windows (consumer, produce
 
 pub(super) const DELETE_WINDOWS: &str = "DELETE FROM {s}.windows WHERE consumer = $1 AND producer = ANY($2::text[])";
 
+pub(super) const REVISION: &str = "SELECT epoch, count FROM {s}.consumers WHERE consumer = $1";
+
+/// The state if it is small, and otherwise the beginning of it, with the number of rows that were
+/// looked at.
+pub(super) const SMALL_STATE: &str = "SELECT key, value, total FROM (
+         SELECT key, value, count(*) OVER () AS total,
+             sum(octet_length(key) + octet_length(value)) OVER (ORDER BY key) AS bytes
+         FROM (SELECT key, value FROM {s}.state WHERE consumer = $1 ORDER BY key LIMIT 10001) AS first
+     ) AS sized
+     WHERE bytes <= $2";
+
 pub(super) const GET_VALUE: &str = "SELECT value FROM {s}.state WHERE consumer = $1 AND key = $2";
 
 /// The values of some keys, in the order of the keys.

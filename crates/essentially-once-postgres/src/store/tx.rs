@@ -11,8 +11,8 @@ use essentially_once::{
 use tokio_postgres::{Row, error::SqlState};
 
 use super::{
-    staged::Staged,
-    statements::{self, log_of, revision_of},
+    state::{Known, Memory, State},
+    statements::{self, log_of, revision_of, unsigned},
 };
 use crate::{
     connection::{Lease, Param, Part, Pool},
@@ -23,16 +23,23 @@ use crate::{
 /// PostgreSQL cannot index a longer key.
 const KEY_LIMIT: usize = 2_048;
 
+/// The bytes and rows of a state that is read at once. The rows are one less than the limit of
+/// [`SMALL_STATE`](statements::SMALL_STATE).
+const SMALL_BYTES: i64 = 1024 * 1024;
+const SMALL_ROWS: i64 = 10_000;
+
 /// An open transaction on a session of its own. It begins with its first statement, so a handler
 /// that only uses [`KeyValue`] without reading holds no lock while it runs.
 ///
 /// Besides the portable [`KeyValue`] state, it runs SQL on your own tables, and
 /// [sends](Outbox) records to [logs of the database](crate::PgLog#as-an-outbox). State and records
 /// are staged in this process, and the commit sends them, the check of the position's revision and
-/// `COMMIT` at once. A transaction that awaits no answer takes one round trip. Each awaited
-/// statement takes one more, so a handler that changes a row per record runs faster if it
-/// [queues](Self::queue) its statements, and much faster if it gathers the changes of a batch and
-/// runs one statement for all of them in [`Handler::flush`](essentially_once::Handler::flush).
+/// `COMMIT` at once. A transaction that awaits no answer takes one round trip. The first
+/// [`get`](KeyValue::get) takes one more, and the others none while the store
+/// [remembers](crate::PgOptions::state_memory) the state. Each awaited statement takes one more, so
+/// a handler that changes a row per record runs faster if it [queues](Self::queue) its statements,
+/// and much faster if it gathers the changes of a batch and runs one statement for all of them in
+/// [`Handler::flush`](essentially_once::Handler::flush).
 ///
 /// SQL may use savepoints, which do not affect staged state and sent records, and change the schema.
 /// It may not begin or end transactions. What it sets with `SET` outlives the transaction and
@@ -45,7 +52,8 @@ pub struct PgTx {
     pub(super) session: Lease,
     pub(super) pool: Arc<Pool>,
     pub(super) consumer: ConsumerId,
-    staged: Staged,
+    memory: Arc<Memory>,
+    state: State,
     pub(super) outgoing: Outgoing,
     /// The first operation that failed. The handler may have ignored the error, so the transaction
     /// can only be rolled back.
@@ -59,12 +67,19 @@ struct Failure {
 }
 
 impl PgTx {
-    pub(super) fn new(session: Lease, pool: Arc<Pool>, consumer: ConsumerId, outboxes: Arc<Outboxes>) -> Self {
+    pub(super) fn new(
+        session: Lease,
+        pool: Arc<Pool>,
+        consumer: ConsumerId,
+        memory: Arc<Memory>,
+        outboxes: Arc<Outboxes>,
+    ) -> Self {
         Self {
             session,
             pool,
             consumer,
-            staged: Staged::default(),
+            memory,
+            state: State::default(),
             outgoing: Outgoing::new(outboxes),
             failed: None,
         }
@@ -150,7 +165,7 @@ impl PgTx {
         let Self {
             session,
             consumer,
-            staged,
+            state,
             outgoing,
             ..
         } = self;
@@ -202,7 +217,7 @@ impl PgTx {
             let statement = session.own(statements::DELETE_WINDOWS).await?;
             session.send(Part::Staged, &statement, &[&consumer, &producers]).await?;
         }
-        let (puts, deletes) = staged.changes();
+        let (puts, deletes) = state.changes();
         for (keys, values) in &puts {
             let statement = session.own(statements::PUT_VALUES).await?;
             session
@@ -256,6 +271,14 @@ impl Transaction for PgTx {
 
     async fn commit(mut self, advance: Advance) -> Result<(), Error> {
         self.ready("commit")?;
+        // What the handler read must be what the commit is based on.
+        let read = self.state.known.as_ref().map(|known| known.revision);
+        if read.is_some_and(|read| read != advance.expected) {
+            return Err(Error::Fenced {
+                consumer: self.consumer.clone(),
+                expected: advance.expected,
+            });
+        }
         let pool = Arc::clone(&self.pool);
         if let Err(fault) = pool.within(self.stage(&advance)).await {
             return Err(match fault.part() {
@@ -269,6 +292,7 @@ impl Transaction for PgTx {
         match pool.within(self.session.wait()).await {
             Ok(()) => {
                 self.outgoing.committed(&pool);
+                self.state.known = self.state.committed(advance.revision);
                 Ok(())
             }
             Err(fault) => Err(match fault.part() {
@@ -294,6 +318,38 @@ impl Transaction for PgTx {
 }
 
 impl PgTx {
+    /// Finds out what is known of the state. If the store remembers it as of the newest commit, or
+    /// if there is not much of it, the transaction needs no more round trips to read.
+    async fn look(&mut self) -> Result<Known, Error> {
+        const VERB: &str = "read the state";
+        let consumer = self.consumer.clone();
+        let name = consumer.as_str();
+        let rows = self.own(statements::REVISION, VERB, &[&name]).await?;
+        let damaged = |error| Error::failed(self.action(VERB), error);
+        let revision = match rows.first() {
+            Some(row) => Revision::new(unsigned(row, 0).map_err(damaged)?, unsigned(row, 1).map_err(damaged)?),
+            None => Revision::NONE,
+        };
+        if let Some(known) = self.memory.take(&consumer)
+            && known.revision == revision
+        {
+            return Ok(known);
+        }
+        let mut known = Known::at(revision);
+        if self.pool.options.state_memory == 0 {
+            return Ok(known);
+        }
+        let rows = self.own(statements::SMALL_STATE, VERB, &[&name, &SMALL_BYTES]).await?;
+        let total = rows.first().map_or(0, |row| row.get::<_, i64>(2));
+        for row in &rows {
+            known.learn(row.get(0), Some(Bytes::copy_from_slice(row.get(1))));
+        }
+        if total == rows.len() as i64 && total <= SMALL_ROWS {
+            known.complete();
+        }
+        Ok(known)
+    }
+
     /// Explains why a part of the commit failed.
     async fn explain(&mut self, part: Part, advance: &Advance, fault: Fault) -> Error {
         let code = fault.code();
@@ -319,7 +375,11 @@ impl KeyValue for PgTx {
     async fn get(&mut self, key: &[u8]) -> Result<Option<Bytes>, Error> {
         const VERB: &str = "get a key";
         self.check_usable(VERB)?;
-        if let Some(known) = self.staged.get(key) {
+        if self.state.known.is_none() && self.state.get(key).is_none() {
+            let known = self.look().await?;
+            self.state.known = Some(known);
+        }
+        if let Some(known) = self.state.get(key) {
             return Ok(known);
         }
         let consumer = self.consumer.clone();
@@ -327,7 +387,9 @@ impl KeyValue for PgTx {
             .own(statements::GET_VALUE, VERB, &[&consumer.as_str(), &key])
             .await?;
         let value = rows.first().map(|row| Bytes::copy_from_slice(row.get(0)));
-        self.staged.learn(key, value.clone());
+        if let Some(known) = &mut self.state.known {
+            known.learn(key, value.clone());
+        }
         Ok(value)
     }
 
@@ -335,14 +397,23 @@ impl KeyValue for PgTx {
         self.check_usable("put a key")?;
         check_size("key", key.len(), KEY_LIMIT)?;
         check_entry_size(key, value, self.record_limit())?;
-        self.staged.change(key, Some(Bytes::copy_from_slice(value)));
+        self.state.change(key, Some(Bytes::copy_from_slice(value)));
         Ok(())
     }
 
     async fn delete(&mut self, key: &[u8]) -> Result<(), Error> {
         self.check_usable("delete a key")?;
-        self.staged.change(key, None);
+        self.state.change(key, None);
         Ok(())
+    }
+}
+
+/// What was read stays known to the store, which compares the revision before it is used again.
+impl Drop for PgTx {
+    fn drop(&mut self) {
+        if let Some(known) = self.state.known.take() {
+            self.memory.put_back(&self.consumer, known);
+        }
     }
 }
 
