@@ -3,6 +3,7 @@
 
 use async_trait::async_trait;
 use essentially_once::{Error, KeyValue};
+use essentially_once_postgres::PgTx;
 use essentially_once_rabbitmq::RabbitTx;
 use essentially_once_redis::{RedisTx, redis::cmd};
 use essentially_once_sqlite::SqliteTx;
@@ -17,7 +18,7 @@ pub(crate) trait Counter: Send {
     async fn count(&mut self) -> Result<u64, Error>;
 }
 
-const TABLE: &str = "CREATE TABLE IF NOT EXISTS counters (consumer TEXT PRIMARY KEY, n INTEGER NOT NULL)";
+pub(crate) const TABLE: &str = "CREATE TABLE IF NOT EXISTS counters (consumer TEXT PRIMARY KEY, n INTEGER NOT NULL)";
 
 #[async_trait]
 impl Counter for SqliteTx {
@@ -36,6 +37,23 @@ impl Counter for SqliteTx {
             row.get(0)
         })?;
         Ok(count.unwrap_or(0) as u64)
+    }
+}
+
+/// A row of a table that [the server](crate::Backend::start) has from its start.
+#[async_trait]
+impl Counter for PgTx {
+    async fn increment(&mut self) -> Result<(), Error> {
+        let consumer = self.consumer().to_string();
+        let sql = "INSERT INTO counters AS c VALUES ($1, 1) ON CONFLICT (consumer) DO UPDATE SET n = c.n + 1";
+        self.queue(sql, &[&consumer]).await
+    }
+
+    async fn count(&mut self) -> Result<u64, Error> {
+        let consumer = self.consumer().to_string();
+        let sql = "SELECT n FROM counters WHERE consumer = $1";
+        let row = self.query_opt(sql, &[&consumer]).await?;
+        Ok(row.map_or(0, |row| row.get::<_, i32>(0)) as u64)
     }
 }
 

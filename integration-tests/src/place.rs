@@ -1,20 +1,25 @@
 //! Where logs and stores live during a test.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{env, path::PathBuf, sync::Arc};
 
 use essentially_once::{Error, Log, backend::Source};
+use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use test_servers::{RabbitNode, RedisServer};
+use test_servers::{PostgresServer, RabbitNode, RedisServer};
+
+use crate::counter::TABLE;
 
 /// A backend known to the tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backend {
     /// A SQLite file.
     Sqlite,
+    /// A PostgreSQL server with its own settings.
+    Postgres,
     /// A Redis server that syncs each write to disk before it acknowledges it.
     Redis,
     /// A RabbitMQ broker, with one message per record.
@@ -26,15 +31,46 @@ pub enum Backend {
 
 impl Backend {
     /// All kinds of logs.
-    pub const LOGS: [Self; 4] = [Self::Sqlite, Self::Redis, Self::Rabbitmq, Self::RabbitmqPacked];
+    pub const LOGS: [Self; 5] = [
+        Self::Sqlite,
+        Self::Postgres,
+        Self::Redis,
+        Self::Rabbitmq,
+        Self::RabbitmqPacked,
+    ];
 
     /// All kinds of stores.
-    pub const STORES: [Self; 3] = [Self::Sqlite, Self::Redis, Self::Rabbitmq];
+    pub const STORES: [Self; 4] = [Self::Sqlite, Self::Postgres, Self::Redis, Self::Rabbitmq];
+
+    /// The pairs of a log and a store to test: each log with its own store, and each log and each
+    /// store with at least one other. `ESSENTIALLY_ONCE_PAIRS=full`, which `cargo xtask test --full`
+    /// sets, makes it all of them.
+    pub fn pairs() -> Vec<(Self, Self)> {
+        let is_full = env::var_os("ESSENTIALLY_ONCE_PAIRS").is_some_and(|value| value == "full");
+        let place = |backend: Self| Self::STORES.iter().position(|store| *store == backend.as_store());
+        let is_near = |log, store| {
+            let (log, store) = (place(log).unwrap_or(0), place(store).unwrap_or(0));
+            store == log || store == (log + 1) % Self::STORES.len()
+        };
+        let all = Self::LOGS
+            .into_iter()
+            .flat_map(|log| Self::STORES.map(|store| (log, store)));
+        all.filter(|(log, store)| is_full || is_near(*log, *store)).collect()
+    }
+
+    /// The store of the same server.
+    const fn as_store(self) -> Self {
+        match self {
+            Self::RabbitmqPacked => Self::Rabbitmq,
+            other => other,
+        }
+    }
 
     /// The backend's name in test names.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
+            Self::Postgres => "postgres",
             Self::Redis => "redis",
             Self::Rabbitmq => "rabbitmq",
             Self::RabbitmqPacked => "rabbitmq_packed",
@@ -45,6 +81,7 @@ impl Backend {
     pub fn missing(self) -> Option<String> {
         match self {
             Self::Sqlite => None,
+            Self::Postgres => test_servers::postgres_bin().err(),
             Self::Redis => test_servers::redis_server().err(),
             Self::Rabbitmq | Self::RabbitmqPacked => test_servers::rabbitmq_server().err(),
         }
@@ -57,6 +94,12 @@ impl Backend {
     pub fn start(self) -> Result<Place, Source> {
         Ok(match self {
             Self::Sqlite => Place::Sqlite(tempfile::tempdir()?),
+            Self::Postgres => {
+                let server = PostgresServer::start()?;
+                // Two processes that create a table at once would fail.
+                server.run_sql(TABLE)?;
+                Place::Postgres(server)
+            }
             Self::Redis => Place::Redis(RedisServer::durable().start()?),
             Self::Rabbitmq => Place::Rabbitmq(RabbitNode::start()?),
             Self::RabbitmqPacked => Place::RabbitmqPacked(RabbitNode::start()?),
@@ -68,6 +111,8 @@ impl Backend {
 pub enum Place {
     /// A folder with a SQLite file.
     Sqlite(TempDir),
+    /// A PostgreSQL server.
+    Postgres(PostgresServer),
     /// A Redis server.
     Redis(RedisServer),
     /// A RabbitMQ broker.
@@ -81,6 +126,7 @@ impl Place {
     pub fn address(&self) -> Address {
         match self {
             Self::Sqlite(folder) => Address::Sqlite(folder.path().join("test.db")),
+            Self::Postgres(server) => Address::Postgres(server.url()),
             Self::Redis(server) => Address::Redis(server.url()),
             Self::Rabbitmq(node) => Address::Rabbitmq(node.url()),
             Self::RabbitmqPacked(node) => Address::RabbitmqPacked(node.url()),
@@ -94,6 +140,7 @@ impl Place {
     pub fn restart(&self) -> Result<(), Source> {
         match self {
             Self::Sqlite(_) => Ok(()),
+            Self::Postgres(server) => server.restart(),
             Self::Redis(server) => {
                 server.kill()?;
                 server.restart()?;
@@ -113,6 +160,8 @@ impl Place {
 pub enum Address {
     /// The file.
     Sqlite(PathBuf),
+    /// The URL of the database.
+    Postgres(String),
     /// The server's URL.
     Redis(String),
     /// The broker's URL.
@@ -129,6 +178,7 @@ impl Address {
     pub async fn log(&self, name: &str) -> Result<Arc<dyn Log>, Error> {
         Ok(match self {
             Self::Sqlite(path) => Arc::new(Sqlite::open(path).await?.log(name).await?),
+            Self::Postgres(url) => Arc::new(Pg::connect(url).await?.log(name).await?),
             Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(name).await?),
             Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(name).await?),
             Self::RabbitmqPacked(url) => {

@@ -12,6 +12,7 @@ use essentially_once::{
     CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue, Log, OffsetStore, Record,
     backend::Position,
 };
+use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::Rabbit;
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
@@ -43,6 +44,7 @@ impl Address {
     pub async fn store(&self) -> Result<Box<dyn Store>, Error> {
         Ok(match self {
             Self::Sqlite(path) => Box::new(Of(Sqlite::open(path).await?.store())),
+            Self::Postgres(url) => Box::new(Of(Pg::connect(url).await?.store())),
             Self::Redis(url) => Box::new(Of(Redis::connect(url).await?.store())),
             Self::Rabbitmq(url) | Self::RabbitmqPacked(url) => Box::new(Of(Rabbit::connect(url).await?.store())),
         })

@@ -19,6 +19,7 @@ use essentially_once::{
         dead_letters::{self, LetterFilter},
     },
 };
+use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::Rabbit;
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
@@ -119,6 +120,7 @@ fn consume(work: &str) -> Result<(), Source> {
         let log = insist(|| work.address.log(LOG)).await?;
         match &work.address {
             Address::Sqlite(path) => consume_into(insist(|| Sqlite::open(path)).await?.store(), log, work.mended).await,
+            Address::Postgres(url) => consume_into(insist(|| Pg::connect(url)).await?.store(), log, work.mended).await,
             Address::Redis(url) => consume_into(insist(|| Redis::connect(url)).await?.store(), log, work.mended).await,
             Address::Rabbitmq(url) | Address::RabbitmqPacked(url) => {
                 consume_into(insist(|| Rabbit::connect(url)).await?.store(), log, work.mended).await
@@ -181,6 +183,7 @@ async fn run(backend: Backend) -> Result<(), Source> {
     let address = place.address();
     match &address {
         Address::Sqlite(path) => judge(&address, Sqlite::open(path).await?.store()).await,
+        Address::Postgres(url) => judge(&address, Pg::connect(url).await?.store()).await,
         Address::Redis(url) => judge(&address, Redis::connect(url).await?.store()).await,
         Address::Rabbitmq(url) | Address::RabbitmqPacked(url) => {
             judge(&address, Rabbit::connect(url).await?.store()).await

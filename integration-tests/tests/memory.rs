@@ -94,7 +94,7 @@ async fn check(backend: Backend) -> Result<(), Source> {
 fn bar(backend: Backend) -> u64 {
     let consumer = 2 * (4 + 1 + 1) + 2;
     let pushed = match backend {
-        Backend::Sqlite | Backend::Redis => 0,
+        Backend::Sqlite | Backend::Postgres | Backend::Redis => 0,
         Backend::Rabbitmq | Backend::RabbitmqPacked => 3 * 8,
     };
     (consumer + pushed) * 1024

@@ -12,6 +12,7 @@ use essentially_once::{
     consumer::{Operator, pause, resume},
     memory::Memory,
 };
+use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::Rabbit;
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
@@ -47,6 +48,7 @@ async fn run(store: Backend) -> Result<(), Source> {
     let place = store.start()?;
     match place.address() {
         Address::Sqlite(path) => pauses(Sqlite::open(&path).await?.store(), Sqlite::open(&path).await?.store()).await,
+        Address::Postgres(url) => pauses(Pg::connect(&url).await?.store(), Pg::connect(&url).await?.store()).await,
         Address::Redis(url) => pauses(Redis::connect(&url).await?.store(), Redis::connect(&url).await?.store()).await,
         Address::Rabbitmq(url) | Address::RabbitmqPacked(url) => {
             pauses(

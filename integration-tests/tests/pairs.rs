@@ -1,4 +1,4 @@
-//! Every log with every store, with the same portable handler and the same check. Meanwhile workers
+//! Logs with stores, with the same portable handler and the same check. Meanwhile workers
 //! are killed and frozen, servers are killed, and the sender resends records in doubt.
 
 use std::{
@@ -30,14 +30,12 @@ fn main() -> ExitCode {
         return ended;
     }
     let mut suite = Suite::new();
-    for log in Backend::LOGS {
-        for store in Backend::STORES {
-            let name = format!("log_{}_store_{}", log.name(), store.name());
-            suite = match log.missing().or(store.missing()) {
-                Some(why) => suite.ignored(&name, &why),
-                None => suite.async_test(&name, 2 * LIMIT, move || run(log, store)),
-            };
-        }
+    for (log, store) in Backend::pairs() {
+        let name = format!("log_{}_store_{}", log.name(), store.name());
+        suite = match log.missing().or(store.missing()) {
+            Some(why) => suite.ignored(&name, &why),
+            None => suite.async_test(&name, 2 * LIMIT, move || run(log, store)),
+        };
     }
     suite.run()
 }

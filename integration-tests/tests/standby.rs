@@ -35,41 +35,39 @@ fn main() -> ExitCode {
     }
     let servers = Arc::<Servers>::default();
     let mut suite = Suite::new();
-    for log in Backend::LOGS {
-        for store in Backend::STORES {
-            let name = format!("log_{}_store_{}", log.name(), store.name());
-            let missing = log.missing().or(store.missing());
-            let add = |suite: Suite, case: &str, run: fn(Stage) -> Pending| {
-                let (name, servers) = (format!("{name}::{case}"), Arc::clone(&servers));
-                let stage_name = name.replace("::", "_");
-                match &missing {
-                    Some(why) => suite.ignored(&name, why),
-                    None => suite.async_test(&name, LIMIT, move || async move {
-                        run(Stage::new(&servers, log, store, &stage_name).await?).await
-                    }),
-                }
-            };
-            suite = add(suite, "three_processes_are_about_as_fast_as_one", |stage| {
-                Box::pin(three_are_as_fast_as_one(stage))
-            });
-            // The other cases depend only on the store.
-            if log == store {
-                suite = add(suite, "a_long_handler_keeps_its_process_active", |stage| {
-                    Box::pin(a_long_handler_keeps_its_process_active(stage))
-                });
-                suite = add(suite, "a_killed_process_is_replaced", |stage| {
-                    Box::pin(a_process_is_replaced(stage, Worker::kill))
-                });
-                suite = match store {
-                    Backend::Sqlite => suite.ignored(
-                        &format!("{name}::a_frozen_process_is_replaced"),
-                        "a process that is frozen while it holds the file's write lock lets nobody write",
-                    ),
-                    _ => add(suite, "a_frozen_process_is_replaced", |stage| {
-                        Box::pin(a_process_is_replaced(stage, Worker::freeze))
-                    }),
-                };
+    for (log, store) in Backend::pairs() {
+        let name = format!("log_{}_store_{}", log.name(), store.name());
+        let missing = log.missing().or(store.missing());
+        let add = |suite: Suite, case: &str, run: fn(Stage) -> Pending| {
+            let (name, servers) = (format!("{name}::{case}"), Arc::clone(&servers));
+            let stage_name = name.replace("::", "_");
+            match &missing {
+                Some(why) => suite.ignored(&name, why),
+                None => suite.async_test(&name, LIMIT, move || async move {
+                    run(Stage::new(&servers, log, store, &stage_name).await?).await
+                }),
             }
+        };
+        suite = add(suite, "three_processes_are_about_as_fast_as_one", |stage| {
+            Box::pin(three_are_as_fast_as_one(stage))
+        });
+        // The other cases depend only on the store.
+        if log == store {
+            suite = add(suite, "a_long_handler_keeps_its_process_active", |stage| {
+                Box::pin(a_long_handler_keeps_its_process_active(stage))
+            });
+            suite = add(suite, "a_killed_process_is_replaced", |stage| {
+                Box::pin(a_process_is_replaced(stage, Worker::kill))
+            });
+            suite = match store {
+                Backend::Sqlite => suite.ignored(
+                    &format!("{name}::a_frozen_process_is_replaced"),
+                    "a process that is frozen while it holds the file's write lock lets nobody write",
+                ),
+                _ => add(suite, "a_frozen_process_is_replaced", |stage| {
+                    Box::pin(a_process_is_replaced(stage, Worker::freeze))
+                }),
+            };
         }
     }
     suite.run()
@@ -80,6 +78,7 @@ type Pending = std::pin::Pin<Box<dyn Future<Output = Result<(), Source>> + Send>
 /// The servers of all cases. Each starts for the first case that needs it.
 #[derive(Default)]
 struct Servers {
+    postgres: OnceLock<Result<Place, String>>,
     redis: OnceLock<Result<Place, String>>,
     rabbitmq: OnceLock<Result<Place, String>>,
 }
@@ -95,6 +94,7 @@ impl Servers {
         };
         match backend {
             Backend::Sqlite => Ok(Address::Sqlite(folder.path().join("test.db"))),
+            Backend::Postgres => start(&self.postgres, Backend::Postgres),
             Backend::Redis => start(&self.redis, Backend::Redis),
             Backend::Rabbitmq => start(&self.rabbitmq, Backend::Rabbitmq),
             Backend::RabbitmqPacked => Ok(match start(&self.rabbitmq, Backend::Rabbitmq)? {

@@ -51,6 +51,9 @@ struct Tests {
     /// Skip a server. Tests that need it show as ignored.
     #[arg(long, value_name = "SERVER")]
     without: Vec<servers::Server>,
+    /// Test every log with every store. Without it, each one meets at least two others.
+    #[arg(long)]
+    full: bool,
 }
 
 fn main() -> ExitCode {
@@ -72,10 +75,14 @@ type Variables = [(&'static str, OsString)];
 
 /// Runs first, so that a missing server is reported before anything is built.
 fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
-    servers::variables(&tests.without).map_err(|error| {
+    let mut variables = servers::variables(&tests.without).map_err(|error| {
         eprintln!("xtask: {error}");
         1
-    })
+    })?;
+    if tests.full {
+        variables.push(("ESSENTIALLY_ONCE_PAIRS", "full".into()));
+    }
+    Ok(variables)
 }
 
 /// Runs all tests, even after failures, and ends with a summary.
@@ -123,6 +130,7 @@ fn ci(servers: &Variables) -> Done {
     // The tests use all features. These packages have optional ones.
     for package in [
         "essentially-once",
+        "essentially-once-postgres",
         "essentially-once-redis",
         "essentially-once-rabbitmq",
         "orders",
@@ -133,7 +141,7 @@ fn ci(servers: &Variables) -> Done {
         )?;
     }
     // Each backend of the program can be built alone.
-    for backend in ["sqlite", "redis", "rabbitmq"] {
+    for backend in ["sqlite", "postgres", "redis", "rabbitmq"] {
         let alone = [
             "--package",
             "essentially-once-cli",
