@@ -15,6 +15,7 @@ use crate::failure::Failure;
 const BACKENDS: &str = "\
 A URL names a backend, and after a `#` a log on it:
   sqlite:/var/lib/shop/shop.db#orders    a SQLite file; `sqlite:shop.db` is relative to this folder
+  postgres://user:password@host/database#orders, with ?sslmode=require before the `#` for TLS
   redis://user:password@host:6379/0#orders, rediss://... with TLS
   amqp://user:password@host/vhost#orders, amqps://... with TLS
 
@@ -53,7 +54,7 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "NAME", global = true, env = "ESSENTIALLY_ONCE_CONSUMER", hide_env_values = true,
           value_parser = consumer)]
     pub(crate) consumer: Option<ConsumerId>,
-    /// The prefix of the store's keys or streams, if the services set one.
+    /// The prefix of the store's keys or streams, or PostgreSQL's schema, if the services set one.
     #[arg(
         long,
         value_name = "TEXT",

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use essentially_once::Log;
+#[cfg(feature = "postgres")]
+use essentially_once_postgres::{Pg, PgOptions};
 #[cfg(feature = "rabbitmq")]
 use essentially_once_rabbitmq::{Rabbit, RabbitOptions};
 #[cfg(feature = "redis")]
@@ -27,6 +29,7 @@ pub(crate) struct Address {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Sqlite,
+    Postgres,
     Redis,
     Rabbitmq,
 }
@@ -35,6 +38,7 @@ impl Kind {
     const fn name(self) -> &'static str {
         match self {
             Self::Sqlite => "SQLite",
+            Self::Postgres => "PostgreSQL",
             Self::Redis => "Redis",
             Self::Rabbitmq => "RabbitMQ",
         }
@@ -64,19 +68,21 @@ impl Address {
         }
         let Some((scheme, rest)) = url.split_once(':') else {
             return Err(Failure::usage(format!(
-                "{option}: the URL must begin with `sqlite:`, `redis:`, `rediss:`, `redis+unix:`, `amqp:` or `amqps:`"
+                "{option}: the URL must begin with `sqlite:`, `postgres:`, `redis:`, `rediss:`, `redis+unix:`, `amqp:` or \
+                 `amqps:`"
             )));
         };
         let (kind, url) = match scheme {
             // `sqlite:///a/b.db` and `sqlite:/a/b.db` are the same file.
             "sqlite" => (Kind::Sqlite, rest.strip_prefix("//").unwrap_or(rest)),
+            "postgres" | "postgresql" => (Kind::Postgres, url),
             "redis" | "rediss" | "redis+unix" | "valkey" | "valkeys" => (Kind::Redis, url),
             "amqp" | "amqps" => (Kind::Rabbitmq, url),
             // The scheme itself may be the beginning of something secret.
             _ => {
                 return Err(Failure::usage(format!(
-                    "{option}: no backend has this scheme; the URL must begin with `sqlite:`, `redis:`, `rediss:`, \
-                     `redis+unix:`, `amqp:` or `amqps:`"
+                    "{option}: no backend has this scheme; the URL must begin with `sqlite:`, `postgres:`, `redis:`, \
+                     `rediss:`, `redis+unix:`, `amqp:` or `amqps:`"
                 )));
             }
         };
@@ -97,6 +103,15 @@ impl Address {
                     "a SQLite file has no prefix: leave `--prefix` out, and ESSENTIALLY_ONCE_PREFIX unset",
                 )),
             },
+            // The prefix of the tables is their schema.
+            #[cfg(feature = "postgres")]
+            Kind::Postgres => {
+                let mut options = PgOptions::new().existing();
+                if let Some(prefix) = prefix {
+                    options = options.schema(prefix);
+                }
+                Ok(Backend::Postgres(options.connect(&self.url).await?))
+            }
             #[cfg(feature = "redis")]
             Kind::Redis => {
                 let mut options = RedisOptions::new();
@@ -130,7 +145,7 @@ impl Address {
     pub(crate) fn shown(&self) -> String {
         match self.kind {
             Kind::Sqlite => format!("SQLite file {}", self.url),
-            Kind::Redis | Kind::Rabbitmq => {
+            Kind::Postgres | Kind::Redis | Kind::Rabbitmq => {
                 let (scheme, rest) = self.url.split_once("//").unwrap_or_default();
                 let rest = rest.split('?').next().unwrap_or_default();
                 // A socket's path has no password, which is in the query.
@@ -142,6 +157,7 @@ impl Address {
                 };
                 let database = match path.parse::<u32>() {
                     Ok(number @ 1..) if self.kind == Kind::Redis => format!(", database {number}"),
+                    _ if self.kind == Kind::Postgres && is_name(path) => format!(", database {path}"),
                     _ => String::new(),
                 };
                 match is_socket || is_address(server) {
@@ -151,6 +167,11 @@ impl Address {
             }
         }
     }
+}
+
+/// Whether it is the name of a database, and not a part of something secret.
+fn is_name(path: &str) -> bool {
+    !path.is_empty() && path.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
 }
 
 /// Whether it is a host with or without a port, and not a part of something secret.
@@ -167,6 +188,8 @@ fn is_address(server: &str) -> bool {
 pub(crate) enum Backend {
     #[cfg(feature = "sqlite")]
     Sqlite(Sqlite),
+    #[cfg(feature = "postgres")]
+    Postgres(Pg),
     #[cfg(feature = "redis")]
     Redis(Redis),
     #[cfg(feature = "rabbitmq")]
@@ -181,6 +204,11 @@ impl Backend {
             Self::Sqlite(sqlite) => {
                 let options = essentially_once_sqlite::LogOptions::new().existing();
                 Arc::new(sqlite.log_with(name, options).await?)
+            }
+            #[cfg(feature = "postgres")]
+            Self::Postgres(pg) => {
+                let options = essentially_once_postgres::LogOptions::new().existing();
+                Arc::new(pg.log_with(name, options).await?)
             }
             #[cfg(feature = "redis")]
             Self::Redis(redis) => {
@@ -202,6 +230,8 @@ impl Backend {
         match self {
             #[cfg(feature = "sqlite")]
             Self::Sqlite(sqlite) => Box::new(sqlite.store()),
+            #[cfg(feature = "postgres")]
+            Self::Postgres(pg) => Box::new(pg.store()),
             #[cfg(feature = "redis")]
             Self::Redis(redis) => Box::new(redis.store()),
             #[cfg(feature = "rabbitmq")]
@@ -214,6 +244,8 @@ impl Backend {
         match self {
             #[cfg(feature = "sqlite")]
             Self::Sqlite(_) => Some(format!("SQLite {}", essentially_once_sqlite::rusqlite::version())),
+            #[cfg(feature = "postgres")]
+            Self::Postgres(pg) => pg.version().map(str::to_owned),
             #[cfg(feature = "redis")]
             Self::Redis(redis) => redis.version().map(str::to_owned),
             // The client library hides what the broker says when it connects.
@@ -237,6 +269,12 @@ mod tests {
             ("sqlite:a.db", "SQLite file a.db", None),
             ("sqlite:///var/a.db#orders", "SQLite file /var/a.db", Some("orders")),
             ("sqlite:/var/a.db", "SQLite file /var/a.db", None),
+            (
+                "postgres://ann:s3cret@h/shop?password=s3cret#orders",
+                "PostgreSQL at h, database shop",
+                Some("orders"),
+            ),
+            ("postgresql://h:5433", "PostgreSQL at h:5433", None),
             ("redis://h:6379/0#orders", "Redis at h:6379", Some("orders")),
             ("redis://ann:s3cret@h/2", "Redis at h, database 2", None),
             ("rediss://ann:s3cret@h/?protocol=resp2", "Redis at h", None),

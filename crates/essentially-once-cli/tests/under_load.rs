@@ -21,12 +21,13 @@ use essentially_once::{
     handler_fn,
     relay::Relay,
 };
+use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::{Rabbit, RabbitTx};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use essentially_once_testkit::Suite;
 use serde_json::Value;
-use test_servers::{RabbitNode, RedisServer};
+use test_servers::{PostgresServer, RabbitNode, RedisServer};
 
 /// How long to wait for an effect. On an idle machine, each comes within two seconds.
 const SOON: Duration = Duration::from_secs(30);
@@ -48,6 +49,11 @@ const POISON: [u64; 4] = [100, 200, 300, 400];
 
 fn main() -> ExitCode {
     let suite = Suite::new().async_test("sqlite::every_verb_takes_effect", LIMIT, sqlite);
+    let name = "postgres::every_verb_takes_effect";
+    let suite = match test_servers::postgres_bin() {
+        Ok(_) => suite.async_test(name, LIMIT, postgres),
+        Err(why) => suite.ignored(name, &why),
+    };
     let name = "redis::every_verb_takes_effect";
     let suite = match test_servers::redis_server() {
         Ok(_) => suite.async_test(name, LIMIT, redis),
@@ -72,6 +78,13 @@ async fn sqlite() -> Result<(), Source> {
     let sqlite = Sqlite::open(&path).await?;
     let log = sqlite.log("orders").await?;
     every_verb(log, sqlite.store(), format!("sqlite:{}", path.display()), true).await
+}
+
+async fn postgres() -> Result<(), Source> {
+    let server = PostgresServer::start()?;
+    let pg = Pg::connect(&server.url()).await?;
+    let log = pg.log("orders").await?;
+    every_verb(log, pg.store(), server.url(), true).await
 }
 
 async fn redis() -> Result<(), Source> {

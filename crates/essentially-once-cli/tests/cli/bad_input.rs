@@ -12,12 +12,16 @@ fn a_backend_that_is_not_there_is_named_and_no_password_is_shown() {
     assert!(!folder.path().join("none.db").exists(), "nothing was created");
     fs::write(folder.path().join("notes.txt"), "no database").expect("write");
     status("sqlite:notes.txt").failed(1, "not a SQLite database");
-    for url in ["redis://ann:s3cret@127.0.0.1:1/", "amqp://ann:s3cret@127.0.0.1:1/"] {
+    for url in [
+        "redis://ann:s3cret@127.0.0.1:1/",
+        "amqp://ann:s3cret@127.0.0.1:1/",
+        "postgres://ann:s3cret@127.0.0.1:1/shop",
+    ] {
         let called = status(url);
         called.failed(1, "127.0.0.1:1");
         assert!(!called.error.contains("s3cret"), "{}", called.error);
     }
-    for url in ["shop.db", "postgres://ann:s3cret@h/", "redis://h/#orders"] {
+    for url in ["shop.db", "mysql://ann:s3cret@h/", "redis://h/#orders"] {
         let called = status(url);
         called.failed(2, "--store");
         assert!(!called.error.contains("s3cret"), "{}", called.error);
