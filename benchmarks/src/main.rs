@@ -9,6 +9,7 @@
 mod healthy;
 mod latency;
 mod letters;
+mod postgres;
 mod rabbitmq;
 mod recovery;
 mod redis;
@@ -33,7 +34,7 @@ struct Arguments {
     /// Where to put the files. The default is a temporary folder.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
-    /// How many counters the Redis records are spread over.
+    /// How many counters the records are spread over, on Redis and PostgreSQL.
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     counters: u64,
     /// Exit with status 1 if a median ratio is below this.
@@ -49,6 +50,12 @@ enum Backend {
     /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record
     /// and the offset in one step.
     Redis,
+    /// PostgreSQL with its own settings, on a private server: a batch is read, counted with one
+    /// statement, and committed with the offset if nobody else has moved it.
+    Postgres {
+        /// How the handler counts.
+        write: postgres::Write,
+    },
     /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
     /// plain and packed. Ignores batch sizes.
     Rabbitmq,
@@ -115,6 +122,7 @@ fn main() -> Result<ExitCode> {
     let contest: Box<dyn Contest> = match arguments.backend {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
+        Backend::Postgres { write } => Box::new(postgres::Server::start(arguments.counters, write)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
         Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
         Backend::Latency(latency) => {

@@ -1,0 +1,245 @@
+//! PostgreSQL with its own settings, on one server: the same work by hand and through the library.
+//! Times cover only the consuming. Both sides check the counters.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use clap::ValueEnum;
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait};
+use essentially_once_postgres::{
+    Pg, PgTx,
+    tokio_postgres::{self, Client, NoTls},
+};
+use test_servers::PostgresServer;
+
+use crate::{Contest, PAYLOAD, Result, Row, by_batch};
+
+/// Records per append on both sides.
+const FILL: u64 = 1_000;
+
+/// How the handler counts.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Write {
+    /// One statement for a whole batch, in `Handler::flush`.
+    Gather,
+    /// A read and a write of the portable state per record.
+    KeyValue,
+    /// A statement per record, not awaited.
+    Queue,
+}
+
+/// A private server that syncs each commit to disk.
+pub(crate) struct Server {
+    server: PostgresServer,
+    counters: u64,
+    write: Write,
+}
+
+impl Server {
+    /// The records are spread over `counters` counters.
+    pub(crate) fn start(counters: u64, write: Write) -> Result<Self> {
+        Ok(Self {
+            server: PostgresServer::start()?,
+            counters,
+            write,
+        })
+    }
+}
+
+impl Contest for Server {
+    fn rows(&self, batches: &[usize]) -> Vec<Row> {
+        by_batch(batches, |batch| match batch {
+            1 => 1_000,
+            10 => 8_000,
+            100 => 40_000,
+            _ => 80_000,
+        })
+    }
+
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
+        runtime()?.block_on(by_hand(&self.server.url(), &table(name), row, self.counters))
+    }
+
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
+        runtime()?.block_on(self.run(name, row))
+    }
+}
+
+/// One statement for a batch, on both sides.
+fn upsert(table: &str) -> String {
+    format!(
+        "INSERT INTO {table} AS c (counter, n) SELECT * FROM unnest($1::bigint[], $2::bigint[])
+         ON CONFLICT (counter) DO UPDATE SET n = c.n + excluded.n"
+    )
+}
+
+/// The loop that a user writes without a library: select a batch, then add to the counters with one
+/// statement and move the offset, if nobody else has, in one transaction.
+async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Duration> {
+    let mut client = connect(url).await?;
+    let sql = format!(
+        "CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL);
+         CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL);
+         CREATE TABLE {table}_position (next bigint NOT NULL, revision bigint NOT NULL);
+         INSERT INTO {table}_position VALUES (0, 0)"
+    );
+    client.batch_execute(&sql).await?;
+    let fill =
+        format!("INSERT INTO {table}_log SELECT place, $3 FROM generate_series($1::bigint, $2::bigint) AS place");
+    for first in (0..row.records).step_by(FILL as usize) {
+        let last = row.records.min(first + FILL) - 1;
+        client
+            .execute(&fill, &[&(first as i64), &(last as i64), &&PAYLOAD[..]])
+            .await?;
+    }
+    let read = format!("SELECT place, payload FROM {table}_log WHERE place >= $1 ORDER BY place LIMIT $2");
+    let read = client.prepare(&read).await?;
+    let upsert = client.prepare(&upsert(table)).await?;
+    let advance = format!("UPDATE {table}_position SET next = $1, revision = revision + 1 WHERE revision = $2");
+    let advance = client.prepare(&advance).await?;
+
+    let started = Instant::now();
+    let (mut next, mut revision) = (0_i64, 0_i64);
+    while (next as u64) < row.records {
+        let rows = client.query(&read, &[&next, &(row.batch as i64)]).await?;
+        let mut counts = BTreeMap::new();
+        for row in &rows {
+            let payload: &[u8] = row.get(1);
+            assert_eq!(payload.len(), PAYLOAD.len());
+            *counts.entry(next % counters as i64).or_insert(0_i64) += 1;
+            next += 1;
+        }
+        let (keys, values): (Vec<i64>, Vec<i64>) = counts.into_iter().unzip();
+        let tx = client.transaction().await?;
+        tx.execute(&upsert, &[&keys, &values]).await?;
+        if tx.execute(&advance, &[&next, &revision]).await? != 1 {
+            return Err("somebody else has moved the position".into());
+        }
+        tx.commit().await?;
+        revision += 1;
+    }
+    let time = started.elapsed();
+    let counted = client
+        .query_one(&format!("SELECT sum(n)::bigint FROM {table}"), &[])
+        .await?
+        .get(0);
+    check(counted, row.records)?;
+    client
+        .batch_execute(&format!("DROP TABLE {table}, {table}_log, {table}_position"))
+        .await?;
+    Ok(time)
+}
+
+impl Server {
+    /// The same work through the library.
+    async fn run(&self, name: &str, row: &Row) -> Result<Duration> {
+        let (pg, client, table) = (
+            Pg::connect(&self.server.url()).await?,
+            connect(&self.server.url()).await?,
+            table(name),
+        );
+        let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
+        client.batch_execute(&sql).await?;
+        let log = pg.log(name).await?;
+        let fill: Vec<NewRecord> = (0..row.records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
+        for chunk in fill.chunks(FILL as usize) {
+            log.append(chunk).await?;
+        }
+        let count = Count {
+            write: self.write,
+            sql: match self.write {
+                Write::Queue => format!(
+                    "INSERT INTO {table} AS c (counter, n) VALUES ($1, 1) ON CONFLICT (counter) DO UPDATE SET n = c.n + 1"
+                ),
+                _ => upsert(&table),
+            },
+            counters: self.counters as i64,
+            handled: 0,
+            gathered: BTreeMap::new(),
+        };
+        let consumer = ConsumerId::new(name)?;
+        let started = Instant::now();
+        let consuming = Consumer::essentially_once(consumer.clone(), log, pg.store(), count);
+        tokio::spawn(consuming.max_batch(row.batch).run_until_caught_up()).await??;
+        let time = started.elapsed();
+        let sum = match self.write {
+            Write::KeyValue => {
+                "SELECT coalesce(sum(convert_from(value, 'UTF8')::bigint), 0)::bigint FROM essentially_once.state"
+                    .into()
+            }
+            _ => format!("SELECT sum(n)::bigint FROM {table}"),
+        };
+        check(client.query_one(&sum, &[]).await?.get(0), row.records)?;
+        let clear = format!("DROP TABLE {table}; TRUNCATE essentially_once.records, essentially_once.state");
+        client.batch_execute(&clear).await?;
+        Ok(time)
+    }
+}
+
+struct Count {
+    write: Write,
+    sql: String,
+    counters: i64,
+    handled: i64,
+    gathered: BTreeMap<i64, i64>,
+}
+
+#[async_trait]
+impl Handler<PgTx> for Count {
+    async fn handle(&mut self, record: &Record, tx: &mut PgTx) -> Result<(), HandlerError> {
+        assert_eq!(record.payload.len(), PAYLOAD.len());
+        let counter = self.handled % self.counters;
+        self.handled += 1;
+        match self.write {
+            Write::Gather => *self.gathered.entry(counter).or_default() += 1,
+            Write::Queue => tx.queue(&self.sql, &[&counter]).await?,
+            Write::KeyValue => {
+                let key = counter.to_string();
+                let count: i64 = match tx.get(key.as_bytes()).await? {
+                    Some(count) => std::str::from_utf8(&count)?.parse()?,
+                    None => 0,
+                };
+                tx.put(key.as_bytes(), (count + 1).to_string().as_bytes()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self, tx: &mut PgTx) -> Result<(), HandlerError> {
+        if !self.gathered.is_empty() {
+            let (counters, counts): (Vec<i64>, Vec<i64>) = std::mem::take(&mut self.gathered).into_iter().unzip();
+            tx.queue(&self.sql, &[&counters, &counts]).await?;
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self) {
+        self.gathered.clear();
+    }
+}
+
+fn table(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+fn check(counted: i64, records: u64) -> Result<()> {
+    match counted as u64 == records {
+        true => Ok(()),
+        false => Err(format!("counted {counted} of {records} records: the measurement is invalid").into()),
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?)
+}
+
+async fn connect(url: &str) -> Result<Client> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}
