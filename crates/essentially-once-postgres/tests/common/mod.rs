@@ -121,6 +121,8 @@ impl Stage {
 
     pub(crate) async fn with(options: PgOptions, settings: &[(&str, &str)]) -> Result<Self, Source> {
         let server = PostgresServer::builder().with(settings).start()?;
+        // The options may have limits that are too short for it on a busy machine.
+        Pg::connect(&server.url()).await?;
         let pg = options.connect(&server.url()).await?;
         Ok(Self {
             store: pg.store(),
@@ -235,5 +237,24 @@ impl Times {
         times.sort_unstable();
         let place = (times.len() as f64 * share).ceil() as usize;
         times[place.clamp(1, times.len()) - 1]
+    }
+}
+
+/// Numbers that look random and are the same in each run.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A number less than this one.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        // SplitMix64.
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (mixed ^ (mixed >> 31)) % end
     }
 }
