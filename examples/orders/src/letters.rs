@@ -45,6 +45,8 @@ impl Settings {
         let shipping = self.shipping()?;
         let of_shipping = match &self.store {
             Place::Sqlite => list_all(&shipping, &self.shipping_database().await?.store()).await?,
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => list_all(&shipping, &self.postgres(url).await?.store()).await?,
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let redis = essentially_once_redis::Redis::connect(url).await?;
@@ -74,6 +76,8 @@ impl Settings {
         let shipping = self.shipping()?;
         match &self.store {
             Place::Sqlite => retry_each(&shipping, &self.shipping_database().await?.store(), letters).await,
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => retry_each(&shipping, &self.postgres(url).await?.store(), letters).await,
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let redis = essentially_once_redis::Redis::connect(url).await?;

@@ -43,7 +43,8 @@
 //! ```
 //!
 //! Everything is kept in SQLite files. With `--bus` or `--store` the bus or the shipping service is
-//! on a Redis server (`--features redis`) or a RabbitMQ broker (`--features rabbitmq`).
+//! in a PostgreSQL database (`--features postgres`), on a Redis server (`--features redis`) or on a
+//! RabbitMQ broker (`--features rabbitmq`).
 //!
 //! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
 //! the relays, and `settings` opens the bus and the databases. `shop` is what the shipping service
@@ -125,11 +126,13 @@ struct RunArgs {
     /// How often to kill a process, for each delivery. The kills are spread over all processes.
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(..=10_000))]
     kills: u32,
-    /// How many replies of the bus to lose, for each delivery, after the append took effect.
+    /// How many replies of the bus to lose, for each delivery, after the append took effect. A relay
+    /// that is killed soon afterwards loses the same reply again.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
     lose: u32,
     /// How many records to alter on their way to the bus, for each delivery. The reply of the
-    /// append is lost as well, so that the relay sends the record again.
+    /// append is lost as well, so that the relay sends the record again. If the relay is killed soon
+    /// afterwards, the record is altered again.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
     tamper: u32,
     /// The most records that one commit covers.
@@ -146,8 +149,9 @@ struct RunArgs {
     /// in this one, which must not hold any yet.
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Where the bus is: `sqlite`, redis://host:6379/0 (with `--features redis`) or
-    /// amqp://user:password@host/%2f (with `--features rabbitmq`).
+    /// Where the bus is: `sqlite`, postgres://user:password@host/database (with `--features
+    /// postgres`), redis://host:6379/0 (with `--features redis`) or amqp://user:password@host/%2f
+    /// (with `--features rabbitmq`).
     #[arg(
         long,
         value_name = "PLACE",
@@ -258,7 +262,8 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
     let orders = input.lines.len();
     let _ = writeln!(
         io::stderr(),
-        "{orders} orders; {} kills, {} lost replies and {} altered records for each delivery (--seed {seed} repeats them)",
+        "{orders} orders; {} kills, about {} lost replies and {} altered records for each delivery (--seed {seed} repeats \
+         them)",
         args.kills,
         args.lose,
         args.tamper

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 pub(crate) enum Place {
     /// SQLite files.
     Sqlite,
+    /// The PostgreSQL database with this URL.
+    #[cfg(feature = "postgres")]
+    Postgres(String),
     /// The Redis server with this URL.
     #[cfg(feature = "redis")]
     Redis(String),
@@ -25,6 +28,8 @@ impl Place {
     pub(crate) async fn reach(&self) -> Result<(), Error> {
         match self {
             Self::Sqlite => Ok(()),
+            #[cfg(feature = "postgres")]
+            Self::Postgres(url) => crate::shop::connect(url).await.map(drop),
             #[cfg(feature = "redis")]
             Self::Redis(url) => essentially_once_redis::Redis::connect(url).await.map(drop),
             #[cfg(feature = "rabbitmq")]
@@ -40,6 +45,12 @@ impl FromStr for Place {
         let scheme = text.split_once(':').map(|(scheme, _)| scheme);
         match scheme {
             None if text == "sqlite" => Ok(Self::Sqlite),
+            #[cfg(feature = "postgres")]
+            Some("postgres" | "postgresql") => Ok(Self::Postgres(text.into())),
+            #[cfg(not(feature = "postgres"))]
+            Some("postgres" | "postgresql") => {
+                Err("this program was built without PostgreSQL: run it with `--features postgres`".into())
+            }
             #[cfg(feature = "redis")]
             Some("redis" | "rediss" | "redis+unix" | "unix") => Ok(Self::Redis(text.into())),
             #[cfg(not(feature = "redis"))]
@@ -52,7 +63,9 @@ impl FromStr for Place {
             Some("amqp" | "amqps") => {
                 Err("this program was built without RabbitMQ: run it with `--features rabbitmq`".into())
             }
-            _ => Err("expected `sqlite` or a URL that begins with redis://, rediss://, amqp:// or amqps://".into()),
+            _ => Err(
+                "expected `sqlite` or a URL that begins with postgres://, redis://, rediss://, amqp:// or amqps://".into(),
+            ),
         }
     }
 }
@@ -70,6 +83,8 @@ impl From<Place> for String {
     fn from(place: Place) -> Self {
         match place {
             Place::Sqlite => "sqlite".into(),
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => url,
             #[cfg(feature = "redis")]
             Place::Redis(url) => url,
             #[cfg(feature = "rabbitmq")]

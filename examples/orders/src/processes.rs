@@ -93,6 +93,8 @@ pub(crate) async fn run(task: Task, leash: Leash) -> Result<(), Failure> {
             let id = settings.shipping_relay()?;
             match &settings.store {
                 Place::Sqlite => relay(process, id, outbox, bus, settings.shipping_database().await?.store()).await,
+                #[cfg(feature = "postgres")]
+                Place::Postgres(url) => relay(process, id, outbox, bus, settings.postgres(url).await?.store()).await,
                 #[cfg(feature = "redis")]
                 Place::Redis(url) => {
                     let redis = essentially_once_redis::Redis::connect(url).await?;
@@ -143,6 +145,12 @@ async fn shipping_service(process: Process<'_>) -> Result<(), Failure> {
         Place::Sqlite => {
             let store = settings.shipping_database().await?.store();
             let own_shop = async || Ok(shop::own_connection(&settings.file("shipping.db"))?);
+            ship(process, store, own_shop).await
+        }
+        #[cfg(feature = "postgres")]
+        Place::Postgres(url) => {
+            let store = settings.postgres(url).await?.store();
+            let own_shop = async || shop::PostgresShop::connect(url, &settings.shipping()?).await;
             ship(process, store, own_shop).await
         }
         #[cfg(feature = "redis")]

@@ -63,6 +63,8 @@ impl Settings {
                 let sqlite = Sqlite::open(self.file("bus.db")).await?;
                 Ok(Arc::new(sqlite.log(&topic.to_string()).await?))
             }
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => Ok(Arc::new(self.postgres(url).await?.log(&topic.to_string()).await?)),
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let options = essentially_once_redis::LogOptions::new().stream(format!("{}:{topic}", self.run));
@@ -91,6 +93,18 @@ impl Settings {
     /// Opens the file of a shipping service on SQLite, and creates it if it is missing.
     pub(crate) async fn shipping_database(&self) -> Result<Sqlite, Error> {
         Sqlite::open(self.file("shipping.db")).await
+    }
+
+    /// Opens the schema of this run in a PostgreSQL database, and creates it if it is missing.
+    #[cfg(feature = "postgres")]
+    pub(crate) async fn postgres(&self, url: &str) -> Result<essentially_once_postgres::Pg, Error> {
+        let options = essentially_once_postgres::PgOptions::new().schema(self.schema());
+        options.connect(url).await
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(crate) fn schema(&self) -> String {
+        format!("orders_{}", self.run.replace('-', "_"))
     }
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {

@@ -113,7 +113,7 @@ fn bad_usage_is_refused() {
 }
 
 /// The error of a server that cannot be used, without the name of the option.
-#[cfg(any(feature = "redis", feature = "rabbitmq"))]
+#[cfg(any(feature = "postgres", feature = "redis", feature = "rabbitmq"))]
 fn check_that_each_is_refused(urls: &[(&str, &str, &str)]) {
     let folder = tempfile::tempdir().expect("a folder");
     for (url, server, advice) in urls {
@@ -125,6 +125,16 @@ fn check_that_each_is_refused(urls: &[(&str, &str, &str)]) {
             assert_eq!(more, "", "one error, not several");
         }
     }
+}
+
+#[cfg(feature = "postgres")]
+#[test]
+fn a_postgres_server_that_cannot_be_used_is_refused_before_anything_is_written() {
+    check_that_each_is_refused(&[
+        ("postgres://127.0.0.1:1/shop", "127.0.0.1:1", "start the server"),
+        ("postgres://127.0.0.1:notaport/shop", "PostgreSQL URL", "expected postgres://"),
+        ("postgres://127.0.0.1/shop?sslmode=require", "PostgreSQL URL", "do not use TLS"),
+    ]);
 }
 
 #[cfg(feature = "redis")]

@@ -4,7 +4,7 @@
 use std::process::{Command, ExitCode, Output};
 
 use essentially_once_testkit::{Suite, Violation};
-use test_servers::{Error, RabbitNode, RedisServer, Reply};
+use test_servers::{Error, PostgresServer, RabbitNode, RedisServer, Reply};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new().test(
@@ -12,6 +12,12 @@ fn main() -> ExitCode {
         errors_name_the_server_and_no_password,
     );
     for (name, bus, store) in [("bus", true, false), ("store", false, true), ("both", true, true)] {
+        suite = match test_servers::postgres_bin() {
+            Err(why) => suite.ignored(&format!("{name}_on_postgres"), &why),
+            Ok(_) => suite.test(&format!("{name}_on_postgres"), move || {
+                kills_lose_and_double_nothing(PostgresServer::start(), bus, store, 2_000, 40)
+            }),
+        };
         suite = match test_servers::redis_server() {
             Err(why) => suite.ignored(&format!("{name}_on_redis"), &why),
             Ok(_) => suite.test(&format!("{name}_on_redis"), move || {
@@ -26,6 +32,12 @@ fn main() -> ExitCode {
             }),
         };
     }
+    suite = match test_servers::postgres_bin() {
+        Err(why) => suite.ignored("mend_on_postgres", &why),
+        Ok(_) => suite.test("mend_on_postgres", || {
+            a_mended_parser_ships_every_dead_letter_once(PostgresServer::start(), 20)
+        }),
+    };
     suite = match test_servers::redis_server() {
         Err(why) => suite.ignored("mend_on_redis", &why),
         Ok(_) => suite.test("mend_on_redis", || {
@@ -47,6 +59,16 @@ trait Server {
 
     /// The data left on it.
     fn left(&self) -> Result<String, Error>;
+}
+
+impl Server for PostgresServer {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn left(&self) -> Result<String, Error> {
+        self.run_sql("SELECT nspname FROM pg_namespace WHERE nspname !~ '^(pg_.*|information_schema|public)$'")
+    }
 }
 
 impl Server for RedisServer {
@@ -208,7 +230,10 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
         format!("amqp://shop:{SECRET}@127.0.0.1:1/%2f"),
         format!("amqp://shop:{SECRET}@127.0.0.1:notaport"),
         format!("amqps://shop:{SECRET}@127.0.0.1:1"),
-        format!("postgres://shop:{SECRET}@127.0.0.1/shop"),
+        format!("postgres://shop:{SECRET}@127.0.0.1:1/shop"),
+        format!("postgres://shop:{SECRET}@127.0.0.1:notaport/shop"),
+        format!("postgres://shop:{SECRET}@127.0.0.1/shop?sslmode=require"),
+        format!("mysql://shop:{SECRET}@127.0.0.1/shop"),
     ] {
         for option in ["--bus", "--store"] {
             let output = orders(&["--orders", "5", option, &url])?;

@@ -63,7 +63,7 @@ impl Race<'_> {
     /// Runs all processes, with the kills of the plan, until every record has arrived.
     pub(crate) fn run(&self) -> Result<(Toll, Duration), Failure> {
         customers::write(&self.settings.file(INPUT), &self.input.lines)?;
-        self.settings.create_shop()?;
+        crate::runtime()?.block_on(self.settings.create_shop())?;
         self.supervise(self.input.format, self.plan)
     }
 

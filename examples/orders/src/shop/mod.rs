@@ -3,6 +3,8 @@
 mod shipment;
 mod sqlite;
 
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq;
 #[cfg(feature = "redis")]
@@ -18,6 +20,8 @@ use crate::{
     settings::{OUTBOX, Settings},
 };
 
+#[cfg(feature = "postgres")]
+pub(crate) use self::postgres::{PostgresShop, connect};
 #[cfg(feature = "rabbitmq")]
 pub(crate) use self::rabbitmq::RabbitShop;
 #[cfg(feature = "redis")]
@@ -29,9 +33,11 @@ pub(crate) use self::{
 
 impl Settings {
     /// Creates everything that the shop needs before the first shipment.
-    pub(crate) fn create_shop(&self) -> Result<(), Failure> {
-        match self.store {
+    pub(crate) async fn create_shop(&self) -> Result<(), Failure> {
+        match &self.store {
             Place::Sqlite => sqlite::create_table(&self.file("shipping.db")),
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => postgres::create_table(url, &self.shipping()?).await,
             #[cfg(any(feature = "redis", feature = "rabbitmq"))]
             _ => Ok(()),
         }
@@ -41,6 +47,8 @@ impl Settings {
     pub(crate) async fn shop_outbox(&self) -> Result<Arc<dyn Log>, Failure> {
         match &self.store {
             Place::Sqlite => Ok(Arc::new(self.shipping_database().await?.log(OUTBOX).await?)),
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => Ok(Arc::new(self.postgres(url).await?.log(OUTBOX).await?)),
             #[cfg(feature = "redis")]
             Place::Redis(url) => {
                 let outbox = redis::outbox(&self.shipping()?);
@@ -60,6 +68,8 @@ impl Settings {
     pub(crate) async fn shipments(&self) -> Result<Vec<u32>, Failure> {
         match &self.store {
             Place::Sqlite => sqlite::list(&self.file("shipping.db")),
+            #[cfg(feature = "postgres")]
+            Place::Postgres(url) => postgres::list(url, &self.shipping()?).await,
             #[cfg(feature = "redis")]
             Place::Redis(url) => RedisShop::connect(url, &self.shipping()?).await?.list().await,
             #[cfg(feature = "rabbitmq")]
@@ -72,6 +82,8 @@ impl Settings {
         for place in [&self.bus, &self.store] {
             match place {
                 Place::Sqlite => {}
+                #[cfg(feature = "postgres")]
+                Place::Postgres(url) => postgres::remove(url, self).await?,
                 #[cfg(feature = "redis")]
                 Place::Redis(url) => {
                     let mut shop = RedisShop::connect(url, &self.shipping()?).await?;
