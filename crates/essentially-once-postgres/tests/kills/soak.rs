@@ -37,9 +37,15 @@ async fn soak(random: &mut Random) -> Outcome {
     let log = Pg::connect(&server.url()).await?.log("orders").await?;
     let sending = tokio::spawn(send_until(log, killed.clone()));
     let started = Instant::now();
-    for _ in 0..KILLS {
+    for kill in 0..KILLS {
         sleep(LONGEST_LIFE.mul_f64(random.below(1_000) as f64 / 1_000.0)).await;
-        block_in_place(|| server.restart())?;
+        block_in_place(|| {
+            if kill % 3 == 0 {
+                // As a service manager does it.
+                server.stop()?;
+            }
+            server.restart()
+        })?;
         ensure!(
             started.elapsed() < LIMIT,
             "the server does not come back quickly enough"

@@ -171,6 +171,11 @@ pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
     let pg = Pg::connect(&server.url()).await?;
     let found = pg.store().durability().await?;
     ensure!(found == Durability::Durable, "{found:?}");
+    let version = pg.version();
+    ensure!(
+        version.is_some_and(|version| version.starts_with("PostgreSQL 1")),
+        "{version:?}"
+    );
     ensure!(pg.synchronous_standby_names().await?.is_empty(), "there is no standby");
     let settings = [("synchronous_standby_names", "b,c"), ("synchronous_commit", "local")];
     let server = PostgresServer::builder().with(&settings).start()?;

@@ -8,6 +8,7 @@ mod isolation;
 mod locks;
 mod mistakes;
 mod native;
+mod runtimes;
 mod state;
 mod trouble;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         state::what_was_read_before_another_commit_is_not_committed,
         state::a_rolled_back_change_is_not_remembered,
         state::a_large_state_is_read_key_by_key,
+        state::a_large_first_value_does_not_hide_the_others,
         state::a_store_can_remember_nothing,
         state::a_consumer_that_was_deleted_is_not_remembered,
         mistakes::after_a_mistake_the_transaction_can_only_be_rolled_back,
@@ -53,6 +55,9 @@ fn main() -> ExitCode {
         locks::a_transaction_left_idle_before_its_commit_applies_nothing,
         locks::a_suspended_instance_keeps_its_locks_for_a_while_only,
         locks::a_dropped_transaction_gives_its_locks_up,
+        runtimes::a_handle_outlives_the_runtime_that_it_connected_on,
+        runtimes::a_runtime_that_is_blocked_delays_no_other,
+        runtimes::a_handle_keeps_few_sessions,
         trouble::a_session_that_is_ended_in_a_transaction_applies_nothing,
         trouble::idle_sessions_that_are_ended_are_replaced,
         trouble::a_server_that_turns_read_only_is_left_and_found_again,

@@ -105,6 +105,23 @@ pub(crate) async fn a_large_state_is_read_key_by_key() -> Outcome {
     Ok(())
 }
 
+/// A first value that is larger than what is read at once hides no other.
+pub(crate) async fn a_large_first_value_does_not_hide_the_others() -> Outcome {
+    let stage = Stage::start().await?;
+    let mut tx = stage.begin().await?;
+    tx.put(b"a", &vec![7; 2 * 1024 * 1024]).await?;
+    tx.put(b"b", b"1").await?;
+    tx.commit(advance(0, 1)).await?;
+    let mut tx = stage.other().await?.store().begin(&stage.consumer).await?;
+    ensure!(tx.get(b"b").await?.as_deref() == Some(b"1"), "hidden");
+    ensure!(
+        tx.get(b"a").await?.is_some_and(|value| value.len() == 2 * 1024 * 1024),
+        "cut"
+    );
+    ensure!(tx.get(b"c").await?.is_none(), "a value");
+    Ok(())
+}
+
 pub(crate) async fn a_store_can_remember_nothing() -> Outcome {
     let stage = Stage::with(PgOptions::new().state_memory(0), &[]).await?;
     for (commits, expected) in [(0, None), (1, Some("0")), (2, Some("1"))] {
