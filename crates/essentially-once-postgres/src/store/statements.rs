@@ -39,13 +39,13 @@ pub(super) const DELETE_WINDOWS: &str = "DELETE FROM {s}.windows WHERE consumer 
 pub(super) const REVISION: &str = "SELECT epoch, count FROM {s}.consumers WHERE consumer = $1";
 
 /// The state if it is small, and otherwise the beginning of it, with the number of rows that were
-/// looked at.
+/// looked at. There is a row unless the state is empty.
 pub(super) const SMALL_STATE: &str = "SELECT key, value, total FROM (
          SELECT key, value, count(*) OVER () AS total,
              sum(octet_length(key) + octet_length(value)) OVER (ORDER BY key) AS bytes
          FROM (SELECT key, value FROM {s}.state WHERE consumer = $1 ORDER BY key LIMIT 10001) AS first
      ) AS sized
-     WHERE bytes <= $2";
+     WHERE bytes <= $2 OR bytes = octet_length(key) + octet_length(value)";
 
 pub(super) const GET_VALUE: &str = "SELECT value FROM {s}.state WHERE consumer = $1 AND key = $2";
 

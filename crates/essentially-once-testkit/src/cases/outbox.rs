@@ -205,8 +205,16 @@ pub(super) async fn send_next<S: OffsetStore<Tx: KeyValue>>(sender: &Sender<S>, 
 /// The outbox has exactly one record for each offset below the position.
 pub(super) async fn agree<B: Backend>(backend: &B, when: &str) -> CaseResult {
     // Another restart may come at any time, so each try opens new handles.
-    let next = up(async || Sender::open(backend, "shipping").await?.next().await).await?;
-    let records = up(|| all(backend, "a")).await?;
+    let position = async || up(async || Sender::open(backend, "shipping").await?.next().await).await;
+    let mut next = position().await?;
+    let records = loop {
+        let records = up(|| all(backend, "a")).await?;
+        // A commit whose reply was lost may arrive in between.
+        match position().await? {
+            same if same == next => break records,
+            later => next = later,
+        }
+    };
     let sent = payloads(&records);
     let expected: Vec<_> = (0..next.lo()).map(|n| Offset::from(n).to_string()).collect();
     ensure!(

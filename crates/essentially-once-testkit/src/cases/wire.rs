@@ -1,7 +1,10 @@
 //! Cases for requests and replies lost on the wire: [L7](essentially_once::Log#contract),
 //! [S5](essentially_once::OffsetStore#contract) and [O1](essentially_once::Outbox#contract).
 
-use essentially_once::{Error, KeyValue, OffsetStore, backend::Transaction};
+use essentially_once::{
+    Error, KeyValue, OffsetStore,
+    backend::{Position, Transaction},
+};
 
 use super::{
     common::{SOON, advance, consumer, counter, is_certain, payloads, read_all, records, soon},
@@ -45,7 +48,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
         let cuts = backend.cuts();
         let result = soon("a commit whose connection is cut", tx.commit(advance)).await?;
         was_cut(backend, cuts, round).await?;
-        let after = soon("the position after a cut", stored_position(&direct)).await?;
+        let (after, n) = soon("the position after a cut", stored(&direct)).await?;
         let found = after
             .as_ref()
             .map_or_else(Default::default, |position| position.revision);
@@ -59,10 +62,7 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
             "cut {round} ({cut:?}): a commit from revision {expected} to {revision} returned {result:?}, \
              which means {meaning}, but {found} is stored"
         );
-        let (next, n) = (
-            after.map(|position| position.next).unwrap_or_default(),
-            counter(value(&direct, &shipping, b"n").await?.as_deref()),
-        );
+        let next = after.map(|position| position.next).unwrap_or_default();
         ensure!(
             next == n.into(),
             "cut {round} ({cut:?}): the position is {next}, but the state counts {n}"
@@ -114,12 +114,17 @@ async fn go_on<S: OffsetStore<Tx: KeyValue>>(sender: &Sender<S>, name: &str) -> 
     Ok(soon("a commit on a handle whose connection was cut", going_on).await??)
 }
 
-/// Reads the position, retrying until the backend answers again.
-async fn stored_position<S: OffsetStore>(store: &S) -> Option<essentially_once::backend::Position> {
+/// Reads the position, and the counter of the same moment, retrying until the backend answers again.
+/// A commit whose reply was lost may still arrive in between.
+async fn stored<S: OffsetStore<Tx: KeyValue>>(store: &S) -> (Option<Position>, u64) {
+    let shipping = consumer("shipping");
     loop {
-        match store.position(&consumer("shipping")).await {
-            Ok(position) => return position,
-            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+        let before = store.position(&shipping).await;
+        let n = value(store, &shipping, b"n").await;
+        let after = store.position(&shipping).await;
+        match (before, n, after) {
+            (Ok(before), Ok(n), Ok(after)) if before == after => return (after, counter(n.as_deref())),
+            _ => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
         }
     }
 }
