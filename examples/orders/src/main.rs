@@ -126,13 +126,13 @@ struct RunArgs {
     /// How often to kill a process, for each delivery. The kills are spread over all processes.
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(..=10_000))]
     kills: u32,
-    /// How many replies of the bus to lose, for each delivery, after the append took effect. A relay
-    /// that is killed soon afterwards loses the same reply again.
+    /// How many replies of the bus to lose, for each delivery, after the append took effect. A
+    /// relay that is killed soon afterwards loses the same reply again.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
     lose: u32,
     /// How many records to alter on their way to the bus, for each delivery. The reply of the
-    /// append is lost as well, so that the relay sends the record again. If the relay is killed soon
-    /// afterwards, the record is altered again.
+    /// append is lost as well, so that the relay sends the record again. If the relay is killed
+    /// soon afterwards, the record is altered again.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=10_000))]
     tamper: u32,
     /// The most records that one commit covers.
