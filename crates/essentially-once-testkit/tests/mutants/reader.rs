@@ -10,7 +10,11 @@ use essentially_once::{
     Epoch, Error, Offset, Origin, Record, async_trait,
     backend::{LogId, LogReader},
 };
-use tokio::{sync::watch, task::yield_now, time::sleep};
+use tokio::{
+    sync::watch,
+    task::yield_now,
+    time::{sleep, timeout},
+};
 
 use crate::{defect::Defect, log::ModelLog, model::Shared};
 
@@ -223,9 +227,7 @@ impl LogReader for ModelReader {
                 }
                 Defect::WakeUpLostBeforeWaiting => {
                     // Long enough that an append falls into it on any machine.
-                    for _ in 0..16 {
-                        yield_now().await;
-                    }
+                    let _ = timeout(20 * POLL, self.changes.changed()).await;
                     self.changes.mark_unchanged();
                 }
                 _ => {}
