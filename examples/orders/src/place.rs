@@ -64,7 +64,8 @@ impl FromStr for Place {
                 Err("this program was built without RabbitMQ: run it with `--features rabbitmq`".into())
             }
             _ => Err(
-                "expected `sqlite` or a URL that begins with postgres://, redis://, rediss://, amqp:// or amqps://".into(),
+                "expected `sqlite` or a URL that begins with postgres://, redis://, rediss://, amqp:// or amqps://"
+                    .into(),
             ),
         }
     }

@@ -132,8 +132,16 @@ fn check_that_each_is_refused(urls: &[(&str, &str, &str)]) {
 fn a_postgres_server_that_cannot_be_used_is_refused_before_anything_is_written() {
     check_that_each_is_refused(&[
         ("postgres://127.0.0.1:1/shop", "127.0.0.1:1", "start the server"),
-        ("postgres://127.0.0.1:notaport/shop", "PostgreSQL URL", "expected postgres://"),
-        ("postgres://127.0.0.1/shop?sslmode=require", "PostgreSQL URL", "do not use TLS"),
+        (
+            "postgres://127.0.0.1:notaport/shop",
+            "PostgreSQL URL",
+            "expected postgres://",
+        ),
+        (
+            "postgres://127.0.0.1/shop?sslmode=require",
+            "PostgreSQL URL",
+            "do not use TLS",
+        ),
     ]);
 }
 
