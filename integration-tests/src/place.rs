@@ -43,8 +43,8 @@ impl Backend {
     pub const STORES: [Self; 4] = [Self::Sqlite, Self::Postgres, Self::Redis, Self::Rabbitmq];
 
     /// The pairs of a log and a store to test: each log with its own store, and each log and each
-    /// store with at least one other. `ESSENTIALLY_ONCE_PAIRS=full`, which `cargo xtask test --full`
-    /// sets, makes it all of them.
+    /// store with at least one other. `ESSENTIALLY_ONCE_PAIRS=full`, which `cargo xtask test
+    /// --full` sets, makes it all of them.
     pub fn pairs() -> Vec<(Self, Self)> {
         let is_full = env::var_os("ESSENTIALLY_ONCE_PAIRS").is_some_and(|value| value == "full");
         let place = |backend: Self| Self::STORES.iter().position(|store| *store == backend.as_store());

@@ -5,8 +5,8 @@
 //! - [`PgLog`] is a log in the database. Offsets are dense, begin at 0 and are never reused.
 //! - [`PgStore`] keeps positions and state. A handler's [`PgTx`] offers portable
 //!   [`KeyValue`](essentially_once::KeyValue) state, runs SQL on your own tables, and
-//!   [sends](essentially_once::Outbox) records to logs of the database. [`PgLog::append_in`] does the
-//!   same in a transaction on a connection of yours.
+//!   [sends](essentially_once::Outbox) records to logs of the database. [`PgLog::append_in`] does
+//!   the same in a transaction on a connection of yours.
 //!
 //! The crate keeps its tables in a schema of their own, `essentially_once` by default, and creates
 //! and migrates it. The rest of the database is yours. It works with PostgreSQL 13 and later.

@@ -74,7 +74,8 @@ impl Isolation {
 
 impl PgOptions {
     /// The defaults: the schema `essentially_once`, read committed, records of up to 16 MiB, 10
-    /// seconds for an answer, 5 seconds for a lock, and a minute for a handler's statement or pause.
+    /// seconds for an answer, 5 seconds for a lock, and a minute for a handler's statement or
+    /// pause.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(10),
@@ -165,10 +166,11 @@ impl PgOptions {
     /// Sets how much of each consumer's [`KeyValue`](essentially_once::KeyValue) state a store
     /// remembers, in bytes; 16 MiB by default. With 0 it remembers nothing.
     ///
-    /// A transaction that reads asks for the revision of the position first. If that is the one that
-    /// the store remembers the state of, or if there is at most 1 MiB of state, its reads take no
-    /// more round trips. The commit checks the same revision, so it never applies what was computed
-    /// from an older state. If you change the table `state` by hand, stop the consumer first.
+    /// A transaction that reads asks for the revision of the position first. If that is the one
+    /// that the store remembers the state of, or if there is at most 1 MiB of state, its reads take
+    /// no more round trips. The commit checks the same revision, so it never applies what was
+    /// computed from an older state. If you change the table `state` by hand, stop the consumer
+    /// first.
     #[must_use]
     pub fn state_memory(mut self, bytes: usize) -> Self {
         self.state_memory = bytes;
@@ -338,8 +340,8 @@ impl LogOptions {
 
     /// Sets which records the log keeps. Opening the log stores this in the database, so it applies
     /// to appends of every process. Without this option, a log keeps the stored retention, and a
-    /// new log keeps every record. [`Retention::new`] lifts all limits. If processes open a log with
-    /// different retentions, the last one holds, and each change is logged as a warning.
+    /// new log keeps every record. [`Retention::new`] lifts all limits. If processes open a log
+    /// with different retentions, the last one holds, and each change is logged as a warning.
     ///
     /// Appends remove expired records at most once a second, after they have returned.
     /// [`PgLog::trim`](crate::PgLog::trim) removes all of them at once. Of an outbox, these may be

@@ -144,8 +144,8 @@ impl Pool {
         self.version.get_or_init(|| format!("PostgreSQL {version}"));
         let mut session = Session::new(client, connection, Arc::clone(&self.schema), heard);
         let millis = |timeout: Duration| timeout.as_millis();
-        // A handler's commit is durable, and an append or a migration sees what was committed before
-        // it, whatever the default of the database or the user.
+        // A handler's commit is durable, and an append or a migration sees what was committed
+        // before it, whatever the default of the database or the user.
         let settings = format!(
             "SET default_transaction_isolation = 'read committed'; SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}; SET statement_timeout = {}; \
              SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",

@@ -36,8 +36,8 @@ pub(super) const SEND: &str = "WITH log AS (
      )
      SELECT 1 / count(*) FROM log";
 
-/// Like [`SEND`], for a transaction of the user. Appends nothing if the commit would not wait for the
-/// disk, and says so.
+/// Like [`SEND`], for a transaction of the user. Appends nothing if the commit would not wait for
+/// the disk, and says so.
 const APPEND_IN: &str = "WITH log AS (
          UPDATE {s}.logs SET next = next + $3 WHERE id = $1 AND incarnation = $2 AND sender IS NOT NULL
              AND current_setting('synchronous_commit') <> 'off'

@@ -29,8 +29,8 @@ use crate::{
 ///
 /// All records are rows of the table `records`, in this crate's schema, with the log's id from the
 /// table `logs`. An append locks the log's row until it is committed, so offsets have the order of
-/// the commits, and no hole fills in behind a reader. Transactions elsewhere, however long, delay no
-/// reader. Appends to one log run one after the other, so append many records at once.
+/// the commits, and no hole fills in behind a reader. Transactions elsewhere, however long, delay
+/// no reader. Appends to one log run one after the other, so append many records at once.
 ///
 /// Any tool may read the rows. To append with SQL, run the statement below. The log yields a row
 /// that it cannot decode as malformed.
@@ -48,8 +48,8 @@ use crate::{
 /// A handler's [`PgTx`](crate::PgTx) sends to any log of its schema, and
 /// [`append_in`](Self::append_in) appends in a transaction of yours. Both give each record an
 /// [`Origin`](essentially_once::Origin): its producer belongs to the log, its epoch is the stable
-/// one, and its sequence is the offset. Open the log with [`Pg::log`](crate::Pg::log) to read it, or
-/// to [relay](essentially_once::relay::Relay) it to another log.
+/// one, and its sequence is the offset. Open the log with [`Pg::log`](crate::Pg::log) to read it,
+/// or to [relay](essentially_once::relay::Relay) it to another log.
 ///
 /// ```
 /// # use essentially_once::Error;
@@ -114,8 +114,8 @@ impl PgLog {
     ///
     /// Each record gets an origin, as described [above](PgLog#as-an-outbox). The log's row stays
     /// locked until your transaction ends, and others that append to the log wait for it, so append
-    /// at the end of the transaction. Readers find the records within about 200 ms after the commit,
-    /// or at once if another append follows.
+    /// at the end of the transaction. Readers find the records within about 200 ms after the
+    /// commit, or at once if another append follows.
     ///
     /// ```
     /// # use essentially_once::NewRecord;

@@ -48,8 +48,8 @@ pub(super) struct PgReader {
     /// A call that was dropped leaves its fetch to the next one.
     fetch: Option<Fetch>,
     fetched: VecDeque<Record>,
-    /// Whether the last fetch found nothing, although the log goes on: somebody may have deleted the
-    /// rows.
+    /// Whether the last fetch found nothing, although the log goes on: somebody may have deleted
+    /// the rows.
     was_missing: bool,
     numberings: NumberingCache,
     bytes: usize,

@@ -27,11 +27,11 @@ impl PgTx {
     /// writing them into the text.
     ///
     /// # Errors
-    /// [`Error::Failed`] for a mistake in the SQL, a value that does not fit, a violated constraint,
-    /// more than one statement, or a statement that begins or ends a transaction.
+    /// [`Error::Failed`] for a mistake in the SQL, a value that does not fit, a violated
+    /// constraint, more than one statement, or a statement that begins or ends a transaction.
     /// [`Error::Unavailable`] if the server cannot run it now, such as after a deadlock.
-    /// [`postgres_error`](crate::postgres_error) returns the cause. The transaction can then only be
-    /// rolled back.
+    /// [`postgres_error`](crate::postgres_error) returns the cause. The transaction can then only
+    /// be rolled back.
     pub async fn execute(&mut self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error> {
         self.begin_native(sql)?;
         let limit = self.native_limit();
@@ -95,8 +95,8 @@ impl PgTx {
     /// 1,000 statements have no answer yet.
     ///
     /// # Errors
-    /// Like [`execute`](Self::execute) for what is known before the server runs the statement. If it
-    /// fails on the server, the next call that waits, or the commit, fails with its error.
+    /// Like [`execute`](Self::execute) for what is known before the server runs the statement. If
+    /// it fails on the server, the next call that waits, or the commit, fails with its error.
     pub async fn queue(&mut self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<(), Error> {
         self.begin_native(sql)?;
         let limit = self.native_limit();

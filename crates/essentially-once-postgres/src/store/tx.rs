@@ -41,9 +41,9 @@ const SMALL_ROWS: i64 = 10_000;
 /// and much faster if it gathers the changes of a batch and runs one statement for all of them in
 /// [`Handler::flush`](essentially_once::Handler::flush).
 ///
-/// SQL may use savepoints, which do not affect staged state and sent records, and change the schema.
-/// It may not begin or end transactions. What it sets with `SET` outlives the transaction and
-/// reaches other calls of this process, so use `SET LOCAL`.
+/// SQL may use savepoints, which do not affect staged state and sent records, and change the
+/// schema. It may not begin or end transactions. What it sets with `SET` outlives the transaction
+/// and reaches other calls of this process, so use `SET LOCAL`.
 ///
 /// After any error of a statement, PostgreSQL lets a transaction only be rolled back. Every later
 /// operation then fails with the same kind of error, even if the handler ignored the first one, and
@@ -159,8 +159,9 @@ impl PgTx {
         changed.map_err(|fault| self.fail(verb, fault))
     }
 
-    /// Sends everything that the commit consists of, but not `COMMIT` itself. The position is first,
-    /// so that a transaction that is too late changes nothing else, and waits for no other lock.
+    /// Sends everything that the commit consists of, but not `COMMIT` itself. The position is
+    /// first, so that a transaction that is too late changes nothing else, and waits for no other
+    /// lock.
     async fn stage(&mut self, advance: &Advance) -> Result<(), Fault> {
         let Self {
             session,

@@ -114,8 +114,8 @@ async fn go_on<S: OffsetStore<Tx: KeyValue>>(sender: &Sender<S>, name: &str) -> 
     Ok(soon("a commit on a handle whose connection was cut", going_on).await??)
 }
 
-/// Reads the position, and the counter of the same moment, retrying until the backend answers again.
-/// A commit whose reply was lost may still arrive in between.
+/// Reads the position, and the counter of the same moment, retrying until the backend answers
+/// again. A commit whose reply was lost may still arrive in between.
 async fn stored<S: OffsetStore<Tx: KeyValue>>(store: &S) -> (Option<Position>, u64) {
     let shipping = consumer("shipping");
     loop {

@@ -12,8 +12,8 @@
 //! - [`check_size`] refuses oversized records, keys and values.
 //! - [`unique`] draws the random part of tokens and incarnations.
 //! - [`ByteReader`] decodes stored bytes without copying them, and [`NumberingCache`] parses a
-//!   producer's name once for a run of its records. [`encode_headers`] and [`decode_headers`] are for
-//!   stores that keep all headers of a record in one column.
+//!   producer's name once for a run of its records. [`encode_headers`] and [`decode_headers`] are
+//!   for stores that keep all headers of a record in one column.
 
 mod byte_reader;
 mod current_run;
