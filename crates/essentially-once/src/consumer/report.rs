@@ -46,13 +46,20 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counted = |count: u64, one: &str, several: &str| match count {
+            1 => format!("1 {one}"),
+            count => format!("{count} {several}"),
+        };
+        let duplicates = counted(self.duplicates, "duplicate", "duplicates");
+        let commits = counted(self.commits, "commit", "commits");
+        let restarts = counted(self.restarts, "restart", "restarts");
         write!(
             f,
-            "{} handled, {} duplicates, {} failed, {} commits, {} fenced, {} restarts",
-            self.handled, self.duplicates, self.failed, self.commits, self.fenced, self.restarts
+            "{} handled, {duplicates}, {} failed, {commits}, {} fenced, {restarts}",
+            self.handled, self.failed, self.fenced
         )?;
         if self.failed_tries > 0 {
-            write!(f, ", {} failed tries", self.failed_tries)?;
+            write!(f, ", {}", counted(self.failed_tries, "failed try", "failed tries"))?;
         }
         if self.parked > 0 {
             write!(f, ", {} set aside", self.parked)?;
@@ -61,7 +68,8 @@ impl fmt::Display for Report {
             write!(f, ", {} rewound", self.rewound)?;
         }
         if let Some((from, to)) = self.skipped_to_earliest {
-            write!(f, ", {} times truncated, last from {from} to {to}", self.truncated)?;
+            let times = counted(self.truncated, "time", "times");
+            write!(f, ", {times} truncated, last from {from} to {to}")?;
         }
         match self.next {
             Some(next) => write!(f, ", next offset {next}"),
@@ -259,4 +267,24 @@ fn appended_at(record: &Record) -> Option<SystemTime> {
 
 fn unix_seconds(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_agree_with_their_nouns() {
+        let mut report = Report {
+            commits: 1,
+            restarts: 1,
+            failed_tries: 1,
+            ..Report::default()
+        };
+        let text = "0 handled, 0 duplicates, 0 failed, 1 commit, 0 fenced, 1 restart, 1 failed try";
+        assert_eq!(report.to_string(), text);
+        (report.commits, report.failed_tries) = (2, 2);
+        assert!(report.to_string().contains("2 commits"), "{report}");
+        assert!(report.to_string().ends_with("2 failed tries"), "{report}");
+    }
 }
