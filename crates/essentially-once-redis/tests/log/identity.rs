@@ -78,6 +78,11 @@ pub(crate) async fn a_log_that_must_exist() {
         assert!(error.to_string().contains(part), "{error}");
     }
     assert_eq!(admin(&server, &["EXISTS", "odrers"]), Reply::Int(0));
+    let url = format!("{}/2", server.url().trim_end_matches('/'));
+    let other = Redis::connect(&url).await.expect("connect");
+    let error = other.log_with("orders", existing.clone()).await;
+    let error = error.expect_err("another database").to_string();
+    assert!(error.contains(" database 2:"), "{error}");
     let opened = redis.log_with("orders", existing.clone()).await.expect("log");
     assert_eq!(opened.id(), log.id());
     // A stream of another program gets an incarnation.
