@@ -37,15 +37,16 @@ pub(crate) fn table(tallies: &[Tally], mended: Option<&Mended>) -> String {
             continue;
         };
         table += &format!(
-            "On the bus, {} replies were lost and {altered} records altered, each of which is a dead letter. The relays \
-             sent {} records again. {} orders were reported as shipped before an intact `packing` arrived.\n",
+            "On the bus, {} replies were lost and {altered} records altered, each of which is a dead letter. A relay \
+             that was killed soon after one of these met it again. The relays sent {} records again. {} orders were \
+             reported as shipped before an intact `packing` arrived.\n",
             tally.lost_replies, tally.duplicates_on_bus, tally.early_reports
         );
     }
     for tally in tallies.iter().filter(|tally| !tally.dead_letters.is_empty()) {
         let letters = &tally.dead_letters;
         table += &format!(
-            "\nDead letters of {}: {}\n{}",
+            "\nRejected lines among the dead letters of {}: {}\n{}",
             tally.delivery,
             letters.len(),
             few(letters)

@@ -265,7 +265,7 @@ fn a_few_dead_letters_are_shown_and_how_to_retry_them() {
     };
     let plain = shown(&[]);
     for part in [
-        "Dead letters of essentially-once: 40\n",
+        "Rejected lines among the dead letters of essentially-once: 40\n",
         "line 10: 9 fields, but the header has 8\n    20009,",
         "and 37 more",
         "`--mend` retries them",
