@@ -1,7 +1,7 @@
 //! Redis as log and store for [`essentially_once`]. A log is a stream. State and position are
 //! hashes, committed in one fenced step.
 //!
-//! - [`Redis`] is a server (7.0 or later, or Valkey), a cluster, or a master behind Sentinels.
+//! - [`Redis`] is a server (7.0 or later), a cluster, or a master behind Sentinels.
 //!   [`RedisOptions`] says how to connect.
 //! - [`RedisLog`] is a log on a stream. Offsets are stream ids. It reads the entries that any
 //!   program adds with `XADD`, and documents the format of its own entries, so that any program can

@@ -17,7 +17,7 @@ use essentially_once::{
 use essentially_once_redis::{Redis, RedisTx, redis::Cmd};
 
 const MISSING: &str = "\
-This example needs Redis 7.0 or later, or Valkey. Start one in an empty folder:
+This example needs Redis 7.0 or later. Start one in an empty folder:
     redis-server --appendonly yes --appendfsync always
 or name yours:
     cargo run -p hello-redis -- redis://host/";
