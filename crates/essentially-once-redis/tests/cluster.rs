@@ -111,17 +111,18 @@ impl Stage {
         Ok(())
     }
 
-    /// Moves up to this many keys of the slot, and returns their number.
+    /// Moves up to this many keys of the slot, and returns their number. A consumer's position comes
+    /// first: the server returns the keys in any order, and not every commit needs the others.
     fn move_keys(&self, slot: &str, from: usize, to: usize, count: usize) -> Result<usize, Source> {
-        let keys = self
-            .node(from)
-            .command(&["CLUSTER", "GETKEYSINSLOT", slot, &count.to_string()])?;
-        let port = self.node(to).port().to_string();
-        for key in keys.list() {
+        let keys = self.node(from).command(&["CLUSTER", "GETKEYSINSLOT", slot, "100"])?;
+        let (mut keys, port) = (keys.list().to_vec(), self.node(to).port().to_string());
+        keys.sort_by_key(|key| !key.text().ends_with(":position"));
+        keys.truncate(count);
+        for key in &keys {
             self.node(from)
                 .command(&["MIGRATE", "127.0.0.1", &port, key.text(), "0", "10000"])?;
         }
-        Ok(keys.list().len())
+        Ok(keys.len())
     }
 
     fn end_move(&self, slot: &str, to: usize) -> Outcome {
