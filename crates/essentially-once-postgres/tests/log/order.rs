@@ -14,7 +14,10 @@ use essentially_once::{
     backend::{Source, Transaction as _},
 };
 use essentially_once_postgres::{Pg, PgLog};
-use tokio::task::{JoinSet, block_in_place};
+use tokio::{
+    sync::watch,
+    task::{JoinSet, block_in_place},
+};
 
 use crate::common::{Outcome, Random, Stage, advance, assert_error, client, ensure, numbered, payloads, records, soon};
 
@@ -201,6 +204,7 @@ pub(crate) async fn acknowledged_records_survive_kills_amid_appends() -> Outcome
     let log = stage.pg.log("orders").await?;
     let (mut acknowledged, mut in_doubt) = (Vec::new(), 0);
     for kill in 0..5 {
+        let (acknowledge, mut acknowledges) = watch::channel(0);
         let appending = {
             let log = log.clone();
             tokio::spawn(async move {
@@ -208,14 +212,17 @@ pub(crate) async fn acknowledged_records_survive_kills_amid_appends() -> Outcome
                 for n in 0.. {
                     let payload = format!("{kill}:{n}");
                     match log.append(&[NewRecord::new(payload.clone())]).await {
-                        Ok(Some(offset)) => done.push((offset, payload)),
+                        Ok(Some(offset)) => {
+                            done.push((offset, payload));
+                            acknowledge.send_replace(done.len());
+                        }
                         other => return (done, other),
                     }
                 }
                 unreachable!("it was not killed")
             })
         };
-        tokio::time::sleep(Duration::from_millis(100 + 37 * kill)).await;
+        soon(acknowledges.wait_for(|done| *done >= 3 + 5 * kill)).await??;
         block_in_place(|| stage.server.kill())?;
         let (done, ended) = soon(appending).await??;
         ensure!(matches!(&ended, Err(error) if error.is_transient()), "{ended:?}");
@@ -236,7 +243,7 @@ pub(crate) async fn acknowledged_records_survive_kills_amid_appends() -> Outcome
     }
     let extra = found.len() - acknowledged.len();
     ensure!(
-        acknowledged.len() > 5 && extra <= in_doubt,
+        acknowledged.len() > 50 && extra <= in_doubt,
         "{extra} records more, {in_doubt} in doubt"
     );
     Ok(())

@@ -7,7 +7,10 @@ use essentially_once::{
     backend::{Source, Transaction as _},
 };
 use essentially_once_postgres::{Pg, PgLog};
-use tokio::{runtime::Runtime, task::JoinSet};
+use tokio::{
+    runtime::Runtime,
+    task::{JoinSet, block_in_place},
+};
 
 use crate::common::{Outcome, Stage, advance, ensure, numbered, payloads, records, soon};
 
@@ -22,7 +25,7 @@ fn elsewhere<T: Send + 'static, F: Future<Output = Result<T, Source>>>(
     work: impl FnOnce() -> F + Send + 'static,
 ) -> Result<T, Source> {
     let thread = thread::spawn(move || runtime()?.block_on(work()));
-    tokio::task::block_in_place(|| thread.join()).map_err(|_| "a thread panicked")?
+    block_in_place(|| thread.join()).map_err(|_| "a thread panicked")?
 }
 
 pub(crate) async fn a_handle_outlives_the_runtime_that_it_connected_on() -> Outcome {
@@ -54,36 +57,37 @@ pub(crate) async fn a_handle_outlives_the_runtime_that_it_connected_on() -> Outc
     Ok(())
 }
 
-/// Its sessions cannot answer meanwhile, so the others must not use them.
+/// All sessions of the handle are on the runtime that is blocked, and cannot answer meanwhile.
 pub(crate) async fn a_runtime_that_is_blocked_delays_no_other() -> Outcome {
     let stage = Stage::start().await?;
-    let (pg, log) = (stage.pg.clone(), stage.pg.log("orders").await?);
-    let (blocked, is_blocked) = mpsc::channel();
+    let url = stage.server.url();
+    let (opened, when_opened) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel::<()>();
-    let other = thread::spawn({
-        let log = log.clone();
-        move || {
-            runtime()?.block_on(async {
-                log.append(&numbered(0..1)).await?;
-                log.read(0.into()).await?.next(1).await?;
-                blocked.send(())?;
-                // Blocks the only thread of its runtime.
-                may_go_on.recv()?;
-                log.append(&numbered(2..3)).await?;
-                Ok::<_, Source>(())
-            })
-        }
+    let other = thread::spawn(move || {
+        runtime()?.block_on(async {
+            let pg = Pg::connect(&url).await?;
+            let log = pg.log("orders").await?;
+            log.append(&numbered(0..1)).await?;
+            // Starts to listen.
+            log.read(0.into()).await?.next(1).await?;
+            opened.send((pg, log.clone()))?;
+            // Blocks the only thread of its runtime.
+            may_go_on.recv()?;
+            log.append(&numbered(2..3)).await?;
+            Ok::<_, Source>(())
+        })
     });
-    tokio::task::block_in_place(|| is_blocked.recv())?;
-    let mut reader = log.read(1.into()).await?;
+    let (pg, log): (Pg, PgLog) = block_in_place(|| when_opened.recv())?;
     let work = async {
+        let mut reader = log.read(1.into()).await?;
         log.append(&numbered(1..2)).await?;
         pg.store().begin(&stage.consumer).await?.commit(advance(0, 1)).await?;
         reader.next(1).await
     };
+    // A session that does not answer would end it with an error.
     ensure!(payloads(&soon(work).await??) == ["1"], "another record");
     go_on.send(())?;
-    tokio::task::block_in_place(|| other.join()).map_err(|_| "it panicked")??;
+    block_in_place(|| other.join()).map_err(|_| "it panicked")??;
     ensure!(
         payloads(&records(&log).await?) == ["0", "1", "2"],
         "records are missing"
