@@ -111,8 +111,9 @@ impl Stage {
         Ok(())
     }
 
-    /// Moves up to this many keys of the slot, and returns their number. A consumer's position comes
-    /// first: the server returns the keys in any order, and not every commit needs the others.
+    /// Moves up to this many keys of the slot, and returns their number. A consumer's position
+    /// comes first: the server returns the keys in any order, and not every commit needs the
+    /// others.
     fn move_keys(&self, slot: &str, from: usize, to: usize, count: usize) -> Result<usize, Source> {
         let keys = self.node(from).command(&["CLUSTER", "GETKEYSINSLOT", slot, "100"])?;
         let (mut keys, port) = (keys.list().to_vec(), self.node(to).port().to_string());
