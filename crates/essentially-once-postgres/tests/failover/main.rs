@@ -252,22 +252,31 @@ async fn position_and_log_on_the_same_server_go_back_together() -> Outcome {
     let mut running = lose_the_tail(&stage, &pg, pg.store(), false).await?;
     stage.fail_over()?;
     // The consumer can only detect that both went back while the log is shorter than it was when
-    // read.
+    // read. Either it finds its position gone and goes back too, or its reader is first, and the
+    // run ends at the log that has become too short.
     let new_primary = Pg::connect(&stage.replica.url()).await?.store();
     eventually(async || {
         let position = new_primary.position(&stage.consumer).await?;
-        Ok(position
-            .map(drop)
-            .ok_or_else(|| "the consumer makes no progress".into()))
+        Ok(match position.is_some() || running.task.is_finished() {
+            true => Ok(()),
+            false => Err("the consumer makes no progress".into()),
+        })
     })
     .await?;
     // The sender has noticed nothing and continues.
     let log = insist(|| pg.log("orders")).await?;
     send(&log, 10..20).await?;
-    until(&mut running.seen, |seen| seen.handled == 20).await?;
-    running.stop.cancel();
-    let report = running.ends().await??;
-    ensure!(report.rewound == 1, "{report}");
+    if running.task.is_finished() {
+        let ended = running.ends().await?;
+        ensure!(matches!(ended, Err(Error::OutOfRange { .. })), "{ended:?}");
+        let again = Consumer::essentially_once(stage.consumer.clone(), log.clone(), pg.store(), Ledger);
+        again.run_until_caught_up().await?;
+    } else {
+        until(&mut running.seen, |seen| seen.handled >= 20).await?;
+        running.stop.cancel();
+        let report = running.ends().await??;
+        ensure!(report.rewound == 1, "{report}");
+    }
     let found = read_log(&log).await?;
     let sequences: Vec<u64> = found
         .iter()
