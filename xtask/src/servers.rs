@@ -31,7 +31,7 @@ struct Facts {
     /// Whether the variable holds the program's folder instead, whose other programs tests use too.
     whole_folder: bool,
     /// Searched before `PATH`, where a package may put something else under the program's name. A
-    /// `*` stands for a version, of which the newest comes first.
+    /// `*` matches any version. The newest comes first.
     first: &'static [&'static str],
     /// Searched after `PATH`, because an ordinary user's often lacks `sbin`.
     folders: &'static [&'static str],
@@ -172,7 +172,7 @@ fn find(server: &Facts) -> Option<PathBuf> {
     })
 }
 
-/// The folders that a path with a `*` for their version stands for, the newest first.
+/// The folders that match a path with a `*` for their version, the newest first.
 fn versions(folder: &str) -> Vec<PathBuf> {
     let Some((before, after)) = folder.split_once('*') else {
         return vec![folder.into()];

@@ -185,8 +185,8 @@ fn judge(answer: &DbError) -> (bool, &'static str) {
         ),
         SqlState::INSUFFICIENT_PRIVILEGE => (
             false,
-            "grant the user access: CREATE on the database if the schema is missing, and otherwise USAGE on the schema, and SELECT, \
-             INSERT, UPDATE and DELETE on its tables",
+            "grant the user access: CREATE on the database if the schema is missing, and otherwise USAGE on the schema, \
+             and SELECT, INSERT, UPDATE and DELETE on its tables",
         ),
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
             (false, "check the URL's user and password, and the server's pg_hba.conf")

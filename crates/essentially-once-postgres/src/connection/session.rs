@@ -155,8 +155,8 @@ impl Session {
         self.is_in_transaction
     }
 
-    /// Prepares a statement of this crate, in which `{s}` stands for the schema, or returns the one
-    /// that was prepared before.
+    /// Prepares a statement of this crate, with the schema in place of `{s}`, or returns the one that
+    /// was prepared before.
     pub(crate) async fn own(&mut self, sql: &'static str) -> Result<Statement, Fault> {
         if let Some(statement) = self.statements.get(sql) {
             return Ok(statement.clone());
@@ -211,7 +211,7 @@ impl Session {
         self.execute(&statement, params).await
     }
 
-    /// Runs statements without parameters, in which `{s}` stands for the schema.
+    /// Runs statements without parameters, with the schema in place of `{s}`.
     pub(crate) async fn batch(&mut self, sql: &str) -> Result<(), Fault> {
         let client = Arc::clone(&self.client);
         let text = sql.replace("{s}", &self.schema);
@@ -319,7 +319,8 @@ impl Session {
         Ok(())
     }
 
-    /// A request on a closed connection was not sent. What the server said before tells why.
+    /// Explains a closed connection by what the server said when it owed no answer. A request that
+    /// came later was not sent, since a request in progress would have got that as its answer.
     fn fault(&mut self, part: Option<Part>, error: tokio_postgres::Error) -> Fault {
         let farewell = || self.farewell.lock().unwrap_or_else(PoisonError::into_inner).take();
         let said = error.is_closed().then(farewell).flatten();

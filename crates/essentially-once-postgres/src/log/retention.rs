@@ -40,7 +40,7 @@ pub(super) fn to_columns(retention: Retention) -> Result<RetentionColumns, Error
 pub(super) const STEP: i64 = 10_000;
 
 /// Moves the beginning of the log past expired records, by at most a step. Appends wait only for
-/// this row. No record is 1,000 years old, and PostgreSQL's dates do not go back for ever.
+/// this row. No record is 1,000 years old, and PostgreSQL's dates begin in 4713 BC.
 const EXPIRE: &str = "UPDATE {s}.logs AS l SET earliest = cut.place
      FROM (SELECT id, greatest(
              CASE WHEN keep_records IS NOT NULL THEN least(greatest(next - keep_records, earliest), earliest + $3) END,

@@ -9,8 +9,8 @@ use crate::{
     error::Fault,
 };
 
-/// Each entry migrates a schema from the version of its index to the next one. `{s}` stands for the
-/// schema.
+/// Each entry migrates a schema from the version of its index to the next one. `{s}` is replaced by
+/// the schema.
 const MIGRATIONS: &[&str] = &[
     // A u64 is stored as the bigint with the same bits. Names compare by their bytes. `next` is one
     // past the last record ever appended, and `earliest` is the first that retention left.

@@ -1,4 +1,4 @@
-//! The SQL on positions, windows and state. `{s}` stands for the schema.
+//! The SQL on positions, windows and state. `{s}` is replaced by the schema.
 
 use bytes::Bytes;
 use essentially_once::{

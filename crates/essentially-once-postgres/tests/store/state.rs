@@ -135,7 +135,7 @@ pub(crate) async fn a_store_can_remember_nothing() -> Outcome {
     Ok(())
 }
 
-/// A position that was deleted begins anew, and so does what is remembered.
+/// A consumer whose rows were deleted starts without the state that its store remembers.
 pub(crate) async fn a_consumer_that_was_deleted_is_not_remembered() -> Outcome {
     let stage = Stage::start().await?;
     let mut tx = stage.begin().await?;
