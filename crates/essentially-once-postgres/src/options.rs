@@ -74,13 +74,13 @@ impl Isolation {
 
 impl PgOptions {
     /// The defaults: the schema `essentially_once`, read committed, records of up to 16 MiB, 10
-    /// seconds for an answer, 5 seconds for a lock, and a minute for a handler's statement or
-    /// pause.
+    /// seconds for an answer, 5 seconds for a lock, 10 seconds for a handler's pause between two
+    /// statements, and a minute for its statement.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(10),
             lock_timeout: Duration::from_secs(5),
-            idle_timeout: Duration::from_secs(60),
+            idle_timeout: Duration::from_secs(10),
             statement_timeout: Duration::from_secs(60),
             record_limit: 16 * 1024 * 1024,
             schema: "essentially_once".into(),
@@ -122,8 +122,10 @@ impl PgOptions {
     /// Sets how long a handler may leave its transaction idle between two statements before the
     /// server rolls it back, from 1 ms to 24 h; the server's `idle_in_transaction_session_timeout`.
     ///
-    /// It bounds how long an instance that is suspended keeps its locks. A handler that waits for
-    /// longer between two statements fails with [`Error::Unavailable`], and is called again.
+    /// It bounds how long an instance that is suspended keeps its locks, so it is also how long
+    /// another instance may have to wait before it takes over. A handler that waits for longer
+    /// between two statements, such as for an answer of another service, fails with
+    /// [`Error::Unavailable`] and is called again.
     #[must_use]
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle_timeout = timeout;

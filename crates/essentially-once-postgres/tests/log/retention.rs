@@ -134,7 +134,8 @@ pub(crate) async fn the_last_opened_retention_holds_for_all() -> Outcome {
     ensure!(bounds.earliest.lo() == 5 || bounds.earliest.lo() == 15, "{bounds:?}");
     keeping(&other, Retention::new()).await?;
     first.append(&numbered(0..50)).await?;
-    ensure!(first.trim().await? == 0, "it keeps everything now");
+    first.trim().await?;
+    ensure!(records(&first).await?.len() >= 50, "it keeps everything now");
     Ok(())
 }
 

@@ -70,7 +70,9 @@ pub(crate) async fn the_documented_rights_are_enough() -> Outcome {
     let orders = pg.log_with("orders", keep).await?;
     orders.append(&numbered(0..5)).await?;
     orders.trim().await?;
-    ensure!(orders.remove_before(4.into()).await? == 2, "two are before it");
+    // The append may still be trimming, and then some of the two records are counted there.
+    orders.remove_before(4.into()).await?;
+    ensure!(orders.bounds().await?.earliest == 4.into(), "not removed");
     let owner = Owner::draw();
     let mut tx = store.begin(&id).await?;
     tx.send("out", NewRecord::new("sent")).await?;
