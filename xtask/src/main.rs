@@ -13,8 +13,10 @@ use clap::{Args, Parser, Subcommand};
 mod servers;
 mod summary;
 mod tidy;
+mod wheels;
 
 use summary::Summary;
+use wheels::Wheel;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about, disable_help_subcommand = true)]
@@ -51,15 +53,16 @@ struct Tests {
     /// Skip a server. Tests that need it show as ignored.
     #[arg(long, value_name = "SERVER")]
     without: Vec<servers::Server>,
-    /// Test every log with every store. Without it, each one meets at least two others.
+    /// Test every log with every store, of which each one otherwise meets at least two, and the
+    /// Redis adapter also with Valkey 9 and Redis 8, which are downloaded into the target folder.
     #[arg(long)]
     full: bool,
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
-        Task::Test(tests) => variables(&tests).and_then(|servers| test(&servers)),
-        Task::Ci(tests) => variables(&tests).and_then(|servers| ci(&servers)),
+        Task::Test(tests) => variables(&tests).and_then(|servers| test(&tests, &servers)),
+        Task::Ci(tests) => variables(&tests).and_then(|servers| ci(&tests, &servers)),
         Task::Tidy => tidy(),
     };
     match done {
@@ -86,7 +89,7 @@ fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
 }
 
 /// Runs all tests, even after failures, and ends with a summary.
-fn test(servers: &Variables) -> Done {
+fn test(tests: &Tests, servers: &Variables) -> Done {
     let mut summary = Summary::new();
     let mut variables = servers.to_vec();
     variables.extend(summary.variables());
@@ -95,14 +98,39 @@ fn test(servers: &Variables) -> Done {
     // `--all-targets` covers everything except doctests.
     summary.run(&[&workspace[..], &["--doc"]].concat(), &variables);
     model_check(&mut summary)?;
+    if tests.full && !tests.without.contains(&servers::Server::Redis) {
+        test_redis_with("Valkey 9", &wheels::VALKEY, &mut summary, &variables)?;
+        test_redis_with("Redis 8", &wheels::REDIS_8, &mut summary, &variables)?;
+    }
     summary.finish()
+}
+
+/// Runs the tests of the Redis adapter with another server that speaks its protocol.
+fn test_redis_with(name: &str, wheel: &Wheel, summary: &mut Summary, variables: &Variables) -> Done {
+    let program = wheel.program().map_err(|error| {
+        eprintln!("xtask: no {name} for `--full`: {error}");
+        1
+    })?;
+    let mut variables = variables.to_vec();
+    let redis = servers::Server::Redis.variable();
+    variables.retain(|(variable, _)| *variable != redis);
+    variables.push((redis, program.into()));
+    let package = [
+        "test",
+        "--package",
+        "essentially-once-redis",
+        "--all-features",
+        "--no-fail-fast",
+        "--all-targets",
+    ];
+    summary.run(&package, &variables);
+    Ok(())
 }
 
 /// Runs the consumer loop under shuttle. This builds the core differently, so it uses a separate
 /// target folder.
 fn model_check(summary: &mut Summary) -> Done {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let target = target.join("shuttle");
+    let target = target().join("shuttle");
     let Some(target) = target.to_str() else {
         eprintln!("xtask: the target folder {} is not UTF-8: move it", target.display());
         return Err(1);
@@ -120,7 +148,7 @@ fn model_check(summary: &mut Summary) -> Done {
     Ok(())
 }
 
-fn ci(servers: &Variables) -> Done {
+fn ci(tests: &Tests, servers: &Variables) -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
     let deny = ["--", "-D", "warnings"];
     cargo(
@@ -155,7 +183,7 @@ fn ci(servers: &Variables) -> Done {
         &["doc", "--workspace", "--no-deps", "--all-features"],
         &[("RUSTDOCFLAGS", "-D warnings".into())],
     )?;
-    test(servers)?;
+    test(tests, servers)?;
     tidy()
 }
 
@@ -191,6 +219,16 @@ fn command(arguments: &[&str], variables: &Variables) -> Command {
     say(&format!("{}cargo {}", values.collect::<String>(), arguments.join(" ")));
     // Cargo passes its own path in this variable, which keeps the toolchain the same.
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // Cargo describes this package to it in others. Some dependencies look at them, and would be
+    // built again each time a contributor changes between `cargo test` and `cargo xtask test`.
+    for (name, _) in env::vars_os() {
+        let described = name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"));
+        if described {
+            command.env_remove(name);
+        }
+    }
     command
         .args(arguments)
         .envs(variables.iter().cloned())
@@ -202,6 +240,11 @@ fn command(arguments: &[&str], variables: &Variables) -> Command {
 fn say(command: &str) {
     // A closed stderr is not a reason to stop.
     let _ = writeln!(io::stderr(), "$ {command}");
+}
+
+/// The folder that cargo builds into.
+fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |folder| root().join(folder))
 }
 
 fn root() -> &'static Path {

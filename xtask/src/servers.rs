@@ -47,6 +47,11 @@ const NO_CLUSTER: &str = "file=/etc/postgresql-common/createcluster.conf; \
     test -e $file || { mkdir -p ${file%/*} && echo 'create_main_cluster = false' >$file; }";
 
 impl Server {
+    /// The variable that names the server to the tests.
+    pub(crate) fn variable(self) -> &'static str {
+        self.facts().variable
+    }
+
     fn facts(self) -> Facts {
         match self {
             Self::Redis => Facts {

@@ -9,7 +9,7 @@ use redis::{ErrorKind, RedisError};
 ///
 /// The flag says whether the condition can pass without a change to this service: on its own, or
 /// because somebody repairs or reconfigures the server. The same request may then succeed later.
-const ANSWERS: [(&str, bool, &str); 26] = [
+const ANSWERS: [(&str, bool, &str); 28] = [
     ("LOADING", true, "the server is loading its data"),
     ("MASTERDOWN", true, "the replica has lost its master"),
     ("CLUSTERDOWN", true, "no node of the cluster serves this key now"),
@@ -46,11 +46,9 @@ const ANSWERS: [(&str, bool, &str); 26] = [
         true,
         "raise the server's `maxclients`, or close connections",
     ),
-    (
-        "NOPERM",
-        false,
-        "grant the user access to this command and these keys (ACL SETUSER)",
-    ),
+    ("NOPERM", false, GRANT),
+    (NO_RIGHT_IN_SCRIPT, false, GRANT),
+    (NO_RIGHT_IN_SCRIPT_7_0, false, GRANT),
     (
         "NOAUTH",
         false,
@@ -90,7 +88,11 @@ const ANSWERS: [(&str, bool, &str); 26] = [
     ),
 ];
 
+const GRANT: &str = "grant the user access to this command and these keys (ACL SETUSER)";
+
 /// Replies whose code is only `ERR`, recognized by the start of their text.
+const NO_RIGHT_IN_SCRIPT: &str = "ACL failure in script";
+const NO_RIGHT_IN_SCRIPT_7_0: &str = "The user executing the script can't";
 const MAX_CLIENTS: &str = "max number of clients";
 const NO_SUCH_COMMAND: &str = "unknown command";
 const NO_SUCH_DATABASE: &str = "DB index is out of range";
@@ -240,7 +242,7 @@ mod tests {
     use super::*;
 
     /// Error replies, and whether a later attempt may succeed.
-    const SAID: [(&str, bool); 30] = [
+    const SAID: [(&str, bool); 32] = [
         ("LOADING Redis is loading the dataset in memory", true),
         (
             "BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
@@ -276,6 +278,14 @@ mod tests {
         ("WRONGPASS invalid username-password pair or user is disabled.", false),
         (
             "NOPERM this user has no permissions to run the 'evalsha' command",
+            false,
+        ),
+        (
+            "ERR ACL failure in script: User app has no permissions to run the 'hgetall' command script: on @user_script:11.",
+            false,
+        ),
+        (
+            "ERR The user executing the script can't run this command or subcommand script: on @user_script:11.",
             false,
         ),
         (

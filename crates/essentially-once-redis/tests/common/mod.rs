@@ -27,7 +27,11 @@ pub(crate) use cases;
 
 /// Runs each case as a test. Without a server, every case is ignored, with the reason.
 pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
-    let missing = test_servers::redis_server().err();
+    run_unless(test_servers::redis_server().err(), cases)
+}
+
+/// Runs each case as a test, or ignores all for this reason.
+pub(crate) fn run_unless(missing: Option<String>, cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
     let mut suite = Suite::new();
     for (name, case) in cases {
         suite = match &missing {
