@@ -63,6 +63,7 @@ fn main() -> ExitCode {
         trouble::a_server_that_turns_read_only_is_left_and_found_again,
         trouble::a_frozen_server_leaves_a_commit_in_doubt,
         trouble::a_dropped_commit_is_made_or_not_but_never_in_part,
+        trouble::a_full_disk_is_a_passing_error_and_leaves_no_gap,
         trouble::garbage_in_our_tables_is_an_error,
     ])
 }

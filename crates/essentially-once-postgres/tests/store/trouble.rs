@@ -1,9 +1,9 @@
 //! Sessions and servers that go away, and tables that somebody edited.
 
-use std::time::Duration;
+use std::{fs, os::unix::fs::symlink, path::PathBuf, time::Duration};
 
 use essentially_once::{
-    ConsumerId, Error, KeyValue as _, Log as _, OffsetStore as _,
+    ConsumerId, Error, KeyValue as _, Log as _, NewRecord, OffsetStore as _, Outbox as _,
     backend::{Source, Transaction as _},
 };
 use essentially_once_postgres::PgOptions;
@@ -195,5 +195,57 @@ pub(crate) async fn garbage_in_our_tables_is_an_error() -> Outcome {
     stage.begin().await?.commit(advance(0, 1)).await?;
     stage.sql("UPDATE essentially_once.consumers SET consumer = 'not a name!'")?;
     assert_error!(stage.store.consumers().await, Error::Failed { .. }, "not a name!");
+    Ok(())
+}
+
+/// A table's file, in whose place the server finds a device that is always full.
+struct FullDisk<'a> {
+    stage: &'a Stage,
+    file: PathBuf,
+    aside: PathBuf,
+}
+
+impl<'a> FullDisk<'a> {
+    async fn below(stage: &'a Stage, table: &str) -> Result<Self, Source> {
+        let path = stage.sql(&format!("SELECT pg_relation_filepath('essentially_once.{table}')"))?;
+        let file = stage.server.folder().join("data").join(path);
+        let aside = file.with_extension("aside");
+        fs::rename(&file, &aside)?;
+        symlink("/dev/full", &file)?;
+        // Sessions have the file open.
+        end_sessions(stage).await?;
+        Ok(Self { stage, file, aside })
+    }
+
+    async fn makes_room(self) -> Outcome {
+        fs::rename(&self.aside, &self.file)?;
+        end_sessions(self.stage).await
+    }
+}
+
+/// The tables must be empty, like the device.
+pub(crate) async fn a_full_disk_is_a_passing_error_and_leaves_no_gap() -> Outcome {
+    let stage = Stage::start().await?;
+    let orders = stage.pg.log("orders").await?;
+    for table in ["state", "records"] {
+        let full = FullDisk::below(&stage, table).await?;
+        for _ in 0..3 {
+            let mut tx = stage.begin().await?;
+            tx.put(b"k", b"v").await?;
+            tx.send("orders", NewRecord::new("sent")).await?;
+            let failed = tx.commit(advance(0, 1)).await;
+            assert_error!(failed, Error::Unavailable { .. }, "make room on the server's disk");
+            if table == "records" {
+                let failed = orders.append(&numbered(0..2)).await;
+                assert_error!(failed, Error::Unavailable { .. }, "make room on the server's disk");
+            }
+        }
+        full.makes_room().await?;
+        ensure!(stage.commits().await? == 0, "the position moved");
+        ensure!(stage.value("k").await?.is_none(), "the state changed");
+        ensure!(records(&orders).await?.is_empty(), "records were stored");
+    }
+    ensure!(orders.append(&numbered(0..2)).await? == Some(1.into()), "a gap");
+    stage.begin().await?.commit(advance(0, 1)).await?;
     Ok(())
 }
