@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
+mod appends;
 mod healthy;
 mod latency;
 mod letters;
@@ -42,7 +43,7 @@ struct Arguments {
     require: Option<f64>,
 }
 
-#[derive(Clone, Copy, Subcommand)]
+#[derive(Subcommand)]
 enum Backend {
     /// SQLite, WAL and synchronous=FULL: one counter update per record, with the offset in the same
     /// commit.
@@ -56,6 +57,11 @@ enum Backend {
         /// How the handler counts.
         write: postgres::Write,
     },
+    /// Appends to PostgreSQL by many processes at once, or one table for all logs against a table
+    /// per log. Ignores batch sizes, counters and `--require`.
+    Appends(appends::AppendsArguments),
+    #[command(hide = true)]
+    Appender(appends::Appender),
     /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
     /// plain and packed. Ignores batch sizes.
     Rabbitmq,
@@ -125,6 +131,8 @@ fn main() -> Result<ExitCode> {
         Backend::Postgres { write } => Box::new(postgres::Server::start(arguments.counters, write)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
         Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
+        Backend::Appends(appends) => return appends::measure(&appends, arguments.rounds).map(|()| ExitCode::SUCCESS),
+        Backend::Appender(appender) => return appends::append(&appender).map(|()| ExitCode::SUCCESS),
         Backend::Latency(latency) => {
             return latency::measure(latency, arguments.rounds, folder).map(|()| ExitCode::SUCCESS);
         }
