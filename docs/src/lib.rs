@@ -20,6 +20,7 @@ pages! {
     Examples: "examples/README.md",
     Cli: "crates/essentially-once-cli/README.md",
     Core: "crates/essentially-once/README.md",
+    Kafka: "crates/essentially-once-kafka/README.md",
     Postgres: "crates/essentially-once-postgres/README.md",
     Rabbitmq: "crates/essentially-once-rabbitmq/README.md",
     Redis: "crates/essentially-once-redis/README.md",

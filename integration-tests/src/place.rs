@@ -3,13 +3,14 @@
 use std::{env, path::PathBuf, sync::Arc};
 
 use essentially_once::{Error, Log, backend::Source};
+use essentially_once_kafka::Kafka;
 use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use test_servers::{PostgresServer, RabbitNode, RedisServer};
+use test_servers::{KafkaServer, PostgresServer, RabbitNode, RedisServer};
 
 use crate::counter::TABLE;
 
@@ -27,24 +28,27 @@ pub enum Backend {
     /// A RabbitMQ broker, with many records per message. As a store it is the same as without
     /// packing.
     RabbitmqPacked,
+    /// A broker that speaks Kafka's protocol, for logs only.
+    Kafka,
 }
 
 impl Backend {
     /// All kinds of logs.
-    pub const LOGS: [Self; 5] = [
+    pub const LOGS: [Self; 6] = [
         Self::Sqlite,
         Self::Postgres,
         Self::Redis,
         Self::Rabbitmq,
         Self::RabbitmqPacked,
+        Self::Kafka,
     ];
 
     /// All kinds of stores.
     pub const STORES: [Self; 4] = [Self::Sqlite, Self::Postgres, Self::Redis, Self::Rabbitmq];
 
-    /// The pairs of a log and a store to test: each log with its own store, and each log and each
-    /// store with at least one other. `ESSENTIALLY_ONCE_PAIRS=full`, which `cargo xtask test
-    /// --full` sets, makes it all of them.
+    /// The pairs of a log and a store to test: each log with its own store, if there is one, and
+    /// each log and each store with at least one other. `ESSENTIALLY_ONCE_PAIRS=full`, which `cargo
+    /// xtask test --full` sets, makes it all of them.
     pub fn pairs() -> Vec<(Self, Self)> {
         let is_full = env::var_os("ESSENTIALLY_ONCE_PAIRS").is_some_and(|value| value == "full");
         let place = |backend: Self| Self::STORES.iter().position(|store| *store == backend.as_store());
@@ -74,6 +78,7 @@ impl Backend {
             Self::Redis => "redis",
             Self::Rabbitmq => "rabbitmq",
             Self::RabbitmqPacked => "rabbitmq_packed",
+            Self::Kafka => "kafka",
         }
     }
 
@@ -84,6 +89,7 @@ impl Backend {
             Self::Postgres => test_servers::postgres_bin().err(),
             Self::Redis => test_servers::redis_server().err(),
             Self::Rabbitmq | Self::RabbitmqPacked => test_servers::rabbitmq_server().err(),
+            Self::Kafka => test_servers::kafka_server().err(),
         }
     }
 
@@ -103,6 +109,7 @@ impl Backend {
             Self::Redis => Place::Redis(RedisServer::durable().start()?),
             Self::Rabbitmq => Place::Rabbitmq(RabbitNode::start()?),
             Self::RabbitmqPacked => Place::RabbitmqPacked(RabbitNode::start()?),
+            Self::Kafka => Place::Kafka(KafkaServer::start()?),
         })
     }
 }
@@ -119,6 +126,8 @@ pub enum Place {
     Rabbitmq(RabbitNode),
     /// A RabbitMQ broker, for a log of packed records.
     RabbitmqPacked(RabbitNode),
+    /// A broker that speaks Kafka's protocol.
+    Kafka(KafkaServer),
 }
 
 impl Place {
@@ -130,10 +139,12 @@ impl Place {
             Self::Redis(server) => Address::Redis(server.url()),
             Self::Rabbitmq(node) => Address::Rabbitmq(node.url()),
             Self::RabbitmqPacked(node) => Address::RabbitmqPacked(node.url()),
+            Self::Kafka(server) => Address::Kafka(server.url()),
         }
     }
 
-    /// Kills the server, if there is one, and starts it again.
+    /// Kills the server, if there is one, and starts it again. The broker that speaks Kafka's
+    /// protocol is stopped instead, because it loses what it acknowledged last when it is killed.
     ///
     /// # Errors
     /// If it does not come up again.
@@ -151,6 +162,7 @@ impl Place {
                 node.restart()?;
                 Ok(())
             }
+            Self::Kafka(server) => server.restart(),
         }
     }
 }
@@ -168,6 +180,8 @@ pub enum Address {
     Rabbitmq(String),
     /// The broker's URL, for a log of packed records.
     RabbitmqPacked(String),
+    /// The brokers' URL.
+    Kafka(String),
 }
 
 impl Address {
@@ -181,6 +195,7 @@ impl Address {
             Self::Postgres(url) => Arc::new(Pg::connect(url).await?.log(name).await?),
             Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(name).await?),
             Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(name).await?),
+            Self::Kafka(url) => Arc::new(Kafka::connect(url).await?.log(name).await?),
             Self::RabbitmqPacked(url) => {
                 let options = LogOptions::new().packed(Packing::new().max_records(16).max_bytes(64 * 1024));
                 Arc::new(Rabbit::connect(url).await?.log_with(name, options).await?)

@@ -108,6 +108,8 @@ impl<Tx: KeyValue> Handler<Tx> for Lists {
     }
 }
 
+const NO_STORE: &str = "Kafka keeps no dead letters";
+
 fn consume(work: &str) -> Result<(), Source> {
     // The parent holds the other end of stdin. When the parent ends, this process ends too.
     std::thread::spawn(|| {
@@ -125,6 +127,7 @@ fn consume(work: &str) -> Result<(), Source> {
             Address::Rabbitmq(url) | Address::RabbitmqPacked(url) => {
                 consume_into(insist(|| Rabbit::connect(url)).await?.store(), log, work.mended).await
             }
+            Address::Kafka(_) => Err(NO_STORE.into()),
         }
     })
 }
@@ -188,6 +191,7 @@ async fn run(backend: Backend) -> Result<(), Source> {
         Address::Rabbitmq(url) | Address::RabbitmqPacked(url) => {
             judge(&address, Rabbit::connect(url).await?.store()).await
         }
+        Address::Kafka(_) => Err(NO_STORE.into()),
     }
 }
 

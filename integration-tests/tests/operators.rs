@@ -57,6 +57,7 @@ async fn run(store: Backend) -> Result<(), Source> {
             )
             .await
         }
+        Address::Kafka(_) => Err("Kafka keeps no state of a consumer".into()),
     }
 }
 

@@ -85,6 +85,7 @@ struct Servers {
     postgres: OnceLock<Result<Place, String>>,
     redis: OnceLock<Result<Place, String>>,
     rabbitmq: OnceLock<Result<Place, String>>,
+    kafka: OnceLock<Result<Place, String>>,
 }
 
 impl Servers {
@@ -101,6 +102,7 @@ impl Servers {
             Backend::Postgres => start(&self.postgres, Backend::Postgres),
             Backend::Redis => start(&self.redis, Backend::Redis),
             Backend::Rabbitmq => start(&self.rabbitmq, Backend::Rabbitmq),
+            Backend::Kafka => start(&self.kafka, Backend::Kafka),
             Backend::RabbitmqPacked => Ok(match start(&self.rabbitmq, Backend::Rabbitmq)? {
                 Address::Rabbitmq(url) => Address::RabbitmqPacked(url),
                 address => address,

@@ -158,6 +158,7 @@ fn ci(tests: &Tests, servers: &Variables) -> Done {
     // The tests use all features. These packages have optional ones.
     for package in [
         "essentially-once",
+        "essentially-once-kafka",
         "essentially-once-postgres",
         "essentially-once-redis",
         "essentially-once-rabbitmq",

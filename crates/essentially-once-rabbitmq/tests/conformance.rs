@@ -97,6 +97,8 @@ impl Harness for RabbitHarness {
         capabilities.commits_are_cheap = Support::No("each commit is one message, confirmed and read back");
         capabilities.paced_rounds = 300;
         capabilities.log_name_bytes = 180;
+        // Each has a stream, and a thousand of them take two minutes.
+        capabilities.many_consumers = 200;
         capabilities.read_state = Support::Yes;
         capabilities.consumers = Support::No("AMQP has no command that lists streams");
         capabilities.beats = Support::Yes;

@@ -311,6 +311,8 @@ pub struct Capabilities {
     /// The longest log name that cases may use, in bytes. Less than 200 if the harness adds a
     /// prefix.
     pub log_name_bytes: usize,
+    /// How many consumers a case has at once. Use fewer where each takes much of the server.
+    pub many_consumers: u64,
     /// How often a case appends one record and waits until a reader has it. Use fewer rounds where
     /// that takes long.
     pub paced_rounds: usize,
@@ -354,6 +356,7 @@ impl Capabilities {
             value_limit: None,
             key_limit: None,
             log_name_bytes: 200,
+            many_consumers: 1_000,
             paced_rounds: 2_000,
             clock_skew: Duration::from_secs(1),
             fault_plans: 60,

@@ -9,6 +9,7 @@ use std::{env, path::PathBuf};
 mod asking;
 mod authority;
 mod folder;
+mod kafka;
 mod owner;
 mod port;
 mod postgres;
@@ -22,6 +23,7 @@ pub use asking::{eventually, insist, insist_and_count};
 pub use authority::{Authority, Pair};
 /// The kit's own proxy, re-exported for these tests.
 pub use essentially_once_testkit::{Cut, Proxy};
+pub use kafka::KafkaServer;
 pub use postgres::{PostgresBuilder, PostgresServer};
 pub use rabbitmq::{RabbitCluster, RabbitNode};
 pub use redis::{RedisBuilder, RedisCluster, RedisSentinel, RedisServer, Reply};
@@ -50,6 +52,17 @@ pub fn rabbitmq_server() -> Result<PathBuf, String> {
     const VARIABLE: &str = "ESSENTIALLY_ONCE_RABBITMQ_SERVER";
     program(VARIABLE)
         .ok_or_else(|| format!("needs rabbitmq-server: run `cargo xtask test`, or set {VARIABLE} to its path"))
+}
+
+/// The `noida-db` to run, as a broker that speaks Kafka's protocol: the value of
+/// `ESSENTIALLY_ONCE_KAFKA_SERVER`, which `cargo xtask test` sets.
+///
+/// # Errors
+/// The reason to show for tests that cannot run without it.
+pub fn kafka_server() -> Result<PathBuf, String> {
+    const VARIABLE: &str = "ESSENTIALLY_ONCE_KAFKA_SERVER";
+    let missing = || format!("needs noida-db: run `cargo xtask test`, or set {VARIABLE} to its path");
+    program(VARIABLE).ok_or_else(missing)
 }
 
 /// The folder of the `postgres` to run, with `initdb`, `psql` and `pg_basebackup`: the value of

@@ -155,8 +155,8 @@ impl Session {
         self.is_in_transaction
     }
 
-    /// Prepares a statement of this crate, with the schema in place of `{s}`, or returns the one that
-    /// was prepared before.
+    /// Prepares a statement of this crate, with the schema in place of `{s}`, or returns the one
+    /// that was prepared before.
     pub(crate) async fn own(&mut self, sql: &'static str) -> Result<Statement, Fault> {
         if let Some(statement) = self.statements.get(sql) {
             return Ok(statement.clone());

@@ -40,7 +40,7 @@ fn missing() -> Option<String> {
         Ok(program) => program,
         Err(why) => return Some(why),
     };
-    let started = Authority::new().and_then(|keys| Ok(keys.server()?.start()?));
+    let started = Authority::new().and_then(|keys| keys.server()?.start());
     let error = started.err()?.to_string();
     let lacks_tls = error.contains("Failed finding TLS support") || error.contains("Bad directive");
     lacks_tls.then(|| format!("{} was built without TLS", program.display()))

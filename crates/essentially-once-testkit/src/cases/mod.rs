@@ -137,7 +137,7 @@ pub(crate) fn all<H: Harness>() -> Vec<Case<H>> {
         case!(state::s7_consumers_do_not_see_each_others_state, needs store),
         case!(names::s7_consumers_with_similar_names_are_independent, needs store),
         case!(names::s7_consumers_do_not_see_each_others_windows, needs store),
-        case!(state::s7_a_thousand_consumers_keep_their_positions, needs store),
+        case!(state::s7_many_consumers_keep_their_positions, needs store),
         case!(store::s8_a_position_remembers_its_log, needs store),
         case!(store::s8_a_known_incarnation_is_kept, needs store),
         case!(store::s8_a_log_without_incarnation_is_the_same_log, needs store),

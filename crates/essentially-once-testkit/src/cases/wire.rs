@@ -2,7 +2,7 @@
 //! [S5](essentially_once::OffsetStore#contract) and [O1](essentially_once::Outbox#contract).
 
 use essentially_once::{
-    Error, KeyValue, OffsetStore,
+    Error, KeyValue, Log, OffsetStore,
     backend::{Position, Transaction},
 };
 
@@ -67,8 +67,30 @@ pub(super) async fn s5_a_lost_reply_leaves_the_truth_to_position<H: Harness>(
             next == n.into(),
             "cut {round} ({cut:?}): the position is {next}, but the state counts {n}"
         );
+        soon("a commit after a cut", settle(&direct, &*log)).await??;
     }
     Ok(())
+}
+
+/// Commits once more. Until then, a commit whose reply was lost may still arrive, and the next
+/// round would take it for its own.
+async fn settle<S: OffsetStore<Tx: KeyValue>>(store: &S, log: &dyn Log) -> CaseResult {
+    let shipping = consumer("shipping");
+    loop {
+        let committing = async {
+            let before = store.position(&shipping).await?;
+            let mut tx = store.begin(&shipping).await?;
+            let n = counter(tx.get(b"n").await?.as_deref()) + 1;
+            tx.put(b"n", &n.to_be_bytes()).await?;
+            tx.commit(advance(before.as_ref(), log, n)).await
+        };
+        match committing.await {
+            // It has just arrived.
+            Err(Error::Fenced { .. }) => {}
+            Err(error) if error.is_transient() => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+            done => return Ok(done?),
+        }
+    }
 }
 
 /// [O1](essentially_once::Outbox#contract): after a cut, the outbox has a record for each step of

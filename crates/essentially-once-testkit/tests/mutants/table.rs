@@ -434,7 +434,7 @@ pub(crate) const MUTANTS: &[Mutant] = mutants! {
         WindowsSharedBetweenConsumers => "which committed no windows",
         ForgottenForAllConsumers => "after billing forgot its windows",
     }
-    s7_a_thousand_consumers_keep_their_positions {
+    s7_many_consumers_keep_their_positions {
         OldConsumersForgotten => "has no position",
         RevisionsCountedForAll => "but its position is",
     }

@@ -1,0 +1,188 @@
+//! A cluster, as clients find it.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use essentially_once::Error;
+use rdkafka::{
+    ClientConfig, ClientContext,
+    admin::AdminClient,
+    config::{FromClientConfigAndContext, RDKafkaLogLevel},
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    error::{KafkaError, KafkaResult},
+};
+
+use super::address::Address;
+use crate::{
+    error::{Fault, read_failed},
+    options::KafkaOptions,
+};
+
+/// What a client of the library has last complained about. Its errors only say that time ran out.
+#[derive(Clone, Default)]
+pub(crate) struct Context {
+    complaint: Arc<Mutex<Option<String>>>,
+}
+
+impl Context {
+    pub(crate) fn complaint(&self) -> Option<String> {
+        self.lock().clone()
+    }
+
+    /// Drops a complaint that is not about what comes now.
+    pub(crate) fn forget(&self) {
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.complaint.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(?level, facility, message, "librdkafka");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "librdkafka");
+        *self.lock() = Some(reason.to_owned());
+    }
+}
+
+impl ConsumerContext for Context {}
+
+/// The brokers, and a client that asks them questions.
+pub(crate) struct Cluster {
+    address: Address,
+    pub(crate) options: KafkaOptions,
+    asking: Arc<BaseConsumer<Context>>,
+}
+
+impl Cluster {
+    pub(crate) async fn connect(options: KafkaOptions, url: &str) -> Result<Self, Error> {
+        options.check()?;
+        let address = Address::parse(url)?;
+        let mut config = config(&address, &options);
+        for (name, value) in READING {
+            config.set(name, value);
+        }
+        let asking: BaseConsumer<Context> = client(&config, Context::default())?;
+        let cluster = Self {
+            address,
+            options,
+            asking: Arc::new(asking),
+        };
+        let answered = cluster
+            // The answer for all topics may be large, and this one need not exist.
+            .ask(|client, timeout| client.fetch_metadata(Some("essentially-once"), timeout).map(drop))
+            .await;
+        answered.map_err(|fault| read_failed(cluster.on("connect"), fault))?;
+        Ok(cluster)
+    }
+
+    /// Names an action and where it was done.
+    pub(crate) fn on(&self, action: impl fmt::Display) -> String {
+        format!("{action} on {}", self.address)
+    }
+
+    /// Properties of all clients.
+    pub(crate) fn config(&self) -> ClientConfig {
+        config(&self.address, &self.options)
+    }
+
+    /// Asks the brokers, on a thread on which that may take a while.
+    pub(crate) async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&BaseConsumer<Context>, Duration) -> KafkaResult<T> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let (client, timeout) = (Arc::clone(&self.asking), self.options.timeout);
+        let asked = tokio::task::spawn_blocking(move || {
+            let answer = question(&client, timeout);
+            // What the client logs and complains about waits in a queue until somebody looks.
+            let mut looks = 0..100;
+            while looks.next().is_some() && client.poll(Duration::ZERO).is_some() {}
+            match answer {
+                Ok(answer) => {
+                    client.context().forget();
+                    Ok(answer)
+                }
+                Err(error) => Err(Fault::new(error, client.context().complaint())),
+            }
+        });
+        asked.await.unwrap_or_else(|_| Err(Fault::ended()))
+    }
+
+    /// A client that changes topics. It ends when it is dropped.
+    pub(crate) fn admin(&self) -> Result<AdminClient<Context>, Error> {
+        client(&self.config(), Context::default())
+    }
+}
+
+/// The properties of clients that read. Without a group, the library refuses to assign a partition.
+/// No group is joined, and no offset is committed.
+pub(crate) const READING: [(&str, &str); 9] = [
+    ("group.id", "essentially-once"),
+    ("enable.auto.commit", "false"),
+    ("enable.auto.offset.store", "false"),
+    ("isolation.level", "read_committed"),
+    ("auto.offset.reset", "error"),
+    ("allow.auto.create.topics", "false"),
+    ("check.crcs", "true"),
+    // How far to read ahead, and when to look whether there is room again. The default is a second.
+    ("queued.max.messages.kbytes", "8192"),
+    ("fetch.queue.backoff.ms", "5"),
+];
+
+/// A client with these properties.
+pub(crate) fn client<C: FromClientConfigAndContext<Context>>(
+    config: &ClientConfig,
+    context: Context,
+) -> Result<C, Error> {
+    config
+        .create_with_context(context)
+        .map_err(|error| Error::InvalidSetting {
+            setting: "setting",
+            reason: error.to_string(),
+        })
+}
+
+fn config(address: &Address, options: &KafkaOptions) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    let timeout = options.timeout.as_millis().to_string();
+    config
+        .set("bootstrap.servers", &address.brokers)
+        .set("client.id", "essentially-once")
+        .set("socket.timeout.ms", &timeout)
+        .set("reconnect.backoff.max.ms", "1000");
+    let protocol = match (&address.user, address.tls) {
+        (None, false) => "plaintext",
+        (None, true) => "ssl",
+        (Some(_), false) => "sasl_plaintext",
+        (Some(_), true) => "sasl_ssl",
+    };
+    config.set("security.protocol", protocol);
+    if let Some((user, password)) = &address.user {
+        config
+            .set("sasl.mechanism", "PLAIN")
+            .set("sasl.username", user)
+            .set("sasl.password", password);
+    }
+    for (name, value) in &options.settings {
+        config.set(name, value);
+    }
+    config.set_log_level(RDKafkaLogLevel::Info);
+    config
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("address", &self.address)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,10 @@
+//! A cluster, and the clients of it.
+
+mod address;
+mod cluster;
+mod durability;
+
+pub(crate) use self::{
+    cluster::{Cluster, Context, READING, client},
+    durability::durability,
+};

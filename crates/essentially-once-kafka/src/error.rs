@@ -1,0 +1,147 @@
+//! What an error of the client library says about whether records were appended.
+
+use std::fmt;
+
+use essentially_once::Error;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+
+/// An error of the client library, and what the client last complained about.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    error: Option<KafkaError>,
+    complaint: Option<String>,
+}
+
+impl Fault {
+    pub(crate) fn new(error: KafkaError, complaint: Option<String>) -> Self {
+        Self {
+            error: Some(error),
+            complaint,
+        }
+    }
+
+    /// The runtime that should have asked is shutting down.
+    pub(crate) fn ended() -> Self {
+        Self {
+            error: None,
+            complaint: Some("the runtime is shutting down".into()),
+        }
+    }
+
+    pub(crate) fn code(&self) -> Option<Code> {
+        self.error.as_ref().and_then(KafkaError::rdkafka_error_code)
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.error, &self.complaint) {
+            (Some(error), Some(complaint)) => write!(f, "{error}; the client reported: {complaint}"),
+            (Some(error), None) => write!(f, "{error}"),
+            (None, complaint) => write!(f, "{}", complaint.as_deref().unwrap_or("no answer")),
+        }
+    }
+}
+
+/// What a broker or the client refuses, and why.
+struct Refusal {
+    is_transient: bool,
+    advice: Option<&'static str>,
+}
+
+/// The codes with which a request is refused as a whole, so that it has had no effect.
+fn refusal(code: Code) -> Option<Refusal> {
+    let refused = |is_transient, advice| Some(Refusal { is_transient, advice });
+    match code {
+        Code::TopicAuthorizationFailed => refused(false, Some("grant the user Read, Write and Describe on the topic")),
+        Code::GroupAuthorizationFailed => refused(false, Some("grant the user Read on the group `essentially-once`")),
+        Code::ClusterAuthorizationFailed => refused(false, Some("grant the user IdempotentWrite on the cluster")),
+        Code::TransactionalIdAuthorizationFailed => refused(
+            false,
+            Some("grant the user Write and Describe on the transactional ids that begin with `essentially-once-`"),
+        ),
+        Code::SaslAuthenticationFailed | Code::Authentication => {
+            refused(false, Some("check the URL's user and password, and `sasl.mechanism`"))
+        }
+        Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition => {
+            refused(false, Some("the topic or the partition does not exist: create it"))
+        }
+        Code::MessageSizeTooLarge | Code::MessageBatchTooLarge => refused(
+            false,
+            Some("raise `max.message.bytes` of the topic, or lower `KafkaOptions::record_limit`"),
+        ),
+        Code::TopicAlreadyExists => refused(true, None),
+        Code::PolicyViolation | Code::InvalidTopic | Code::InvalidRecord | Code::InvalidConfig => refused(false, None),
+        Code::NotEnoughReplicas => refused(
+            true,
+            Some("fewer replicas are in sync than the topic's `min.insync.replicas` requires"),
+        ),
+        Code::PurgeQueue | Code::QueueFull => refused(true, None),
+        _ => None,
+    }
+}
+
+/// Whether this error says that the record was not appended.
+pub(crate) fn is_refused(error: &KafkaError) -> bool {
+    error.rdkafka_error_code().and_then(refusal).is_some()
+}
+
+/// The failure of a request that changes nothing.
+pub(crate) fn read_failed(action: String, fault: Fault) -> Error {
+    match fault.code().and_then(refusal) {
+        Some(refusal) => refusal.into_error(action, &fault),
+        None => Error::unavailable(action, fault.to_string()),
+    }
+}
+
+/// The failure of a request that may have appended or removed records.
+pub(crate) fn write_failed(action: String, fault: Fault) -> Error {
+    match fault.code().and_then(refusal) {
+        Some(refusal) => refusal.into_error(action, &fault),
+        None => Error::indeterminate(action, fault.to_string()),
+    }
+}
+
+impl Refusal {
+    fn into_error(self, action: String, fault: &Fault) -> Error {
+        let source = match self.advice {
+            Some(advice) => format!("{fault}; {advice}"),
+            None => fault.to_string(),
+        };
+        match self.is_transient {
+            true => Error::unavailable(action, source),
+            false => Error::failed(action, source),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_refused_is_certain() {
+        let fault = |code| Fault::new(KafkaError::MessageProduction(code), None);
+        for code in [
+            Code::MessageTimedOut,
+            Code::NotEnoughReplicasAfterAppend,
+            Code::OperationTimedOut,
+            Code::PurgeInflight,
+        ] {
+            assert!(
+                matches!(write_failed("append".into(), fault(code)), Error::Indeterminate { .. }),
+                "{code:?}"
+            );
+            assert!(read_failed("read".into(), fault(code)).is_transient(), "{code:?}");
+        }
+        for (code, is_transient) in [
+            (Code::TopicAuthorizationFailed, false),
+            (Code::MessageSizeTooLarge, false),
+            (Code::NotEnoughReplicas, true),
+        ] {
+            let error = write_failed("append".into(), fault(code));
+            assert!(!matches!(error, Error::Indeterminate { .. }), "{error}");
+            assert_eq!(error.is_transient(), is_transient, "{error}");
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Appends, by a producer of the client library.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use essentially_once::{Error, NewRecord, Offset, backend::unique};
+use rdkafka::{
+    error::{KafkaError, RDKafkaErrorCode},
+    producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _, PurgeConfig},
+    util::Timeout,
+};
+use tokio::sync::Mutex;
+
+use super::codec::headers;
+use crate::{
+    connection::{Cluster, Context, client},
+    error::{Fault, is_refused, read_failed, write_failed},
+    options::Appends,
+};
+
+/// A producer, and what it complains about.
+#[derive(Clone)]
+struct Client {
+    producer: FutureProducer<Context>,
+    context: Context,
+}
+
+/// What the format and the protocol add to a record.
+const OVERHEAD: usize = 64 * 1024;
+
+/// Appends to a partition.
+pub(super) struct Appender {
+    cluster: Arc<Cluster>,
+    topic: String,
+    partition: i32,
+    appends: Appends,
+    /// `None` until the first append, and after an error that ends a producer.
+    client: Mutex<Option<Client>>,
+}
+
+/// What became of the messages of an append.
+#[derive(Default)]
+struct Sent {
+    last: Option<i64>,
+    /// The first error.
+    failed: Option<KafkaError>,
+    /// Whether a message was appended, or may have been.
+    any: bool,
+}
+
+impl Sent {
+    fn failed(&mut self, error: KafkaError) {
+        self.any |= !is_refused(&error);
+        self.failed.get_or_insert(error);
+    }
+}
+
+impl Appender {
+    pub(super) fn new(cluster: Arc<Cluster>, topic: String, partition: i32, appends: Appends) -> Self {
+        Self {
+            cluster,
+            topic,
+            partition,
+            appends,
+            client: Mutex::new(None),
+        }
+    }
+
+    fn action(&self, verb: &str) -> String {
+        self.cluster
+            .on(format!("{verb} partition {} of topic {}", self.partition, self.topic))
+    }
+
+    /// Appends the records in order. One append follows another, so that their records do not mix.
+    pub(super) async fn append(self: &Arc<Self>, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        if records.is_empty() {
+            return Ok(None);
+        }
+        // In a task of its own, so that a dropped call leaves no transaction open.
+        let (this, records) = (Arc::clone(self), records.to_vec());
+        let appended = tokio::spawn(async move {
+            let mut place = this.client.lock().await;
+            let client = match place.take() {
+                Some(client) => client,
+                None => this.start().await?,
+            };
+            let appended = match this.appends {
+                Appends::Pipelined => this.pipeline(&client, &records).await,
+                Appends::Transactional => this.transact(&client, &records).await,
+            };
+            // A producer that has failed for good is replaced.
+            match (&appended, client.producer.client().fatal_error()) {
+                (_, Some(_)) => end(client),
+                (Err(_), None) if this.appends == Appends::Transactional => end(client),
+                _ => *place = Some(client),
+            }
+            appended
+        });
+        let appended = appended.await;
+        appended.unwrap_or_else(|_| {
+            Err(Error::indeterminate(
+                self.action("append to"),
+                "the runtime is shutting down",
+            ))
+        })
+    }
+
+    /// Starts a producer.
+    async fn start(&self) -> Result<Client, Error> {
+        let cluster = &self.cluster;
+        // A producer would wait for the topic, and then could not say that nothing was sent.
+        let topic = self.topic.clone();
+        let found = cluster.ask(move |client, timeout| {
+            use rdkafka::consumer::Consumer as _;
+            client.fetch_metadata(Some(&topic), timeout).map(drop)
+        });
+        found
+            .await
+            .map_err(|fault| read_failed(self.action("append to"), fault))?;
+        let mut config = cluster.config();
+        let timeout = cluster.options.timeout.as_millis().to_string();
+        config
+            .set("acks", "all")
+            .set("enable.idempotence", "true")
+            // After an error, no later message of the append may be appended.
+            .set("enable.gapless.guarantee", "true")
+            .set("linger.ms", "0")
+            .set("message.timeout.ms", &timeout)
+            .set("request.timeout.ms", &timeout)
+            .set(
+                "message.max.bytes",
+                (cluster.options.record_limit + OVERHEAD).to_string(),
+            );
+        if self.appends == Appends::Transactional {
+            config
+                .set("transactional.id", format!("essentially-once-{:032x}", unique()))
+                .set("transaction.timeout.ms", &timeout);
+        }
+        let context = Context::default();
+        let client = Client {
+            producer: client(&config, context.clone())?,
+            context,
+        };
+        if self.appends == Appends::Transactional {
+            let ready = self
+                .block(&client, |producer, timeout| producer.init_transactions(timeout))
+                .await;
+            ready.map_err(|fault| read_failed(self.action("start to append to"), fault))?;
+        }
+        Ok(client)
+    }
+
+    async fn pipeline(&self, client: &Client, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let sent = self.send_all(client, records).await;
+        let Some(error) = sent.failed else {
+            return Ok(sent.last.map(offset));
+        };
+        let fault = Fault::new(error, client.context.complaint());
+        let action = self.action("append to");
+        Err(match sent.any {
+            true => Error::indeterminate(action, fault.to_string()),
+            false => write_failed(action, fault),
+        })
+    }
+
+    /// A transaction. Until its commit was sent, nothing has happened.
+    async fn transact(&self, client: &Client, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let complaint = || client.context.complaint();
+        let refused = |fault: Fault| match write_failed(self.action("append to"), fault) {
+            Error::Indeterminate { action, cause } => Error::Unavailable { action, cause },
+            error => error,
+        };
+        client
+            .producer
+            .begin_transaction()
+            .map_err(|error| refused(Fault::new(error, complaint())))?;
+        let sent = self.send_all(client, records).await;
+        if let Some(error) = sent.failed {
+            // If that fails too, the broker ends the transaction after its timeout.
+            let _ = self
+                .block(client, |producer, timeout| producer.abort_transaction(timeout))
+                .await;
+            return Err(refused(Fault::new(error, complaint())));
+        }
+        let committed = self
+            .block(client, |producer, timeout| producer.commit_transaction(timeout))
+            .await;
+        match committed {
+            Ok(()) => Ok(sent.last.map(offset)),
+            Err(fault) => Err(Error::indeterminate(self.action("append to"), fault.to_string())),
+        }
+    }
+
+    /// Sends all records, and waits until each is stored or refused.
+    async fn send_all(&self, client: &Client, records: &[NewRecord]) -> Sent {
+        client.context.forget();
+        let mut sent = Sent::default();
+        let mut flying = VecDeque::<DeliveryFuture>::new();
+        'records: for record in records {
+            let mut message = FutureRecord::<[u8], [u8]>::to(&self.topic)
+                .partition(self.partition)
+                .payload(&record.payload)
+                .headers(headers(record));
+            message.key = record.key.as_deref();
+            loop {
+                match client.producer.send_result(message) {
+                    Ok(delivery) => flying.push_back(delivery),
+                    Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), refused)) => {
+                        if let Some(delivery) = flying.pop_front() {
+                            land(&mut sent, delivery).await;
+                            message = refused;
+                            continue;
+                        }
+                        sent.failed(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull));
+                        break 'records;
+                    }
+                    Err((error, _)) => {
+                        sent.failed(error);
+                        break 'records;
+                    }
+                }
+                break;
+            }
+            if sent.failed.is_some() {
+                break;
+            }
+        }
+        for delivery in flying {
+            land(&mut sent, delivery).await;
+        }
+        sent
+    }
+
+    /// Calls what the library only offers as a call that blocks.
+    async fn block(
+        &self,
+        client: &Client,
+        call: impl FnOnce(&FutureProducer<Context>, Timeout) -> Result<(), KafkaError> + Send + 'static,
+    ) -> Result<(), Fault> {
+        let (client, timeout) = (client.clone(), Timeout::After(self.cluster.options.timeout));
+        let called = tokio::task::spawn_blocking(move || {
+            call(&client.producer, timeout).map_err(|error| Fault::new(error, client.context.complaint()))
+        });
+        called.await.unwrap_or_else(|_| Err(Fault::ended()))
+    }
+}
+
+/// Waits for what became of a message.
+async fn land(sent: &mut Sent, delivery: DeliveryFuture) {
+    match delivery.await {
+        Ok(Ok(delivery)) => {
+            sent.any = true;
+            sent.last = Some(delivery.offset);
+        }
+        Ok(Err((error, _))) => sent.failed(error),
+        Err(_) => sent.failed(KafkaError::Canceled),
+    }
+}
+
+/// Ends a producer on a thread that it may block.
+fn end(client: Client) {
+    client.producer.purge(PurgeConfig::default().queue().inflight());
+    std::thread::spawn(move || {
+        let _ = client.producer.flush(Duration::ZERO);
+        drop(client);
+    });
+}
+
+fn offset(offset: i64) -> Offset {
+    u64::try_from(offset).unwrap_or(0).into()
+}

@@ -1,0 +1,167 @@
+//! Readers: a client each, which is assigned the partition at an exact offset.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use essentially_once::{
+    Error, Offset, Record,
+    backend::{FetchBudget, LogReader},
+};
+use futures_util::FutureExt as _;
+use rdkafka::{
+    TopicPartitionList,
+    consumer::{Consumer as _, StreamConsumer},
+    error::{KafkaError, RDKafkaErrorCode},
+};
+
+use super::{Partition, codec::decode};
+use crate::{
+    connection::{Context, READING, client},
+    error::{Fault, read_failed},
+};
+
+/// Reads a partition.
+pub(super) struct KafkaReader {
+    partition: Arc<Partition>,
+    client: Client,
+    next: Offset,
+    /// A record that did not fit into an answer.
+    held: Option<Record>,
+}
+
+impl KafkaReader {
+    pub(super) async fn open(partition: Arc<Partition>, from: Offset) -> Result<Self, Error> {
+        partition.bounds().await?.check(&partition.id, from)?;
+        Ok(Self {
+            client: Client::open(&partition, from, false)?,
+            partition,
+            next: from,
+            held: None,
+        })
+    }
+
+    /// Explains why the broker refused to read on.
+    async fn explain(&self, error: KafkaError) -> Error {
+        let is_outside = matches!(
+            error.rdkafka_error_code(),
+            Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange)
+        );
+        if is_outside {
+            match self.partition.bounds().await {
+                Ok(bounds) => {
+                    if let Err(error) = bounds.check(&self.partition.id, self.next) {
+                        return error;
+                    }
+                }
+                Err(error) => return error,
+            }
+        }
+        let fault = Fault::new(error, self.client.complaint());
+        read_failed(self.partition.action("read from"), fault)
+    }
+}
+
+#[async_trait]
+impl LogReader for KafkaReader {
+    async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
+        let first = match self.held.take() {
+            Some(record) => record,
+            None => match self.client.next().await {
+                Ok(record) => record,
+                Err(error) => return Err(self.explain(error).await),
+            },
+        };
+        // Nothing is awaited from here on, so a dropped call has taken nothing.
+        let mut budget = FetchBudget::new();
+        budget.admits(first.size());
+        let mut records = vec![first];
+        while records.len() < max
+            // An error shows again at the next call.
+            && let Some(Ok(record)) = self.client.next().now_or_never()
+        {
+            if !budget.admits(record.size()) {
+                self.held = Some(record);
+                break;
+            }
+            records.push(record);
+        }
+        if let Some(last) = records.last() {
+            self.next = last.offset.successor();
+        }
+        Ok(records)
+    }
+}
+
+/// A client that reads one partition.
+pub(super) struct Client {
+    /// `None` only while it is dropped.
+    consumer: Option<StreamConsumer<Context>>,
+}
+
+impl Client {
+    /// `sees_end` makes the client report the end of the partition as an error.
+    pub(super) fn open(partition: &Partition, from: Offset, sees_end: bool) -> Result<Self, Error> {
+        let cluster = &partition.cluster;
+        let mut config = cluster.config();
+        for (name, value) in READING {
+            config.set(name, value);
+        }
+        let limit = cluster.options.record_limit.max(1024 * 1024).to_string();
+        config
+            .set("enable.partition.eof", sees_end.to_string())
+            .set("fetch.wait.max.ms", "500")
+            .set("fetch.message.max.bytes", limit);
+        let consumer: StreamConsumer<Context> = client(&config, Context::default())?;
+        let mut assigned = TopicPartitionList::new();
+        let place = i64::try_from(from.lo()).unwrap_or(i64::MAX);
+        let result = assigned
+            .add_partition_offset(&partition.topic, partition.number, rdkafka::Offset::Offset(place))
+            .and_then(|()| consumer.assign(&assigned));
+        result.map_err(|error| read_failed(partition.action("read from"), Fault::new(error, None)))?;
+        Ok(Self {
+            consumer: Some(consumer),
+        })
+    }
+
+    /// The next record. Dropping the future loses none.
+    pub(super) async fn next(&self) -> Result<Record, KafkaError> {
+        let Some(consumer) = &self.consumer else {
+            return Err(KafkaError::Canceled);
+        };
+        loop {
+            match consumer.recv().await {
+                Ok(message) => return Ok(decode(&message)),
+                // The client reconnects by itself, and says so if it finds no broker.
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn complaint(&self) -> Option<String> {
+        self.consumer
+            .as_ref()
+            .and_then(|consumer| consumer.context().complaint())
+    }
+}
+
+/// Ending a client waits for its threads.
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let Some(consumer) = self.consumer.take() {
+            std::thread::spawn(move || drop(consumer));
+        }
+    }
+}
+
+fn is_passing(error: &KafkaError) -> bool {
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            RDKafkaErrorCode::BrokerTransportFailure
+                | RDKafkaErrorCode::Resolve
+                | RDKafkaErrorCode::OperationTimedOut
+                | RDKafkaErrorCode::RequestTimedOut
+        )
+    )
+}

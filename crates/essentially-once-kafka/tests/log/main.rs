@@ -1,0 +1,32 @@
+//! What other programs do to a topic, what a broker refuses, and what a user gets wrong.
+
+mod foreign;
+mod refusals;
+mod support;
+mod transactions;
+
+use std::process::ExitCode;
+
+use support::{cases, run};
+
+fn main() -> ExitCode {
+    run(cases![
+        foreign::records_of_other_programs_are_read_whole,
+        foreign::other_programs_read_our_records,
+        foreign::headers_of_any_name_are_kept,
+        foreign::partitions_are_logs_of_their_own,
+        foreign::a_topic_has_another_name_than_its_log,
+        foreign::no_group_is_joined_and_no_offset_committed,
+        transactions::what_was_aborted_is_not_read_and_not_waited_for,
+        transactions::an_open_transaction_holds_readers_back,
+        transactions::a_log_of_nothing_but_aborted_records_is_empty,
+        transactions::a_transactional_append_is_all_or_nothing,
+        transactions::a_dropped_append_leaves_no_open_transaction,
+        refusals::a_broker_that_does_not_answer_is_named_without_the_password,
+        refusals::a_missing_topic_or_partition_is_refused,
+        refusals::a_record_over_the_limit_of_the_broker_is_refused,
+        refusals::a_frozen_broker_leaves_an_append_in_doubt,
+        refusals::a_broker_that_is_gone_ends_a_reader,
+        refusals::a_single_replica_is_volatile,
+    ])
+}

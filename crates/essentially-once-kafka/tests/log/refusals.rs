@@ -1,0 +1,151 @@
+//! What brokers and users get wrong.
+
+use std::time::Duration;
+
+use essentially_once::{Error, Log as _, NewRecord, Offset, backend::Durability};
+use essentially_once_kafka::{Kafka, KafkaOptions, LogOptions};
+
+use crate::support::{Outcome, Stage, ensure, payloads, records, soon};
+
+/// Fails unless the result is this kind of error with these texts.
+macro_rules! assert_error {
+    ($result:expr, $kind:pat, $($text:expr),+) => {
+        match $result {
+            Err(error @ $kind) => {
+                let text = error.to_string();
+                $(ensure!(text.contains($text), "{:?} is missing in: {text}", $text);)+
+            }
+            Err(error) => return Err(format!("another error: {error}").into()),
+            Ok(_) => return Err("no error".into()),
+        }
+    };
+}
+
+pub(crate) async fn a_broker_that_does_not_answer_is_named_without_the_password() -> Outcome {
+    let options = || KafkaOptions::new().timeout(Duration::from_secs(1));
+    assert_error!(
+        options().connect("kafka://shop:hunter2@127.0.0.1:1").await,
+        Error::Unavailable { .. },
+        "connect on Kafka 127.0.0.1:1"
+    );
+    for url in ["kafka://shop:hunter2@127.0.0.1:1", "kafka://shop:hunter2@", "hunter2"] {
+        let Err(error) = options().connect(url).await else {
+            return Err("no error".into());
+        };
+        let text = format!("{error} {error:?}");
+        ensure!(!text.contains("hunter2"), "{text}");
+    }
+    let wrong = KafkaOptions::new()
+        .setting("nonsense", "hunter2")
+        .connect("kafka://127.0.0.1:1")
+        .await;
+    assert_error!(wrong, Error::InvalidSetting { .. }, "nonsense");
+    Ok(())
+}
+
+pub(crate) async fn a_missing_topic_or_partition_is_refused() -> Outcome {
+    let stage = Stage::start().await?;
+    let open = async |name: &str, options| stage.kafka.log_with(name, options).await;
+    assert_error!(
+        open("none", LogOptions::new().existing()).await,
+        Error::Failed { .. },
+        "there is no topic none"
+    );
+    assert_error!(
+        open("none", LogOptions::new().partition(1)).await,
+        Error::Failed { .. },
+        "there is no topic none"
+    );
+    stage.kafka.log("orders").await?;
+    assert_error!(
+        open("orders", LogOptions::new().partition(9)).await,
+        Error::Failed { .. },
+        "only 1 partitions"
+    );
+    assert_error!(
+        open("a:b", LogOptions::new()).await,
+        Error::InvalidName { .. },
+        "LogOptions::topic"
+    );
+    Ok(())
+}
+
+pub(crate) async fn a_record_over_the_limit_of_the_broker_is_refused() -> Outcome {
+    let stage = Stage::start().await?;
+    let options = KafkaOptions::new().record_limit(8_000_000);
+    let log = options.connect(&stage.server.url()).await?.log("orders").await?;
+    assert_error!(
+        log.append(&[NewRecord::new(vec![0; 7_000_000])]).await,
+        Error::Failed { .. },
+        "max.message.bytes"
+    );
+    log.append(&[NewRecord::new("a")]).await?;
+    ensure!(
+        payloads(&records(&log, Offset::ZERO).await?) == ["a"],
+        "it was appended"
+    );
+    Ok(())
+}
+
+pub(crate) async fn a_frozen_broker_leaves_an_append_in_doubt() -> Outcome {
+    let stage = Stage::start().await?;
+    let kafka = KafkaOptions::new()
+        .timeout(Duration::from_secs(1))
+        .connect(&stage.server.url())
+        .await?;
+    let log = kafka.log("orders").await?;
+    log.append(&[NewRecord::new("a")]).await?;
+    tokio::task::block_in_place(|| stage.server.freeze());
+    assert_error!(
+        soon(log.append(&[NewRecord::new("b")])).await?,
+        Error::Indeterminate { .. },
+        "append to partition 0 of topic orders"
+    );
+    assert_error!(
+        soon(log.bounds()).await?,
+        Error::Unavailable { .. },
+        "read bounds of log orders"
+    );
+    stage.server.thaw();
+    // The next producer appends after whatever became of it.
+    test_servers::insist(|| log.append(&[])).await?;
+    while let Err(error) = log.append(&[NewRecord::new("c")]).await {
+        ensure!(error.is_transient(), "{error}");
+    }
+    let found = payloads(&records(&log, Offset::ZERO).await?);
+    let is_sound = found.first().is_some_and(|first| first == "a") && found.last().is_some_and(|last| last == "c");
+    ensure!(
+        is_sound && found.iter().filter(|payload| *payload == "b").count() <= 1,
+        "{found:?}"
+    );
+    Ok(())
+}
+
+pub(crate) async fn a_broker_that_is_gone_ends_a_reader() -> Outcome {
+    let stage = Stage::start().await?;
+    let log = stage.kafka.log("orders").await?;
+    log.append(&[NewRecord::new("a")]).await?;
+    let mut reader = log.read(Offset::ZERO).await?;
+    reader.next(1).await?;
+    tokio::task::block_in_place(|| stage.server.stop())?;
+    assert_error!(
+        soon(reader.next(1)).await?,
+        Error::Unavailable { .. },
+        "read from log orders"
+    );
+    tokio::task::block_in_place(|| stage.server.restart())?;
+    let kafka = Kafka::connect(&stage.server.url()).await?;
+    let found = payloads(&records(&kafka.log("orders").await?, Offset::ZERO).await?);
+    ensure!(found == ["a"], "{found:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_single_replica_is_volatile() -> Outcome {
+    let stage = Stage::start().await?;
+    let log = stage.kafka.log("orders").await?;
+    match log.durability().await? {
+        Durability::Volatile(why) => ensure!(why.contains("flush.messages=1"), "{why}"),
+        other => return Err(format!("{other:?}").into()),
+    }
+    Ok(())
+}

@@ -1,0 +1,122 @@
+//! What the cases share.
+
+use std::{future::Future, pin::Pin, process::ExitCode, time::Duration};
+
+use essentially_once::{Log, Offset, Record, backend::Source};
+use essentially_once_kafka::{
+    Kafka,
+    rdkafka::{
+        ClientConfig,
+        admin::AdminClient,
+        client::DefaultClientContext,
+        producer::{BaseProducer, BaseRecord, Producer as _},
+    },
+};
+use essentially_once_testkit::Suite;
+use test_servers::KafkaServer;
+
+pub(crate) type Outcome = Result<(), Source>;
+pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome> + Send>>;
+
+/// Long enough for a busy machine. A case that takes longer hangs.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+macro_rules! cases {
+    ($($module:ident::$case:ident),+ $(,)?) => {
+        [$((
+            concat!(stringify!($module), "::", stringify!($case)),
+            (|| Box::pin($module::$case())) as crate::support::Case,
+        )),+]
+    };
+}
+pub(crate) use cases;
+
+/// Runs each case as a test. Without a broker, every case is ignored, with the reason.
+pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
+    let missing = test_servers::kafka_server().err();
+    let mut suite = Suite::new();
+    for (name, case) in cases {
+        suite = match &missing {
+            Some(why) => suite.ignored(name, why),
+            None => suite.async_test(name, 2 * LIMIT, case),
+        };
+    }
+    suite.run()
+}
+
+/// Ends the case unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($finding:tt)+) => {
+        if !$condition {
+            return Err(format!($($finding)+).into());
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// A broker and a handle to it.
+pub(crate) struct Stage {
+    pub(crate) server: KafkaServer,
+    pub(crate) kafka: Kafka,
+}
+
+impl Stage {
+    pub(crate) async fn start() -> Result<Self, Source> {
+        let server = tokio::task::spawn_blocking(KafkaServer::start).await??;
+        let kafka = Kafka::connect(&server.url()).await?;
+        Ok(Self { server, kafka })
+    }
+
+    /// The properties of another program's client.
+    pub(crate) fn config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.server.port()));
+        config
+    }
+
+    pub(crate) fn admin(&self) -> Result<AdminClient<DefaultClientContext>, Source> {
+        Ok(self.config().create()?)
+    }
+
+    /// A producer of another program, with transactions.
+    pub(crate) fn transactional(&self, id: &str) -> Result<BaseProducer, Source> {
+        let producer: BaseProducer = self.config().set("transactional.id", id).create()?;
+        tokio::task::block_in_place(|| producer.init_transactions(LIMIT))?;
+        Ok(producer)
+    }
+}
+
+/// Sends records within an open transaction, and waits until the broker has them.
+pub(crate) fn send(producer: &BaseProducer, topic: &str, payloads: &[&str]) -> Outcome {
+    for payload in payloads {
+        let record = BaseRecord::<[u8], str>::to(topic).partition(0).payload(payload);
+        producer.send(record).map_err(|(error, _)| error)?;
+    }
+    tokio::task::block_in_place(|| producer.flush(LIMIT))?;
+    Ok(())
+}
+
+/// The records from an offset to the end.
+pub(crate) async fn records(log: &dyn Log, from: Offset) -> Result<Vec<Record>, Source> {
+    let end = log.bounds().await?.end;
+    let (mut records, mut next) = (Vec::<Record>::new(), from);
+    if next < end {
+        let mut reader = log.read(next).await?;
+        while next < end {
+            records.extend(soon(reader.next(100)).await??);
+            next = records.last().map_or(end, |last| last.offset.successor());
+        }
+    }
+    Ok(records)
+}
+
+pub(crate) fn payloads(records: &[Record]) -> Vec<String> {
+    let text = |record: &Record| String::from_utf8_lossy(&record.payload).into_owned();
+    records.iter().map(text).collect()
+}
+
+/// Waits for what must come.
+pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> Result<T, Source> {
+    let ended = tokio::time::timeout(LIMIT, future).await;
+    ended.map_err(|_| format!("nothing within {LIMIT:?}").into())
+}
