@@ -10,21 +10,31 @@
 //!
 //! ```no_run
 //! use essentially_once::memory::Memory;
-//! use essentially_once::{Consumer, ConsumerId, KeyValue, Log, NewRecord, Record, handler_fn};
+//! use essentially_once::{
+//!     Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait,
+//! };
 //! use essentially_once_kafka::Kafka;
+//!
+//! struct Ship;
+//!
+//! #[async_trait]
+//! impl<Tx: KeyValue> Handler<Tx> for Ship {
+//!     async fn handle(&mut self, order: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
+//!         // Takes effect with the offset, or not at all.
+//!         tx.put(&order.payload, b"shipped").await?;
+//!         Ok(())
+//!     }
+//! }
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), essentially_once::Error> {
 //! let kafka = Kafka::connect("kafka://127.0.0.1:9092").await?;
 //! let orders = kafka.log("orders").await?;
 //! orders.append(&[NewRecord::new("10248"), NewRecord::new("10249")]).await?;
-//!
-//! // Use `essentially-once-postgres` or `essentially-once-sqlite` for a store that lasts.
+//! // For a store that lasts, use `essentially-once-postgres` or `essentially-once-sqlite`.
 //! let store = Memory::new().store();
-//! let ship = handler_fn(|order: &Record, tx: &mut dyn KeyValue| {
-//!     Box::pin(async move { Ok(tx.put(&order.payload, b"shipped").await?) })
-//! });
-//! # let _ = (store, ship);
+//! let consumer = Consumer::essentially_once(ConsumerId::new("shipping")?, orders, store, Ship);
+//! println!("{}", consumer.run_until_caught_up().await?);
 //! # Ok(())
 //! # }
 //! ```
