@@ -30,6 +30,9 @@ pub(crate) struct AppendsArguments {
     /// How many records each append has.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     records: u64,
+    /// How many other transactions are open at each moment, for up to 5 s each.
+    #[arg(long, default_value_t = 4)]
+    open: u64,
     /// For how long.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
@@ -117,7 +120,7 @@ async fn one_log(arguments: &AppendsArguments) -> Result<()> {
         .await?;
     let done = CancellationToken::new();
     let mut others = JoinSet::new();
-    for number in 0..4 {
+    for number in 0..arguments.open {
         others.spawn(stay_open(server.url(), number, done.clone()));
     }
     let mut appending = JoinSet::new();
@@ -292,6 +295,8 @@ async fn fill_and_read(url: &str, arguments: &AppendsArguments, is_shared: bool)
     }
     let counts = filling.join_all().await.into_iter().collect::<Result<Vec<u64>>>()?;
     let appended = total(&counts) / begun.elapsed().as_secs_f64();
+    // Without statistics, the planner may sort the whole table for each read.
+    client.batch_execute("ANALYZE").await?;
     let begun = Instant::now();
     let mut reading = JoinSet::new();
     for log in logs {
