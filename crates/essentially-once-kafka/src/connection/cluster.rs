@@ -146,7 +146,13 @@ pub(crate) fn client<C: FromClientConfigAndContext<Context>>(
         .create_with_context(context)
         .map_err(|error| Error::InvalidSetting {
             setting: "setting",
-            reason: error.to_string(),
+            reason: match error {
+                // The library's text repeats the value, which may be a password.
+                KafkaError::ClientConfig(_, _, name, _) => {
+                    format!("librdkafka does not know `{name}`, or refuses its value")
+                }
+                error => error.to_string(),
+            },
         })
 }
 

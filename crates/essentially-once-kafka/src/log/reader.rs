@@ -25,8 +25,10 @@ pub(super) struct KafkaReader {
     partition: Arc<Partition>,
     client: Client,
     next: Offset,
-    /// A record that did not fit into an answer.
+    /// A record that no answer held yet.
     held: Option<Record>,
+    /// The error that follows it. The client reports it only once.
+    failed: Option<KafkaError>,
 }
 
 impl KafkaReader {
@@ -37,11 +39,13 @@ impl KafkaReader {
             partition,
             next: from,
             held: None,
+            failed: None,
         })
     }
 
     /// Explains why the broker refused to read on.
-    async fn explain(&self, error: KafkaError) -> Error {
+    async fn explain(&self) -> Error {
+        let error = self.failed.clone().unwrap_or(KafkaError::Canceled);
         let is_outside = matches!(
             error.rdkafka_error_code(),
             Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange)
@@ -64,26 +68,32 @@ impl KafkaReader {
 #[async_trait]
 impl LogReader for KafkaReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
-        let first = match self.held.take() {
-            Some(record) => record,
-            None => match self.client.next().await {
-                Ok(record) => record,
-                Err(error) => return Err(self.explain(error).await),
-            },
+        if self.held.is_none() && self.failed.is_none() {
+            match self.client.next().await {
+                Ok(record) => self.held = Some(record),
+                Err(error) => self.failed = Some(error),
+            }
+        }
+        let Some(first) = self.held.take() else {
+            // The error stays, so that a call that is dropped here does not lose it.
+            return Err(self.explain().await);
         };
         // Nothing is awaited from here on, so a dropped call has taken nothing.
         let mut budget = FetchBudget::new();
         budget.admits(first.size());
         let mut records = vec![first];
         while records.len() < max
-            // An error shows again at the next call.
-            && let Some(Ok(record)) = self.client.next().now_or_never()
+            && self.failed.is_none()
+            && let Some(next) = self.client.next().now_or_never()
         {
-            if !budget.admits(record.size()) {
-                self.held = Some(record);
-                break;
+            match next {
+                Ok(record) if budget.admits(record.size()) => records.push(record),
+                Ok(record) => {
+                    self.held = Some(record);
+                    break;
+                }
+                Err(error) => self.failed = Some(error),
             }
-            records.push(record);
         }
         if let Some(last) = records.last() {
             self.next = last.offset.successor();

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         refusals::a_record_over_the_limit_of_the_broker_is_refused,
         refusals::a_frozen_broker_leaves_an_append_in_doubt,
         refusals::a_broker_that_is_gone_ends_a_reader,
+        refusals::an_error_behind_records_is_not_lost,
         refusals::a_single_replica_is_volatile,
     ])
 }
