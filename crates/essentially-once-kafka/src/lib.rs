@@ -84,6 +84,11 @@ impl Kafka {
         self.log_with(name, LogOptions::new()).await
     }
 
+    /// What a client of [`rdkafka`] needs to reach the same brokers as the same user.
+    pub fn client_config(&self) -> rdkafka::ClientConfig {
+        self.cluster.config()
+    }
+
     /// Like [`log`](Self::log), for another partition, for a topic that must exist, or for appends
     /// in transactions.
     ///
@@ -102,6 +107,10 @@ impl Kafka {
 impl KafkaOptions {
     /// Connects to `kafka://[user:password@]host[:port][,host[:port]..]`, or to `kafkas://..` with
     /// TLS. One broker that answers is enough. The others are learned from it.
+    ///
+    /// The URL may end in [settings](Self::setting), as in
+    /// `kafkas://..?ssl.ca.location=/etc/ca.pem&sasl.mechanism=SCRAM-SHA-512`. A `%` followed by two
+    /// hexadecimal digits stands for a byte, in them and in the user and the password.
     ///
     /// # Errors
     /// - [`Error::InvalidSetting`];

@@ -49,7 +49,8 @@ impl KafkaOptions {
 
     /// Sets the size limit of a record (key, headers and payload together) in bytes. The brokers
     /// have their own, `message.max.bytes`, and so has a topic, `max.message.bytes`. By default
-    /// they allow slightly more than a megabyte.
+    /// they allow slightly more than a megabyte. Theirs is also one of a batch, so records are sent
+    /// in batches of up to this size.
     #[must_use]
     pub fn record_limit(mut self, bytes: usize) -> Self {
         self.record_limit = bytes;
@@ -151,6 +152,7 @@ pub struct LogOptions {
     pub(crate) partition: u32,
     pub(crate) existing: bool,
     pub(crate) appends: Appends,
+    pub(crate) topic_settings: Vec<(String, String)>,
 }
 
 impl LogOptions {
@@ -180,6 +182,14 @@ impl LogOptions {
     #[must_use]
     pub fn existing(mut self) -> Self {
         self.existing = true;
+        self
+    }
+
+    /// Sets a property of the topic if it is created, such as `flush.messages` or `retention.ms`. A
+    /// topic that exists stays as it is.
+    #[must_use]
+    pub fn topic_setting(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.topic_settings.push((name.into(), value.into()));
         self
     }
 

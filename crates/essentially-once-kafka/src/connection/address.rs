@@ -11,6 +11,8 @@ pub(crate) struct Address {
     pub(crate) brokers: String,
     pub(crate) user: Option<(String, String)>,
     pub(crate) tls: bool,
+    /// Properties of the client library.
+    pub(crate) settings: Vec<(String, String)>,
 }
 
 impl Address {
@@ -19,7 +21,8 @@ impl Address {
         let invalid = |reason: &str| Error::InvalidSetting {
             setting: "Kafka URL",
             reason: format!(
-                "{reason}; expected kafka://[user:password@]host[:port][,host[:port]..], or kafkas:// for TLS"
+                "{reason}; expected kafka://[user:password@]host[:port][,host[:port]..][?property=value[&..]], or \
+                 kafkas:// for TLS"
             ),
         };
         let (scheme, rest) = url.split_once("://").ok_or_else(|| invalid("it has no scheme"))?;
@@ -33,6 +36,13 @@ impl Address {
             }
             _ => return Err(invalid("it does not begin with kafka://")),
         };
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let settings = query.split('&').filter(|setting| !setting.is_empty()).map(|setting| {
+            let (name, value) = setting.split_once('=')?;
+            decode(name).zip(decode(value))
+        });
+        let settings: Option<Vec<_>> = settings.collect();
+        let settings = settings.ok_or_else(|| invalid("what follows the `?` is not `property=value`"))?;
         let rest = rest.strip_suffix('/').unwrap_or(rest);
         let (user, hosts) = match rest.rsplit_once('@') {
             Some((user, hosts)) => {
@@ -52,6 +62,7 @@ impl Address {
             brokers: brokers?.join(","),
             user,
             tls,
+            settings,
         })
     }
 }
@@ -115,6 +126,8 @@ mod tests {
             ("kafka://[::1]", "[::1]:9092"),
             ("kafka://[::1]:3", "[::1]:3"),
             ("kafka://shop:se%40cret@h", "h:9092"),
+            ("kafka://shop:secret@h/?sasl.mechanism=SCRAM-SHA-512", "h:9092"),
+            ("kafka://h?", "h:9092"),
         ] {
             let address = Address::parse(url).expect(url);
             assert_eq!(address.brokers, brokers);
@@ -125,6 +138,10 @@ mod tests {
         }
         let address = Address::parse("kafka://shop:se%40cret@h").expect("valid");
         assert_eq!(address.user, Some(("shop".into(), "se@cret".into())));
+        let address = Address::parse("kafka://h?client.rack=a%26b&ssl.ca.location=/ca.pem").expect("valid");
+        let expected = [("client.rack", "a&b"), ("ssl.ca.location", "/ca.pem")];
+        let settings = address.settings.iter();
+        assert!(settings.eq(&expected.map(|(name, value)| (name.to_owned(), value.to_owned()))));
     }
 
     #[test]
@@ -142,6 +159,8 @@ mod tests {
             "kafka://shop:secret@h:0",
             "kafka://shop:secret@h,,i",
             "kafka://shop:secret@h/orders",
+            "kafka://shop:secret@h?secret",
+            "kafka://shop:se?cret@h",
         ] {
             let error = Address::parse(url).expect_err(url).to_string();
             assert!(error.contains("kafka://[user") && !error.contains("secret"), "{error}");

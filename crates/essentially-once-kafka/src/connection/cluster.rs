@@ -63,9 +63,10 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    pub(crate) async fn connect(options: KafkaOptions, url: &str) -> Result<Self, Error> {
-        options.check()?;
+    pub(crate) async fn connect(mut options: KafkaOptions, url: &str) -> Result<Self, Error> {
         let address = Address::parse(url)?;
+        options.settings.extend(address.settings.iter().cloned());
+        options.check()?;
         let mut config = config(&address, &options);
         for (name, value) in READING {
             config.set(name, value);

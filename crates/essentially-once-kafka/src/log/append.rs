@@ -27,12 +27,17 @@ struct Client {
 /// What the format and the protocol add to a record.
 const OVERHEAD: usize = 64 * 1024;
 
+/// The client library's own limit of a batch, in bytes.
+const MAX_BATCH: usize = 1_000_000;
+
 /// Appends to a partition.
 pub(super) struct Appender {
     cluster: Arc<Cluster>,
     topic: String,
     partition: i32,
     appends: Appends,
+    /// The same for each producer: the one that starts ends the transaction of the one before, and fences it.
+    transactional_id: String,
     /// `None` until the first append, and after an error that ends a producer.
     client: Mutex<Option<Client>>,
 }
@@ -61,6 +66,7 @@ impl Appender {
             topic,
             partition,
             appends,
+            transactional_id: format!("essentially-once-{:032x}", unique()),
             client: Mutex::new(None),
         }
     }
@@ -130,9 +136,13 @@ impl Appender {
                 "message.max.bytes",
                 (cluster.options.record_limit + OVERHEAD).to_string(),
             );
+        if config.get("batch.size").is_none() {
+            // A broker's limit of a record is that of a batch.
+            config.set("batch.size", cluster.options.record_limit.min(MAX_BATCH).to_string());
+        }
         if self.appends == Appends::Transactional {
             config
-                .set("transactional.id", format!("essentially-once-{:032x}", unique()))
+                .set("transactional.id", &self.transactional_id)
                 .set("transaction.timeout.ms", &timeout);
         }
         let context = Context::default();
@@ -195,6 +205,7 @@ impl Appender {
         client.context.forget();
         let mut sent = Sent::default();
         let mut flying = VecDeque::<DeliveryFuture>::new();
+        let mut refused = None;
         'records: for record in records {
             let mut message = FutureRecord::<[u8], [u8]>::to(&self.topic)
                 .partition(self.partition)
@@ -204,17 +215,15 @@ impl Appender {
             loop {
                 match client.producer.send_result(message) {
                     Ok(delivery) => flying.push_back(delivery),
-                    Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), refused)) => {
+                    Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), again)) if !flying.is_empty() => {
                         if let Some(delivery) = flying.pop_front() {
                             land(&mut sent, delivery).await;
-                            message = refused;
-                            continue;
                         }
-                        sent.failed(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull));
-                        break 'records;
+                        message = again;
+                        continue;
                     }
                     Err((error, _)) => {
-                        sent.failed(error);
+                        refused = Some(error);
                         break 'records;
                     }
                 }
@@ -226,6 +235,10 @@ impl Appender {
         }
         for delivery in flying {
             land(&mut sent, delivery).await;
+        }
+        // Last, because the client refuses what follows a record that failed.
+        if let Some(error) = refused {
+            sent.failed(error);
         }
         sent
     }

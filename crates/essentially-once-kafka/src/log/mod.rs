@@ -105,7 +105,9 @@ impl KafkaLog {
             topic: topic.to_owned(),
             number,
         };
-        partition.require(options.existing || number != 0).await?;
+        partition
+            .require(options.existing || number != 0, &options.topic_settings)
+            .await?;
         let appender = Appender::new(
             Arc::clone(&partition.cluster),
             topic.to_owned(),
@@ -143,7 +145,7 @@ impl Partition {
     }
 
     /// Fails unless the partition exists. Creates the topic first, unless it must exist.
-    async fn require(&self, existing: bool) -> Result<(), Error> {
+    async fn require(&self, existing: bool, settings: &[(String, String)]) -> Result<(), Error> {
         const VERB: &str = "open";
         let begun = Instant::now();
         let mut created = false;
@@ -155,11 +157,15 @@ impl Partition {
                     return Err(Error::failed(self.action(VERB), cause));
                 }
                 Ok(None) if existing => {
-                    let cause = format!("there is no topic {}: create it, or open its partition 0", self.topic);
+                    let advice = match self.number {
+                        0 => "create it, or check the name",
+                        _ => "create it with enough partitions, or check the name",
+                    };
+                    let cause = format!("there is no topic {}: {advice}", self.topic);
                     return Err(Error::failed(self.action(VERB), cause));
                 }
                 Ok(None) if !created => {
-                    self.create().await?;
+                    self.create(settings).await?;
                     created = true;
                 }
                 // The brokers hear of a new topic one by one.
@@ -195,7 +201,7 @@ impl Partition {
         }
     }
 
-    async fn create(&self) -> Result<(), Error> {
+    async fn create(&self, settings: &[(String, String)]) -> Result<(), Error> {
         let cluster = &self.cluster;
         let admin = cluster.admin()?;
         let options = AdminOptions::new()
@@ -203,6 +209,9 @@ impl Partition {
             .operation_timeout(Some(cluster.options.timeout));
         // -1 is the broker's default.
         let topic = NewTopic::new(&self.topic, 1, TopicReplication::Fixed(-1));
+        let topic = settings
+            .iter()
+            .fold(topic, |topic, (name, value)| topic.set(name, value));
         let created = admin.create_topics([&topic], &options).await;
         let complaint = || admin.inner().context().complaint();
         let action = || cluster.on(format!("create topic {}", self.topic));

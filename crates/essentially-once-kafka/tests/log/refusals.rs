@@ -5,7 +5,7 @@ use std::time::Duration;
 use essentially_once::{Error, Log as _, NewRecord, Offset, backend::Durability};
 use essentially_once_kafka::{Kafka, KafkaOptions, LogOptions};
 
-use crate::support::{Outcome, Stage, ensure, payloads, records, soon};
+use crate::support::{Outcome, PATIENCE, Stage, ensure, payloads, records, soon};
 
 /// Fails unless the result is this kind of error with these texts.
 macro_rules! assert_error {
@@ -94,7 +94,7 @@ pub(crate) async fn a_record_over_the_limit_of_the_broker_is_refused() -> Outcom
 pub(crate) async fn a_frozen_broker_leaves_an_append_in_doubt() -> Outcome {
     let stage = Stage::start().await?;
     let kafka = KafkaOptions::new()
-        .timeout(Duration::from_secs(1))
+        .timeout(PATIENCE)
         .connect(&stage.server.url())
         .await?;
     let log = kafka.log("orders").await?;
@@ -147,7 +147,7 @@ pub(crate) async fn a_broker_that_is_gone_ends_a_reader() -> Outcome {
 /// The client reports it once, directly after the records that it had read ahead.
 pub(crate) async fn an_error_behind_records_is_not_lost() -> Outcome {
     let stage = Stage::start().await?;
-    let options = KafkaOptions::new().timeout(Duration::from_secs(1));
+    let options = KafkaOptions::new().timeout(PATIENCE);
     let log = options.connect(&stage.server.url()).await?.log("orders").await?;
     log.append(&["a", "b", "c"].map(NewRecord::new)).await?;
     let mut reader = log.read(Offset::ZERO).await?;

@@ -21,6 +21,9 @@ pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome> + Send>>;
 /// Long enough for a busy machine. A case that takes longer hangs.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
+/// How long a client waits that is to give up. A busy machine answers within it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
 macro_rules! cases {
     ($($module:ident::$case:ident),+ $(,)?) => {
         [$((
