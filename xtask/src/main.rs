@@ -170,7 +170,7 @@ fn ci(tests: &Tests, servers: &Variables) -> Done {
         )?;
     }
     // Each backend of the program can be built alone.
-    for backend in ["sqlite", "postgres", "redis", "rabbitmq"] {
+    for backend in ["sqlite", "postgres", "redis", "rabbitmq", "kafka"] {
         let alone = [
             "--package",
             "essentially-once-cli",

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use essentially_once::Log;
+#[cfg(feature = "kafka")]
+use essentially_once_kafka::{Kafka, KafkaOptions};
 #[cfg(feature = "postgres")]
 use essentially_once_postgres::{Pg, PgOptions};
 #[cfg(feature = "rabbitmq")]
@@ -32,6 +34,7 @@ enum Kind {
     Postgres,
     Redis,
     Rabbitmq,
+    Kafka,
 }
 
 impl Kind {
@@ -41,9 +44,14 @@ impl Kind {
             Self::Postgres => "PostgreSQL",
             Self::Redis => "Redis",
             Self::Rabbitmq => "RabbitMQ",
+            Self::Kafka => "Kafka",
         }
     }
 }
+
+/// The beginnings of URLs, for messages.
+const SCHEMES: &str =
+    "`sqlite:`, `postgres:`, `redis:`, `rediss:`, `redis+unix:`, `amqp:`, `amqps:`, `kafka:` or `kafkas:`";
 
 impl Address {
     /// Splits a URL. `option` is the argument that it was given for. A message never repeats the
@@ -67,10 +75,7 @@ impl Address {
             )));
         }
         let Some((scheme, rest)) = url.split_once(':') else {
-            return Err(Failure::usage(format!(
-                "{option}: the URL must begin with `sqlite:`, `postgres:`, `redis:`, `rediss:`, `redis+unix:`, `amqp:` or \
-                 `amqps:`"
-            )));
+            return Err(Failure::usage(format!("{option}: the URL must begin with {SCHEMES}")));
         };
         let (kind, url) = match scheme {
             // `sqlite:///a/b.db` and `sqlite:/a/b.db` are the same file.
@@ -78,11 +83,11 @@ impl Address {
             "postgres" | "postgresql" => (Kind::Postgres, url),
             "redis" | "rediss" | "redis+unix" | "valkey" | "valkeys" => (Kind::Redis, url),
             "amqp" | "amqps" => (Kind::Rabbitmq, url),
+            "kafka" | "kafkas" => (Kind::Kafka, url),
             // The scheme itself may be the beginning of something secret.
             _ => {
                 return Err(Failure::usage(format!(
-                    "{option}: no backend has this scheme; the URL must begin with `sqlite:`, `postgres:`, `redis:`, \
-                     `rediss:`, `redis+unix:`, `amqp:` or `amqps:`"
+                    "{option}: no backend has this scheme; the URL must begin with {SCHEMES}"
                 )));
             }
         };
@@ -129,6 +134,8 @@ impl Address {
                 }
                 Ok(Backend::Rabbitmq(options.connect(&self.url).await?))
             }
+            #[cfg(feature = "kafka")]
+            Kind::Kafka => Ok(Backend::Kafka(KafkaOptions::new().connect(&self.url).await?)),
             #[allow(unreachable_patterns, reason = "with all features, every kind is above")]
             kind => Err(Failure::usage(format!(
                 "this program was built without {}: install it with that feature",
@@ -141,11 +148,21 @@ impl Address {
         self.kind == Kind::Sqlite
     }
 
+    /// Whether it keeps positions, and not only logs.
+    pub(crate) fn is_store(&self) -> bool {
+        self.kind != Kind::Kafka
+    }
+
+    /// Whether its services may have set a prefix.
+    pub(crate) fn has_prefix(&self) -> bool {
+        !matches!(self.kind, Kind::Sqlite | Kind::Kafka)
+    }
+
     /// What to call the backend. It shows no password.
     pub(crate) fn shown(&self) -> String {
         match self.kind {
             Kind::Sqlite => format!("SQLite file {}", self.url),
-            Kind::Postgres | Kind::Redis | Kind::Rabbitmq => {
+            Kind::Postgres | Kind::Redis | Kind::Rabbitmq | Kind::Kafka => {
                 let (scheme, rest) = self.url.split_once("//").unwrap_or_default();
                 let rest = rest.split('?').next().unwrap_or_default();
                 // A socket's path has no password, which is in the query.
@@ -160,7 +177,7 @@ impl Address {
                     _ if self.kind == Kind::Postgres && is_name(path) => format!(", database {path}"),
                     _ => String::new(),
                 };
-                match is_socket || is_address(server) {
+                match is_socket || server.split(',').all(is_address) {
                     true => format!("{} at {server}{database}", self.kind.name()),
                     false => self.kind.name().into(),
                 }
@@ -184,6 +201,10 @@ fn is_address(server: &str) -> bool {
     host.chars().all(is_host) && port.chars().all(|c| c.is_ascii_digit())
 }
 
+/// What to do about a store on Kafka.
+pub(crate) const NO_STORE: &str = "Kafka keeps the log, and no position, state or dead letter of a consumer: give the \
+                                   backend that does with `--store`, or set ESSENTIALLY_ONCE_STORE";
+
 /// A backend that answers.
 pub(crate) enum Backend {
     #[cfg(feature = "sqlite")]
@@ -194,6 +215,8 @@ pub(crate) enum Backend {
     Redis(Redis),
     #[cfg(feature = "rabbitmq")]
     Rabbitmq(Rabbit),
+    #[cfg(feature = "kafka")]
+    Kafka(Kafka),
 }
 
 impl Backend {
@@ -223,11 +246,22 @@ impl Backend {
                     Arc::new(rabbit.log_with(name, options).await?)
                 }
             },
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => {
+                let options = essentially_once_kafka::LogOptions::new().existing();
+                // A log's name ends in the number of its partition, unless that is 0.
+                let numbered = name.rsplit_once('/').map(|(topic, number)| (topic, number.parse()));
+                let (name, options) = match numbered {
+                    Some((topic, Ok(number @ 1..))) => (topic, options.partition(number)),
+                    _ => (name, options),
+                };
+                Arc::new(kafka.log_with(name, options).await?)
+            }
         })
     }
 
-    pub(crate) fn store(&self) -> Box<dyn Store> {
-        match self {
+    pub(crate) fn store(&self) -> Result<Box<dyn Store>, Failure> {
+        Ok(match self {
             #[cfg(feature = "sqlite")]
             Self::Sqlite(sqlite) => Box::new(sqlite.store()),
             #[cfg(feature = "postgres")]
@@ -236,7 +270,9 @@ impl Backend {
             Self::Redis(redis) => Box::new(redis.store()),
             #[cfg(feature = "rabbitmq")]
             Self::Rabbitmq(rabbit) => Box::new(rabbit.store()),
-        }
+            #[cfg(feature = "kafka")]
+            Self::Kafka(_) => return Err(Failure::usage(NO_STORE)),
+        })
     }
 
     /// Name and version of the server or library; `None` if it does not tell.
@@ -251,6 +287,9 @@ impl Backend {
             // The client library hides what the broker says when it connects.
             #[cfg(feature = "rabbitmq")]
             Self::Rabbitmq(_) => None,
+            // The protocol has versions, and the broker does not say its own.
+            #[cfg(feature = "kafka")]
+            Self::Kafka(_) => None,
         }
     }
 }
@@ -284,6 +323,12 @@ mod tests {
             ("redis://[::1]:6379#orders", "Redis at [::1]:6379", Some("orders")),
             ("redis://[::1]", "Redis at [::1]", None),
             ("redis://ann:s3cret", "Redis", None),
+            (
+                "kafka://ann:s3cret@a:1,b:2#orders/3",
+                "Kafka at a:1,b:2",
+                Some("orders/3"),
+            ),
+            ("kafkas://h", "Kafka at h", None),
         ] {
             let address = parsed(url);
             assert_eq!(

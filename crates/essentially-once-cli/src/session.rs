@@ -6,7 +6,7 @@ use essentially_once::{ConsumerId, Error, Log, backend::Position};
 
 use crate::{
     arguments::Cli,
-    backend::{Address, Backend},
+    backend::{Address, Backend, NO_STORE},
     failure::Failure,
     store::Store,
 };
@@ -32,6 +32,9 @@ impl<'a> Session<'a> {
                 "--store: a store has no log, so leave the `#` and what follows out",
             ));
         }
+        if store.as_ref().is_some_and(|store| !store.is_store()) {
+            return Err(Failure::usage(format!("--store: {NO_STORE}")));
+        }
         let (log, store) = match (log, store) {
             (Some(log), Some(store)) => (log, store),
             (Some(log), None) => (log.clone(), log),
@@ -54,12 +57,15 @@ impl<'a> Session<'a> {
     }
 
     pub(crate) async fn open_store(&self) -> Result<Box<dyn Store>, Failure> {
-        Ok(self.open(&self.store).await?.store())
+        if !self.store.is_store() {
+            return Err(Failure::usage(NO_STORE));
+        }
+        self.open(&self.store).await?.store()
     }
 
     pub(crate) async fn open(&self, address: &Address) -> Result<Backend, Failure> {
-        // A SQLite file that holds only the log needs none.
-        let needs_prefix = *address == self.store || !address.is_file();
+        // A log on a backend that has none needs none.
+        let needs_prefix = *address == self.store || address.has_prefix();
         address.open(self.cli.prefix.as_deref().filter(|_| needs_prefix)).await
     }
 

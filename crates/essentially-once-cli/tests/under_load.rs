@@ -21,13 +21,14 @@ use essentially_once::{
     handler_fn,
     relay::Relay,
 };
+use essentially_once_kafka::{Kafka, LogOptions};
 use essentially_once_postgres::Pg;
 use essentially_once_rabbitmq::{Rabbit, RabbitTx};
 use essentially_once_redis::Redis;
 use essentially_once_sqlite::Sqlite;
 use essentially_once_testkit::Suite;
 use serde_json::Value;
-use test_servers::{PostgresServer, RabbitNode, RedisServer};
+use test_servers::{KafkaServer, PostgresServer, RabbitNode, RedisServer};
 
 /// How long to wait for an effect. On an idle machine, each comes within two seconds.
 const SOON: Duration = Duration::from_secs(30);
@@ -69,6 +70,11 @@ fn main() -> ExitCode {
         Ok(_) => suite.async_test(name, LIMIT, rabbitmq_streams),
         Err(why) => suite.ignored(name, &why),
     };
+    let name = "kafka_to_sqlite::every_verb_takes_effect";
+    let suite = match test_servers::kafka_server() {
+        Ok(_) => suite.async_test(name, LIMIT, kafka_to_sqlite),
+        Err(why) => suite.ignored(name, &why),
+    };
     suite.run()
 }
 
@@ -77,28 +83,42 @@ async fn sqlite() -> Result<(), Source> {
     let path = folder.path().join("shop.db");
     let sqlite = Sqlite::open(&path).await?;
     let log = sqlite.log("orders").await?;
-    every_verb(log, sqlite.store(), format!("sqlite:{}", path.display()), true).await
+    let url = format!("sqlite:{}", path.display());
+    every_verb(log, sqlite.store(), Verbs::on(url), true).await
 }
 
 async fn postgres() -> Result<(), Source> {
     let server = PostgresServer::start()?;
     let pg = Pg::connect(&server.url()).await?;
     let log = pg.log("orders").await?;
-    every_verb(log, pg.store(), server.url(), true).await
+    every_verb(log, pg.store(), Verbs::on(server.url()), true).await
 }
 
 async fn redis() -> Result<(), Source> {
     let server = RedisServer::durable().start()?;
     let redis = Redis::connect(&server.url()).await?;
     let log = redis.log("orders").await?;
-    every_verb(log, redis.store(), server.url(), true).await
+    every_verb(log, redis.store(), Verbs::on(server.url()), true).await
 }
 
 async fn rabbitmq() -> Result<(), Source> {
     let node = RabbitNode::start()?;
     let rabbit = Rabbit::connect(&node.url()).await?;
     let log = rabbit.log("orders").await?;
-    every_verb(log, rabbit.store(), node.url(), false).await
+    every_verb(log, rabbit.store(), Verbs::on(node.url()), false).await
+}
+
+async fn kafka_to_sqlite() -> Result<(), Source> {
+    let (server, folder) = (KafkaServer::start()?, tempfile::tempdir()?);
+    // Otherwise a single broker is not durable.
+    let options = LogOptions::new().topic_setting("flush.messages", "1");
+    let log = Kafka::connect(&server.url()).await?.log_with("orders", options).await?;
+    let path = folder.path().join("shop.db");
+    let verbs = Verbs {
+        log: server.url(),
+        store: format!("sqlite:{}", path.display()),
+    };
+    every_verb(log, Sqlite::open(&path).await?.store(), verbs, true).await
 }
 
 /// The store declares a stream for a consumer that commits, and an outbox is no stream.
@@ -121,7 +141,7 @@ async fn rabbitmq_streams() -> Result<(), Source> {
     relay.run_until_caught_up().await?;
     let looking = move || {
         let url = node.url();
-        let verbs = Verbs { url: url.clone() };
+        let verbs = Verbs::on(url.clone());
         let status = verbs.lines(&["relay", "status", "--consumer", "relay", "--log", &url]);
         assert_eq!((&status[0]["lag"], &status[0]["next"]), (&0.into(), &status[0]["end"]));
         for arguments in [&["positions", "shiping"][..], &["pause", "--consumer", "shiping"]] {
@@ -161,7 +181,7 @@ impl<Tx: KeyValue> Handler<Tx> for Ship {
     }
 }
 
-async fn every_verb<L, S>(log: L, store: S, url: String, can_list: bool) -> Result<(), Source>
+async fn every_verb<L, S>(log: L, store: S, verbs: Verbs, can_list: bool) -> Result<(), Source>
 where
     L: Log + Clone + 'static,
     S: OffsetStore + Clone,
@@ -193,7 +213,7 @@ where
         }
         Ok::<u64, Error>(appended)
     });
-    let verbs = tokio::task::spawn_blocking(move || Verbs { url }.all(&is_mended, can_list));
+    let verbs = tokio::task::spawn_blocking(move || verbs.all(&is_mended, can_list));
     let skipped = verbs.await?;
     ended.cancel();
     let appended = load.await??;
@@ -237,10 +257,19 @@ fn order_of(shown: &Value) -> Option<u64> {
 
 /// Calls the program.
 struct Verbs {
-    url: String,
+    log: String,
+    store: String,
 }
 
 impl Verbs {
+    /// For a log and a store on the same backend.
+    fn on(url: String) -> Self {
+        Self {
+            log: url.clone(),
+            store: url,
+        }
+    }
+
     /// Calls each verb, and waits for its effect. Returns the orders that were skipped.
     fn all(&self, is_mended: &AtomicBool, can_list: bool) -> Vec<u64> {
         self.soon("the consumer has a position", || {
@@ -363,8 +392,8 @@ impl Verbs {
         let started = Instant::now();
         let output = Command::new(env!("CARGO_BIN_EXE_essentially-once"))
             .args(arguments)
-            .env("ESSENTIALLY_ONCE_LOG", format!("{}#orders", self.url))
-            .env("ESSENTIALLY_ONCE_STORE", &self.url)
+            .env("ESSENTIALLY_ONCE_LOG", format!("{}#orders", self.log))
+            .env("ESSENTIALLY_ONCE_STORE", &self.store)
             .env("ESSENTIALLY_ONCE_CONSUMER", SHIPPING)
             .stdin(Stdio::null())
             .output()

@@ -24,8 +24,13 @@ struct Finding {
 }
 
 pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
-    let (found, position) = store(session).await;
-    let mut findings = vec![found];
+    let (mut findings, mut position) = (Vec::new(), None);
+    // A log may be looked at alone.
+    if session.store.is_store() {
+        let found = store(session).await;
+        findings.push(found.0);
+        position = found.1;
+    }
     let mut unknown = None;
     let position = match position {
         Some(Ok(position)) => Some(position),
@@ -35,7 +40,7 @@ pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
         }
         None => None,
     };
-    if session.log.log.is_some() || position.is_some() {
+    if session.log.log.is_some() || position.is_some() || findings.is_empty() {
         findings.push(log(session, position.as_ref()).await);
     }
     let shown = if session.cli.json {
@@ -76,7 +81,7 @@ async fn store(session: &Session<'_>) -> (Finding, Option<Result<Position, Failu
     let found = async {
         let backend = session.open(&session.store).await?;
         finding.version = backend.version();
-        let store = backend.store();
+        let store = backend.store()?;
         let durability = store.durability().await?;
         if session.cli.consumer.is_some() {
             position = Some(session.position(&*store).await);

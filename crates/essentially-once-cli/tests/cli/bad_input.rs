@@ -27,6 +27,15 @@ fn a_backend_that_is_not_there_is_named_and_no_password_is_shown() {
         assert!(!called.error.contains("s3cret"), "{}", called.error);
     }
     call(folder.path(), &["status"]).failed(2, "--store");
+    let kafka = "kafka://ann:s3cret@127.0.0.1:1";
+    for arguments in [&["--store", kafka, "status"][..], &["--log", kafka, "lag"]] {
+        let called = call(folder.path(), &[arguments, &["--consumer", "shipping"]].concat());
+        called.failed(2, "Kafka keeps the log");
+        assert!(!called.error.contains("s3cret"), "{}", called.error);
+    }
+    let called = call(folder.path(), &["--log", &format!("{kafka}#orders"), "tail"]);
+    called.failed(1, "127.0.0.1:1");
+    assert!(!called.error.contains("s3cret"), "{}", called.error);
     call(folder.path(), &["--store", "sqlite:none.db", "status"]).failed(2, "--consumer");
 }
 
