@@ -44,10 +44,10 @@
 //!
 //! Everything is kept in SQLite files. With `--bus` or `--store` the bus or the shipping service is
 //! in a PostgreSQL database (`--features postgres`), on a Redis server (`--features redis`) or on a
-//! RabbitMQ broker (`--features rabbitmq`).
+//! RabbitMQ broker (`--features rabbitmq`). The bus can also be on Kafka (`--features kafka`).
 //!
 //! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
-//! the relays, and `settings` opens the bus and the databases. `shop` is what the shipping service
+//! the relays, `bus` opens the bus, and `settings` the databases. `shop` is what the shipping service
 //! writes to. `letters`, `tally` and `report` show the result, and `violations` judges it. `rig`
 //! does the harm.
 
@@ -63,6 +63,7 @@ use std::{
 use clap::{Parser, Subcommand};
 use essentially_once::Error;
 
+mod bus;
 mod database;
 mod delivery;
 mod input;
@@ -80,6 +81,7 @@ mod shop;
 mod tally;
 mod violations;
 
+use bus::Bus;
 use delivery::Delivery;
 use input::Input;
 use place::Place;
@@ -150,8 +152,8 @@ struct RunArgs {
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Where the bus is: `sqlite`, postgres://user:password@host/database (with `--features
-    /// postgres`), redis://host:6379/0 (with `--features redis`) or amqp://user:password@host/%2f
-    /// (with `--features rabbitmq`).
+    /// postgres`), redis://host:6379/0 (with `--features redis`), amqp://user:password@host/%2f
+    /// (with `--features rabbitmq`) or kafka://host:9092 (with `--features kafka`).
     #[arg(
         long,
         value_name = "PLACE",
@@ -161,7 +163,7 @@ struct RunArgs {
     )]
     bus: String,
     /// Where the shipping service keeps its shipments, its position and its outbox. Takes the same
-    /// values as `--bus`.
+    /// values as `--bus`, except for Kafka.
     #[arg(
         long,
         value_name = "PLACE",
@@ -203,7 +205,7 @@ fn main() -> ExitCode {
 struct Prepared {
     seed: u64,
     input: Input,
-    bus: Place,
+    bus: Bus,
     store: Place,
     folder: Folder,
     keys: PathBuf,
@@ -216,14 +218,13 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
         None => Input::made_up(args.orders as usize, seed),
     };
     // Parsed here because clap would print a bad value, including the password in a URL.
-    let bus = args.bus.parse().map_err(|error| format!("--bus: {error}"))?;
-    let store = args.store.parse().map_err(|error| format!("--store: {error}"))?;
+    let bus: Bus = args.bus.parse().map_err(|error| format!("--bus: {error}"))?;
+    let store: Place = args.store.parse().map_err(|error| format!("--store: {error}"))?;
     if let Some(path) = &args.keys {
         keys::check(path)?;
     }
-    for (option, place) in [("--bus", &bus), ("--store", &store)] {
-        reach(option, place)?;
-    }
+    reach("--bus", bus.reach())?;
+    reach("--store", store.reach())?;
     let folder = Folder::open(args.dir.as_deref())?;
     let keys = match &args.keys {
         // The processes run in the same folder as this one.
@@ -241,12 +242,18 @@ fn prepare(args: &RunArgs) -> Result<Prepared, Failure> {
 }
 
 /// Checks that a server is there.
-fn reach(option: &str, place: &Place) -> Result<(), Failure> {
-    let reached = runtime()?.block_on(place.reach());
+fn reach(option: &str, reached: impl Future<Output = Result<(), Error>>) -> Result<(), Failure> {
+    let reached = runtime()?.block_on(reached);
     reached.map_err(|error| match error {
         Error::Unavailable { .. } => format!("{option}: {error}; start the server, or correct the URL").into(),
         error => format!("{option}: {error}").into(),
     })
+}
+
+/// Removes a run's data from shared servers.
+async fn remove(settings: &Settings) -> Result<(), Failure> {
+    settings.bus.remove(settings).await?;
+    settings.store.remove(settings).await
 }
 
 /// Runs all deliveries and prints the result. Returns whether essentially-once kept its promise.
@@ -294,7 +301,7 @@ fn run(args: &RunArgs, prepared: Prepared) -> Result<bool, Failure> {
         };
         let outcome = run_and_mend(&race, args.mend);
         if let Folder::Temporary(_) = &folder
-            && let Err(error) = runtime()?.block_on(settings.remove())
+            && let Err(error) = runtime()?.block_on(remove(&settings))
         {
             // Only reported, because an error of the run itself is more important.
             let _ = writeln!(io::stderr(), "cannot remove the data of this run: {error}");

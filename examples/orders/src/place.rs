@@ -1,4 +1,4 @@
-//! The backends that the bus and the shipping service can be on.
+//! The backends that a service or the bus can be on.
 
 use std::str::FromStr;
 
@@ -63,6 +63,7 @@ impl FromStr for Place {
             Some("amqp" | "amqps") => {
                 Err("this program was built without RabbitMQ: run it with `--features rabbitmq`".into())
             }
+            Some("kafka" | "kafkas") => Err("Kafka keeps no state, so only the bus can be on it".into()),
             _ => Err(
                 "expected `sqlite` or a URL that begins with postgres://, redis://, rediss://, amqp:// or amqps://"
                     .into(),

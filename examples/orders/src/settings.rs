@@ -1,5 +1,4 @@
-//! Where everything is kept and what it is called. The backends of bus and shipping service are
-//! chosen here.
+//! Where everything is kept and what it is called.
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
@@ -10,7 +9,7 @@ use essentially_once::{
 use essentially_once_sqlite::Sqlite;
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, delivery::Delivery, order::Format, place::Place};
+use crate::{Failure, bus::Bus, delivery::Delivery, order::Format, place::Place};
 
 /// The settings that all four processes share.
 #[derive(Clone, Serialize, Deserialize)]
@@ -18,7 +17,7 @@ pub(crate) struct Settings {
     pub(crate) delivery: Delivery,
     /// Other programs and earlier runs use the same servers, so all names there contain this one.
     pub(crate) run: String,
-    pub(crate) bus: Place,
+    pub(crate) bus: Bus,
     /// Where the shipping service keeps its shipments, its position and its outbox.
     pub(crate) store: Place,
     /// The folder of the SQLite files. Each service has one, and so does a bus on SQLite.
@@ -58,25 +57,7 @@ pub(crate) const OUTBOX: &str = "outbox";
 impl Settings {
     /// Opens a log of the bus without signatures, and creates it if it is missing.
     pub(crate) async fn bus(&self, topic: Topic) -> Result<Arc<dyn Log>, Error> {
-        match &self.bus {
-            Place::Sqlite => {
-                let sqlite = Sqlite::open(self.file("bus.db")).await?;
-                Ok(Arc::new(sqlite.log(&topic.to_string()).await?))
-            }
-            #[cfg(feature = "postgres")]
-            Place::Postgres(url) => Ok(Arc::new(self.postgres(url).await?.log(&topic.to_string()).await?)),
-            #[cfg(feature = "redis")]
-            Place::Redis(url) => {
-                let options = essentially_once_redis::LogOptions::new().stream(format!("{}:{topic}", self.run));
-                let redis = essentially_once_redis::Redis::connect(url).await?;
-                Ok(Arc::new(redis.log_with(&topic.to_string(), options).await?))
-            }
-            #[cfg(feature = "rabbitmq")]
-            Place::Rabbitmq(url) => {
-                let rabbit = essentially_once_rabbitmq::Rabbit::connect(url).await?;
-                Ok(Arc::new(rabbit.log(&self.bus_stream(topic)).await?))
-            }
-        }
+        self.bus.open(topic, self).await
     }
 
     /// Signs what is appended to a log of the bus, and verifies what is read.
@@ -124,9 +105,9 @@ impl Settings {
         self.consumer("shipping-relay")
     }
 
-    /// The stream of a topic on a RabbitMQ broker.
-    #[cfg(feature = "rabbitmq")]
-    pub(crate) fn bus_stream(&self, topic: Topic) -> String {
+    /// The name of a log of the bus on a broker that other runs share.
+    #[cfg(any(feature = "kafka", feature = "rabbitmq"))]
+    pub(crate) fn bus_name(&self, topic: Topic) -> String {
         format!("{}.{topic}", self.run)
     }
 }

@@ -1,10 +1,17 @@
 //! Runs the program as its users do, with the bus, the shipping service or both on a private
 //! server.
 
-use std::process::{Command, ExitCode, Output};
+use std::{
+    process::{Command, ExitCode, Output},
+    time::Duration,
+};
 
+use essentially_once_kafka::rdkafka::{
+    ClientConfig,
+    consumer::{BaseConsumer, Consumer as _},
+};
 use essentially_once_testkit::{Suite, Violation};
-use test_servers::{Error, PostgresServer, RabbitNode, RedisServer, Reply};
+use test_servers::{Error, KafkaServer, PostgresServer, RabbitNode, RedisServer, Reply};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new().test(
@@ -32,6 +39,12 @@ fn main() -> ExitCode {
             }),
         };
     }
+    suite = match test_servers::kafka_server() {
+        Err(why) => suite.ignored("bus_on_kafka", &why),
+        Ok(_) => suite.test("bus_on_kafka", || {
+            kills_lose_and_double_nothing(KafkaServer::start(), true, false, 2_000, 40)
+        }),
+    };
     suite = match test_servers::postgres_bin() {
         Err(why) => suite.ignored("mend_on_postgres", &why),
         Ok(_) => suite.test("mend_on_postgres", || {
@@ -91,6 +104,24 @@ impl Server for RabbitNode {
 
     fn left(&self) -> Result<String, Error> {
         self.ctl(&["list_queues", "--silent", "name"])
+    }
+}
+
+impl Server for KafkaServer {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn left(&self) -> Result<String, Error> {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.port()));
+        let client: BaseConsumer = config.create()?;
+        let found = client.fetch_metadata(None, Duration::from_secs(60))?;
+        let topics = found.topics().iter().map(|topic| topic.name());
+        Ok(topics
+            .filter(|topic| !topic.starts_with("__"))
+            .collect::<Vec<_>>()
+            .join(" "))
     }
 }
 
@@ -233,6 +264,8 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
         format!("postgres://shop:{SECRET}@127.0.0.1:1/shop"),
         format!("postgres://shop:{SECRET}@127.0.0.1:notaport/shop"),
         format!("postgres://shop:{SECRET}@127.0.0.1/shop?sslmode=require"),
+        format!("kafka://shop:{SECRET}@127.0.0.1:1"),
+        format!("kafka://shop:{SECRET}@127.0.0.1:notaport"),
         format!("mysql://shop:{SECRET}@127.0.0.1/shop"),
     ] {
         for option in ["--bus", "--store"] {
@@ -242,7 +275,9 @@ fn errors_name_the_server_and_no_password() -> Result<(), Violation> {
                 return Err(Violation::new(format!("{option}: {}: {stderr}", output.status)));
             }
             let why = stderr.lines().find(|line| line.starts_with("orders: "));
-            if url.contains("127.0.0.1:1") && !why.is_some_and(|why| why.contains("127.0.0.1:1")) {
+            // Kafka is no store, whether it is there or not.
+            let is_place = option == "--bus" || !url.starts_with("kafka:");
+            if is_place && url.contains("127.0.0.1:1") && !why.is_some_and(|why| why.contains("127.0.0.1:1")) {
                 return Err(Violation::new(format!(
                     "{option} {url}: the error does not name the server: {stderr}"
                 )));

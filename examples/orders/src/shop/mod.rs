@@ -76,23 +76,22 @@ impl Settings {
             Place::Rabbitmq(url) => RabbitShop::connect(url, &self.shipping()?).await?.list().await,
         }
     }
+}
 
-    /// Removes this run's data from a shared server.
-    pub(crate) async fn remove(&self) -> Result<(), Failure> {
-        for place in [&self.bus, &self.store] {
-            match place {
-                Place::Sqlite => {}
-                #[cfg(feature = "postgres")]
-                Place::Postgres(url) => postgres::remove(url, self).await?,
-                #[cfg(feature = "redis")]
-                Place::Redis(url) => {
-                    let mut shop = RedisShop::connect(url, &self.shipping()?).await?;
-                    shop.remove(&self.run).await?;
-                }
-                #[cfg(feature = "rabbitmq")]
-                Place::Rabbitmq(url) => rabbitmq::remove(url, self).await?,
+impl Place {
+    /// Removes a run's data from a shared server.
+    pub(crate) async fn remove(&self, settings: &Settings) -> Result<(), Failure> {
+        match self {
+            Self::Sqlite => Ok(()),
+            #[cfg(feature = "postgres")]
+            Self::Postgres(url) => postgres::remove(url, settings).await,
+            #[cfg(feature = "redis")]
+            Self::Redis(url) => {
+                let mut shop = RedisShop::connect(url, &settings.shipping()?).await?;
+                shop.remove(&settings.run).await
             }
+            #[cfg(feature = "rabbitmq")]
+            Self::Rabbitmq(url) => rabbitmq::remove(url, settings).await,
         }
-        Ok(())
     }
 }

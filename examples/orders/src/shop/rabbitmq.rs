@@ -84,7 +84,7 @@ pub(super) async fn remove(url: &str, settings: &Settings) -> Result<(), Failure
     let channel = connection.create_channel().await?;
     let shipping = settings.shipping()?;
     let mut streams = vec![shipments(&shipping)];
-    streams.extend(Topic::ALL.map(|topic| settings.bus_stream(topic)));
+    streams.extend(Topic::ALL.map(|topic| settings.bus_name(topic)));
     for consumer in [shipping, settings.shipping_relay()?] {
         let store = ["changelog", "snapshots.a", "snapshots.b"];
         streams.extend(store.map(|stream| format!("essentially-once.{consumer}.{stream}")));
