@@ -57,7 +57,7 @@ impl Bus {
             }
             #[cfg(feature = "kafka")]
             Self::Kafka(url) => {
-                // A single broker keeps what it acknowledged only if it writes it to the disk first.
+                // Otherwise a single broker may lose what it acknowledged.
                 let options = essentially_once_kafka::LogOptions::new()
                     .topic(settings.bus_name(topic))
                     .topic_setting("flush.messages", "1");

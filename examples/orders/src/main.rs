@@ -47,9 +47,9 @@
 //! RabbitMQ broker (`--features rabbitmq`). The bus can also be on Kafka (`--features kafka`).
 //!
 //! Where to read on: `order_service` and `shipping` are the two services, `processes` runs them and
-//! the relays, `bus` opens the bus, and `settings` the databases. `shop` is what the shipping service
-//! writes to. `letters`, `tally` and `report` show the result, and `violations` judges it. `rig`
-//! does the harm.
+//! the relays, `bus` opens the bus, and `settings` the databases. `shop` is what the shipping
+//! service writes to. `letters`, `tally` and `report` show the result, and `violations` judges it.
+//! `rig` does the harm.
 
 use std::{
     collections::HashSet,

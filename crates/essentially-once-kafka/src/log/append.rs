@@ -36,7 +36,7 @@ pub(super) struct Appender {
     topic: String,
     partition: i32,
     appends: Appends,
-    /// The same for each producer: the one that starts ends the transaction of the one before, and fences it.
+    /// The same for each producer, so that a new one fences the one before.
     transactional_id: String,
     /// `None` until the first append, and after an error that ends a producer.
     client: Mutex<Option<Client>>,
