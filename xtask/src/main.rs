@@ -6,6 +6,7 @@ use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
+    time::Instant,
 };
 
 use clap::{Args, Parser, Subcommand};
@@ -60,11 +61,13 @@ struct Tests {
 }
 
 fn main() -> ExitCode {
+    let begun = Instant::now();
     let done = match Cli::parse().task {
         Task::Test(tests) => variables(&tests).and_then(|servers| test(&tests, &servers)),
         Task::Ci(tests) => variables(&tests).and_then(|servers| ci(&tests, &servers)),
         Task::Tidy => tidy(),
     };
+    say(&format!("{:.0} s in all", begun.elapsed().as_secs_f64()));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(status) => ExitCode::from(status),
@@ -150,6 +153,8 @@ fn model_check(summary: &mut Summary) -> Done {
 
 fn ci(tests: &Tests, servers: &Variables) -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
+    tidy()?;
+    let begun = Instant::now();
     let deny = ["--", "-D", "warnings"];
     cargo(
         &[&["clippy", "--workspace", "--all-targets", "--all-features"][..], &deny].concat(),
@@ -184,8 +189,11 @@ fn ci(tests: &Tests, servers: &Variables) -> Done {
         &["doc", "--workspace", "--no-deps", "--all-features"],
         &[("RUSTDOCFLAGS", "-D warnings".into())],
     )?;
-    test(tests, servers)?;
-    tidy()
+    say(&format!(
+        "lints and documentation took {:.0} s",
+        begun.elapsed().as_secs_f64()
+    ));
+    test(tests, servers)
 }
 
 fn tidy() -> Done {

@@ -16,6 +16,9 @@ const TIMES: &str = "ESSENTIALLY_ONCE_TEST_TIMES";
 /// How many of the slowest cases are shown.
 const SLOWEST: usize = 20;
 
+/// How many lines of what a failed test has printed are shown again.
+const LINES: usize = 30;
+
 /// Counts the results that test binaries print.
 pub(crate) struct Summary {
     passed: u64,
@@ -23,6 +26,10 @@ pub(crate) struct Summary {
     skipped: u64,
     /// Names of failed tests, and commands that failed.
     failures: Vec<String>,
+    /// What failed tests have printed.
+    details: Vec<Vec<String>>,
+    /// Whether a line belongs to the last of them.
+    is_in_detail: bool,
     times: PathBuf,
 }
 
@@ -34,6 +41,8 @@ impl Summary {
             failed: 0,
             skipped: 0,
             failures: Vec::new(),
+            details: Vec::new(),
+            is_in_detail: false,
             times,
         }
     }
@@ -76,6 +85,7 @@ impl Summary {
     /// Counts a line such as `test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0
     /// filtered out`, and notes a line such as `test store::late_writer_is_fenced ... FAILED`.
     fn take(&mut self, line: &str) {
+        self.take_detail(line.trim_end());
         if let Some(result) = line.strip_prefix("test result: ") {
             let counts = result.split_once(". ").map_or("", |(_, counts)| counts);
             for count in counts.split("; ") {
@@ -90,6 +100,22 @@ impl Summary {
             && let Some(name) = test.trim_end().strip_suffix("... FAILED")
         {
             self.failures.push(name.trim().to_owned());
+        }
+    }
+
+    /// Keeps a block that begins with a line such as `---- store::late_writer_is_fenced ----` and
+    /// ends where the failures are listed.
+    fn take_detail(&mut self, line: &str) {
+        if line.starts_with("---- ") && line.ends_with(" ----") {
+            self.details.push(vec![line.to_owned()]);
+            self.is_in_detail = true;
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.is_in_detail = false;
+        } else if self.is_in_detail
+            && let Some(detail) = self.details.last_mut()
+            && detail.len() < LINES
+        {
+            detail.push(line.to_owned());
         }
     }
 
@@ -121,6 +147,9 @@ impl Summary {
         for failure in &self.failures {
             show(format!("  {failure}"));
         }
+        for detail in &self.details {
+            show(format!("\n{}", detail.join("\n").trim_end()));
+        }
         let Self {
             passed,
             failed,
@@ -142,6 +171,12 @@ mod tests {
         let output = "running 3 tests\n\
              test a::works ... ok\n\
              test [why it is slow] b::fails   ... FAILED\n\
+             failures:\n\
+             ---- b::fails ----\n\
+             expected 3, found 4\n\
+             \n\
+             failures:\n\
+             \x20   b::fails\n\
              test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
              test result: ok. 6 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
         let mut shown = Vec::new();
@@ -149,5 +184,6 @@ mod tests {
         assert_eq!(shown, output.as_bytes());
         assert_eq!((summary.passed, summary.failed, summary.skipped), (10, 1, 2));
         assert_eq!(summary.failures, ["[why it is slow] b::fails"]);
+        assert_eq!(summary.details, [["---- b::fails ----", "expected 3, found 4", ""]]);
     }
 }
