@@ -6,6 +6,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::PathBuf,
     process::Stdio,
+    time::{Duration, Instant},
 };
 
 use crate::{Done, Variables, command};
@@ -31,6 +32,8 @@ pub(crate) struct Summary {
     /// Whether a line belongs to the last of them.
     is_in_detail: bool,
     times: PathBuf,
+    /// The commands, and how long they took.
+    commands: Vec<(String, Duration)>,
 }
 
 impl Summary {
@@ -44,6 +47,7 @@ impl Summary {
             details: Vec::new(),
             is_in_detail: false,
             times,
+            commands: Vec::new(),
         }
     }
 
@@ -54,6 +58,7 @@ impl Summary {
 
     /// Runs cargo, passes its output on, and counts its tests.
     pub(crate) fn run(&mut self, arguments: &[&str], variables: &Variables) {
+        let begun = Instant::now();
         let status = command(arguments, variables)
             .stdout(Stdio::piped())
             .spawn()
@@ -64,6 +69,7 @@ impl Summary {
                 child.wait()
             });
         let shown = format!("cargo {}", arguments.join(" "));
+        self.commands.push((shown.clone(), begun.elapsed()));
         match status {
             Ok(status) if status.success() => {}
             Ok(status) => self.failures.push(format!("`{shown}` failed: {status}")),
@@ -140,6 +146,10 @@ impl Summary {
         ));
         for (seconds, name) in times.iter().take(SLOWEST) {
             show(format!("{seconds:8.1}  {name}"));
+        }
+        show("\nThe commands, in seconds:".into());
+        for (shown, took) in &self.commands {
+            show(format!("{:8}  {shown}", took.as_secs()));
         }
         if !self.failures.is_empty() {
             show("\nFailed:".into());
