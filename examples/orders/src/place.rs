@@ -65,7 +65,8 @@ impl FromStr for Place {
             }
             Some("kafka" | "kafkas") => Err("Kafka keeps no state, so only the bus can be on it".into()),
             _ => Err(
-                "expected `sqlite` or a URL that begins with postgres://, redis://, rediss://, amqp:// or amqps://"
+                "expected `sqlite` or a URL that begins with postgres://, redis://, rediss://, amqp:// or amqps://; the bus also \
+                 takes kafka:// and kafkas://"
                     .into(),
             ),
         }

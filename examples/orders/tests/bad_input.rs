@@ -168,7 +168,7 @@ fn a_rabbitmq_broker_that_cannot_be_used_is_refused_before_anything_is_written()
 #[test]
 fn a_place_with_an_unknown_scheme_is_refused_with_those_that_are_known() {
     let folder = tempfile::tempdir().expect("a folder");
-    for place in ["reddis://127.0.0.1", "kafka://127.0.0.1", "sqlite3", "127.0.0.1:6379"] {
+    for place in ["reddis://127.0.0.1", "mysql://127.0.0.1", "sqlite3", "127.0.0.1:6379"] {
         for option in ["--bus", "--store"] {
             let error = refused(&[option, place], folder.path());
             assert!(
@@ -177,6 +177,8 @@ fn a_place_with_an_unknown_scheme_is_refused_with_those_that_are_known() {
             );
         }
     }
+    let error = refused(&["--store", "kafka://127.0.0.1"], folder.path());
+    assert!(error.starts_with("orders: --store: Kafka keeps no state"), "{error}");
 }
 
 #[test]
