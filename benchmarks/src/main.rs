@@ -7,7 +7,8 @@
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 mod appends;
-mod healthy;
+mod instructions;
+mod kafka;
 mod latency;
 mod letters;
 mod postgres;
@@ -62,6 +63,11 @@ enum Backend {
     Appends(appends::AppendsArguments),
     #[command(hide = true)]
     Appender(appends::Appender),
+    /// Kafka's protocol, on a private broker: appending, or consuming into SQLite or PostgreSQL.
+    Kafka {
+        /// What to measure.
+        part: kafka::Part,
+    },
     /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
     /// plain and packed. Ignores batch sizes.
     Rabbitmq,
@@ -81,7 +87,12 @@ enum Backend {
     Letters,
     /// What the option to keep dead letters costs a record that is handled. Needs Valgrind, and
     /// ignores all other options.
-    Healthy(healthy::HealthyArguments),
+    Healthy,
+    /// What the loop costs a record: instructions and allocations, on the in-memory backend. Needs
+    /// Valgrind, and ignores all other options but the batch sizes.
+    Core,
+    #[command(hide = true)]
+    Counted(instructions::Work),
 }
 
 /// One measured row of the table.
@@ -114,7 +125,8 @@ fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec<Row> {
     batches.iter().map(row).collect()
 }
 
-type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+type Failure = Box<dyn Error + Send + Sync>;
+type Result<T, E = Failure> = std::result::Result<T, E>;
 
 const BATCHES: [usize; 4] = [1, 10, 100, 1_000];
 const PAYLOAD: [u8; 100] = [b'x'; 100];
@@ -128,6 +140,7 @@ fn main() -> Result<ExitCode> {
     let contest: Box<dyn Contest> = match arguments.backend {
         Backend::Sqlite => Box::new(sqlite::Files(folder)),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
+        Backend::Kafka { part } => Box::new(kafka::Broker::start(part, arguments.counters, folder)?),
         Backend::Postgres { write } => Box::new(postgres::Server::start(arguments.counters, write)?),
         Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
         Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
@@ -136,7 +149,9 @@ fn main() -> Result<ExitCode> {
         Backend::Latency(latency) => {
             return latency::measure(latency, arguments.rounds, folder).map(|()| ExitCode::SUCCESS);
         }
-        Backend::Healthy(healthy) => return healthy::measure(healthy, folder.path()).map(|()| ExitCode::SUCCESS),
+        Backend::Healthy => return instructions::healthy(folder.path()).map(|()| ExitCode::SUCCESS),
+        Backend::Core => return instructions::core(folder.path(), &arguments.batches).map(|()| ExitCode::SUCCESS),
+        Backend::Counted(work) => return instructions::work(&work).map(|()| ExitCode::SUCCESS),
         Backend::Letters => return letters::measure(arguments.rounds, &folder).map(|()| ExitCode::SUCCESS),
         Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),
     };

@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait};
 use essentially_once_postgres::{
     Pg, PgTx,
-    tokio_postgres::{self, Client, NoTls},
+    tokio_postgres::{self, Client, NoTls, Statement},
 };
 use test_servers::PostgresServer;
 
@@ -75,17 +75,14 @@ fn upsert(table: &str) -> String {
     )
 }
 
-/// The loop that a user writes without a library: select a batch, then add to the counters with one
-/// statement and move the offset, if nobody else has, in one transaction.
+/// The loop that a user writes without a library: select a batch, then count it.
 async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Duration> {
-    let mut client = connect(url).await?;
-    let sql = format!(
-        "CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL);
-         CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL);
-         CREATE TABLE {table}_position (next bigint NOT NULL, revision bigint NOT NULL);
-         INSERT INTO {table}_position VALUES (0, 0)"
-    );
-    client.batch_execute(&sql).await?;
+    let client = connect(url).await?;
+    client
+        .batch_execute(&format!(
+            "CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL)"
+        ))
+        .await?;
     let fill =
         format!("INSERT INTO {table}_log SELECT place, $3 FROM generate_series($1::bigint, $2::bigint) AS place");
     for first in (0..row.records).step_by(FILL as usize) {
@@ -95,87 +92,142 @@ async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Dur
             .await?;
     }
     let read = format!("SELECT place, payload FROM {table}_log WHERE place >= $1 ORDER BY place LIMIT $2");
-    let read = client.prepare(&read).await?;
-    let upsert = client.prepare(&upsert(table)).await?;
-    let advance = format!("UPDATE {table}_position SET next = $1, revision = revision + 1 WHERE revision = $2");
-    let advance = client.prepare(&advance).await?;
+    let mut counting = ByHand::start(url, table, counters).await?;
+    let read = counting.client.prepare(&read).await?;
 
     let started = Instant::now();
-    let (mut next, mut revision) = (0_i64, 0_i64);
-    while (next as u64) < row.records {
-        let rows = client.query(&read, &[&next, &(row.batch as i64)]).await?;
-        let mut counts = BTreeMap::new();
+    while (counting.next as u64) < row.records {
+        let (next, limit) = (counting.next, row.batch as i64);
+        let rows = counting.client.query(&read, &[&next, &limit]).await?;
         for row in &rows {
             let payload: &[u8] = row.get(1);
             assert_eq!(payload.len(), PAYLOAD.len());
-            *counts.entry(next % counters as i64).or_insert(0_i64) += 1;
-            next += 1;
+        }
+        counting.count(rows.len()).await?;
+    }
+    let time = started.elapsed();
+    counting.finish(row.records).await?;
+    client.batch_execute(&format!("DROP TABLE {table}_log")).await?;
+    Ok(time)
+}
+
+/// Counts by hand: adds to the counters with one statement and moves the offset, if nobody else
+/// has, in one transaction.
+pub(crate) struct ByHand {
+    client: Client,
+    table: String,
+    upsert: Statement,
+    advance: Statement,
+    counters: i64,
+    next: i64,
+    revision: i64,
+}
+
+impl ByHand {
+    pub(crate) async fn start(url: &str, table: &str, counters: u64) -> Result<Self> {
+        let client = connect(url).await?;
+        let sql = format!(
+            "CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL);
+             CREATE TABLE {table}_position (next bigint NOT NULL, revision bigint NOT NULL);
+             INSERT INTO {table}_position VALUES (0, 0)"
+        );
+        client.batch_execute(&sql).await?;
+        let advance = format!("UPDATE {table}_position SET next = $1, revision = revision + 1 WHERE revision = $2");
+        Ok(Self {
+            upsert: client.prepare(&upsert(table)).await?,
+            advance: client.prepare(&advance).await?,
+            client,
+            table: table.to_owned(),
+            counters: counters as i64,
+            next: 0,
+            revision: 0,
+        })
+    }
+
+    /// Counts the next records.
+    pub(crate) async fn count(&mut self, records: usize) -> Result<()> {
+        let mut counts = BTreeMap::new();
+        for _ in 0..records {
+            *counts.entry(self.next % self.counters).or_insert(0_i64) += 1;
+            self.next += 1;
         }
         let (keys, values): (Vec<i64>, Vec<i64>) = counts.into_iter().unzip();
-        let tx = client.transaction().await?;
-        tx.execute(&upsert, &[&keys, &values]).await?;
-        if tx.execute(&advance, &[&next, &revision]).await? != 1 {
+        let tx = self.client.transaction().await?;
+        tx.execute(&self.upsert, &[&keys, &values]).await?;
+        if tx.execute(&self.advance, &[&self.next, &self.revision]).await? != 1 {
             return Err("somebody else has moved the position".into());
         }
         tx.commit().await?;
-        revision += 1;
+        self.revision += 1;
+        Ok(())
     }
-    let time = started.elapsed();
-    let counted = client
-        .query_one(&format!("SELECT sum(n)::bigint FROM {table}"), &[])
-        .await?
-        .get(0);
-    check(counted, row.records)?;
-    client
-        .batch_execute(&format!("DROP TABLE {table}, {table}_log, {table}_position"))
-        .await?;
-    Ok(time)
+
+    /// Checks the counters, and removes the tables.
+    pub(crate) async fn finish(self, records: u64) -> Result<()> {
+        let table = &self.table;
+        let sum = format!("SELECT sum(n)::bigint FROM {table}");
+        check(self.client.query_one(&sum, &[]).await?.get(0), records)?;
+        let drop = format!("DROP TABLE {table}, {table}_position");
+        Ok(self.client.batch_execute(&drop).await?)
+    }
 }
 
 impl Server {
     /// The same work through the library.
     async fn run(&self, name: &str, row: &Row) -> Result<Duration> {
-        let (pg, client, table) = (
-            Pg::connect(&self.server.url()).await?,
-            connect(&self.server.url()).await?,
-            table(name),
-        );
-        let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
-        client.batch_execute(&sql).await?;
+        let pg = Pg::connect(&self.server.url()).await?;
         let log = pg.log(name).await?;
         let fill: Vec<NewRecord> = (0..row.records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
         for chunk in fill.chunks(FILL as usize) {
             log.append(chunk).await?;
         }
-        let count = Count {
-            write: self.write,
-            sql: match self.write {
-                Write::Queue => format!(
-                    "INSERT INTO {table} AS c (counter, n) VALUES ($1, 1) ON CONFLICT (counter) DO UPDATE SET n = c.n + 1"
-                ),
-                _ => upsert(&table),
-            },
-            counters: self.counters as i64,
-            handled: 0,
-            gathered: BTreeMap::new(),
-        };
-        let consumer = ConsumerId::new(name)?;
-        let started = Instant::now();
-        let consuming = Consumer::essentially_once(consumer.clone(), log, pg.store(), count);
-        tokio::spawn(consuming.max_batch(row.batch).run_until_caught_up()).await??;
-        let time = started.elapsed();
-        let sum = match self.write {
-            Write::KeyValue => {
-                "SELECT coalesce(sum(convert_from(value, 'UTF8')::bigint), 0)::bigint FROM essentially_once.state"
-                    .into()
-            }
-            _ => format!("SELECT sum(n)::bigint FROM {table}"),
-        };
-        check(client.query_one(&sum, &[]).await?.get(0), row.records)?;
-        let clear = format!("DROP TABLE {table}; TRUNCATE essentially_once.records, essentially_once.state");
-        client.batch_execute(&clear).await?;
-        Ok(time)
+        consume(&self.server.url(), name, log, row, self.counters, self.write).await
     }
+}
+
+/// Counts the records of a log through the library.
+pub(crate) async fn consume(
+    url: &str,
+    name: &str,
+    log: impl Log + 'static,
+    row: &Row,
+    counters: u64,
+    write: Write,
+) -> Result<Duration> {
+    let (pg, client, table) = (Pg::connect(url).await?, connect(url).await?, table(name));
+    let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
+    client.batch_execute(&sql).await?;
+    if write == Write::Queue {
+        let last = counters.min(row.records) as i64 - 1;
+        let zero = format!("INSERT INTO {table} SELECT counter, 0 FROM generate_series(0, $1::bigint) AS counter");
+        client.execute(&zero, &[&last]).await?;
+    }
+    let count = Count {
+        write,
+        sql: match write {
+            Write::Queue => format!("UPDATE {table} SET n = n + 1 WHERE counter = $1"),
+            _ => upsert(&table),
+        },
+        counters: counters as i64,
+        handled: 0,
+        gathered: BTreeMap::new(),
+    };
+    let consumer = ConsumerId::new(name)?;
+    let started = Instant::now();
+    // A single Kafka broker is volatile, for both loops.
+    let consuming = Consumer::essentially_once(consumer.clone(), log, pg.store(), count).accept_volatile();
+    tokio::spawn(consuming.max_batch(row.batch).run_until_caught_up()).await??;
+    let time = started.elapsed();
+    let sum = match write {
+        Write::KeyValue => {
+            "SELECT coalesce(sum(convert_from(value, 'UTF8')::bigint), 0)::bigint FROM essentially_once.state".into()
+        }
+        _ => format!("SELECT sum(n)::bigint FROM {table}"),
+    };
+    check(client.query_one(&sum, &[]).await?.get(0), row.records)?;
+    let clear = format!("DROP TABLE {table}; TRUNCATE essentially_once.records, essentially_once.state");
+    client.batch_execute(&clear).await?;
+    Ok(time)
 }
 
 struct Count {
@@ -220,7 +272,7 @@ impl Handler<PgTx> for Count {
     }
 }
 
-fn table(name: &str) -> String {
+pub(crate) fn table(name: &str) -> String {
     name.replace('-', "_")
 }
 

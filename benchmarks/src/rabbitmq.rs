@@ -8,9 +8,9 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+use essentially_once::{Consumer, ConsumerId, Log, NewRecord};
 use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog};
-use essentially_once_sqlite::{Sqlite, SqliteTx, rusqlite};
+use essentially_once_sqlite::{Sqlite, rusqlite};
 use futures_util::StreamExt as _;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
@@ -23,7 +23,7 @@ use lapin::{
 use tempfile::TempDir;
 use test_servers::RabbitNode;
 
-use crate::{Contest, PAYLOAD, Result, Row};
+use crate::{Contest, PAYLOAD, Result, Row, sqlite};
 
 const APPEND: &str = "append";
 /// The hand-written loop also sends the time in a header, as the library does.
@@ -34,8 +34,6 @@ const CONSUME_PACKED: &str = "consume, packed";
 
 /// Records per append and commit, and messages in flight and prefetched, on both sides.
 const BATCH: usize = 1_000;
-
-const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
 
 /// A private node, and a folder for the SQLite files.
 pub(crate) struct Node {
@@ -182,7 +180,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
     let mut database = rusqlite::Connection::open(path)?;
     database.pragma_update(None, "journal_mode", "wal")?;
     database.pragma_update(None, "synchronous", "full")?;
-    create_counter(&database)?;
+    sqlite::create_counter(&database)?;
     database.execute_batch(
         "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER); INSERT INTO position VALUES (1, 0)",
     )?;
@@ -200,7 +198,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
         let mut next = 0;
         let mut last = None;
         {
-            let mut count = transaction.prepare_cached(COUNT)?;
+            let mut count = transaction.prepare_cached(sqlite::COUNT)?;
             for _ in 0..(BATCH as u64).min(records - handled) {
                 let delivery = consumer.next().await.ok_or("the consumer ended")??;
                 assert_eq!(delivery.data.len(), PAYLOAD.len());
@@ -217,7 +215,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
         }
     }
     let time = started.elapsed();
-    check(&database, records)?;
+    sqlite::check(&database, records)?;
     Ok(time)
 }
 
@@ -229,40 +227,14 @@ fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
     }
 }
 
-struct Count;
-
-#[async_trait]
-impl Handler<SqliteTx> for Count {
-    async fn handle(&mut self, record: &Record, tx: &mut SqliteTx) -> Result<(), HandlerError> {
-        assert_eq!(record.payload.len(), PAYLOAD.len());
-        tx.execute(COUNT, [])?;
-        Ok(())
-    }
-}
-
 async fn consume_ours(log: RabbitLog, records: u64, path: PathBuf) -> Result<Duration> {
     let database = rusqlite::Connection::open(&path)?;
-    create_counter(&database)?;
+    sqlite::create_counter(&database)?;
     let store = Sqlite::open(path).await?.store();
     let started = Instant::now();
-    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, Count);
+    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, sqlite::Count);
     tokio::spawn(consumer.max_batch(BATCH).run_until_caught_up()).await??;
     let time = started.elapsed();
-    check(&database, records)?;
+    sqlite::check(&database, records)?;
     Ok(time)
-}
-
-fn create_counter(database: &rusqlite::Connection) -> Result<()> {
-    database.execute_batch(
-        "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL); INSERT INTO counter VALUES (1, 0)",
-    )?;
-    Ok(())
-}
-
-fn check(database: &rusqlite::Connection, records: u64) -> Result<()> {
-    let counted: i64 = database.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
-    match counted as u64 == records {
-        true => Ok(()),
-        false => Err(format!("counted {counted} of {records} records: the measurement is invalid").into()),
-    }
 }

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::{Contest, PAYLOAD, Result, Row, by_batch};
 
-const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
+pub(crate) const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
 
 /// Records per append on both sides. This determines the size of the WAL file when the measurement
 /// begins, and overwriting a file is faster than growing it.
@@ -52,10 +52,9 @@ fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     connection.execute_batch(
         "CREATE TABLE log (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL);
          CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER NOT NULL);
-         CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL);
-         INSERT INTO position VALUES (1, 0);
-         INSERT INTO counter VALUES (1, 0);",
+         INSERT INTO position VALUES (1, 0)",
     )?;
+    create_counter(&connection)?;
     for first in (0..records).step_by(FILL) {
         let fill = connection.transaction()?;
         {
@@ -96,7 +95,7 @@ fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     Ok(time)
 }
 
-struct Count;
+pub(crate) struct Count;
 
 #[async_trait]
 impl Handler<SqliteTx> for Count {
@@ -110,10 +109,7 @@ impl Handler<SqliteTx> for Count {
 /// The same work through the library.
 fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     let connection = Connection::open(path)?;
-    connection.execute_batch(
-        "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL);
-         INSERT INTO counter VALUES (1, 0);",
-    )?;
+    create_counter(&connection)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_time()
@@ -134,7 +130,14 @@ fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     Ok(time)
 }
 
-fn check(connection: &Connection, records: u64) -> Result<()> {
+pub(crate) fn create_counter(connection: &Connection) -> Result<()> {
+    connection.execute_batch(
+        "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL); INSERT INTO counter VALUES (1, 0)",
+    )?;
+    Ok(())
+}
+
+pub(crate) fn check(connection: &Connection, records: u64) -> Result<()> {
     let counted: i64 = connection.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
     if counted as u64 != records {
         return Err(format!("counted {counted} of {records} records: the measurement is invalid").into());

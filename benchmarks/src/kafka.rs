@@ -1,0 +1,265 @@
+//! Kafka on one private broker: appending, and consuming with counter and offset in one transaction
+//! of SQLite or PostgreSQL. By hand with `rdkafka`, and through the library.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use clap::ValueEnum;
+use essentially_once::{Consumer, ConsumerId, Log, NewRecord};
+use essentially_once_kafka::{
+    Kafka, KafkaLog,
+    rdkafka::{
+        ClientConfig, Message as _, Offset, TopicPartitionList,
+        consumer::{BaseConsumer, Consumer as _},
+        producer::{FutureProducer, FutureRecord},
+    },
+};
+use essentially_once_sqlite::{Sqlite, rusqlite::Connection};
+use tempfile::TempDir;
+use test_servers::{KafkaServer, PostgresServer};
+
+use crate::{Contest, PAYLOAD, Result, Row, by_batch, postgres, sqlite};
+
+/// Records per append before the consuming begins.
+const FILL: usize = 10_000;
+
+/// How long a loop by hand waits for one more record, before it commits what it has.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// How long anything may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// Appending by the idempotent producer, with `acks=all`.
+    Append,
+    /// Consuming into SQLite, with a counter update per record.
+    Sqlite,
+    /// Consuming into PostgreSQL, with one upsert per batch.
+    Postgres,
+}
+
+/// A private broker, and where the counters are.
+pub(crate) struct Broker {
+    broker: KafkaServer,
+    part: Part,
+    /// For SQLite's files.
+    folder: TempDir,
+    postgres: Option<PostgresServer>,
+    counters: u64,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Broker {
+    pub(crate) fn start(part: Part, counters: u64, folder: TempDir) -> Result<Self> {
+        let postgres = (part == Part::Postgres).then(PostgresServer::start).transpose()?;
+        Ok(Self {
+            broker: KafkaServer::start()?,
+            part,
+            folder,
+            postgres,
+            counters,
+            runtime: postgres::runtime()?,
+        })
+    }
+}
+
+impl Contest for Broker {
+    fn rows(&self, batches: &[usize]) -> Vec<Row> {
+        let part = self.part;
+        by_batch(batches, |batch| match (part, batch) {
+            (Part::Postgres, 1) => 1_000,
+            (_, 1) => 4_000,
+            (_, 10) => 20_000,
+            (_, 100) => 80_000,
+            _ => 200_000,
+        })
+    }
+
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
+        self.runtime.block_on(async {
+            match self.part {
+                Part::Append => {
+                    Kafka::connect(&self.broker.url()).await?.log(name).await?;
+                    append(&self.config(), name, row).await
+                }
+                Part::Sqlite => {
+                    self.fill(name, row).await?;
+                    into_sqlite(&self.reader(name)?, &self.file(name), row)
+                }
+                Part::Postgres => {
+                    self.fill(name, row).await?;
+                    into_postgres(&self.reader(name)?, &self.postgres_url()?, name, row, self.counters).await
+                }
+            }
+        })
+    }
+
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
+        self.runtime.block_on(async {
+            if self.part == Part::Append {
+                let log = Kafka::connect(&self.broker.url()).await?.log(name).await?;
+                let chunk = vec![NewRecord::new(PAYLOAD.as_slice()); row.batch];
+                // Connects the producer.
+                log.append(&chunk).await?;
+                let started = Instant::now();
+                for _ in 0..row.records / row.batch as u64 {
+                    log.append(&chunk).await?;
+                }
+                return Ok(started.elapsed());
+            }
+            let log = self.fill(name, row).await?;
+            match self.part {
+                Part::Postgres => {
+                    let (url, write) = (self.postgres_url()?, postgres::Write::Gather);
+                    postgres::consume(&url, name, log, row, self.counters, write).await
+                }
+                _ => {
+                    let path = self.file(name);
+                    let counter = Connection::open(&path)?;
+                    sqlite::create_counter(&counter)?;
+                    let store = Sqlite::open(path).await?.store();
+                    let started = Instant::now();
+                    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, sqlite::Count);
+                    let consumer = consumer.max_batch(row.batch).accept_volatile();
+                    tokio::spawn(consumer.run_until_caught_up()).await??;
+                    let time = started.elapsed();
+                    sqlite::check(&counter, row.records)?;
+                    Ok(time)
+                }
+            }
+        })
+    }
+}
+
+impl Broker {
+    fn config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.broker.port()));
+        config
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn postgres_url(&self) -> Result<String> {
+        Ok(self.postgres.as_ref().ok_or("started with this part")?.url())
+    }
+
+    /// Appends the records that are consumed.
+    async fn fill(&self, name: &str, row: &Row) -> Result<KafkaLog> {
+        let log = Kafka::connect(&self.broker.url()).await?.log(name).await?;
+        let fill = vec![NewRecord::new(PAYLOAD.as_slice()); row.records as usize];
+        for chunk in fill.chunks(FILL) {
+            log.append(chunk).await?;
+        }
+        Ok(log)
+    }
+
+    /// A client at the beginning of the topic that commits nothing to Kafka.
+    fn reader(&self, name: &str) -> Result<BaseConsumer> {
+        let mut config = self.config();
+        config
+            .set("group.id", "by-hand")
+            .set("enable.auto.commit", "false")
+            .set("auto.offset.reset", "error");
+        let reader: BaseConsumer = config.create()?;
+        let mut place = TopicPartitionList::new();
+        place.add_partition_offset(name, 0, Offset::Offset(0))?;
+        reader.assign(&place)?;
+        Ok(reader)
+    }
+}
+
+/// Sends a batch, and waits until each record is stored.
+async fn append(config: &ClientConfig, topic: &str, row: &Row) -> Result<Duration> {
+    let mut config = config.clone();
+    config
+        .set("acks", "all")
+        .set("enable.idempotence", "true")
+        .set("linger.ms", "0");
+    let producer: FutureProducer = config.create()?;
+    let send = async || {
+        let mut flying = Vec::with_capacity(row.batch);
+        for _ in 0..row.batch {
+            let record = FutureRecord::<[u8], [u8]>::to(topic).partition(0).payload(&PAYLOAD);
+            flying.push(producer.send_result(record).map_err(|(error, _)| error)?);
+        }
+        for delivery in flying {
+            delivery.await?.map_err(|(error, _)| error)?;
+        }
+        Ok::<_, crate::Failure>(())
+    };
+    // Connects the producer.
+    send().await?;
+    let started = Instant::now();
+    for _ in 0..row.records / row.batch as u64 {
+        send().await?;
+    }
+    Ok(started.elapsed())
+}
+
+/// Reads up to that many records. Returns the offset after them and their number, or `None` at the
+/// end.
+fn batch(reader: &BaseConsumer, limit: usize) -> Result<Option<(i64, u64)>> {
+    let (mut next, mut count) = (None, 0);
+    while (count as usize) < limit {
+        let wait = if count == 0 { LIMIT } else { PAUSE };
+        let Some(message) = reader.poll(wait) else { break };
+        let message = message?;
+        assert_eq!(message.payload_len(), PAYLOAD.len());
+        next = Some(message.offset() + 1);
+        count += 1;
+    }
+    Ok(next.map(|next| (next, count)))
+}
+
+/// Counts each record and stores the offset, in one transaction per batch.
+fn into_sqlite(reader: &BaseConsumer, path: &Path, row: &Row) -> Result<Duration> {
+    let mut database = Connection::open(path)?;
+    database.pragma_update(None, "journal_mode", "wal")?;
+    database.pragma_update(None, "synchronous", "full")?;
+    sqlite::create_counter(&database)?;
+    database.execute_batch(
+        "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER); INSERT INTO position VALUES (1, 0)",
+    )?;
+    let started = Instant::now();
+    let mut handled = 0;
+    while handled < row.records {
+        let (next, count) = batch(reader, row.batch)?.ok_or("no record came")?;
+        let transaction = database.transaction()?;
+        {
+            let mut update = transaction.prepare_cached(sqlite::COUNT)?;
+            for _ in 0..count {
+                update.execute([])?;
+            }
+        }
+        transaction
+            .prepare_cached("UPDATE position SET next = ?1 WHERE id = 1")?
+            .execute([next])?;
+        transaction.commit()?;
+        handled += count;
+    }
+    let time = started.elapsed();
+    sqlite::check(&database, row.records)?;
+    Ok(time)
+}
+
+/// Counts the records with one statement per batch, and stores the offset with it.
+async fn into_postgres(reader: &BaseConsumer, url: &str, name: &str, row: &Row, counters: u64) -> Result<Duration> {
+    let mut counting = postgres::ByHand::start(url, &postgres::table(name), counters).await?;
+    let started = Instant::now();
+    let mut handled = 0;
+    while handled < row.records {
+        let (_, count) = batch(reader, row.batch)?.ok_or("no record came")?;
+        counting.count(count as usize).await?;
+        handled += count;
+    }
+    let time = started.elapsed();
+    counting.finish(row.records).await?;
+    Ok(time)
+}
