@@ -62,6 +62,13 @@ impl Backend {
         all.filter(|(log, store)| is_full || is_near(*log, *store)).collect()
     }
 
+    /// Each kind of log with the store of the same server, or with PostgreSQL's if it has none.
+    pub fn alone() -> Vec<(Self, Self)> {
+        let mut alone: Vec<_> = Self::STORES.map(|backend| (backend, backend)).into();
+        alone.push((Self::Kafka, Self::Postgres));
+        alone
+    }
+
     /// The store of the same server.
     const fn as_store(self) -> Self {
         match self {
@@ -195,7 +202,11 @@ impl Address {
             Self::Postgres(url) => Arc::new(Pg::connect(url).await?.log(name).await?),
             Self::Redis(url) => Arc::new(Redis::connect(url).await?.log(name).await?),
             Self::Rabbitmq(url) => Arc::new(Rabbit::connect(url).await?.log(name).await?),
-            Self::Kafka(url) => Arc::new(Kafka::connect(url).await?.log(name).await?),
+            Self::Kafka(url) => {
+                // The tests stop its only broker and do not kill it.
+                let options = essentially_once_kafka::LogOptions::new().topic_setting("flush.messages", "1");
+                Arc::new(Kafka::connect(url).await?.log_with(name, options).await?)
+            }
             Self::RabbitmqPacked(url) => {
                 let options = LogOptions::new().packed(Packing::new().max_records(16).max_bytes(64 * 1024));
                 Arc::new(Rabbit::connect(url).await?.log_with(name, options).await?)

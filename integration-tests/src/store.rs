@@ -70,8 +70,6 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
 
     async fn consume(self: Box<Self>, consumer: ConsumerId, log: Arc<dyn Log>, work: Work) -> Result<(), Error> {
         let (max_batch, standby_after) = (work.max_batch, work.standby_after);
-        // Its only broker writes to the disk later. The tests stop it and do not kill it.
-        let is_volatile = matches!(work.log, Address::Kafka(_));
         let calls = match &work.calls {
             Some(path) => Some(
                 OpenOptions::new()
@@ -92,10 +90,6 @@ impl<S: OffsetStore<Tx: KeyValue + Counter> + 'static> Store for Of<S> {
             .min_backoff(Duration::from_millis(5))
             .max_backoff(Duration::from_millis(200))
             .standby_after(standby_after);
-        let consumer = match is_volatile {
-            true => consumer.accept_volatile(),
-            false => consumer,
-        };
         consumer.run_until(CancellationToken::new()).await?;
         Ok(())
     }

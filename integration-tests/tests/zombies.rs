@@ -45,23 +45,24 @@ fn main() -> ExitCode {
         return ended;
     }
     let mut suite = Suite::new();
-    for backend in Backend::STORES {
+    for (log, store) in Backend::alone() {
         for (probe, records, disturbance) in PROBES {
-            let name = format!("{}::{probe}", backend.name());
-            suite = match backend.missing() {
+            let name = format!("{}::{probe}", log.name());
+            suite = match log.missing().or(store.missing()) {
                 Some(why) => suite.ignored(&name, &why),
-                None => suite.async_test(&name, 2 * LIMIT, move || run(backend, records, disturbance)),
+                None => suite.async_test(&name, 2 * LIMIT, move || run(log, store, records, disturbance)),
             };
         }
     }
     suite.run()
 }
 
-async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result<(), Source> {
-    let place = backend.start()?;
-    let address = place.address();
-    let log = insist(|| address.log(LOG)).await?;
-    let store = insist(|| address.store()).await?;
+async fn run(log: Backend, store: Backend, records: u64, disturbance: Disturbance) -> Result<(), Source> {
+    let place = log.start()?;
+    let other = if log == store { None } else { Some(store.start()?) };
+    let addresses = [place.address(), other.as_ref().unwrap_or(&place).address()];
+    let log = insist(|| addresses[0].log(LOG)).await?;
+    let store = insist(|| addresses[1].store()).await?;
     let keyed = |n: u64| NewRecord::new(n.to_string()).key((n % 7).to_string());
     log.append(&(0..records).map(keyed).collect::<Vec<_>>()).await?;
     let work = Work {
@@ -78,7 +79,7 @@ async fn run(backend: Backend, records: u64, disturbance: Disturbance) -> Result
         },
         long_every: (disturbance == Disturbance::LongRecords).then_some(50),
         long_pause: Duration::from_millis(1_500),
-        ..Work::new(place.address(), place.address(), LOG, "zombie")
+        ..Work::new(addresses[0].clone(), addresses[1].clone(), LOG, "zombie")
     };
     let mut workers = [Worker::start(&work)?, Worker::start(&work)?];
     let probe = Probe {

@@ -85,6 +85,8 @@ impl Harness for KafkaHarness {
         capabilities.tail = Support::Yes;
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.paced_rounds = 500;
+        // Each takes a second or two.
+        capabilities.fault_plans = 12;
         capabilities
     }
 

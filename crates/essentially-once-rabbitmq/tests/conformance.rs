@@ -113,6 +113,8 @@ impl Harness for RabbitHarness {
         );
         capabilities.record_limit = Some(RECORD_LIMIT);
         capabilities.value_limit = Some(RECORD_LIMIT);
+        // Each takes many seconds.
+        capabilities.restarts = 2;
         // Each takes a second or two.
         capabilities.fault_plans = 12;
         capabilities

@@ -319,6 +319,9 @@ pub struct Capabilities {
     /// The largest difference between this process's clock and the clock that sets
     /// [`appended_at`](essentially_once::Record::appended_at).
     pub clock_skew: Duration,
+    /// How often a case restarts the backend while work is in progress. Use fewer where it takes
+    /// many seconds.
+    pub restarts: u32,
     /// How many fault plans each run samples for each delivery. Use fewer where a handle takes long
     /// to open.
     pub fault_plans: usize,
@@ -359,6 +362,7 @@ impl Capabilities {
             many_consumers: 1_000,
             paced_rounds: 2_000,
             clock_skew: Duration::from_secs(1),
+            restarts: 4,
             fault_plans: 60,
         }
     }

@@ -209,9 +209,9 @@ impl Appender {
         'records: for record in records {
             let mut message = FutureRecord::<[u8], [u8]>::to(&self.topic)
                 .partition(self.partition)
-                .payload(&record.payload)
-                .headers(headers(record));
+                .payload(&record.payload);
             message.key = record.key.as_deref();
+            message.headers = headers(record);
             loop {
                 match client.producer.send_result(message) {
                     Ok(delivery) => flying.push_back(delivery),

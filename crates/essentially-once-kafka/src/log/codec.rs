@@ -18,8 +18,11 @@ const PRODUCER: &str = "essentially-once-producer";
 const SEQUENCE: &str = "essentially-once-sequence";
 const HEADER: &str = "essentially-once-header";
 
-/// The headers of a message with this record.
-pub(super) fn headers(record: &NewRecord) -> OwnedHeaders {
+/// The headers of a message with this record, if it has any.
+pub(super) fn headers(record: &NewRecord) -> Option<OwnedHeaders> {
+    if record.origin.is_none() && record.headers.is_empty() {
+        return None;
+    }
     let mut headers = OwnedHeaders::new_with_capacity(record.headers.len() + 2);
     let mut insert = |key: &str, value: &[u8]| {
         headers = std::mem::replace(&mut headers, OwnedHeaders::new_with_capacity(0)).insert(Header {
@@ -41,7 +44,7 @@ pub(super) fn headers(record: &NewRecord) -> OwnedHeaders {
             insert(name, value);
         }
     }
-    headers
+    Some(headers)
 }
 
 /// The record in a message. One that cannot be decoded is malformed, with the payload as its bytes.

@@ -28,6 +28,6 @@ fn main() -> ExitCode {
         refusals::a_frozen_broker_leaves_an_append_in_doubt,
         refusals::a_broker_that_is_gone_ends_a_reader,
         refusals::an_error_behind_records_is_not_lost,
-        refusals::a_single_replica_is_volatile,
+        refusals::a_topic_that_may_lose_records_is_refused,
     ])
 }

@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use essentially_once::{Error, Log as _, NewRecord, Offset, backend::Durability};
+use essentially_once::{
+    Consumer, ConsumerId, Error, Log as _, NewRecord, Offset, Record,
+    backend::Durability,
+    handler_fn,
+    memory::{Memory, MemoryTx},
+};
 use essentially_once_kafka::{Kafka, KafkaOptions, LogOptions};
 
 use crate::support::{Outcome, PATIENCE, Stage, ensure, payloads, records, soon};
@@ -167,12 +172,35 @@ pub(crate) async fn an_error_behind_records_is_not_lost() -> Outcome {
     Ok(())
 }
 
-pub(crate) async fn a_single_replica_is_volatile() -> Outcome {
+pub(crate) async fn a_topic_that_may_lose_records_is_refused() -> Outcome {
     let stage = Stage::start().await?;
-    let log = stage.kafka.log("orders").await?;
-    match log.durability().await? {
-        Durability::Volatile(why) => ensure!(why.contains("flush.messages=1"), "{why}"),
-        other => return Err(format!("{other:?}").into()),
+    let synced = ("flush.messages", "1");
+    for (topic, settings, advice) in [
+        ("single", &[][..], Some("flush.messages=1")),
+        (
+            "compacted",
+            &[synced, ("cleanup.policy", "compact")],
+            Some("cleanup.policy=delete"),
+        ),
+        ("synced", &[synced], None),
+    ] {
+        let options = settings.iter().fold(LogOptions::new(), |options, (name, value)| {
+            options.topic_setting(*name, *value)
+        });
+        let log = stage.kafka.log_with(topic, options).await?;
+        let (id, store) = (ConsumerId::new("shipping")?, Memory::new().store());
+        let nothing = handler_fn(|_: &Record, _: &mut MemoryTx| Box::pin(async { Ok(()) }));
+        let consumer = Consumer::at_least_once(id, log.clone(), store, nothing);
+        let run = soon(consumer.run_until_caught_up()).await?.map(drop);
+        match (log.durability().await?, advice, run) {
+            (Durability::Volatile(why), Some(advice), Err(error)) => {
+                let named = why.contains(advice) && error.to_string().contains(advice);
+                ensure!(named, "{topic}: {why}; {error}");
+            }
+            // The store is in memory.
+            (Durability::Durable, None, Err(error)) => ensure!(!error.to_string().contains(topic), "{error}"),
+            other => return Err(format!("{topic}: {other:?}").into()),
+        }
     }
     Ok(())
 }

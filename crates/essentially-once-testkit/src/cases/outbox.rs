@@ -173,11 +173,11 @@ pub(super) async fn o1_what_is_not_committed_sends_nothing<H: Harness>(_: &H, ba
 
 /// O1: while the backend restarts, the outbox has a record for each step of the position.
 pub(super) async fn o1_a_restart_never_parts_records_from_the_position<H: Harness>(
-    _: &H,
+    harness: &H,
     backend: &H::Backend,
 ) -> CaseResult {
     let name = &backend.outbox_name("a");
-    while_restarting(backend, async |stop, progress| {
+    while_restarting(harness, backend, async |stop, progress| {
         let mut sender = up(|| Sender::open(backend, "shipping")).await?;
         while !stop.load(Ordering::SeqCst) {
             if let Err(error) = send_next(&sender, name).await {

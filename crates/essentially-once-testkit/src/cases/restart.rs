@@ -25,8 +25,8 @@ use crate::{
     violation::{CaseResult, Violation, ensure},
 };
 
-/// How often the backend restarts while work is in progress.
-const RESTARTS: usize = 4;
+/// For how many steps of the work to look without a pause. Backends in memory take few.
+const STEPS: u32 = 1_000;
 
 /// [L1](essentially_once::Log#contract): acknowledged records survive a restart, and appends
 /// continue after them.
@@ -101,18 +101,24 @@ async fn read_to_last(log: &dyn Log, payload: &str) -> Result<Vec<Record>, Error
     Ok(found)
 }
 
-/// Runs `work` until it has seen [`RESTARTS`] restarts. Between restarts the work must advance, as
-/// `progress` counts.
-pub(super) async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>(
-    backend: &B,
+/// Runs `work` until it has seen as many restarts as the harness wants. Between restarts the work
+/// must advance, as `progress` counts.
+pub(super) async fn while_restarting<H: Harness, F: Future<Output = CaseResult>>(
+    harness: &H,
+    backend: &H::Backend,
     work: impl FnOnce(Arc<AtomicBool>, Arc<AtomicUsize>) -> F,
 ) -> CaseResult {
     let (stop, progress) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let restarts = async {
         let mut seen = 0;
-        for restart in 0..RESTARTS as u32 {
+        for restart in 0..harness.capabilities().restarts {
+            let mut steps = 0..STEPS;
             while progress.load(Ordering::SeqCst) < seen + 20 {
-                tokio::task::yield_now().await;
+                match steps.next() {
+                    Some(_) => tokio::task::yield_now().await,
+                    // A server that starts needs the processor.
+                    None => tokio::time::sleep(Duration::from_millis(1)).await,
+                }
             }
             // `work` counts between two operations, and restarts should hit those at different
             // stages.
@@ -135,23 +141,30 @@ pub(super) async fn while_restarting<B: Backend, F: Future<Output = CaseResult>>
 /// [L7](essentially_once::Log#contract): batches of three while the backend restarts. Acknowledged
 /// batches are there in full. Batches that certainly failed left nothing. Batches in doubt left a
 /// prefix.
-pub(super) async fn l7_a_failed_append_reports_its_outcome<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn l7_a_failed_append_reports_its_outcome<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
     let mut outcomes = Vec::new();
     let results = &mut outcomes;
-    while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
-        let mut log = up(|| backend.log("orders")).await?;
-        while !stop.load(Ordering::SeqCst) {
-            let batch = results.len();
-            let result = log.append(&records((0..3).map(|n| format!("{batch}.{n}")))).await;
-            if result.is_err() {
-                log = up(|| backend.log("orders")).await?;
+    while_restarting(
+        harness,
+        backend,
+        async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
+            let mut log = up(|| backend.log("orders")).await?;
+            while !stop.load(Ordering::SeqCst) {
+                let batch = results.len();
+                let result = log.append(&records((0..3).map(|n| format!("{batch}.{n}")))).await;
+                if result.is_err() {
+                    log = up(|| backend.log("orders")).await?;
+                }
+                results.push(result.map(drop));
+                progress.fetch_add(1, Ordering::SeqCst);
+                tokio::task::yield_now().await;
             }
-            results.push(result.map(drop));
-            progress.fetch_add(1, Ordering::SeqCst);
-            tokio::task::yield_now().await;
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
     .await?;
     let log = up(|| backend.log("orders")).await?;
     let end = records(["end"]);
@@ -189,27 +202,31 @@ async fn stored<S: OffsetStore<Tx: KeyValue>>(store: &S) -> Result<(Option<Posit
 /// [S1](essentially_once::OffsetStore#contract): the state counts the commits, and agrees with the
 /// position after every failure.
 pub(super) async fn s1_a_restart_never_parts_state_from_position<H: Harness>(
-    _: &H,
+    harness: &H,
     backend: &H::Backend,
 ) -> CaseResult {
     let log = backend.log("orders").await?;
-    while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
-        let mut store = up(|| backend.store()).await?;
-        while !stop.load(Ordering::SeqCst) {
-            if let Err(error) = count_one(&store, &*log).await {
-                store = up(|| backend.store()).await?;
-                let (position, n) = settled(backend, &mut store).await?;
-                let next = position.map(|position| position.next).unwrap_or_default();
-                ensure!(
-                    next == n.into(),
-                    "after {error}: the position is {next}, but the state counts {n}"
-                );
+    while_restarting(
+        harness,
+        backend,
+        async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
+            let mut store = up(|| backend.store()).await?;
+            while !stop.load(Ordering::SeqCst) {
+                if let Err(error) = count_one(&store, &*log).await {
+                    store = up(|| backend.store()).await?;
+                    let (position, n) = settled(backend, &mut store).await?;
+                    let next = position.map(|position| position.next).unwrap_or_default();
+                    ensure!(
+                        next == n.into(),
+                        "after {error}: the position is {next}, but the state counts {n}"
+                    );
+                }
+                progress.fetch_add(1, Ordering::SeqCst);
+                tokio::task::yield_now().await;
             }
-            progress.fetch_add(1, Ordering::SeqCst);
-            tokio::task::yield_now().await;
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
     .await
 }
 
@@ -340,36 +357,43 @@ pub(super) async fn s3_a_commit_that_stages_nothing_survives_a_restart<H: Harnes
 /// [S5](essentially_once::OffsetStore#contract): commits while the backend restarts. A certain
 /// failure moved nothing. After an unknown outcome, the position shows which. An acknowledged
 /// commit is there.
-pub(super) async fn s5_position_resolves_an_unknown_outcome<H: Harness>(_: &H, backend: &H::Backend) -> CaseResult {
+pub(super) async fn s5_position_resolves_an_unknown_outcome<H: Harness>(
+    harness: &H,
+    backend: &H::Backend,
+) -> CaseResult {
     let log = backend.log("orders").await?;
-    while_restarting(backend, async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
-        let mut store = up(|| backend.store()).await?;
-        let mut revision = Revision::NONE;
-        while !stop.load(Ordering::SeqCst) {
-            let result = count_one(&store, &*log).await;
-            if result.is_err() {
-                store = up(|| backend.store()).await?;
+    while_restarting(
+        harness,
+        backend,
+        async |stop: Arc<AtomicBool>, progress: Arc<AtomicUsize>| {
+            let mut store = up(|| backend.store()).await?;
+            let mut revision = Revision::NONE;
+            while !stop.load(Ordering::SeqCst) {
+                let result = count_one(&store, &*log).await;
+                if result.is_err() {
+                    store = up(|| backend.store()).await?;
+                }
+                let (position, _) = settled(backend, &mut store).await?;
+                let found = position.map_or(Revision::NONE, |position| position.revision);
+                let next = match revision {
+                    Revision::NONE => Revision::NONE.next_epoch(),
+                    revision => revision.next_count(),
+                };
+                let fits = match &result {
+                    Ok(()) => found == next,
+                    Err(error) if is_certain(error) => found == revision,
+                    Err(_) => found == revision || found == next,
+                };
+                ensure!(
+                    fits,
+                    "revision {revision} was stored, a commit returned {result:?}, now revision {found} is stored"
+                );
+                revision = found;
+                progress.fetch_add(1, Ordering::SeqCst);
+                tokio::task::yield_now().await;
             }
-            let (position, _) = settled(backend, &mut store).await?;
-            let found = position.map_or(Revision::NONE, |position| position.revision);
-            let next = match revision {
-                Revision::NONE => Revision::NONE.next_epoch(),
-                revision => revision.next_count(),
-            };
-            let fits = match &result {
-                Ok(()) => found == next,
-                Err(error) if is_certain(error) => found == revision,
-                Err(_) => found == revision || found == next,
-            };
-            ensure!(
-                fits,
-                "revision {revision} was stored, a commit returned {result:?}, now revision {found} is stored"
-            );
-            revision = found;
-            progress.fetch_add(1, Ordering::SeqCst);
-            tokio::task::yield_now().await;
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
     .await
 }
