@@ -190,7 +190,7 @@ pub(crate) async fn a_topic_that_may_lose_records_is_refused() -> Outcome {
         let log = stage.kafka.log_with(topic, options).await?;
         let (id, store) = (ConsumerId::new("shipping")?, Memory::new().store());
         let nothing = handler_fn(|_: &Record, _: &mut MemoryTx| Box::pin(async { Ok(()) }));
-        let consumer = Consumer::at_least_once(id, log.clone(), store, nothing);
+        let consumer = Consumer::essentially_once(id, log.clone(), store, nothing);
         let run = soon(consumer.run_until_caught_up()).await?.map(drop);
         match (log.durability().await?, advice, run) {
             (Durability::Volatile(why), Some(advice), Err(error)) => {
