@@ -1,7 +1,7 @@
 //! The program `essentially-once`. See its `--help`, and the README of this crate.
 
 #[cfg(not(any(feature = "sqlite", feature = "postgres", feature = "redis", feature = "rabbitmq")))]
-compile_error!("without a backend there is nothing to look after: enable `sqlite`, `postgres`, `redis` or `rabbitmq`");
+compile_error!("without a store there is nothing to look after: enable `sqlite`, `postgres`, `redis` or `rabbitmq`");
 
 use std::{
     env,

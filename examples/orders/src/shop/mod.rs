@@ -82,7 +82,11 @@ impl Place {
     /// Removes a run's data from a shared server.
     pub(crate) async fn remove(&self, settings: &Settings) -> Result<(), Failure> {
         match self {
-            Self::Sqlite => Ok(()),
+            // The files are in the folder of the run, which is removed as a whole.
+            Self::Sqlite => {
+                let _ = settings;
+                Ok(())
+            }
             #[cfg(feature = "postgres")]
             Self::Postgres(url) => postgres::remove(url, settings).await,
             #[cfg(feature = "redis")]
