@@ -59,7 +59,8 @@ impl ConsumerContext for Context {}
 pub(crate) struct Cluster {
     address: Address,
     pub(crate) options: KafkaOptions,
-    asking: Arc<BaseConsumer<Context>>,
+    /// `None` only while it is dropped.
+    asking: Option<Arc<BaseConsumer<Context>>>,
 }
 
 impl Cluster {
@@ -75,7 +76,7 @@ impl Cluster {
         let cluster = Self {
             address,
             options,
-            asking: Arc::new(asking),
+            asking: Some(Arc::new(asking)),
         };
         let answered = cluster
             // The answer for all topics may be large, and this one need not exist.
@@ -100,7 +101,9 @@ impl Cluster {
         &self,
         question: impl FnOnce(&BaseConsumer<Context>, Duration) -> KafkaResult<T> + Send + 'static,
     ) -> Result<T, Fault> {
-        let (client, timeout) = (Arc::clone(&self.asking), self.options.timeout);
+        let (Some(client), timeout) = (self.asking.clone(), self.options.timeout) else {
+            return Err(Fault::ended());
+        };
         let asked = tokio::task::spawn_blocking(move || {
             let answer = question(&client, timeout);
             // What the client logs and complains about waits in a queue until somebody looks.
@@ -120,6 +123,15 @@ impl Cluster {
     /// A client that changes topics. It ends when it is dropped.
     pub(crate) fn admin(&self) -> Result<AdminClient<Context>, Error> {
         client(&self.config(), Context::default())
+    }
+}
+
+/// Ending a client waits for its threads.
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some(asking) = self.asking.take() {
+            std::thread::spawn(move || drop(asking));
+        }
     }
 }
 

@@ -257,6 +257,15 @@ impl Appender {
     }
 }
 
+/// Ending a producer waits for its threads.
+impl Drop for Appender {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.get_mut().take() {
+            end(client);
+        }
+    }
+}
+
 /// Waits for what became of a message.
 async fn land(sent: &mut Sent, delivery: DeliveryFuture) {
     match delivery.await {

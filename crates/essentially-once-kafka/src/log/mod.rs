@@ -17,7 +17,10 @@ use rdkafka::{
     consumer::Consumer as _,
     error::{KafkaError, RDKafkaErrorCode},
 };
-use tokio::time::{self, Instant};
+use tokio::{
+    sync::Mutex,
+    time::{self, Instant},
+};
 
 use self::{
     append::Appender,
@@ -85,6 +88,8 @@ struct Partition {
     id: LogId,
     topic: String,
     number: i32,
+    /// Looks for the last record. `None` until it is first needed, and after an error.
+    looking: Mutex<Option<Client>>,
 }
 
 impl KafkaLog {
@@ -104,6 +109,7 @@ impl KafkaLog {
             cluster,
             topic: topic.to_owned(),
             number,
+            looking: Mutex::new(None),
         };
         partition
             .require(options.existing || number != 0, &options.topic_settings)
@@ -272,7 +278,15 @@ impl Partition {
 
     /// The last record in a range.
     async fn last_in(&self, from: Offset, end: Offset) -> Result<Option<Offset>, Error> {
-        let client = Client::open(self, from, true)?;
+        let mut place = self.looking.lock().await;
+        // A look that is dropped or fails leaves none, since answers may still come.
+        let client = match place.take() {
+            Some(client) => {
+                client.go_to(self, from)?;
+                client
+            }
+            None => Client::open(self, from, true)?,
+        };
         let mut last = None;
         let reading = async {
             loop {
@@ -284,7 +298,12 @@ impl Partition {
             }
         };
         match time::timeout(self.cluster.options.timeout, reading).await {
-            Ok(read) => read.map(|()| last),
+            Ok(read) => {
+                read?;
+                client.rest();
+                *place = Some(client);
+                Ok(last)
+            }
             Err(_) => Err(Error::unavailable(
                 self.action("read from"),
                 format!("no answer within {:?}", self.cluster.options.timeout),

@@ -1,13 +1,13 @@
 //! Readers: a client each, which is assigned the partition at an exact offset.
 
-use std::sync::Arc;
+use std::{iter, sync::Arc};
 
 use async_trait::async_trait;
 use essentially_once::{
     Error, Offset, Record,
     backend::{FetchBudget, LogReader},
 };
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use rdkafka::{
     TopicPartitionList,
     consumer::{Consumer as _, StreamConsumer},
@@ -82,9 +82,10 @@ impl LogReader for KafkaReader {
         let mut budget = FetchBudget::new();
         budget.admits(first.size());
         let mut records = vec![first];
+        let mut arrived = self.client.arrived();
         while records.len() < max
             && self.failed.is_none()
-            && let Some(next) = self.client.next().now_or_never()
+            && let Some(next) = arrived.next()
         {
             match next {
                 Ok(record) if budget.admits(record.size()) => records.push(record),
@@ -95,6 +96,7 @@ impl LogReader for KafkaReader {
                 Err(error) => self.failed = Some(error),
             }
         }
+        drop(arrived);
         if let Some(last) = records.last() {
             self.next = last.offset.successor();
         }
@@ -121,16 +123,24 @@ impl Client {
             .set("enable.partition.eof", sees_end.to_string())
             .set("fetch.wait.max.ms", "500")
             .set("fetch.message.max.bytes", limit);
-        let consumer: StreamConsumer<Context> = client(&config, Context::default())?;
+        let opened = Self {
+            consumer: Some(client(&config, Context::default())?),
+        };
+        opened.go_to(partition, from)?;
+        Ok(opened)
+    }
+
+    /// Continues at another place.
+    pub(super) fn go_to(&self, partition: &Partition, from: Offset) -> Result<(), Error> {
         let mut assigned = TopicPartitionList::new();
         let place = i64::try_from(from.lo()).unwrap_or(i64::MAX);
         let result = assigned
             .add_partition_offset(&partition.topic, partition.number, rdkafka::Offset::Offset(place))
-            .and_then(|()| consumer.assign(&assigned));
-        result.map_err(|error| read_failed(partition.action("read from"), Fault::new(error, None)))?;
-        Ok(Self {
-            consumer: Some(consumer),
-        })
+            .and_then(|()| match &self.consumer {
+                Some(consumer) => consumer.assign(&assigned),
+                None => Err(KafkaError::Canceled),
+            });
+        result.map_err(|error| read_failed(partition.action("read from"), Fault::new(error, None)))
     }
 
     /// The next record. Dropping the future loses none.
@@ -146,6 +156,28 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Stops reading until the next [`go_to`](Self::go_to).
+    pub(super) fn rest(&self) {
+        if let Some(Err(error)) = self.consumer.as_ref().map(|consumer| consumer.unassign()) {
+            tracing::debug!(%error, "could not stop reading");
+        }
+    }
+
+    /// What has arrived, without waiting.
+    fn arrived(&self) -> impl Iterator<Item = Result<Record, KafkaError>> {
+        // One for all records, because each takes a lock.
+        let mut stream = self.consumer.as_ref().map(StreamConsumer::stream);
+        iter::from_fn(move || {
+            loop {
+                match stream.as_mut()?.next().now_or_never()?? {
+                    Ok(message) => return Some(Ok(decode(&message))),
+                    Err(error) if is_passing(&error) => {}
+                    Err(error) => return Some(Err(error)),
+                }
+            }
+        })
     }
 
     fn complaint(&self) -> Option<String> {
