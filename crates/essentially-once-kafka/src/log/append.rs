@@ -81,33 +81,38 @@ impl Appender {
         if records.is_empty() {
             return Ok(None);
         }
+        if self.appends == Appends::Pipelined {
+            // What a dropped call has handed over is sent, before anything that follows.
+            return self.append_now(records).await;
+        }
         // In a task of its own, so that a dropped call leaves no transaction open.
         let (this, records) = (Arc::clone(self), records.to_vec());
-        let appended = tokio::spawn(async move {
-            let mut place = this.client.lock().await;
-            let client = match place.take() {
-                Some(client) => client,
-                None => this.start().await?,
-            };
-            let appended = match this.appends {
-                Appends::Pipelined => this.pipeline(&client, &records).await,
-                Appends::Transactional => this.transact(&client, &records).await,
-            };
-            // A producer that has failed for good is replaced.
-            match (&appended, client.producer.client().fatal_error()) {
-                (_, Some(_)) => end(client),
-                (Err(_), None) if this.appends == Appends::Transactional => end(client),
-                _ => *place = Some(client),
-            }
-            appended
-        });
-        let appended = appended.await;
+        let appended = tokio::spawn(async move { this.append_now(&records).await }).await;
         appended.unwrap_or_else(|_| {
             Err(Error::indeterminate(
                 self.action("append to"),
                 "the runtime is shutting down",
             ))
         })
+    }
+
+    async fn append_now(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
+        let mut place = self.client.lock().await;
+        let client = match &*place {
+            Some(client) => client.clone(),
+            None => place.insert(self.start().await?).clone(),
+        };
+        let appended = match self.appends {
+            Appends::Pipelined => self.pipeline(&client, records).await,
+            Appends::Transactional => self.transact(&client, records).await,
+        };
+        // A producer that has failed for good is replaced.
+        let is_over = || self.appends == Appends::Transactional || client.producer.client().fatal_error().is_some();
+        if appended.is_err() && is_over() {
+            *place = None;
+            end(client);
+        }
+        appended
     }
 
     /// Starts a producer.
