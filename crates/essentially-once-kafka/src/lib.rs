@@ -84,7 +84,8 @@ impl Kafka {
         self.log_with(name, LogOptions::new()).await
     }
 
-    /// What a client of [`rdkafka`] needs to reach the same brokers as the same user.
+    /// What a client of [`rdkafka`] needs to reach the same brokers as the same user. It contains
+    /// the password.
     pub fn client_config(&self) -> rdkafka::ClientConfig {
         self.cluster.config()
     }
@@ -108,9 +109,9 @@ impl KafkaOptions {
     /// Connects to `kafka://[user:password@]host[:port][,host[:port]..]`, or to `kafkas://..` with
     /// TLS. One broker that answers is enough. The others are learned from it.
     ///
-    /// The URL may end in [settings](Self::setting), as in
-    /// `kafkas://..?ssl.ca.location=/etc/ca.pem&sasl.mechanism=SCRAM-SHA-512`. A `%` followed by two
-    /// hexadecimal digits stands for a byte, in them and in the user and the password.
+    /// The URL may end in [settings](Self::setting), as in `kafkas://..?ssl.ca.location=/etc/ca.pem`
+    /// or `..?client.rack=a&sasl.mechanism=SCRAM-SHA-512`. Settings, users and passwords may contain
+    /// percent escapes, such as `%26` for `&`.
     ///
     /// # Errors
     /// - [`Error::InvalidSetting`];

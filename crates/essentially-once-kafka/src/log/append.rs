@@ -38,7 +38,8 @@ pub(super) struct Appender {
     appends: Appends,
     /// The same for each producer, so that a new one fences the one before.
     transactional_id: String,
-    /// `None` until the first append, and after an error that ends a producer.
+    /// `None` until the first append, after an error that ends a producer, and during a
+    /// transaction.
     client: Mutex<Option<Client>>,
 }
 
@@ -82,7 +83,6 @@ impl Appender {
             return Ok(None);
         }
         if self.appends == Appends::Pipelined {
-            // What a dropped call has handed over is sent, before anything that follows.
             return self.append_now(records).await;
         }
         // In a task of its own, so that a dropped call leaves no transaction open.
@@ -98,19 +98,26 @@ impl Appender {
 
     async fn append_now(&self, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
         let mut place = self.client.lock().await;
-        let client = match &*place {
-            Some(client) => client.clone(),
-            None => place.insert(self.start().await?).clone(),
+        let client = match place.take() {
+            Some(client) => client,
+            None => self.start().await?,
         };
+        if self.appends == Appends::Pipelined {
+            // It also sends what a dropped call leaves, before anything that follows.
+            *place = Some(client.clone());
+        }
         let appended = match self.appends {
             Appends::Pipelined => self.pipeline(&client, records).await,
             Appends::Transactional => self.transact(&client, records).await,
         };
         // A producer that has failed for good is replaced.
-        let is_over = || self.appends == Appends::Transactional || client.producer.client().fatal_error().is_some();
-        if appended.is_err() && is_over() {
-            *place = None;
-            end(client);
+        let has_failed = || self.appends == Appends::Transactional || client.producer.client().fatal_error().is_some();
+        match appended.is_err() && has_failed() {
+            true => {
+                *place = None;
+                end(client);
+            }
+            false => *place = Some(client),
         }
         appended
     }
@@ -159,7 +166,10 @@ impl Appender {
             let ready = self
                 .block(&client, |producer, timeout| producer.init_transactions(timeout))
                 .await;
-            ready.map_err(|fault| read_failed(self.action("start to append to"), fault))?;
+            if let Err(fault) = ready {
+                end(client);
+                return Err(read_failed(self.action("start to append to"), fault));
+            }
         }
         Ok(client)
     }

@@ -4,7 +4,10 @@ mod append;
 mod codec;
 mod reader;
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use async_trait::async_trait;
 use essentially_once::{
@@ -17,10 +20,7 @@ use rdkafka::{
     consumer::Consumer as _,
     error::{KafkaError, RDKafkaErrorCode},
 };
-use tokio::{
-    sync::Mutex,
-    time::{self, Instant},
-};
+use tokio::time::{self, Instant};
 
 use self::{
     append::Appender,
@@ -88,7 +88,8 @@ struct Partition {
     id: LogId,
     topic: String,
     number: i32,
-    /// Looks for the last record. `None` until it is first needed, and after an error.
+    /// Looks for the last record. `None` until the first look, during one, and after one that was
+    /// dropped or failed.
     looking: Mutex<Option<Client>>,
 }
 
@@ -278,9 +279,9 @@ impl Partition {
 
     /// The last record in a range.
     async fn last_in(&self, from: Offset, end: Offset) -> Result<Option<Offset>, Error> {
-        let mut place = self.looking.lock().await;
-        // A look that is dropped or fails leaves none, since answers may still come.
-        let client = match place.take() {
+        let looking = || self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = looking().take();
+        let client = match kept {
             Some(client) => {
                 client.go_to(self, from)?;
                 client
@@ -301,7 +302,7 @@ impl Partition {
             Ok(read) => {
                 read?;
                 client.rest();
-                *place = Some(client);
+                *looking() = Some(client);
                 Ok(last)
             }
             Err(_) => Err(Error::unavailable(

@@ -22,6 +22,8 @@ fn main() -> ExitCode {
         transactions::a_log_of_nothing_but_aborted_records_is_empty,
         transactions::a_transactional_append_is_all_or_nothing,
         transactions::a_dropped_append_leaves_no_open_transaction,
+        transactions::a_dropped_pipelined_append_leaves_a_prefix_before_what_follows,
+        transactions::the_next_append_ends_a_transaction_that_was_left_open,
         refusals::a_broker_that_does_not_answer_is_named_without_the_password,
         refusals::a_missing_topic_or_partition_is_refused,
         refusals::a_record_over_the_limit_of_the_broker_is_refused,

@@ -1,12 +1,24 @@
 //! Transactions, and the offsets that have no record.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::Duration,
+};
 
 use essentially_once::{
-    Consumer, ConsumerId, Error, KeyValue as _, Log as _, NewRecord, Offset, Record, handler_fn,
+    Consumer, ConsumerId, Error, KeyValue as _, Log as _, NewRecord, Offset, Record,
+    backend::Source,
+    handler_fn,
     memory::{Memory, MemoryTx},
 };
-use essentially_once_kafka::{Appends, KafkaOptions, LogOptions, rdkafka::producer::Producer as _};
+use essentially_once_kafka::{
+    Appends, KafkaOptions, LogOptions,
+    rdkafka::{
+        consumer::{BaseConsumer, Consumer as _},
+        producer::Producer as _,
+    },
+};
+use tokio::runtime;
 
 use crate::support::{LIMIT, Outcome, PATIENCE, Stage, ensure, payloads, records, send, soon};
 
@@ -133,4 +145,81 @@ pub(crate) async fn a_dropped_append_leaves_no_open_transaction() -> Outcome {
     ensure!(found.last().is_some_and(|last| last == "z"), "{} records", found.len());
     ensure!((found.len() - 2).is_multiple_of(1_000), "{} records", found.len());
     Ok(())
+}
+
+pub(crate) async fn a_dropped_pipelined_append_leaves_a_prefix_before_what_follows() -> Outcome {
+    let stage = Stage::start().await?;
+    let log = stage.kafka.log("orders").await?;
+    let mut expected_ends = Vec::new();
+    for round in 0..20_u64 {
+        let all: Vec<NewRecord> = (0..1_000).map(|n| NewRecord::new(format!("{round}.{n}"))).collect();
+        let _ = tokio::time::timeout(Duration::from_micros(round * 250), log.append(&all)).await;
+        log.append(&[NewRecord::new(format!("{round}"))]).await?;
+        expected_ends.push(format!("{round}"));
+    }
+    let found = payloads(&records(&log, Offset::ZERO).await?);
+    let (mut ends, mut next) = (Vec::new(), 0);
+    for payload in found {
+        match payload.split_once('.') {
+            Some((round, n)) => {
+                ensure!(round == ends.len().to_string() && n == next.to_string(), "{payload}");
+                next += 1;
+            }
+            None => {
+                ends.push(payload);
+                next = 0;
+            }
+        }
+    }
+    ensure!(ends == expected_ends, "{ends:?}");
+    Ok(())
+}
+
+/// A runtime that ends in the middle of an append leaves its transaction open.
+pub(crate) async fn the_next_append_ends_a_transaction_that_was_left_open() -> Outcome {
+    const TRIES: usize = 10;
+    let stage = Stage::start().await?;
+    let options = LogOptions::new().appends(Appends::Transactional);
+    let log = stage.kafka.log_with("orders", options).await?;
+    let all = vec![NewRecord::new("b"); 100_000];
+    for _ in 0..TRIES {
+        log.append(&[NewRecord::new("a")]).await?;
+        let before = written(&stage).await?;
+        let other = runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let (appending, batch) = (log.clone(), all.clone());
+        drop(other.spawn(async move { appending.append(&batch).await }));
+        while written(&stage).await? == before {}
+        other.shutdown_background();
+        // The broker would take records that it works on for the next transaction.
+        let last = AtomicI64::new(written(&stage).await?);
+        test_servers::eventually(async || {
+            let now = written(&stage).await?;
+            Ok(match last.swap(now, Ordering::Relaxed) == now {
+                true => Ok(()),
+                false => Err(format!("{now} offsets are used")),
+            })
+        })
+        .await?;
+        log.append(&[NewRecord::new("z")]).await?;
+        let found = payloads(&records(&log, Offset::ZERO).await?);
+        ensure!(found.last().is_some_and(|last| last == "z"), "{} records", found.len());
+        match found.iter().filter(|payload| *payload == "b").count() {
+            0 => return Ok(()),
+            // Its commit was faster.
+            count => ensure!(count.is_multiple_of(all.len()), "{count} of {} records", all.len()),
+        }
+    }
+    Err("each append had ended before its runtime".into())
+}
+
+/// How many offsets are used, also by transactions that are open.
+async fn written(stage: &Stage) -> Result<i64, Source> {
+    let mut config = stage.config();
+    config.set("isolation.level", "read_uncommitted");
+    let client: BaseConsumer = config.create()?;
+    let (_, end) = tokio::task::block_in_place(|| client.fetch_watermarks("orders", 0, LIMIT))?;
+    Ok(end)
 }
