@@ -18,8 +18,8 @@ A URL names a backend, and after a `#` a log on it:
   postgres://user:password@host/database#orders, with ?sslmode=require before the `#` for TLS
   redis://user:password@host:6379/0#orders, rediss://... with TLS
   amqp://user:password@host/vhost#orders, amqps://... with TLS
-  kafka://user:password@host:9092,host:9092#orders/3, kafkas://... with TLS: a log in partition 3 of a topic
-A log in partition 0 has no number. On Kafka there are only logs.
+  kafka://user:password@host:9092#orders, or `#orders/3` for partition 3 of the topic, kafkas://... with TLS
+Kafka has logs only, so name the store as well.
 
 Without `--log`, the log is on the backend of `--store`, under the name that the consumer's position has. Without
 `--store`, the store is on the backend of `--log`. A URL with a password is safer in the environment than in the

@@ -64,7 +64,7 @@ impl<'a> Session<'a> {
     }
 
     pub(crate) async fn open(&self, address: &Address) -> Result<Backend, Failure> {
-        // A log on a backend that has none needs none.
+        // A prefix is the store's. The log may be on a backend that has none.
         let needs_prefix = *address == self.store || address.has_prefix();
         address.open(self.cli.prefix.as_deref().filter(|_| needs_prefix)).await
     }

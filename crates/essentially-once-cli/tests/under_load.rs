@@ -8,7 +8,7 @@ use std::{
     process::{Command, ExitCode, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -29,6 +29,7 @@ use essentially_once_sqlite::Sqlite;
 use essentially_once_testkit::Suite;
 use serde_json::Value;
 use test_servers::{KafkaServer, PostgresServer, RabbitNode, RedisServer};
+use tokio::{sync::watch, time::MissedTickBehavior};
 
 /// How long to wait for an effect. On an idle machine, each comes within two seconds.
 const SOON: Duration = Duration::from_secs(30);
@@ -162,14 +163,14 @@ async fn rabbitmq_streams() -> Result<(), Source> {
 struct Ship {
     is_mended: Arc<AtomicBool>,
     /// The latest order.
-    latest: Arc<AtomicU64>,
+    latest: watch::Sender<u64>,
 }
 
 #[async_trait]
 impl<Tx: KeyValue> Handler<Tx> for Ship {
     async fn handle(&mut self, order: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
         let number: u64 = str::from_utf8(&order.payload)?.parse().map_err(HandlerError::reject)?;
-        self.latest.fetch_max(number, Ordering::Relaxed);
+        self.latest.send_modify(|latest| *latest = number.max(*latest));
         if POISON.contains(&number) && !self.is_mended.load(Ordering::Relaxed) {
             return Err(HandlerError::reject("poison"));
         }
@@ -188,10 +189,10 @@ where
     S::Tx: KeyValue + DeadLetters,
 {
     let (is_mended, stop) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
-    let latest: Arc<AtomicU64> = Arc::default();
+    let (latest, mut handled) = watch::channel(0);
     let ship = Ship {
         is_mended: Arc::clone(&is_mended),
-        latest: Arc::clone(&latest),
+        latest,
     };
     let id = ConsumerId::new(SHIPPING)?;
     let consumer = Consumer::essentially_once(id.clone(), log.clone(), store.clone(), ship)
@@ -202,33 +203,38 @@ where
     let (load, ended) = (log.clone(), CancellationToken::new());
     let until = ended.clone();
     let load = tokio::spawn(async move {
-        let mut appended = 0;
-        while !until.is_cancelled() {
-            if appended < latest.load(Ordering::Relaxed) + BACKLOG {
-                let record = NewRecord::new(appended.to_string()).key((appended % KEYS).to_string());
-                load.append(&[record]).await?;
-                appended += 1;
+        let (mut appended, mut pace) = (0, tokio::time::interval(INTERVAL));
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let next = async {
+                pace.tick().await;
+                handled.wait_for(|latest| appended < latest + BACKLOG).await.is_ok()
+            };
+            // A consumer that has ended takes no more, and its error is found later.
+            if until.run_until_cancelled(next).await != Some(true) {
+                return Ok::<u64, Error>(appended);
             }
-            tokio::time::sleep(INTERVAL).await;
+            let record = NewRecord::new(appended.to_string()).key((appended % KEYS).to_string());
+            load.append(&[record]).await?;
+            appended += 1;
         }
-        Ok::<u64, Error>(appended)
     });
     let verbs = tokio::task::spawn_blocking(move || verbs.all(&is_mended, can_list));
     let skipped = verbs.await?;
     ended.cancel();
     let appended = load.await??;
 
-    let caught_up = async {
-        loop {
-            let position = store.position(&id).await?.ok_or("no position")?;
-            let lag = log.count_from(position.next).await?;
-            if position.next >= log.bounds().await?.end && lag.is_none_or(|lag| lag == 0) {
-                return Ok::<(), Source>(());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    caught_up.await?;
+    test_servers::eventually(async || {
+        let position = store.position(&id).await?.ok_or("no position")?;
+        let lag = log.count_from(position.next).await?;
+        Ok(
+            match position.next >= log.bounds().await?.end && lag.is_none_or(|lag| lag == 0) {
+                true => Ok(()),
+                false => Err(format!("{lag:?} records left at {}", position.next)),
+            },
+        )
+    })
+    .await?;
     stop.cancel();
     consumer.await??;
 

@@ -4,6 +4,7 @@ use essentially_once::backend::{Durability, Position};
 use serde::Serialize;
 
 use crate::{
+    backend::NO_STORE,
     failure::Failure,
     output::{json, table},
     session::Session,
@@ -24,13 +25,16 @@ struct Finding {
 }
 
 pub(crate) async fn doctor(session: &Session<'_>) -> Result<(), Failure> {
-    let (mut findings, mut position) = (Vec::new(), None);
-    // A log may be looked at alone.
-    if session.store.is_store() {
-        let found = store(session).await;
-        findings.push(found.0);
-        position = found.1;
-    }
+    let mut findings = Vec::new();
+    let position = match session.store.is_store() {
+        true => {
+            let (found, position) = store(session).await;
+            findings.push(found);
+            position
+        }
+        // A log may be looked at alone, but has no positions.
+        false => session.cli.consumer.as_ref().map(|_| Err(Failure::usage(NO_STORE))),
+    };
     let mut unknown = None;
     let position = match position {
         Some(Ok(position)) => Some(position),

@@ -33,9 +33,13 @@ fn a_backend_that_is_not_there_is_named_and_no_password_is_shown() {
         called.failed(2, "Kafka keeps the log");
         assert!(!called.error.contains("s3cret"), "{}", called.error);
     }
-    let called = call(folder.path(), &["--log", &format!("{kafka}#orders"), "tail"]);
+    let log = format!("{kafka}#orders");
+    let called = call(folder.path(), &["--log", &log, "tail"]);
     called.failed(1, "127.0.0.1:1");
     assert!(!called.error.contains("s3cret"), "{}", called.error);
+    let called = call(folder.path(), &["--log", &log, "--consumer", "shipping", "doctor"]);
+    called.failed(1, "Kafka keeps the log");
+    assert!(called.output.contains("127.0.0.1:1"), "{}", called.output);
     call(folder.path(), &["--store", "sqlite:none.db", "status"]).failed(2, "--consumer");
 }
 
