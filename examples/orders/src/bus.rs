@@ -70,7 +70,7 @@ impl Bus {
     /// Removes this run's data from a shared server.
     pub(crate) async fn remove(&self, settings: &Settings) -> Result<(), Failure> {
         match self {
-            Self::At(place) => place.remove(settings).await,
+            Self::At(place) => settings.remove_from(place).await,
             #[cfg(feature = "kafka")]
             Self::Kafka(url) => remove_topics(url, settings).await,
         }

@@ -253,7 +253,7 @@ fn reach(option: &str, reached: impl Future<Output = Result<(), Error>>) -> Resu
 /// Removes a run's data from shared servers.
 async fn remove(settings: &Settings) -> Result<(), Failure> {
     settings.bus.remove(settings).await?;
-    settings.store.remove(settings).await
+    settings.remove_from(&settings.store).await
 }
 
 /// Runs all deliveries and prints the result. Returns whether essentially-once kept its promise.

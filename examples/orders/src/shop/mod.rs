@@ -76,26 +76,21 @@ impl Settings {
             Place::Rabbitmq(url) => RabbitShop::connect(url, &self.shipping()?).await?.list().await,
         }
     }
-}
 
-impl Place {
-    /// Removes a run's data from a shared server.
-    pub(crate) async fn remove(&self, settings: &Settings) -> Result<(), Failure> {
-        match self {
+    /// Removes this run's data from a shared server.
+    pub(crate) async fn remove_from(&self, place: &Place) -> Result<(), Failure> {
+        match place {
             // The files are in the folder of the run, which is removed as a whole.
-            Self::Sqlite => {
-                let _ = settings;
-                Ok(())
-            }
+            Place::Sqlite => Ok(()),
             #[cfg(feature = "postgres")]
-            Self::Postgres(url) => postgres::remove(url, settings).await,
+            Place::Postgres(url) => postgres::remove(url, self).await,
             #[cfg(feature = "redis")]
-            Self::Redis(url) => {
-                let mut shop = RedisShop::connect(url, &settings.shipping()?).await?;
-                shop.remove(&settings.run).await
+            Place::Redis(url) => {
+                let mut shop = RedisShop::connect(url, &self.shipping()?).await?;
+                shop.remove(&self.run).await
             }
             #[cfg(feature = "rabbitmq")]
-            Self::Rabbitmq(url) => rabbitmq::remove(url, settings).await,
+            Place::Rabbitmq(url) => rabbitmq::remove(url, self).await,
         }
     }
 }
