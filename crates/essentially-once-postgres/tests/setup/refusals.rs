@@ -5,9 +5,9 @@ use std::{net::TcpListener, time::Duration};
 use essentially_once::{Error, Log as _, OffsetStore as _, backend::Durability};
 use essentially_once_postgres::{Pg, PgOptions};
 use test_servers::{PostgresServer, insist};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use crate::common::{LIMIT, Outcome, all_text_of, assert_error, client, ensure, numbered, records, soon};
+use crate::common::{Outcome, all_text_of, assert_error, client, ensure, numbered, records, soon};
 
 const SECRET: &str = "correct-horse-battery";
 
@@ -145,13 +145,13 @@ pub(crate) async fn a_server_without_room_for_connections_is_a_passing_error() -
     assert_error!(refused, Error::Unavailable { .. }, "connection");
     drop(clients);
     // Only the right to the schema is missing now.
-    let admitted = async {
-        while !matches!(Pg::connect(&url).await, Err(Error::Failed { .. })) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    timeout(LIMIT, admitted).await?;
-    Ok(())
+    test_servers::eventually(async || {
+        Ok(match Pg::connect(&url).await.map(drop) {
+            Err(Error::Failed { .. }) => Ok(()),
+            connected => Err(format!("{connected:?}")),
+        })
+    })
+    .await
 }
 
 pub(crate) async fn settings_that_lose_data_are_named() -> Outcome {
