@@ -223,13 +223,7 @@ fn batch(reader: &BaseConsumer, limit: usize) -> Result<Option<(i64, u64)>> {
 
 /// Counts each record and stores the offset, in one transaction per batch.
 fn into_sqlite(reader: impl FnOnce() -> Result<BaseConsumer>, path: &Path, row: &Row) -> Result<Duration> {
-    let mut database = Connection::open(path)?;
-    database.pragma_update(None, "journal_mode", "wal")?;
-    database.pragma_update(None, "synchronous", "full")?;
-    sqlite::create_counter(&database)?;
-    database.execute_batch(
-        "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER); INSERT INTO position VALUES (1, 0)",
-    )?;
+    let mut database = sqlite::open_by_hand(path)?;
     let started = Instant::now();
     let reader = reader()?;
     let mut handled = 0;

@@ -177,13 +177,7 @@ fn now() -> Result<FieldTable> {
 
 /// Counts each message and stores the offset, in one transaction per prefetched batch.
 async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
-    let mut database = rusqlite::Connection::open(path)?;
-    database.pragma_update(None, "journal_mode", "wal")?;
-    database.pragma_update(None, "synchronous", "full")?;
-    sqlite::create_counter(&database)?;
-    database.execute_batch(
-        "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER); INSERT INTO position VALUES (1, 0)",
-    )?;
+    let mut database = sqlite::open_by_hand(&path)?;
     let started = Instant::now();
     let channel = connection.create_channel().await?;
     channel.basic_qos(BATCH as u16, BasicQosOptions::default()).await?;

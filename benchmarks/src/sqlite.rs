@@ -46,15 +46,8 @@ impl Contest for Files {
 /// The loop that a user writes without a library: select a batch, update the counter for each
 /// record, move the offset, commit.
 fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
-    let mut connection = Connection::open(path)?;
-    connection.pragma_update(None, "journal_mode", "wal")?;
-    connection.pragma_update(None, "synchronous", "full")?;
-    connection.execute_batch(
-        "CREATE TABLE log (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL);
-         CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER NOT NULL);
-         INSERT INTO position VALUES (1, 0)",
-    )?;
-    create_counter(&connection)?;
+    let mut connection = open_by_hand(path)?;
+    connection.execute_batch("CREATE TABLE log (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL)")?;
     for first in (0..records).step_by(FILL) {
         let fill = connection.transaction()?;
         {
@@ -128,6 +121,18 @@ fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     })?;
     check(&connection, records)?;
     Ok(time)
+}
+
+/// A file with a counter and a position, for a loop by hand.
+pub(crate) fn open_by_hand(path: &Path) -> Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.pragma_update(None, "journal_mode", "wal")?;
+    connection.pragma_update(None, "synchronous", "full")?;
+    create_counter(&connection)?;
+    connection.execute_batch(
+        "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER NOT NULL); INSERT INTO position VALUES (1, 0)",
+    )?;
+    Ok(connection)
 }
 
 pub(crate) fn create_counter(connection: &Connection) -> Result<()> {
