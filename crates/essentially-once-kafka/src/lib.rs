@@ -109,9 +109,9 @@ impl KafkaOptions {
     /// Connects to `kafka://[user:password@]host[:port][,host[:port]..]`, or to `kafkas://..` with
     /// TLS. One broker that answers is enough. The others are learned from it.
     ///
-    /// The URL may end in [settings](Self::setting), as in `kafkas://..?ssl.ca.location=/etc/ca.pem`
-    /// or `..?client.rack=a&sasl.mechanism=SCRAM-SHA-512`. Settings, users and passwords may contain
-    /// percent escapes, such as `%26` for `&`.
+    /// The URL may end in [settings](Self::setting), as in
+    /// `kafkas://..?ssl.ca.location=/etc/ca.pem&client.rack=a`. They, the user and the password may
+    /// contain percent escapes, such as `%26` for `&`.
     ///
     /// # Errors
     /// - [`Error::InvalidSetting`];
