@@ -1,4 +1,4 @@
-//! Kafka on one private broker: appending, and consuming with counter and offset in one transaction
+//! Kafka on private brokers: appending, and consuming with counter and offset in one transaction
 //! of SQLite or PostgreSQL. By hand with `rdkafka`, and through the library.
 
 use std::{
@@ -42,9 +42,9 @@ pub(crate) enum Part {
     Postgres,
 }
 
-/// A private broker, and where the counters are.
-pub(crate) struct Broker {
-    broker: KafkaServer,
+/// Where the counters are. Each run has a broker of its own, because it rewrites all that it holds
+/// again and again.
+pub(crate) struct Brokers {
     part: Part,
     /// For SQLite's files.
     folder: TempDir,
@@ -53,11 +53,10 @@ pub(crate) struct Broker {
     runtime: tokio::runtime::Runtime,
 }
 
-impl Broker {
-    pub(crate) fn start(part: Part, counters: u64, folder: TempDir) -> Result<Self> {
+impl Brokers {
+    pub(crate) fn new(part: Part, counters: u64, folder: TempDir) -> Result<Self> {
         let postgres = (part == Part::Postgres).then(PostgresServer::start).transpose()?;
         Ok(Self {
-            broker: KafkaServer::start()?,
             part,
             folder,
             postgres,
@@ -67,7 +66,7 @@ impl Broker {
     }
 }
 
-impl Contest for Broker {
+impl Contest for Brokers {
     fn rows(&self, batches: &[usize]) -> Vec<Row> {
         let part = self.part;
         by_batch(batches, |batch| match (part, batch) {
@@ -80,19 +79,20 @@ impl Contest for Broker {
     }
 
     fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
+        let broker = Broker(KafkaServer::start()?);
         self.runtime.block_on(async {
             match self.part {
                 Part::Append => {
-                    Kafka::connect(&self.broker.url()).await?.log(name).await?;
-                    append(&self.config(), name, row).await
+                    broker.log(name).await?;
+                    append(&broker.config(), name, row).await
                 }
                 Part::Sqlite => {
-                    self.fill(name, row).await?;
-                    into_sqlite(|| self.reader(name), &self.file(name), row)
+                    broker.fill(name, row).await?;
+                    into_sqlite(|| broker.reader(name), &self.file(name), row, self.counters)
                 }
                 Part::Postgres => {
-                    self.fill(name, row).await?;
-                    let reader = || self.reader(name);
+                    broker.fill(name, row).await?;
+                    let reader = || broker.reader(name);
                     into_postgres(reader, &self.postgres_url()?, name, row, self.counters).await
                 }
             }
@@ -100,9 +100,10 @@ impl Contest for Broker {
     }
 
     fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
+        let broker = Broker(KafkaServer::start()?);
         self.runtime.block_on(async {
             if self.part == Part::Append {
-                let log = Kafka::connect(&self.broker.url()).await?.log(name).await?;
+                let log = broker.log(name).await?;
                 let chunk = vec![NewRecord::new(PAYLOAD.as_slice()); row.batch];
                 // Connects the producer.
                 log.append(&chunk).await?;
@@ -112,7 +113,7 @@ impl Contest for Broker {
                 }
                 return Ok(started.elapsed());
             }
-            let log = self.fill(name, row).await?;
+            let log = broker.fill(name, row).await?;
             // The loops by hand do not end their clients in the measured time either.
             let _kept = log.clone();
             match self.part {
@@ -123,10 +124,11 @@ impl Contest for Broker {
                 _ => {
                     let path = self.file(name);
                     let counter = Connection::open(&path)?;
-                    sqlite::create_counter(&counter)?;
+                    sqlite::create_counters(&counter, self.counters.min(row.records))?;
                     let store = Sqlite::open(path).await?.store();
                     let started = Instant::now();
-                    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, sqlite::Count);
+                    let (id, count) = (ConsumerId::new("bench")?, sqlite::Count::new(self.counters));
+                    let consumer = Consumer::essentially_once(id, log, store, count);
                     let consumer = consumer.max_batch(row.batch).accept_volatile();
                     tokio::spawn(consumer.run_until_caught_up()).await??;
                     let time = started.elapsed();
@@ -138,13 +140,7 @@ impl Contest for Broker {
     }
 }
 
-impl Broker {
-    fn config(&self) -> ClientConfig {
-        let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.broker.port()));
-        config
-    }
-
+impl Brokers {
     fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -152,10 +148,25 @@ impl Broker {
     fn postgres_url(&self) -> Result<String> {
         Ok(self.postgres.as_ref().ok_or("started with this part")?.url())
     }
+}
+
+/// The broker of one run.
+struct Broker(KafkaServer);
+
+impl Broker {
+    fn config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.0.port()));
+        config
+    }
+
+    async fn log(&self, name: &str) -> Result<KafkaLog> {
+        Ok(Kafka::connect(&self.0.url()).await?.log(name).await?)
+    }
 
     /// Appends the records that are consumed.
     async fn fill(&self, name: &str, row: &Row) -> Result<KafkaLog> {
-        let log = Kafka::connect(&self.broker.url()).await?.log(name).await?;
+        let log = self.log(name).await?;
         let fill = vec![NewRecord::new(PAYLOAD.as_slice()); row.records as usize];
         for chunk in fill.chunks(FILL) {
             log.append(chunk).await?;
@@ -222,8 +233,13 @@ fn batch(reader: &BaseConsumer, limit: usize) -> Result<Option<(i64, u64)>> {
 }
 
 /// Counts each record and stores the offset, in one transaction per batch.
-fn into_sqlite(reader: impl FnOnce() -> Result<BaseConsumer>, path: &Path, row: &Row) -> Result<Duration> {
-    let mut database = sqlite::open_by_hand(path)?;
+fn into_sqlite(
+    reader: impl FnOnce() -> Result<BaseConsumer>,
+    path: &Path,
+    row: &Row,
+    counters: u64,
+) -> Result<Duration> {
+    let mut database = sqlite::open_by_hand(path, counters.min(row.records))?;
     let started = Instant::now();
     let reader = reader()?;
     let mut handled = 0;
@@ -232,8 +248,8 @@ fn into_sqlite(reader: impl FnOnce() -> Result<BaseConsumer>, path: &Path, row: 
         let transaction = database.transaction()?;
         {
             let mut update = transaction.prepare_cached(sqlite::COUNT)?;
-            for _ in 0..count {
-                update.execute([])?;
+            for number in handled..handled + count {
+                update.execute([(number % counters) as i64])?;
             }
         }
         transaction

@@ -7,20 +7,27 @@
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 mod appends;
+mod contest;
 mod instructions;
 mod kafka;
 mod latency;
 mod letters;
+mod plot;
 mod postgres;
 mod rabbitmq;
 mod recovery;
 mod redis;
 mod relay;
+mod results;
 mod sqlite;
 
-use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
+use std::{error::Error, fmt, path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
+use tempfile::TempDir;
+
+use contest::{Contest, Row, Rules, by_batch};
+use results::Results;
 
 /// Compares hand-written loops with this library, alternately in one run.
 #[derive(Parser)]
@@ -36,16 +43,33 @@ struct Arguments {
     /// Where to put the files. The default is a temporary folder.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
-    /// How many counters the records are spread over, on Redis and PostgreSQL.
+    /// How many counters the records are spread over. RabbitMQ's records have one.
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     counters: u64,
     /// Exit with status 1 if a median ratio is below this.
     #[arg(long, global = true)]
     require: Option<f64>,
+    /// Keep each round of a contest in this file, and continue where it ends.
+    #[arg(long, global = true)]
+    results: Option<PathBuf>,
+    /// Three short rounds. The figures only show that all works.
+    #[arg(long, global = true)]
+    quick: bool,
 }
 
 #[derive(Subcommand)]
 enum Backend {
+    /// Each contest: consuming on each backend, with one counter and with a counter per record, and
+    /// appending.
+    All,
+    /// Draws the ratios in a file of results, one SVG per contest.
+    Plot {
+        /// A file that `--results` wrote.
+        file: PathBuf,
+        /// The folder to draw to.
+        #[arg(long)]
+        to: PathBuf,
+    },
     /// SQLite, WAL and synchronous=FULL: one counter update per record, with the offset in the same
     /// commit.
     Sqlite,
@@ -63,7 +87,7 @@ enum Backend {
     Appends(appends::AppendsArguments),
     #[command(hide = true)]
     Appender(appends::Appender),
-    /// Kafka's protocol, on a private broker: appending, or consuming into SQLite or PostgreSQL.
+    /// Kafka's protocol, on private brokers: appending, or consuming into SQLite or PostgreSQL.
     Kafka {
         /// What to measure.
         part: kafka::Part,
@@ -95,102 +119,134 @@ enum Backend {
     Counted(instructions::Work),
 }
 
-/// One measured row of the table.
-struct Row {
-    label: String,
-    /// Chosen so that a round takes about a second.
-    records: u64,
-    batch: usize,
-}
-
-/// The same work on both sides. Each name is used once.
-trait Contest {
-    /// The rows: one per batch size, or others.
-    fn rows(&self, batches: &[usize]) -> Vec<Row>;
-
-    /// The loop that a user writes without a library.
-    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration>;
-
-    /// The same work through the library.
-    fn ours(&self, name: &str, row: &Row) -> Result<Duration>;
-}
-
-/// One row per batch size, with as many records as the backend handles in about a second.
-fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec<Row> {
-    let row = |batch: &usize| Row {
-        label: format!("batch {batch}"),
-        records: records(*batch),
-        batch: *batch,
-    };
-    batches.iter().map(row).collect()
-}
-
 type Failure = Box<dyn Error + Send + Sync>;
 type Result<T, E = Failure> = std::result::Result<T, E>;
 
 const BATCHES: [usize; 4] = [1, 10, 100, 1_000];
 const PAYLOAD: [u8; 100] = [b'x'; 100];
 
+/// Rounds of `--quick`, and by how much it divides the number of records.
+const QUICK: (u32, u64) = (3, 5);
+
+/// So many counters that each record has its own.
+const COUNTER_PER_RECORD: u64 = 1_000_000;
+
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let folder = match &arguments.dir {
-        Some(dir) => tempfile::tempdir_in(dir)?,
-        None => tempfile::tempdir()?,
+    let folder = || match &arguments.dir {
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
     };
-    let contest: Box<dyn Contest> = match arguments.backend {
-        Backend::Sqlite => Box::new(sqlite::Files(folder)),
-        Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
-        Backend::Kafka { part } => Box::new(kafka::Broker::start(part, arguments.counters, folder)?),
-        Backend::Postgres { write } => Box::new(postgres::Server::start(arguments.counters, write)?),
-        Backend::Redis => Box::new(redis::Server::start(arguments.counters)?),
-        Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
-        Backend::Appends(appends) => return appends::measure(&appends, arguments.rounds).map(|()| ExitCode::SUCCESS),
-        Backend::Appender(appender) => return appends::append(&appender).map(|()| ExitCode::SUCCESS),
-        Backend::Latency(latency) => {
-            return latency::measure(latency, arguments.rounds, folder).map(|()| ExitCode::SUCCESS);
+    let rounds = arguments.rounds;
+    let done = match &arguments.backend {
+        Backend::Plot { file, to } => plot::draw(&Results::read(file)?, to),
+        Backend::Appends(appends) => appends::measure(appends, rounds),
+        Backend::Appender(appender) => appends::append(appender),
+        Backend::Latency(latency) => latency::measure(*latency, rounds, folder()?),
+        Backend::Healthy => instructions::healthy(folder()?.path()),
+        Backend::Core => instructions::core(folder()?.path(), &arguments.batches),
+        Backend::Counted(work) => instructions::work(work),
+        Backend::Letters => letters::measure(rounds, &folder()?),
+        Backend::Recovery => recovery::measure(rounds),
+        Backend::All => {
+            return contests(
+                &arguments,
+                ALL.iter().map(|(backend, counters)| (backend, *counters)),
+                folder,
+            );
         }
-        Backend::Healthy => return instructions::healthy(folder.path()).map(|()| ExitCode::SUCCESS),
-        Backend::Core => return instructions::core(folder.path(), &arguments.batches).map(|()| ExitCode::SUCCESS),
-        Backend::Counted(work) => return instructions::work(&work).map(|()| ExitCode::SUCCESS),
-        Backend::Letters => return letters::measure(arguments.rounds, &folder).map(|()| ExitCode::SUCCESS),
-        Backend::Recovery => return recovery::measure(arguments.rounds).map(|()| ExitCode::SUCCESS),
+        contest => return contests(&arguments, [(contest, arguments.counters)], folder),
     };
-    println!(
-        "{} rounds; records/s are medians, the ratio is ours / by hand, round by round",
-        arguments.rounds
-    );
-    println!("| | by hand, records/s | ours, records/s | ratio, median | min | max |");
-    println!("|---|---|---|---|---|---|");
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// The contests of `all`.
+const ALL: &[(Backend, u64)] = &[
+    (Backend::Sqlite, 1),
+    (Backend::Sqlite, COUNTER_PER_RECORD),
+    (Backend::Redis, 1),
+    (Backend::Redis, COUNTER_PER_RECORD),
+    (
+        Backend::Postgres {
+            write: postgres::Write::Gather,
+        },
+        1,
+    ),
+    (
+        Backend::Postgres {
+            write: postgres::Write::Gather,
+        },
+        COUNTER_PER_RECORD,
+    ),
+    (
+        Backend::Postgres {
+            write: postgres::Write::KeyValue,
+        },
+        1,
+    ),
+    (
+        Backend::Postgres {
+            write: postgres::Write::KeyValue,
+        },
+        COUNTER_PER_RECORD,
+    ),
+    (
+        Backend::Postgres {
+            write: postgres::Write::Queue,
+        },
+        COUNTER_PER_RECORD,
+    ),
+    (
+        Backend::Kafka {
+            part: kafka::Part::Append,
+        },
+        1,
+    ),
+    (
+        Backend::Kafka {
+            part: kafka::Part::Sqlite,
+        },
+        1,
+    ),
+    (
+        Backend::Kafka {
+            part: kafka::Part::Postgres,
+        },
+        1,
+    ),
+    (Backend::Rabbitmq, 1),
+];
+
+fn contests<'a>(
+    arguments: &Arguments,
+    contests: impl IntoIterator<Item = (&'a Backend, u64)>,
+    folder: impl Fn() -> std::io::Result<TempDir>,
+) -> Result<ExitCode> {
+    let mut results = match &arguments.results {
+        Some(file) => Results::open(file)?,
+        None => Results::default(),
+    };
+    let (rounds, divisor) = match arguments.quick {
+        true => QUICK,
+        false => (arguments.rounds, 1),
+    };
+    let rules = Rules {
+        rounds,
+        batches: &arguments.batches,
+        divisor,
+    };
+    println!("records/s are medians, and the ratio is ours / by hand, round by round");
+    println!();
     let mut worst = f64::INFINITY;
-    for (number, row) in contest.rows(&arguments.batches).iter().enumerate() {
-        let (mut by_hand, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        for round in 0..arguments.rounds {
-            let run_by_hand = || contest.by_hand(&format!("hand-{number}-{round}"), row);
-            let run_ours = || contest.ours(&format!("ours-{number}-{round}"), row);
-            // The first side finds a quieter disk, so they alternate.
-            let (hand, our) = if round % 2 == 0 {
-                let hand = run_by_hand()?;
-                (hand, run_ours()?)
-            } else {
-                let our = run_ours()?;
-                (run_by_hand()?, our)
-            };
-            let rate = |time: Duration| row.records as f64 / time.as_secs_f64();
-            by_hand.push(rate(hand));
-            ours.push(rate(our));
-            ratios.push(hand.as_secs_f64() / our.as_secs_f64());
+    for (backend, counters) in contests {
+        let mut name = backend.to_string();
+        match counters {
+            1 => {}
+            COUNTER_PER_RECORD => name += ", a counter per record",
+            counters => name += &format!(", {counters} counters"),
         }
-        ratios.sort_by(f64::total_cmp);
-        let ratio = median(&mut ratios);
-        worst = worst.min(ratio);
-        println!(
-            "| {} | {:.0} | {:.0} | {ratio:.2} | {:.2} | {:.2} |",
-            row.label,
-            median(&mut by_hand),
-            median(&mut ours),
-            ratios[0],
-            ratios[ratios.len() - 1],
-        );
+        let contest = start(backend, counters, folder()?)?;
+        worst = worst.min(contest::measure(&name, &*contest, &rules, &mut results)?);
     }
     match arguments.require {
         Some(required) if worst < required => {
@@ -198,6 +254,35 @@ fn main() -> Result<ExitCode> {
             Ok(ExitCode::FAILURE)
         }
         _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn start(backend: &Backend, counters: u64, folder: TempDir) -> Result<Box<dyn Contest>> {
+    Ok(match backend {
+        Backend::Sqlite => Box::new(sqlite::Files { folder, counters }),
+        Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
+        Backend::Kafka { part } => Box::new(kafka::Brokers::new(*part, counters, folder)?),
+        Backend::Postgres { write } => Box::new(postgres::Server::start(counters, *write)?),
+        Backend::Redis => Box::new(redis::Server::start(counters)?),
+        Backend::Relay { bus } => Box::new(relay::Relays::start(*bus, folder)?),
+        other => return Err(format!("{other} is no contest").into()),
+    })
+}
+
+/// The name of a contest.
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let of =
+            |value: Option<clap::builder::PossibleValue>| value.map(|v| v.get_name().to_owned()).unwrap_or_default();
+        match self {
+            Self::Sqlite => write!(f, "SQLite"),
+            Self::Redis => write!(f, "Redis"),
+            Self::Rabbitmq => write!(f, "RabbitMQ"),
+            Self::Postgres { write } => write!(f, "PostgreSQL, {}", of(write.to_possible_value())),
+            Self::Kafka { part } => write!(f, "Kafka, {}", of(part.to_possible_value())),
+            Self::Relay { bus } => write!(f, "relay, {}", of(bus.to_possible_value())),
+            _ => write!(f, "this"),
+        }
     }
 }
 

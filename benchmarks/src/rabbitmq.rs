@@ -177,7 +177,7 @@ fn now() -> Result<FieldTable> {
 
 /// Counts each message and stores the offset, in one transaction per prefetched batch.
 async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
-    let mut database = sqlite::open_by_hand(&path)?;
+    let mut database = sqlite::open_by_hand(&path, 1)?;
     let started = Instant::now();
     let channel = connection.create_channel().await?;
     channel.basic_qos(BATCH as u16, BasicQosOptions::default()).await?;
@@ -197,7 +197,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
                 let delivery = consumer.next().await.ok_or("the consumer ended")??;
                 assert_eq!(delivery.data.len(), PAYLOAD.len());
                 next = offset(&delivery)? + 1;
-                count.execute([])?;
+                count.execute([0])?;
                 handled += 1;
                 last = Some(delivery);
             }
@@ -223,10 +223,10 @@ fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
 
 async fn consume_ours(log: RabbitLog, records: u64, path: PathBuf) -> Result<Duration> {
     let database = rusqlite::Connection::open(&path)?;
-    sqlite::create_counter(&database)?;
+    sqlite::create_counters(&database, 1)?;
     let store = Sqlite::open(path).await?.store();
     let started = Instant::now();
-    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, sqlite::Count);
+    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, sqlite::Count::new(1));
     tokio::spawn(consumer.max_batch(BATCH).run_until_caught_up()).await??;
     let time = started.elapsed();
     sqlite::check(&database, records)?;

@@ -15,14 +15,17 @@ use tempfile::TempDir;
 
 use crate::{Contest, PAYLOAD, Result, Row, by_batch};
 
-pub(crate) const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = 1";
+pub(crate) const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = ?1";
 
 /// Records per append on both sides. This determines the size of the WAL file when the measurement
 /// begins, and overwriting a file is faster than growing it.
 const FILL: usize = 10_000;
 
 /// Fresh files in one folder.
-pub(crate) struct Files(pub(crate) TempDir);
+pub(crate) struct Files {
+    pub(crate) folder: TempDir,
+    pub(crate) counters: u64,
+}
 
 impl Contest for Files {
     fn rows(&self, batches: &[usize]) -> Vec<Row> {
@@ -35,18 +38,19 @@ impl Contest for Files {
     }
 
     fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
-        by_hand(&self.0.path().join(name), row.records, row.batch)
+        by_hand(&self.folder.path().join(name), row, self.counters)
     }
 
     fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
-        ours(&self.0.path().join(name), row.records, row.batch)
+        ours(&self.folder.path().join(name), row, self.counters)
     }
 }
 
 /// The loop that a user writes without a library: select a batch, update the counter for each
 /// record, move the offset, commit.
-fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
-    let mut connection = open_by_hand(path)?;
+fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
+    let (records, batch) = (row.records, row.batch);
+    let mut connection = open_by_hand(path, counters.min(records))?;
     connection.execute_batch("CREATE TABLE log (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL)")?;
     for first in (0..records).step_by(FILL) {
         let fill = connection.transaction()?;
@@ -66,6 +70,7 @@ fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     let mut begin = connection.prepare("BEGIN IMMEDIATE")?;
     let mut commit = connection.prepare("COMMIT")?;
     let mut next: i64 = connection.query_row("SELECT next FROM position WHERE id = 1", [], |row| row.get(0))?;
+    let mut handled = 0;
     loop {
         let rows = select.query_map(params![next, batch as i64], |row| {
             Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))
@@ -78,7 +83,8 @@ fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
         begin.execute([])?;
         for (_, payload) in &rows {
             assert_eq!(payload.len(), PAYLOAD.len());
-            count.execute([])?;
+            count.execute([(handled % counters) as i64])?;
+            handled += 1;
         }
         advance.execute([next])?;
         commit.execute([])?;
@@ -88,21 +94,33 @@ fn by_hand(path: &Path, records: u64, batch: usize) -> Result<Duration> {
     Ok(time)
 }
 
-pub(crate) struct Count;
+/// Counts each record in the next of its counters.
+pub(crate) struct Count {
+    counters: u64,
+    handled: u64,
+}
+
+impl Count {
+    pub(crate) fn new(counters: u64) -> Self {
+        Self { counters, handled: 0 }
+    }
+}
 
 #[async_trait]
 impl Handler<SqliteTx> for Count {
     async fn handle(&mut self, record: &Record, tx: &mut SqliteTx) -> Result<(), HandlerError> {
         assert_eq!(record.payload.len(), PAYLOAD.len());
-        tx.execute(COUNT, [])?;
+        tx.execute(COUNT, [(self.handled % self.counters) as i64])?;
+        self.handled += 1;
         Ok(())
     }
 }
 
 /// The same work through the library.
-fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
+fn ours(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
+    let records = row.records;
     let connection = Connection::open(path)?;
-    create_counter(&connection)?;
+    create_counters(&connection, counters.min(records))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_time()
@@ -115,35 +133,38 @@ fn ours(path: &Path, records: u64, batch: usize) -> Result<Duration> {
             log.append(chunk).await?;
         }
         let started = Instant::now();
-        let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, sqlite.store(), Count);
-        tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
+        let count = Count::new(counters);
+        let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, sqlite.store(), count);
+        tokio::spawn(consumer.max_batch(row.batch).run_until_caught_up()).await??;
         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(started.elapsed())
     })?;
     check(&connection, records)?;
     Ok(time)
 }
 
-/// A file with a counter and a position, for a loop by hand.
-pub(crate) fn open_by_hand(path: &Path) -> Result<Connection> {
+/// A file with counters and a position, for a loop by hand.
+pub(crate) fn open_by_hand(path: &Path, counters: u64) -> Result<Connection> {
     let connection = Connection::open(path)?;
     connection.pragma_update(None, "journal_mode", "wal")?;
     connection.pragma_update(None, "synchronous", "full")?;
-    create_counter(&connection)?;
+    create_counters(&connection, counters)?;
     connection.execute_batch(
         "CREATE TABLE position (id INTEGER PRIMARY KEY, next INTEGER NOT NULL); INSERT INTO position VALUES (1, 0)",
     )?;
     Ok(connection)
 }
 
-pub(crate) fn create_counter(connection: &Connection) -> Result<()> {
-    connection.execute_batch(
-        "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL); INSERT INTO counter VALUES (1, 0)",
-    )?;
+/// Creates the counters from 0 on.
+pub(crate) fn create_counters(connection: &Connection, counters: u64) -> Result<()> {
+    connection.execute_batch("CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL)")?;
+    let fill = "WITH RECURSIVE id (id) AS (SELECT 0 UNION ALL SELECT id + 1 FROM id WHERE id < ?1 - 1)
+         INSERT INTO counter SELECT id, 0 FROM id";
+    connection.execute(fill, [counters as i64])?;
     Ok(())
 }
 
 pub(crate) fn check(connection: &Connection, records: u64) -> Result<()> {
-    let counted: i64 = connection.query_row("SELECT n FROM counter WHERE id = 1", [], |row| row.get(0))?;
+    let counted: i64 = connection.query_row("SELECT sum(n) FROM counter", [], |row| row.get(0))?;
     if counted as u64 != records {
         return Err(format!("counted {counted} of {records} records: the measurement is invalid").into());
     }

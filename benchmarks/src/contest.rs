@@ -1,0 +1,81 @@
+//! Two sides that do the same work, alternately in one process.
+
+use std::time::Duration;
+
+use crate::{
+    Result,
+    results::{Cell, Results, Round},
+};
+
+/// One measured row of the table.
+pub(crate) struct Row {
+    pub(crate) label: String,
+    /// Chosen so that a round takes about a second.
+    pub(crate) records: u64,
+    pub(crate) batch: usize,
+}
+
+/// The same work on both sides. Each name is used once.
+pub(crate) trait Contest {
+    /// The rows: one per batch size, or others.
+    fn rows(&self, batches: &[usize]) -> Vec<Row>;
+
+    /// The loop that a user writes without a library.
+    fn by_hand(&self, name: &str, row: &Row) -> Result<Duration>;
+
+    /// The same work through the library.
+    fn ours(&self, name: &str, row: &Row) -> Result<Duration>;
+}
+
+/// One row per batch size, with as many records as the backend handles in about a second.
+pub(crate) fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec<Row> {
+    let row = |batch: &usize| Row {
+        label: format!("batch {batch}"),
+        records: records(*batch),
+        batch: *batch,
+    };
+    batches.iter().map(row).collect()
+}
+
+/// How a contest is measured.
+pub(crate) struct Rules<'a> {
+    pub(crate) rounds: u32,
+    pub(crate) batches: &'a [usize],
+    /// By how much to divide the number of records.
+    pub(crate) divisor: u64,
+}
+
+/// Measures a contest and prints its table. Rounds that `results` holds are not run again. Returns
+/// the lowest median ratio.
+pub(crate) fn measure(name: &str, contest: &dyn Contest, rules: &Rules<'_>, results: &mut Results) -> Result<f64> {
+    println!("{name}, {} rounds", rules.rounds);
+    println!();
+    println!("| | by hand, records/s | ours, records/s | ratio, median | min | max |");
+    println!("|---|---:|---:|---:|---:|---:|");
+    let mut worst = f64::INFINITY;
+    for (number, mut row) in contest.rows(rules.batches).into_iter().enumerate() {
+        row.records = (row.records / rules.divisor).max(row.batch as u64);
+        let cell = Cell::new(name, &row);
+        for round in results.rounds(&cell).len()..rules.rounds as usize {
+            let by_hand = || contest.by_hand(&format!("hand-{number}-{round}"), &row);
+            let ours = || contest.ours(&format!("ours-{number}-{round}"), &row);
+            // The first side finds a quieter disk, so they alternate.
+            let (by_hand, ours) = if round % 2 == 0 {
+                let by_hand = by_hand()?;
+                (by_hand, ours()?)
+            } else {
+                let ours = ours()?;
+                (by_hand()?, ours)
+            };
+            results.add(&cell, Round::new(by_hand, ours))?;
+        }
+        let summary = results.summary(&cell);
+        worst = worst.min(summary.ratio);
+        println!(
+            "| {} | {:.0} | {:.0} | {:.2} | {:.2} | {:.2} |",
+            row.label, summary.by_hand, summary.ours, summary.ratio, summary.min, summary.max,
+        );
+    }
+    println!();
+    Ok(worst)
+}
