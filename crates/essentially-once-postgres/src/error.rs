@@ -88,6 +88,14 @@ impl Fault {
         }
     }
 
+    /// Whether a prepared statement no longer fits.
+    pub(crate) fn is_stale(&self) -> bool {
+        match self {
+            Self::Postgres { error, .. } => error.as_db_error().is_some_and(is_stale),
+            _ => false,
+        }
+    }
+
     /// The failure of a request that changes nothing.
     pub(crate) fn of_read(self, action: impl Into<String>) -> Error {
         match self.is_answer() {

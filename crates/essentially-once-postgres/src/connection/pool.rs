@@ -16,7 +16,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
     address::{parse, shown},
-    session::Session,
+    session::{Session, Stale},
 };
 use crate::{error::Fault, log::wake::Bell, options::PgOptions};
 
@@ -36,6 +36,7 @@ pub(crate) struct Pool {
     /// Of the server that answered first.
     pub(crate) version: OnceLock<String>,
     idle: Mutex<Vec<Session>>,
+    stale: Stale,
     pub(crate) bell: Bell,
     #[cfg(feature = "tls")]
     tls: Option<MakeRustlsConnect>,
@@ -58,6 +59,7 @@ impl Pool {
             config,
             version: OnceLock::new(),
             idle: Mutex::default(),
+            stale: Stale::default(),
             #[cfg(feature = "tls")]
             tls,
         })
@@ -142,7 +144,13 @@ impl Pool {
             )));
         }
         self.version.get_or_init(|| format!("PostgreSQL {version}"));
-        let mut session = Session::new(client, connection, Arc::clone(&self.schema), heard);
+        let mut session = Session::new(
+            client,
+            connection,
+            Arc::clone(&self.schema),
+            Arc::clone(&self.stale),
+            heard,
+        );
         let millis = |timeout: Duration| timeout.as_millis();
         // A handler's commit is durable, and an append or a migration sees what was committed
         // before it, whatever the default of the database or the user.

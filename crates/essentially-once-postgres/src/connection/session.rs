@@ -4,7 +4,10 @@ use std::{
     collections::{HashMap, VecDeque},
     future::{Future, poll_fn},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -63,6 +66,9 @@ pub(crate) struct Session {
     client: Arc<Client>,
     schema: Arc<str>,
     statements: HashMap<Box<str>, Statement>,
+    stale: Stale,
+    /// The value of `stale` for which the statements were prepared.
+    prepared_for: u64,
     /// The requests that were sent and not answered, oldest first.
     unanswered: VecDeque<(Part, Reply)>,
     /// Whether a call was given up before its answer, or left the connection in an unknown state.
@@ -74,6 +80,10 @@ pub(crate) struct Session {
     farewell: Arc<Mutex<Option<tokio_postgres::Error>>>,
     _driver: Driver,
 }
+
+/// Counts how often a session of a pool found that a prepared statement no longer fits. Each session
+/// then prepares its statements again. Otherwise each would fail once.
+pub(crate) type Stale = Arc<AtomicU64>;
 
 /// Ends the task that drives a connection. It could otherwise wait forever for a silent server, and
 /// the server keeps a transaction open until the connection is closed.
@@ -91,6 +101,7 @@ impl Session {
         client: Client,
         mut connection: Connection<Socket, S>,
         schema: Arc<str>,
+        stale: Stale,
         heard: impl Fn(AsyncMessage) + Send + 'static,
     ) -> Self
     where
@@ -115,6 +126,8 @@ impl Session {
             client: Arc::new(client),
             schema,
             statements: HashMap::new(),
+            prepared_for: stale.load(Relaxed),
+            stale,
             unanswered: VecDeque::new(),
             is_spoilt: false,
             is_in_transaction: false,
@@ -158,8 +171,8 @@ impl Session {
     /// Prepares a statement of this crate, with the schema in place of `{s}`, or returns the one
     /// that was prepared before.
     pub(crate) async fn own(&mut self, sql: &'static str) -> Result<Statement, Fault> {
-        if let Some(statement) = self.statements.get(sql) {
-            return Ok(statement.clone());
+        if let Some(statement) = self.prepared(sql) {
+            return Ok(statement);
         }
         let text = sql.replace("{s}", &self.schema);
         self.prepare(sql, &text).await
@@ -167,10 +180,19 @@ impl Session {
 
     /// Prepares a statement of the handler, or returns the one that was prepared before.
     pub(crate) async fn native(&mut self, sql: &str) -> Result<Statement, Fault> {
-        if let Some(statement) = self.statements.get(sql) {
-            return Ok(statement.clone());
+        if let Some(statement) = self.prepared(sql) {
+            return Ok(statement);
         }
         self.prepare(sql, sql).await
+    }
+
+    fn prepared(&mut self, sql: &str) -> Option<Statement> {
+        let stale = self.stale.load(Relaxed);
+        if self.prepared_for != stale {
+            self.prepared_for = stale;
+            self.statements.clear();
+        }
+        self.statements.get(sql).cloned()
     }
 
     async fn prepare(&mut self, name: &str, sql: &str) -> Result<Statement, Fault> {
@@ -328,6 +350,9 @@ impl Session {
         let fault = Fault::Postgres { part, error };
         if fault.ends_the_session() {
             self.is_spoilt = true;
+        }
+        if fault.is_stale() {
+            self.stale.fetch_add(1, Relaxed);
         }
         fault
     }

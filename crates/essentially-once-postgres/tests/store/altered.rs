@@ -65,6 +65,32 @@ pub(crate) async fn an_altered_table_heals_with_the_next_transaction() -> Outcom
     Ok(())
 }
 
+/// Each of the handle's sessions would otherwise fail once.
+pub(crate) async fn all_sessions_heal_when_one_finds_an_altered_table() -> Outcome {
+    let stage = stage().await?;
+    let mut sessions = Vec::new();
+    for _ in 0..3 {
+        let mut tx = stage.begin().await?;
+        tx.query(SELECT, &[]).await?;
+        sessions.push(tx);
+    }
+    for tx in sessions {
+        tx.rollback().await?;
+    }
+    stage.sql("ALTER TABLE freight ADD COLUMN added int")?;
+    let mut tx = stage.begin().await?;
+    let failed = tx.query(SELECT, &[]).await;
+    assert_error!(failed, Error::Unavailable { .. }, "the tables have changed");
+    drop(tx);
+    let mut healed = Vec::new();
+    for _ in 0..3 {
+        let mut tx = stage.begin().await?;
+        tx.query(SELECT, &[]).await?;
+        healed.push(tx);
+    }
+    Ok(())
+}
+
 pub(crate) async fn statements_that_the_handler_discarded_are_prepared_again() -> Outcome {
     let stage = stage().await?;
     for round in 0..3 {

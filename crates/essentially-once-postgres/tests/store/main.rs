@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         mistakes::the_handler_cannot_end_the_transaction,
         mistakes::the_wrong_number_of_parameters_is_named,
         altered::an_altered_table_heals_with_the_next_transaction,
+        altered::all_sessions_heal_when_one_finds_an_altered_table,
         altered::statements_that_the_handler_discarded_are_prepared_again,
         altered::a_dropped_table_is_a_mistake_until_it_is_back,
         durable::a_handler_that_relaxes_durability_still_commits_durably,
