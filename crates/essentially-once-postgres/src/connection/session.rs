@@ -81,8 +81,8 @@ pub(crate) struct Session {
     _driver: Driver,
 }
 
-/// Counts how often a session of a pool found that a prepared statement no longer fits. Each session
-/// then prepares its statements again. Otherwise each would fail once.
+/// Counts how often a session of a pool found that a prepared statement no longer fits. Each
+/// session then prepares its statements again. Otherwise each would fail once.
 pub(crate) type Stale = Arc<AtomicU64>;
 
 /// Ends the task that drives a connection. It could otherwise wait forever for a silent server, and
