@@ -13,7 +13,7 @@ use std::{
     future::Future,
     pin::Pin,
     process::ExitCode,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use essentially_once::{
@@ -163,6 +163,10 @@ impl Stage {
         client(&self.server.url()).await
     }
 
+    pub(crate) async fn watch_readers(&self) -> Result<Readers, Source> {
+        Ok(Readers(self.client().await?))
+    }
+
     /// Waits until this many statements wait for a lock.
     pub(crate) async fn until_locked(&self, waiting: i64) -> Outcome {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND state = 'active'";
@@ -178,6 +182,32 @@ impl Stage {
                 Ok(())
             } else {
                 Err(format!("{count} instead of {wanted}: {sql}"))
+            })
+        });
+        asked.await
+    }
+}
+
+/// Sees from outside when readers look for records.
+pub(crate) struct Readers(Client);
+
+impl Readers {
+    /// The server's time.
+    pub(crate) async fn time(&self) -> Result<SystemTime, Source> {
+        Ok(self.0.query_one("SELECT clock_timestamp()", &[]).await?.get(0))
+    }
+
+    /// Waits until a reader has looked for records after `since`. If it found none, it waits from
+    /// then on.
+    pub(crate) async fn until_one_looked(&self, since: SystemTime) -> Outcome {
+        let looked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'essentially-once'
+             AND state = 'idle' AND query LIKE 'SELECT \"offset\", appended_at%' AND state_change > $1";
+        let asked = test_servers::eventually(async || {
+            let count: i64 = self.0.query_one(looked, &[&since]).await?.get(0);
+            Ok(if count > 0 {
+                Ok(())
+            } else {
+                Err("no reader looks for records".into())
             })
         });
         asked.await

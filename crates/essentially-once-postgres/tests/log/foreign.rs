@@ -43,14 +43,15 @@ pub(crate) async fn the_documented_notification_wakes_readers() -> Outcome {
     let stage = Stage::start().await?;
     let (log, client, sql) = (stage.pg.log("orders").await?, stage.client().await?, documented()?);
     let mut reader = log.read(0.into()).await?;
+    let watch = stage.watch_readers().await?;
     let mut times = Times::new();
     for round in 0..31_u64 {
         let mut begun = Instant::now();
+        let last_look = watch.time().await?;
         let (read, appended) = tokio::join!(soon(reader.next(10)), async {
-            // Time to find nothing, and to begin to wait.
-            tokio::time::sleep(Duration::from_millis(30)).await;
+            watch.until_one_looked(last_look).await?;
             begun = Instant::now();
-            client.batch_execute(&sql).await
+            Ok::<_, Source>(client.batch_execute(&sql).await?)
         });
         times.since(begun);
         appended?;

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use essentially_once::{Log as _, NewRecord, Outbox as _, backend::Transaction as _};
+use essentially_once::{
+    Log as _, NewRecord, Outbox as _,
+    backend::{Source, Transaction as _},
+};
 
 use crate::common::{Outcome, Stage, Times, advance, ensure, soon};
 
@@ -24,15 +27,16 @@ pub(crate) async fn readers_of_another_handle_wake_at_once() -> Outcome {
     let stage = Stage::start().await?;
     let (log, other) = (stage.pg.log("orders").await?, stage.other().await?.log("orders").await?);
     let mut reader = other.read(0.into()).await?;
+    let watch = stage.watch_readers().await?;
     for one_try in 0..TRIES {
         let mut times = Times::new();
         for round in one_try * ROUNDS..(one_try + 1) * ROUNDS {
             let mut begun = Instant::now();
+            let last_look = watch.time().await?;
             let (read, appended) = tokio::join!(soon(reader.next(10)), async {
-                // The reader waits now, or is about to.
-                tokio::time::sleep(Duration::from_millis(2)).await;
+                watch.until_one_looked(last_look).await?;
                 begun = Instant::now();
-                log.append(&[NewRecord::new(round.to_string())]).await
+                Ok::<_, Source>(log.append(&[NewRecord::new(round.to_string())]).await?)
             });
             times.since(begun);
             appended?;
