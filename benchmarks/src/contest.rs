@@ -37,6 +37,21 @@ pub(crate) fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec
     batches.iter().map(row).collect()
 }
 
+/// Runs both sides. The first one finds a quieter disk, so it is another one in each round.
+pub(crate) fn in_turn<T>(
+    round: usize,
+    by_hand: impl FnOnce() -> Result<T>,
+    ours: impl FnOnce() -> Result<T>,
+) -> Result<(T, T)> {
+    if round % 2 == 0 {
+        let by_hand = by_hand()?;
+        Ok((by_hand, ours()?))
+    } else {
+        let ours = ours()?;
+        Ok((by_hand()?, ours))
+    }
+}
+
 /// How a contest is measured.
 pub(crate) struct Rules<'a> {
     pub(crate) rounds: u32,
@@ -48,10 +63,10 @@ pub(crate) struct Rules<'a> {
 /// Measures a contest and prints its table. Rounds that `results` holds are not run again. Returns
 /// the lowest median ratio.
 pub(crate) fn measure(name: &str, contest: &dyn Contest, rules: &Rules<'_>, results: &mut Results) -> Result<f64> {
-    println!("{name}, {} rounds", rules.rounds);
+    println!("{name}");
     println!();
-    println!("| | by hand, records/s | ours, records/s | ratio, median | min | max |");
-    println!("|---|---:|---:|---:|---:|---:|");
+    println!("| | rounds | by hand, records/s | ours, records/s | ratio, median | min | max |");
+    println!("|---|---:|---:|---:|---:|---:|---:|");
     let mut worst = f64::INFINITY;
     for (number, mut row) in contest.rows(rules.batches).into_iter().enumerate() {
         row.records = (row.records / rules.divisor).max(row.batch as u64);
@@ -59,21 +74,20 @@ pub(crate) fn measure(name: &str, contest: &dyn Contest, rules: &Rules<'_>, resu
         for round in results.rounds(&cell).len()..rules.rounds as usize {
             let by_hand = || contest.by_hand(&format!("hand-{number}-{round}"), &row);
             let ours = || contest.ours(&format!("ours-{number}-{round}"), &row);
-            // The first side finds a quieter disk, so they alternate.
-            let (by_hand, ours) = if round % 2 == 0 {
-                let by_hand = by_hand()?;
-                (by_hand, ours()?)
-            } else {
-                let ours = ours()?;
-                (by_hand()?, ours)
-            };
+            let (by_hand, ours) = in_turn(round, by_hand, ours)?;
             results.add(&cell, Round::new(by_hand, ours))?;
         }
         let summary = results.summary(&cell);
         worst = worst.min(summary.ratio);
         println!(
-            "| {} | {:.0} | {:.0} | {:.2} | {:.2} | {:.2} |",
-            row.label, summary.by_hand, summary.ours, summary.ratio, summary.min, summary.max,
+            "| {} | {} | {:.0} | {:.0} | {:.2} | {:.2} | {:.2} |",
+            row.label,
+            results.rounds(&cell).len(),
+            summary.by_hand,
+            summary.ours,
+            summary.ratio,
+            summary.min,
+            summary.max,
         );
     }
     println!();

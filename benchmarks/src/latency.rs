@@ -28,7 +28,9 @@ use tempfile::TempDir;
 use tokio::runtime::Handle;
 
 use crate::{
-    PAYLOAD, Result, median,
+    PAYLOAD, Result,
+    contest::in_turn,
+    median,
     relay::{self, ByHand, Relays, Sent, open},
 };
 
@@ -97,14 +99,7 @@ pub(crate) fn measure(arguments: LatencyArguments, rounds: u32, folder: TempDir)
                 .runtime()
                 .block_on(relay(&relays, &format!("ours-{round}"), orders))
         };
-        // As in the other benchmarks, neither side is always the first.
-        let (hand, our) = if round % 2 == 0 {
-            let hand = run_by_hand()?;
-            (hand, run_ours()?)
-        } else {
-            let our = run_ours()?;
-            (run_by_hand()?, our)
-        };
+        let (hand, our) = in_turn(round as usize, run_by_hand, run_ours)?;
         for (side, times) in [(&mut by_hand, &hand), (&mut ours, &our)] {
             side[0].push(percentile(times, 50));
             side[1].push(percentile(times, 99));

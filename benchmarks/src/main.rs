@@ -33,12 +33,12 @@ use results::Results;
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]
-    backend: Backend,
+    command: Command,
     /// How often each side runs at each batch size.
     #[arg(long, global = true, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// The batch sizes to measure.
-    #[arg(long = "batch", global = true, value_delimiter = ',', default_values_t = BATCHES)]
+    #[arg(long = "batch", global = true, value_delimiter = ',', default_values_t = BATCHES, value_parser = batch)]
     batches: Vec<usize>,
     /// Where to put the files. The default is a temporary folder.
     #[arg(long, global = true)]
@@ -58,10 +58,12 @@ struct Arguments {
 }
 
 #[derive(Subcommand)]
-enum Backend {
+enum Command {
     /// Each contest: consuming on each backend, with one counter and with a counter per record, and
     /// appending.
     All,
+    #[command(flatten)]
+    One(Backend),
     /// Draws the ratios in a file of results, one SVG per contest.
     Plot {
         /// A file that `--results` wrote.
@@ -70,36 +72,11 @@ enum Backend {
         #[arg(long)]
         to: PathBuf,
     },
-    /// SQLite, WAL and synchronous=FULL: one counter update per record, with the offset in the same
-    /// commit.
-    Sqlite,
-    /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record
-    /// and the offset in one step.
-    Redis,
-    /// PostgreSQL with its own settings, on a private server: a batch is read, counted with one
-    /// statement, and committed with the offset if nobody else has moved it.
-    Postgres {
-        /// How the handler counts.
-        write: postgres::Write,
-    },
     /// Appends to PostgreSQL by many processes at once, or one table for all logs against a table
     /// per log. Ignores batch sizes, counters and `--require`.
     Appends(appends::AppendsArguments),
     #[command(hide = true)]
     Appender(appends::Appender),
-    /// Kafka's protocol, on private brokers: appending, or consuming into SQLite or PostgreSQL.
-    Kafka {
-        /// What to measure.
-        part: kafka::Part,
-    },
-    /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
-    /// plain and packed. Ignores batch sizes.
-    Rabbitmq,
-    /// A relay from an outbox on SQLite to a bus, or past a million records that were relayed.
-    Relay {
-        /// Where the relay sends records, or `behind`.
-        bus: relay::Bus,
-    },
     /// How long an order takes from its commit, with an outbox on SQLite, to a bus, at 100 orders
     /// per second. Ignores batch sizes and `--require`.
     Latency(latency::LatencyArguments),
@@ -119,11 +96,48 @@ enum Backend {
     Counted(instructions::Work),
 }
 
+/// What the two sides of a contest work with.
+#[derive(Clone, Copy, Subcommand)]
+enum Backend {
+    /// SQLite, WAL and synchronous=FULL: one counter update per record, with the offset in the same
+    /// commit.
+    Sqlite,
+    /// Redis, AOF with appendfsync=always, on a private server: XREAD, then one HINCRBY per record
+    /// and the offset in one step.
+    Redis,
+    /// PostgreSQL with its own settings, on a private server: a batch is read, counted with one
+    /// statement, and committed with the offset if nobody else has moved it.
+    Postgres {
+        /// How the handler counts.
+        write: postgres::Write,
+    },
+    /// Kafka's protocol, on private brokers: appending, or consuming into SQLite or PostgreSQL.
+    Kafka {
+        /// What to measure.
+        part: kafka::Part,
+    },
+    /// RabbitMQ streams on a private node: publishing with confirms, and consuming into SQLite,
+    /// plain and packed. Ignores batch sizes.
+    Rabbitmq,
+    /// A relay from an outbox on SQLite to a bus, or past a million records that were relayed.
+    Relay {
+        /// Where the relay sends records, or `behind`.
+        bus: relay::Bus,
+    },
+}
+
 type Failure = Box<dyn Error + Send + Sync>;
 type Result<T, E = Failure> = std::result::Result<T, E>;
 
 const BATCHES: [usize; 4] = [1, 10, 100, 1_000];
 const PAYLOAD: [u8; 100] = [b'x'; 100];
+
+fn batch(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(batch) if batch > 0 => Ok(batch),
+        _ => Err("a number of records above 0".into()),
+    }
+}
 
 /// Rounds of `--quick`, and by how much it divides the number of records.
 const QUICK: (u32, u64) = (3, 5);
@@ -138,88 +152,54 @@ fn main() -> Result<ExitCode> {
         None => tempfile::tempdir(),
     };
     let rounds = arguments.rounds;
-    let done = match &arguments.backend {
-        Backend::Plot { file, to } => plot::draw(&Results::read(file)?, to),
-        Backend::Appends(appends) => appends::measure(appends, rounds),
-        Backend::Appender(appender) => appends::append(appender),
-        Backend::Latency(latency) => latency::measure(*latency, rounds, folder()?),
-        Backend::Healthy => instructions::healthy(folder()?.path()),
-        Backend::Core => instructions::core(folder()?.path(), &arguments.batches),
-        Backend::Counted(work) => instructions::work(work),
-        Backend::Letters => letters::measure(rounds, &folder()?),
-        Backend::Recovery => recovery::measure(rounds),
-        Backend::All => {
-            return contests(
-                &arguments,
-                ALL.iter().map(|(backend, counters)| (backend, *counters)),
-                folder,
-            );
-        }
-        contest => return contests(&arguments, [(contest, arguments.counters)], folder),
+    let done = match &arguments.command {
+        Command::All => return contests(&arguments, all(), folder),
+        Command::One(backend) => return contests(&arguments, [(*backend, arguments.counters)], folder),
+        Command::Plot { file, to } => plot::draw(&Results::read(file)?, to),
+        Command::Appends(appends) => appends::measure(appends, rounds),
+        Command::Appender(appender) => appends::append(appender),
+        Command::Latency(latency) => latency::measure(*latency, rounds, folder()?),
+        Command::Healthy => instructions::healthy(folder()?.path()),
+        Command::Core => instructions::core(folder()?.path(), &arguments.batches),
+        Command::Counted(work) => instructions::work(work),
+        Command::Letters => letters::measure(rounds, &folder()?),
+        Command::Recovery => recovery::measure(rounds),
     };
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// The contests of `all`.
-const ALL: &[(Backend, u64)] = &[
-    (Backend::Sqlite, 1),
-    (Backend::Sqlite, COUNTER_PER_RECORD),
-    (Backend::Redis, 1),
-    (Backend::Redis, COUNTER_PER_RECORD),
-    (
-        Backend::Postgres {
-            write: postgres::Write::Gather,
-        },
-        1,
-    ),
-    (
-        Backend::Postgres {
-            write: postgres::Write::Gather,
-        },
-        COUNTER_PER_RECORD,
-    ),
-    (
-        Backend::Postgres {
-            write: postgres::Write::KeyValue,
-        },
-        1,
-    ),
-    (
-        Backend::Postgres {
-            write: postgres::Write::KeyValue,
-        },
-        COUNTER_PER_RECORD,
-    ),
-    (
-        Backend::Postgres {
-            write: postgres::Write::Queue,
-        },
-        COUNTER_PER_RECORD,
-    ),
-    (
-        Backend::Kafka {
-            part: kafka::Part::Append,
-        },
-        1,
-    ),
-    (
-        Backend::Kafka {
-            part: kafka::Part::Sqlite,
-        },
-        1,
-    ),
-    (
-        Backend::Kafka {
-            part: kafka::Part::Postgres,
-        },
-        1,
-    ),
-    (Backend::Rabbitmq, 1),
-];
+/// The contests of `all`, each with its number of counters.
+fn all() -> impl Iterator<Item = (Backend, u64)> {
+    use kafka::Part;
+    use postgres::Write;
 
-fn contests<'a>(
+    const EACH: u64 = COUNTER_PER_RECORD;
+    let postgres = |write| Backend::Postgres { write };
+    let kafka = |part| Backend::Kafka { part };
+    [
+        (Backend::Sqlite, 1),
+        (Backend::Sqlite, EACH),
+        (Backend::Redis, 1),
+        (Backend::Redis, EACH),
+        (postgres(Write::Gather), 1),
+        (postgres(Write::Gather), EACH),
+        (postgres(Write::KeyValue), 1),
+        (postgres(Write::KeyValue), EACH),
+        (postgres(Write::Queue), 1),
+        (postgres(Write::Queue), EACH),
+        (kafka(Part::Append), 1),
+        (kafka(Part::Sqlite), 1),
+        (kafka(Part::Sqlite), EACH),
+        (kafka(Part::Postgres), 1),
+        (kafka(Part::Postgres), EACH),
+        (Backend::Rabbitmq, 1),
+    ]
+    .into_iter()
+}
+
+fn contests(
     arguments: &Arguments,
-    contests: impl IntoIterator<Item = (&'a Backend, u64)>,
+    contests: impl IntoIterator<Item = (Backend, u64)>,
     folder: impl Fn() -> std::io::Result<TempDir>,
 ) -> Result<ExitCode> {
     let mut results = match &arguments.results {
@@ -257,15 +237,14 @@ fn contests<'a>(
     }
 }
 
-fn start(backend: &Backend, counters: u64, folder: TempDir) -> Result<Box<dyn Contest>> {
+fn start(backend: Backend, counters: u64, folder: TempDir) -> Result<Box<dyn Contest>> {
     Ok(match backend {
         Backend::Sqlite => Box::new(sqlite::Files { folder, counters }),
         Backend::Rabbitmq => Box::new(rabbitmq::Node::start(folder)?),
-        Backend::Kafka { part } => Box::new(kafka::Brokers::new(*part, counters, folder)?),
-        Backend::Postgres { write } => Box::new(postgres::Server::start(counters, *write)?),
+        Backend::Kafka { part } => Box::new(kafka::Brokers::new(part, counters, folder)?),
+        Backend::Postgres { write } => Box::new(postgres::Server::start(counters, write)?),
         Backend::Redis => Box::new(redis::Server::start(counters)?),
-        Backend::Relay { bus } => Box::new(relay::Relays::start(*bus, folder)?),
-        other => return Err(format!("{other} is no contest").into()),
+        Backend::Relay { bus } => Box::new(relay::Relays::start(bus, folder)?),
     })
 }
 
@@ -281,7 +260,6 @@ impl fmt::Display for Backend {
             Self::Postgres { write } => write!(f, "PostgreSQL, {}", of(write.to_possible_value())),
             Self::Kafka { part } => write!(f, "Kafka, {}", of(part.to_possible_value())),
             Self::Relay { bus } => write!(f, "relay, {}", of(bus.to_possible_value())),
-            _ => write!(f, "this"),
         }
     }
 }

@@ -1,10 +1,11 @@
-//! One run of a contestant: its processes, what is done to them, and what came of it.
+//! One run of a contestant: starts its processes, disturbs them, and counts the records.
 
 use std::{
     fs::File,
     io::{BufRead, BufReader},
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     thread::sleep,
     time::{Duration, Instant, SystemTime},
 };
@@ -28,7 +29,7 @@ pub(crate) struct Trial<'a> {
     errors: PathBuf,
 }
 
-/// What came of a run whose workers were disturbed.
+/// The result of a run whose workers were disturbed.
 pub(crate) struct Outcome {
     pub(crate) p50: Duration,
     pub(crate) p99: Duration,
@@ -70,7 +71,7 @@ impl<'a> Trial<'a> {
         Ok(trial)
     }
 
-    fn run(&self, arguments: &[&str]) -> Result<Child> {
+    fn run(&self, arguments: &[&str]) -> Result<Program> {
         let mut command = Command::new(&self.program);
         command
             .args(arguments)
@@ -80,22 +81,23 @@ impl<'a> Trial<'a> {
         }
         let errors = File::options().create(true).append(true).open(&self.errors)?;
         let child = command.stdout(Stdio::piped()).stderr(errors).spawn();
-        child.map_err(|error| format!("{} does not start: {error}", self.program.display()).into())
+        let child = child.map_err(|error| format!("{} does not start: {error}", self.program.display()))?;
+        Ok(Program(child))
     }
 
-    fn finish(&self, mut child: Child) -> Result<()> {
-        match child.wait()? {
-            status if status.success() => Ok(()),
-            status => Err(format!(
-                "{} ended with {status}: see {}",
-                self.program.display(),
-                self.errors.display()
-            )
-            .into()),
+    fn finish(&self, mut program: Program) -> Result<()> {
+        self.check(program.0.wait()?)
+    }
+
+    fn check(&self, status: ExitStatus) -> Result<()> {
+        if status.success() {
+            return Ok(());
         }
+        let (program, errors) = (self.program.display(), self.errors.display());
+        Err(format!("{program} ended with {status}: see {errors}").into())
     }
 
-    fn send(&self, records: u64, per_second: Option<u64>) -> Result<Child> {
+    fn send(&self, records: u64, per_second: Option<u64>) -> Result<Program> {
         let (records, rate) = (records.to_string(), per_second.unwrap_or_default().to_string());
         let mut arguments = vec!["send", "--records", &records];
         if per_second.is_some() {
@@ -104,7 +106,7 @@ impl<'a> Trial<'a> {
         self.run(&arguments)
     }
 
-    fn work(&self, instance: &str, alone: bool, load: &Load, pause: u64) -> Result<Worker> {
+    fn work(&self, instance: &str, alone: bool, load: &Load, pause: u64) -> Result<Program> {
         let (batch, pause, patience) = (load.batch.to_string(), pause.to_string(), load.patience.to_string());
         let mut arguments = vec![
             "work",
@@ -120,7 +122,10 @@ impl<'a> Trial<'a> {
         if alone {
             arguments.push("--alone");
         }
-        Ok(Worker(self.run(&arguments)?))
+        let mut worker = self.run(&arguments)?;
+        // It prints nothing that matters, and must not wait until somebody reads it.
+        worker.0.stdout = None;
+        Ok(worker)
     }
 
     /// How many records per second an undisturbed worker counts, if they wait for it.
@@ -144,18 +149,18 @@ impl<'a> Trial<'a> {
                 _ => {}
             }
             if let Some(status) = worker.0.try_wait()? {
-                return Err(format!("the worker ended with {status}: see {}", self.errors.display()).into());
+                self.check(status)?;
+                return Err(format!("{} ended", self.program.display()).into());
             }
             sleep(Duration::from_millis(1));
         }
     }
 
-    /// Sends at a steady rate while workers are disturbed, and counts what became of each record.
+    /// Sends at a steady rate while workers are disturbed, and counts each record.
     pub(crate) fn disturb(&mut self, load: &Load, disturbance: Disturbance) -> Result<Outcome> {
-        let names: &[&str] = if disturbance == Disturbance::Kill {
-            &["a"]
-        } else {
-            &["a", "b"]
+        let names: &[&str] = match disturbance {
+            Disturbance::Kill => &["a"],
+            Disturbance::Freeze => &["a", "b"],
         };
         let start = |name: &str| self.work(name, names.len() == 1, load, load.pause);
         let mut workers = names.iter().map(|name| start(name)).collect::<Result<Vec<_>>>()?;
@@ -164,25 +169,36 @@ impl<'a> Trial<'a> {
         let started = started(&mut sender)?;
         let mut watch = Watch::new(started, load.per_second, records);
         let mut plan = Plan::new(disturbance, load);
-        let mut sent = false;
+        let (mut sent, mut ended) = (false, 0);
         while !watch.is_over(sent) {
             watch.look(&mut *self.judge)?;
-            plan.act(&mut workers, started)?;
+            plan.act(&workers, started);
             for (worker, name) in workers.iter_mut().zip(names) {
                 // Whatever supervises a service starts it again.
-                if worker.0.try_wait()?.is_some() {
+                if let Some(status) = worker.0.try_wait()? {
+                    ended += u32::from(status.signal().is_none());
                     *worker = self.work(name, names.len() == 1, load, load.pause)?;
                 }
             }
-            if !sent && let Some(status) = sender.try_wait()? {
+            if !sent && let Some(status) = sender.0.try_wait()? {
                 sent = true;
-                if !status.success() {
-                    return Err(format!("the sender ended with {status}: see {}", self.errors.display()).into());
-                }
+                self.check(status)?;
             }
             sleep(Duration::from_millis(1));
         }
-        plan.end(&workers)?;
+        if plan.left > 0 {
+            return Err(format!("{} disturbances were not over after all records", plan.left).into());
+        }
+        if ended > 0 {
+            eprintln!(
+                "{} ended {ended} times by itself: see {}",
+                self.program.display(),
+                self.errors.display()
+            );
+        }
+        for worker in &workers {
+            worker.signal(Signal::CONT);
+        }
         sleep(AFTERMATH);
         let tally = self.judge.tally()?;
         Ok(watch.outcome(records - tally.counted, tally.doubled))
@@ -190,8 +206,8 @@ impl<'a> Trial<'a> {
 }
 
 /// When the sender's first record was due.
-fn started(sender: &mut Child) -> Result<SystemTime> {
-    let output = sender.stdout.take().ok_or("the sender has no output")?;
+fn started(sender: &mut Program) -> Result<SystemTime> {
+    let output = sender.0.stdout.take().ok_or("the sender has no output")?;
     let mut line = String::new();
     BufReader::new(output).read_line(&mut line)?;
     let micros = line.trim().parse().map_err(|_| "the sender did not start")?;
@@ -199,18 +215,16 @@ fn started(sender: &mut Child) -> Result<SystemTime> {
 }
 
 /// A process that is killed when it is dropped.
-struct Worker(Child);
+struct Program(Child);
 
-impl Worker {
-    fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = Pid::from_child(&self.0);
+impl Program {
+    fn signal(&self, signal: Signal) {
         // It may have just ended.
-        let _ = kill_process(pid, signal);
-        Ok(())
+        let _ = kill_process(Pid::from_child(&self.0), signal);
     }
 }
 
-impl Drop for Worker {
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -255,39 +269,34 @@ impl Plan {
         self.between.mul_f64(0.5 + 0.5 * self.random.f64())
     }
 
-    fn act(&mut self, workers: &mut [Worker], started: SystemTime) -> Result<()> {
+    fn act(&mut self, workers: &[Program], started: SystemTime) {
         if started.elapsed().unwrap_or_default() < self.next {
-            return Ok(());
+            return;
         }
         let pause = self.pause();
         if let Some(frozen) = self.frozen.take() {
-            workers[frozen].signal(Signal::CONT)?;
+            workers[frozen].signal(Signal::CONT);
             self.next += pause;
-            return Ok(());
+            return;
         }
         if self.left == 0 {
-            return Ok(());
+            return;
         }
         self.left -= 1;
         match self.disturbance {
             Disturbance::Kill => {
-                workers[0].signal(Signal::KILL)?;
+                workers[0].signal(Signal::KILL);
                 self.next += pause;
             }
             Disturbance::Freeze => {
                 // In turn, because only one of the two may be active.
                 let victim = self.turn % workers.len();
                 self.turn += 1;
-                workers[victim].signal(Signal::STOP)?;
+                workers[victim].signal(Signal::STOP);
                 self.frozen = Some(victim);
                 self.next += self.freeze;
             }
         }
-        Ok(())
-    }
-
-    fn end(&self, workers: &[Worker]) -> Result<()> {
-        workers.iter().try_for_each(|worker| worker.signal(Signal::CONT))
     }
 }
 
@@ -343,7 +352,7 @@ impl Watch {
     }
 
     fn outcome(self, lost: u64, doubled: u64) -> Outcome {
-        // What was lost waited for ever.
+        // A lost record waits without end.
         let mut latencies: Vec<Duration> = self.latencies.iter().map(|l| l.unwrap_or(Duration::MAX)).collect();
         latencies.sort();
         let quantile = |part: f64| latencies[((latencies.len() - 1) as f64 * part) as usize];

@@ -17,7 +17,7 @@ use std::{
 use postgres::{NoTls, Statement};
 use redis::{Commands, streams::StreamReadReply};
 use rusqlite::OptionalExtension;
-use worker::{COUNT, EFFECTS, Program, Send, Task, Work, payload};
+use worker::{COUNT, EFFECTS, Program, Sending, Task, Work, payload};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
     let mut backend = open(&program.bus)?;
     match &program.task {
         Task::Prepare => backend.prepare(),
-        Task::Send(send) => send_all(&mut *backend, *send),
+        Task::Send(sending) => send_all(&mut *backend, *sending),
         Task::Work(work) if program.way == "group" => consume_in_group(&program.bus, work),
         Task::Work(work) => consume(&mut *backend, work, &program.way),
     }
@@ -55,19 +55,13 @@ fn open(url: &str) -> Result<Box<dyn Backend>> {
     })
 }
 
-fn send_all(backend: &mut dyn Backend, send: Send) -> Result<()> {
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for number in 0..send.records {
-            if let Some(wait) = schedule.wait(number) {
-                sleep(wait);
-            }
-            backend.append(&[number])?;
+fn send_all(backend: &mut dyn Backend, sending: Sending) -> Result<()> {
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait);
         }
-    } else {
-        for chunk in (0..send.records).collect::<Vec<_>>().chunks(1_000) {
-            backend.append(chunk)?;
-        }
+        backend.append(&numbers.collect::<Vec<_>>())?;
     }
     Ok(())
 }

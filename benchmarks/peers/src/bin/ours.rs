@@ -9,7 +9,7 @@ use essentially_once_rabbitmq::Rabbit;
 use essentially_once_redis::{Redis, RedisTx, redis::cmd};
 use essentially_once_sqlite::{Sqlite, SqliteTx};
 use tokio::time::sleep;
-use worker::{COUNT, EFFECTS, Program, Send, Task, Work};
+use worker::{COUNT, EFFECTS, Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -22,7 +22,7 @@ async fn main() -> Result<()> {
     let program: Program = clap::Parser::parse();
     match &program.task {
         Task::Prepare => open(&program.bus).await.map(drop),
-        Task::Send(send) => append(&*open(&program.bus).await?, *send).await,
+        Task::Send(sending) => append(&*open(&program.bus).await?, *sending).await,
         Task::Work(work) => {
             let (log, store) = (open(&program.bus).await?, program.store());
             match scheme(store) {
@@ -49,22 +49,14 @@ fn scheme(url: &str) -> &str {
     url.split_once("://").map_or("", |(scheme, _)| scheme)
 }
 
-async fn append(log: &dyn Log, send: Send) -> Result<()> {
-    let records: Vec<NewRecord> = (0..send.records)
-        .map(|number| NewRecord::new(worker::payload(number).to_vec()))
-        .collect();
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for (number, record) in records.iter().enumerate() {
-            if let Some(wait) = schedule.wait(number as u64) {
-                sleep(wait).await;
-            }
-            log.append(std::slice::from_ref(record)).await?;
+async fn append(log: &dyn Log, sending: Sending) -> Result<()> {
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait).await;
         }
-    } else {
-        for chunk in records.chunks(1_000) {
-            log.append(chunk).await?;
-        }
+        let records = numbers.map(|number| NewRecord::new(worker::payload(number).to_vec()));
+        log.append(&records.collect::<Vec<_>>()).await?;
     }
     Ok(())
 }

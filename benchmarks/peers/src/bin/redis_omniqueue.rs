@@ -6,7 +6,7 @@ use futures_util::future::try_join_all;
 use omniqueue::backends::{RedisBackend, RedisConfig};
 use redis::AsyncCommands;
 use tokio::time::sleep;
-use worker::{EFFECTS, Program, Send, Task, Work};
+use worker::{EFFECTS, Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -21,7 +21,7 @@ async fn main() -> Result<()> {
         .await?;
     match &program.task {
         Task::Prepare => Ok(redis.xgroup_create_mkstream(STREAM, GROUP, "0").await?),
-        Task::Send(send) => send_all(&program.bus, *send).await,
+        Task::Send(sending) => send_all(&program.bus, *sending).await,
         Task::Work(work) => consume(&program.bus, work, &mut redis).await,
     }
 }
@@ -43,22 +43,16 @@ fn config(url: &str, work: Option<&Work>) -> RedisConfig {
     }
 }
 
-async fn send_all(url: &str, send: Send) -> Result<()> {
+async fn send_all(url: &str, sending: Sending) -> Result<()> {
     let producer = RedisBackend::builder(config(url, None)).build_producer().await?;
     let producer = &producer;
     let publish = async |number| producer.send_raw(&worker::payload(number)).await;
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for number in 0..send.records {
-            if let Some(wait) = schedule.wait(number) {
-                sleep(wait).await;
-            }
-            publish(number).await?;
+    let schedule = sending.start();
+    for numbers in schedule.batches(64) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait).await;
         }
-    } else {
-        for chunk in (0..send.records).collect::<Vec<_>>().chunks(64) {
-            try_join_all(chunk.iter().map(|number| publish(*number))).await?;
-        }
+        try_join_all(numbers.map(publish)).await?;
     }
     Ok(())
 }

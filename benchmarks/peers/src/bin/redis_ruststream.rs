@@ -13,7 +13,7 @@ use futures_util::future::try_join_all;
 use ruststream::{Broker, OutgoingMessage, Publisher};
 use ruststream_fred::prelude::*;
 use tokio::time::sleep;
-use worker::{EFFECTS, Program, Send, Task, Work};
+use worker::{EFFECTS, Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -65,7 +65,7 @@ async fn main() -> Result<()> {
             let pool = broker.pool_handle()?;
             Ok(pool.xgroup_create::<(), _, _, _>(STREAM, GROUP, "0", true).await?)
         }
-        Task::Send(send) => send_all(&program.bus, *send).await,
+        Task::Send(sending) => send_all(&program.bus, *sending).await,
         Task::Work(work) => {
             let batch = NonZeroUsize::new(work.batch).ok_or("a batch of no records")?;
             WORK.set(work.clone()).map_err(|_| "the work is set once")?;
@@ -79,7 +79,7 @@ async fn main() -> Result<()> {
     }
 }
 
-async fn send_all(url: &str, send: Send) -> Result<()> {
+async fn send_all(url: &str, sending: Sending) -> Result<()> {
     let broker = RedisBroker::standalone(url).connect().await?;
     let publisher = broker.publisher();
     let publish = async |number| {
@@ -87,18 +87,12 @@ async fn send_all(url: &str, send: Send) -> Result<()> {
         let sent = publisher.publish(OutgoingMessage::new(STREAM, &payload), None).await;
         sent.map(drop).map_err(|error| error.to_string())
     };
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for number in 0..send.records {
-            if let Some(wait) = schedule.wait(number) {
-                sleep(wait).await;
-            }
-            publish(number).await?;
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait).await;
         }
-    } else {
-        for chunk in (0..send.records).collect::<Vec<_>>().chunks(1_000) {
-            try_join_all(chunk.iter().map(|number| publish(*number))).await?;
-        }
+        try_join_all(numbers.map(publish)).await?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::error::Error;
 use sea_streamer_redis::{AutoCommit, AutoStreamReset, RedisConnectOptions, RedisConsumerOptions, RedisStreamer};
 use sea_streamer_types::{Buffer, Consumer, ConsumerMode, ConsumerOptions, Message, Producer, StreamKey, Streamer};
 use tokio::time::{sleep, timeout};
-use worker::{EFFECTS, Program, Send, Task, Work};
+use worker::{EFFECTS, Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -17,7 +17,7 @@ async fn main() -> Result<()> {
     let program: Program = clap::Parser::parse();
     match &program.task {
         Task::Prepare => Ok(()),
-        Task::Send(send) => send_all(&program.bus, *send).await,
+        Task::Send(sending) => send_all(&program.bus, *sending).await,
         Task::Work(work) => consume(&program.bus, work).await,
     }
 }
@@ -26,22 +26,20 @@ async fn connect(url: &str) -> Result<RedisStreamer> {
     Ok(RedisStreamer::connect(url.trim_end_matches('/').parse()?, RedisConnectOptions::default()).await?)
 }
 
-async fn send_all(url: &str, send: Send) -> Result<()> {
+async fn send_all(url: &str, sending: Sending) -> Result<()> {
     let streamer = connect(url).await?;
     let mut producer = streamer
         .create_producer(StreamKey::new(STREAM)?, Default::default())
         .await?;
-    let schedule = send.start();
-    for number in 0..send.records {
-        if let Some(wait) = schedule.wait(number) {
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
             sleep(wait).await;
         }
-        let receipt = producer.send(&worker::payload(number)[..])?;
-        if schedule.is_paced() {
-            receipt.await?;
-        } else if number % 1_000 == 999 {
-            producer.flush().await?;
+        for number in numbers {
+            producer.send(&worker::payload(number)[..])?;
         }
+        producer.flush().await?;
     }
     Ok(producer.end().await?)
 }

@@ -2,7 +2,10 @@
 //! it, or to consume them. A consumer records in its store how often it has handled each number.
 //! The judge reads only that.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    ops::Range,
+    time::{Duration, SystemTime},
+};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -45,13 +48,13 @@ pub enum Task {
     /// Creates what sending and consuming need.
     Prepare,
     /// Sends the records `0..records`.
-    Send(Send),
+    Send(Sending),
     /// Consumes until it is killed.
     Work(Work),
 }
 
 #[derive(Args, Clone, Copy)]
-pub struct Send {
+pub struct Sending {
     #[arg(long)]
     pub records: u64,
     /// How many records to send per second, one by one. Without it they are sent as fast as the
@@ -89,7 +92,7 @@ impl Work {
     }
 }
 
-impl Send {
+impl Sending {
     /// When the first record is due. It is printed, so that the judge knows when each was.
     ///
     /// # Panics
@@ -100,7 +103,7 @@ impl Send {
         println!("{}", since.as_micros());
         Schedule {
             started: now,
-            per_second: self.per_second,
+            sending: self,
         }
     }
 }
@@ -109,19 +112,23 @@ impl Send {
 #[derive(Clone, Copy)]
 pub struct Schedule {
     started: SystemTime,
-    per_second: Option<u64>,
+    sending: Sending,
 }
 
 impl Schedule {
-    /// How long to wait before record `number` is sent.
-    pub fn wait(&self, number: u64) -> Option<Duration> {
-        let due = self.started + Duration::from_micros(number * 1_000_000 / self.per_second?);
-        due.duration_since(SystemTime::now()).ok()
+    /// The numbers to send at once: one by one at a rate, and otherwise `most`.
+    pub fn batches(self, most: usize) -> impl Iterator<Item = Range<u64>> {
+        let size = if self.sending.per_second.is_some() { 1 } else { most };
+        let records = self.sending.records;
+        (0..records)
+            .step_by(size)
+            .map(move |first| first..records.min(first + size as u64))
     }
 
-    /// Whether records are sent one by one.
-    pub fn is_paced(&self) -> bool {
-        self.per_second.is_some()
+    /// How long to wait before record `number` is sent.
+    pub fn wait(&self, number: u64) -> Option<Duration> {
+        let due = self.started + Duration::from_micros(number * 1_000_000 / self.sending.per_second?);
+        due.duration_since(SystemTime::now()).ok()
     }
 }
 

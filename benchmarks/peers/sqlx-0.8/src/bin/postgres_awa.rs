@@ -6,7 +6,7 @@ use awa::{Client, InsertOpts, JobArgs, JobResult, QueueConfig};
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use tokio::time::sleep;
-use worker::{COUNT, Program, Send, Task, Work};
+use worker::{COUNT, Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -23,7 +23,7 @@ async fn main() -> Result<()> {
     let pool = PgPool::connect(&program.bus).await?;
     match &program.task {
         Task::Prepare => Ok(awa::migrations::run(&pool).await?),
-        Task::Send(send) => send_all(&pool, *send).await,
+        Task::Send(sending) => send_all(&pool, *sending).await,
         Task::Work(work) => consume(pool, work).await,
     }
 }
@@ -35,27 +35,18 @@ fn options() -> InsertOpts {
     }
 }
 
-async fn send_all(pool: &PgPool, send: Send) -> Result<()> {
-    let sent = |number: u64| {
-        let payload = String::from_utf8(worker::payload(number).to_vec());
-        payload.map(|payload| Sent { payload })
-    };
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for number in 0..send.records {
-            if let Some(wait) = schedule.wait(number) {
-                sleep(wait).await;
-            }
-            awa::insert_with(pool, &sent(number)?, options()).await?;
+async fn send_all(pool: &PgPool, sending: Sending) -> Result<()> {
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait).await;
         }
-    } else {
-        for chunk in (0..send.records).collect::<Vec<_>>().chunks(1_000) {
-            let mut jobs = Vec::with_capacity(chunk.len());
-            for number in chunk {
-                jobs.push(awa::model::insert::params_with(&sent(*number)?, options())?);
-            }
-            awa::insert_many_copy_from_pool(pool, &jobs).await?;
+        let mut jobs = Vec::new();
+        for number in numbers {
+            let payload = String::from_utf8(worker::payload(number).to_vec())?;
+            jobs.push(awa::model::insert::params_with(&Sent { payload }, options())?);
         }
+        awa::insert_many_copy_from_pool(pool, &jobs).await?;
     }
     Ok(())
 }

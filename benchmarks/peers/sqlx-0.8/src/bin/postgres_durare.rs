@@ -10,7 +10,7 @@ use std::{
 
 use durare::{Client, DurableContext, DurableEngine, PostgresProvider, Tx, WorkflowOptions, WorkflowQueue, params};
 use tokio::time::sleep;
-use worker::{Program, Send, Task, Work};
+use worker::{Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -45,15 +45,15 @@ async fn main() -> Result<()> {
             DurableEngine::new(provider).await?;
             Ok(())
         }
-        Task::Send(send) => send_all(provider, *send).await,
+        Task::Send(sending) => send_all(provider, *sending).await,
         Task::Work(work) => consume(provider, work).await,
     }
 }
 
-async fn send_all(provider: Arc<PostgresProvider>, send: Send) -> Result<()> {
+async fn send_all(provider: Arc<PostgresProvider>, sending: Sending) -> Result<()> {
     let client = Client::new(provider);
-    let schedule = send.start();
-    for number in 0..send.records {
+    let schedule = sending.start();
+    for number in 0..sending.records {
         if let Some(wait) = schedule.wait(number) {
             sleep(wait).await;
         }

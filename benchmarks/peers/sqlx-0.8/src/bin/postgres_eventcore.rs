@@ -11,9 +11,9 @@ use eventcore_types::{BatchSize, EventStore, StreamVersion, StreamWrites};
 use serde::{Deserialize, Serialize};
 use sqlx::{PgPool, Postgres, Transaction};
 use tokio::time::sleep;
-use worker::{COUNT, Program, Send, Task, Work};
+use worker::{COUNT, Program, Sending, Task, Work};
 
-type Result<T, E = Box<dyn Error + std::marker::Send + Sync>> = std::result::Result<T, E>;
+type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
 static WORK: OnceLock<Work> = OnceLock::new();
 
@@ -49,7 +49,7 @@ impl PostgresProjector for Count {
         event: &'a Sent,
         _: DeliveryPosition,
         tx: &'a mut Transaction<'c, Postgres>,
-    ) -> impl Future<Output = Result<NoopAfterCommit, sqlx::Error>> + std::marker::Send + 'a
+    ) -> impl Future<Output = Result<NoopAfterCommit, sqlx::Error>> + Send + 'a
     where
         'c: 'a,
     {
@@ -77,7 +77,7 @@ async fn main() -> Result<()> {
             PostgresProjectionStore::from_pool(pool).migrate().await?;
             Ok(())
         }
-        Task::Send(send) => send_all(pool, *send).await,
+        Task::Send(sending) => send_all(pool, *sending).await,
         Task::Work(work) => consume(pool, work).await,
     }
 }
@@ -87,20 +87,19 @@ fn source(pool: &PgPool) -> Result<PostgresProjectionSource> {
     Ok(PostgresProjectionSource::from_pool(pool.clone(), id))
 }
 
-async fn send_all(pool: PgPool, send: Send) -> Result<()> {
+async fn send_all(pool: PgPool, sending: Sending) -> Result<()> {
     let (events, stream) = (PostgresEventStore::from_pool(pool), StreamId::try_new("peers")?);
-    let schedule = send.start();
-    let size = if schedule.is_paced() { 1 } else { 500 };
-    for chunk in (0..send.records).collect::<Vec<_>>().chunks(size) {
-        if let Some(wait) = schedule.wait(chunk[0]) {
+    let schedule = sending.start();
+    for numbers in schedule.batches(500) {
+        if let Some(wait) = schedule.wait(numbers.start) {
             sleep(wait).await;
         }
-        let version = StreamVersion::new(chunk[0] as usize);
+        let version = StreamVersion::new(numbers.start as usize);
         let mut writes = StreamWrites::new().register_stream(stream.clone(), version)?;
-        for number in chunk {
+        for number in numbers {
             writes = writes.append(Sent {
                 stream: stream.clone(),
-                payload: String::from_utf8(worker::payload(*number).to_vec())?,
+                payload: String::from_utf8(worker::payload(number).to_vec())?,
             })?;
         }
         events.append_events(writes).await?;
@@ -121,10 +120,8 @@ async fn consume(pool: PgPool, work: &Work) -> Result<()> {
         let config = PostgresProjectionConfig::new(selection).with_batch_size(BatchSize::new(work.batch))?;
         let count = Count(ProjectorName::try_new("count")?);
         // Another instance may hold the lock.
-        if run_transactional_projection(count, &source, &store, config)
-            .await
-            .is_err()
-        {
+        if let Err(error) = run_transactional_projection(count, &source, &store, config).await {
+            eprintln!("{error}");
             sleep(Duration::from_millis(50)).await;
         }
         sleep(Duration::from_millis(5)).await;

@@ -6,7 +6,7 @@ use std::{error::Error, time::Duration};
 use pgmq::PGMQueueExt;
 use sqlx::PgPool;
 use tokio::time::sleep;
-use worker::{Program, Send, Task, Work};
+use worker::{Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -26,26 +26,20 @@ async fn main() -> Result<()> {
             queue.create(QUEUE).await?;
             Ok(())
         }
-        Task::Send(send) => send_all(&queue, *send).await,
+        Task::Send(sending) => send_all(&queue, *sending).await,
         Task::Work(work) => consume(&queue, &pool, work).await,
     }
 }
 
-async fn send_all(queue: &PGMQueueExt, send: Send) -> Result<()> {
-    let payload = |number: &u64| String::from_utf8(worker::payload(*number).to_vec());
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for number in 0..send.records {
-            if let Some(wait) = schedule.wait(number) {
-                sleep(wait).await;
-            }
-            queue.send(QUEUE, &payload(&number)?).await?;
+async fn send_all(queue: &PGMQueueExt, sending: Sending) -> Result<()> {
+    let payload = |number| String::from_utf8(worker::payload(number).to_vec());
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait).await;
         }
-    } else {
-        for chunk in (0..send.records).collect::<Vec<_>>().chunks(1_000) {
-            let payloads: Vec<String> = chunk.iter().map(payload).collect::<Result<_, _>>()?;
-            queue.send_batch(QUEUE, &payloads).await?;
-        }
+        let payloads: Vec<String> = numbers.map(payload).collect::<Result<_, _>>()?;
+        queue.send_batch(QUEUE, &payloads).await?;
     }
     Ok(())
 }
@@ -72,6 +66,9 @@ async fn consume(queue: &PGMQueueExt, pool: &PgPool, work: &Work) -> Result<()> 
         let deleted = queue.delete_batch_with_cxn(QUEUE, &ids, &mut *tx).await?;
         if deleted == ids.len() {
             tx.commit().await?;
+        } else {
+            let others = ids.len() - deleted;
+            eprintln!("another instance has deleted {others} of {} messages", ids.len());
         }
     }
 }

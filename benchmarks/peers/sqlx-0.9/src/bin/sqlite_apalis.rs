@@ -8,7 +8,7 @@ use apalis_sqlite::{Config, SqliteStorage};
 use futures_util::StreamExt;
 use sqlx::SqlitePool;
 use tokio::time::sleep;
-use worker::{COUNT, Program, Send, Work};
+use worker::{COUNT, Program, Sending, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -27,7 +27,7 @@ async fn main() -> Result<()> {
     let pool = peers_sqlx_0_9::open(&program.bus).await?;
     match &program.task {
         worker::Task::Prepare => Ok(SqliteStorage::migrations().run(&pool).await?),
-        worker::Task::Send(send) => send_all(&pool, *send).await,
+        worker::Task::Send(sending) => send_all(&pool, *sending).await,
         worker::Task::Work(work) => {
             // The library counts in whole seconds.
             let config = Config::default()
@@ -47,28 +47,19 @@ async fn main() -> Result<()> {
     }
 }
 
-async fn send_all(pool: &SqlitePool, send: Send) -> Result<()> {
+async fn send_all(pool: &SqlitePool, sending: Sending) -> Result<()> {
     let mut storage: SqliteStorage<String> = SqliteStorage::new(pool).with_config(Config::default().queue("peers"));
     let payload = |number| String::from_utf8(worker::payload(number).to_vec());
-    let schedule = send.start();
-    if schedule.is_paced() {
-        for number in 0..send.records {
-            if let Some(wait) = schedule.wait(number) {
-                sleep(wait).await;
-            }
-            storage
-                .push(payload(number)?)
-                .await
-                .map_err(|error| error.to_string())?;
+    let schedule = sending.start();
+    for numbers in schedule.batches(1_000) {
+        if let Some(wait) = schedule.wait(numbers.start) {
+            sleep(wait).await;
         }
-    } else {
-        let payloads: Vec<String> = (0..send.records).map(payload).collect::<Result<_, _>>()?;
-        for chunk in payloads.chunks(1_000) {
-            let tasks = chunk.iter().map(|payload| TaskBuilder::new(payload.clone()).build());
-            let mut tasks = futures_util::stream::iter(tasks).boxed();
-            let pushed = storage.push_all(&mut tasks).await;
-            pushed.map_err(|error| error.to_string())?;
-        }
+        let payloads: Vec<String> = numbers.map(payload).collect::<Result<_, _>>()?;
+        let tasks = payloads.into_iter().map(|payload| TaskBuilder::new(payload).build());
+        let mut tasks = futures_util::stream::iter(tasks).boxed();
+        let pushed = storage.push_all(&mut tasks).await;
+        pushed.map_err(|error| error.to_string())?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use ruststream::{OutgoingMessage, Publisher};
 use ruststream_sqlx::{SqlxBrokerError, prelude::*};
 use sqlx::{Sqlite, SqliteConnection, SqlitePool};
 use tokio::time::sleep;
-use worker::{COUNT, Program, Send, Task, Work};
+use worker::{COUNT, Program, Sending, Task, Work};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -59,11 +59,11 @@ async fn main() -> Result<()> {
             sqlx::raw_sql(table).execute(&pool).await?;
             Ok(())
         }
-        Task::Send(send) if send.per_second.is_some() => send_paced(pool, *send).await,
-        Task::Send(send) => {
-            send.start();
+        Task::Send(sending) if sending.per_second.is_some() => send_paced(pool, *sending).await,
+        Task::Send(sending) => {
+            sending.start();
             let mut tx = pool.begin().await?;
-            for number in 0..send.records {
+            for number in 0..sending.records {
                 let payload = worker::payload(number).to_vec();
                 let insert = sqlx::query("INSERT INTO jobs (payload) VALUES (?)").bind(payload);
                 insert.execute(&mut *tx).await?;
@@ -82,11 +82,11 @@ async fn main() -> Result<()> {
 }
 
 /// Sends through the library's publisher, which commits each record.
-async fn send_paced(pool: SqlitePool, send: Send) -> Result<()> {
+async fn send_paced(pool: SqlitePool, sending: Sending) -> Result<()> {
     let app = RustStream::new(AppInfo::new("peers", "0.1.0")).with_broker(SqlxBroker::new(pool), move |scope| {
         scope.after_startup(Repository::<Job>::default(), async move |publisher| {
-            let schedule = send.start();
-            for number in 0..send.records {
+            let schedule = sending.start();
+            for number in 0..sending.records {
                 if let Some(wait) = schedule.wait(number) {
                     sleep(wait).await;
                 }
