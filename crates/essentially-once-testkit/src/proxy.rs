@@ -51,6 +51,8 @@ pub struct Proxy {
 }
 
 struct Shared {
+    /// What the server says of its own address, and what to say instead.
+    stated: Option<(Vec<u8>, Vec<u8>)>,
     state: Mutex<State>,
     /// Notified of every change of the state.
     changed: Condvar,
@@ -89,9 +91,30 @@ impl Proxy {
     /// # Errors
     /// If no port is free.
     pub fn to(target: SocketAddr) -> Result<Self, Source> {
+        Self::listen(target, |_| None)
+    }
+
+    /// Like [`start`](Self::start), for a broker that speaks Kafka's protocol.
+    ///
+    /// Such a broker tells clients its own address, and they connect to that one. The proxy
+    /// therefore replaces the port wherever a reply names the target port of `127.0.0.1`. It passes
+    /// on whole replies.
+    ///
+    /// # Errors
+    /// If no port is free.
+    pub fn kafka(target: u16) -> Result<Self, Source> {
+        // A port is a 32-bit number after the text of its host.
+        let address = |port: u16| [&b"127.0.0.1"[..], &u32::from(port).to_be_bytes()].concat();
+        Self::listen((Ipv4Addr::LOCALHOST, target).into(), |port| {
+            Some((address(target), address(port)))
+        })
+    }
+
+    fn listen(target: SocketAddr, stated: impl FnOnce(u16) -> Option<(Vec<u8>, Vec<u8>)>) -> Result<Self, Source> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
         let shared = Arc::new(Shared {
+            stated: stated(port),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -267,8 +290,8 @@ impl Shared {
 
     /// Forwards bytes from the server to the client.
     fn replies(&self, id: u64, mut server: TcpStream, mut client: TcpStream) {
-        let mut buffer = vec![0; 65_536];
-        while let Ok(read @ 1..) = server.read(&mut buffer) {
+        let mut buffer = Vec::new();
+        while let Ok(1..) = self.read_reply(&mut server, &mut buffer) {
             let Some(state) = self.pass(id) else { return };
             let lost = |connection: &Connection| connection.id == id && connection.reply_lost;
             if state.connections.iter().any(lost) {
@@ -276,15 +299,38 @@ impl Shared {
                 self.fire(state);
                 // Without this, closing the server's side could discard bytes that the server has
                 // not read yet.
-                while let Ok(1..) = server.read(&mut buffer) {}
+                while let Ok(1..) = self.read_reply(&mut server, &mut buffer) {}
                 return;
             }
             drop(state);
-            if client.write_all(&buffer[..read]).is_err() {
+            if client.write_all(&buffer).is_err() {
                 break;
             }
         }
         let _ = client.shutdown(Shutdown::Write);
+    }
+
+    /// Reads a part of a reply, or a whole one if the address in it may have to be replaced.
+    fn read_reply(&self, server: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        let Some((from, to)) = &self.stated else {
+            buffer.resize(65_536, 0);
+            let read = server.read(buffer)?;
+            buffer.truncate(read);
+            return Ok(read);
+        };
+        let mut size = [0; 4];
+        server.read_exact(&mut size)?;
+        buffer.clear();
+        buffer.extend_from_slice(&size);
+        let size = u64::from(u32::from_be_bytes(size));
+        if server.take(size).read_to_end(buffer)? as u64 != size {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let places = (0..buffer.len()).filter(|place| buffer[*place..].starts_with(from));
+        for place in places.collect::<Vec<_>>() {
+            buffer[place..place + to.len()].copy_from_slice(to);
+        }
+        Ok(buffer.len())
     }
 
     /// Waits until bytes may pass. Returns `None` if the connection was cut.
