@@ -156,12 +156,12 @@ struct Broker(KafkaServer);
 impl Broker {
     fn config(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.0.port()));
+        config.set("bootstrap.servers", format!("127.0.0.1:{}", self.0.direct_port()));
         config
     }
 
     async fn log(&self, name: &str) -> Result<KafkaLog> {
-        Ok(Kafka::connect(&self.0.url()).await?.log(name).await?)
+        Ok(Kafka::connect(&self.0.direct_url()).await?.log(name).await?)
     }
 
     /// Appends the records that are consumed.

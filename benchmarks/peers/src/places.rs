@@ -40,7 +40,7 @@ impl Place {
         let (url, held): (String, Box<dyn Any>) = match backend {
             Backend::Kafka => {
                 let server = KafkaServer::start()?;
-                (server.url(), Box::new(server))
+                (server.direct_url(), Box::new(server))
             }
             Backend::Postgres => {
                 let server = PostgresServer::start()?;

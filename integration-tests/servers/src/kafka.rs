@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use essentially_once_testkit::Proxy;
 use rustix::process::Signal;
 
 use crate::{
@@ -24,7 +25,11 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// A private broker, `noida-db`, with its data in a temporary folder. It speaks Kafka's protocol,
 /// transactions included, and keeps its data when it is stopped. It loses what it acknowledged in
 /// the last half second when it is killed. Dropping it removes the broker and its folder.
+///
+/// Clients connect through a proxy. A broker that is being stopped acknowledges records that it has
+/// not stored and does not store any more, so the proxy cuts its clients off first.
 pub struct KafkaServer {
+    proxy: Proxy,
     // Declared before the folder, so that it ends before the folder is removed.
     process: Mutex<Option<Process>>,
     folder: Folder,
@@ -42,10 +47,12 @@ impl KafkaServer {
         let mut tries = 0..20;
         loop {
             tries.next();
+            let port = Port::claim()?;
             let server = Self {
+                proxy: Proxy::kafka(port.number())?,
                 process: Mutex::new(None),
                 folder: Folder::new("kafka")?,
-                port: Port::claim()?,
+                port,
                 program: crate::kafka_server()?,
             };
             match server.restart() {
@@ -58,12 +65,27 @@ impl KafkaServer {
 
     /// The TCP port of 127.0.0.1. It stays the same.
     pub fn port(&self) -> u16 {
-        self.port.number()
+        self.proxy.port()
     }
 
     /// `kafka://127.0.0.1:<port>`.
     pub fn url(&self) -> String {
         format!("kafka://127.0.0.1:{}", self.port())
+    }
+
+    /// The port of the broker itself.
+    pub fn direct_port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// Past the proxy, for measurements: `kafka://127.0.0.1:<port>`.
+    pub fn direct_url(&self) -> String {
+        format!("kafka://127.0.0.1:{}", self.direct_port())
+    }
+
+    /// What clients connect through.
+    pub fn proxy(&self) -> &Proxy {
+        &self.proxy
     }
 
     /// The folder with its data and its log `server.log`.
@@ -84,6 +106,8 @@ impl KafkaServer {
     /// # Errors
     /// If the process cannot be waited for.
     pub fn stop(&self) -> Result<(), Error> {
+        self.proxy.refuse(true);
+        self.proxy.cut();
         self.end(Signal::TERM)
     }
 
@@ -97,24 +121,23 @@ impl KafkaServer {
     /// # Errors
     /// As for [`start`](Self::start).
     pub fn restart(&self) -> Result<(), Error> {
+        self.stop()?;
         let mut running = self.process();
-        if let Some(process) = running.take() {
-            process.end(Signal::TERM)?;
-        }
         let arguments = ["start", "--only", "kafka", "--host", "127.0.0.1", "--kafka-port"].map(OsString::from);
         let mut arguments = arguments.to_vec();
-        arguments.push(self.port().to_string().into());
+        arguments.push(self.direct_port().to_string().into());
         arguments.extend(["--data-dir".into(), "data".into()]);
         let mut process = Process::spawn(&self.folder, &self.program, &arguments, &[])?;
-        let what = format!("{} on port {}", self.program.display(), self.port());
+        let what = format!("{} on port {}", self.program.display(), self.direct_port());
         process.wait_ready(&what, START_LIMIT, || self.ask_for_versions())?;
         *running = Some(process);
+        self.proxy.refuse(false);
         Ok(())
     }
 
     /// Sends the request with which every client begins, `ApiVersions`.
     fn ask_for_versions(&self) -> Result<(), Error> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port()))?;
+        let mut stream = TcpStream::connect(("127.0.0.1", self.direct_port()))?;
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         // The size, the number of the request, its version, a number to find in the answer, and no
         // name of a client.

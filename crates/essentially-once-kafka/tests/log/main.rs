@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         transactions::an_open_transaction_holds_readers_back,
         transactions::a_log_of_nothing_but_aborted_records_is_empty,
         transactions::a_transactional_append_is_all_or_nothing,
+        transactions::a_commit_whose_connection_is_cut_appends_once_or_fails,
         transactions::a_dropped_append_leaves_no_open_transaction,
         transactions::a_dropped_pipelined_append_leaves_a_prefix_before_what_follows,
         transactions::the_next_append_ends_a_transaction_that_was_left_open,

@@ -18,6 +18,7 @@ use essentially_once_kafka::{
         producer::Producer as _,
     },
 };
+use test_servers::Cut;
 use tokio::runtime;
 
 use crate::support::{LIMIT, Outcome, PATIENCE, Stage, ensure, payloads, records, send, soon};
@@ -127,6 +128,35 @@ pub(crate) async fn a_transactional_append_is_all_or_nothing() -> Outcome {
         "{} records",
         found.len()
     );
+    Ok(())
+}
+
+pub(crate) async fn a_commit_whose_connection_is_cut_appends_once_or_fails() -> Outcome {
+    let stage = Stage::start().await?;
+    let options = LogOptions::new().appends(Appends::Transactional);
+    let log = stage.kafka.log_with("orders", options).await?;
+    log.append(&[NewRecord::new("a")]).await?;
+    let mut expected = vec!["a".to_owned()];
+    for (round, cut) in [Cut::BeforeReply, Cut::BeforeRequest, Cut::BeforeReply]
+        .into_iter()
+        .enumerate()
+    {
+        // The request that ends a transaction, and its version.
+        stage.server.proxy().cut_at(b"\0\x1A\0\x01", cut);
+        let batch = [0, 1, 2].map(|n| format!("{round}.{n}"));
+        let appended = soon(log.append(&batch.clone().map(NewRecord::new))).await?;
+        ensure!(stage.server.proxy().fired() == round + 1, "the commit was not cut");
+        match appended {
+            Ok(_) => expected.extend(batch),
+            Err(Error::Indeterminate { .. }) => {
+                let found = payloads(&records(&log, Offset::ZERO).await?);
+                expected.extend(batch.into_iter().filter(|payload| found.contains(payload)));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let found = payloads(&records(&log, Offset::ZERO).await?);
+    ensure!(found == expected && (found.len() - 1).is_multiple_of(3), "{found:?}");
     Ok(())
 }
 
