@@ -188,7 +188,7 @@ impl Stage {
     }
 }
 
-/// Sees from outside when readers look for records.
+/// Sees from outside when readers wait for records.
 pub(crate) struct Readers(Client);
 
 impl Readers {
@@ -197,17 +197,17 @@ impl Readers {
         Ok(self.0.query_one("SELECT clock_timestamp()", &[]).await?.get(0))
     }
 
-    /// Waits until a reader has looked for records after `since`. If it found none, it waits from
-    /// then on.
-    pub(crate) async fn until_one_looked(&self, since: SystemTime) -> Outcome {
+    /// Waits until a reader has found no records after `since`, and waits for some. The last that it
+    /// asks before it waits is where the log ends.
+    pub(crate) async fn until_one_waits(&self, since: SystemTime) -> Outcome {
         let looked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'essentially-once'
-             AND state = 'idle' AND query LIKE 'SELECT \"offset\", appended_at%' AND state_change > $1";
+             AND state = 'idle' AND query LIKE 'SELECT next, earliest%' AND state_change > $1";
         let asked = test_servers::eventually(async || {
             let count: i64 = self.0.query_one(looked, &[&since]).await?.get(0);
             Ok(if count > 0 {
                 Ok(())
             } else {
-                Err("no reader looks for records".into())
+                Err("no reader waits for records".into())
             })
         });
         asked.await

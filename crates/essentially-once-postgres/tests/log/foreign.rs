@@ -47,9 +47,9 @@ pub(crate) async fn the_documented_notification_wakes_readers() -> Outcome {
     let mut times = Times::new();
     for round in 0..31_u64 {
         let mut begun = Instant::now();
-        let last_look = watch.time().await?;
+        let before = watch.time().await?;
         let (read, appended) = tokio::join!(soon(reader.next(10)), async {
-            watch.until_one_looked(last_look).await?;
+            watch.until_one_waits(before).await?;
             begun = Instant::now();
             Ok::<_, Source>(client.batch_execute(&sql).await?)
         });

@@ -32,9 +32,9 @@ pub(crate) async fn readers_of_another_handle_wake_at_once() -> Outcome {
         let mut times = Times::new();
         for round in one_try * ROUNDS..(one_try + 1) * ROUNDS {
             let mut begun = Instant::now();
-            let last_look = watch.time().await?;
+            let before = watch.time().await?;
             let (read, appended) = tokio::join!(soon(reader.next(10)), async {
-                watch.until_one_looked(last_look).await?;
+                watch.until_one_waits(before).await?;
                 begun = Instant::now();
                 Ok::<_, Source>(log.append(&[NewRecord::new(round.to_string())]).await?)
             });
