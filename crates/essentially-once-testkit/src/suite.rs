@@ -5,11 +5,13 @@ use std::{
     fs::OpenOptions,
     future::Future,
     io::Write as _,
+    num::NonZero,
     process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    thread::available_parallelism,
     time::{Duration, Instant},
 };
 
@@ -41,7 +43,9 @@ pub fn conformance_cases<H: Harness>() -> Vec<Case<H>> {
 /// The main function of a test target with `harness = false`.
 ///
 /// It runs every case on each backend as a test named `<backend>::<case>`. It accepts the arguments
-/// of `cargo test`, so cases can be filtered by name, and it works under nextest.
+/// of `cargo test`, so cases can be filtered by name, and it works under nextest. Cases mostly wait
+/// for a server, so twice as many run at a time as there are cores, unless `--test-threads` says
+/// otherwise.
 ///
 /// It adds one argument: `--repeat N` runs each case and each sample of faults `N` times, each time
 /// on a fresh backend, and stops at the first failure. Timing bugs show only now and then, so
@@ -155,7 +159,10 @@ impl Suite {
         match take_repeat(std::env::args()) {
             Ok((repeat, arguments)) => {
                 self.repeat.store(repeat, Ordering::SeqCst);
-                libtest_mimic::run(&Arguments::from_iter(arguments), self.trials).exit_code()
+                let mut arguments = Arguments::from_iter(arguments);
+                let cores = available_parallelism().map_or(1, NonZero::get);
+                arguments.test_threads.get_or_insert(2 * cores);
+                libtest_mimic::run(&arguments, self.trials).exit_code()
             }
             Err(wrong) => {
                 eprintln!("error: {wrong}");

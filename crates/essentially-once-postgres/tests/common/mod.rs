@@ -197,8 +197,8 @@ impl Readers {
         Ok(self.0.query_one("SELECT clock_timestamp()", &[]).await?.get(0))
     }
 
-    /// Waits until a reader has found no records after `since`, and waits for some. The last that it
-    /// asks before it waits is where the log ends.
+    /// Waits until a reader has found no records after `since`, and waits for some. Before it does,
+    /// it asks where the log ends.
     pub(crate) async fn until_one_waits(&self, since: SystemTime) -> Outcome {
         let looked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'essentially-once'
              AND state = 'idle' AND query LIKE 'SELECT next, earliest%' AND state_change > $1";
