@@ -192,14 +192,9 @@ impl MemoryLog {
         records.bounds().check(&self.id, from)?;
         let start = (from.lo() - records.earliest) as usize;
         let mut budget = FetchBudget::new();
-        let fetched = records
-            .retained
-            .range(start..)
-            .take(max)
-            .take_while(|record| budget.admits(record.size()))
-            .cloned()
-            .collect();
-        Ok(fetched)
+        let fitting = records.retained.range(start..).take(max);
+        let count = fitting.take_while(|record| budget.admits(record.size())).count();
+        Ok(records.retained.range(start..start + count).cloned().collect())
     }
 }
 

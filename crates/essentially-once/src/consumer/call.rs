@@ -5,7 +5,7 @@ use std::{
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    task::Poll,
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -69,14 +69,34 @@ pub(super) async fn reset<Tx: Send, H: Handler<Tx>>(handler: &mut H) {
     }
 }
 
+/// What a call of the handler returned, or that it panicked.
+type Called = Result<Result<(), HandlerError>, HandlerError>;
+
 async fn call<S: OffsetStore>(
     session: &mut Session<'_, S>,
     limit: Option<Duration>,
     cut: Cut,
     call: impl Future<Output = Result<(), HandlerError>> + Send,
 ) -> Result<(), Interrupted> {
-    let call = pin!(call);
-    let limited = rt::within(limit, catch_panic(call));
+    let mut call = pin!(call);
+    // Most calls end at their first poll, and then need neither a timer nor a look at the stop.
+    match poll_fn(|context| Poll::Ready(poll_once(call.as_mut(), context))).await {
+        Poll::Ready(Ok(Ok(()))) => Ok(()),
+        first => go_on(session, limit, cut, call, first).await,
+    }
+}
+
+/// Waits for a call, of which this is the result of the first poll.
+async fn go_on<S: OffsetStore>(
+    session: &mut Session<'_, S>,
+    limit: Option<Duration>,
+    cut: Cut,
+    mut call: Pin<&mut (impl Future<Output = Result<(), HandlerError>> + Send)>,
+    first: Poll<Called>,
+) -> Result<(), Interrupted> {
+    let mut first = Some(first);
+    let rest = poll_fn(|context| first.take().unwrap_or_else(|| poll_once(call.as_mut(), context)));
+    let limited = rt::within(limit, rest);
     let (stop, grace) = (session.stop, session.settings.stop_grace);
     let result = tokio::select! {
         biased;
@@ -106,13 +126,17 @@ pub(super) async fn grace_is_over(stop: &CancellationToken, grace: Duration) {
 /// Polls a future and turns a panic in it into an error. Make the calls inside the future, so that
 /// a panic before the first await is caught too.
 pub(super) async fn catch_panic<T>(mut future: Pin<&mut (impl Future<Output = T> + Send)>) -> Result<T, HandlerError> {
-    poll_fn(
-        |context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
-            Ok(poll) => poll.map(Ok),
-            Err(panic) => Poll::Ready(Err(panicked(panic))),
-        },
-    )
-    .await
+    poll_fn(|context| poll_once(future.as_mut(), context)).await
+}
+
+fn poll_once<T>(
+    future: Pin<&mut (impl Future<Output = T> + Send)>,
+    context: &mut Context<'_>,
+) -> Poll<Result<T, HandlerError>> {
+    match catch_unwind(AssertUnwindSafe(|| future.poll(context))) {
+        Ok(poll) => poll.map(Ok),
+        Err(panic) => Poll::Ready(Err(panicked(panic))),
+    }
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> HandlerError {

@@ -1,4 +1,4 @@
-use std::mem;
+use std::{mem, time::Duration};
 
 use async_trait::async_trait;
 
@@ -255,9 +255,9 @@ where
     H: Handler<Tx>,
 {
     let mut done = Done::default();
-    let started = Instant::now();
+    let (started, time) = (Instant::now(), batch_time(session));
     for (index, record) in batch.iter().enumerate() {
-        if index > 0 && (session.stop.is_cancelled() || is_time_up(session, started, index)) {
+        if index > 0 && (session.stop.is_cancelled() || is_time_up(started.elapsed(), index, time)) {
             return (done, &batch[..index], None);
         }
         let letter = match session.verdict_on(record).map(|verdict| &verdict.sentence) {
@@ -314,15 +314,19 @@ where
     (done, batch, None)
 }
 
-/// Whether one more record would exceed the time limit of the batch, if it takes the average time
-/// of the records before it and the commit takes as long as the last one. A twentieth of the limit
-/// remains for handing a lock over to the next one that waits. A slow commit takes at most half of
-/// the limit, so that its batch is worth it.
-fn is_time_up<S>(session: &Session<'_, S>, started: Instant, passed: usize) -> bool {
+/// How long handling a batch may take, if the commit takes as long as the last one. A twentieth of
+/// the limit remains for handing a lock over to the next one that waits. A slow commit takes at
+/// most half of the limit, so that its batch is worth it.
+fn batch_time<S>(session: &Session<'_, S>) -> Duration {
     let limit = session.settings.batch_time_limit;
-    let elapsed = started.elapsed();
-    let average = elapsed / u32::try_from(passed).unwrap_or(u32::MAX);
-    elapsed.saturating_add(average) > limit - limit / 20 - session.commit_time.min(limit / 2)
+    limit - limit / 20 - session.commit_time.min(limit / 2)
+}
+
+/// Whether one more record would take longer than there is time, if it takes the average time of
+/// the records before it.
+fn is_time_up(elapsed: Duration, passed: usize, time: Duration) -> bool {
+    let passed = passed as u128;
+    elapsed.as_nanos().saturating_mul(passed + 1) > time.as_nanos().saturating_mul(passed)
 }
 
 impl<S: OffsetStore> Session<'_, S> {

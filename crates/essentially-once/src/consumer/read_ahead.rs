@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    vec,
 };
 
 use tokio::sync::Notify;
@@ -43,7 +44,9 @@ struct Buffer {
 
 #[derive(Default)]
 struct State {
-    records: VecDeque<Record>,
+    /// As they were fetched, so that records are moved once. None is empty.
+    fetches: VecDeque<vec::IntoIter<Record>>,
+    count: usize,
     bytes: usize,
     /// Why the reading ended. Returned after the records before it are taken.
     ended: Option<Error>,
@@ -93,9 +96,9 @@ impl ReadAhead {
     pub(super) fn put_back(&mut self, from: Offset, records: Vec<Record>) {
         self.from = from;
         let mut state = self.buffer.lock();
-        for record in records.into_iter().rev() {
-            state.bytes += record.size();
-            state.records.push_front(record);
+        state.add(&records);
+        if !records.is_empty() {
+            state.fetches.push_front(records.into_iter());
         }
         self.buffer.filled.notify_one();
     }
@@ -125,21 +128,21 @@ impl Buffer {
 
     fn take(&self, max: usize, split: Option<Split>, woken: &mut bool) -> Option<Result<Vec<Record>, Error>> {
         let mut state = self.lock();
-        if state.records.is_empty() {
+        if state.count == 0 {
             return state.ended.take().map(Err);
         }
         // The current batch and the waiting records share the bytes.
         let mut budget = FetchBudget::of(self.max_bytes / 2);
-        let fitting = state.records.iter().take(max);
+        let fitting = state.records().take(max);
         let mut count = fitting.take_while(|record| budget.admits(record.size())).count();
         let up_to = |is_before: &dyn Fn(Offset) -> bool| {
-            let taken = state.records.iter().take(count);
+            let taken = state.records().take(count);
             taken.take_while(|record| is_before(record.offset)).count()
         };
         match split {
             Some(Split::Alone(alone)) => {
                 let before = up_to(&|offset| offset < alone);
-                if state.records.get(before).is_some_and(|record| record.offset == alone) {
+                if state.records().nth(before).is_some_and(|record| record.offset == alone) {
                     count = before.max(1);
                 }
             }
@@ -147,8 +150,7 @@ impl Buffer {
             None => {}
         }
         let was_full = !self.has_room(&state);
-        let taken: Vec<Record> = state.records.drain(..count).collect();
-        state.bytes -= taken.iter().map(Record::size).sum::<usize>();
+        let taken = state.take(count);
         if was_full && self.has_room(&state) {
             self.drained.notify_one();
             *woken = true;
@@ -159,7 +161,7 @@ impl Buffer {
     /// Whether the buffer is half empty. Refilling at half fetches many records at a time and
     /// seldom wakes the tasks.
     fn has_room(&self, state: &State) -> bool {
-        state.records.len() <= self.max_records / 2 && state.bytes <= self.max_bytes / 2
+        state.count <= self.max_records / 2 && state.bytes <= self.max_bytes / 2
     }
 
     /// How many records to fetch: as many as fit by the average size of the waiting records. Of a
@@ -169,8 +171,8 @@ impl Buffer {
             {
                 let state = self.lock();
                 if self.has_room(&state) {
-                    let records = self.max_records - state.records.len();
-                    let average = state.bytes.checked_div(state.records.len()).unwrap_or(0).max(1);
+                    let records = self.max_records - state.count;
+                    let average = state.bytes.checked_div(state.count).unwrap_or(0).max(1);
                     let fitting = records.min((self.max_bytes - state.bytes) / average);
                     return fitting.min((self.max_records / 4).max(LEAST_QUARTER)).max(1);
                 }
@@ -180,16 +182,45 @@ impl Buffer {
     }
 
     fn push(&self, records: Vec<Record>) {
-        let bytes = records.iter().map(Record::size).sum::<usize>();
         let mut state = self.lock();
-        state.bytes += bytes;
-        state.records.extend(records);
+        state.add(&records);
+        if !records.is_empty() {
+            state.fetches.push_back(records.into_iter());
+        }
         self.filled.notify_one();
     }
 
     fn end(&self, error: Error) {
         self.lock().ended.get_or_insert(error);
         self.filled.notify_one();
+    }
+}
+
+impl State {
+    fn records(&self) -> impl Iterator<Item = &Record> {
+        self.fetches.iter().flat_map(vec::IntoIter::as_slice)
+    }
+
+    /// Counts records that are added.
+    fn add(&mut self, records: &[Record]) {
+        self.count += records.len();
+        self.bytes += records.iter().map(Record::size).sum::<usize>();
+    }
+
+    /// Takes the first records, of which there are at least `count`.
+    fn take(&mut self, count: usize) -> Vec<Record> {
+        let mut taken = Vec::with_capacity(count);
+        while taken.len() < count
+            && let Some(mut fetch) = self.fetches.pop_front()
+        {
+            taken.extend(fetch.by_ref().take(count - taken.len()));
+            if fetch.len() > 0 {
+                self.fetches.push_front(fetch);
+            }
+        }
+        self.count -= taken.len();
+        self.bytes -= taken.iter().map(Record::size).sum::<usize>();
+        taken
     }
 }
 

@@ -306,6 +306,24 @@ async fn two_instances_of_one_consumer_handle_every_record_once() {
     assert_eq!(backend.counts(&shipping(), 500).await, [1; 500]);
 }
 
+/// Without a poll more than it was woken for, which would take away its turn.
+#[tokio::test]
+async fn a_handler_that_yields_lets_other_tasks_run() {
+    let backend = Backend::new(RECORDS, Script::default()).await;
+    let handler = handler_fn(|_: &Record, _: &mut ScriptedTx| {
+        Box::pin(async {
+            let other = tokio::spawn(async {});
+            tokio::task::yield_now().await;
+            match other.is_finished() {
+                true => Ok(()),
+                false => Err(HandlerError::fatal("no other task has run")),
+            }
+        })
+    });
+    let consumer = Consumer::essentially_once(shipping(), backend.log(), backend.store(), handler);
+    assert_eq!(consumer.run_until_caught_up().await.unwrap().handled, RECORDS);
+}
+
 #[tokio::test]
 async fn consumers_of_other_names_are_independent() {
     let backend = Backend::new(RECORDS, Script::default()).await;
