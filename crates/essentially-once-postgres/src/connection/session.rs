@@ -266,14 +266,15 @@ impl Session {
     pub(crate) async fn send(&mut self, part: Part, statement: &Statement, params: &[Param<'_>]) -> Result<(), Fault> {
         let values = Encoded::all(statement, params).map_err(Fault::Parameter)?;
         let (client, statement) = (Arc::clone(&self.client), statement.clone());
-        self.launch(
+        let launched = self.launch(
             part,
             Box::pin(async move { client.execute_raw(&statement, values).await }),
-        )?;
-        if self.unanswered.len() >= MOST_UNANSWERED && part == Part::Native {
+        );
+        // A statement before it may have failed first, which is the reason.
+        if launched.is_err() || (self.unanswered.len() >= MOST_UNANSWERED && part == Part::Native) {
             self.wait().await?;
         }
-        Ok(())
+        launched
     }
 
     /// Sends `COMMIT`. Whoever does so must not have missed a failure of [`send`](Self::send).

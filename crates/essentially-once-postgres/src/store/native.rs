@@ -96,7 +96,8 @@ impl PgTx {
     ///
     /// # Errors
     /// Like [`execute`](Self::execute) for what is known before the server runs the statement. If
-    /// it fails on the server, the next call that waits, or the commit, fails with its error.
+    /// it fails on the server, this call, the next one that waits, or the commit fails with its
+    /// error.
     pub async fn queue(&mut self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<(), Error> {
         self.begin_native(sql)?;
         let limit = self.native_limit();

@@ -110,10 +110,14 @@ pub(crate) async fn a_queued_statement_that_fails_is_reported_by_the_commit() ->
     for round in 0..3 {
         let mut tx = stage.begin().await?;
         tx.put(b"k", b"v").await?;
-        tx.queue(INSERT, &[&"Chile", &2_i32]).await?;
-        tx.queue(INSERT, &[&"Brazil", &2_i32]).await?;
-        tx.queue(INSERT, &[&"Peru", &3_i32]).await?;
-        let failed = tx.commit(advance(round, round + 1)).await;
+        // An answer may arrive while the statement is queued.
+        let failed = async move {
+            tx.queue(INSERT, &[&"Chile", &2_i32]).await?;
+            tx.queue(INSERT, &[&"Brazil", &2_i32]).await?;
+            tx.queue(INSERT, &[&"Peru", &3_i32]).await?;
+            tx.commit(advance(round, round + 1)).await
+        };
+        let failed = failed.await;
         assert_error!(
             &failed,
             Error::Failed { .. },
@@ -136,9 +140,13 @@ pub(crate) async fn a_queued_statement_that_fails_is_reported_by_the_commit() ->
 pub(crate) async fn a_queued_statement_that_fails_is_reported_by_the_next_query() -> Outcome {
     let stage = stage().await?;
     let mut tx = stage.begin().await?;
-    tx.queue(INSERT, &[&"Brazil", &1_i32]).await?;
-    tx.queue(INSERT, &[&"Brazil", &2_i32]).await?;
-    let failed = tx.query("SELECT 1", &[]).await;
+    // An answer may arrive while the statement is queued.
+    let failed = async {
+        tx.queue(INSERT, &[&"Brazil", &1_i32]).await?;
+        tx.queue(INSERT, &[&"Brazil", &2_i32]).await?;
+        tx.query("SELECT 1", &[]).await
+    };
+    let failed = failed.await;
     assert_error!(&failed, Error::Failed { .. }, "run queued SQL", "duplicate key");
     ensure!(code_of(&failed) == Some("23505"), "{failed:?}");
     assert_error!(tx.commit(advance(0, 1)).await, Error::Failed { .. }, "duplicate key");
