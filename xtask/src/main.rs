@@ -6,7 +6,7 @@ use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
-    time::Instant,
+    thread,
 };
 
 use clap::{Args, Parser, Subcommand};
@@ -62,7 +62,7 @@ struct Tests {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
-        Task::Test(tests) => variables(&tests).and_then(|servers| test(&tests, &servers)),
+        Task::Test(tests) => variables(&tests).and_then(|servers| test(&tests, &servers, Summary::new)),
         Task::Ci(tests) => variables(&tests).and_then(|servers| ci(&tests, &servers)),
         Task::Tidy => tidy(),
     };
@@ -89,15 +89,23 @@ fn variables(tests: &Tests) -> Result<Vec<(&'static str, OsString)>, u8> {
     Ok(variables)
 }
 
-/// Runs all tests, even after failures, and ends with a summary.
-fn test(tests: &Tests, servers: &Variables) -> Done {
+/// Runs all tests, even after failures, and ends with a summary. Meanwhile it does what is to be
+/// done `beside` them, which also has a summary.
+fn test(tests: &Tests, servers: &Variables, beside: impl FnOnce() -> Summary + Send) -> Done {
     let mut summary = Summary::new();
     let mut variables = servers.to_vec();
     variables.extend(summary.variables());
     let workspace = ["test", "--workspace", "--all-features", "--no-fail-fast"];
     // Apart, so that the summary tells how long each takes.
     summary.run(&[&workspace[..], &["--all-targets", "--no-run"]].concat(), &variables);
-    summary.run(&[&workspace[..], &["--all-targets"]].concat(), &variables);
+    let beside = thread::scope(|scope| {
+        let mut running = None;
+        // Cargo does one thing at a time until the tests begin.
+        let begun = || running = Some(scope.spawn(beside));
+        summary.run_and(&[&workspace[..], &["--all-targets"]].concat(), &variables, begun);
+        running.and_then(|running| running.join().ok())
+    });
+    summary.add(beside);
     // `--all-targets` covers everything except doctests.
     summary.run(&[&workspace[..], &["--doc"]].concat(), &variables);
     model_check(&mut summary)?;
@@ -154,12 +162,23 @@ fn model_check(summary: &mut Summary) -> Done {
 fn ci(tests: &Tests, servers: &Variables) -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
     tidy()?;
-    let begun = Instant::now();
-    let deny = ["--", "-D", "warnings"];
-    cargo(
-        &[&["clippy", "--workspace", "--all-targets", "--all-features"][..], &deny].concat(),
-        &[],
-    )?;
+    // The tests leave half of the processor idle, because they mostly wait.
+    test(tests, servers, lint)
+}
+
+/// Runs all lints and builds the documentation, with warnings denied.
+fn lint() -> Summary {
+    // The tests come first. This concerns the thread, and what it starts. If it is refused, they
+    // only take longer.
+    let _ = rustix::process::nice(10);
+    let mut summary = Summary::new();
+    let mut clippy = |arguments: &[&str]| {
+        summary.run(
+            &[&["clippy", "--quiet"][..], arguments, &["--", "-D", "warnings"]].concat(),
+            &[],
+        );
+    };
+    clippy(&["--workspace", "--all-targets", "--all-features"]);
     // The tests use all features. These packages have optional ones. Those in one call have no
     // features that the others enable.
     for packages in [
@@ -173,30 +192,18 @@ fn ci(tests: &Tests, servers: &Variables) -> Done {
         &["orders"],
     ] {
         let packages: Vec<&str> = packages.iter().flat_map(|package| ["--package", package]).collect();
-        cargo(
-            &[&["clippy"][..], &packages, &["--no-default-features"], &deny].concat(),
-            &[],
-        )?;
+        clippy(&[&packages[..], &["--no-default-features"]].concat());
     }
     // Each backend of the program that keeps state can be built alone.
     for backend in ["sqlite", "postgres", "redis", "rabbitmq"] {
-        let alone = [
-            "--package",
-            "essentially-once-cli",
-            "--no-default-features",
-            "--features",
-            backend,
-        ];
-        cargo(&[&["clippy"][..], &alone, &deny].concat(), &[])?;
+        let program = ["--package", "essentially-once-cli", "--no-default-features"];
+        clippy(&[&program[..], &["--features", backend]].concat());
     }
-    cargo(
-        &["doc", "--workspace", "--no-deps", "--all-features"],
+    summary.run(
+        &["doc", "--quiet", "--workspace", "--no-deps", "--all-features"],
         &[("RUSTDOCFLAGS", "-D warnings".into())],
-    )?;
-    let linted = begun.elapsed();
-    let tested = test(tests, servers);
-    say(&format!("lints and documentation took {} s", linted.as_secs()));
-    tested
+    );
+    summary
 }
 
 fn tidy() -> Done {

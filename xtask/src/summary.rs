@@ -58,18 +58,23 @@ impl Summary {
 
     /// Runs cargo, passes its output on, and counts its tests.
     pub(crate) fn run(&mut self, arguments: &[&str], variables: &Variables) {
-        let begun = Instant::now();
+        self.run_and(arguments, variables, || {});
+    }
+
+    /// Does the same, and calls `begun` at the first line of the output.
+    pub(crate) fn run_and(&mut self, arguments: &[&str], variables: &Variables, begun: impl FnOnce()) {
+        let started = Instant::now();
         let status = command(arguments, variables)
             .stdout(Stdio::piped())
             .spawn()
             .and_then(|mut child| {
                 if let Some(output) = child.stdout.take() {
-                    self.read(BufReader::new(output), std::io::stdout());
+                    self.read(BufReader::new(output), std::io::stdout(), begun);
                 }
                 child.wait()
             });
         let shown = format!("cargo {}", arguments.join(" "));
-        self.commands.push((shown.clone(), begun.elapsed()));
+        self.commands.push((shown.clone(), started.elapsed()));
         match status {
             Ok(status) if status.success() => {}
             Ok(status) => self.failures.push(format!("`{shown}` failed: {status}")),
@@ -77,10 +82,25 @@ impl Summary {
         }
     }
 
+    /// Adds what another one has run.
+    pub(crate) fn add(&mut self, other: Option<Self>) {
+        match other {
+            None => self.failures.push("what runs beside the tests has panicked".into()),
+            Some(other) => {
+                self.failures.extend(other.failures);
+                self.commands.extend(other.commands);
+            }
+        }
+    }
+
     /// Counts the lines of `output`, and passes them on.
-    fn read(&mut self, mut output: impl BufRead, mut shown: impl Write) {
+    fn read(&mut self, mut output: impl BufRead, mut shown: impl Write, begun: impl FnOnce()) {
         let mut line = Vec::new();
+        let mut begun = Some(begun);
         while output.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+            if let Some(begun) = begun.take() {
+                begun();
+            }
             // A closed output is not a reason to stop.
             let _ = shown.write_all(&line);
             self.take(&String::from_utf8_lossy(&line));
@@ -190,7 +210,9 @@ mod tests {
              test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
              test result: ok. 6 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
         let mut shown = Vec::new();
-        summary.read(output.as_bytes(), &mut shown);
+        let mut begun = 0;
+        summary.read(output.as_bytes(), &mut shown, || begun += 1);
+        assert_eq!(begun, 1);
         assert_eq!(shown, output.as_bytes());
         assert_eq!((summary.passed, summary.failed, summary.skipped), (10, 1, 2));
         assert_eq!(summary.failures, ["[why it is slow] b::fails"]);
