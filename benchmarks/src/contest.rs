@@ -43,7 +43,7 @@ pub(crate) fn in_turn<T>(
     by_hand: impl FnOnce() -> Result<T>,
     ours: impl FnOnce() -> Result<T>,
 ) -> Result<(T, T)> {
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         let by_hand = by_hand()?;
         Ok((by_hand, ours()?))
     } else {
