@@ -99,11 +99,15 @@ fn test(tests: &Tests, servers: &Variables, beside: impl FnOnce() -> Summary + S
     // Apart, so that the summary tells how long each takes.
     summary.run(&[&workspace[..], &["--all-targets", "--no-run"]].concat(), &variables);
     let beside = thread::scope(|scope| {
-        let mut running = None;
+        let (mut waiting, mut running) = (Some(beside), None);
         // Cargo does one thing at a time until the tests begin.
-        let begun = || running = Some(scope.spawn(beside));
+        let begun = || running = waiting.take().map(|beside| scope.spawn(beside));
         summary.run_and(&[&workspace[..], &["--all-targets"]].concat(), &variables, begun);
-        running.and_then(|running| running.join().ok())
+        match running {
+            Some(running) => running.join().ok(),
+            // The tests could not be built.
+            None => waiting.map(|beside| beside()),
+        }
     });
     summary.add(beside);
     // `--all-targets` covers everything except doctests.
