@@ -41,12 +41,14 @@ enum Task {
 /// Shown in the help of the commands that run tests.
 const SERVERS: &str = "\
 Tests start private servers on free ports, with their data in temporary folders. If a server program is missing,
-apt-get installs it, provided that this runs as root or sudo needs no password. Otherwise the task fails before
-anything is built, and says how to install the program.
+apt-get installs it, provided that this runs as root or sudo needs no password. The one for Kafka's protocol is
+downloaded into the target folder instead. Otherwise the task fails before anything is built, and says how to install
+the program.
 
 ESSENTIALLY_ONCE_REDIS_SERVER selects another redis-server, or a Valkey. ESSENTIALLY_ONCE_RABBITMQ_SERVER selects
 another rabbitmq-server, with its rabbitmqctl in the same folder. ESSENTIALLY_ONCE_POSTGRES_BIN selects another
-PostgreSQL: it is the folder of its postgres, initdb, psql and pg_basebackup.";
+PostgreSQL: it is the folder of its postgres, initdb, psql and pg_basebackup. ESSENTIALLY_ONCE_KAFKA_SERVER selects
+another noida-db.";
 
 #[derive(Args)]
 #[command(after_help = SERVERS)]
