@@ -30,9 +30,10 @@ pub enum Cut {
 
 /// A proxy between clients and a server, on a port of 127.0.0.1.
 ///
-/// It forwards bytes without interpreting them, so it works with any unencrypted protocol. Give
-/// clients its [`port`](Self::port) instead of the server's. It blocks no runtime, because each
-/// connection has its own threads. Dropping it closes its connections and its port.
+/// It forwards bytes without interpreting them, so it works with any unencrypted protocol, except
+/// that [`kafka`](Self::kafka) replaces an address. Give clients its [`port`](Self::port) instead
+/// of the server's. It blocks no runtime, because each connection has its own threads. Dropping it
+/// closes its connections and its port.
 ///
 /// ```no_run
 /// use essentially_once_testkit::{Cut, Proxy};
