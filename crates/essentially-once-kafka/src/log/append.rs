@@ -179,40 +179,59 @@ impl Appender {
         let Some(error) = sent.failed else {
             return Ok(sent.last.map(offset));
         };
-        let fault = Fault::new(error, client.context.complaint());
-        let action = self.action("append to");
+        let fault = match client.producer.client().fatal_error() {
+            Some((code, reason)) if is_dropped(&error) => Fault::new(KafkaError::MessageProduction(code), Some(reason)),
+            _ => Fault::new(error, client.context.complaint()),
+        };
         Err(match sent.any {
-            true => Error::indeterminate(action, fault.to_string()),
-            false => write_failed(action, fault),
+            true => Error::indeterminate(self.action("append to"), fault.to_string()),
+            false => self.nothing_appended(fault),
         })
     }
 
     /// A transaction. Until its commit was sent, nothing has happened.
     async fn transact(&self, client: &Client, records: &[NewRecord]) -> Result<Option<Offset>, Error> {
         let complaint = || client.context.complaint();
-        let refused = |fault: Fault| match write_failed(self.action("append to"), fault) {
-            Error::Indeterminate { action, cause } => Error::Unavailable { action, cause },
-            error => error,
-        };
         client
             .producer
             .begin_transaction()
-            .map_err(|error| refused(Fault::new(error, complaint())))?;
+            .map_err(|error| self.nothing_appended(Fault::new(error, complaint())))?;
         let sent = self.send_all(client, records).await;
         if let Some(error) = sent.failed {
+            let fault = match is_dropped(&error) {
+                // Only a commit, which the client then refuses, says why.
+                true => match self.commit(client).await {
+                    Err(fault) => fault,
+                    Ok(()) => {
+                        let cause = "the client committed a transaction that it had dropped records of";
+                        return Err(Error::indeterminate(self.action("append to"), cause));
+                    }
+                },
+                false => Fault::new(error, complaint()),
+            };
             // If that fails too, the broker ends the transaction after its timeout.
             let _ = self
                 .block(client, |producer, timeout| producer.abort_transaction(timeout))
                 .await;
-            return Err(refused(Fault::new(error, complaint())));
+            return Err(self.nothing_appended(fault));
         }
-        let committed = self
-            .block(client, |producer, timeout| producer.commit_transaction(timeout))
-            .await;
-        match committed {
+        match self.commit(client).await {
             Ok(()) => Ok(sent.last.map(offset)),
             Err(fault) => Err(Error::indeterminate(self.action("append to"), fault.to_string())),
         }
+    }
+
+    /// The failure of an append of which the broker has kept nothing.
+    fn nothing_appended(&self, fault: Fault) -> Error {
+        match write_failed(self.action("append to"), fault) {
+            Error::Indeterminate { action, cause } => Error::Unavailable { action, cause },
+            error => error,
+        }
+    }
+
+    async fn commit(&self, client: &Client) -> Result<(), Fault> {
+        self.block(client, |producer, timeout| producer.commit_transaction(timeout))
+            .await
     }
 
     /// Sends all records, and waits until each is stored or refused.
@@ -291,6 +310,14 @@ async fn land(sent: &mut Sent, delivery: DeliveryFuture) {
         Ok(Err((error, _))) => sent.failed(error),
         Err(_) => sent.failed(KafkaError::Canceled),
     }
+}
+
+/// Whether the client dropped the record because the producer or its transaction has failed.
+fn is_dropped(error: &KafkaError) -> bool {
+    matches!(
+        error.rdkafka_error_code(),
+        Some(RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight)
+    )
 }
 
 /// Ends a producer on a thread that it may block.

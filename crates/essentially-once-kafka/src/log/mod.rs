@@ -292,7 +292,13 @@ impl Partition {
         let reading = async {
             loop {
                 match client.next().await {
-                    Ok(record) if record.offset < end => last = Some(record.offset),
+                    Ok(record) if record.offset < end => {
+                        last = Some(record.offset);
+                        // The broker answers at once only while it has records.
+                        if record.offset.successor() == end {
+                            return Ok(());
+                        }
+                    }
                     Ok(_) | Err(KafkaError::PartitionEOF(_)) => return Ok(()),
                     Err(error) => return Err(read_failed(self.action("read from"), Fault::new(error, None))),
                 }

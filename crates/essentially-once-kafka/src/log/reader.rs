@@ -119,9 +119,11 @@ impl Client {
             config.set(name, value);
         }
         let limit = cluster.options.record_limit.max(1024 * 1024).to_string();
+        // The broker reports the end of the partition only after this time.
+        let wait = if sees_end { "10" } else { "500" };
         config
             .set("enable.partition.eof", sees_end.to_string())
-            .set("fetch.wait.max.ms", "500")
+            .set("fetch.wait.max.ms", wait)
             .set("fetch.message.max.bytes", limit);
         let opened = Self {
             consumer: Some(client(&config, Context::default())?),

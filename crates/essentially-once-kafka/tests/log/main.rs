@@ -1,6 +1,8 @@
 //! What other programs do to a topic, what a broker refuses, and what a user gets wrong.
 
+mod compacted;
 mod foreign;
+mod mocked;
 mod refusals;
 mod support;
 mod transactions;
@@ -10,7 +12,7 @@ use std::process::ExitCode;
 use support::{cases, run};
 
 fn main() -> ExitCode {
-    run(cases![
+    let with_broker = cases![
         foreign::records_of_other_programs_are_read_whole,
         foreign::other_programs_read_our_records,
         foreign::headers_of_any_name_are_kept,
@@ -32,5 +34,14 @@ fn main() -> ExitCode {
         refusals::a_broker_that_is_gone_ends_a_reader,
         refusals::an_error_behind_records_is_not_lost,
         refusals::a_topic_that_may_lose_records_is_refused,
-    ])
+        compacted::what_was_compacted_is_not_read_and_not_waited_for,
+    ];
+    let mocked = cases![
+        mocked::an_append_without_rights_is_refused,
+        mocked::a_read_without_rights_is_refused,
+        mocked::a_fenced_producer_is_replaced,
+        mocked::a_partition_that_moves_between_brokers_loses_and_repeats_nothing,
+        mocked::an_append_waits_until_enough_replicas_are_in_sync,
+    ];
+    run(with_broker, mocked)
 }

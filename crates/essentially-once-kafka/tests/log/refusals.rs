@@ -10,21 +10,7 @@ use essentially_once::{
 };
 use essentially_once_kafka::{Kafka, KafkaOptions, LogOptions};
 
-use crate::support::{Outcome, PATIENCE, Stage, ensure, payloads, records, soon};
-
-/// Fails unless the result is this kind of error with these texts.
-macro_rules! assert_error {
-    ($result:expr, $kind:pat, $($text:expr),+) => {
-        match $result {
-            Err(error @ $kind) => {
-                let text = error.to_string();
-                $(ensure!(text.contains($text), "{:?} is missing in: {text}", $text);)+
-            }
-            Err(error) => return Err(format!("another error: {error}").into()),
-            Ok(_) => return Err("no error".into()),
-        }
-    };
-}
+use crate::support::{Outcome, PATIENCE, Stage, assert_error, ensure, payloads, records, soon};
 
 pub(crate) async fn a_broker_that_does_not_answer_is_named_without_the_password() -> Outcome {
     let options = || KafkaOptions::new().timeout(Duration::from_secs(1));

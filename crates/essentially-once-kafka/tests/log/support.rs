@@ -34,11 +34,17 @@ macro_rules! cases {
 }
 pub(crate) use cases;
 
-/// Runs each case as a test. Without a broker, every case is ignored, with the reason.
-pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
+/// Runs each case as a test. Without a broker, those that need one are ignored, with the reason.
+pub(crate) fn run(
+    with_broker: impl IntoIterator<Item = (&'static str, Case)>,
+    mocked: impl IntoIterator<Item = (&'static str, Case)>,
+) -> ExitCode {
     let missing = test_servers::kafka_server().err();
     let mut suite = Suite::new();
-    for (name, case) in cases {
+    for (name, case) in mocked {
+        suite = suite.async_test(name, 2 * LIMIT, case);
+    }
+    for (name, case) in with_broker {
         suite = match &missing {
             Some(why) => suite.ignored(name, why),
             None => suite.async_test(name, 2 * LIMIT, case),
@@ -56,6 +62,21 @@ macro_rules! ensure {
     };
 }
 pub(crate) use ensure;
+
+/// Fails unless the result is this kind of error with these texts.
+macro_rules! assert_error {
+    ($result:expr, $kind:pat, $($text:expr),+) => {
+        match $result {
+            Err(error @ $kind) => {
+                let text = error.to_string();
+                $(ensure!(text.contains($text), "{:?} is missing in: {text}", $text);)+
+            }
+            Err(error) => return Err(format!("another error: {error}").into()),
+            Ok(_) => return Err("no error".into()),
+        }
+    };
+}
+pub(crate) use assert_error;
 
 /// A broker and a handle to it.
 pub(crate) struct Stage {
