@@ -49,18 +49,33 @@ pub trait Handler<Tx: Send>: Send {
     async fn reset(&mut self) {}
 }
 
-#[async_trait]
+/// Passes the futures on without boxing them again.
 impl<Tx: Send, H: Handler<Tx> + ?Sized> Handler<Tx> for Box<H> {
-    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
-        (**self).handle(record, tx).await
+    fn handle<'h, 'r, 't, 'f>(&'h mut self, record: &'r Record, tx: &'t mut Tx) -> HandlerFuture<'f>
+    where
+        'h: 'f,
+        'r: 'f,
+        't: 'f,
+        Self: 'f,
+    {
+        (**self).handle(record, tx)
     }
 
-    async fn flush(&mut self, tx: &mut Tx) -> Result<(), HandlerError> {
-        (**self).flush(tx).await
+    fn flush<'h, 't, 'f>(&'h mut self, tx: &'t mut Tx) -> HandlerFuture<'f>
+    where
+        'h: 'f,
+        't: 'f,
+        Self: 'f,
+    {
+        (**self).flush(tx)
     }
 
-    async fn reset(&mut self) {
-        (**self).reset().await;
+    fn reset<'h, 'f>(&'h mut self) -> Pin<Box<dyn Future<Output = ()> + Send + 'f>>
+    where
+        'h: 'f,
+        Self: 'f,
+    {
+        (**self).reset()
     }
 }
 
@@ -97,14 +112,20 @@ where
 #[derive(Clone, Copy, Debug)]
 pub struct HandlerFn<F>(F);
 
-#[async_trait]
+/// Returns the closure's future without boxing it again.
 impl<Tx, F> Handler<Tx> for HandlerFn<F>
 where
     Tx: Send,
     F: for<'a> FnMut(&'a Record, &'a mut Tx) -> HandlerFuture<'a> + Send,
 {
-    async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
-        (self.0)(record, tx).await
+    fn handle<'h, 'r, 't, 'f>(&'h mut self, record: &'r Record, tx: &'t mut Tx) -> HandlerFuture<'f>
+    where
+        'h: 'f,
+        'r: 'f,
+        't: 'f,
+        Self: 'f,
+    {
+        (self.0)(record, tx)
     }
 }
 
