@@ -201,5 +201,7 @@ fn log_tail(log: &Path) -> String {
 /// Whether an error of [`Process::wait_ready`] says that another process listens on the port.
 pub(crate) fn address_in_use(error: &Error) -> bool {
     let text = error.to_string().to_lowercase();
-    text.contains("address already in use") || text.contains("eaddrinuse")
+    ["address already in use", "eaddrinuse", "dist_port_already_used"]
+        .iter()
+        .any(|reason| text.contains(reason))
 }

@@ -1,6 +1,6 @@
 //! RabbitMQ nodes start, die, freeze, restart with their data, and leave nothing behind.
 
-use std::{process::ExitCode, thread, time::Duration};
+use std::{net::UdpSocket, process::ExitCode, thread, time::Duration};
 
 use common::{Done, Owned, Test, Victim};
 use test_servers::{RabbitCluster, RabbitNode, rabbitmq_server};
@@ -17,10 +17,14 @@ const TESTS: [Test; 4] = [
 fn main() -> ExitCode {
     let owned = |node: &RabbitNode| Owned {
         pid: node.pid().unwrap_or(0),
-        ports: vec![node.port(), node.epmd_port()],
+        ports: ports(node).to_vec(),
         folder: node.folder().display().to_string(),
     };
     common::victim(RabbitNode::start, owned).unwrap_or_else(|| common::run(TESTS, &rabbitmq_server()))
+}
+
+fn ports(node: &RabbitNode) -> [u16; 3] {
+    [node.port(), node.distribution_port(), node.epmd_port()]
 }
 
 fn survives_a_kill() -> Done {
@@ -29,6 +33,13 @@ fn survives_a_kill() -> Done {
     let first = node.pid();
     node.kill()?;
     assert_eq!(node.pid(), None);
+    for port in ports(&node) {
+        // Whoever wants the port of a server takes the UDP port first.
+        assert!(
+            UdpSocket::bind(("127.0.0.1", port)).is_err(),
+            "port {port} is given away"
+        );
+    }
     node.restart()?;
     assert_ne!(node.pid(), first);
     assert!(node.ctl(&["list_users"])?.contains("alice"));

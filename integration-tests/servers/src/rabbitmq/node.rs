@@ -59,6 +59,7 @@ pub struct RabbitNode {
     process: Mutex<Option<Process>>,
     folder: Folder,
     port: Port,
+    distribution_port: Port,
     tls_port: Option<Port>,
     variables: Vec<(&'static str, OsString)>,
     program: PathBuf,
@@ -125,7 +126,7 @@ impl RabbitNode {
 
     /// Creates a node that is not started yet.
     pub(super) fn new(epmd: &Arc<Epmd>) -> Result<Self, Error> {
-        let (folder, port, distribution) = (Folder::new("rabbitmq")?, Port::claim()?, Port::claim()?);
+        let (folder, port, distribution_port) = (Folder::new("rabbitmq")?, Port::claim()?, Port::claim()?);
         let program = without_plugins(&crate::rabbitmq_server()?, folder.path())?;
         let path = folder.path().to_owned();
         let name = format!("test{}@localhost", port.number());
@@ -135,7 +136,7 @@ impl RabbitNode {
             ("RABBITMQ_NODENAME", name.clone().into()),
             ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1".into()),
             ("RABBITMQ_NODE_PORT", port.number().to_string().into()),
-            ("RABBITMQ_DIST_PORT", distribution.number().to_string().into()),
+            ("RABBITMQ_DIST_PORT", distribution_port.number().to_string().into()),
             ("RABBITMQ_MNESIA_BASE", path.join("data").into()),
             ("RABBITMQ_SCHEMA_DIR", path.join("schema").into()),
             ("RABBITMQ_LOG_BASE", path.join("log").into()),
@@ -160,6 +161,7 @@ impl RabbitNode {
             process,
             folder,
             port,
+            distribution_port,
             tls_port: None,
             variables,
             program,
@@ -206,6 +208,11 @@ impl RabbitNode {
     pub fn tls_url(&self) -> Option<String> {
         let port = self.tls_port.as_ref()?;
         Some(format!("amqps://guest:guest@127.0.0.1:{}/%2f", port.number()))
+    }
+
+    /// The port that other nodes and `rabbitmqctl` connect to. It stays the same.
+    pub fn distribution_port(&self) -> u16 {
+        self.distribution_port.number()
     }
 
     /// The port of the `epmd` that it is registered with.
