@@ -12,7 +12,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::session::Session;
-use crate::{Handler, HandlerError, OffsetStore, Record, rt};
+use crate::{Handler, HandlerError, OffsetStore, Record, handler::HandlerFuture, rt};
 
 /// Whether a handler that is still running is cut off when the run is stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub(super) async fn handle<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
         ))));
     }
     let limit = session.settings.record_time_limit;
-    call(session, limit, cut, async move { handler.handle(record, tx).await }).await
+    call(session, limit, cut, || handler.handle(record, tx)).await
 }
 
 /// Calls the handler's `flush`. A panic in it is a failure too.
@@ -57,7 +57,7 @@ pub(super) async fn flush<S: OffsetStore, Tx: Send, H: Handler<Tx>>(
     tx: &mut Tx,
     cut: Cut,
 ) -> Result<(), Interrupted> {
-    call(session, None, cut, async move { handler.flush(tx).await }).await
+    call(session, None, cut, || handler.flush(tx)).await
 }
 
 /// Calls the handler's `reset`. A panic in it amounts to a reset that did nothing. The handler's
@@ -72,17 +72,24 @@ pub(super) async fn reset<Tx: Send, H: Handler<Tx>>(handler: &mut H) {
 /// What a call of the handler returned, or that it panicked.
 type Called = Result<Result<(), HandlerError>, HandlerError>;
 
-async fn call<S: OffsetStore>(
+async fn call<'f, S: OffsetStore>(
     session: &mut Session<'_, S>,
     limit: Option<Duration>,
     cut: Cut,
-    call: impl Future<Output = Result<(), HandlerError>> + Send,
+    begin: impl FnOnce() -> HandlerFuture<'f> + Send,
 ) -> Result<(), Interrupted> {
-    let mut call = pin!(call);
+    // A handler that is no async function may panic before it returns a future.
+    let mut future = match catch_unwind(AssertUnwindSafe(begin)) {
+        Ok(future) => future,
+        Err(panic) => {
+            session.count_failed_try();
+            return Err(Interrupted::Failed(panicked(panic)));
+        }
+    };
     // Most calls end at their first poll, and then need neither a timer nor a look at the stop.
-    match poll_fn(|context| Poll::Ready(poll_once(call.as_mut(), context))).await {
+    match poll_fn(|context| Poll::Ready(poll_once(future.as_mut(), context))).await {
         Poll::Ready(Ok(Ok(()))) => Ok(()),
-        first => go_on(session, limit, cut, call, first).await,
+        first => go_on(session, limit, cut, future, first).await,
     }
 }
 
@@ -91,11 +98,11 @@ async fn go_on<S: OffsetStore>(
     session: &mut Session<'_, S>,
     limit: Option<Duration>,
     cut: Cut,
-    mut call: Pin<&mut (impl Future<Output = Result<(), HandlerError>> + Send)>,
+    mut future: HandlerFuture<'_>,
     first: Poll<Called>,
 ) -> Result<(), Interrupted> {
     let mut first = Some(first);
-    let rest = poll_fn(|context| first.take().unwrap_or_else(|| poll_once(call.as_mut(), context)));
+    let rest = poll_fn(|context| first.take().unwrap_or_else(|| poll_once(future.as_mut(), context)));
     let limited = rt::within(limit, rest);
     let (stop, grace) = (session.stop, session.settings.stop_grace);
     let result = tokio::select! {
@@ -130,7 +137,7 @@ pub(super) async fn catch_panic<T>(mut future: Pin<&mut (impl Future<Output = T>
 }
 
 fn poll_once<T>(
-    future: Pin<&mut (impl Future<Output = T> + Send)>,
+    future: Pin<&mut (impl Future<Output = T> + Send + ?Sized)>,
     context: &mut Context<'_>,
 ) -> Poll<Result<T, HandlerError>> {
     match catch_unwind(AssertUnwindSafe(|| future.poll(context))) {

@@ -255,9 +255,9 @@ where
     H: Handler<Tx>,
 {
     let mut done = Done::default();
-    let (started, time) = (Instant::now(), batch_time(session));
+    let limit = TimeLimit::begin(batch_time(session));
     for (index, record) in batch.iter().enumerate() {
-        if index > 0 && (session.stop.is_cancelled() || is_time_up(started.elapsed(), index, time)) {
+        if index > 0 && (session.stop.is_cancelled() || limit.is_up(index)) {
             return (done, &batch[..index], None);
         }
         let letter = match session.verdict_on(record).map(|verdict| &verdict.sentence) {
@@ -322,11 +322,35 @@ fn batch_time<S>(session: &Session<'_, S>) -> Duration {
     limit - limit / 20 - session.commit_time.min(limit / 2)
 }
 
-/// Whether one more record would take longer than there is time, if it takes the average time of
-/// the records before it.
-fn is_time_up(elapsed: Duration, passed: usize, time: Duration) -> bool {
-    let passed = passed as u128;
-    elapsed.as_nanos().saturating_mul(passed + 1) > time.as_nanos().saturating_mul(passed)
+/// How long a batch may take from now on.
+struct TimeLimit {
+    started: Instant,
+    limit: Duration,
+    /// Up to then there is time for one more record, whatever the number of those before it. `None`
+    /// if that is too far away.
+    half: Option<Instant>,
+}
+
+impl TimeLimit {
+    fn begin(limit: Duration) -> Self {
+        let started = Instant::now();
+        Self {
+            started,
+            limit,
+            half: started.checked_add(limit / 2),
+        }
+    }
+
+    /// Whether one more record would take longer than there is time, if it takes the average time
+    /// of the `passed` records before it, which are at least one.
+    fn is_up(&self, passed: usize) -> bool {
+        let now = Instant::now();
+        if self.half.is_none_or(|half| now <= half) {
+            return false;
+        }
+        let (elapsed, passed) = ((now - self.started).as_nanos(), passed as u128);
+        elapsed.saturating_mul(passed + 1) > self.limit.as_nanos().saturating_mul(passed)
+    }
 }
 
 impl<S: OffsetStore> Session<'_, S> {

@@ -132,9 +132,14 @@ impl Buffer {
             return state.ended.take().map(Err);
         }
         // The current batch and the waiting records share the bytes.
-        let mut budget = FetchBudget::of(self.max_bytes / 2);
-        let fitting = state.records().take(max);
-        let mut count = fitting.take_while(|record| budget.admits(record.size())).count();
+        let bytes = self.max_bytes / 2;
+        let mut count = if state.bytes <= bytes {
+            max.min(state.count)
+        } else {
+            let mut budget = FetchBudget::of(bytes);
+            let fitting = state.records().take(max);
+            fitting.take_while(|record| budget.admits(record.size())).count()
+        };
         let up_to = |is_before: &dyn Fn(Offset) -> bool| {
             let taken = state.records().take(count);
             taken.take_while(|record| is_before(record.offset)).count()
