@@ -2,25 +2,14 @@
 
 mod common;
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
-use essentially_once::{
-    Consumer, ConsumerId, Error, Handler, HandlerError, KeyValue as _, Log, Offset, OffsetStore as _, Record,
-    async_trait,
-    backend::{Advance, Revision, Source, Transaction as _},
-    consumer::Report,
-};
-use essentially_once_redis::{Redis, RedisLog, RedisOptions, RedisStore, RedisTx};
-use essentially_once_testkit::{Ledger, read_log};
-use test_servers::{Cut, Proxy, RedisServer};
+use test_servers::{Cut, cuts};
 
-use common::{LIMIT, Outcome, Watched, cases, ensure, insist, judge, message, run, send, until};
+use common::{Outcome, backend::OnRedis, cases, run};
 
-const MESSAGES: u64 = 12;
-/// Bytes that only a commit sends.
-const COMMIT: &[u8] = b"EVALSHA\r\n";
 /// The timeout in a silent network.
-const SHORT: Duration = Duration::from_millis(500);
+const SHORT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     run(cases![
@@ -37,279 +26,42 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A server, a handle through the proxy, and a direct one.
-struct Stage {
-    proxy: Arc<Proxy>,
-    through: Redis,
-    around: Redis,
-    _server: RedisServer,
-}
-
-impl Stage {
-    async fn start(options: RedisOptions) -> Result<Self, Source> {
-        let server = RedisServer::durable().start()?;
-        let proxy = Arc::new(Proxy::start(server.port())?);
-        let url = format!("redis://127.0.0.1:{}", proxy.port());
-        let through = insist(|| options.clone().connect(&url)).await?;
-        let stage = Self {
-            through,
-            around: Redis::connect(&server.url()).await?,
-            proxy,
-            _server: server,
-        };
-        // The server now knows the script, so a commit is one request.
-        stage
-            .consume(stage.log("first").await?, &ConsumerId::new("first")?, 1, None)
-            .await?;
-        Ok(stage)
-    }
-
-    /// A log with all messages, some of them sent twice.
-    async fn log(&self, name: &str) -> Result<RedisLog, Error> {
-        let log = self.around.log(name).await?;
-        send(&log, 0..MESSAGES / 2).await?;
-        log.append(&[message(2), message(1)]).await?;
-        send(&log, MESSAGES / 2..MESSAGES).await?;
-        Ok(log)
-    }
-
-    /// Runs a consumer through the proxy, which cuts the commit with this number, and judges the
-    /// result.
-    async fn consume(
-        &self,
-        log: RedisLog,
-        consumer: &ConsumerId,
-        max_batch: usize,
-        cut: Option<(u64, Cut)>,
-    ) -> Result<Report, Source> {
-        let store = self.through.store();
-        let reading = insist(|| self.through.log(log.id().name())).await?;
-        let handler = CutAt {
-            proxy: Arc::clone(&self.proxy),
-            cut,
-            commits: 0,
-        };
-        // The first commit stores the position alone, without a call of the handler.
-        handler.arm();
-        let report = Consumer::essentially_once(consumer.clone(), reading, store, handler)
-            .max_batch(max_batch)
-            .min_backoff(Duration::from_millis(1))
-            .max_backoff(Duration::from_millis(20))
-            .run_until_caught_up()
-            .await?;
-        judge(&log, &self.around.store(), consumer, MESSAGES).await?;
-        Ok(report)
-    }
-}
-
-/// Writes a ledger, and cuts the connection at the commit with this number.
-struct CutAt {
-    proxy: Arc<Proxy>,
-    cut: Option<(u64, Cut)>,
-    commits: u64,
-}
-
-impl CutAt {
-    fn arm(&self) {
-        if let Some((nth, cut)) = self.cut
-            && nth == self.commits
-        {
-            self.proxy.cut_at(COMMIT, cut);
-        }
-    }
-}
-
-#[async_trait]
-impl Handler<RedisTx> for CutAt {
-    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
-        Ledger.handle(record, tx).await
-    }
-
-    async fn flush(&mut self, _: &mut RedisTx) -> Result<(), HandlerError> {
-        self.commits += 1;
-        self.arm();
-        Ok(())
-    }
-}
-
 async fn commits_that_never_arrive_one_by_one() -> Outcome {
-    every_commit(Cut::BeforeRequest, 1).await
+    cuts::cut_every_commit::<OnRedis>(Cut::BeforeRequest, 1).await
 }
 
 async fn commits_that_never_arrive_in_batches_of_5() -> Outcome {
-    every_commit(Cut::BeforeRequest, 5).await
+    cuts::cut_every_commit::<OnRedis>(Cut::BeforeRequest, 5).await
 }
 
 async fn commits_whose_reply_is_lost_one_by_one() -> Outcome {
-    every_commit(Cut::BeforeReply, 1).await
+    cuts::cut_every_commit::<OnRedis>(Cut::BeforeReply, 1).await
 }
 
 async fn commits_whose_reply_is_lost_in_batches_of_5() -> Outcome {
-    every_commit(Cut::BeforeReply, 5).await
-}
-
-/// Does one run per commit, until a run has fewer commits.
-async fn every_commit(cut: Cut, max_batch: usize) -> Outcome {
-    let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
-    for nth in 0.. {
-        let name = format!("{nth}-{max_batch}");
-        let log = stage.log(&name).await?;
-        let consumed = stage
-            .consume(log, &ConsumerId::new(&name)?, max_batch, Some((nth, cut)))
-            .await;
-        let report = consumed.map_err(|error| format!("{cut:?}, commit {nth}: {error}"))?;
-        if report.restarts == 0 {
-            ensure!(nth > MESSAGES / max_batch as u64, "there were only {nth} commits");
-            return Ok(());
-        }
-        ensure!(
-            stage.proxy.wait_fired(nth as usize + 1, LIMIT),
-            "commit {nth} was not cut"
-        );
-        // A commit whose reply was lost counts too. If an adapter repeated it, the first one would
-        // fence the second.
-        ensure!(
-            (report.handled, report.restarts, report.fenced) == (MESSAGES, 1, 0),
-            "{cut:?}, commit {nth}: {report}"
-        );
-    }
-    Ok(())
-}
-
-fn bulk(text: &str) -> Vec<u8> {
-    format!("${}\r\n{text}\r\n", text.len()).into_bytes()
+    cuts::cut_every_commit::<OnRedis>(Cut::BeforeReply, 5).await
 }
 
 async fn appends_that_never_arrive() -> Outcome {
-    every_append(Cut::BeforeRequest, 1).await
+    cuts::cut_every_append::<OnRedis>(Cut::BeforeRequest, 1).await
 }
 
 async fn appends_whose_reply_is_lost() -> Outcome {
-    every_append(Cut::BeforeReply, 2).await
-}
-
-/// Cuts every append once. The log then has each message `times` times, and the consumer handles it
-/// once.
-async fn every_append(cut: Cut, times: usize) -> Outcome {
-    let stage = Stage::start(RedisOptions::new().timeout(LIMIT)).await?;
-    let log = stage.through.log("orders").await?;
-    for number in 0..MESSAGES {
-        let records = [message(number)];
-        let payload = String::from_utf8_lossy(&records[0].payload).into_owned();
-        stage.proxy.cut_at(&bulk(&payload), cut);
-        let (_, failures) = test_servers::insist_and_count(|| log.append(&records)).await?;
-        ensure!(
-            matches!(failures[..], [Error::Indeterminate { .. }]),
-            "{cut:?}, message {number}: {failures:?}"
-        );
-    }
-    ensure!(stage.proxy.fired() == MESSAGES as usize, "{} cuts", stage.proxy.fired());
-    let records = read_log(&log).await?;
-    let count = |number: u64| {
-        records
-            .iter()
-            .filter(|record| record.payload == message(number).payload)
-            .count()
-    };
-    let counts: Vec<usize> = (0..MESSAGES).map(count).collect();
-    ensure!(counts.iter().all(|count| *count == times), "{cut:?}: {counts:?}");
-    let consumer = ConsumerId::new("shipping")?;
-    let report = stage.consume(log, &consumer, 5, None).await?;
-    ensure!(
-        (report.handled, report.duplicates) == (MESSAGES, MESSAGES * (times as u64 - 1)),
-        "{report}"
-    );
-    Ok(())
-}
-
-/// Writes a ledger, and silences the network at its third call.
-struct Silencing(Arc<Proxy>, u64);
-
-#[async_trait]
-impl Handler<RedisTx> for Silencing {
-    async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
-        Ledger.handle(record, tx).await?;
-        self.1 += 1;
-        if self.1 == 3 {
-            self.0.hold(true);
-        }
-        Ok(())
-    }
+    cuts::cut_every_append::<OnRedis>(Cut::BeforeReply, 2).await
 }
 
 async fn a_consumer_outlasts_a_silent_network() -> Outcome {
-    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
-    let (log, id) = (stage.log("orders").await?, ConsumerId::new("shipping")?);
-    let (handler, mut seen) = Watched::new(Silencing(Arc::clone(&stage.proxy), 0));
-    let consumer = Consumer::essentially_once(id.clone(), log.clone(), stage.through.store(), handler)
-        .max_batch(2)
-        .min_backoff(Duration::from_millis(1))
-        .max_backoff(Duration::from_millis(20));
-    let running = tokio::spawn(consumer.run_until_caught_up());
-    // First the commit gets no reply, then the connection that reads the position.
-    until(&mut seen, |seen| seen.resets == 2).await?;
-    stage.proxy.hold(false);
-    let report = running.await??;
-    ensure!(report.restarts >= 2, "{report}");
-    judge(&log, &stage.around.store(), &id, MESSAGES).await
+    cuts::a_consumer_outlasts_a_silent_network::<OnRedis>(SHORT).await
 }
 
 async fn a_commit_held_back_is_in_doubt_and_fences_when_it_arrives() -> Outcome {
-    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
-    let (log, id) = (stage.around.log("orders").await?, ConsumerId::new("shipping")?);
-    let commit = async |store: RedisStore, value: &[u8]| {
-        let mut tx = store.begin(&id).await?;
-        tx.put(b"key", value).await?;
-        let (log, next) = (log.id().clone(), Offset::from(1));
-        let first = Revision::NONE.next_epoch();
-        tx.commit(Advance::new(log, next, Revision::NONE, first)).await
-    };
-    let store = stage.through.store();
-    insist(|| store.position(&id)).await?;
-    // This only shows when the commit was applied.
-    stage.proxy.cut_at(COMMIT, Cut::BeforeReply);
-    stage.proxy.hold(true);
-    let held_back = commit(store, b"held back").await;
-    ensure!(matches!(held_back, Err(Error::Indeterminate { .. })), "{held_back:?}");
-    let store = stage.around.store();
-    ensure!(store.position(&id).await?.is_none(), "the proxy let it pass");
-    stage.proxy.hold(false);
-    ensure!(stage.proxy.wait_fired(1, LIMIT), "it never arrived");
-    let next = commit(store.clone(), b"next").await;
-    ensure!(matches!(next, Err(Error::Fenced { .. })), "{next:?}");
-    let value = store.begin(&id).await?.get(b"key").await?;
-    ensure!(value.as_deref() == Some(b"held back"), "{value:?}");
-    Ok(())
+    cuts::a_commit_held_back_is_in_doubt_and_fences_when_it_arrives::<OnRedis>(SHORT).await
 }
 
 async fn an_append_held_back_is_in_doubt() -> Outcome {
-    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
-    let log = insist(|| stage.through.log("orders")).await?;
-    let records = [message(0)];
-    stage.proxy.cut_at(b"message 0;", Cut::BeforeReply);
-    stage.proxy.hold(true);
-    let held_back = log.append(&records).await;
-    ensure!(matches!(held_back, Err(Error::Indeterminate { .. })), "{held_back:?}");
-    stage.proxy.hold(false);
-    ensure!(stage.proxy.wait_fired(1, LIMIT), "it never arrived");
-    send(&log, 0..MESSAGES).await?;
-    stage.consume(log, &ConsumerId::new("shipping")?, 5, None).await?;
-    Ok(())
+    cuts::an_append_held_back_is_in_doubt::<OnRedis>(SHORT).await
 }
 
 async fn a_reader_in_silence_gives_up() -> Outcome {
-    let stage = Stage::start(RedisOptions::new().timeout(SHORT)).await?;
-    let around = stage.around.log("orders").await?;
-    let log = insist(|| stage.through.log("orders")).await?;
-    let mut reader = insist(|| log.read(Offset::ZERO)).await?;
-    send(&around, 0..1).await?;
-    ensure!(reader.next(10).await?.len() == 1, "one record");
-    stage.proxy.hold(true);
-    let silence = tokio::time::timeout(LIMIT, reader.next(10)).await?;
-    ensure!(matches!(silence, Err(Error::Unavailable { .. })), "{silence:?}");
-    stage.proxy.hold(false);
-    send(&around, 1..2).await?;
-    let mut reader = insist(|| log.read(Offset::ZERO)).await?;
-    ensure!(reader.next(10).await?.len() == 2, "two records");
-    Ok(())
+    cuts::a_reader_in_silence_gives_up::<OnRedis>(SHORT).await
 }

@@ -193,10 +193,14 @@ impl Windows {
 
     /// Marks a record that was read at `now`, for the next commit. Duplicates are marked too,
     /// because they show that their producer is not silent.
+    #[inline]
     pub(crate) fn mark(&mut self, record: &Record, now: SystemTime) {
-        let Some(origin) = &record.origin else {
-            return;
-        };
+        if let Some(origin) = &record.origin {
+            self.mark_origin(origin, record, now);
+        }
+    }
+
+    fn mark_origin(&mut self, origin: &Origin, record: &Record, now: SystemTime) {
         let tracked = match self.by_numbering.get_mut(&origin.numbering) {
             Some(tracked) => {
                 tracked.window.mark(origin.sequence);

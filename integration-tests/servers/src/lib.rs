@@ -2,14 +2,22 @@
 //! kill, freeze and restart it at will, and cut its connections with a [`Proxy`]. The calls block,
 //! so they work under any runtime or none.
 //!
+//! The adapters' tests also share what they do with a server: see [`kills`], [`cuts`] and
+//! [`ledger`].
+//!
 //! Nothing is left behind, even if the process that owns a server is killed. See `folder.rs`.
 
 use std::{env, path::PathBuf};
 
 mod asking;
 mod authority;
+mod backend;
+mod case;
+pub mod cuts;
 mod folder;
 mod kafka;
+pub mod kills;
+pub mod ledger;
 mod owner;
 mod port;
 mod postgres;
@@ -21,6 +29,8 @@ mod stopped;
 
 pub use asking::{eventually, insist, insist_and_count};
 pub use authority::{Authority, Pair};
+pub use backend::{Backend, Server};
+pub use case::{Case, LIMIT, Outcome, add_cases, run_cases};
 /// The kit's own proxy, re-exported for these tests.
 pub use essentially_once_testkit::{Cut, Proxy};
 pub use kafka::KafkaServer;

@@ -1,6 +1,6 @@
 //! What the cases share.
 
-use std::{future::Future, pin::Pin, process::ExitCode, time::Duration};
+use std::{future::Future, process::ExitCode, time::Duration};
 
 use essentially_once::{Log, Offset, Record, backend::Source};
 use essentially_once_kafka::{
@@ -13,10 +13,8 @@ use essentially_once_kafka::{
     },
 };
 use essentially_once_testkit::Suite;
-use test_servers::KafkaServer;
-
-pub(crate) type Outcome = Result<(), Source>;
-pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome> + Send>>;
+use test_servers::{Case, KafkaServer, add_cases};
+pub(crate) use test_servers::{Outcome, cases, ensure};
 
 /// Long enough for a busy machine. A case that takes longer hangs.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -24,44 +22,14 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// How long a client waits that is to give up. A busy machine answers within it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
-macro_rules! cases {
-    ($($module:ident::$case:ident),+ $(,)?) => {
-        [$((
-            concat!(stringify!($module), "::", stringify!($case)),
-            (|| Box::pin($module::$case())) as crate::support::Case,
-        )),+]
-    };
-}
-pub(crate) use cases;
-
 /// Runs each case as a test. Without a broker, those that need one are ignored, with the reason.
 pub(crate) fn run(
     with_broker: impl IntoIterator<Item = (&'static str, Case)>,
     mocked: impl IntoIterator<Item = (&'static str, Case)>,
 ) -> ExitCode {
-    let missing = test_servers::kafka_server().err();
-    let mut suite = Suite::new();
-    for (name, case) in mocked {
-        suite = suite.async_test(name, 2 * LIMIT, case);
-    }
-    for (name, case) in with_broker {
-        suite = match &missing {
-            Some(why) => suite.ignored(name, why),
-            None => suite.async_test(name, 2 * LIMIT, case),
-        };
-    }
-    suite.run()
+    let suite = add_cases(Suite::new(), None, LIMIT, mocked);
+    add_cases(suite, test_servers::kafka_server().err(), LIMIT, with_broker).run()
 }
-
-/// Ends the case unless the condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($finding:tt)+) => {
-        if !$condition {
-            return Err(format!($($finding)+).into());
-        }
-    };
-}
-pub(crate) use ensure;
 
 /// Fails unless the result is this kind of error with these texts.
 macro_rules! assert_error {

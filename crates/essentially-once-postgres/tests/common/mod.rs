@@ -7,11 +7,10 @@
     reason = "each target uses only some of it"
 )]
 
-mod ledger;
+pub(crate) mod backend;
 
 use std::{
     future::Future,
-    pin::Pin,
     process::ExitCode,
     time::{Duration, Instant, SystemTime},
 };
@@ -24,52 +23,17 @@ use essentially_once_postgres::{
     Pg, PgLog, PgOptions, PgStore, PgTx, postgres_error,
     tokio_postgres::{self, Client, NoTls},
 };
-use essentially_once_testkit::Suite;
 use test_servers::PostgresServer;
 
-pub(crate) use self::ledger::{Seen, Watched, agree, judge, message, send, send_until, until};
-
-/// The limit for every wait. Only a stuck test reaches it.
-pub(crate) const LIMIT: Duration = Duration::from_secs(120);
-
-pub(crate) type Outcome = Result<(), Source>;
-pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
-
-macro_rules! cases {
-    ($($case:ident),+ $(,)?) => {
-        [$((stringify!($case), (|| Box::pin($case())) as $crate::common::Case)),+]
-    };
-    ($($module:ident::$case:ident),+ $(,)?) => {
-        [$((
-            concat!(stringify!($module), "::", stringify!($case)),
-            (|| Box::pin($module::$case())) as $crate::common::Case
-        )),+]
-    };
-}
-pub(crate) use cases;
+pub(crate) use test_servers::{
+    Case, LIMIT, Outcome, cases, ensure,
+    ledger::{Seen, Watched, agree, judge, message, send, send_until, until},
+};
 
 /// Runs each case as a test. Without a server, every case is ignored, with the reason.
 pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
-    let missing = test_servers::postgres_bin().err();
-    let mut suite = Suite::new();
-    for (name, case) in cases {
-        suite = match &missing {
-            Some(why) => suite.ignored(name, why),
-            None => suite.async_test(name, 2 * LIMIT, case),
-        };
-    }
-    suite.run()
+    test_servers::run_cases(test_servers::postgres_bin().err(), LIMIT, cases)
 }
-
-/// Ends the case unless the condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($finding:tt)+) => {
-        if !$condition {
-            return Err(format!($($finding)+).into());
-        }
-    };
-}
-pub(crate) use ensure;
 
 /// Checks the kind of an error, and that its text contains these parts.
 macro_rules! assert_error {

@@ -1,29 +1,31 @@
 //! What the fault tests share: cases, records that are sent until they are stored, an observable
 //! handler, and the verdict.
 
-#![allow(dead_code, reason = "every test target uses only a part of it")]
+#![allow(dead_code, unused_imports, reason = "every test target uses only a part of it")]
 
 use std::{
     collections::BTreeSet,
-    future::Future,
-    ops::Range,
-    pin::Pin,
     process::ExitCode,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Epoch, Error, Handler, HandlerError, Log, NewRecord, OffsetStore as _,
-    Origin, ProducerId, Record, async_trait, backend::Source, consumer::Report,
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, Record, async_trait, backend::Source,
+    consumer::Report,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitOptions, RabbitStore};
-use essentially_once_testkit::{Check, Expectation, Ledger, Suite, read_ledger, read_log};
-use test_servers::RabbitNode;
+use essentially_once_testkit::{Ledger, read_log};
+use test_servers::{Case, RabbitNode, ledger::sequence, run_cases};
 use tokio::{
     sync::watch,
     task::JoinHandle,
     time::{sleep, timeout},
+};
+
+pub(crate) use test_servers::{
+    Outcome, cases, ensure, insist,
+    ledger::{Seen, agree, message, send},
 };
 
 /// How long anything may take. Only a stuck task takes this long.
@@ -36,38 +38,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// small machine.
 const PAUSE: Duration = Duration::from_millis(20);
 
-pub(crate) type Outcome = Result<(), Source>;
-pub(crate) type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
-
-macro_rules! cases {
-    ($($case:ident),+ $(,)?) => {
-        [$((stringify!($case), (|| Box::pin($case())) as $crate::common::Case)),+]
-    };
-}
-pub(crate) use cases;
-
 /// Runs each case as a test. Without a server, each is ignored with the reason.
 pub(crate) fn run(cases: impl IntoIterator<Item = (&'static str, Case)>) -> ExitCode {
-    let missing = test_servers::rabbitmq_server().err();
-    let mut suite = Suite::new();
-    for (name, case) in cases {
-        suite = match &missing {
-            Some(why) => suite.ignored(name, why),
-            None => suite.async_test(name, 2 * LIMIT, case),
-        };
-    }
-    suite.run()
+    run_cases(test_servers::rabbitmq_server().err(), LIMIT, cases)
 }
-
-/// Ends the case unless the condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($finding:tt)+) => {
-        if !$condition {
-            return Err(format!($($finding)+).into());
-        }
-    };
-}
-pub(crate) use ensure;
 
 /// The node of all cases that do not harm it. Its janitor ends it with this process.
 pub(crate) fn shared_node() -> Result<Arc<RabbitNode>, Source> {
@@ -87,26 +61,6 @@ pub(crate) fn url(port: u16) -> String {
 
 pub(crate) fn options() -> RabbitOptions {
     RabbitOptions::new().timeout(PATIENCE)
-}
-
-/// Opens the log under the name that the cases use.
-pub(crate) use test_servers::insist;
-
-/// The message of that number, with one of three keys.
-pub(crate) fn message(number: u64) -> NewRecord {
-    let producer = ProducerId::new("web").expect("a name");
-    NewRecord::new(format!("message {number};"))
-        .key((number % 3).to_string())
-        .origin(Origin::new(producer, Epoch::STABLE, number))
-}
-
-/// Appends the messages of these numbers one at a time, and sends those in doubt again.
-pub(crate) async fn send(log: &dyn Log, numbers: Range<u64>) -> Result<(), Error> {
-    for number in numbers {
-        let records = [message(number)];
-        insist(|| log.append(&records)).await?;
-    }
-    Ok(())
 }
 
 /// A background sender.
@@ -164,15 +118,6 @@ impl Sending {
     }
 }
 
-/// What a handler has seen.
-#[derive(Clone, Copy, Default, Debug)]
-pub(crate) struct Seen {
-    /// The number of messages. A repeated call for one of them does not count.
-    pub(crate) handled: u64,
-    /// How often its consumer went back to the stored position.
-    pub(crate) resets: u64,
-}
-
 /// A [`Ledger`] that can be observed and paused.
 struct Watched {
     seen: watch::Sender<Seen>,
@@ -196,10 +141,6 @@ where
     async fn reset(&mut self) {
         self.seen.send_modify(|seen| seen.resets += 1);
     }
-}
-
-fn sequence(record: &Record) -> Option<u64> {
-    record.origin.as_ref().map(|origin| origin.sequence)
 }
 
 /// A background consumer that keeps a ledger.
@@ -298,12 +239,4 @@ pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, mes
         "the log lacks {missing:?} of {messages} messages, and its last is {last:?}"
     );
     agree(&records, &store, consumer).await
-}
-
-/// Judges a consumer by the records in the log.
-pub(crate) async fn agree(records: &[Record], store: &RabbitStore, consumer: &ConsumerId) -> Outcome {
-    let applied = insist(|| read_ledger(store, consumer)).await?;
-    let position = insist(|| store.position(consumer)).await?;
-    let check = Check::new(records, &applied).position(position.as_ref()).drained();
-    Ok(check.findings().judge(Expectation::EssentiallyOnce)?)
 }

@@ -13,14 +13,15 @@ use tempfile::TempDir;
 use test_servers::{Pair, RedisBuilder, RedisServer};
 use tokio::time::timeout;
 
-use common::{Outcome, cases, ensure, judge, run_unless, send};
+use common::{LIMIT, Outcome, cases, ensure, judge, run_cases, send};
 use secrets::no_secret_is_ever_shown;
 
 const MESSAGES: u64 = 10;
 
 fn main() -> ExitCode {
-    run_unless(
+    run_cases(
         missing(),
+        LIMIT,
         cases![
             clients_with_a_certificate_are_served,
             clients_without_a_certificate_are_refused,

@@ -152,6 +152,7 @@ impl Parked {
     }
 
     /// Whether earlier records of this record's key are letters.
+    #[inline]
     pub(super) fn holds(&self, record: &Record) -> bool {
         let is_held = |key: &Bytes| self.filter.may_hold(key) && self.keys.contains_key(key);
         !self.keys.is_empty() && trusted_key(record).is_some_and(is_held)

@@ -10,8 +10,9 @@ use essentially_once::{
     ConsumerId, Error, KeyValue, Log, NewRecord, Offset, OffsetStore, Record, async_trait,
     backend::{Advance, Bounds, Durability, LogId, LogReader, Position, Source, Transaction},
 };
-use test_servers::RedisServer;
 use tokio::task::block_in_place;
+
+use crate::Server;
 
 /// When the server is killed.
 #[derive(Clone, Copy, Debug)]
@@ -23,16 +24,19 @@ pub(crate) struct Strike {
     pub(crate) failures: usize,
 }
 
+/// Whether the server is killed before or after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moment {
+pub enum Moment {
+    /// Before it.
     Before,
+    /// After it.
     After,
 }
 
 /// The steps of one run. Clones share the count.
 #[derive(Clone)]
 pub(crate) struct Steps {
-    server: Arc<RedisServer>,
+    server: Arc<dyn Server>,
     strike: Strike,
     state: Arc<Mutex<State>>,
 }
@@ -45,7 +49,7 @@ struct State {
 }
 
 impl Steps {
-    pub(crate) fn new(server: Arc<RedisServer>, strike: Strike) -> Self {
+    pub(crate) fn new(server: Arc<dyn Server>, strike: Strike) -> Self {
         Self {
             server,
             strike,
@@ -73,9 +77,9 @@ impl Steps {
 
     /// Starts the server again if it is still dead.
     pub(crate) fn revive(&self) -> Result<(), Source> {
-        match self.server.pid() {
-            Some(_) => Ok(()),
-            None => block_in_place(|| self.server.restart()),
+        match self.server.is_running() {
+            true => Ok(()),
+            false => block_in_place(|| self.server.restart()),
         }
     }
 
