@@ -151,7 +151,7 @@ impl Brokers {
 }
 
 /// The broker of one run.
-struct Broker(KafkaServer);
+pub(crate) struct Broker(pub(crate) KafkaServer);
 
 impl Broker {
     fn config(&self) -> ClientConfig {
@@ -160,7 +160,7 @@ impl Broker {
         config
     }
 
-    async fn log(&self, name: &str) -> Result<KafkaLog> {
+    pub(crate) async fn log(&self, name: &str) -> Result<KafkaLog> {
         Ok(Kafka::connect(&self.0.direct_url()).await?.log(name).await?)
     }
 
@@ -175,7 +175,7 @@ impl Broker {
     }
 
     /// A client at the beginning of the topic that commits nothing to Kafka.
-    fn reader(&self, name: &str) -> Result<BaseConsumer> {
+    pub(crate) fn reader(&self, name: &str) -> Result<BaseConsumer> {
         let mut config = self.config();
         config
             .set("group.id", "by-hand")
@@ -217,19 +217,30 @@ async fn append(config: &ClientConfig, topic: &str, row: &Row) -> Result<Duratio
     Ok(started.elapsed())
 }
 
-/// Reads up to that many records. Returns the offset after them and their number, or `None` at the
-/// end.
-fn batch(reader: &BaseConsumer, limit: usize) -> Result<Option<(i64, u64)>> {
+/// Reads up to that many records, and waits for the first and for each of the others for so long.
+/// Returns the offset after them and their number, or `None` at the end.
+pub(crate) fn batch(
+    reader: &BaseConsumer,
+    limit: usize,
+    (wait, pause): (Duration, Duration),
+    mut see: impl FnMut(&[u8]),
+) -> Result<Option<(i64, u64)>> {
     let (mut next, mut count) = (None, 0);
     while (count as usize) < limit {
-        let wait = if count == 0 { LIMIT } else { PAUSE };
+        let wait = if count == 0 { wait } else { pause };
         let Some(message) = reader.poll(wait) else { break };
         let message = message?;
-        assert_eq!(message.payload_len(), PAYLOAD.len());
+        see(message.payload().unwrap_or_default());
         next = Some(message.offset() + 1);
         count += 1;
     }
     Ok(next.map(|next| (next, count)))
+}
+
+/// The next records, as many as a commit covers if the last ones do not come first.
+fn full_batch(reader: &BaseConsumer, row: &Row) -> Result<(i64, u64)> {
+    let check = |payload: &[u8]| assert_eq!(payload.len(), PAYLOAD.len());
+    Ok(batch(reader, row.batch, (LIMIT, PAUSE), check)?.ok_or("no record came")?)
 }
 
 /// Counts each record and stores the offset, in one transaction per batch.
@@ -244,18 +255,8 @@ fn into_sqlite(
     let reader = reader()?;
     let mut handled = 0;
     while handled < row.records {
-        let (next, count) = batch(&reader, row.batch)?.ok_or("no record came")?;
-        let transaction = database.transaction()?;
-        {
-            let mut update = transaction.prepare_cached(sqlite::COUNT)?;
-            for number in handled..handled + count {
-                update.execute([(number % counters) as i64])?;
-            }
-        }
-        transaction
-            .prepare_cached("UPDATE position SET next = ?1 WHERE id = 1")?
-            .execute([next])?;
-        transaction.commit()?;
+        let (next, count) = full_batch(&reader, row)?;
+        sqlite::count_by_hand(&mut database, handled..handled + count, counters, next)?;
         handled += count;
     }
     let time = started.elapsed();
@@ -276,7 +277,7 @@ async fn into_postgres(
     let reader = reader()?;
     let mut handled = 0;
     while handled < row.records {
-        let (_, count) = batch(&reader, row.batch)?.ok_or("no record came")?;
+        let (_, count) = full_batch(&reader, row)?;
         counting.count(count as usize).await?;
         handled += count;
     }

@@ -77,8 +77,8 @@ enum Command {
     Appends(appends::AppendsArguments),
     #[command(hide = true)]
     Appender(appends::Appender),
-    /// How long an order takes from its commit, with an outbox on SQLite, to a bus, at 100 orders
-    /// per second. Ignores batch sizes and `--require`.
+    /// How long records take to a bus, through a relay, or to the commit of a consumer. Ignores
+    /// batch sizes, counters and `--require`.
     Latency(latency::LatencyArguments),
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.

@@ -78,11 +78,7 @@ fn upsert(table: &str) -> String {
 /// The loop that a user writes without a library: select a batch, then count it.
 async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Duration> {
     let client = connect(url).await?;
-    client
-        .batch_execute(&format!(
-            "CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL)"
-        ))
-        .await?;
+    client.batch_execute(&create_log(table)).await?;
     let fill =
         format!("INSERT INTO {table}_log SELECT place, $3 FROM generate_series($1::bigint, $2::bigint) AS place");
     for first in (0..row.records).step_by(FILL as usize) {
@@ -91,9 +87,8 @@ async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Dur
             .execute(&fill, &[&(first as i64), &(last as i64), &&PAYLOAD[..]])
             .await?;
     }
-    let read = format!("SELECT place, payload FROM {table}_log WHERE place >= $1 ORDER BY place LIMIT $2");
     let mut counting = ByHand::start(url, table, counters).await?;
-    let read = counting.client.prepare(&read).await?;
+    let read = counting.client.prepare(&read_log(table)).await?;
 
     let started = Instant::now();
     while (counting.next as u64) < row.records {
@@ -111,6 +106,15 @@ async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Dur
     Ok(time)
 }
 
+/// The table that a loop by hand reads.
+pub(crate) fn create_log(table: &str) -> String {
+    format!("CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL)")
+}
+
+pub(crate) fn read_log(table: &str) -> String {
+    format!("SELECT place, payload FROM {table}_log WHERE place >= $1 ORDER BY place LIMIT $2")
+}
+
 /// Counts by hand: adds to the counters with one statement and moves the offset, if nobody else
 /// has, in one transaction.
 pub(crate) struct ByHand {
@@ -119,7 +123,8 @@ pub(crate) struct ByHand {
     upsert: Statement,
     advance: Statement,
     counters: i64,
-    next: i64,
+    /// The place of the next record.
+    pub(crate) next: i64,
     revision: i64,
 }
 
@@ -195,23 +200,7 @@ pub(crate) async fn consume(
     write: Write,
 ) -> Result<Duration> {
     let (pg, client, table) = (Pg::connect(url).await?, connect(url).await?, table(name));
-    let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
-    client.batch_execute(&sql).await?;
-    if write == Write::Queue {
-        let last = counters.min(row.records) as i64 - 1;
-        let zero = format!("INSERT INTO {table} SELECT counter, 0 FROM generate_series(0, $1::bigint) AS counter");
-        client.execute(&zero, &[&last]).await?;
-    }
-    let count = Count {
-        write,
-        sql: match write {
-            Write::Queue => format!("UPDATE {table} SET n = n + 1 WHERE counter = $1"),
-            _ => upsert(&table),
-        },
-        counters: counters as i64,
-        handled: 0,
-        gathered: BTreeMap::new(),
-    };
+    let count = Count::create(&client, &table, counters.min(row.records), write).await?;
     let consumer = ConsumerId::new(name)?;
     let started = Instant::now();
     // A single Kafka broker is volatile, for both loops.
@@ -230,12 +219,36 @@ pub(crate) async fn consume(
     Ok(time)
 }
 
-struct Count {
+/// Counts each record in the next of its counters.
+pub(crate) struct Count {
     write: Write,
     sql: String,
     counters: i64,
     handled: i64,
     gathered: BTreeMap<i64, i64>,
+}
+
+impl Count {
+    /// Creates the table of the counters.
+    pub(crate) async fn create(client: &Client, table: &str, counters: u64, write: Write) -> Result<Self> {
+        let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
+        client.batch_execute(&sql).await?;
+        let counters = counters as i64;
+        if write == Write::Queue {
+            let zero = format!("INSERT INTO {table} SELECT counter, 0 FROM generate_series(0, $1::bigint) AS counter");
+            client.execute(&zero, &[&(counters - 1)]).await?;
+        }
+        Ok(Self {
+            write,
+            sql: match write {
+                Write::Queue => format!("UPDATE {table} SET n = n + 1 WHERE counter = $1"),
+                _ => upsert(table),
+            },
+            counters,
+            handled: 0,
+            gathered: BTreeMap::new(),
+        })
+    }
 }
 
 #[async_trait]

@@ -175,17 +175,23 @@ fn now() -> Result<FieldTable> {
     Ok(headers)
 }
 
-/// Counts each message and stores the offset, in one transaction per prefetched batch.
-async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
-    let mut database = sqlite::open_by_hand(&path, 1)?;
-    let started = Instant::now();
+/// Reads a stream from its beginning.
+pub(crate) async fn subscribe(connection: &Connection, stream: &str) -> Result<lapin::Consumer> {
     let channel = connection.create_channel().await?;
     channel.basic_qos(BATCH as u16, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-stream-offset".into(), AMQPValue::LongLongInt(0));
-    let mut consumer = channel
-        .basic_consume(stream.into(), "bench".into(), BasicConsumeOptions::default(), arguments)
-        .await?;
+    let options = BasicConsumeOptions::default();
+    Ok(channel
+        .basic_consume(stream.into(), "bench".into(), options, arguments)
+        .await?)
+}
+
+/// Counts each message and stores the offset, in one transaction per prefetched batch.
+async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
+    let mut database = sqlite::open_by_hand(&path, 1)?;
+    let started = Instant::now();
+    let mut consumer = subscribe(connection, stream).await?;
     let mut handled = 0;
     while handled < records {
         let transaction = database.transaction()?;
@@ -213,7 +219,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
     Ok(time)
 }
 
-fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
+pub(crate) fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
     let headers = delivery.properties.headers().as_ref();
     match headers.and_then(|headers| headers.inner().get("x-stream-offset")) {
         Some(AMQPValue::LongLongInt(offset)) => Ok(*offset),

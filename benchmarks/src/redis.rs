@@ -52,8 +52,6 @@ impl Contest for Server {
     }
 }
 
-/// The loop that a user writes without a library: XREAD a batch, then increment the counter for
-/// each record and move the offset in one MULTI/EXEC.
 async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
     let mut connection = connect(url).await?;
     let (stream, state) = (format!("{{{name}}}:log"), format!("{{{name}}}:state"));
@@ -71,37 +69,57 @@ async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u6
     }
 
     let started = Instant::now();
-    let mut next: String = "0-0".into();
-    let mut handled = 0;
-    while handled < records {
-        let reply: Value = cmd("XREAD")
-            .arg("COUNT")
-            .arg(batch)
-            .arg("STREAMS")
-            .arg(&stream)
-            .arg(&next)
-            .query_async(&mut connection)
-            .await?;
-        let mut commit = pipe();
-        commit.atomic();
-        for (id, payload) in entries(reply)? {
-            assert_eq!(payload.len(), PAYLOAD.len());
-            commit
-                .cmd("HINCRBY")
-                .arg(&state)
-                .arg(handled % counters)
-                .arg(1)
-                .ignore();
-            next = id;
-            handled += 1;
-        }
-        commit.cmd("HSET").arg(&state).arg("next").arg(&next).ignore();
-        commit.query_async::<()>(&mut connection).await?;
-    }
+    let mut left = records;
+    consume_by_hand(&mut connection, &stream, &state, batch, counters, None, |entries| {
+        assert!(entries.iter().all(|(_, payload)| payload.len() == PAYLOAD.len()));
+        left -= entries.len() as u64;
+        left > 0
+    })
+    .await?;
     let time = started.elapsed();
     check(&mut connection, &state, records).await?;
     clear(&mut connection, &[&stream, &state]).await?;
     Ok(time)
+}
+
+/// The loop that a user writes without a library: XREAD a batch, then increment the counter for
+/// each record and move the offset in one MULTI/EXEC. At the end of the stream, the server holds
+/// back its reply for up to `block` milliseconds. `committed` gets the entries of each batch, even
+/// if there are none, and returns whether to go on.
+pub(crate) async fn consume_by_hand(
+    connection: &mut MultiplexedConnection,
+    stream: &str,
+    state: &str,
+    batch: usize,
+    counters: u64,
+    block: Option<usize>,
+    mut committed: impl FnMut(&[(String, Vec<u8>)]) -> bool,
+) -> Result<()> {
+    let mut next: String = "0-0".into();
+    let mut handled = 0;
+    loop {
+        let mut read = cmd("XREAD");
+        read.arg("COUNT").arg(batch);
+        if let Some(block) = block {
+            read.arg("BLOCK").arg(block);
+        }
+        read.arg("STREAMS").arg(stream).arg(&next);
+        let entries = entries(read.query_async(connection).await?)?;
+        if let Some((last, _)) = entries.last() {
+            let mut commit = pipe();
+            commit.atomic();
+            for _ in &entries {
+                commit.cmd("HINCRBY").arg(state).arg(handled % counters).arg(1).ignore();
+                handled += 1;
+            }
+            next.clone_from(last);
+            commit.cmd("HSET").arg(state).arg("next").arg(&next).ignore();
+            commit.query_async::<()>(connection).await?;
+        }
+        if !committed(&entries) {
+            return Ok(());
+        }
+    }
 }
 
 /// An id, and alternating fields and values.
@@ -109,18 +127,34 @@ type Entry = (String, Vec<Vec<u8>>);
 
 /// Ids and payloads of an XREAD reply for one stream: `[[stream, [[id, [field, value]], …]]]`.
 fn entries(reply: Value) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut streams: Vec<(String, Vec<Entry>)> = redis::from_redis_value(reply)?;
-    let entries = streams.pop().map(|(_, entries)| entries).unwrap_or_default();
+    // Nil if no entry came.
+    let streams: Option<Vec<(String, Vec<Entry>)>> = redis::from_redis_value(reply)?;
+    let entries = streams
+        .unwrap_or_default()
+        .pop()
+        .map(|(_, entries)| entries)
+        .unwrap_or_default();
     Ok(entries
         .into_iter()
         .filter_map(|(id, mut fields)| Some((id, fields.pop()?)))
         .collect())
 }
 
-struct Count {
+/// Counts each record in the next of its counters, which are fields of a hash.
+pub(crate) struct Count {
     key: String,
     counters: u64,
     handled: u64,
+}
+
+impl Count {
+    pub(crate) fn new(key: String, counters: u64) -> Self {
+        Self {
+            key,
+            counters,
+            handled: 0,
+        }
+    }
 }
 
 #[async_trait]
@@ -145,11 +179,7 @@ async fn ours(url: &str, name: &str, records: u64, batch: usize, counters: u64) 
     }
     let state = format!("{{{name}}}:state");
     let started = Instant::now();
-    let count = Count {
-        key: state.clone(),
-        counters,
-        handled: 0,
-    };
+    let count = Count::new(state.clone(), counters);
     let consumer = Consumer::essentially_once(ConsumerId::new(name)?, log, redis.store(), count);
     tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
     let time = started.elapsed();
@@ -166,7 +196,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
-async fn connect(url: &str) -> Result<MultiplexedConnection> {
+pub(crate) async fn connect(url: &str) -> Result<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new().set_response_timeout(None);
     Ok(Client::open(url)?
         .get_multiplexed_async_connection_with_config(&config)

@@ -2,6 +2,7 @@
 //! sides check the counter.
 
 use std::{
+    ops::Range,
     path::Path,
     time::{Duration, Instant},
 };
@@ -46,8 +47,6 @@ impl Contest for Files {
     }
 }
 
-/// The loop that a user writes without a library: select a batch, update the counter for each
-/// record, move the offset, commit.
 fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
     let (records, batch) = (row.records, row.batch);
     let mut connection = open_by_hand(path, counters.min(records))?;
@@ -64,7 +63,27 @@ fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
     }
 
     let started = Instant::now();
-    let mut select = connection.prepare("SELECT \"offset\", payload FROM log WHERE \"offset\" >= ?1 LIMIT ?2")?;
+    consume_by_hand(&connection, "log", batch, counters, |rows| {
+        assert!(rows.iter().all(|(_, payload)| payload.len() == PAYLOAD.len()));
+        !rows.is_empty()
+    })?;
+    let time = started.elapsed();
+    check(&connection, records)?;
+    Ok(time)
+}
+
+/// The loop that a user writes without a library: select a batch, update the counter for each
+/// record, move the offset, commit. `committed` gets the rows of each batch, even if there are
+/// none, and returns whether to go on.
+pub(crate) fn consume_by_hand(
+    connection: &Connection,
+    log: &str,
+    batch: usize,
+    counters: u64,
+    mut committed: impl FnMut(&[(i64, Vec<u8>)]) -> bool,
+) -> Result<()> {
+    let select = format!("SELECT \"offset\", payload FROM {log} WHERE \"offset\" >= ?1 LIMIT ?2");
+    let mut select = connection.prepare(&select)?;
     let mut count = connection.prepare(COUNT)?;
     let mut advance = connection.prepare("UPDATE position SET next = ?1 WHERE id = 1")?;
     let mut begin = connection.prepare("BEGIN IMMEDIATE")?;
@@ -76,22 +95,35 @@ fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
             Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))
         })?;
         let rows = rows.collect::<Result<Vec<_>, _>>()?;
-        let Some((last, _)) = rows.last() else {
-            break;
-        };
-        next = last + 1;
-        begin.execute([])?;
-        for (_, payload) in &rows {
-            assert_eq!(payload.len(), PAYLOAD.len());
-            count.execute([(handled % counters) as i64])?;
-            handled += 1;
+        if let Some((last, _)) = rows.last() {
+            next = last + 1;
+            begin.execute([])?;
+            for _ in &rows {
+                count.execute([(handled % counters) as i64])?;
+                handled += 1;
+            }
+            advance.execute([next])?;
+            commit.execute([])?;
         }
-        advance.execute([next])?;
-        commit.execute([])?;
+        if !committed(&rows) {
+            return Ok(());
+        }
     }
-    let time = started.elapsed();
-    check(&connection, records)?;
-    Ok(time)
+}
+
+/// Counts records and stores the offset after them in one transaction, for other loops by hand.
+pub(crate) fn count_by_hand(connection: &mut Connection, numbers: Range<u64>, counters: u64, next: i64) -> Result<()> {
+    let transaction = connection.transaction()?;
+    {
+        let mut update = transaction.prepare_cached(COUNT)?;
+        for number in numbers {
+            update.execute([(number % counters) as i64])?;
+        }
+    }
+    transaction
+        .prepare_cached("UPDATE position SET next = ?1 WHERE id = 1")?
+        .execute([next])?;
+    Ok(transaction.commit()?)
 }
 
 /// Counts each record in the next of its counters.
