@@ -7,7 +7,9 @@
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 mod appends;
+mod backends;
 mod contest;
+mod growth;
 mod instructions;
 mod kafka;
 mod latency;
@@ -80,6 +82,9 @@ enum Command {
     /// How long records take to a bus, through a relay, or to the commit of a consumer. Ignores
     /// batch sizes, counters and `--require`.
     Latency(latency::LatencyArguments),
+    /// What a record costs while the log, the producers or the consumers grow. Ignores batch sizes,
+    /// counters and `--require`.
+    Growth(growth::GrowthArguments),
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
@@ -159,6 +164,7 @@ fn main() -> Result<ExitCode> {
         Command::Appends(appends) => appends::measure(appends, rounds),
         Command::Appender(appender) => appends::append(appender),
         Command::Latency(latency) => latency::measure(*latency, rounds, folder()?),
+        Command::Growth(growth) => growth::measure(growth, rounds, &folder()?),
         Command::Healthy => instructions::healthy(folder()?.path()),
         Command::Core => instructions::core(folder()?.path(), &arguments.batches),
         Command::Counted(work) => instructions::work(work),
@@ -265,6 +271,11 @@ impl fmt::Display for Backend {
 }
 
 fn median(values: &mut [f64]) -> f64 {
+    spread(values).0
+}
+
+/// The median, the minimum and the maximum.
+fn spread(values: &mut [f64]) -> (f64, f64, f64) {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    (values[values.len() / 2], values[0], values[values.len() - 1])
 }

@@ -10,7 +10,7 @@ use std::{
 
 use clap::Args;
 
-use crate::{PAYLOAD, Result, contest::in_turn, median};
+use crate::{PAYLOAD, Result, contest::in_turn, median, spread};
 
 /// How long to wait for a record.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -161,13 +161,8 @@ pub(super) fn compare(
         .flatten()
         .map(|figures| format!("{:.2}", median(figures)));
     let figures: Vec<String> = figures.collect();
-    let ratio = median(&mut ratios);
-    println!(
-        "| {} | {ratio:.2} | {:.2} | {:.2} |",
-        figures.join(" | "),
-        ratios[0],
-        ratios[ratios.len() - 1]
-    );
+    let (ratio, min, max) = spread(&mut ratios);
+    println!("| {} | {ratio:.2} | {min:.2} | {max:.2} |", figures.join(" | "));
     Ok(())
 }
 
