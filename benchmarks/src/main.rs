@@ -14,6 +14,7 @@ mod instructions;
 mod kafka;
 mod latency;
 mod letters;
+mod memory;
 mod plot;
 mod postgres;
 mod rabbitmq;
@@ -85,6 +86,11 @@ enum Command {
     /// What a record costs while the log, the producers or the consumers grow. Ignores batch sizes,
     /// counters and `--require`.
     Growth(growth::GrowthArguments),
+    /// How much memory a process needs at its peak that drains a large log. Ignores rounds, batch
+    /// sizes, counters and `--require`.
+    Memory(memory::MemoryArguments),
+    #[command(hide = true)]
+    Drain(memory::Drain),
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
@@ -165,6 +171,8 @@ fn main() -> Result<ExitCode> {
         Command::Appender(appender) => appends::append(appender),
         Command::Latency(latency) => latency::measure(*latency, rounds, folder()?),
         Command::Growth(growth) => growth::measure(growth, rounds, &folder()?),
+        Command::Memory(memory) => return memory::measure(memory, &folder()?),
+        Command::Drain(drain) => memory::drain(drain),
         Command::Healthy => instructions::healthy(folder()?.path()),
         Command::Core => instructions::core(folder()?.path(), &arguments.batches),
         Command::Counted(work) => instructions::work(work),
