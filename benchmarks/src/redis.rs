@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, Record, async_trait};
 use essentially_once_redis::{
     Redis, RedisTx,
     redis::{self, AsyncConnectionConfig, Client, Value, aio::MultiplexedConnection, cmd, pipe},
@@ -11,7 +11,7 @@ use essentially_once_redis::{
 
 use test_servers::RedisServer;
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch};
+use crate::{Contest, Result, Row, Rules, by_batch};
 
 /// Records per append on both sides.
 const FILL: u64 = 1_000;
@@ -34,8 +34,8 @@ impl Server {
 }
 
 impl Contest for Server {
-    fn rows(&self, batches: &[usize]) -> Vec<Row> {
-        by_batch(batches, |batch| match batch {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
+        by_batch(rules, |batch| match batch {
             1 => 2_000,
             10 => 15_000,
             100 => 80_000,
@@ -44,15 +44,16 @@ impl Contest for Server {
     }
 
     fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
-        runtime()?.block_on(by_hand(&self.server.url(), name, row.records, row.batch, self.counters))
+        runtime()?.block_on(by_hand(&self.server.url(), name, row, self.counters))
     }
 
     fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
-        runtime()?.block_on(ours(&self.server.url(), name, row.records, row.batch, self.counters))
+        runtime()?.block_on(ours(&self.server.url(), name, row, self.counters))
     }
 }
 
-async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
+async fn by_hand(url: &str, name: &str, row: &Row, counters: u64) -> Result<Duration> {
+    let records = row.records;
     let mut connection = connect(url).await?;
     let (stream, state) = (format!("{{{name}}}:log"), format!("{{{name}}}:state"));
     for first in (0..records).step_by(FILL as usize) {
@@ -62,7 +63,7 @@ async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u6
                 .arg(&stream)
                 .arg("*")
                 .arg("payload")
-                .arg(&PAYLOAD[..])
+                .arg(row.payload)
                 .ignore();
         }
         fill.query_async::<()>(&mut connection).await?;
@@ -70,11 +71,19 @@ async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u6
 
     let started = Instant::now();
     let mut left = records;
-    consume_by_hand(&mut connection, &stream, &state, batch, counters, None, |entries| {
-        assert!(entries.iter().all(|(_, payload)| payload.len() == PAYLOAD.len()));
-        left -= entries.len() as u64;
-        left > 0
-    })
+    consume_by_hand(
+        &mut connection,
+        &stream,
+        &state,
+        row.batch.size(),
+        counters,
+        None,
+        |entries| {
+            assert!(entries.iter().all(|(_, payload)| payload.len() == row.payload.len()));
+            left -= entries.len() as u64;
+            left > 0
+        },
+    )
     .await?;
     let time = started.elapsed();
     check(&mut connection, &state, records).await?;
@@ -145,14 +154,17 @@ pub(crate) struct Count {
     key: String,
     counters: u64,
     handled: u64,
+    /// The length of each payload.
+    length: usize,
 }
 
 impl Count {
-    pub(crate) fn new(key: String, counters: u64) -> Self {
+    pub(crate) fn new(key: String, counters: u64, length: usize) -> Self {
         Self {
             key,
             counters,
             handled: 0,
+            length,
         }
     }
 }
@@ -160,7 +172,7 @@ impl Count {
 #[async_trait]
 impl Handler<RedisTx> for Count {
     async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
-        assert_eq!(record.payload.len(), PAYLOAD.len());
+        assert_eq!(record.payload.len(), self.length);
         let mut increment = cmd("HINCRBY");
         increment.arg(&self.key).arg(self.handled % self.counters).arg(1);
         self.handled += 1;
@@ -170,21 +182,20 @@ impl Handler<RedisTx> for Count {
 }
 
 /// The same work through the library.
-async fn ours(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
+async fn ours(url: &str, name: &str, row: &Row, counters: u64) -> Result<Duration> {
     let redis = Redis::connect(url).await?;
     let log = redis.log(name).await?;
-    let fill: Vec<NewRecord> = (0..records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
-    for chunk in fill.chunks(FILL as usize) {
+    for chunk in row.fill().chunks(FILL as usize) {
         log.append(chunk).await?;
     }
     let state = format!("{{{name}}}:state");
     let started = Instant::now();
-    let count = Count::new(state.clone(), counters);
+    let count = Count::new(state.clone(), counters, row.payload.len());
     let consumer = Consumer::essentially_once(ConsumerId::new(name)?, log, redis.store(), count);
-    tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
+    tokio::spawn(row.batch.apply(consumer).run_until_caught_up()).await??;
     let time = started.elapsed();
     let mut connection = connect(url).await?;
-    check(&mut connection, &state, records).await?;
+    check(&mut connection, &state, row.records).await?;
     clear(&mut connection, &[name, &state]).await?;
     Ok(time)
 }

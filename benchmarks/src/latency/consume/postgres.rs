@@ -10,7 +10,7 @@ use tokio::{runtime::Handle, sync::Notify};
 
 use super::{Run, Sides, append_to};
 use crate::{
-    Result,
+    PAYLOAD, Result,
     latency::{
         BATCH,
         timing::{number, payload},
@@ -60,7 +60,14 @@ impl Sides for Server {
         let url = self.0.url();
         let log = Pg::connect(&url).await?.log(name).await?;
         let consumer = Pg::connect(&url).await?;
-        let count = Count::create(&connect(&url).await?, &postgres::table(name), 1, Write::Gather).await?;
+        let count = Count::create(
+            &connect(&url).await?,
+            &postgres::table(name),
+            1,
+            PAYLOAD.len(),
+            Write::Gather,
+        )
+        .await?;
         run.consume(name, append_to(log), consumer.log(name).await?, consumer.store(), count)
             .await
     }

@@ -6,7 +6,7 @@ use test_servers::RedisServer;
 
 use super::{Run, Sides, append_to};
 use crate::{
-    Result,
+    PAYLOAD, Result,
     latency::{BATCH, timing::number},
     redis::{self, Count, connect},
 };
@@ -46,7 +46,7 @@ impl Sides for Server {
         let url = self.0.url();
         let log = Redis::connect(&url).await?.log(name).await?;
         let consumer = Redis::connect(&url).await?;
-        let count = Count::new(format!("{name}:state"), 1);
+        let count = Count::new(format!("{name}:state"), 1, PAYLOAD.len());
         run.consume(name, append_to(log), consumer.log(name).await?, consumer.store(), count)
             .await
     }

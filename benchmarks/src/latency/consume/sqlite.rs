@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Run, Sides, records};
 use crate::{
-    Result,
+    PAYLOAD, Result,
     latency::{BATCH, POLL, timing::number},
     relay::open,
     sqlite::{self, Count},
@@ -67,5 +67,5 @@ async fn append(path: &Path) -> Result<impl FnMut(Range<usize>) -> Result<()> + 
 pub(super) async fn counting(path: &Path) -> Result<(SqliteStore, Count)> {
     let store = Sqlite::open(path).await?.store();
     sqlite::create_counters(&Connection::open(path)?, 1)?;
-    Ok((store, Count::new(1)))
+    Ok((store, Count::new(1, PAYLOAD.len())))
 }
