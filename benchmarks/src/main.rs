@@ -18,6 +18,7 @@ mod letters;
 mod memory;
 mod plot;
 mod postgres;
+mod price;
 mod rabbitmq;
 mod recovery;
 mod redis;
@@ -96,6 +97,9 @@ enum Command {
     Memory(memory::MemoryArguments),
     #[command(hide = true)]
     Drain(memory::Drain),
+    /// What the promise costs: the same work essentially once, at least once and at most once.
+    /// Ignores counters and `--require`.
+    Price(price::PriceArguments),
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
@@ -177,6 +181,7 @@ fn main() -> Result<ExitCode> {
         Command::Growth(growth) => growth::measure(growth, rounds, &folder()?),
         Command::Memory(memory) => return memory::measure(memory, &folder()?),
         Command::Drain(drain) => memory::drain(drain),
+        Command::Price(price) => price::measure(*price, rounds, &sizes(), &folder()?),
         Command::Healthy => instructions::healthy(folder()?.path()),
         Command::Core => instructions::core(folder()?.path(), &sizes()),
         Command::Counted(work) => instructions::work(work),
