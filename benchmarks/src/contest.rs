@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use essentially_once::NewRecord;
+
 use crate::{
     Result,
+    batch::{Batch, DEFAULTS},
     results::{Cell, Results, Round},
 };
 
@@ -12,13 +15,22 @@ pub(crate) struct Row {
     pub(crate) label: String,
     /// Chosen so that a round takes about a second.
     pub(crate) records: u64,
-    pub(crate) batch: usize,
+    pub(crate) batch: Batch,
+    /// What each record holds.
+    pub(crate) payload: &'static [u8],
+}
+
+impl Row {
+    /// The records, as the library appends them.
+    pub(crate) fn fill(&self) -> Vec<NewRecord> {
+        vec![NewRecord::new(self.payload); self.records as usize]
+    }
 }
 
 /// The same work on both sides. Each name is used once.
 pub(crate) trait Contest {
     /// The rows: one per batch size, or others.
-    fn rows(&self, batches: &[usize]) -> Vec<Row>;
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row>;
 
     /// The loop that a user writes without a library.
     fn by_hand(&self, name: &str, row: &Row) -> Result<Duration>;
@@ -28,13 +40,17 @@ pub(crate) trait Contest {
 }
 
 /// One row per batch size, with as many records as the backend handles in about a second.
-pub(crate) fn by_batch(batches: &[usize], records: impl Fn(usize) -> u64) -> Vec<Row> {
-    let row = |batch: &usize| Row {
-        label: format!("batch {batch}"),
-        records: records(*batch),
+pub(crate) fn by_batch(rules: &Rules<'_>, records: impl Fn(usize) -> u64) -> Vec<Row> {
+    let row = |batch: &Batch| Row {
+        label: match batch {
+            Batch::Records(records) => format!("batch {records}"),
+            Batch::Defaults => DEFAULTS.into(),
+        },
+        records: records(batch.size()),
         batch: *batch,
+        payload: rules.payload,
     };
-    batches.iter().map(row).collect()
+    rules.batches.iter().map(row).collect()
 }
 
 /// Runs both sides. The first one finds a quieter disk, so it is another one in each round.
@@ -55,7 +71,8 @@ pub(crate) fn in_turn<T>(
 /// How a contest is measured.
 pub(crate) struct Rules<'a> {
     pub(crate) rounds: u32,
-    pub(crate) batches: &'a [usize],
+    pub(crate) batches: &'a [Batch],
+    pub(crate) payload: &'static [u8],
     /// By how much to divide the number of records.
     pub(crate) divisor: u64,
 }
@@ -68,8 +85,8 @@ pub(crate) fn measure(name: &str, contest: &dyn Contest, rules: &Rules<'_>, resu
     println!("| | rounds | by hand, records/s | ours, records/s | ratio, median | min | max |");
     println!("|---|---:|---:|---:|---:|---:|---:|");
     let mut worst = f64::INFINITY;
-    for (number, mut row) in contest.rows(rules.batches).into_iter().enumerate() {
-        row.records = (row.records / rules.divisor).max(row.batch as u64);
+    for (number, mut row) in contest.rows(rules).into_iter().enumerate() {
+        row.records = (row.records / rules.divisor).max(row.batch.size() as u64);
         let cell = Cell::new(name, &row);
         for round in results.rounds(&cell).len()..rules.rounds as usize {
             let by_hand = || contest.by_hand(&format!("hand-{number}-{round}"), &row);

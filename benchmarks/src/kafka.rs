@@ -20,7 +20,7 @@ use essentially_once_sqlite::{Sqlite, rusqlite::Connection};
 use tempfile::TempDir;
 use test_servers::{KafkaServer, PostgresServer};
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch, postgres, sqlite};
+use crate::{Contest, Result, Row, Rules, by_batch, postgres, sqlite};
 
 /// Records per append before the consuming begins.
 const FILL: usize = 10_000;
@@ -67,9 +67,9 @@ impl Brokers {
 }
 
 impl Contest for Brokers {
-    fn rows(&self, batches: &[usize]) -> Vec<Row> {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
         let part = self.part;
-        by_batch(batches, |batch| match (part, batch) {
+        by_batch(rules, |batch| match (part, batch) {
             (Part::Postgres, 1) => 1_000,
             (_, 1) => 4_000,
             (_, 10) => 20_000,
@@ -104,11 +104,11 @@ impl Contest for Brokers {
         self.runtime.block_on(async {
             if self.part == Part::Append {
                 let log = broker.log(name).await?;
-                let chunk = vec![NewRecord::new(PAYLOAD.as_slice()); row.batch];
+                let chunk = vec![NewRecord::new(row.payload); row.batch.size()];
                 // Connects the producer.
                 log.append(&chunk).await?;
                 let started = Instant::now();
-                for _ in 0..row.records / row.batch as u64 {
+                for _ in 0..row.records / row.batch.size() as u64 {
                     log.append(&chunk).await?;
                 }
                 return Ok(started.elapsed());
@@ -127,9 +127,12 @@ impl Contest for Brokers {
                     sqlite::create_counters(&counter, self.counters.min(row.records))?;
                     let store = Sqlite::open(path).await?.store();
                     let started = Instant::now();
-                    let (id, count) = (ConsumerId::new("bench")?, sqlite::Count::new(self.counters));
+                    let (id, count) = (
+                        ConsumerId::new("bench")?,
+                        sqlite::Count::new(self.counters, row.payload.len()),
+                    );
                     let consumer = Consumer::essentially_once(id, log, store, count);
-                    let consumer = consumer.max_batch(row.batch).accept_volatile();
+                    let consumer = row.batch.apply(consumer).accept_volatile();
                     tokio::spawn(consumer.run_until_caught_up()).await??;
                     let time = started.elapsed();
                     sqlite::check(&counter, row.records)?;
@@ -151,7 +154,7 @@ impl Brokers {
 }
 
 /// The broker of one run.
-struct Broker(KafkaServer);
+pub(crate) struct Broker(pub(crate) KafkaServer);
 
 impl Broker {
     fn config(&self) -> ClientConfig {
@@ -160,22 +163,21 @@ impl Broker {
         config
     }
 
-    async fn log(&self, name: &str) -> Result<KafkaLog> {
+    pub(crate) async fn log(&self, name: &str) -> Result<KafkaLog> {
         Ok(Kafka::connect(&self.0.direct_url()).await?.log(name).await?)
     }
 
     /// Appends the records that are consumed.
     async fn fill(&self, name: &str, row: &Row) -> Result<KafkaLog> {
         let log = self.log(name).await?;
-        let fill = vec![NewRecord::new(PAYLOAD.as_slice()); row.records as usize];
-        for chunk in fill.chunks(FILL) {
+        for chunk in row.fill().chunks(FILL) {
             log.append(chunk).await?;
         }
         Ok(log)
     }
 
     /// A client at the beginning of the topic that commits nothing to Kafka.
-    fn reader(&self, name: &str) -> Result<BaseConsumer> {
+    pub(crate) fn reader(&self, name: &str) -> Result<BaseConsumer> {
         let mut config = self.config();
         config
             .set("group.id", "by-hand")
@@ -198,9 +200,9 @@ async fn append(config: &ClientConfig, topic: &str, row: &Row) -> Result<Duratio
         .set("linger.ms", "0");
     let producer: FutureProducer = config.create()?;
     let send = async || {
-        let mut flying = Vec::with_capacity(row.batch);
-        for _ in 0..row.batch {
-            let record = FutureRecord::<[u8], [u8]>::to(topic).partition(0).payload(&PAYLOAD);
+        let mut flying = Vec::with_capacity(row.batch.size());
+        for _ in 0..row.batch.size() {
+            let record = FutureRecord::<[u8], [u8]>::to(topic).partition(0).payload(row.payload);
             flying.push(producer.send_result(record).map_err(|(error, _)| error)?);
         }
         for delivery in flying {
@@ -211,25 +213,36 @@ async fn append(config: &ClientConfig, topic: &str, row: &Row) -> Result<Duratio
     // Connects the producer.
     send().await?;
     let started = Instant::now();
-    for _ in 0..row.records / row.batch as u64 {
+    for _ in 0..row.records / row.batch.size() as u64 {
         send().await?;
     }
     Ok(started.elapsed())
 }
 
-/// Reads up to that many records. Returns the offset after them and their number, or `None` at the
-/// end.
-fn batch(reader: &BaseConsumer, limit: usize) -> Result<Option<(i64, u64)>> {
+/// Reads up to that many records, and waits for the first and for each of the others for so long.
+/// Returns the offset after them and their number, or `None` at the end.
+pub(crate) fn batch(
+    reader: &BaseConsumer,
+    limit: usize,
+    (wait, pause): (Duration, Duration),
+    mut see: impl FnMut(&[u8]),
+) -> Result<Option<(i64, u64)>> {
     let (mut next, mut count) = (None, 0);
     while (count as usize) < limit {
-        let wait = if count == 0 { LIMIT } else { PAUSE };
+        let wait = if count == 0 { wait } else { pause };
         let Some(message) = reader.poll(wait) else { break };
         let message = message?;
-        assert_eq!(message.payload_len(), PAYLOAD.len());
+        see(message.payload().unwrap_or_default());
         next = Some(message.offset() + 1);
         count += 1;
     }
     Ok(next.map(|next| (next, count)))
+}
+
+/// The next records, as many as a commit covers if the last ones do not come first.
+fn full_batch(reader: &BaseConsumer, row: &Row) -> Result<(i64, u64)> {
+    let check = |payload: &[u8]| assert_eq!(payload.len(), row.payload.len());
+    Ok(batch(reader, row.batch.size(), (LIMIT, PAUSE), check)?.ok_or("no record came")?)
 }
 
 /// Counts each record and stores the offset, in one transaction per batch.
@@ -244,18 +257,8 @@ fn into_sqlite(
     let reader = reader()?;
     let mut handled = 0;
     while handled < row.records {
-        let (next, count) = batch(&reader, row.batch)?.ok_or("no record came")?;
-        let transaction = database.transaction()?;
-        {
-            let mut update = transaction.prepare_cached(sqlite::COUNT)?;
-            for number in handled..handled + count {
-                update.execute([(number % counters) as i64])?;
-            }
-        }
-        transaction
-            .prepare_cached("UPDATE position SET next = ?1 WHERE id = 1")?
-            .execute([next])?;
-        transaction.commit()?;
+        let (next, count) = full_batch(&reader, row)?;
+        sqlite::count_by_hand(&mut database, handled..handled + count, counters, next)?;
         handled += count;
     }
     let time = started.elapsed();
@@ -276,7 +279,7 @@ async fn into_postgres(
     let reader = reader()?;
     let mut handled = 0;
     while handled < row.records {
-        let (_, count) = batch(&reader, row.batch)?.ok_or("no record came")?;
+        let (_, count) = full_batch(&reader, row)?;
         counting.count(count as usize).await?;
         handled += count;
     }

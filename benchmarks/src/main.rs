@@ -7,13 +7,18 @@
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 mod appends;
+mod backends;
+mod batch;
 mod contest;
+mod growth;
 mod instructions;
 mod kafka;
 mod latency;
 mod letters;
+mod memory;
 mod plot;
 mod postgres;
+mod price;
 mod rabbitmq;
 mod recovery;
 mod redis;
@@ -26,6 +31,7 @@ use std::{error::Error, fmt, path::PathBuf, process::ExitCode};
 use clap::{Parser, Subcommand, ValueEnum};
 use tempfile::TempDir;
 
+use batch::Batch;
 use contest::{Contest, Row, Rules, by_batch};
 use results::Results;
 
@@ -37,9 +43,12 @@ struct Arguments {
     /// How often each side runs at each batch size.
     #[arg(long, global = true, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// The batch sizes to measure.
-    #[arg(long = "batch", global = true, value_delimiter = ',', default_values_t = BATCHES, value_parser = batch)]
-    batches: Vec<usize>,
+    /// The batch sizes to measure. `defaults` leaves the choice to the library.
+    #[arg(long = "batch", global = true, value_delimiter = ',', default_values_t = BATCHES)]
+    batches: Vec<Batch>,
+    /// How many bytes of payload each record of a contest has.
+    #[arg(long, global = true, default_value_t = PAYLOAD.len() as u32, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    payload: u32,
     /// Where to put the files. The default is a temporary folder.
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
@@ -77,9 +86,20 @@ enum Command {
     Appends(appends::AppendsArguments),
     #[command(hide = true)]
     Appender(appends::Appender),
-    /// How long an order takes from its commit, with an outbox on SQLite, to a bus, at 100 orders
-    /// per second. Ignores batch sizes and `--require`.
+    /// How long records take to a bus, through a relay, or to the commit of a consumer. Ignores
+    /// batch sizes, counters and `--require`.
     Latency(latency::LatencyArguments),
+    /// What a record costs while the log, the producers or the consumers grow. Ignores batch sizes,
+    /// counters and `--require`.
+    Growth(growth::GrowthArguments),
+    /// How much memory a process needs at its peak that drains a large log. Ignores rounds, batch
+    /// sizes, counters and `--require`.
+    Memory(memory::MemoryArguments),
+    #[command(hide = true)]
+    Drain(memory::Drain),
+    /// What the promise costs: the same work essentially once, at least once and at most once.
+    /// Ignores counters and `--require`.
+    Price(price::PriceArguments),
     /// How long the store on RabbitMQ takes to rebuild its state, by keys and by commits since the
     /// snapshot.
     Recovery,
@@ -129,15 +149,13 @@ enum Backend {
 type Failure = Box<dyn Error + Send + Sync>;
 type Result<T, E = Failure> = std::result::Result<T, E>;
 
-const BATCHES: [usize; 4] = [1, 10, 100, 1_000];
+const BATCHES: [Batch; 4] = [
+    Batch::Records(1),
+    Batch::Records(10),
+    Batch::Records(100),
+    Batch::Records(1_000),
+];
 const PAYLOAD: [u8; 100] = [b'x'; 100];
-
-fn batch(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(batch) if batch > 0 => Ok(batch),
-        _ => Err("a number of records above 0".into()),
-    }
-}
 
 /// Rounds of `--quick`, and by how much it divides the number of records.
 const QUICK: (u32, u64) = (3, 5);
@@ -152,6 +170,7 @@ fn main() -> Result<ExitCode> {
         None => tempfile::tempdir(),
     };
     let rounds = arguments.rounds;
+    let sizes = || -> Vec<usize> { arguments.batches.iter().map(|batch| batch.size()).collect() };
     let done = match &arguments.command {
         Command::All => return contests(&arguments, all(), folder),
         Command::One(backend) => return contests(&arguments, [(*backend, arguments.counters)], folder),
@@ -159,8 +178,12 @@ fn main() -> Result<ExitCode> {
         Command::Appends(appends) => appends::measure(appends, rounds),
         Command::Appender(appender) => appends::append(appender),
         Command::Latency(latency) => latency::measure(*latency, rounds, folder()?),
+        Command::Growth(growth) => growth::measure(growth, rounds, &folder()?),
+        Command::Memory(memory) => return memory::measure(memory, &folder()?),
+        Command::Drain(drain) => memory::drain(drain),
+        Command::Price(price) => price::measure(*price, rounds, &sizes(), &folder()?),
         Command::Healthy => instructions::healthy(folder()?.path()),
-        Command::Core => instructions::core(folder()?.path(), &arguments.batches),
+        Command::Core => instructions::core(folder()?.path(), &sizes()),
         Command::Counted(work) => instructions::work(work),
         Command::Letters => letters::measure(rounds, &folder()?),
         Command::Recovery => recovery::measure(rounds),
@@ -213,18 +236,14 @@ fn contests(
     let rules = Rules {
         rounds,
         batches: &arguments.batches,
+        payload: vec![b'x'; arguments.payload as usize].leak(),
         divisor,
     };
     println!("records/s are medians, and the ratio is ours / by hand, round by round");
     println!();
     let mut worst = f64::INFINITY;
     for (backend, counters) in contests {
-        let mut name = backend.to_string();
-        match counters {
-            1 => {}
-            COUNTER_PER_RECORD => name += ", a counter per record",
-            counters => name += &format!(", {counters} counters"),
-        }
+        let name = name(backend, counters, rules.payload.len());
         let contest = start(backend, counters, folder()?)?;
         worst = worst.min(contest::measure(&name, &*contest, &rules, &mut results)?);
     }
@@ -234,6 +253,27 @@ fn contests(
             Ok(ExitCode::FAILURE)
         }
         _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The name of a contest in the file of results.
+fn name(backend: Backend, counters: u64, payload: usize) -> String {
+    let mut name = backend.to_string();
+    match counters {
+        1 => {}
+        COUNTER_PER_RECORD => name += ", a counter per record",
+        counters => name += &format!(", {counters} counters"),
+    }
+    if payload != PAYLOAD.len() {
+        name += &format!(", {}-byte payloads", with_commas(payload));
+    }
+    name
+}
+
+fn with_commas(number: usize) -> String {
+    match number {
+        ..1_000 => number.to_string(),
+        _ => format!("{},{:03}", with_commas(number / 1_000), number % 1_000),
     }
 }
 
@@ -265,6 +305,34 @@ impl fmt::Display for Backend {
 }
 
 fn median(values: &mut [f64]) -> f64 {
+    spread(values).0
+}
+
+/// The median, the minimum and the maximum.
+fn spread(values: &mut [f64]) -> (f64, f64, f64) {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    (values[values.len() / 2], values[0], values[values.len() - 1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contests_with_other_payloads_have_other_names() {
+        assert_eq!(name(Backend::Sqlite, 1, 100), "SQLite");
+        assert_eq!(name(Backend::Redis, 1, 10), "Redis, 10-byte payloads");
+        assert_eq!(
+            name(Backend::Sqlite, 8, 1_024),
+            "SQLite, 8 counters, 1,024-byte payloads"
+        );
+        assert_eq!(with_commas(1_000_000), "1,000,000");
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory as _;
+
+        Arguments::command().debug_assert();
+    }
 }

@@ -6,6 +6,7 @@ use plotters::prelude::*;
 
 use crate::{
     Result,
+    batch::DEFAULTS,
     results::{Cell, Results},
 };
 
@@ -15,7 +16,8 @@ const SIZE: (u32, u32) = (640, 360);
 pub(crate) fn draw(results: &Results, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|error| format!("cannot create {}: {error}", folder.display()))?;
     let mut contests: Vec<(&str, Vec<&Cell>)> = Vec::new();
-    for cell in results.cells() {
+    // The defaults have the batch size of another row.
+    for cell in results.cells().filter(|cell| cell.row != DEFAULTS) {
         match contests.last_mut() {
             Some((contest, cells)) if *contest == cell.contest => cells.push(cell),
             _ => contests.push((&cell.contest, vec![cell])),

@@ -7,14 +7,14 @@ use std::{
 };
 
 use clap::ValueEnum;
-use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, NewRecord, Record, async_trait};
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, KeyValue, Log, Record, async_trait};
 use essentially_once_postgres::{
     Pg, PgTx,
     tokio_postgres::{self, Client, NoTls, Statement},
 };
 use test_servers::PostgresServer;
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch};
+use crate::{Contest, Result, Row, Rules, by_batch};
 
 /// Records per append on both sides.
 const FILL: u64 = 1_000;
@@ -49,8 +49,8 @@ impl Server {
 }
 
 impl Contest for Server {
-    fn rows(&self, batches: &[usize]) -> Vec<Row> {
-        by_batch(batches, |batch| match batch {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
+        by_batch(rules, |batch| match batch {
             1 => 1_000,
             10 => 8_000,
             100 => 40_000,
@@ -78,30 +78,25 @@ fn upsert(table: &str) -> String {
 /// The loop that a user writes without a library: select a batch, then count it.
 async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Duration> {
     let client = connect(url).await?;
-    client
-        .batch_execute(&format!(
-            "CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL)"
-        ))
-        .await?;
+    client.batch_execute(&create_log(table)).await?;
     let fill =
         format!("INSERT INTO {table}_log SELECT place, $3 FROM generate_series($1::bigint, $2::bigint) AS place");
     for first in (0..row.records).step_by(FILL as usize) {
         let last = row.records.min(first + FILL) - 1;
         client
-            .execute(&fill, &[&(first as i64), &(last as i64), &&PAYLOAD[..]])
+            .execute(&fill, &[&(first as i64), &(last as i64), &row.payload])
             .await?;
     }
-    let read = format!("SELECT place, payload FROM {table}_log WHERE place >= $1 ORDER BY place LIMIT $2");
     let mut counting = ByHand::start(url, table, counters).await?;
-    let read = counting.client.prepare(&read).await?;
+    let read = counting.client.prepare(&read_log(table)).await?;
 
     let started = Instant::now();
     while (counting.next as u64) < row.records {
-        let (next, limit) = (counting.next, row.batch as i64);
+        let (next, limit) = (counting.next, row.batch.size() as i64);
         let rows = counting.client.query(&read, &[&next, &limit]).await?;
-        for row in &rows {
-            let payload: &[u8] = row.get(1);
-            assert_eq!(payload.len(), PAYLOAD.len());
+        for found in &rows {
+            let payload: &[u8] = found.get(1);
+            assert_eq!(payload.len(), row.payload.len());
         }
         counting.count(rows.len()).await?;
     }
@@ -109,6 +104,15 @@ async fn by_hand(url: &str, table: &str, row: &Row, counters: u64) -> Result<Dur
     counting.finish(row.records).await?;
     client.batch_execute(&format!("DROP TABLE {table}_log")).await?;
     Ok(time)
+}
+
+/// The table that a loop by hand reads.
+pub(crate) fn create_log(table: &str) -> String {
+    format!("CREATE TABLE {table}_log (place bigint PRIMARY KEY, payload bytea NOT NULL)")
+}
+
+pub(crate) fn read_log(table: &str) -> String {
+    format!("SELECT place, payload FROM {table}_log WHERE place >= $1 ORDER BY place LIMIT $2")
 }
 
 /// Counts by hand: adds to the counters with one statement and moves the offset, if nobody else
@@ -119,7 +123,8 @@ pub(crate) struct ByHand {
     upsert: Statement,
     advance: Statement,
     counters: i64,
-    next: i64,
+    /// The place of the next record.
+    pub(crate) next: i64,
     revision: i64,
 }
 
@@ -177,8 +182,7 @@ impl Server {
     async fn run(&self, name: &str, row: &Row) -> Result<Duration> {
         let pg = Pg::connect(&self.server.url()).await?;
         let log = pg.log(name).await?;
-        let fill: Vec<NewRecord> = (0..row.records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
-        for chunk in fill.chunks(FILL as usize) {
+        for chunk in row.fill().chunks(FILL as usize) {
             log.append(chunk).await?;
         }
         consume(&self.server.url(), name, log, row, self.counters, self.write).await
@@ -195,28 +199,12 @@ pub(crate) async fn consume(
     write: Write,
 ) -> Result<Duration> {
     let (pg, client, table) = (Pg::connect(url).await?, connect(url).await?, table(name));
-    let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
-    client.batch_execute(&sql).await?;
-    if write == Write::Queue {
-        let last = counters.min(row.records) as i64 - 1;
-        let zero = format!("INSERT INTO {table} SELECT counter, 0 FROM generate_series(0, $1::bigint) AS counter");
-        client.execute(&zero, &[&last]).await?;
-    }
-    let count = Count {
-        write,
-        sql: match write {
-            Write::Queue => format!("UPDATE {table} SET n = n + 1 WHERE counter = $1"),
-            _ => upsert(&table),
-        },
-        counters: counters as i64,
-        handled: 0,
-        gathered: BTreeMap::new(),
-    };
+    let count = Count::create(&client, &table, counters.min(row.records), row.payload.len(), write).await?;
     let consumer = ConsumerId::new(name)?;
     let started = Instant::now();
     // A single Kafka broker is volatile, for both loops.
     let consuming = Consumer::essentially_once(consumer.clone(), log, pg.store(), count).accept_volatile();
-    tokio::spawn(consuming.max_batch(row.batch).run_until_caught_up()).await??;
+    tokio::spawn(row.batch.apply(consuming).run_until_caught_up()).await??;
     let time = started.elapsed();
     let sum = match write {
         Write::KeyValue => {
@@ -230,18 +218,51 @@ pub(crate) async fn consume(
     Ok(time)
 }
 
-struct Count {
+/// Counts each record in the next of its counters.
+pub(crate) struct Count {
     write: Write,
     sql: String,
     counters: i64,
     handled: i64,
     gathered: BTreeMap<i64, i64>,
+    /// The length of each payload.
+    length: usize,
+}
+
+impl Count {
+    /// Creates the table of the counters.
+    pub(crate) async fn create(
+        client: &Client,
+        table: &str,
+        counters: u64,
+        length: usize,
+        write: Write,
+    ) -> Result<Self> {
+        let sql = format!("CREATE TABLE {table} (counter bigint PRIMARY KEY, n bigint NOT NULL)");
+        client.batch_execute(&sql).await?;
+        let counters = counters as i64;
+        if write == Write::Queue {
+            let zero = format!("INSERT INTO {table} SELECT counter, 0 FROM generate_series(0, $1::bigint) AS counter");
+            client.execute(&zero, &[&(counters - 1)]).await?;
+        }
+        Ok(Self {
+            write,
+            sql: match write {
+                Write::Queue => format!("UPDATE {table} SET n = n + 1 WHERE counter = $1"),
+                _ => upsert(table),
+            },
+            counters,
+            handled: 0,
+            gathered: BTreeMap::new(),
+            length,
+        })
+    }
 }
 
 #[async_trait]
 impl Handler<PgTx> for Count {
     async fn handle(&mut self, record: &Record, tx: &mut PgTx) -> Result<(), HandlerError> {
-        assert_eq!(record.payload.len(), PAYLOAD.len());
+        assert_eq!(record.payload.len(), self.length);
         let counter = self.handled % self.counters;
         self.handled += 1;
         match self.write {

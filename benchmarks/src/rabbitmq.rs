@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use essentially_once::{Consumer, ConsumerId, Log, NewRecord};
+use essentially_once::{Consumer, ConsumerId, Log};
 use essentially_once_rabbitmq::{LogOptions, Packing, Rabbit, RabbitLog};
 use essentially_once_sqlite::{Sqlite, rusqlite};
 use futures_util::StreamExt as _;
@@ -23,7 +23,7 @@ use lapin::{
 use tempfile::TempDir;
 use test_servers::RabbitNode;
 
-use crate::{Contest, PAYLOAD, Result, Row, sqlite};
+use crate::{Batch, Contest, Result, Row, Rules, sqlite};
 
 const APPEND: &str = "append";
 /// The hand-written loop also sends the time in a header, as the library does.
@@ -65,7 +65,7 @@ impl Node {
 }
 
 impl Contest for Node {
-    fn rows(&self, _: &[usize]) -> Vec<Row> {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
         [
             (APPEND, 40_000),
             (APPEND_WITH_TIME, 40_000),
@@ -76,7 +76,8 @@ impl Contest for Node {
         .map(|(label, records)| Row {
             label: label.into(),
             records,
-            batch: BATCH,
+            batch: Batch::Records(BATCH),
+            payload: rules.payload,
         })
         .into()
     }
@@ -86,10 +87,10 @@ impl Contest for Node {
         self.runtime.block_on(async {
             let connection = Connection::connect(&self.node.url(), ConnectionProperties::default()).await?;
             let channel = connection.create_channel().await?;
-            let appending = publish(&channel, name, row.records, row.label == APPEND_WITH_TIME).await?;
+            let appending = publish(&channel, name, row).await?;
             let time = match row.label.starts_with(APPEND) {
                 true => appending,
-                false => consume(&connection, name, row.records, path).await?,
+                false => consume(&connection, name, row, path).await?,
             };
             channel.queue_delete(name.into(), Default::default()).await?;
             connection.close(200, "done".into()).await?;
@@ -107,7 +108,7 @@ impl Contest for Node {
         };
         self.runtime.block_on(async {
             let log = Rabbit::connect(&self.node.url()).await?.log_with(name, options).await?;
-            let fill: Vec<NewRecord> = (0..row.records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
+            let fill = row.fill();
             let started = Instant::now();
             for chunk in fill.chunks(BATCH) {
                 log.append(chunk).await?;
@@ -115,7 +116,7 @@ impl Contest for Node {
             let appending = started.elapsed();
             match row.label.starts_with(APPEND) {
                 true => Ok(appending),
-                false => consume_ours(log, row.records, path).await,
+                false => consume_ours(log, row, path).await,
             }
         })
     }
@@ -123,23 +124,23 @@ impl Contest for Node {
 
 /// Publishes with a bounded number of outstanding confirms, and accepts only a plain
 /// acknowledgement.
-async fn publish(channel: &Channel, stream: &str, records: u64, with_time: bool) -> Result<Duration> {
+async fn publish(channel: &Channel, stream: &str, row: &Row) -> Result<Duration> {
     prepare(channel, stream).await?;
     let started = Instant::now();
     let mandatory = BasicPublishOptions {
         mandatory: true,
         ..BasicPublishOptions::default()
     };
-    let mut left = records as usize;
+    let mut left = row.records as usize;
     while left > 0 {
         let count = left.min(BATCH);
         let mut confirms = Vec::with_capacity(count);
         for _ in 0..count {
-            let properties = match with_time {
+            let properties = match row.label == APPEND_WITH_TIME {
                 true => BasicProperties::default().with_headers(now()?),
                 false => BasicProperties::default(),
             };
-            let published = channel.basic_publish("".into(), stream.into(), mandatory, &PAYLOAD, properties);
+            let published = channel.basic_publish("".into(), stream.into(), mandatory, row.payload, properties);
             confirms.push(published.await?);
         }
         for confirm in confirms {
@@ -175,17 +176,24 @@ fn now() -> Result<FieldTable> {
     Ok(headers)
 }
 
-/// Counts each message and stores the offset, in one transaction per prefetched batch.
-async fn consume(connection: &Connection, stream: &str, records: u64, path: PathBuf) -> Result<Duration> {
-    let mut database = sqlite::open_by_hand(&path, 1)?;
-    let started = Instant::now();
+/// Reads a stream from its beginning.
+pub(crate) async fn subscribe(connection: &Connection, stream: &str) -> Result<lapin::Consumer> {
     let channel = connection.create_channel().await?;
     channel.basic_qos(BATCH as u16, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-stream-offset".into(), AMQPValue::LongLongInt(0));
-    let mut consumer = channel
-        .basic_consume(stream.into(), "bench".into(), BasicConsumeOptions::default(), arguments)
-        .await?;
+    let options = BasicConsumeOptions::default();
+    Ok(channel
+        .basic_consume(stream.into(), "bench".into(), options, arguments)
+        .await?)
+}
+
+/// Counts each message and stores the offset, in one transaction per prefetched batch.
+async fn consume(connection: &Connection, stream: &str, row: &Row, path: PathBuf) -> Result<Duration> {
+    let records = row.records;
+    let mut database = sqlite::open_by_hand(&path, 1)?;
+    let started = Instant::now();
+    let mut consumer = subscribe(connection, stream).await?;
     let mut handled = 0;
     while handled < records {
         let transaction = database.transaction()?;
@@ -195,7 +203,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
             let mut count = transaction.prepare_cached(sqlite::COUNT)?;
             for _ in 0..(BATCH as u64).min(records - handled) {
                 let delivery = consumer.next().await.ok_or("the consumer ended")??;
-                assert_eq!(delivery.data.len(), PAYLOAD.len());
+                assert_eq!(delivery.data.len(), row.payload.len());
                 next = offset(&delivery)? + 1;
                 count.execute([0])?;
                 handled += 1;
@@ -213,7 +221,7 @@ async fn consume(connection: &Connection, stream: &str, records: u64, path: Path
     Ok(time)
 }
 
-fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
+pub(crate) fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
     let headers = delivery.properties.headers().as_ref();
     match headers.and_then(|headers| headers.inner().get("x-stream-offset")) {
         Some(AMQPValue::LongLongInt(offset)) => Ok(*offset),
@@ -221,14 +229,15 @@ fn offset(delivery: &lapin::message::Delivery) -> Result<i64> {
     }
 }
 
-async fn consume_ours(log: RabbitLog, records: u64, path: PathBuf) -> Result<Duration> {
+async fn consume_ours(log: RabbitLog, row: &Row, path: PathBuf) -> Result<Duration> {
     let database = rusqlite::Connection::open(&path)?;
     sqlite::create_counters(&database, 1)?;
     let store = Sqlite::open(path).await?.store();
     let started = Instant::now();
-    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, sqlite::Count::new(1));
+    let count = sqlite::Count::new(1, row.payload.len());
+    let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, store, count);
     tokio::spawn(consumer.max_batch(BATCH).run_until_caught_up()).await??;
     let time = started.elapsed();
-    sqlite::check(&database, records)?;
+    sqlite::check(&database, row.records)?;
     Ok(time)
 }

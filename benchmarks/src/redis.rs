@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, Record, async_trait};
 use essentially_once_redis::{
     Redis, RedisTx,
     redis::{self, AsyncConnectionConfig, Client, Value, aio::MultiplexedConnection, cmd, pipe},
@@ -11,7 +11,7 @@ use essentially_once_redis::{
 
 use test_servers::RedisServer;
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch};
+use crate::{Contest, Result, Row, Rules, by_batch};
 
 /// Records per append on both sides.
 const FILL: u64 = 1_000;
@@ -34,8 +34,8 @@ impl Server {
 }
 
 impl Contest for Server {
-    fn rows(&self, batches: &[usize]) -> Vec<Row> {
-        by_batch(batches, |batch| match batch {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
+        by_batch(rules, |batch| match batch {
             1 => 2_000,
             10 => 15_000,
             100 => 80_000,
@@ -44,17 +44,16 @@ impl Contest for Server {
     }
 
     fn by_hand(&self, name: &str, row: &Row) -> Result<Duration> {
-        runtime()?.block_on(by_hand(&self.server.url(), name, row.records, row.batch, self.counters))
+        runtime()?.block_on(by_hand(&self.server.url(), name, row, self.counters))
     }
 
     fn ours(&self, name: &str, row: &Row) -> Result<Duration> {
-        runtime()?.block_on(ours(&self.server.url(), name, row.records, row.batch, self.counters))
+        runtime()?.block_on(ours(&self.server.url(), name, row, self.counters))
     }
 }
 
-/// The loop that a user writes without a library: XREAD a batch, then increment the counter for
-/// each record and move the offset in one MULTI/EXEC.
-async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
+async fn by_hand(url: &str, name: &str, row: &Row, counters: u64) -> Result<Duration> {
+    let records = row.records;
     let mut connection = connect(url).await?;
     let (stream, state) = (format!("{{{name}}}:log"), format!("{{{name}}}:state"));
     for first in (0..records).step_by(FILL as usize) {
@@ -64,44 +63,72 @@ async fn by_hand(url: &str, name: &str, records: u64, batch: usize, counters: u6
                 .arg(&stream)
                 .arg("*")
                 .arg("payload")
-                .arg(&PAYLOAD[..])
+                .arg(row.payload)
                 .ignore();
         }
         fill.query_async::<()>(&mut connection).await?;
     }
 
     let started = Instant::now();
-    let mut next: String = "0-0".into();
-    let mut handled = 0;
-    while handled < records {
-        let reply: Value = cmd("XREAD")
-            .arg("COUNT")
-            .arg(batch)
-            .arg("STREAMS")
-            .arg(&stream)
-            .arg(&next)
-            .query_async(&mut connection)
-            .await?;
-        let mut commit = pipe();
-        commit.atomic();
-        for (id, payload) in entries(reply)? {
-            assert_eq!(payload.len(), PAYLOAD.len());
-            commit
-                .cmd("HINCRBY")
-                .arg(&state)
-                .arg(handled % counters)
-                .arg(1)
-                .ignore();
-            next = id;
-            handled += 1;
-        }
-        commit.cmd("HSET").arg(&state).arg("next").arg(&next).ignore();
-        commit.query_async::<()>(&mut connection).await?;
-    }
+    let mut left = records;
+    consume_by_hand(
+        &mut connection,
+        &stream,
+        &state,
+        row.batch.size(),
+        counters,
+        None,
+        |entries| {
+            assert!(entries.iter().all(|(_, payload)| payload.len() == row.payload.len()));
+            left -= entries.len() as u64;
+            left > 0
+        },
+    )
+    .await?;
     let time = started.elapsed();
     check(&mut connection, &state, records).await?;
     clear(&mut connection, &[&stream, &state]).await?;
     Ok(time)
+}
+
+/// The loop that a user writes without a library: XREAD a batch, then increment the counter for
+/// each record and move the offset in one MULTI/EXEC. At the end of the stream, the server holds
+/// back its reply for up to `block` milliseconds. `committed` gets the entries of each batch, even
+/// if there are none, and returns whether to go on.
+pub(crate) async fn consume_by_hand(
+    connection: &mut MultiplexedConnection,
+    stream: &str,
+    state: &str,
+    batch: usize,
+    counters: u64,
+    block: Option<usize>,
+    mut committed: impl FnMut(&[(String, Vec<u8>)]) -> bool,
+) -> Result<()> {
+    let mut next: String = "0-0".into();
+    let mut handled = 0;
+    loop {
+        let mut read = cmd("XREAD");
+        read.arg("COUNT").arg(batch);
+        if let Some(block) = block {
+            read.arg("BLOCK").arg(block);
+        }
+        read.arg("STREAMS").arg(stream).arg(&next);
+        let entries = entries(read.query_async(connection).await?)?;
+        if let Some((last, _)) = entries.last() {
+            let mut commit = pipe();
+            commit.atomic();
+            for _ in &entries {
+                commit.cmd("HINCRBY").arg(state).arg(handled % counters).arg(1).ignore();
+                handled += 1;
+            }
+            next.clone_from(last);
+            commit.cmd("HSET").arg(state).arg("next").arg(&next).ignore();
+            commit.query_async::<()>(connection).await?;
+        }
+        if !committed(&entries) {
+            return Ok(());
+        }
+    }
 }
 
 /// An id, and alternating fields and values.
@@ -109,24 +136,43 @@ type Entry = (String, Vec<Vec<u8>>);
 
 /// Ids and payloads of an XREAD reply for one stream: `[[stream, [[id, [field, value]], …]]]`.
 fn entries(reply: Value) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut streams: Vec<(String, Vec<Entry>)> = redis::from_redis_value(reply)?;
-    let entries = streams.pop().map(|(_, entries)| entries).unwrap_or_default();
+    // Nil if no entry came.
+    let streams: Option<Vec<(String, Vec<Entry>)>> = redis::from_redis_value(reply)?;
+    let entries = streams
+        .unwrap_or_default()
+        .pop()
+        .map(|(_, entries)| entries)
+        .unwrap_or_default();
     Ok(entries
         .into_iter()
         .filter_map(|(id, mut fields)| Some((id, fields.pop()?)))
         .collect())
 }
 
-struct Count {
+/// Counts each record in the next of its counters, which are fields of a hash.
+pub(crate) struct Count {
     key: String,
     counters: u64,
     handled: u64,
+    /// The length of each payload.
+    length: usize,
+}
+
+impl Count {
+    pub(crate) fn new(key: String, counters: u64, length: usize) -> Self {
+        Self {
+            key,
+            counters,
+            handled: 0,
+            length,
+        }
+    }
 }
 
 #[async_trait]
 impl Handler<RedisTx> for Count {
     async fn handle(&mut self, record: &Record, tx: &mut RedisTx) -> Result<(), HandlerError> {
-        assert_eq!(record.payload.len(), PAYLOAD.len());
+        assert_eq!(record.payload.len(), self.length);
         let mut increment = cmd("HINCRBY");
         increment.arg(&self.key).arg(self.handled % self.counters).arg(1);
         self.handled += 1;
@@ -136,25 +182,20 @@ impl Handler<RedisTx> for Count {
 }
 
 /// The same work through the library.
-async fn ours(url: &str, name: &str, records: u64, batch: usize, counters: u64) -> Result<Duration> {
+async fn ours(url: &str, name: &str, row: &Row, counters: u64) -> Result<Duration> {
     let redis = Redis::connect(url).await?;
     let log = redis.log(name).await?;
-    let fill: Vec<NewRecord> = (0..records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
-    for chunk in fill.chunks(FILL as usize) {
+    for chunk in row.fill().chunks(FILL as usize) {
         log.append(chunk).await?;
     }
     let state = format!("{{{name}}}:state");
     let started = Instant::now();
-    let count = Count {
-        key: state.clone(),
-        counters,
-        handled: 0,
-    };
+    let count = Count::new(state.clone(), counters, row.payload.len());
     let consumer = Consumer::essentially_once(ConsumerId::new(name)?, log, redis.store(), count);
-    tokio::spawn(consumer.max_batch(batch).run_until_caught_up()).await??;
+    tokio::spawn(row.batch.apply(consumer).run_until_caught_up()).await??;
     let time = started.elapsed();
     let mut connection = connect(url).await?;
-    check(&mut connection, &state, records).await?;
+    check(&mut connection, &state, row.records).await?;
     clear(&mut connection, &[name, &state]).await?;
     Ok(time)
 }
@@ -166,7 +207,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
-async fn connect(url: &str) -> Result<MultiplexedConnection> {
+pub(crate) async fn connect(url: &str) -> Result<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new().set_response_timeout(None);
     Ok(Client::open(url)?
         .get_multiplexed_async_connection_with_config(&config)

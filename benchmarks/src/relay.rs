@@ -32,7 +32,7 @@ use tempfile::TempDir;
 use test_servers::{RabbitNode, RedisServer};
 use tokio::runtime::Runtime;
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch, rabbitmq::prepare};
+use crate::{Contest, Result, Row, Rules, by_batch, rabbitmq::prepare};
 
 /// Records per append when the outbox is filled.
 const FILL: usize = 10_000;
@@ -119,13 +119,11 @@ impl Relays {
         let (path, bus_path) = (self.path(), self.path());
         let outbox = Sqlite::open(&path).await?;
         let log = outbox.log("outbox").await?;
-        fill(&log, behind + row.records).await?;
+        fill(&log, row.payload, behind + row.records).await?;
         let bus = self.bus(name, &bus_path).await?;
         let started = Instant::now();
         let relay = Consumer::at_least_once(ConsumerId::new("relay")?, log, outbox.store(), Relay::to(bus.clone()));
-        let relay = relay
-            .max_batch(row.batch)
-            .start_at(StartAt::Offset(Offset::from(behind)));
+        let relay = row.batch.apply(relay).start_at(StartAt::Offset(Offset::from(behind)));
         let report = tokio::spawn(relay.run_until_caught_up()).await??;
         let time = started.elapsed();
         check(report.handled, row.records)?;
@@ -151,7 +149,7 @@ impl Relays {
             connection.execute_batch("BEGIN IMMEDIATE")?;
             let mut insert = connection.prepare_cached("INSERT INTO outbox VALUES (?1, NULL, NULL, ?2)")?;
             for number in first..row.records.min(first + FILL as u64) {
-                insert.execute(params![number as i64, PAYLOAD])?;
+                insert.execute(params![number as i64, row.payload])?;
             }
             connection.execute_batch("COMMIT")?;
         }
@@ -162,7 +160,7 @@ impl Relays {
         let mut advance = connection.prepare("UPDATE position SET next = ?1 WHERE id = 1")?;
         let mut next: i64 = 0;
         loop {
-            let rows = select.query_map(params![next, row.batch as i64], Sent::from_row)?;
+            let rows = select.query_map(params![next, row.batch.size() as i64], Sent::from_row)?;
             let rows: Vec<Sent> = rows.collect::<std::result::Result<_, _>>()?;
             let Some(last) = rows.last() else {
                 break;
@@ -200,8 +198,8 @@ impl Relays {
 }
 
 impl Contest for Relays {
-    fn rows(&self, batches: &[usize]) -> Vec<Row> {
-        by_batch(batches, |batch| match batch {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
+        by_batch(rules, |batch| match batch {
             1 => 1_000,
             10 => 8_000,
             100 => 40_000,
@@ -221,13 +219,13 @@ impl Contest for Relays {
     }
 }
 
-async fn fill(outbox: &SqliteLog, records: u64) -> Result<()> {
+async fn fill(outbox: &SqliteLog, payload: &'static [u8], records: u64) -> Result<()> {
     let producer = ProducerId::new("outbox")?;
     let numbers: Vec<u64> = (0..records).collect();
     for numbers in numbers.chunks(FILL) {
         let record = |number: &u64| {
             let origin = Origin::new(producer.clone(), Epoch::STABLE, *number);
-            NewRecord::new(PAYLOAD.as_slice()).origin(origin)
+            NewRecord::new(payload).origin(origin)
         };
         outbox.append(&numbers.iter().map(record).collect::<Vec<_>>()).await?;
     }

@@ -27,7 +27,7 @@ impl Cell {
         Self {
             contest: contest.into(),
             row: row.label.clone(),
-            batch: row.batch,
+            batch: row.batch.size(),
             records: row.records,
         }
     }
@@ -146,12 +146,14 @@ impl Results {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::Batch;
 
     fn cell() -> Cell {
         let row = Row {
             label: "batch 10".into(),
             records: 1_000,
-            batch: 10,
+            batch: Batch::Records(10),
+            payload: b"x",
         };
         Cell::new("SQLite", &row)
     }

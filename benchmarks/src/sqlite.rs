@@ -2,18 +2,19 @@
 //! sides check the counter.
 
 use std::{
+    ops::Range,
     path::Path,
     time::{Duration, Instant},
 };
 
-use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, NewRecord, Record, async_trait};
+use essentially_once::{Consumer, ConsumerId, Handler, HandlerError, Log, Record, async_trait};
 use essentially_once_sqlite::{
     Sqlite, SqliteTx,
     rusqlite::{Connection, params},
 };
 use tempfile::TempDir;
 
-use crate::{Contest, PAYLOAD, Result, Row, by_batch};
+use crate::{Contest, Result, Row, Rules, by_batch};
 
 pub(crate) const COUNT: &str = "UPDATE counter SET n = n + 1 WHERE id = ?1";
 
@@ -28,8 +29,8 @@ pub(crate) struct Files {
 }
 
 impl Contest for Files {
-    fn rows(&self, batches: &[usize]) -> Vec<Row> {
-        by_batch(batches, |batch| match batch {
+    fn rows(&self, rules: &Rules<'_>) -> Vec<Row> {
+        by_batch(rules, |batch| match batch {
             1 => 4_000,
             10 => 30_000,
             100 => 150_000,
@@ -46,10 +47,8 @@ impl Contest for Files {
     }
 }
 
-/// The loop that a user writes without a library: select a batch, update the counter for each
-/// record, move the offset, commit.
 fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
-    let (records, batch) = (row.records, row.batch);
+    let (records, batch) = (row.records, row.batch.size());
     let mut connection = open_by_hand(path, counters.min(records))?;
     connection.execute_batch("CREATE TABLE log (\"offset\" INTEGER PRIMARY KEY, payload BLOB NOT NULL)")?;
     for first in (0..records).step_by(FILL) {
@@ -57,14 +56,34 @@ fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
         {
             let mut insert = fill.prepare_cached("INSERT INTO log VALUES (?1, ?2)")?;
             for offset in first..records.min(first + FILL as u64) {
-                insert.execute(params![offset as i64, PAYLOAD])?;
+                insert.execute(params![offset as i64, row.payload])?;
             }
         }
         fill.commit()?;
     }
 
     let started = Instant::now();
-    let mut select = connection.prepare("SELECT \"offset\", payload FROM log WHERE \"offset\" >= ?1 LIMIT ?2")?;
+    consume_by_hand(&connection, "log", batch, counters, |rows| {
+        assert!(rows.iter().all(|(_, payload)| payload.len() == row.payload.len()));
+        !rows.is_empty()
+    })?;
+    let time = started.elapsed();
+    check(&connection, records)?;
+    Ok(time)
+}
+
+/// The loop that a user writes without a library: select a batch, update the counter for each
+/// record, move the offset, commit. `committed` gets the rows of each batch, even if there are
+/// none, and returns whether to go on.
+pub(crate) fn consume_by_hand(
+    connection: &Connection,
+    log: &str,
+    batch: usize,
+    counters: u64,
+    mut committed: impl FnMut(&[(i64, Vec<u8>)]) -> bool,
+) -> Result<()> {
+    let select = format!("SELECT \"offset\", payload FROM {log} WHERE \"offset\" >= ?1 LIMIT ?2");
+    let mut select = connection.prepare(&select)?;
     let mut count = connection.prepare(COUNT)?;
     let mut advance = connection.prepare("UPDATE position SET next = ?1 WHERE id = 1")?;
     let mut begin = connection.prepare("BEGIN IMMEDIATE")?;
@@ -76,40 +95,59 @@ fn by_hand(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
             Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))
         })?;
         let rows = rows.collect::<Result<Vec<_>, _>>()?;
-        let Some((last, _)) = rows.last() else {
-            break;
-        };
-        next = last + 1;
-        begin.execute([])?;
-        for (_, payload) in &rows {
-            assert_eq!(payload.len(), PAYLOAD.len());
-            count.execute([(handled % counters) as i64])?;
-            handled += 1;
+        if let Some((last, _)) = rows.last() {
+            next = last + 1;
+            begin.execute([])?;
+            for _ in &rows {
+                count.execute([(handled % counters) as i64])?;
+                handled += 1;
+            }
+            advance.execute([next])?;
+            commit.execute([])?;
         }
-        advance.execute([next])?;
-        commit.execute([])?;
+        if !committed(&rows) {
+            return Ok(());
+        }
     }
-    let time = started.elapsed();
-    check(&connection, records)?;
-    Ok(time)
+}
+
+/// Counts records and stores the offset after them in one transaction, for other loops by hand.
+pub(crate) fn count_by_hand(connection: &mut Connection, numbers: Range<u64>, counters: u64, next: i64) -> Result<()> {
+    let transaction = connection.transaction()?;
+    {
+        let mut update = transaction.prepare_cached(COUNT)?;
+        for number in numbers {
+            update.execute([(number % counters) as i64])?;
+        }
+    }
+    transaction
+        .prepare_cached("UPDATE position SET next = ?1 WHERE id = 1")?
+        .execute([next])?;
+    Ok(transaction.commit()?)
 }
 
 /// Counts each record in the next of its counters.
 pub(crate) struct Count {
     counters: u64,
     handled: u64,
+    /// The length of each payload.
+    length: usize,
 }
 
 impl Count {
-    pub(crate) fn new(counters: u64) -> Self {
-        Self { counters, handled: 0 }
+    pub(crate) fn new(counters: u64, length: usize) -> Self {
+        Self {
+            counters,
+            handled: 0,
+            length,
+        }
     }
 }
 
 #[async_trait]
 impl Handler<SqliteTx> for Count {
     async fn handle(&mut self, record: &Record, tx: &mut SqliteTx) -> Result<(), HandlerError> {
-        assert_eq!(record.payload.len(), PAYLOAD.len());
+        assert_eq!(record.payload.len(), self.length);
         tx.execute(COUNT, [(self.handled % self.counters) as i64])?;
         self.handled += 1;
         Ok(())
@@ -128,14 +166,13 @@ fn ours(path: &Path, row: &Row, counters: u64) -> Result<Duration> {
     let time = runtime.block_on(async {
         let sqlite = Sqlite::open(path).await?;
         let log = sqlite.log("bench").await?;
-        let fill: Vec<NewRecord> = (0..records).map(|_| NewRecord::new(PAYLOAD.as_slice())).collect();
-        for chunk in fill.chunks(FILL) {
+        for chunk in row.fill().chunks(FILL) {
             log.append(chunk).await?;
         }
         let started = Instant::now();
-        let count = Count::new(counters);
+        let count = Count::new(counters, row.payload.len());
         let consumer = Consumer::essentially_once(ConsumerId::new("bench")?, log, sqlite.store(), count);
-        tokio::spawn(consumer.max_batch(row.batch).run_until_caught_up()).await??;
+        tokio::spawn(row.batch.apply(consumer).run_until_caught_up()).await??;
         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(started.elapsed())
     })?;
     check(&connection, records)?;
