@@ -1,4 +1,4 @@
-//! What the shared tests know of a backend.
+//! The interface of the shared tests to a backend.
 
 use std::time::Duration;
 
@@ -94,11 +94,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// The URL of such a server at this port of 127.0.0.1.
     fn url(port: u16) -> String;
 
-    /// Connects, with this limit for the server's answers.
+    /// Connects, with this limit for the server's answers or with the default.
     ///
     /// # Errors
     /// Those of the backend.
-    async fn connect(url: &str, timeout: Duration) -> Result<Self, Error>;
+    async fn connect(url: &str, timeout: Option<Duration>) -> Result<Self, Error>;
 
     /// Opens a log.
     ///

@@ -13,7 +13,7 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 pub type Outcome = Result<(), Error>;
 
 /// A case that can be started.
-pub type Case = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
+pub type Case = fn() -> Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 /// Names each case after its function: `case` or `module::case`.
 #[macro_export]

@@ -49,7 +49,7 @@ pub async fn judge<S>(log: &dyn Log, store: &S, consumer: &ConsumerId, messages:
 where
     S: OffsetStore<Tx: KeyValue>,
 {
-    let records = insist(|| read_log(log)).await?;
+    let records = read_log(log).await?;
     let sent: BTreeSet<u64> = records.iter().filter_map(sequence).collect();
     ensure!(
         sent.iter().copied().eq(0..messages),
@@ -63,8 +63,8 @@ pub async fn agree<S>(records: &[Record], store: &S, consumer: &ConsumerId) -> O
 where
     S: OffsetStore<Tx: KeyValue>,
 {
-    let applied = insist(|| read_ledger(store, consumer)).await?;
-    let position = insist(|| store.position(consumer)).await?;
+    let applied = read_ledger(store, consumer).await?;
+    let position = store.position(consumer).await?;
     let check = Check::new(records, &applied).position(position.as_ref()).drained();
     Ok(check.findings().judge(Expectation::EssentiallyOnce)?)
 }

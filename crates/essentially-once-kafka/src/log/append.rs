@@ -203,7 +203,7 @@ impl Appender {
                 true => match self.commit(client).await {
                     Err(fault) => fault,
                     Ok(()) => {
-                        let cause = "the client committed a transaction that it had dropped records of";
+                        let cause = "the client committed the transaction although it had dropped some of its records";
                         return Err(Error::indeterminate(self.action("append to"), cause));
                     }
                 },
@@ -221,7 +221,7 @@ impl Appender {
         }
     }
 
-    /// The failure of an append of which the broker has kept nothing.
+    /// The failure of an append that left no record.
     fn nothing_appended(&self, fault: Fault) -> Error {
         match write_failed(self.action("append to"), fault) {
             Error::Indeterminate { action, cause } => Error::Unavailable { action, cause },
@@ -270,9 +270,10 @@ impl Appender {
         for delivery in flying {
             land(&mut sent, delivery).await;
         }
-        // Last, because the client refuses what follows a record that failed.
+        // The client has not taken this record, or any after it. Last, because it refuses what
+        // follows a record that failed, and that error is the cause.
         if let Some(error) = refused {
-            sent.failed(error);
+            sent.failed.get_or_insert(error);
         }
         sent
     }
@@ -312,11 +313,13 @@ async fn land(sent: &mut Sent, delivery: DeliveryFuture) {
     }
 }
 
-/// Whether the client dropped the record because the producer or its transaction has failed.
+/// Whether the client dropped or refused the record because the producer or its transaction has
+/// failed.
 fn is_dropped(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{Fatal, PurgeInflight, PurgeQueue, State};
     matches!(
         error.rdkafka_error_code(),
-        Some(RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight)
+        Some(PurgeQueue | PurgeInflight | Fatal | State)
     )
 }
 

@@ -72,7 +72,8 @@ use crate::{
 /// # Rights
 /// - Reading: `Read` and `Describe` on the topic, and `Read` on the group `essentially-once`, which
 ///   the client asks for and never joins.
-/// - Appending: `Write` on the topic, and on the transactional ids that begin with
+/// - Appending: `Write` on the topic, and `IdempotentWrite` on the cluster for brokers before 2.8.
+///   In transactions also `Write` and `Describe` on the transactional ids that begin with
 ///   `essentially-once-`.
 /// - Creating the topic: `Create`. [`remove_before`](Log::remove_before): `Delete`.
 ///   [`durability`](Log::durability): `DescribeConfigs`.

@@ -17,6 +17,9 @@ use crate::support::{Outcome, PATIENCE, assert_error, ensure, payloads, records,
 
 const TOPIC: &str = "orders";
 
+/// How many records the client takes before it has sent some.
+const QUEUE: usize = 100;
+
 type Cluster = MockCluster<'static, DefaultProducerContext>;
 type Change = Box<dyn FnOnce(&Cluster) + Send>;
 
@@ -40,7 +43,10 @@ impl Mock {
             received.into_iter().for_each(|change| change(&cluster));
         });
         let url = format!("kafka://{}", started.await??);
-        let kafka = KafkaOptions::new().timeout(PATIENCE).connect(&url).await?;
+        let options = KafkaOptions::new()
+            .timeout(PATIENCE)
+            .setting("queue.buffering.max.messages", QUEUE.to_string());
+        let kafka = options.connect(&url).await?;
         Ok(Self { changes, kafka })
     }
 
@@ -102,13 +108,16 @@ pub(crate) async fn an_append_without_rights_is_refused() -> Outcome {
     ] {
         let log = mock.log(appends).await?;
         let before = payloads(&records(&log, Offset::ZERO).await?);
-        mock.refuse(request, code, 3).await?;
-        assert_error!(
-            soon(log.append(&[NewRecord::new("refused")])).await?,
-            Error::Failed { .. },
-            advice
-        );
-        mock.stop_refusing(request).await?;
+        // Of the last ones, the client refuses what it has no place for.
+        for count in [1, QUEUE, 10 * QUEUE] {
+            mock.refuse(request, code, 3).await?;
+            assert_error!(
+                soon(log.append(&vec![NewRecord::new("refused"); count])).await?,
+                Error::Failed { .. },
+                advice
+            );
+            mock.stop_refusing(request).await?;
+        }
         // Somebody grants the right.
         soon(log.append(&[NewRecord::new("a")])).await??;
         let found = payloads(&records(&log, Offset::ZERO).await?);

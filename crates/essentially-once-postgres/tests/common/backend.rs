@@ -26,8 +26,15 @@ impl Backend for OnPostgres {
         format!("postgres://postgres@127.0.0.1:{port}/postgres")
     }
 
-    async fn connect(url: &str, timeout: Duration) -> Result<Self, Error> {
-        let options = PgOptions::new().timeout(timeout).lock_timeout(timeout / 2);
+    async fn connect(url: &str, timeout: Option<Duration>) -> Result<Self, Error> {
+        let mut options = PgOptions::new();
+        if let Some(timeout) = timeout {
+            options = options.timeout(timeout);
+            if timeout < Duration::from_secs(10) {
+                // It must be shorter.
+                options = options.lock_timeout(timeout / 2);
+            }
+        }
         Ok(Self(options.connect(url).await?))
     }
 

@@ -11,11 +11,11 @@ use std::{
 };
 
 use essentially_once::{
-    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, Record, async_trait, backend::Source,
-    consumer::Report,
+    CancellationToken, Consumer, ConsumerId, Error, Handler, HandlerError, Log, OffsetStore as _, Record, async_trait,
+    backend::Source, consumer::Report,
 };
 use essentially_once_rabbitmq::{Rabbit, RabbitLog, RabbitOptions, RabbitStore};
-use essentially_once_testkit::{Ledger, read_log};
+use essentially_once_testkit::{Check, Expectation, Ledger, read_ledger, read_log};
 use test_servers::{Case, RabbitNode, ledger::sequence, run_cases};
 use tokio::{
     sync::watch,
@@ -25,7 +25,7 @@ use tokio::{
 
 pub(crate) use test_servers::{
     Outcome, cases, ensure, insist,
-    ledger::{Seen, agree, message, send},
+    ledger::{Seen, message, send},
 };
 
 /// How long anything may take. Only a stuck task takes this long.
@@ -239,4 +239,12 @@ pub(crate) async fn judge(rabbit: &Rabbit, log: &str, consumer: &ConsumerId, mes
         "the log lacks {missing:?} of {messages} messages, and its last is {last:?}"
     );
     agree(&records, &store, consumer).await
+}
+
+/// Judges a consumer by the records in the log. A node that has just come back may fail at first.
+pub(crate) async fn agree(records: &[Record], store: &RabbitStore, consumer: &ConsumerId) -> Outcome {
+    let applied = insist(|| read_ledger(store, consumer)).await?;
+    let position = insist(|| store.position(consumer)).await?;
+    let check = Check::new(records, &applied).position(position.as_ref()).drained();
+    Ok(check.findings().judge(Expectation::EssentiallyOnce)?)
 }

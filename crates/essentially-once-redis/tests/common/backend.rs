@@ -25,8 +25,10 @@ impl Backend for OnRedis {
         format!("redis://127.0.0.1:{port}")
     }
 
-    async fn connect(url: &str, timeout: Duration) -> Result<Self, Error> {
-        Ok(Self(RedisOptions::new().timeout(timeout).connect(url).await?))
+    async fn connect(url: &str, timeout: Option<Duration>) -> Result<Self, Error> {
+        let options = RedisOptions::new();
+        let options = timeout.map_or(options.clone(), |timeout| options.timeout(timeout));
+        Ok(Self(options.connect(url).await?))
     }
 
     async fn log(&self, name: &str) -> Result<RedisLog, Error> {

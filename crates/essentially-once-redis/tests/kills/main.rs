@@ -41,5 +41,5 @@ async fn dead_for_a_while_after_any_step() -> Outcome {
 }
 
 async fn two_consumers_and_a_sender_survive_random_kills() -> Outcome {
-    kill_at_random::<OnRedis>(60, Duration::from_millis(100)).await
+    kill_at_random::<OnRedis>(90, Duration::from_millis(100)).await
 }

@@ -312,14 +312,15 @@ impl<H> FaultyHandler<H> {
 #[async_trait]
 impl<Tx: Send, H: Handler<Tx>> Handler<Tx> for FaultyHandler<H> {
     async fn handle(&mut self, record: &Record, tx: &mut Tx) -> Result<(), HandlerError> {
-        let act = self.inner.handle(record, tx);
+        // A closure runs when it is called, which a fault may forestall.
+        let act = async { self.inner.handle(record, tx).await };
         self.process
             .operate(Operation::Handle, act, |failure| failed(Operation::Handle, failure))
             .await
     }
 
     async fn flush(&mut self, tx: &mut Tx) -> Result<(), HandlerError> {
-        let act = self.inner.flush(tx);
+        let act = async { self.inner.flush(tx).await };
         if !self.process.tests_handler() {
             return act.await;
         }

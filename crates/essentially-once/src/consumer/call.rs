@@ -78,7 +78,7 @@ async fn call<'f, S: OffsetStore>(
     cut: Cut,
     begin: impl FnOnce() -> HandlerFuture<'f> + Send,
 ) -> Result<(), Interrupted> {
-    // A handler that is no async function may panic before it returns a future.
+    // A handler that is not an async function may panic before it returns a future.
     let mut future = match catch_unwind(AssertUnwindSafe(begin)) {
         Ok(future) => future,
         Err(panic) => {

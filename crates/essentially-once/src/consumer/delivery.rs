@@ -326,8 +326,8 @@ fn batch_time<S>(session: &Session<'_, S>) -> Duration {
 struct TimeLimit {
     started: Instant,
     limit: Duration,
-    /// Up to then there is time for one more record, whatever the number of those before it. `None`
-    /// if that is too far away.
+    /// Until then another record always fits, however many came before. `None` if the time cannot
+    /// be represented.
     half: Option<Instant>,
 }
 

@@ -6,7 +6,6 @@ use essentially_once::{CancellationToken, Consumer, ConsumerId, Error, consumer:
 use essentially_once_testkit::Ledger;
 use tokio::{task::block_in_place, time::sleep};
 
-use super::TIMEOUT;
 use crate::{
     Backend, LIMIT, Outcome, Server as _, ensure,
     ledger::{judge, send_until},
@@ -14,7 +13,7 @@ use crate::{
 
 const SEED: &str = "ESSENTIALLY_ONCE_SEED";
 
-/// Restarts the server that often, at most `longest_life` after it has come back, while two
+/// Restarts the server `kills` times, at most `longest_life` after it has come back, while two
 /// consumers and a sender run. Every third time it is stopped and not killed.
 ///
 /// # Errors
@@ -40,7 +39,7 @@ async fn kill<B: Backend>(kills: u32, longest_life: Duration, random: &mut fastr
         ));
     }
     let killed = CancellationToken::new();
-    let log = B::connect(&server.url(), TIMEOUT).await?.log("orders").await?;
+    let log = B::connect(&server.url(), None).await?.log("orders").await?;
     let sending = tokio::spawn(send_until(log, killed.clone()));
     let started = Instant::now();
     for kill in 0..kills {
@@ -66,7 +65,7 @@ async fn kill<B: Backend>(kills: u32, longest_life: Duration, random: &mut fastr
         handled += report.handled;
     }
     let rest = build::<B>(&server, &consumer).await?.run_until_caught_up().await?;
-    let backend = B::connect(&server.url(), TIMEOUT).await?;
+    let backend = B::connect(&server.url(), None).await?;
     judge(&backend.log("orders").await?, &backend.store(), &consumer, messages).await?;
     eprintln!(
         "{messages} messages, {handled} handled under fire, {doubts} appends in doubt or refused, {restarts} restarts, then {rest}"
@@ -82,7 +81,7 @@ async fn build<B: Backend>(
     server: &B::Server,
     consumer: &ConsumerId,
 ) -> Result<Consumer<B::Store, Ledger, EssentiallyOnce>, Error> {
-    let backend = B::connect(&server.url(), TIMEOUT).await?;
+    let backend = B::connect(&server.url(), None).await?;
     let log = backend.log("orders").await?;
     Ok(
         Consumer::essentially_once(consumer.clone(), log, backend.store(), Ledger)
