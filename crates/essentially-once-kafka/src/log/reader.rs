@@ -119,8 +119,8 @@ impl Client {
             config.set(name, value);
         }
         let limit = cluster.options.record_limit.max(1024 * 1024).to_string();
-        // The client reports the end of the partition at the empty answer that the broker holds back
-        // for this long.
+        // The client reports the end of the partition at an empty answer, which the broker holds
+        // back for this long.
         let wait = if sees_end { "10" } else { "500" };
         config
             .set("enable.partition.eof", sees_end.to_string())
