@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use essentially_once::{CancellationToken, Error, Log as _, Offset};
 use essentially_once_postgres::{LogOptions, Pg, PgLog, Retention};
 use test_servers::eventually;
+use tokio::sync::watch;
 
 use crate::common::{Outcome, Stage, assert_error, ensure, numbered, records, soon};
 
@@ -145,17 +146,21 @@ pub(crate) async fn records_are_removed_while_appends_go_on() -> Outcome {
     log.append(&numbered(0..1)).await?;
     let stop = CancellationToken::new();
     let (other, stopped) = (stage.other().await?.log("orders").await?, stop.clone());
+    let (progress, mut appends) = watch::channel(());
     let appending = tokio::spawn(async move {
         let mut next = 1;
         while !stopped.is_cancelled() {
             let appended = other.append(&numbered(0..3)).await?;
             next += 3;
             assert_eq!(appended, Some((next - 1).into()));
+            progress.send_replace(());
         }
         Ok::<_, Error>(next)
     });
     let mut removed = 0;
     for _ in 0..30 {
+        // Each time there is something to remove.
+        soon(appends.changed()).await??;
         let bounds = log.bounds().await?;
         let middle = Offset::from(bounds.earliest.lo() + (bounds.end.lo() - bounds.earliest.lo()) / 2);
         removed += log.remove_before(middle).await?;
