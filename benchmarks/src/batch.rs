@@ -19,7 +19,7 @@ impl Batch {
         match self {
             Self::Records(records) => records,
             // The default of `Consumer::max_batch`.
-            Self::Defaults => 100,
+            Self::Defaults => 1_000,
         }
     }
 

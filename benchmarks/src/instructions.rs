@@ -36,7 +36,7 @@ enum Until {
 
 /// The price of the option to keep dead letters.
 pub(crate) fn healthy(folder: &Path) -> Result<()> {
-    println!("in-memory backend, the default batch of 100, a handler that does nothing; per record");
+    println!("in-memory backend, batches of 100, a handler that does nothing; per record");
     println!("| | without dead letters | with | ratio |");
     println!("|---|---:|---:|---:|");
     for counted in Counted::ALL {

@@ -17,7 +17,7 @@ use crate::Result;
 const POLL: Duration = Duration::from_millis(1);
 
 /// How many records a loop by hand takes at once: the default of the library.
-const BATCH: usize = 100;
+const BATCH: usize = 1_000;
 
 #[derive(Clone, Copy, Args)]
 pub(crate) struct LatencyArguments {

@@ -199,8 +199,8 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
         self
     }
 
-    /// The most records that one commit covers. The default is 100, and the value must be at least
-    /// 1. A batch never waits for more records than have arrived.
+    /// The most records that one commit covers. The default is 1,000, and the value must be at
+    /// least 1. A batch never waits for more records than have arrived.
     #[must_use]
     pub fn max_batch(mut self, records: usize) -> Self {
         self.settings.max_batch = records;

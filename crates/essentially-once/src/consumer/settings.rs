@@ -33,7 +33,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             start_at: StartAt::default(),
-            max_batch: 100,
+            max_batch: 1_000,
             read_ahead_records: None,
             read_ahead_bytes: 4 * 1024 * 1024,
             accept_volatile: false,
