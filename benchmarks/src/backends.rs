@@ -197,7 +197,7 @@ impl Backend for Pg {
     }
 }
 
-/// Appends so many records.
+/// Appends this number of records.
 pub(crate) async fn fill(log: &dyn Log, records: u64) -> Result<()> {
     let chunk = vec![NewRecord::new(PAYLOAD.as_slice()); FILL as usize];
     for first in (0..records).step_by(FILL as usize) {

@@ -44,11 +44,11 @@ pub(crate) struct GrowthArguments {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// The log: it holds so many records before those that are consumed.
+    /// The log holds this many records before those that are consumed.
     Records,
-    /// The producers: so many have sent the records that are consumed, in turn.
+    /// This many producers have sent the records that are consumed, in turn.
     Producers,
-    /// The consumers of the store: so many have a position and state.
+    /// This many consumers have a position and state in the store.
     Consumers,
 }
 
@@ -166,7 +166,7 @@ impl<B: Backend> Grown<B> {
     }
 }
 
-/// Appends records that so many producers have sent in turn.
+/// Appends records that this many producers have sent in turn.
 async fn fill_in_turn(log: &dyn Log, producers: u64, records: u64) -> Result<()> {
     let names = (0..producers).map(|producer| ProducerId::new(format!("producer-{producer}")));
     let names = names.collect::<Result<Vec<_>, _>>()?;

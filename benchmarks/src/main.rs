@@ -160,7 +160,7 @@ const PAYLOAD: [u8; 100] = [b'x'; 100];
 /// Rounds of `--quick`, and by how much it divides the number of records.
 const QUICK: (u32, u64) = (3, 5);
 
-/// So many counters that each record has its own.
+/// More counters than a contest has records, so that each record has its own.
 const COUNTER_PER_RECORD: u64 = 1_000_000;
 
 fn main() -> Result<ExitCode> {

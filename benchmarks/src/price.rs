@@ -43,7 +43,7 @@ enum Promise {
 const PROMISES: [Promise; 3] = [Promise::AtMost, Promise::AtLeast, Promise::Essentially];
 
 impl Promise {
-    /// So many that a round takes about a second.
+    /// Chosen so that a round takes about a second.
     fn records(self, writes: Writes, batch: usize) -> u64 {
         match (self, writes, batch) {
             (_, _, 1) => 2_000,

@@ -265,6 +265,7 @@ async fn a_frozen_server_holds_up_no_call_for_long() -> Outcome {
     );
     tx.get(b"key").await?;
     for idle in [Duration::ZERO, Duration::from_millis(1_100)] {
+        // An idle connection is asked first whether it is alive.
         tokio::time::sleep(idle).await;
         server.freeze();
         let (one, keys): (_, [&[u8]; 1]) = (records(0..1), [b"key"]);
