@@ -17,7 +17,7 @@ use essentially_once::{
 };
 use essentially_once_testkit::{
     Expectation, Harness, Suite, Violation,
-    faults::{Explorer, Faults, FaultyStore},
+    faults::{Explorer, Faults, FaultyStore, Plan},
     memory::MemoryHarness,
 };
 
@@ -104,6 +104,11 @@ fn main() -> ExitCode {
             "a_fault_strikes_a_send",
             Duration::from_secs(10),
             a_fault_strikes_a_send,
+        )
+        .async_test(
+            "wrappers_without_an_explorer_never_stop",
+            Duration::from_secs(10),
+            wrappers_never_stop,
         )
         .test("a_reader_that_skips_loses", || {
             is_found(&Broken(Flaw::Skipping), Expectation::AtLeastOnce, "lost: ")
@@ -192,6 +197,16 @@ async fn a_fault_strikes_a_send() -> Result<(), Violation> {
                 "{plan}: the outbox ends at {end}, not at {expected}"
             )));
         }
+    }
+    Ok(())
+}
+
+/// Only an explorer takes a run with many operations for one that is stuck.
+async fn wrappers_never_stop() -> Result<(), Violation> {
+    let faults = Faults::new(Plan::default());
+    let store = FaultyStore::new(Memory::new().store(), &faults.process());
+    for _ in 0..20_000 {
+        store.position(&ConsumerId::new("shipping")?).await?;
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use super::{
     plan::{FaultKind, Plan},
 };
 
-/// A run with more operations is stuck in a loop.
+/// A run of an explorer with more operations is stuck in a loop.
 pub(super) const OPERATION_LIMIT: usize = 10_000;
 
 /// How many operations later a slow one takes effect. The other consumer loads the position in that
@@ -349,7 +349,7 @@ impl Process {
 
     fn strike(&self, number: usize) -> Option<FaultKind> {
         let mut state = self.faults.lock();
-        if number > OPERATION_LIMIT {
+        if number > OPERATION_LIMIT && state.driver.is_some() {
             state.report(Event::Runaway);
             return Some(FaultKind::CrashBefore);
         }
