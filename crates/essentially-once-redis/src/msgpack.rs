@@ -5,6 +5,7 @@
 //! so that a script can unpack them.
 
 use bytes::Bytes;
+use essentially_once::backend::FetchBuffer;
 
 /// The bytes that have not been read.
 pub(crate) struct Packed<'a>(&'a [u8]);
@@ -60,10 +61,10 @@ pub(crate) struct Chunk(pub(crate) Bytes);
 
 impl Chunk {
     /// Copies a part, unless it is most of the chunk. A slice keeps the whole chunk in memory.
-    pub(crate) fn take(&self, bytes: &[u8]) -> Bytes {
-        match bytes.len() > self.0.len() / 2 {
-            true => self.0.slice_ref(bytes),
-            false => Bytes::copy_from_slice(bytes),
+    pub(crate) fn take(&self, part: &[u8], copies: &mut FetchBuffer) -> Bytes {
+        match part.len() > self.0.len() / 2 {
+            true => self.0.slice_ref(part),
+            false => copies.copy(part),
         }
     }
 }

@@ -5,10 +5,9 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use bytes::Bytes;
 use essentially_once::{
-    NewRecord, Origin, Record,
-    backend::{Header as RecordHeader, Numbering},
+    NewRecord, Offset, Origin, Record,
+    backend::{FetchBuffer, Header as RecordHeader, NumberingCache},
 };
 use rdkafka::message::{Header, Headers as _, Message, OwnedHeaders};
 
@@ -47,58 +46,81 @@ pub(super) fn headers(record: &NewRecord) -> Option<OwnedHeaders> {
     Some(headers)
 }
 
-/// The record in a message. One that cannot be decoded is malformed, with the payload as its bytes.
-pub(super) fn decode(message: &impl Message) -> Record {
-    let copied = |bytes: Option<&[u8]>| bytes.map(Bytes::copy_from_slice);
-    let millis = message
-        .timestamp()
-        .to_millis()
-        .and_then(|millis| u64::try_from(millis).ok());
-    let appended_at = UNIX_EPOCH + Duration::from_millis(millis.unwrap_or(0));
-    let offset = u64::try_from(message.offset()).unwrap_or(0).into();
-    let mut record = Record::new(offset, appended_at, copied(message.payload()).unwrap_or_default());
-    // The client library panics at a header whose name is not UTF-8.
-    let read = catch_unwind(AssertUnwindSafe(|| read_headers(&mut record, message)));
-    match read.unwrap_or_else(|_| Err("the name of a header is not UTF-8".into())) {
-        Ok(()) => record.key = copied(message.key()),
-        Err(why) => {
-            record.origin = None;
-            record.headers.clear();
-            record.malformed = Some(why.into());
-        }
-    }
-    record
+/// Decodes the messages of one fetch.
+#[derive(Default)]
+pub(super) struct Decoder {
+    buffer: FetchBuffer,
+    numberings: NumberingCache,
 }
 
-fn read_headers(record: &mut Record, message: &impl Message) -> Result<(), String> {
-    let (mut producer, mut sequence) = (None, None);
-    let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-    for Header { key, value } in headers {
-        let value = value.unwrap_or_default();
-        let text = || std::str::from_utf8(value).map_err(|error| format!("header {key}: {error}"));
-        match key {
-            PRODUCER => {
-                let numbering: Result<Numbering, essentially_once::Error> = text()?.parse();
-                producer = Some(numbering.map_err(|error| error.to_string())?);
-            }
-            SEQUENCE => sequence = Some(number(text()?).ok_or_else(|| format!("header {key} is not a number"))?),
-            HEADER => record
-                .headers
-                .push(unpack(value).ok_or_else(|| format!("header {key} is cut short"))?),
-            _ if key.starts_with(OWN) => {
-                return Err(format!(
-                    "header {key} is unknown to this version; upgrade essentially-once-kafka"
-                ));
-            }
-            _ => record.headers.push((key.to_owned(), Bytes::copy_from_slice(value))),
-        }
+impl Decoder {
+    /// Begins the next fetch.
+    pub(super) fn begin(&mut self) {
+        self.buffer = FetchBuffer::with_capacity(self.buffer.copied());
     }
-    record.origin = match (producer, sequence) {
-        (Some(numbering), Some(sequence)) => Some(Origin::of(numbering, sequence)),
-        (None, None) => None,
-        _ => return Err(format!("one of the headers {PRODUCER} and {SEQUENCE} is missing")),
-    };
-    Ok(())
+
+    /// The record in a message. One that cannot be decoded is malformed, with the payload as its
+    /// bytes.
+    pub(super) fn record(&mut self, message: &impl Message) -> Record {
+        let millis = message
+            .timestamp()
+            .to_millis()
+            .and_then(|millis| u64::try_from(millis).ok());
+        let appended_at = UNIX_EPOCH + Duration::from_millis(millis.unwrap_or(0));
+        let payload = message.payload().map(|payload| self.buffer.copy(payload));
+        let mut record = Record::new(offset_of(message), appended_at, payload.unwrap_or_default());
+        // The client library panics at a header whose name is not UTF-8.
+        let read = catch_unwind(AssertUnwindSafe(|| self.read_headers(&mut record, message)));
+        match read.unwrap_or_else(|_| Err("the name of a header is not UTF-8".into())) {
+            Ok(()) => record.key = message.key().map(|key| self.buffer.copy(key)),
+            Err(why) => {
+                record.origin = None;
+                record.headers.clear();
+                record.malformed = Some(why.into());
+            }
+        }
+        record
+    }
+
+    fn read_headers(&mut self, record: &mut Record, message: &impl Message) -> Result<(), String> {
+        let (mut producer, mut sequence) = (None, None);
+        let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+        for Header { key, value } in headers {
+            let value = value.unwrap_or_default();
+            let text = || std::str::from_utf8(value).map_err(|error| format!("header {key}: {error}"));
+            match key {
+                PRODUCER => producer = Some(self.numberings.parse(value)?),
+                SEQUENCE => sequence = Some(number(text()?).ok_or_else(|| format!("header {key} is not a number"))?),
+                HEADER => record
+                    .headers
+                    .push(self.unpack(value).ok_or_else(|| format!("header {key} is cut short"))?),
+                _ if key.starts_with(OWN) => {
+                    return Err(format!(
+                        "header {key} is unknown to this version; upgrade essentially-once-kafka"
+                    ));
+                }
+                _ => record.headers.push((key.to_owned(), self.buffer.copy(value))),
+            }
+        }
+        record.origin = match (producer, sequence) {
+            (Some(numbering), Some(sequence)) => Some(Origin::of(numbering, sequence)),
+            (None, None) => None,
+            _ => return Err(format!("one of the headers {PRODUCER} and {SEQUENCE} is missing")),
+        };
+        Ok(())
+    }
+
+    /// The name and the value of a header whose name Kafka's clients or we could not take.
+    fn unpack(&mut self, packed: &[u8]) -> Option<RecordHeader> {
+        let colon = packed.iter().position(|byte| *byte == b':')?;
+        let (length, rest) = (std::str::from_utf8(&packed[..colon]).ok()?, &packed[colon + 1..]);
+        let (name, value) = rest.split_at_checked(usize::try_from(number(length)?).ok()?)?;
+        Some((std::str::from_utf8(name).ok()?.to_owned(), self.buffer.copy(value)))
+    }
+}
+
+pub(super) fn offset_of(message: &impl Message) -> Offset {
+    u64::try_from(message.offset()).unwrap_or(0).into()
 }
 
 /// A decimal number without a sign.
@@ -107,19 +129,9 @@ fn number(text: &str) -> Option<u64> {
     text.parse().ok().filter(|_| is_number)
 }
 
-/// The name and the value of a header whose name Kafka's clients or we could not take.
-fn unpack(packed: &[u8]) -> Option<RecordHeader> {
-    let colon = packed.iter().position(|byte| *byte == b':')?;
-    let (length, rest) = (std::str::from_utf8(&packed[..colon]).ok()?, &packed[colon + 1..]);
-    let (name, value) = rest.split_at_checked(usize::try_from(number(length)?).ok()?)?;
-    Some((
-        std::str::from_utf8(name).ok()?.to_owned(),
-        Bytes::copy_from_slice(value),
-    ))
-}
-
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use rdkafka::{Timestamp, message::Headers};
 
     use super::*;
@@ -176,13 +188,15 @@ mod tests {
 
     #[test]
     fn a_header_that_the_library_cannot_read_makes_a_malformed_record() {
-        let record = decode(&Panicking);
+        let record = Decoder::default().record(&Panicking);
         assert_eq!((record.offset, &record.payload[..]), (7.into(), &b"p"[..]));
         assert!(record.malformed.is_some_and(|why| why.contains("UTF-8")));
     }
 
     #[test]
     fn packed_headers_that_are_cut_short_are_not_read() {
+        let mut decoder = Decoder::default();
+        let mut unpack = |packed| decoder.unpack(packed);
         assert_eq!(unpack(b"3:a:bc"), Some(("a:b".into(), "c".into())));
         assert_eq!(unpack(b"0:"), Some((String::new(), Bytes::new())));
         for packed in ["", ":", "3", "3:ab", "-1:a", "+1:a", "99999999999999999999999:a"] {

@@ -24,6 +24,7 @@ use tokio::time::{self, Instant};
 
 use self::{
     append::Appender,
+    codec::offset_of,
     reader::{Client, KafkaReader},
 };
 use crate::{
@@ -293,10 +294,11 @@ impl Partition {
         let reading = async {
             loop {
                 match client.next().await {
-                    Ok(record) if record.offset < end => {
-                        last = Some(record.offset);
+                    Ok(message) if offset_of(&message) < end => {
+                        let offset = offset_of(&message);
+                        last = Some(offset);
                         // The broker answers at once only while it has records.
-                        if record.offset.successor() == end {
+                        if offset.successor() == end {
                             return Ok(());
                         }
                     }

@@ -12,9 +12,10 @@ use rdkafka::{
     TopicPartitionList,
     consumer::{Consumer as _, StreamConsumer},
     error::{KafkaError, RDKafkaErrorCode},
+    message::BorrowedMessage,
 };
 
-use super::{Partition, codec::decode};
+use super::{Partition, codec::Decoder};
 use crate::{
     connection::{Context, READING, client},
     error::{Fault, read_failed},
@@ -24,6 +25,7 @@ use crate::{
 pub(super) struct KafkaReader {
     partition: Arc<Partition>,
     client: Client,
+    decoder: Decoder,
     next: Offset,
     /// A record that no answer held yet.
     held: Option<Record>,
@@ -36,6 +38,7 @@ impl KafkaReader {
         partition.bounds().await?.check(&partition.id, from)?;
         Ok(Self {
             client: Client::open(&partition, from, false)?,
+            decoder: Decoder::default(),
             partition,
             next: from,
             held: None,
@@ -70,7 +73,7 @@ impl LogReader for KafkaReader {
     async fn next(&mut self, max: usize) -> Result<Vec<Record>, Error> {
         if self.held.is_none() && self.failed.is_none() {
             match self.client.next().await {
-                Ok(record) => self.held = Some(record),
+                Ok(message) => self.held = Some(self.decoder.record(&message)),
                 Err(error) => self.failed = Some(error),
             }
         }
@@ -79,6 +82,7 @@ impl LogReader for KafkaReader {
             return Err(self.explain().await);
         };
         // Nothing is awaited from here on, so a dropped call has taken nothing.
+        self.decoder.begin();
         let mut budget = FetchBudget::new();
         budget.admits(first.size());
         let mut records = vec![first];
@@ -87,7 +91,7 @@ impl LogReader for KafkaReader {
             && self.failed.is_none()
             && let Some(next) = arrived.next()
         {
-            match next {
+            match next.map(|message| self.decoder.record(&message)) {
                 Ok(record) if budget.admits(record.size()) => records.push(record),
                 Ok(record) => {
                     self.held = Some(record);
@@ -146,14 +150,14 @@ impl Client {
         result.map_err(|error| read_failed(partition.action("read from"), Fault::new(error, None)))
     }
 
-    /// The next record. Dropping the future loses none.
-    pub(super) async fn next(&self) -> Result<Record, KafkaError> {
+    /// The next message. Dropping the future loses none.
+    pub(super) async fn next(&self) -> Result<BorrowedMessage<'_>, KafkaError> {
         let Some(consumer) = &self.consumer else {
             return Err(KafkaError::Canceled);
         };
         loop {
             match consumer.recv().await {
-                Ok(message) => return Ok(decode(&message)),
+                Ok(message) => return Ok(message),
                 // The client reconnects by itself, and says so if it finds no broker.
                 Err(error) if is_passing(&error) => {}
                 Err(error) => return Err(error),
@@ -169,13 +173,13 @@ impl Client {
     }
 
     /// What has arrived, without waiting.
-    fn arrived(&self) -> impl Iterator<Item = Result<Record, KafkaError>> {
-        // One for all records, because each takes a lock.
+    fn arrived(&self) -> impl Iterator<Item = Result<BorrowedMessage<'_>, KafkaError>> {
+        // One for all messages, because each takes a lock.
         let mut stream = self.consumer.as_ref().map(StreamConsumer::stream);
         iter::from_fn(move || {
             loop {
                 match stream.as_mut()?.next().now_or_never()?? {
-                    Ok(message) => return Some(Ok(decode(&message))),
+                    Ok(message) => return Some(Ok(message)),
                     Err(error) if is_passing(&error) => {}
                     Err(error) => return Some(Err(error)),
                 }

@@ -3,27 +3,22 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::{Bytes, BytesMut};
 use essentially_once::{
     Origin, Record,
-    backend::{NumberingCache, decode_headers},
+    backend::{FetchBuffer, NumberingCache, decode_headers},
 };
 use tokio_postgres::{Row, types::FromSql};
 
-/// A larger value gets its own allocation, so that one small record does not keep large neighbours
-/// in memory.
-const OWN_ALLOCATION: usize = 64 * 1024;
-
-/// Copies the rows of one fetch into one buffer, which the records share.
+/// Decodes the rows of one fetch.
 pub(super) struct Decoder<'a> {
-    buffer: BytesMut,
+    buffer: FetchBuffer,
     numberings: &'a mut NumberingCache,
 }
 
 impl<'a> Decoder<'a> {
     pub(super) fn new(capacity: usize, numberings: &'a mut NumberingCache) -> Self {
         Self {
-            buffer: BytesMut::with_capacity(capacity),
+            buffer: FetchBuffer::with_capacity(capacity),
             numberings,
         }
     }
@@ -39,16 +34,19 @@ impl<'a> Decoder<'a> {
             note("appended_at is out of range");
             UNIX_EPOCH
         });
-        let key = get::<Option<&[u8]>>(row, 2).ok().flatten().map(|key| self.copy(key));
+        let key = get::<Option<&[u8]>>(row, 2)
+            .ok()
+            .flatten()
+            .map(|key| self.buffer.copy(key));
         let headers = match get::<Option<&[u8]>>(row, 3).ok().flatten() {
             None => Ok(Vec::new()),
-            Some(headers) => decode_headers(&self.copy(headers)),
+            Some(headers) => decode_headers(&self.buffer.copy(headers)),
         };
         let headers = headers.unwrap_or_else(|reason| {
             note(reason);
             Vec::new()
         });
-        let payload = self.copy(get(row, 4).unwrap_or_default());
+        let payload = self.buffer.copy(get(row, 4).unwrap_or_default());
         let origin = match (get::<Option<&str>>(row, 5), get::<Option<i64>>(row, 6)) {
             (Ok(None), Ok(None)) => Ok(None),
             (Ok(Some(producer)), Ok(Some(sequence))) => {
@@ -69,12 +67,9 @@ impl<'a> Decoder<'a> {
         record
     }
 
-    fn copy(&mut self, bytes: &[u8]) -> Bytes {
-        if bytes.len() > OWN_ALLOCATION {
-            return Bytes::copy_from_slice(bytes);
-        }
-        self.buffer.extend_from_slice(bytes);
-        self.buffer.split().freeze()
+    /// The number of bytes in the buffer, as an estimate for the next fetch.
+    pub(super) fn buffered(&self) -> usize {
+        self.buffer.copied()
     }
 }
 

@@ -109,18 +109,16 @@ impl PgReader {
         }
         let mut decoder = Decoder::new(self.bytes, &mut self.numberings);
         let mut budget = FetchBudget::new();
-        let mut bytes = 0;
         for row in &rows {
             let record = decoder.record(row);
             // Rows after a hole are fetched again, and then reported as truncated.
             if record.offset != self.next.into() || !budget.admits(record.size() + mem::size_of::<Record>()) {
                 break;
             }
-            bytes += record.size();
             self.fetched.push_back(record);
             self.next += 1;
         }
-        self.bytes = bytes;
+        self.bytes = decoder.buffered();
         Ok(())
     }
 

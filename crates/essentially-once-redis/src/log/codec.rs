@@ -8,7 +8,10 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use essentially_once::{NewRecord, Offset, Origin, Record, backend::NumberingCache};
+use essentially_once::{
+    NewRecord, Offset, Origin, Record,
+    backend::{FetchBuffer, NumberingCache},
+};
 
 use crate::msgpack::{Chunk, Packed};
 
@@ -65,6 +68,8 @@ pub(crate) struct Decoder {
     payload_field: Vec<u8>,
     key_field: Vec<u8>,
     numberings: NumberingCache,
+    /// The bytes of the records of one fetch.
+    copies: FetchBuffer,
 }
 
 impl Decoder {
@@ -73,6 +78,7 @@ impl Decoder {
             payload_field: payload_field.into(),
             key_field: key_field.into(),
             numberings: NumberingCache::new(),
+            copies: FetchBuffer::default(),
         }
     }
 
@@ -80,6 +86,7 @@ impl Decoder {
     /// have another form.
     pub(crate) fn entries(&mut self, packed: Vec<u8>) -> Option<Vec<Record>> {
         let chunk = Chunk(packed.into());
+        self.copies = FetchBuffer::with_capacity(self.copies.copied());
         let mut reading = Packed::new(&chunk.0);
         let count = reading.array()?;
         let mut records = Vec::with_capacity(count.min(chunk.0.len()));
@@ -142,16 +149,15 @@ impl Decoder {
             (Some(producer), Some(sequence)) => Some(self.origin(pairs[producer][1], pairs[sequence][1])?),
             _ => return Err("it has only one of the fields \"producer\" and \"sequence\"".into()),
         };
-        let mut record = Record::new(offset, time, chunk.take(pairs[payload][1]));
-        record.key = key.map(|key| chunk.take(pairs[key][1]));
+        let mut record = Record::new(offset, time, chunk.take(pairs[payload][1], &mut self.copies));
+        record.key = key.map(|key| chunk.take(pairs[key][1], &mut self.copies));
         record.origin = origin;
         if headers > 0 {
             record.headers.reserve_exact(headers);
             for [name, value] in pairs {
                 if let Some(name) = name.strip_prefix(HEADER) {
-                    record
-                        .headers
-                        .push((String::from_utf8_lossy(name).into_owned(), chunk.take(value)));
+                    let value = chunk.take(value, &mut self.copies);
+                    record.headers.push((String::from_utf8_lossy(name).into_owned(), value));
                 }
             }
         }
@@ -168,7 +174,7 @@ impl Decoder {
         Ok(Origin::new(numbering.producer().clone(), numbering.epoch(), number))
     }
 
-    fn foreign(&self, chunk: &Chunk, offset: Offset, time: SystemTime, fields: &[&[u8]]) -> Result<Record, String> {
+    fn foreign(&mut self, chunk: &Chunk, offset: Offset, time: SystemTime, fields: &[&[u8]]) -> Result<Record, String> {
         let (pairs, []) = fields.as_chunks::<2>() else {
             return Err("its last field has no value".into());
         };
@@ -179,13 +185,13 @@ impl Decoder {
         let mut has_payload = false;
         for [name, value] in pairs {
             if !has_payload && *name == self.payload_field {
-                record.payload = chunk.take(value);
+                record.payload = chunk.take(value, &mut self.copies);
                 has_payload = true;
             } else if record.key.is_none() && *name == self.key_field {
-                record.key = Some(chunk.take(value));
+                record.key = Some(chunk.take(value, &mut self.copies));
             } else {
                 let name = String::from_utf8_lossy(name).into_owned();
-                record.headers.push((name, chunk.take(value)));
+                record.headers.push((name, chunk.take(value, &mut self.copies)));
             }
         }
         Ok(record)

@@ -3,19 +3,15 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use essentially_once::{
     Origin, Record,
-    backend::{NumberingCache, decode_headers},
+    backend::{FetchBuffer, NumberingCache, decode_headers},
 };
 use rusqlite::{Row, types::ValueRef};
 
 /// The columns in the order in which [`Columns`] reads them.
 pub(super) const COLUMNS: &str = "\"offset\", appended_at, key, headers, payload, producer, sequence";
-
-/// A larger value gets its own allocation, so that one small record does not keep large neighbours
-/// in memory.
-const OWN_ALLOCATION: usize = 64 * 1024;
 
 /// One row. Each column is fetched once, because this runs for every record.
 pub(super) struct Columns<'r> {
@@ -54,26 +50,23 @@ impl<'r> Columns<'r> {
     }
 }
 
-/// Copies the rows of one fetch into one buffer, which the records share. That makes one allocation
-/// per fetch instead of one per record.
+/// Decodes the rows of one fetch.
 pub(super) struct Decoder<'a> {
-    buffer: BytesMut,
-    buffered: usize,
+    buffer: FetchBuffer,
     numberings: &'a mut NumberingCache,
 }
 
 impl<'a> Decoder<'a> {
     pub(super) fn new(capacity: usize, numberings: &'a mut NumberingCache) -> Self {
         Self {
-            buffer: BytesMut::with_capacity(capacity),
-            buffered: 0,
+            buffer: FetchBuffer::with_capacity(capacity),
             numberings,
         }
     }
 
     /// The number of bytes in the buffer, as an estimate for the next fetch.
     pub(super) fn buffered(&self) -> usize {
-        self.buffered
+        self.buffer.copied()
     }
 
     pub(super) fn record(&mut self, columns: &Columns<'_>) -> Record {
@@ -124,20 +117,11 @@ impl<'a> Decoder<'a> {
     /// The bytes of a BLOB or TEXT. For another type, `Err` with a readable form of the value.
     fn bytes(&mut self, value: ValueRef<'_>) -> Result<Bytes, Bytes> {
         match value {
-            ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Ok(self.copy(bytes)),
+            ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Ok(self.buffer.copy(bytes)),
             ValueRef::Null => Err(Bytes::new()),
             ValueRef::Integer(number) => Err(number.to_string().into()),
             ValueRef::Real(number) => Err(number.to_string().into()),
         }
-    }
-
-    fn copy(&mut self, bytes: &[u8]) -> Bytes {
-        if bytes.len() > OWN_ALLOCATION {
-            return Bytes::copy_from_slice(bytes);
-        }
-        self.buffered += bytes.len();
-        self.buffer.extend_from_slice(bytes);
-        self.buffer.split().freeze()
     }
 
     fn origin(&mut self, producer: ValueRef<'_>, sequence: ValueRef<'_>) -> Result<Option<Origin>, String> {

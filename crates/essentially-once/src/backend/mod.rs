@@ -7,7 +7,7 @@
 //!
 //! - A log reports its [`Bounds`] and checks a reader's start with [`Bounds::check`].
 //! - A [`FetchBudget`] limits a fetch, so that a reader holds about a megabyte regardless of the
-//!   size of the records.
+//!   size of the records. A [`FetchBuffer`] holds the bytes of its records in one allocation.
 //! - [`Advance::check`] decides whether a commit applies.
 //! - [`check_size`] refuses oversized records, keys and values.
 //! - [`unique`] draws the random part of tokens and incarnations.
@@ -18,6 +18,7 @@
 mod byte_reader;
 mod current_run;
 mod fetch_budget;
+mod fetch_buffer;
 mod headers;
 mod numbering_cache;
 mod retention;
@@ -28,6 +29,7 @@ pub use self::{
     byte_reader::{ByteReader, CutShort},
     current_run::current_run,
     fetch_budget::FetchBudget,
+    fetch_buffer::FetchBuffer,
     headers::{decode_headers, encode_headers},
     numbering_cache::NumberingCache,
     retention::Retention,

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use essentially_once::{
     Offset, Origin, Record,
-    backend::{DeadLetter, Edit, Numbering},
+    backend::{DeadLetter, Edit, FetchBuffer, Numbering},
 };
 
 use crate::{
@@ -195,6 +195,8 @@ impl Fields {
 /// Decodes the letter at an offset, or says what is wrong with the value.
 pub(super) fn decode(offset: Offset, value: Vec<u8>) -> Result<DeadLetter, String> {
     let chunk = Chunk(value.into());
+    let mut copies = FetchBuffer::default();
+    let mut take = |part| chunk.take(part, &mut copies);
     let pairs = unpack(&chunk.0).ok_or("it is not a packed array of fields and values")?;
     let pairs = match &pairs[..] {
         [(MARK, VERSION), pairs @ ..] => pairs,
@@ -204,12 +206,12 @@ pub(super) fn decode(offset: Offset, value: Vec<u8>) -> Result<DeadLetter, Strin
     let (mut fields, mut headers) = (Found::default(), Vec::new());
     for (name, value) in pairs {
         match name.strip_prefix(HEADER) {
-            Some(header) => headers.push((text("header name", header)?.to_owned(), chunk.take(value))),
+            Some(header) => headers.push((text("header name", header)?.to_owned(), take(value))),
             None => fields.note(name, value)?,
         }
     }
-    let mut record = Record::new(offset, fields.time("appended_at")?, chunk.take(fields.get("payload")?));
-    record.key = fields.find("key").map(|key| chunk.take(key));
+    let mut record = Record::new(offset, fields.time("appended_at")?, take(fields.get("payload")?));
+    record.key = fields.find("key").map(&mut take);
     record.headers = headers;
     record.malformed = fields.find_text("malformed")?.map(Into::into);
     record.origin = match fields.find_text("producer")? {
@@ -219,7 +221,7 @@ pub(super) fn decode(offset: Offset, value: Vec<u8>) -> Result<DeadLetter, Strin
             Some(Origin::of(numbering, fields.number("sequence")?))
         }
     };
-    let edit = fields.find("edit").map(|edit| Edit::decode(chunk.take(edit), &record));
+    let edit = fields.find("edit").map(|edit| Edit::decode(take(edit), &record));
     let edit = edit.transpose()?;
     let mut letter = DeadLetter::new(record, fields.number("tries")?, "", fields.time("parked_at")?);
     letter.first_reason = fields.text("first_reason")?.to_owned();
