@@ -54,6 +54,18 @@ struct Sent {
 }
 
 impl Sent {
+    /// Counts what became of a message.
+    fn landed(&mut self, delivery: <DeliveryFuture as Future>::Output) {
+        match delivery {
+            Ok(Ok(delivery)) => {
+                self.any = true;
+                self.last = Some(delivery.offset);
+            }
+            Ok(Err((error, _))) => self.failed(error),
+            Err(_) => self.failed(KafkaError::Canceled),
+        }
+    }
+
     fn failed(&mut self, error: KafkaError) {
         self.any |= !is_refused(&error);
         self.failed.get_or_insert(error);
@@ -251,7 +263,7 @@ impl Appender {
                     Ok(delivery) => flying.push_back(delivery),
                     Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), again)) if !flying.is_empty() => {
                         if let Some(delivery) = flying.pop_front() {
-                            land(&mut sent, delivery).await;
+                            sent.landed(delivery.await);
                         }
                         message = again;
                         continue;
@@ -267,8 +279,16 @@ impl Appender {
                 break;
             }
         }
+        // Messages are stored in order, so those before the last one need no more waiting.
+        let last = match flying.pop_back() {
+            Some(delivery) => Some(delivery.await),
+            None => None,
+        };
         for delivery in flying {
-            land(&mut sent, delivery).await;
+            sent.landed(delivery.await);
+        }
+        if let Some(last) = last {
+            sent.landed(last);
         }
         // The client has not taken this record, or any after it. Last, because it refuses what
         // follows a record that failed, and that error is the cause.
@@ -298,18 +318,6 @@ impl Drop for Appender {
         if let Some(client) = self.client.get_mut().take() {
             end(client);
         }
-    }
-}
-
-/// Waits for what became of a message.
-async fn land(sent: &mut Sent, delivery: DeliveryFuture) {
-    match delivery.await {
-        Ok(Ok(delivery)) => {
-            sent.any = true;
-            sent.last = Some(delivery.offset);
-        }
-        Ok(Err((error, _))) => sent.failed(error),
-        Err(_) => sent.failed(KafkaError::Canceled),
     }
 }
 
