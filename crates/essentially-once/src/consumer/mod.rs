@@ -307,9 +307,10 @@ impl<S: OffsetStore, H: Handler<D::Tx>, D: Delivery<S>> Consumer<S, H, D> {
     /// If one more record and the commit would exceed the limit, by the average of the records
     /// before it and by the last commit, the consumer commits those and moves the rest to the next
     /// batch. A slow commit counts for at most half of the limit. A batch holds at least one
-    /// record, however long that takes. An open transaction may keep others from writing, and a
-    /// commit shows standbys that this instance is alive. At-most-once commits first and ignores
-    /// this limit. [`Duration::MAX`] means no limit.
+    /// record, however long that takes. The consumer looks at the clock after each record, or after
+    /// every eighth while they take less than 1/128 of the limit. An open transaction may keep
+    /// others from writing, and a commit shows standbys that this instance is alive. At-most-once
+    /// commits first and ignores this limit. [`Duration::MAX`] means no limit.
     #[must_use]
     pub fn batch_time_limit(mut self, limit: Duration) -> Self {
         self.settings.batch_time_limit = limit;
