@@ -5,15 +5,17 @@ use std::fmt;
 use essentially_once::Error;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 
+use crate::connection::Complaint;
+
 /// An error of the client library, and what the client last complained about.
 #[derive(Debug)]
 pub(crate) struct Fault {
     error: Option<KafkaError>,
-    complaint: Option<String>,
+    complaint: Option<Complaint>,
 }
 
 impl Fault {
-    pub(crate) fn new(error: KafkaError, complaint: Option<String>) -> Self {
+    pub(crate) fn new(error: KafkaError, complaint: Option<Complaint>) -> Self {
         Self {
             error: Some(error),
             complaint,
@@ -24,7 +26,10 @@ impl Fault {
     pub(crate) fn ended() -> Self {
         Self {
             error: None,
-            complaint: Some("the runtime is shutting down".into()),
+            complaint: Some(Complaint {
+                code: None,
+                reason: "the runtime is shutting down".into(),
+            }),
         }
     }
 
@@ -35,10 +40,12 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.error, &self.complaint) {
+        let complaint = self.complaint.as_ref().map(|complaint| &complaint.reason);
+        match (&self.error, complaint) {
             (Some(error), Some(complaint)) => write!(f, "{error}; the client reported: {complaint}"),
             (Some(error), None) => write!(f, "{error}"),
-            (None, complaint) => write!(f, "{}", complaint.as_deref().unwrap_or("no answer")),
+            (None, Some(complaint)) => write!(f, "{complaint}"),
+            (None, None) => write!(f, "no answer"),
         }
     }
 }
@@ -60,9 +67,15 @@ fn refusal(code: Code) -> Option<Refusal> {
             false,
             Some("grant the user Write and Describe on the transactional ids that begin with `essentially-once-`"),
         ),
-        Code::SaslAuthenticationFailed | Code::Authentication => {
+        Code::SaslAuthenticationFailed | Code::UnsupportedSASLMechanism | Code::Authentication => {
             refused(false, Some("check the URL's user and password, and `sasl.mechanism`"))
         }
+        Code::SSL => refused(
+            false,
+            Some(
+                "check `ssl.ca.location` and the client's certificate; the URL of a port without TLS begins with kafka://",
+            ),
+        ),
         Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition => {
             refused(false, Some("the topic or the partition does not exist: create it"))
         }
@@ -84,6 +97,25 @@ fn refusal(code: Code) -> Option<Refusal> {
 /// Whether this error says that the record was not appended.
 pub(crate) fn is_refused(error: &KafkaError) -> bool {
     error.rdkafka_error_code().and_then(refusal).is_some()
+}
+
+/// The failure to connect. A client whose password or certificate is refused tries again until its
+/// time is up, and only its complaint says why.
+pub(crate) fn not_connected(action: String, fault: Fault) -> Error {
+    let complaint = fault.complaint.as_ref();
+    if let Some(refusal) = complaint.and_then(|complaint| complaint.code).and_then(refusal) {
+        return refusal.into_error(action, &fault);
+    }
+    // A broker closes the connection of a client that does not speak TLS, or that must say who it
+    // is.
+    let advice = match complaint.map_or("", |complaint| &complaint.reason) {
+        reason if reason.contains("PLAINTEXT") => "the URL of a port without TLS begins with kafka://",
+        reason if reason.contains("Disconnected") => {
+            "if the port requires TLS or a user, name them in the URL: kafkas:// or user:password@"
+        }
+        _ => return read_failed(action, fault),
+    };
+    Error::unavailable(action, format!("{fault}; {advice}"))
 }
 
 /// The failure of a request that changes nothing.

@@ -115,8 +115,10 @@ impl KafkaOptions {
     ///
     /// # Errors
     /// - [`Error::InvalidSetting`];
+    /// - [`Error::Failed`] if the brokers refuse the user, or TLS cannot verify them. The client
+    ///   tries again until the [timeout](Self::timeout) is over;
     /// - [`Error::Unavailable`] if no broker answers. Kafka does not say why it closes a
-    ///   connection, so this includes a wrong password.
+    ///   connection, so this includes a port that requires TLS, a user or a client's certificate.
     ///
     /// No message contains the user's password.
     pub async fn connect(self, url: &str) -> Result<Kafka, Error> {

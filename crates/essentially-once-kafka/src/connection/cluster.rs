@@ -12,23 +12,30 @@ use rdkafka::{
     admin::AdminClient,
     config::{FromClientConfigAndContext, RDKafkaLogLevel},
     consumer::{BaseConsumer, Consumer as _, ConsumerContext},
-    error::{KafkaError, KafkaResult},
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
 };
 
 use super::address::Address;
 use crate::{
-    error::{Fault, read_failed},
+    error::{Fault, not_connected},
     options::KafkaOptions,
 };
 
 /// What a client of the library has last complained about. Its errors only say that time ran out.
 #[derive(Clone, Default)]
 pub(crate) struct Context {
-    complaint: Arc<Mutex<Option<String>>>,
+    complaint: Arc<Mutex<Option<Complaint>>>,
+}
+
+/// A complaint of a client.
+#[derive(Clone, Debug)]
+pub(crate) struct Complaint {
+    pub(crate) code: Option<RDKafkaErrorCode>,
+    pub(crate) reason: String,
 }
 
 impl Context {
-    pub(crate) fn complaint(&self) -> Option<String> {
+    pub(crate) fn complaint(&self) -> Option<Complaint> {
         self.lock().clone()
     }
 
@@ -37,7 +44,16 @@ impl Context {
         *self.lock() = None;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+    /// Keeps the last complaint with a code, or else the first.
+    fn note(&self, code: Option<RDKafkaErrorCode>, reason: &str) {
+        let mut complaint = self.lock();
+        if code.is_some() || complaint.is_none() {
+            let reason = reason.to_owned();
+            *complaint = Some(Complaint { code, reason });
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Complaint>> {
         self.complaint.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -45,11 +61,18 @@ impl Context {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         tracing::debug!(?level, facility, message, "librdkafka");
+        // A broker that closes the connection is no error to the client.
+        if facility == "FAIL" {
+            let reason = message.split_once("]: ").map_or(message, |(_, reason)| reason);
+            self.note(None, reason);
+        }
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "librdkafka");
-        *self.lock() = Some(reason.to_owned());
+        // That all are down only follows from what each did.
+        let code = error.rdkafka_error_code();
+        self.note(code.filter(|code| *code != RDKafkaErrorCode::AllBrokersDown), reason);
     }
 }
 
@@ -82,7 +105,7 @@ impl Cluster {
             // The answer for all topics may be large, and this one need not exist.
             .ask(|client, timeout| client.fetch_metadata(Some("essentially-once"), timeout).map(drop))
             .await;
-        answered.map_err(|fault| read_failed(cluster.on("connect"), fault))?;
+        answered.map_err(|fault| not_connected(cluster.on("connect"), fault))?;
         Ok(cluster)
     }
 
@@ -106,9 +129,11 @@ impl Cluster {
         };
         let asked = tokio::task::spawn_blocking(move || {
             let answer = question(&client, timeout);
-            // What the client logs and complains about waits in a queue until somebody looks.
-            let mut looks = 0..100;
-            while looks.next().is_some() && client.poll(Duration::ZERO).is_some() {}
+            // What the client logs and complains about waits in a queue until somebody looks. Each
+            // look takes one of them, and does not say whether there was one.
+            for _ in 0..LOOKS {
+                let _ = client.poll(Duration::ZERO);
+            }
             match answer {
                 Ok(answer) => {
                     client.context().forget();
@@ -134,6 +159,9 @@ impl Drop for Cluster {
         }
     }
 }
+
+/// A client that tries in vain for ten seconds logs and complains less often.
+const LOOKS: usize = 200;
 
 /// The properties of clients that read. Without a group, the library refuses to assign a partition.
 /// No group is joined, and no offset is committed.

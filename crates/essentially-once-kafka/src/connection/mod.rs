@@ -5,6 +5,6 @@ mod cluster;
 mod durability;
 
 pub(crate) use self::{
-    cluster::{Cluster, Context, READING, client},
+    cluster::{Cluster, Complaint, Context, READING, client},
     durability::durability,
 };

@@ -12,7 +12,7 @@ use tokio::sync::Mutex;
 
 use super::codec::headers;
 use crate::{
-    connection::{Cluster, Context, client},
+    connection::{Cluster, Complaint, Context, client},
     error::{Fault, is_refused, read_failed, write_failed},
     options::Appends,
 };
@@ -192,7 +192,13 @@ impl Appender {
             return Ok(sent.last.map(offset));
         };
         let fault = match client.producer.client().fatal_error() {
-            Some((code, reason)) if is_dropped(&error) => Fault::new(KafkaError::MessageProduction(code), Some(reason)),
+            Some((code, reason)) if is_dropped(&error) => {
+                let complaint = Complaint {
+                    code: Some(code),
+                    reason,
+                };
+                Fault::new(KafkaError::MessageProduction(code), Some(complaint))
+            }
             _ => Fault::new(error, client.context.complaint()),
         };
         Err(match sent.any {

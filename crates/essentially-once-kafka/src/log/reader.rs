@@ -17,7 +17,7 @@ use rdkafka::{
 
 use super::{Partition, codec::Decoder};
 use crate::{
-    connection::{Context, READING, client},
+    connection::{Complaint, Context, READING, client},
     error::{Fault, read_failed},
 };
 
@@ -187,7 +187,7 @@ impl Client {
         })
     }
 
-    fn complaint(&self) -> Option<String> {
+    fn complaint(&self) -> Option<Complaint> {
         self.consumer
             .as_ref()
             .and_then(|consumer| consumer.context().complaint())

@@ -2,7 +2,11 @@
 
 mod compacted;
 mod foreign;
+#[cfg(feature = "tls")]
+mod front;
 mod mocked;
+#[cfg(feature = "tls")]
+mod protected;
 mod refusals;
 mod support;
 mod transactions;
@@ -36,6 +40,14 @@ fn main() -> ExitCode {
         refusals::a_topic_that_may_lose_records_is_refused,
         compacted::what_was_compacted_is_not_read_and_not_waited_for,
     ];
+    #[cfg(feature = "tls")]
+    let with_broker = with_broker.into_iter().chain(cases![
+        protected::clients_are_served_over_tls,
+        protected::a_client_shows_its_certificate,
+        protected::a_broker_of_an_unknown_authority_or_name_is_refused,
+        protected::a_password_is_checked_and_never_shown,
+        protected::a_port_with_tls_and_one_without_are_told_apart,
+    ]);
     let mocked = cases![
         mocked::an_append_without_rights_is_refused,
         mocked::a_read_without_rights_is_refused,
