@@ -102,18 +102,25 @@ pub(crate) fn is_refused(error: &KafkaError) -> bool {
 /// The failure to connect. A client whose password or certificate is refused tries again until its
 /// time is up, and only its complaint says why.
 pub(crate) fn not_connected(action: String, fault: Fault) -> Error {
-    let complaint = fault.complaint.as_ref();
-    if let Some(refusal) = complaint.and_then(|complaint| complaint.code).and_then(refusal) {
+    let (code, reason) = match &fault.complaint {
+        // The client does not always see that this is about TLS.
+        Some(Complaint { reason, .. }) if reason.contains("certificate verify failed") => (Some(Code::SSL), &**reason),
+        Some(Complaint { code, reason }) => (*code, &**reason),
+        None => (None, ""),
+    };
+    if let Some(refusal) = code.and_then(refusal) {
         return refusal.into_error(action, &fault);
     }
     // A broker closes the connection of a client that does not speak TLS, or that must say who it
-    // is.
-    let advice = match complaint.map_or("", |complaint| &complaint.reason) {
-        reason if reason.contains("PLAINTEXT") => "the URL of a port without TLS begins with kafka://",
-        reason if reason.contains("Disconnected") => {
-            "if the port requires TLS or a user, name them in the URL: kafkas:// or user:password@"
-        }
-        _ => return read_failed(action, fault),
+    // is. How the client notices depends on who is faster.
+    let closed = ["Disconnected", "Send failed", "Receive failed"];
+    let advice = if reason.contains("PLAINTEXT") {
+        "the URL of a port without TLS begins with kafka://"
+    } else if closed.iter().any(|closed| reason.contains(closed)) {
+        "if the port requires TLS or a user, name them in the URL: kafkas:// or user:password@; if it requires the \
+         client's certificate, set `ssl.certificate.location` and `ssl.key.location`"
+    } else {
+        return read_failed(action, fault);
     };
     Error::unavailable(action, format!("{fault}; {advice}"))
 }
