@@ -285,16 +285,8 @@ impl Appender {
                 break;
             }
         }
-        // Messages are stored in order, so those before the last one need no more waiting.
-        let last = match flying.pop_back() {
-            Some(delivery) => Some(delivery.await),
-            None => None,
-        };
         for delivery in flying {
             sent.landed(delivery.await);
-        }
-        if let Some(last) = last {
-            sent.landed(last);
         }
         // The client has not taken this record, or any after it. Last, because it refuses what
         // follows a record that failed, and that error is the cause.
