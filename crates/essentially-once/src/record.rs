@@ -143,6 +143,9 @@ impl fmt::Display for Origin {
 pub type Header = (String, Bytes);
 
 /// A record as a log yields it.
+///
+/// The records of one fetch may share the memory of their bytes, about a megabyte. Copy what you
+/// keep for long, for example with [`Bytes::copy_from_slice`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Record {

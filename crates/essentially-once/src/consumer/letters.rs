@@ -170,6 +170,13 @@ impl Parked {
         };
     }
 
+    /// Notes a letter of the open transaction.
+    fn stage(&mut self, letter: &DeadLetter) {
+        // The key of a record may share its memory with all records of a fetch.
+        let key = letter.key().map(|key| Bytes::copy_from_slice(key));
+        self.staged.push((key, letter.due));
+    }
+
     /// Forgets what was parked in a transaction that was not committed.
     pub(super) fn discard(&mut self) {
         self.staged.clear();
@@ -311,7 +318,7 @@ impl<S: OffsetStore> Session<'_, S> {
                 Failure::Backend(error @ Error::TooLarge { .. }) => Failure::Refused(error),
                 failure => failure,
             })?;
-        self.parked.staged.push((letter.key().cloned(), letter.due));
+        self.parked.stage(&letter);
         Ok(())
     }
 
@@ -352,4 +359,24 @@ pub(super) fn letters_of<Tx: Transaction>(tx: &mut Tx) -> Result<&mut dyn DeadLe
 
 pub(super) fn keeps_none() -> Error {
     Error::failed("use dead letters", "the store's transaction keeps none")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    #[test]
+    fn the_key_of_a_letter_does_not_keep_a_whole_fetch_in_memory() {
+        let fetch = Bytes::from(vec![7; 1_000]);
+        let mut record = Record::new(0.into(), UNIX_EPOCH, fetch.slice(8..));
+        record.key = Some(fetch.slice(..8));
+        let mut parked = Parked::default();
+        parked.stage(&DeadLetter::new(record.clone(), 1, "no", UNIX_EPOCH));
+        parked.commit(Revision::NONE.next_epoch());
+        assert!(parked.holds(&record));
+        drop(record);
+        assert!(fetch.is_unique());
+    }
 }
