@@ -61,7 +61,7 @@ impl Context {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         tracing::debug!(?level, facility, message, "librdkafka");
-        // A broker that closes the connection is no error to the client.
+        // The client only logs that a broker has closed the connection.
         if facility == "FAIL" {
             let reason = message.split_once("]: ").map_or(message, |(_, reason)| reason);
             self.note(None, reason);
@@ -70,7 +70,7 @@ impl ClientContext for Context {
 
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "librdkafka");
-        // That all are down only follows from what each did.
+        // The client reports that all brokers are down after it has reported why.
         let code = error.rdkafka_error_code();
         self.note(code.filter(|code| *code != RDKafkaErrorCode::AllBrokersDown), reason);
     }
@@ -131,7 +131,8 @@ impl Cluster {
             let answer = question(&client, timeout);
             // What the client logs and complains about waits in a queue until somebody looks. Each
             // look takes one of them, and does not say whether there was one.
-            for _ in 0..LOOKS {
+            let looks = if answer.is_ok() { LOOKS / 10 } else { LOOKS };
+            for _ in 0..looks {
                 let _ = client.poll(Duration::ZERO);
             }
             match answer {
@@ -160,7 +161,8 @@ impl Drop for Cluster {
     }
 }
 
-/// A client that tries in vain for ten seconds logs and complains less often.
+/// How often to look after a failure. A client that tries in vain for ten seconds logs and
+/// complains less often.
 const LOOKS: usize = 200;
 
 /// The properties of clients that read. Without a group, the library refuses to assign a partition.

@@ -25,7 +25,7 @@ const UNSUPPORTED_SASL_MECHANISM: i16 = 33;
 const UNSUPPORTED_VERSION: i16 = 35;
 const SASL_AUTHENTICATION_FAILED: i16 = 58;
 
-/// What clients must do before the broker answers them.
+/// What a client must do before its requests reach the broker.
 #[derive(Clone, Default)]
 pub(crate) struct Rules {
     pub(crate) tls: Option<Arc<ServerConfig>>,
@@ -83,7 +83,7 @@ pub(crate) fn tls(authority: &Authority, clients_too: bool) -> Result<Arc<Server
 /// One connection's way to the broker.
 struct Passage {
     broker: u16,
-    /// The port that clients are told instead of the broker's.
+    /// The port that replies name instead of the broker's.
     port: u16,
 }
 

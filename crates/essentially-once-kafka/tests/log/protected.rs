@@ -24,6 +24,15 @@ fn trusting(authority: &Authority) -> KafkaOptions {
         .setting("ssl.ca.pem", authority.root.as_str())
 }
 
+/// A port with TLS before the broker. Clients show a certificate too if they must.
+async fn with_tls(stage: &Stage, authority: &Authority, clients_too: bool) -> Result<Front, Source> {
+    let rules = Rules {
+        tls: Some(tls(authority, clients_too)?),
+        user: None,
+    };
+    Front::start(stage.server.port(), rules).await
+}
+
 /// Appends in both ways, and reads.
 async fn works(kafka: &Kafka) -> Outcome {
     for (name, appends) in [("a", Appends::Pipelined), ("b", Appends::Transactional)] {
@@ -37,11 +46,7 @@ async fn works(kafka: &Kafka) -> Outcome {
 
 pub(crate) async fn clients_are_served_over_tls() -> Outcome {
     let (stage, authority) = (Stage::start().await?, authority()?);
-    let rules = Rules {
-        tls: Some(tls(&authority, false)?),
-        user: None,
-    };
-    let front = Front::start(stage.server.port(), rules).await?;
+    let front = with_tls(&stage, &authority, false).await?;
     let url = |host: &str| format!("kafkas://{host}:{}", front.port);
     trusting(&authority).connect(&url("localhost")).await?;
     works(&trusting(&authority).connect(&url("127.0.0.1")).await?).await
@@ -49,11 +54,7 @@ pub(crate) async fn clients_are_served_over_tls() -> Outcome {
 
 pub(crate) async fn a_client_shows_its_certificate() -> Outcome {
     let (stage, authority) = (Stage::start().await?, authority()?);
-    let rules = Rules {
-        tls: Some(tls(&authority, true)?),
-        user: None,
-    };
-    let front = Front::start(stage.server.port(), rules).await?;
+    let front = with_tls(&stage, &authority, true).await?;
     let url = format!("kafkas://127.0.0.1:{}", front.port);
     let showing = trusting(&authority)
         .setting("ssl.certificate.pem", authority.client.certificate.as_str())
@@ -74,11 +75,7 @@ pub(crate) async fn a_broker_of_an_unknown_authority_or_name_is_refused() -> Out
     let (stage, known, unknown) = (Stage::start().await?, authority()?, authority()?);
     let elsewhere = Authority::new(&["elsewhere.example"])?;
     for (authority, trusted) in [(&unknown, &known), (&elsewhere, &elsewhere)] {
-        let rules = Rules {
-            tls: Some(tls(authority, false)?),
-            user: None,
-        };
-        let front = Front::start(stage.server.port(), rules).await?;
+        let front = with_tls(&stage, authority, false).await?;
         let url = format!("kafkas://127.0.0.1:{}", front.port);
         assert_error!(
             trusting(trusted).timeout(IMPATIENT).connect(&url).await,
@@ -124,11 +121,7 @@ pub(crate) async fn a_password_is_checked_and_never_shown() -> Outcome {
 
 pub(crate) async fn a_port_with_tls_and_one_without_are_told_apart() -> Outcome {
     let (stage, authority) = (Stage::start().await?, authority()?);
-    let rules = Rules {
-        tls: Some(tls(&authority, false)?),
-        user: None,
-    };
-    let front = Front::start(stage.server.port(), rules).await?;
+    let front = with_tls(&stage, &authority, false).await?;
     let impatient = || trusting(&authority).timeout(IMPATIENT);
     assert_error!(
         impatient().connect(&format!("kafka://127.0.0.1:{}", front.port)).await,

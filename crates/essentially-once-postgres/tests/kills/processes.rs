@@ -89,6 +89,7 @@ pub(crate) async fn killed_processes_leave_no_trace_but_their_commits() -> Outco
             })
         });
         caught_up.await?;
+        // A kill at any moment, so no event decides when.
         sleep(Duration::from_micros(random.below(30_000))).await;
         drop(process);
         killed += 1;

@@ -322,16 +322,16 @@ fn batch_time<S>(session: &Session<'_, S>) -> Duration {
     limit - limit / 20 - session.commit_time.min(limit / 2)
 }
 
-/// Records that take little time are counted by so many before the clock is read again, which
-/// takes about as long as a handler that does little.
+/// How many fast records pass between two looks at the clock. A look takes about as long as a
+/// handler that does little.
 const FAST_RECORDS: usize = 8;
 
 /// How long a batch may take from now on.
 struct TimeLimit {
     started: Instant,
     limit: Duration,
-    /// The clock is not read before so many records have passed.
-    read_after: usize,
+    /// The number of passed records at which to look at the clock next.
+    next_look: usize,
 }
 
 impl TimeLimit {
@@ -339,7 +339,7 @@ impl TimeLimit {
         Self {
             started: Instant::now(),
             limit,
-            read_after: 1,
+            next_look: 1,
         }
     }
 
@@ -347,14 +347,14 @@ impl TimeLimit {
     /// of the `passed` records before it, which are at least one. In half of the time another
     /// record always fits, however many came before.
     fn is_up(&mut self, passed: usize) -> bool {
-        if passed < self.read_after {
+        if passed < self.next_look {
             return false;
         }
         let (elapsed, limit) = (self.started.elapsed().as_nanos(), self.limit.as_nanos());
         let allowed = limit.saturating_mul(passed as u128);
-        // So many records take less than a sixteenth of the limit.
+        // The next fast records take less than a sixteenth of the limit.
         if elapsed.saturating_mul(16 * FAST_RECORDS as u128) < allowed {
-            self.read_after = passed + FAST_RECORDS;
+            self.next_look = passed + FAST_RECORDS;
         }
         elapsed > limit / 2 && elapsed.saturating_mul(passed as u128 + 1) > allowed
     }
@@ -532,4 +532,31 @@ async fn handle_committed<S: OffsetStore, H: Handler<()>>(
         }
     }
     (done, fatal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(128);
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_records_after_fast_ones_are_noticed_at_the_next_look() {
+        let mut limit = TimeLimit::begin(LIMIT);
+        assert!(!limit.is_up(1));
+        tokio::time::advance(2 * LIMIT).await;
+        assert!((2..=FAST_RECORDS).all(|passed| !limit.is_up(passed)));
+        assert!(limit.is_up(FAST_RECORDS + 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_slow_record_is_followed_by_a_look() {
+        let mut limit = TimeLimit::begin(LIMIT);
+        for passed in 1..4 {
+            tokio::time::advance(LIMIT / 64).await;
+            assert!(!limit.is_up(passed));
+        }
+        tokio::time::advance(LIMIT).await;
+        assert!(limit.is_up(4));
+    }
 }
